@@ -1,0 +1,1 @@
+"""From a Hugging Face MPT checkpoint to verified TensorRT engines."""

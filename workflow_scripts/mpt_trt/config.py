@@ -1,0 +1,267 @@
+"""The architecture of one MPT model, read from a Hugging Face `config.json`.
+
+Every later stage sees this dataclass only; how FasterTransformer spells it is `ft_checkpoint`'s
+matter. What the network cannot express is refused here, before any work.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.files import read_json
+
+PositionEmbedding = Literal["alibi", "learned"]
+NormType = Literal["layernorm", "rmsnorm"]
+
+NORM_TYPES: dict[str, NormType] = {
+    "layernorm": "layernorm",
+    "low_precision_layernorm": "layernorm",
+    "rmsnorm": "rmsnorm",
+    "low_precision_rmsnorm": "rmsnorm",
+}
+ATTENTION_TYPES = ("multihead_attention", "grouped_query_attention", "multiquery_attention")
+
+
+@dataclass(frozen=True)
+class MptConfig:
+    """Architecture of an MPT decoder; sizes are of the whole model, not of a rank.
+
+    intermediate_size: width of the feed-forward layer.
+    softmax_scale: factor on `Q K^T`.
+    logit_scale: factor on the logits.
+    bias: linear layers and norms have biases.
+    bos_token_id, eos_token_id: None when neither the config nor the tokenizer names one.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    num_layers: int
+    intermediate_size: int
+    vocab_size: int
+    max_seq_len: int
+    softmax_scale: float
+    position_embedding: PositionEmbedding = "alibi"
+    alibi_bias_max: int = 8
+    clip_qkv: float | None = None
+    qk_ln: bool = False
+    logit_scale: float = 1.0
+    norm_type: NormType = "layernorm"
+    layer_norm_epsilon: float = 1e-5
+    bias: bool = False
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_size(self) -> int:
+        """Columns of K (and of V) in the QKV projection."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def qkv_size(self) -> int:
+        return self.hidden_size + 2 * self.kv_size
+
+
+def alibi_slopes(num_heads: int, alibi_bias_max: int) -> list[float]:
+    """ALiBi slope of each head, `[num_heads]`.
+
+    Press et al. 2021 (arXiv:2108.12409), section 3, with MPT's `alibi_bias_max` in place of 8: for a
+    power of two, head i (from 1) has 2^(-i * alibi_bias_max / num_heads). Other counts take the
+    slopes of the next power of two, odd-numbered ones after the even-numbered ones (llm-foundry).
+    """
+    rounded_up = 2 ** math.ceil(math.log2(num_heads))
+    slopes = [2.0 ** (-i * alibi_bias_max / rounded_up) for i in range(1, rounded_up + 1)]
+    if rounded_up == num_heads:
+        return slopes
+    return (slopes[1::2] + slopes[::2])[:num_heads]
+
+
+def read_hf_config(folder: Path) -> MptConfig:
+    """Reads `folder/config.json`, in hub (llm-foundry) or native transformers style.
+
+    Raises MptTrtError, naming file, field and value, when a field is missing, malformed or asks for
+    something that the network does not have.
+    """
+    path = folder / "config.json"
+    return _Reader(path, read_json(path)).config()
+
+
+def read_token_ids(folder: Path) -> tuple[int | None, int | None]:
+    """(bos, eos) ids as the checkpoint's `config.json` gives them, None where absent or null."""
+    content = read_json(folder / "config.json")
+    return _token_id(content.get("bos_token_id")), _token_id(content.get("eos_token_id"))
+
+
+def _token_id(value: object) -> int | None:
+    first = value[0] if isinstance(value, list) and value else value
+    return first if isinstance(first, int) else None
+
+
+class _Reader:
+    """One `config.json` on its way to an MptConfig; keeps the path for error messages."""
+
+    # Keys that do not change what the model computes at inference.
+    NEUTRAL_ATTENTION_KEYS = frozenset(
+        "attn_type attn_pdrop attn_impl alibi alibi_bias_max clip_qkv qk_ln softmax_scale kv_n_heads "
+        "attn_uses_sequence_id model_type return_dict output_hidden_states torchscript dtype "
+        "torch_dtype use_bfloat16 tf_legacy_loss pruned_heads chunk_size_feed_forward is_decoder "
+        "is_encoder_decoder id2label label2id problem_type architectures _name_or_path "
+        "transformers_version output_attentions rope_theta rope_impl rope_dail_config "
+        "rope_hf_config".split()
+    )
+    # Values of other attention keys that mean "not used".
+    ABSENT = (None, False, 0, -1, "", [], {})
+    UNSUPPORTED_TOP_LEVEL = {
+        "moe_num_experts": "mixture of experts",
+        "block_overrides": "per-block overrides",
+        "final_logit_softcapping": "soft-capped logits",
+    }
+
+    def __init__(self, path: Path, content: dict):
+        self.path = path
+        self.top = content
+        attention = content.get("attn_config") or {}
+        if not isinstance(attention, dict):
+            raise self.refused("attn_config", attention, "an object is expected")
+        self.attention = attention
+
+    def config(self) -> MptConfig:
+        self._refuse_unsupported()
+        hidden_size = self._positive("d_model")
+        num_heads = self._positive("n_heads")
+        if hidden_size % num_heads:
+            raise self.refused("n_heads", num_heads, f"it must divide d_model ({hidden_size})")
+        return MptConfig(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=self._num_kv_heads(num_heads),
+            num_layers=self._positive("n_layers"),
+            intermediate_size=self._intermediate_size(hidden_size),
+            vocab_size=self._positive("vocab_size"),
+            max_seq_len=self._positive("max_seq_len"),
+            softmax_scale=self._softmax_scale(hidden_size // num_heads),
+            position_embedding="alibi" if self._uses_alibi() else "learned",
+            alibi_bias_max=self._alibi_bias_max(),
+            clip_qkv=self._clip_qkv(),
+            qk_ln=bool(self.attention.get("qk_ln")),
+            logit_scale=self._logit_scale(hidden_size),
+            norm_type=self._norm_type(),
+            layer_norm_epsilon=self._epsilon(),
+            bias=not self.top.get("no_bias", False),
+            tie_word_embeddings=bool(self.top.get("tie_word_embeddings", True)),
+            bos_token_id=_token_id(self.top.get("bos_token_id")),
+            eos_token_id=_token_id(self.top.get("eos_token_id")),
+        )
+
+    def refused(self, field: str, value: object, why: str) -> MptTrtError:
+        return MptTrtError(f"{self.path}: {field} = {value!r}: {why}")
+
+    def _refuse_unsupported(self) -> None:
+        if self.top.get("model_type") != "mpt":
+            raise self.refused(
+                "model_type", self.top.get("model_type"), "only MPT checkpoints ('mpt') are read"
+            )
+        for key, value in self.attention.items():
+            if key not in self.NEUTRAL_ATTENTION_KEYS and value not in self.ABSENT:
+                if (key, value) == ("fused_qkv", True):
+                    continue
+                raise self.refused(f"attn_config.{key}", value, "this feature is not supported")
+        for key, feature in self.UNSUPPORTED_TOP_LEVEL.items():
+            if self.top.get(key) not in self.ABSENT:
+                raise self.refused(key, self.top[key], f"{feature} is not supported")
+        self._refuse_other_feed_forwards()
+
+    def _refuse_other_feed_forwards(self) -> None:
+        feed_forward = self.top.get("ffn_config") or {}
+        kind = feed_forward.get("ffn_type", "mptmlp")
+        if kind != "mptmlp":
+            raise self.refused("ffn_config.ffn_type", kind, "only 'mptmlp' is supported")
+        activation = feed_forward.get("ffn_act_fn") or {"name": "gelu", "approximate": "none"}
+        if (activation.get("name"), activation.get("approximate", "none")) != ("gelu", "none"):
+            raise self.refused("ffn_config.ffn_act_fn", activation, "only exact GELU is supported")
+
+    def _positive(self, field: str) -> int:
+        value = self.top.get(field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.refused(field, value, "a positive integer is required")
+        return value
+
+    def _number(self, field: str, value: object) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise self.refused(field, value, "a positive number is required")
+        return float(value)
+
+    def _num_kv_heads(self, num_heads: int) -> int:
+        kind = self.attention.get("attn_type", "multihead_attention")
+        if kind not in ATTENTION_TYPES:
+            known = ", ".join(ATTENTION_TYPES)
+            raise self.refused("attn_config.attn_type", kind, f"known types are {known}")
+        default = 1 if kind == "multiquery_attention" else num_heads
+        value = self.attention.get("kv_n_heads") or default
+        if not isinstance(value, int) or value < 1 or num_heads % value:
+            raise self.refused(
+                "attn_config.kv_n_heads", value, f"it must divide n_heads ({num_heads})"
+            )
+        return value
+
+    def _intermediate_size(self, hidden_size: int) -> int:
+        explicit = (self.top.get("ffn_config") or {}).get("ffn_hidden_size")
+        if explicit is not None:
+            return int(self._number("ffn_config.ffn_hidden_size", explicit))
+        ratio = self._number("expansion_ratio", self.top.get("expansion_ratio", 4))
+        return int(hidden_size * ratio)
+
+    def _uses_alibi(self) -> bool:
+        # The hub's configs say learned_pos_emb: true beside alibi: true; alibi wins there.
+        if self.attention.get("alibi", False):
+            return True
+        if not self.top.get("learned_pos_emb", True):
+            raise self.refused(
+                "learned_pos_emb", False, "without alibi there would be no positions at all"
+            )
+        return False
+
+    def _alibi_bias_max(self) -> int:
+        value = self._number("attn_config.alibi_bias_max", self.attention.get("alibi_bias_max", 8))
+        if value != int(value):
+            raise self.refused("attn_config.alibi_bias_max", value, "an integer is required")
+        return int(value)
+
+    def _softmax_scale(self, head_dim: int) -> float:
+        value = self.attention.get("softmax_scale")
+        if value is None:
+            return 1.0 / math.sqrt(head_dim)
+        return self._number("attn_config.softmax_scale", value)
+
+    def _clip_qkv(self) -> float | None:
+        value = self.attention.get("clip_qkv")
+        return None if not value else self._number("attn_config.clip_qkv", value)
+
+    def _logit_scale(self, hidden_size: int) -> float:
+        value = self.top.get("logit_scale")
+        if value is None:
+            return 1.0
+        if value == "inv_sqrt_d_model":
+            return 1.0 / math.sqrt(hidden_size)
+        return self._number("logit_scale", value)
+
+    def _norm_type(self) -> NormType:
+        name = str(self.top.get("norm_type", "low_precision_layernorm")).lower()
+        if name not in NORM_TYPES:
+            raise self.refused("norm_type", name, f"known types are {', '.join(NORM_TYPES)}")
+        return NORM_TYPES[name]
+
+    def _epsilon(self) -> float:
+        for field in ("layer_norm_epsilon", "norm_eps"):
+            if self.top.get(field) is not None:
+                return self._number(field, self.top[field])
+        return 1e-5

@@ -1,0 +1,68 @@
+"""What the command-line tools share: running a main function, progress on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
+
+from mpt_trt.errors import MptTrtError
+
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Runs `main` and exits: 0, 1 with one line for bad input, 130 when interrupted.
+
+    SIGTERM is treated like Ctrl-C, so that unfinished outputs are removed in both cases.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except MptTrtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted; unfinished outputs were removed", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader of our output (head, say) has closed it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def set_up_logging(level: str) -> None:
+    """Logs to stderr. level: a name of the logging module, in any case."""
+    console = Console(stderr=True)
+    handler = RichHandler(console=console, show_path=False, markup=False)
+    logging.basicConfig(level=level.upper(), format="%(message)s", handlers=[handler], force=True)
+
+
+@contextlib.contextmanager
+def bytes_progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar with bytes, rate and time; yields the function that advances it."""
+    console = Console(stderr=True)
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    ]
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=total_bytes)
+        yield lambda count: progress.advance(task, count)

@@ -1,0 +1,11 @@
+"""The one exception that users see."""
+
+from __future__ import annotations
+
+
+class MptTrtError(Exception):
+    """Bad input or an unusable environment.
+
+    The message is one sentence or two that name the file, the field, the value and the remedy. The
+    command-line tools print it without a traceback and exit with status 1.
+    """

@@ -1,0 +1,143 @@
+"""Files that are either complete or absent, hard links, and content hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from mpt_trt.errors import MptTrtError
+
+HASH_CHUNK_BYTES = 1 << 22
+
+
+@contextlib.contextmanager
+def replace_directory(target: Path) -> Iterator[Path]:
+    """Yields a new empty folder beside `target` that takes its place when the block succeeds.
+
+    Whatever stood at `target` is replaced as a whole; when the block raises, it is left as it was
+    and the new folder is removed.
+
+    Raises MptTrtError when the disk is full or the folder cannot be written.
+    """
+    partial = _partial_name(target)
+    with _plain_disk_errors(target):
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            _exchange(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replace_file(target: Path) -> Iterator[Path]:
+    """Yields a path beside `target`; the file written there takes its place if the block succeeds.
+
+    Raises MptTrtError when the disk is full or the folder cannot be written.
+    """
+    partial = _partial_name(target)
+    with _plain_disk_errors(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_json(target: Path, content: object) -> None:
+    """Writes `content` as indented JSON, atomically."""
+    with replace_file(target) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """Reads a JSON object; raises MptTrtError that names the file when it is not one."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise MptTrtError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise MptTrtError(f"{path}: cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise MptTrtError(
+            f"{path}: not valid JSON ({error}); restore the file from its source"
+        ) from None
+    if not isinstance(content, dict):
+        raise MptTrtError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def hard_link(source: Path, target: Path) -> None:
+    """Makes `target` the same file as `source`; copies where the file system cannot link."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+            raise
+        shutil.copyfile(source, target)
+
+
+def content_hash(path: Path) -> str:
+    """XXH3-128 of a file's bytes as `xxh3:<32 hex digits>`.
+
+    It identifies content at memory speed; it is no protection against forgery.
+    """
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while chunk := stream.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return f"xxh3:{digest.hexdigest()}"
+
+
+def content_hashes(paths: dict[str, Path]) -> dict[str, str]:
+    """The content hash of every path, computed on all cores; the keys are kept."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(paths, pool.map(content_hash, paths.values()), strict=True))
+
+
+def _partial_name(target: Path) -> Path:
+    """A name beside `target` that no other process uses; leftovers of dead ones are removed."""
+    prefix = f".{target.name}.partial-{socket.gethostname()}-"
+    for leftover in target.parent.glob(prefix + "*"):
+        if not Path("/proc", leftover.name.removeprefix(prefix)).exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+            leftover.unlink(missing_ok=True)
+    return target.with_name(f"{prefix}{os.getpid()}")
+
+
+def _exchange(new: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(new, target)
+        return
+    old = target.with_name(f"{new.name}-old")
+    os.rename(target, old)
+    os.rename(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _plain_disk_errors(target: Path) -> Iterator[None]:
+    remedies = {
+        errno.ENOSPC: "the disk is full; free space or choose another output folder",
+        errno.EDQUOT: "the disk quota is used up; free space or choose another output folder",
+        errno.EFBIG: "the file-size limit is reached; raise it (ulimit -f)",
+        errno.EROFS: "the file system is read-only; choose another output folder",
+        errno.EACCES: "permission denied; choose another output folder",
+    }
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in remedies:
+            raise
+        raise MptTrtError(f"cannot write {target}: {remedies[error.errno]}") from error

@@ -1,0 +1,247 @@
+"""Lazy tensors from a Hugging Face checkpoint folder.
+
+safetensors or PyTorch `.bin`, in one file or in shards with an index, with or without the
+`transformer.` prefix. Files are memory-mapped: a tensor takes no memory that the system cannot
+reclaim until someone computes with it. Nothing in the checkpoint is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.files import read_json
+from mpt_trt.weight_map import Weight
+
+PREFIX = "transformer."
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Shard(Protocol):
+    """One weight file."""
+
+    path: Path
+
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+
+class SafetensorsShard:
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise _broken(path, error, _first_incomplete_tensor(path)) from None
+
+    def names(self) -> Iterable[str]:
+        return self._file.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name)
+
+
+class PickleShard:
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:
+            first_line = str(error).splitlines()[0]
+            raise MptTrtError(
+                f"{path}: refused, since it holds more than tensors ({first_line}); convert it to "
+                "safetensors on a machine where you trust it"
+            ) from None
+        except (RuntimeError, OSError, EOFError) as error:
+            raise _broken(path, error, "every tensor") from None
+        if not isinstance(content, dict):
+            raise MptTrtError(f"{path}: a state dict is expected, found {type(content).__name__}")
+        self._tensors = {name: t for name, t in content.items() if isinstance(t, torch.Tensor)}
+
+    def names(self) -> Iterable[str]:
+        return self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+class HfCheckpoint:
+    """The tensors of a checkpoint whose names, shapes and types have been checked.
+
+    Raises MptTrtError, naming file and tensor, when a shard is missing or broken, or a tensor is
+    missing, unexpected, of another shape or not floating point.
+    """
+
+    def __init__(self, folder: Path, weights: list[Weight]):
+        self.folder = folder
+        self.shards = [_open_shard(path) for path in _weight_files(folder)]
+        self._location = {
+            name.removeprefix(PREFIX): (shard, name)
+            for shard in self.shards
+            for name in shard.names()
+        }
+        self._check_names(weights)
+        self._check_shapes(weights)
+
+    def tensor(self, weight: Weight) -> torch.Tensor:
+        """The tensor as stored: `weight.shape`, float; memory-mapped."""
+        shard, name = self._location[_hf_name(weight)]
+        try:
+            tensor = shard.tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise _broken(shard.path, error, name) from None
+        if tensor.dtype not in FLOAT_TYPES:
+            raise MptTrtError(
+                f"{shard.path}: tensor {name} is {tensor.dtype}; only unquantized checkpoints "
+                "(float32, float16, bfloat16) are read"
+            )
+        return tensor
+
+    def describe(self, weight: Weight) -> str:
+        """`file: tensor name`, for messages."""
+        shard, name = self._location[_hf_name(weight)]
+        return f"{shard.path}: tensor {name}"
+
+    def _check_names(self, weights: list[Weight]) -> None:
+        expected = {w.hf_name for w in weights if w.hf_name is not None}
+        if missing := sorted(expected - self._location.keys()):
+            raise MptTrtError(
+                f"{self.shards[0].path if len(self.shards) == 1 else self.folder}: "
+                f"tensor {missing[0]} is missing{_and_others(missing)}; config.json and the weights "
+                "do not belong together, or the download is incomplete"
+            )
+        unexpected = sorted(self._location.keys() - expected)
+        if unexpected == ["lm_head.weight"]:
+            self._require_tied_head(weights[0])
+        elif unexpected:
+            shard, name = self._location[unexpected[0]]
+            raise MptTrtError(
+                f"{shard.path}: unexpected tensor {name}{_and_others(unexpected)}; config.json does "
+                "not describe this model (biases? untied embeddings? another architecture?)"
+            )
+
+    def _require_tied_head(self, embedding: Weight) -> None:
+        shard, name = self._location["lm_head.weight"]
+        if not torch.equal(shard.tensor(name), self.tensor(embedding)):
+            raise MptTrtError(
+                f"{shard.path}: tensor {name} differs from the embedding although config.json says "
+                "tie_word_embeddings = true; set it to false to use the separate head"
+            )
+
+    def _check_shapes(self, weights: list[Weight]) -> None:
+        for weight in weights:
+            if weight.hf_name is None:
+                continue
+            shard, name = self._location[weight.hf_name]
+            shape = shard.shape(name)
+            if shape != weight.shape:
+                raise MptTrtError(
+                    f"{shard.path}: tensor {name} has shape {list(shape)}, but config.json asks for "
+                    f"{list(weight.shape)}"
+                )
+
+
+def weight_file_names(folder: Path) -> list[str]:
+    """Names of the weight files (and index) that a reader of `folder` opens."""
+    names = [path.name for path in _weight_files(folder)]
+    return names + [name for name in INDEX_FILES if (folder / name).is_file()][:1]
+
+
+def _hf_name(weight: Weight) -> str:
+    if weight.hf_name is None:
+        raise ValueError(f"{weight.name} is not stored in Hugging Face checkpoints")
+    return weight.hf_name
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for index_name in INDEX_FILES:
+        if (folder / index_name).is_file():
+            return _indexed_files(folder / index_name)
+    for name in SINGLE_FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+    raise MptTrtError(
+        f"{folder}: no weights found; one of {', '.join(SINGLE_FILES + INDEX_FILES)} is needed"
+    )
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise MptTrtError(f"{index}: field weight_map is missing; download the index again")
+    files = [index.parent / str(name) for name in sorted(set(weight_map.values()))]
+    for path in files:
+        if path.parent.resolve() != index.parent.resolve():
+            raise MptTrtError(f"{index}: weight_map names {path.name} outside its own folder")
+        if not path.is_file():
+            tensor = next(k for k, v in weight_map.items() if v == path.name)
+            raise MptTrtError(
+                f"{path}: shard is missing (it holds {tensor}); download it, or run again online"
+            )
+    return files
+
+
+def _open_shard(path: Path) -> Shard:
+    return SafetensorsShard(path) if path.suffix == ".safetensors" else PickleShard(path)
+
+
+def _broken(path: Path, error: Exception, tensor: str) -> MptTrtError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return MptTrtError(
+        f"{path}: truncated or damaged, {tensor} cannot be read ({reason}); download the file again"
+    )
+
+
+def _first_incomplete_tensor(path: Path) -> str:
+    """The first tensor whose bytes lie beyond the end of a truncated safetensors file.
+
+    Format: 8 bytes little-endian header length, JSON header with `data_offsets` relative to the end
+    of the header, data (safetensors README, section "Format").
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, size)))
+        ends = {k: v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"}
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
+        return "every tensor"
+    cut_off = [name for name, end in ends.items() if 8 + length + end > size]
+    return min(cut_off, key=ends.__getitem__, default="every tensor")
+
+
+def _and_others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def require_finite(tensor: torch.Tensor, description: str) -> None:
+    """Raises MptTrtError when `tensor` holds a NaN or an infinity.
+
+    A sum runs at memory speed and is not finite if an addend is not; only when it overflows by
+    itself are the elements looked at one by one.
+    """
+    if bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
+        return
+    kind = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
+    position = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+    raise MptTrtError(f"{description} holds {kind} at {position}; the checkpoint is damaged")
+
+
