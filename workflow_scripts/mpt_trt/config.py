@@ -32,6 +32,8 @@ class MptConfig:
 
     intermediate_size: width of the feed-forward layer.
     softmax_scale: factor on `Q K^T`.
+    qk_ln: queries and keys go through a layer norm of their own, whatever norm_type says; it has
+        qk_ln_epsilon (llm-foundry hands the model's norm settings to the blocks only).
     logit_scale: factor on the logits.
     bias: linear layers and norms have biases.
     bos_token_id, eos_token_id: None when neither the config nor the tokenizer names one.
@@ -52,6 +54,7 @@ class MptConfig:
     logit_scale: float = 1.0
     norm_type: NormType = "layernorm"
     layer_norm_epsilon: float = 1e-5
+    qk_ln_epsilon: float = 1e-5
     bias: bool = False
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
@@ -74,9 +77,9 @@ class MptConfig:
 def alibi_slopes(num_heads: int, alibi_bias_max: int) -> list[float]:
     """ALiBi slope of each head, `[num_heads]`.
 
-    Press et al. 2021 (arXiv:2108.12409), section 3, with MPT's `alibi_bias_max` in place of 8: for a
-    power of two, head i (from 1) has 2^(-i * alibi_bias_max / num_heads). Other counts take the
-    slopes of the next power of two, odd-numbered ones after the even-numbered ones (llm-foundry).
+    Press et al. 2021 (arXiv:2108.12409), section 3, with MPT's `alibi_bias_max` in place of 8: of a
+    power of two of heads, head i (from 1) has 2^(-i * alibi_bias_max / num_heads). Other counts
+    take the slopes of the next power of two, first every second one, then the rest (llm-foundry).
     """
     rounded_up = 2 ** math.ceil(math.log2(num_heads))
     slopes = [2.0 ** (-i * alibi_bias_max / rounded_up) for i in range(1, rounded_up + 1)]
@@ -109,14 +112,45 @@ def _token_id(value: object) -> int | None:
 class _Reader:
     """One `config.json` on its way to an MptConfig; keeps the path for error messages."""
 
-    # Keys that do not change what the model computes at inference.
-    NEUTRAL_ATTENTION_KEYS = frozenset(
-        "attn_type attn_pdrop attn_impl alibi alibi_bias_max clip_qkv qk_ln softmax_scale kv_n_heads "
-        "attn_uses_sequence_id model_type return_dict output_hidden_states torchscript dtype "
-        "torch_dtype use_bfloat16 tf_legacy_loss pruned_heads chunk_size_feed_forward is_decoder "
-        "is_encoder_decoder id2label label2id problem_type architectures _name_or_path "
-        "transformers_version output_attentions rope_theta rope_impl rope_dail_config "
-        "rope_hf_config".split()
+    # Keys that are read below, or that change nothing at inference.
+    KNOWN_ATTENTION_KEYS = frozenset(
+        {
+            "_name_or_path",
+            "alibi",
+            "alibi_bias_max",
+            "architectures",
+            "attn_impl",
+            "attn_pdrop",
+            "attn_type",
+            "attn_uses_sequence_id",
+            "chunk_size_feed_forward",
+            "clip_qkv",
+            "dtype",
+            "id2label",
+            "is_decoder",
+            "is_encoder_decoder",
+            "kv_n_heads",
+            "label2id",
+            "model_type",
+            "norm_eps",
+            "norm_type",
+            "output_attentions",
+            "output_hidden_states",
+            "problem_type",
+            "pruned_heads",
+            "qk_ln",
+            "return_dict",
+            "rope_dail_config",
+            "rope_hf_config",
+            "rope_impl",
+            "rope_theta",
+            "softmax_scale",
+            "tf_legacy_loss",
+            "torch_dtype",
+            "torchscript",
+            "transformers_version",
+            "use_bfloat16",
+        }
     )
     # Values of other attention keys that mean "not used".
     ABSENT = (None, False, 0, -1, "", [], {})
@@ -156,6 +190,7 @@ class _Reader:
             logit_scale=self._logit_scale(hidden_size),
             norm_type=self._norm_type(),
             layer_norm_epsilon=self._epsilon(),
+            qk_ln_epsilon=self._qk_ln_epsilon(),
             bias=not self.top.get("no_bias", False),
             tie_word_embeddings=bool(self.top.get("tie_word_embeddings", True)),
             bos_token_id=_token_id(self.top.get("bos_token_id")),
@@ -171,7 +206,7 @@ class _Reader:
                 "model_type", self.top.get("model_type"), "only MPT checkpoints ('mpt') are read"
             )
         for key, value in self.attention.items():
-            if key not in self.NEUTRAL_ATTENTION_KEYS and value not in self.ABSENT:
+            if key not in self.KNOWN_ATTENTION_KEYS and value not in self.ABSENT:
                 if (key, value) == ("fused_qkv", True):
                     continue
                 raise self.refused(f"attn_config.{key}", value, "this feature is not supported")
@@ -261,7 +296,15 @@ class _Reader:
         return NORM_TYPES[name]
 
     def _epsilon(self) -> float:
-        for field in ("layer_norm_epsilon", "norm_eps"):
+        # llm-foundry's key, then transformers'.
+        for field in ("norm_eps", "layer_norm_epsilon"):
             if self.top.get(field) is not None:
                 return self._number(field, self.top[field])
         return 1e-5
+
+    def _qk_ln_epsilon(self) -> float:
+        name = self.attention.get("norm_type") or "low_precision_layernorm"
+        if self.attention.get("qk_ln") and NORM_TYPES.get(str(name).lower()) != "layernorm":
+            raise self.refused("attn_config.norm_type", name, "with qk_ln only layer norm is known")
+        value = self.attention.get("norm_eps")
+        return 1e-5 if value is None else self._number("attn_config.norm_eps", value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class MptTrtError(Exception):
+class MptTrtError(ValueError):
     """Bad input or an unusable environment.
 
     The message is one sentence or two that name the file, the field, the value and the remedy. The

@@ -49,7 +49,7 @@ def replace_file(target: Path) -> Iterator[Path]:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             yield partial
-            os.replace(partial, target)
+            partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -118,11 +118,11 @@ def _partial_name(target: Path) -> Path:
 
 def _exchange(new: Path, target: Path) -> None:
     if not target.exists():
-        os.rename(new, target)
+        new.rename(target)
         return
     old = target.with_name(f"{new.name}-old")
-    os.rename(target, old)
-    os.rename(new, target)
+    target.rename(old)
+    new.rename(target)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -23,7 +23,7 @@ from mpt_trt import sharding
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import content_hashes, read_json, replace_directory, write_json
-from mpt_trt.hf_checkpoint import HfCheckpoint, require_finite
+from mpt_trt.hf_checkpoint import HfCheckpoint, is_finite, require_finite
 from mpt_trt.sharding import Range, Shard
 from mpt_trt.weight_map import Split, Weight, weights
 
@@ -197,12 +197,11 @@ class _Writer:
         self, stream: BinaryIO, digest: xxhash.xxh3_128, slab: torch.Tensor, description: str
     ) -> None:
         stored = slab.to(self.dtype)
-        if stored.dtype != slab.dtype and not bool(torch.isfinite(stored.sum())):
-            if not bool(torch.isfinite(stored).all()):
-                raise MptTrtError(
-                    f"{description} holds {slab.abs().max().item():g}, which {self.dtype} cannot "
-                    "hold; choose storage type bfloat16 or float32"
-                )
+        if stored.dtype != slab.dtype and not is_finite(stored):
+            raise MptTrtError(
+                f"{description} holds {slab.abs().max().item():g}, which {self.dtype} cannot "
+                "hold; choose storage type bfloat16 or float32"
+            )
         content = stored.contiguous().view(torch.uint8).numpy()
         stream.write(content)
         digest.update(content)
@@ -283,6 +282,7 @@ def _keys_beyond_ft(config: MptConfig) -> dict[str, object]:
         "alibi_bias_max": config.alibi_bias_max if config.alibi_bias_max != 8 else None,
         "clip_qkv": config.clip_qkv,
         "qk_ln": True if config.qk_ln else None,
+        "qk_ln_epsilon": config.qk_ln_epsilon if config.qk_ln_epsilon != 1e-5 else None,
         "softmax_scale": config.softmax_scale if config.softmax_scale != usual_scale else None,
         "logit_scale": config.logit_scale if config.logit_scale != 1.0 else None,
         "norm_type": config.norm_type if config.norm_type != "layernorm" else None,
@@ -412,6 +412,7 @@ def _config_from_ini(ini: _Ini, folder: Path) -> MptConfig:
         logit_scale=ini.number("logit_scale", 1.0),
         norm_type="rmsnorm" if ini.text("norm_type", "") == "rmsnorm" else "layernorm",
         layer_norm_epsilon=ini.number("layer_norm_epsilon", 1e-5),
+        qk_ln_epsilon=ini.number("qk_ln_epsilon", 1e-5),
         bias=ini.flag("bias", "true"),
         tie_word_embeddings=not (folder / "model.lm_head.weight.bin").is_file(),
         bos_token_id=ini.optional_integer("bos_token_id"),

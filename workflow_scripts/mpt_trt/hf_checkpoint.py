@@ -17,12 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.files import read_json
+from mpt_trt.hf_files import weight_files
 from mpt_trt.weight_map import Weight
 
 PREFIX = "transformer."
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -92,7 +90,7 @@ class HfCheckpoint:
 
     def __init__(self, folder: Path, weights: list[Weight]):
         self.folder = folder
-        self.shards = [_open_shard(path) for path in _weight_files(folder)]
+        self.shards = [_open_shard(path) for path in weight_files(folder)]
         self._location = {
             name.removeprefix(PREFIX): (shard, name)
             for shard in self.shards
@@ -125,8 +123,8 @@ class HfCheckpoint:
         if missing := sorted(expected - self._location.keys()):
             raise MptTrtError(
                 f"{self.shards[0].path if len(self.shards) == 1 else self.folder}: "
-                f"tensor {missing[0]} is missing{_and_others(missing)}; config.json and the weights "
-                "do not belong together, or the download is incomplete"
+                f"tensor {missing[0]} is missing{_and_others(missing)}; config.json and the "
+                "weights do not belong together, or the download is incomplete"
             )
         unexpected = sorted(self._location.keys() - expected)
         if unexpected == ["lm_head.weight"]:
@@ -134,8 +132,8 @@ class HfCheckpoint:
         elif unexpected:
             shard, name = self._location[unexpected[0]]
             raise MptTrtError(
-                f"{shard.path}: unexpected tensor {name}{_and_others(unexpected)}; config.json does "
-                "not describe this model (biases? untied embeddings? another architecture?)"
+                f"{shard.path}: unexpected tensor {name}{_and_others(unexpected)}; config.json "
+                "does not describe this model (biases? untied embeddings? another architecture?)"
             )
 
     def _require_tied_head(self, embedding: Weight) -> None:
@@ -154,49 +152,15 @@ class HfCheckpoint:
             shape = shard.shape(name)
             if shape != weight.shape:
                 raise MptTrtError(
-                    f"{shard.path}: tensor {name} has shape {list(shape)}, but config.json asks for "
-                    f"{list(weight.shape)}"
+                    f"{shard.path}: tensor {name} has shape {list(shape)}, but config.json asks "
+                    f"for {list(weight.shape)}"
                 )
-
-
-def weight_file_names(folder: Path) -> list[str]:
-    """Names of the weight files (and index) that a reader of `folder` opens."""
-    names = [path.name for path in _weight_files(folder)]
-    return names + [name for name in INDEX_FILES if (folder / name).is_file()][:1]
 
 
 def _hf_name(weight: Weight) -> str:
     if weight.hf_name is None:
         raise ValueError(f"{weight.name} is not stored in Hugging Face checkpoints")
     return weight.hf_name
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for index_name in INDEX_FILES:
-        if (folder / index_name).is_file():
-            return _indexed_files(folder / index_name)
-    for name in SINGLE_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-    raise MptTrtError(
-        f"{folder}: no weights found; one of {', '.join(SINGLE_FILES + INDEX_FILES)} is needed"
-    )
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise MptTrtError(f"{index}: field weight_map is missing; download the index again")
-    files = [index.parent / str(name) for name in sorted(set(weight_map.values()))]
-    for path in files:
-        if path.parent.resolve() != index.parent.resolve():
-            raise MptTrtError(f"{index}: weight_map names {path.name} outside its own folder")
-        if not path.is_file():
-            tensor = next(k for k, v in weight_map.items() if v == path.name)
-            raise MptTrtError(
-                f"{path}: shard is missing (it holds {tensor}); download it, or run again online"
-            )
-    return files
 
 
 def _open_shard(path: Path) -> Shard:
@@ -232,16 +196,19 @@ def _and_others(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def require_finite(tensor: torch.Tensor, description: str) -> None:
-    """Raises MptTrtError when `tensor` holds a NaN or an infinity.
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is a NaN or an infinity.
 
     A sum runs at memory speed and is not finite if an addend is not; only when it overflows by
     itself are the elements looked at one by one.
     """
-    if bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def require_finite(tensor: torch.Tensor, description: str) -> None:
+    """Raises MptTrtError when `tensor` holds a NaN or an infinity."""
+    if is_finite(tensor):
         return
     kind = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
     position = (~torch.isfinite(tensor)).nonzero()[0].tolist()
     raise MptTrtError(f"{description} holds {kind} at {position}; the checkpoint is damaged")
-
-

@@ -61,7 +61,7 @@ def is_legal(config: MptConfig, tp_size: int) -> bool:
 
 
 def require_legal(config: MptConfig, tp_size: int) -> None:
-    """Raises MptTrtError, listing the legal sizes, when the model cannot be cut in tp_size parts."""
+    """Raises MptTrtError, listing the legal sizes, when a model cannot be cut in tp_size parts."""
     if tp_size >= 1 and is_legal(config, tp_size):
         return
     legal = [str(size) for size in range(1, MAX_TP_SIZE + 1) if is_legal(config, size)]

@@ -49,7 +49,7 @@ def weights(config: MptConfig) -> list[Weight]:
         found.append(Weight("wpe", "wpe.weight", (config.max_seq_len, config.hidden_size)))
     for layer in range(config.num_layers):
         found += _layer_weights(config, layer)
-    found += _norm("final_layernorm", "norm_f", config.hidden_size, config)
+    found += _norm("final_layernorm", "norm_f", config.hidden_size, _has_norm_bias(config))
     if not config.tie_word_embeddings:
         shape = (config.vocab_size, config.hidden_size)
         found.append(Weight("lm_head.weight", "lm_head.weight", shape))
@@ -59,14 +59,15 @@ def weights(config: MptConfig) -> list[Weight]:
 def _layer_weights(config: MptConfig, layer: int) -> list[Weight]:
     ft, hf = f"layers.{layer}", f"blocks.{layer}"
     hidden, intermediate = config.hidden_size, config.intermediate_size
+    norm_bias = _has_norm_bias(config)
     qk_norms = []
     if config.qk_ln:
         qk_norms = [
-            *_norm(f"{ft}.attention.q_layernorm", f"{hf}.attn.q_ln", hidden, config),
-            *_norm(f"{ft}.attention.k_layernorm", f"{hf}.attn.k_ln", config.kv_size, config),
+            *_norm(f"{ft}.attention.q_layernorm", f"{hf}.attn.q_ln", hidden, config.bias),
+            *_norm(f"{ft}.attention.k_layernorm", f"{hf}.attn.k_ln", config.kv_size, config.bias),
         ]
     return [
-        *_norm(f"{ft}.input_layernorm", f"{hf}.norm_1", hidden, config),
+        *_norm(f"{ft}.input_layernorm", f"{hf}.norm_1", hidden, norm_bias),
         *_linear(
             f"{ft}.attention.query_key_value",
             f"{hf}.attn.Wqkv",
@@ -78,7 +79,7 @@ def _layer_weights(config: MptConfig, layer: int) -> list[Weight]:
         *_linear(
             f"{ft}.attention.dense", f"{hf}.attn.out_proj", (hidden, hidden), Split.ROWS, config
         ),
-        *_norm(f"{ft}.post_attention_layernorm", f"{hf}.norm_2", hidden, config),
+        *_norm(f"{ft}.post_attention_layernorm", f"{hf}.norm_2", hidden, norm_bias),
         *_linear(
             f"{ft}.mlp.dense_h_to_4h",
             f"{hf}.ffn.up_proj",
@@ -96,8 +97,11 @@ def _layer_weights(config: MptConfig, layer: int) -> list[Weight]:
     ]
 
 
-def _norm(name: str, hf_name: str, size: int, config: MptConfig) -> list[Weight]:
-    has_bias = config.bias and config.norm_type == "layernorm"
+def _has_norm_bias(config: MptConfig) -> bool:
+    return config.bias and config.norm_type == "layernorm"
+
+
+def _norm(name: str, hf_name: str, size: int, has_bias: bool) -> list[Weight]:
     return [
         Weight(f"{name}.weight", f"{hf_name}.weight", (size,)),
         Weight(f"{name}.bias", f"{hf_name}.bias" if has_bias else None, (size,)),

@@ -1,0 +1,38 @@
+# `make demo` runs the main job on the model that ships; `make test` runs the test suite.
+# Both set up .venv first. PYTHON: any Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+DEMO := smoke_tests/mpt-demo/fp16/1-gpu.json
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/snakemake --cores 2 $(DEMO)
+	$(BIN)/python workflow_scripts/show_smoke_test.py $(DEMO)
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+# Formatting and lint of Python and Snakemake files.
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/snakemake --lint
+
+# A folder is made for the Python at hand; a stamp says that the pinned packages are in it.
+$(VENV)/installed: requirements.txt constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --requirement requirements.txt --constraint constraints.txt
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(PIP) install --quiet --requirement requirements-dev.txt --constraint constraints.txt
+	touch $@
+
+clean:
+	rm -rf build checkpoints ft_ckpts trt_engines smoke_tests logs .snakemake

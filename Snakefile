@@ -1,0 +1,27 @@
+"""mpt-trt: from Hugging Face MPT checkpoints to verified TensorRT engines.
+
+Name a file or folder to make it and whatever it needs, for example
+
+    snakemake -c2 trt_engines/mpt-7b/fp16/1-gpu
+
+Without a name, the `targets` of config.yaml are made.
+"""
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+configfile: "config.yaml"
+
+
+include: "rules/common.smk"
+include: "rules/checkpoint.smk"
+include: "rules/engine.smk"
+include: "rules/verify.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        settings.targets,

@@ -1,0 +1,128 @@
+"""From a model's source to FT checkpoints.
+
+inputs:
+    models.{model}.source of config.yaml: a hub id, or a folder in Hugging Face format
+outputs:
+    checkpoints/{model}.revision.json                the commit that the revision meant, once and for all
+    checkpoints/{model}                              a hub model's files (links into the hub's cache)
+    ft_ckpts/{model}/{storage}/{tp}-gpu              the FT checkpoint; storage is fp32, fp16 or bf16
+steps:
+    resolve_revision -> fetch_checkpoint (hub models only) -> convert_checkpoint
+"""
+
+from mpt_trt.hf_files import checkpoint_files
+
+
+def is_on_hub(model: Model) -> bool:
+    return hub.is_hub_id(model.source)
+
+
+def checkpoint_folder(wildcards) -> str:
+    """Folder of the model in Hugging Face format: its own, or where its hub files are linked."""
+    model = model_of(wildcards)
+    return f"checkpoints/{wildcards.model}" if is_on_hub(model) else model.source
+
+
+def checkpoint_inputs(wildcards) -> list[str]:
+    """What a step that reads the checkpoint depends on."""
+    folder = checkpoint_folder(wildcards)
+    if is_on_hub(model_of(wildcards)):
+        return [folder]
+    return [str(path) for path in checked(checkpoint_files, Path(folder))]
+
+
+def hub_source(wildcards) -> str:
+    return model_of(wildcards).source
+
+
+def hub_revision(wildcards) -> str:
+    return model_of(wildcards).revision
+
+
+def storage_type(wildcards) -> str:
+    if wildcards.storage not in STORAGES:
+        raise WorkflowError(
+            f"ft_ckpts/{wildcards.model}/{wildcards.storage}: no such storage type; "
+            f"known are {', '.join(STORAGES)}"
+        )
+    return STORAGES[wildcards.storage]
+
+
+# Not made anew when the code changes: the commit, once recorded, stays.
+rule resolve_revision:
+    output:
+        "checkpoints/{model}.revision.json",
+    log:
+        "logs/resolve_revision/{model}.log",
+    benchmark:
+        "logs/resolve_revision/{model}.tsv"
+    localrule: True
+    conda:
+        "../envs/base.yaml"
+    params:
+        source=hub_source,
+        revision=hub_revision,
+    shell:
+        r"""
+        exec > >(tee {log:q}) 2>&1
+        python {SCRIPTS:q}/fetch_checkpoint.py resolve \
+            --source {params.source:q} \
+            --revision {params.revision:q} \
+            --output {output:q}
+        """
+
+
+rule fetch_checkpoint:
+    input:
+        intact("checkpoints/{model}"),
+        revision="checkpoints/{model}.revision.json",
+    output:
+        folder=directory("checkpoints/{model}"),
+        seal=seal("checkpoints/{model}"),
+    log:
+        "logs/fetch_checkpoint/{model}.log",
+    benchmark:
+        "logs/fetch_checkpoint/{model}.tsv"
+    conda:
+        "../envs/base.yaml"
+    params:
+        code=version_of("fetch_checkpoint.py"),
+    shell:
+        r"""
+        exec > >(tee {log:q}) 2>&1
+        python {SCRIPTS:q}/fetch_checkpoint.py fetch \
+            --revision_file {input.revision:q} \
+            --output_dir {output.folder:q}
+        python {SCRIPTS:q}/seal.py {output.folder:q}
+        """
+
+
+rule convert_checkpoint:
+    input:
+        intact("ft_ckpts/{model}/{storage}/{tp}-gpu"),
+        checkpoint=checkpoint_inputs,
+    output:
+        folder=directory("ft_ckpts/{model}/{storage}/{tp}-gpu"),
+        seal=seal("ft_ckpts/{model}/{storage}/{tp}-gpu"),
+    log:
+        "logs/convert_checkpoint/{model}/{storage}/{tp}-gpu.log",
+    benchmark:
+        "logs/convert_checkpoint/{model}/{storage}/{tp}-gpu.tsv"
+    conda:
+        "../envs/base.yaml"
+    threads: 2
+    params:
+        code=version_of("convert_hf_mpt_to_ft.py"),
+        folder=checkpoint_folder,
+        storage_type=storage_type,
+    shell:
+        r"""
+        exec > >(tee {log:q}) 2>&1
+        python {SCRIPTS:q}/convert_hf_mpt_to_ft.py \
+            --in_file {params.folder:q} \
+            --out_dir ft_ckpts/{wildcards.model:q}/{wildcards.storage:q} \
+            --tensor_parallelism {wildcards.tp} \
+            --storage_type {params.storage_type} \
+            --processes {threads}
+        python {SCRIPTS:q}/seal.py {output.folder:q}
+        """

@@ -1,0 +1,57 @@
+"""From an engine directory to the proof that it works.
+
+inputs:
+    trt_engines/{model}/{variant}/{tp}-gpu, and the checkpoint that it was made from
+outputs:
+    smoke_tests/{model}/{variant}/{tp}-gpu.json     text, speed, runtime, distance to the reference
+steps:
+    smoke_test
+"""
+
+
+def tokenizer_option(wildcards) -> list[str]:
+    tokenizer = model_of(wildcards).tokenizer
+    return [] if tokenizer is None else [f"--tokenizer_dir={tokenizer}"]
+
+
+def tolerance_options(wildcards) -> list[str]:
+    tolerance = variant_of(wildcards).tolerance
+    return [
+        f"--max_abs={tolerance.max_abs}",
+        f"--mean_kl={tolerance.mean_kl}",
+        f"--min_top1={tolerance.min_top1}",
+    ]
+
+
+rule smoke_test:
+    input:
+        engine="trt_engines/{model}/{variant}/{tp}-gpu",
+        checkpoint=checkpoint_inputs,
+    output:
+        "smoke_tests/{model}/{variant}/{tp}-gpu.json",
+    log:
+        "logs/smoke_test/{model}/{variant}/{tp}-gpu.log",
+    benchmark:
+        "logs/smoke_test/{model}/{variant}/{tp}-gpu.tsv"
+    conda:
+        "../envs/base.yaml"
+    threads: 2
+    params:
+        code=version_of("smoke_test.py"),
+        folder=checkpoint_folder,
+        tokenizer=tokenizer_option,
+        tolerance=tolerance_options,
+        prompt=settings.smoke_test.prompt,
+        max_new_tokens=settings.smoke_test.max_new_tokens,
+    shell:
+        r"""
+        exec > >(tee {log:q}) 2>&1
+        python {SCRIPTS:q}/smoke_test.py \
+            --engine_dir {input.engine:q} \
+            --model_dir {params.folder:q} \
+            {params.tokenizer:q} \
+            {params.tolerance:q} \
+            --prompt {params.prompt:q} \
+            --max_new_tokens {params.max_new_tokens} \
+            --output {output:q}
+        """

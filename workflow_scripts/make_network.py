@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Makes the network of one rank: rank{r}.onnx, and hard links to the FT files it reads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mpt_trt import arguments as options
+from mpt_trt.console import run_cli
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--model_dir", type=Path, required=True, help="a {tp_size}-gpu folder of an FT checkpoint"
+    )
+    parser.add_argument("--rank", type=int, default=0, help="which rank (default: %(default)s)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the result")
+    options.add_limits(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from mpt_trt.engines.building import make_rank_network
+    from mpt_trt.errors import MptTrtError
+    from mpt_trt.ft_checkpoint import read_ft_checkpoint
+    from mpt_trt.sharding import Shard
+
+    checkpoint = read_ft_checkpoint(arguments.model_dir)
+    if not 0 <= arguments.rank < checkpoint.tp_size:
+        raise MptTrtError(
+            f"--rank = {arguments.rank}: {arguments.model_dir} has ranks 0 to "
+            f"{checkpoint.tp_size - 1}"
+        )
+    shard = Shard(arguments.rank, checkpoint.tp_size)
+    make_rank_network(checkpoint, shard, options.limits(arguments), arguments.output_dir)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,98 @@
+"""Command-line options that several tools share; their defaults are those of config.yaml."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING
+
+from mpt_trt.settings import variant_choices, variant_default
+
+if TYPE_CHECKING:
+    from mpt_trt.engines.building import BuildRequest
+    from mpt_trt.engines.manifest import EngineLimits
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Adds the options from which `limits` is read."""
+    group = parser.add_argument_group("limits of the engine")
+    helps = {
+        "max_batch_size": "most rows at a time (prompts times beams)",
+        "max_input_len": "most tokens that a row takes in one step",
+        "max_output_len": "cache positions that a row has beyond max_input_len",
+    }
+    for name, text in helps.items():
+        group.add_argument(
+            f"--{name}",
+            type=int,
+            default=variant_default(name),
+            help=f"{text} (default: %(default)s)",
+        )
+    group.add_argument(
+        "--gather_all_token_logits",
+        action="store_true",
+        help="let a step return the logits of every token, not only of one a row",
+    )
+
+
+def add_builder(parser: argparse.ArgumentParser) -> None:
+    """Adds the options from which `build_request` is read, limits aside."""
+    group = parser.add_argument_group("builder")
+    group.add_argument(
+        "--backend",
+        choices=variant_choices("backend"),
+        default=variant_default("backend"),
+        help="what builds the engine (default: %(default)s)",
+    )
+    group.add_argument(
+        "--compute_capabilities",
+        nargs="+",
+        type=_compute_capability,
+        default=variant_default("compute_capabilities"),
+        metavar="X.Y",
+        help="GPUs that tensorrt_rtx builds for (default: %(default)s)",
+    )
+
+
+def limits(arguments: argparse.Namespace) -> EngineLimits:
+    from mpt_trt.engines.manifest import EngineLimits
+
+    return EngineLimits(
+        max_batch_size=arguments.max_batch_size,
+        max_input_len=arguments.max_input_len,
+        max_output_len=arguments.max_output_len,
+        gather_all_token_logits=arguments.gather_all_token_logits,
+    )
+
+
+def build_request(arguments: argparse.Namespace, engine_limits: EngineLimits) -> BuildRequest:
+    from mpt_trt.engines.building import BuildRequest
+
+    return BuildRequest(
+        limits=engine_limits,
+        backend=arguments.backend,
+        compute_capabilities=tuple(arguments.compute_capabilities),
+    )
+
+
+def _compute_capability(text: str) -> str:
+    if not re.fullmatch(r"[0-9]+\.[0-9]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability such as 8.9")
+    return text
+
+
+def add_runtime(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that choose what runs an engine."""
+    group = parser.add_argument_group("runtime")
+    group.add_argument(
+        "--runtime",
+        choices=["auto", "tensorrt", "onnxruntime"],
+        default="auto",
+        help="auto: TensorRT where it can run the engine, else ONNX Runtime (default: %(default)s)",
+    )
+    group.add_argument(
+        "--num_threads",
+        type=int,
+        default=0,
+        help="CPU threads of ONNX Runtime; 0 for one a core (default: %(default)s)",
+    )

@@ -1,0 +1,62 @@
+"""From an FT checkpoint to an engine directory: the network, the plan, and both put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpt_trt.engines import manifest, tensorrt
+from mpt_trt.engines.manifest import EngineLimits
+from mpt_trt.engines.packages import choose_package
+from mpt_trt.engines.tensorrt import BuildOptions
+from mpt_trt.files import read_json, replace_directory
+from mpt_trt.ft_checkpoint import FtCheckpoint
+from mpt_trt.sharding import Shard, shards
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build. backend and compute_capabilities: as in config.yaml."""
+
+    limits: EngineLimits
+    backend: str
+    compute_capabilities: tuple[str, ...]
+
+    def options(self) -> BuildOptions:
+        package = choose_package(self.backend)
+        return BuildOptions(package, self.limits, self.compute_capabilities)
+
+
+def make_rank_network(
+    checkpoint: FtCheckpoint, shard: Shard, limits: EngineLimits, target: Path
+) -> None:
+    """Makes the folder `target` with one rank's network and the description of it."""
+    with replace_directory(target) as folder:
+        manifest.write_rank_network(checkpoint, shard, limits, folder)
+
+
+def build_rank(networks: Path, rank: int, request: BuildRequest, target: Path) -> None:
+    """Makes the folder `target` with one rank's plan, from the folder that has its network."""
+    with replace_directory(target) as folder:
+        _build_plan(networks, rank, request.options(), folder)
+
+
+def build_engine(checkpoint: FtCheckpoint, request: BuildRequest, target: Path) -> None:
+    """Makes the engine directory `target` of all ranks."""
+    options = request.options()
+    with replace_directory(target) as folder:
+        ranks = shards(checkpoint.tp_size)
+        for shard in ranks:
+            manifest.write_rank_network(checkpoint, shard, request.limits, folder)
+            _build_plan(folder, shard.rank, options, folder)
+        manifest.write_manifest(folder, [(folder, folder)] * len(ranks))
+        for description in folder.glob("rank*.json"):
+            description.unlink()
+
+
+def _build_plan(networks: Path, rank: int, options: BuildOptions, folder: Path) -> None:
+    network = networks / manifest.network_name(rank)
+    described = read_json(networks / manifest.network_description_name(rank))
+    plan = folder / manifest.engine_name(rank)
+    builder = tensorrt.build_plan(network, options, plan)
+    manifest.write_plan_description(plan, described["network"]["hash"], builder)

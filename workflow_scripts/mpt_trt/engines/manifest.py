@@ -1,0 +1,283 @@
+"""`config.json` of an engine directory: what it is, from what, built by what, for which GPUs.
+
+A directory holds, for every rank, `rank{r}.onnx` (the network), `rank{r}.engine` (the TensorRT
+plan), and the networks' weights in `weights/`. Everything that loads an engine reads this file
+first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mpt_trt.config import MptConfig
+from mpt_trt.errors import MptTrtError
+from mpt_trt.files import content_hash, hard_link, read_json, replace_directory, write_json
+from mpt_trt.ft_checkpoint import FtCheckpoint
+from mpt_trt.network import WEIGHTS_FOLDER, build_network
+from mpt_trt.sharding import Shard
+
+FORMAT = 1
+MANIFEST = "config.json"
+# What all ranks of an engine have in common.
+COMMON_KEYS = ("model_name", "config", "dtype", "tp_size", "limits", "source")
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """The largest inputs of an engine.
+
+    max_batch_size: rows of the KV cache (prompts times beams).
+    max_input_len: tokens a row takes in one step; longer prompts are fed in pieces.
+    max_output_len: cache positions a row has beyond max_input_len.
+    gather_all_token_logits: logits of every token of a step can be asked for, not only of one
+        token a row.
+    """
+
+    max_batch_size: int
+    max_input_len: int
+    max_output_len: int
+    gather_all_token_logits: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_input_len", "max_output_len"):
+            if getattr(self, name) < 1:
+                raise MptTrtError(f"{name} = {getattr(self, name)}: at least 1 is required")
+
+    @property
+    def cache_len(self) -> int:
+        """Cache positions of a row: its longest prompt in one step and the longest output."""
+        return self.max_input_len + self.max_output_len
+
+    @property
+    def max_logits(self) -> int:
+        """Most logit rows of one step."""
+        tokens = self.max_input_len if self.gather_all_token_logits else 1
+        return self.max_batch_size * tokens
+
+
+@dataclass(frozen=True)
+class BuilderInfo:
+    """What built a plan, and where it runs.
+
+    package: `tensorrt` or `tensorrt_rtx`. compute_capabilities: as "8.9".
+    """
+
+    package: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """One rank's files: name and content hash of the network, the plan and each weight."""
+
+    network: str
+    network_hash: str
+    weights: dict[str, str]
+    engine: str
+    engine_bytes: int
+    engine_hash: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `config.json`.
+
+    dtype: storage type of the weights. source: origin of the checkpoint, as its own manifest says.
+    """
+
+    model_name: str
+    config: MptConfig
+    dtype: str
+    tp_size: int
+    limits: EngineLimits
+    source: dict
+    builder: BuilderInfo
+    ranks: tuple[RankFiles, ...]
+
+
+def network_name(rank: int) -> str:
+    return f"rank{rank}.onnx"
+
+
+def engine_name(rank: int) -> str:
+    return f"rank{rank}.engine"
+
+
+def network_description_name(rank: int) -> str:
+    return f"rank{rank}.network.json"
+
+
+def plan_description_name(rank: int) -> str:
+    return f"rank{rank}.engine.json"
+
+
+def write_rank_network(
+    checkpoint: FtCheckpoint, shard: Shard, limits: EngineLimits, folder: Path
+) -> None:
+    """Adds one rank's network to `folder`: the graph, its weights, and a description beside it.
+
+    Raises MptTrtError when the model has learned positions and the limits exceed them.
+    """
+    config = checkpoint.config
+    if config.position_embedding == "learned" and limits.cache_len > config.max_seq_len:
+        raise MptTrtError(
+            f"max_input_len + max_output_len = {limits.cache_len}, but the model has learned "
+            f"positions for {config.max_seq_len} tokens; lower the limits"
+        )
+    network = build_network(checkpoint, shard, limits.cache_len)
+    for name, source in network.files.items():
+        target = folder / WEIGHTS_FOLDER / name
+        if not target.exists():
+            hard_link(source, target)
+    graph_path = folder / network_name(shard.rank)
+    graph_path.write_bytes(network.model.SerializeToString())
+    description = {
+        "model_name": checkpoint.model_name,
+        "config": asdict(config),
+        "dtype": checkpoint.storage_type,
+        "tp_size": checkpoint.tp_size,
+        "limits": asdict(limits),
+        "source": checkpoint.manifest.get("source", {}),
+        "network": {"file": graph_path.name, "hash": content_hash(graph_path)},
+        "weights": checkpoint.hashes(sorted(network.files)),
+    }
+    write_json(folder / network_description_name(shard.rank), description)
+
+
+def read_network_limits(folder: Path, rank: int) -> EngineLimits:
+    """The limits that a rank's network was made for."""
+    return EngineLimits(**read_json(folder / network_description_name(rank))["limits"])
+
+
+def write_plan_description(engine: Path, network_hash: str, builder: BuilderInfo) -> None:
+    """Writes `rank{r}.engine.json` beside a plan."""
+    description = {
+        "engine": {
+            "file": engine.name,
+            "bytes": engine.stat().st_size,
+            "hash": content_hash(engine),
+        },
+        "network_hash": network_hash,
+        "builder": asdict(builder),
+    }
+    write_json(engine.with_name(f"{engine.name}.json"), description)
+
+
+def collect(rank_folders: list[tuple[Path, Path]], target: Path) -> None:
+    """Makes an engine directory of hard links from (network folder, engine folder) of each rank.
+
+    Raises MptTrtError when the ranks do not belong together.
+    """
+    with replace_directory(target) as folder:
+        for rank, (networks, engines) in enumerate(rank_folders):
+            _link_rank(rank, networks, engines, folder)
+        write_manifest(folder, rank_folders)
+
+
+def _link_rank(rank: int, networks: Path, engines: Path, folder: Path) -> None:
+    hard_link(networks / network_name(rank), folder / network_name(rank))
+    hard_link(engines / engine_name(rank), folder / engine_name(rank))
+    for name in read_json(networks / network_description_name(rank))["weights"]:
+        if not (folder / WEIGHTS_FOLDER / name).exists():
+            hard_link(networks / WEIGHTS_FOLDER / name, folder / WEIGHTS_FOLDER / name)
+
+
+def write_manifest(folder: Path, rank_folders: list[tuple[Path, Path]]) -> None:
+    """Writes `folder/config.json` from the descriptions that lie beside networks and plans."""
+    networks = [
+        read_json(path / network_description_name(rank))
+        for rank, (path, _) in enumerate(rank_folders)
+    ]
+    plans = [
+        read_json(path / plan_description_name(rank)) for rank, (_, path) in enumerate(rank_folders)
+    ]
+    for rank, (network, plan) in enumerate(zip(networks, plans, strict=True)):
+        _require_alike(rank, network | plan, networks[0] | plans[0])
+    if networks[0]["tp_size"] != len(networks):
+        raise MptTrtError(f"{len(networks)} ranks given, but {networks[0]['tp_size']} are needed")
+    content = {
+        "format": FORMAT,
+        **{key: networks[0][key] for key in COMMON_KEYS},
+        "builder": plans[0]["builder"],
+        "ranks": [asdict(_rank_files(n, p)) for n, p in zip(networks, plans, strict=True)],
+    }
+    write_json(folder / MANIFEST, content)
+
+
+def _require_alike(rank: int, described: dict, first: dict) -> None:
+    keys = (*COMMON_KEYS, "builder")
+    if differing := [key for key in keys if described[key] != first[key]]:
+        raise MptTrtError(
+            f"rank {rank} and rank 0 differ in {', '.join(differing)}; build all ranks again"
+        )
+    if described["network_hash"] != described["network"]["hash"]:
+        raise MptTrtError(
+            f"{engine_name(rank)} was built from another network than the {network_name(rank)} "
+            "given; build it again"
+        )
+
+
+def _rank_files(network: dict, plan: dict) -> RankFiles:
+    return RankFiles(
+        network=network["network"]["file"],
+        network_hash=network["network"]["hash"],
+        weights=network["weights"],
+        engine=plan["engine"]["file"],
+        engine_bytes=plan["engine"]["bytes"],
+        engine_hash=plan["engine"]["hash"],
+    )
+
+
+def read_manifest(engine_dir: Path) -> Manifest:
+    """Reads `config.json` and checks that every file it names is there.
+
+    Raises MptTrtError, naming the file, when the folder is no engine directory or is incomplete.
+    """
+    path = engine_dir / MANIFEST
+    content = read_json(path)
+    if content.get("format") != FORMAT:
+        raise MptTrtError(
+            f"{path}: format = {content.get('format')!r}: this version reads engine directories "
+            f"of format {FORMAT}; build the engine again"
+        )
+    try:
+        manifest = _parse(content)
+    except (KeyError, TypeError) as error:
+        raise MptTrtError(f"{path}: damaged ({error!r}); build the engine again") from None
+    _check_files(engine_dir, manifest)
+    return manifest
+
+
+def _parse(content: dict) -> Manifest:
+    builder = content["builder"] | {
+        "compute_capabilities": tuple(content["builder"]["compute_capabilities"])
+    }
+    return Manifest(
+        model_name=content["model_name"],
+        dtype=content["dtype"],
+        tp_size=content["tp_size"],
+        source=content["source"],
+        config=MptConfig(**content["config"]),
+        limits=EngineLimits(**content["limits"]),
+        builder=BuilderInfo(**builder),
+        ranks=tuple(RankFiles(**rank) for rank in content["ranks"]),
+    )
+
+
+def _check_files(engine_dir: Path, manifest: Manifest) -> None:
+    for rank in manifest.ranks:
+        weights = [f"{WEIGHTS_FOLDER}/{name}" for name in rank.weights]
+        for name in (rank.network, rank.engine, *weights):
+            if not (engine_dir / name).is_file():
+                raise MptTrtError(
+                    f"{engine_dir / name}: missing, though {MANIFEST} names it; "
+                    "build the engine again"
+                )
+        size = (engine_dir / rank.engine).stat().st_size
+        if size != rank.engine_bytes:
+            raise MptTrtError(
+                f"{engine_dir / rank.engine}: has {size} bytes, but {MANIFEST} says "
+                f"{rank.engine_bytes}; build the engine again"
+            )

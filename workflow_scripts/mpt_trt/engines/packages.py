@@ -1,0 +1,54 @@
+"""Which TensorRT packages are installed, and which of them builds; imports none of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+
+from mpt_trt.engines import gpus
+from mpt_trt.errors import MptTrtError
+
+# Distributions that provide each module; the CUDA version is part of their name.
+DISTRIBUTIONS = {
+    "tensorrt": ("tensorrt_cu13", "tensorrt_cu12", "tensorrt"),
+    "tensorrt_rtx": ("tensorrt_rtx_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx"),
+}
+
+
+@dataclass(frozen=True)
+class Package:
+    """An installed TensorRT: its module's name and its version."""
+
+    module: str
+    version: str
+
+
+def installed_package(module: str) -> Package | None:
+    for distribution in DISTRIBUTIONS[module]:
+        try:
+            return Package(module, metadata.version(distribution))
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def choose_package(builder: str) -> Package:
+    """The package for `builder`: `tensorrt`, `tensorrt_rtx`, or `auto`.
+
+    auto takes `tensorrt` where it is installed and a GPU is there, else `tensorrt_rtx`.
+
+    Raises MptTrtError when the package is not installed.
+    """
+    if builder != "auto":
+        candidates = [builder]
+    elif gpus.compute_capabilities():
+        candidates = ["tensorrt", "tensorrt_rtx"]
+    else:
+        candidates = ["tensorrt_rtx"]
+    for module in candidates:
+        if package := installed_package(module):
+            return package
+    raise MptTrtError(
+        f"builder = {builder}: none of {', '.join(candidates)} is installed; "
+        "pip install -r requirements.txt brings tensorrt_rtx, which needs no GPU"
+    )

@@ -1,0 +1,55 @@
+"""The files of a checkpoint folder in Hugging Face format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.files import read_json
+
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+OTHER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Every file of the folder that is read: configuration, tokenizer, weights and their index.
+
+    Raises MptTrtError when the folder or its weights are not there.
+    """
+    if not folder.is_dir():
+        raise MptTrtError(f"{folder}: no such folder; models.*.source names a hub id or a folder")
+    optional = [folder / name for name in (*OTHER_FILES, *INDEX_FILES)]
+    return [path for path in optional if path.is_file()] + weight_files(folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a checkpoint folder, all of them present.
+
+    Raises MptTrtError when there are none, or when an index names a file that is not there.
+    """
+    for index_name in INDEX_FILES:
+        if (folder / index_name).is_file():
+            return _indexed_files(folder / index_name)
+    for name in SINGLE_FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+    raise MptTrtError(
+        f"{folder}: no weights found; one of {', '.join(SINGLE_FILES + INDEX_FILES)} is needed"
+    )
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise MptTrtError(f"{index}: field weight_map is missing; download the index again")
+    files = [index.parent / str(name) for name in sorted(set(weight_map.values()))]
+    for path in files:
+        if path.parent.resolve() != index.parent.resolve():
+            raise MptTrtError(f"{index}: weight_map names {path.name} outside its own folder")
+        if not path.is_file():
+            tensor = next(k for k, v in weight_map.items() if v == path.name)
+            raise MptTrtError(
+                f"{path}: shard is missing (it holds {tensor}); download it, or run again online"
+            )
+    return files

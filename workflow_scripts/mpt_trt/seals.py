@@ -1,0 +1,51 @@
+"""Notices that a folder made earlier is no longer whole.
+
+Snakemake judges a folder by one time stamp and does not see that a file inside is gone. So every
+folder that a rule makes has a seal beside it, an output of the same rule, which lists the folder's
+files. The seal of a damaged folder is broken (removed): the missing output makes Snakemake do the
+step again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from mpt_trt.files import write_json
+
+SNAKEMAKE_TIMESTAMP = ".snakemake_timestamp"
+
+
+def seal_path(folder: str) -> str:
+    """Where the seal of a folder lies. Wildcards in the name are left as they are."""
+    parent, _, name = folder.rstrip("/").rpartition("/")
+    return f"{parent}/.{name}.seal"
+
+
+def write_seal(folder: Path) -> None:
+    """Seals a finished folder: lists every file in it with its size in bytes."""
+    write_json(Path(seal_path(str(folder))), _sizes(folder))
+
+
+def break_if_damaged(folder: Path) -> None:
+    """Removes the seal of a folder in which a file is missing or has another size than sealed."""
+    seal = Path(seal_path(str(folder)))
+    if not seal.is_file():
+        return
+    try:
+        sealed = json.loads(seal.read_text())
+        is_whole = all((folder / name).stat().st_size == size for name, size in sealed.items())
+    except (OSError, ValueError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        seal.unlink(missing_ok=True)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    paths = sorted(Path(root, name) for root, _, names in os.walk(folder) for name in names)
+    return {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in paths
+        if path.name != SNAKEMAKE_TIMESTAMP
+    }

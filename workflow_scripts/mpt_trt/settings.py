@@ -1,0 +1,167 @@
+"""`config.yaml`: checked against its schema, defaults filled in, as frozen dataclasses."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonschema
+import yaml
+
+from mpt_trt.errors import MptTrtError
+
+Entry = TypeVar("Entry")
+
+SCHEMA = Path(__file__).parents[2] / "schemas" / "config.schema.yaml"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """See the schema."""
+
+    max_abs: float
+    mean_kl: float
+    min_top1: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """See the schema."""
+
+    source: str
+    revision: str
+    tokenizer: str | None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """See the schema."""
+
+    dtype: str
+    max_batch_size: int
+    max_input_len: int
+    max_output_len: int
+    gather_all_token_logits: bool
+    backend: str
+    compute_capabilities: tuple[str, ...]
+    tolerance: Tolerance
+
+
+@dataclass(frozen=True)
+class SmokeTest:
+    """See the schema."""
+
+    prompt: str
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole configuration; models and variants by name."""
+
+    models: dict[str, Model]
+    variants: dict[str, Variant]
+    smoke_test: SmokeTest
+    targets: tuple[str, ...]
+
+    def model(self, name: str) -> Model:
+        """Raises MptTrtError, with the nearest known name, when there is no such model."""
+        return _entry("model", self.models, name)
+
+    def variant(self, name: str) -> Variant:
+        """Raises MptTrtError, with the nearest known name, when there is no such variant."""
+        return _entry("variant", self.variants, name)
+
+
+def parse_settings(content: Mapping[str, Any], origin: str = "config.yaml") -> Settings:
+    """Checks `content` and fills in defaults.
+
+    Raises MptTrtError that names the key, its value and, for a misspelt key, the nearest known one.
+    """
+    schema = _schema()
+    errors = jsonschema.Draft202012Validator(schema).iter_errors(content)
+    if error := next(iter(sorted(errors, key=lambda e: list(map(str, e.absolute_path)))), None):
+        raise MptTrtError(f"{origin}: {_explain(error)}")
+    filled = _with_defaults(content, schema)
+    return Settings(
+        models={name: Model(**entry) for name, entry in filled["models"].items()},
+        variants={name: _variant(entry) for name, entry in filled["variants"].items()},
+        smoke_test=SmokeTest(**filled["smoke_test"]),
+        targets=tuple(filled["targets"]),
+    )
+
+
+def variant_default(key: str) -> Any:
+    """The default of one key of a variant, for command-line tools that have the same option."""
+    return _schema()["$defs"]["variant"]["properties"][key]["default"]
+
+
+def variant_choices(key: str) -> list[str]:
+    """The values that one key of a variant may have."""
+    return _schema()["$defs"]["variant"]["properties"][key]["enum"]
+
+
+def default_tolerance() -> Tolerance:
+    """The tolerance of a variant that names none."""
+    return Tolerance(**_with_defaults({}, _schema()["$defs"]["variant"])["tolerance"])
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt name: `; did you mean 'x'?`, or the known names."""
+    names = sorted(known)
+    if close := difflib.get_close_matches(name, names, n=1):
+        return f"did you mean {close[0]!r}?"
+    return f"known names: {', '.join(names) or 'none'}"
+
+
+def _entry(kind: str, entries: dict[str, Entry], name: str) -> Entry:
+    if name not in entries:
+        raise MptTrtError(f"config.yaml has no {kind} named {name!r}; {nearest(name, entries)}")
+    return entries[name]
+
+
+def _variant(entry: dict[str, Any]) -> Variant:
+    special = {
+        "tolerance": Tolerance(**entry["tolerance"]),
+        "compute_capabilities": tuple(entry["compute_capabilities"]),
+    }
+    return Variant(**entry | special)
+
+
+@functools.cache
+def _schema() -> dict[str, Any]:
+    return yaml.safe_load(SCHEMA.read_text())
+
+
+def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
+    reference = schema.get("$ref")
+    return schema if reference is None else _schema()["$defs"][reference.rsplit("/", 1)[1]]
+
+
+def _with_defaults(value: Any, schema: dict[str, Any]) -> Any:
+    """`value` with the schema's defaults in the places where it says nothing."""
+    schema = _resolved(schema)
+    if not isinstance(value, Mapping):
+        return value
+    known = schema.get("properties", {})
+    missing = {k: s["default"] for k, s in known.items() if k not in value and "default" in s}
+    others = schema.get("additionalProperties") or {}
+    return {k: _with_defaults(v, known.get(k, others)) for k, v in {**missing, **value}.items()}
+
+
+def _explain(error: jsonschema.ValidationError) -> str:
+    place = ".".join(map(str, error.absolute_path)) or "top level"
+    if error.validator == "additionalProperties":
+        known = error.schema.get("properties", {})
+        unknown = next(key for key in error.instance if key not in known)
+        return f"{place}: unknown key {unknown!r}; {nearest(str(unknown), known)}"
+    if error.validator == "enum":
+        options = ", ".join(map(str, error.validator_value))
+        return f"{place} = {error.instance!r}: choose one of {options}"
+    if error.validator == "required":
+        return f"{place}: {error.message}"
+    return f"{place} = {error.instance!r}: {error.message}"
