@@ -10,43 +10,6 @@ steps:
     resolve_revision -> fetch_checkpoint (hub models only) -> convert_checkpoint
 """
 
-from mpt_trt.hf_files import checkpoint_files
-
-
-def is_on_hub(model: Model) -> bool:
-    return hub.is_hub_id(model.source)
-
-
-def checkpoint_folder(wildcards) -> str:
-    """Folder of the model in Hugging Face format: its own, or where its hub files are linked."""
-    model = model_of(wildcards)
-    return f"checkpoints/{wildcards.model}" if is_on_hub(model) else model.source
-
-
-def checkpoint_inputs(wildcards) -> list[str]:
-    """What a step that reads the checkpoint depends on."""
-    folder = checkpoint_folder(wildcards)
-    if is_on_hub(model_of(wildcards)):
-        return [folder]
-    return [str(path) for path in checked(checkpoint_files, Path(folder))]
-
-
-def hub_source(wildcards) -> str:
-    return model_of(wildcards).source
-
-
-def hub_revision(wildcards) -> str:
-    return model_of(wildcards).revision
-
-
-def storage_type(wildcards) -> str:
-    if wildcards.storage not in STORAGES:
-        raise WorkflowError(
-            f"ft_ckpts/{wildcards.model}/{wildcards.storage}: no such storage type; "
-            f"known are {', '.join(STORAGES)}"
-        )
-    return STORAGES[wildcards.storage]
-
 
 # Not made anew when the code changes: the commit, once recorded, stays.
 rule resolve_revision:
@@ -65,7 +28,7 @@ rule resolve_revision:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python {SCRIPTS:q}/fetch_checkpoint.py resolve \
+        python workflow_scripts/fetch_checkpoint.py resolve \
             --source {params.source:q} \
             --revision {params.revision:q} \
             --output {output:q}
@@ -90,10 +53,10 @@ rule fetch_checkpoint:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python {SCRIPTS:q}/fetch_checkpoint.py fetch \
+        python workflow_scripts/fetch_checkpoint.py fetch \
             --revision_file {input.revision:q} \
             --output_dir {output.folder:q}
-        python {SCRIPTS:q}/seal.py {output.folder:q}
+        python workflow_scripts/seal.py {output.folder:q}
         """
 
 
@@ -118,11 +81,11 @@ rule convert_checkpoint:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python {SCRIPTS:q}/convert_hf_mpt_to_ft.py \
+        python workflow_scripts/convert_hf_mpt_to_ft.py \
             --in_file {params.folder:q} \
             --out_dir ft_ckpts/{wildcards.model:q}/{wildcards.storage:q} \
             --tensor_parallelism {wildcards.tp} \
             --storage_type {params.storage_type} \
             --processes {threads}
-        python {SCRIPTS:q}/seal.py {output.folder:q}
+        python workflow_scripts/seal.py {output.folder:q}
         """

@@ -1,6 +1,5 @@
-"""What all stages share: the checked configuration, names in paths, which files a step runs through."""
+"""What all stages share: the checked configuration, and the functions that rules take values from."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,12 +9,14 @@ SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from mpt_trt import hub, seals
+from mpt_trt.engines.packages import choose_package
+from mpt_trt.environment import prefer_this_python
 from mpt_trt.errors import MptTrtError
+from mpt_trt.hf_files import checkpoint_files
 from mpt_trt.settings import Model, Variant, parse_settings
 from mpt_trt.source_files import source_hash
 
-# Jobs run the Python that runs Snakemake, unless a conda environment or container takes over.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+prefer_this_python()
 
 # Storage type of an FT checkpoint, by the name that stands in its path.
 STORAGES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -70,3 +71,101 @@ def intact(folder: str):
         return []
 
     return break_seal_if_damaged
+
+
+# checkpoint.smk
+
+
+def is_on_hub(model: Model) -> bool:
+    return hub.is_hub_id(model.source)
+
+
+def checkpoint_folder(wildcards) -> str:
+    """Folder of the model in Hugging Face format: its own, or where its hub files are linked."""
+    model = model_of(wildcards)
+    return f"checkpoints/{wildcards.model}" if is_on_hub(model) else model.source
+
+
+def checkpoint_inputs(wildcards) -> list[str]:
+    """What a step that reads the checkpoint depends on."""
+    folder = checkpoint_folder(wildcards)
+    if is_on_hub(model_of(wildcards)):
+        return [folder]
+    return [str(path) for path in checked(checkpoint_files, Path(folder))]
+
+
+def hub_source(wildcards) -> str:
+    return model_of(wildcards).source
+
+
+def hub_revision(wildcards) -> str:
+    return model_of(wildcards).revision
+
+
+def storage_type(wildcards) -> str:
+    if wildcards.storage not in STORAGES:
+        raise WorkflowError(
+            f"ft_ckpts/{wildcards.model}/{wildcards.storage}: no such storage type; "
+            f"known are {', '.join(STORAGES)}"
+        )
+    return STORAGES[wildcards.storage]
+
+
+# engine.smk
+
+STORAGE_OF_TYPE = {storage_type: storage for storage, storage_type in STORAGES.items()}
+LIMITS = ("max_batch_size", "max_input_len", "max_output_len")
+
+
+def ft_checkpoint_of_variant(wildcards) -> str:
+    name = STORAGE_OF_TYPE[variant_of(wildcards).dtype]
+    return f"ft_ckpts/{wildcards.model}/{name}/{wildcards.tp}-gpu"
+
+
+def limit_options(wildcards) -> list[str]:
+    """The variant's limits as command-line options."""
+    variant = variant_of(wildcards)
+    options = [f"--{name}={getattr(variant, name)}" for name in LIMITS]
+    return options + ["--gather_all_token_logits"] * variant.gather_all_token_logits
+
+
+def backend(wildcards) -> str:
+    """The package that builds the plan, with `auto` resolved."""
+    return checked(choose_package, variant_of(wildcards).backend).module
+
+
+def backend_version(wildcards) -> str:
+    """Recorded with the plan, so that an upgrade of the package builds it again."""
+    return checked(choose_package, variant_of(wildcards).backend).version
+
+
+def compute_capabilities(wildcards) -> tuple[str, ...]:
+    return variant_of(wildcards).compute_capabilities
+
+
+def of_every_rank(stage: str):
+    """An input function: the folders of one stage, in the order of ranks."""
+
+    def folders(wildcards) -> list[str]:
+        variant_of(wildcards)
+        folder = f"build/{stage}/{wildcards.model}/{wildcards.variant}/{wildcards.tp}-gpu"
+        return [f"{folder}/rank{rank}" for rank in ranks(wildcards)]
+
+    return folders
+
+
+# verify.smk
+
+
+def tokenizer_option(wildcards) -> list[str]:
+    tokenizer = model_of(wildcards).tokenizer
+    return [] if tokenizer is None else [f"--tokenizer_dir={tokenizer}"]
+
+
+def tolerance_options(wildcards) -> list[str]:
+    tolerance = variant_of(wildcards).tolerance
+    return [
+        f"--max_abs={tolerance.max_abs}",
+        f"--mean_kl={tolerance.mean_kl}",
+        f"--min_top1={tolerance.min_top1}",
+    ]

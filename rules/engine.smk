@@ -10,48 +10,6 @@ steps:
     make_network (a job a rank) -> build_rank (a job a rank) -> collect_engine
 """
 
-from mpt_trt.engines.packages import choose_package
-
-STORAGE_OF_TYPE = {storage_type: storage for storage, storage_type in STORAGES.items()}
-LIMITS = ("max_batch_size", "max_input_len", "max_output_len")
-
-
-def ft_checkpoint_of_variant(wildcards) -> str:
-    name = STORAGE_OF_TYPE[variant_of(wildcards).dtype]
-    return f"ft_ckpts/{wildcards.model}/{name}/{wildcards.tp}-gpu"
-
-
-def limit_options(wildcards) -> list[str]:
-    """The variant's limits as command-line options."""
-    variant = variant_of(wildcards)
-    options = [f"--{name}={getattr(variant, name)}" for name in LIMITS]
-    return options + ["--gather_all_token_logits"] * variant.gather_all_token_logits
-
-
-def backend(wildcards) -> str:
-    """The package that builds the plan, with `auto` resolved."""
-    return checked(choose_package, variant_of(wildcards).backend).module
-
-
-def backend_version(wildcards) -> str:
-    """Recorded with the plan, so that an upgrade of the package builds it again."""
-    return checked(choose_package, variant_of(wildcards).backend).version
-
-
-def compute_capabilities(wildcards) -> tuple[str, ...]:
-    return variant_of(wildcards).compute_capabilities
-
-
-def of_every_rank(stage: str):
-    """An input function: the folders of one stage, in the order of ranks."""
-
-    def folders(wildcards) -> list[str]:
-        variant_of(wildcards)
-        folder = f"build/{stage}/{wildcards.model}/{wildcards.variant}/{wildcards.tp}-gpu"
-        return [f"{folder}/rank{rank}" for rank in ranks(wildcards)]
-
-    return folders
-
 
 rule make_network:
     input:
@@ -72,12 +30,12 @@ rule make_network:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python {SCRIPTS:q}/make_network.py \
+        python workflow_scripts/make_network.py \
             --model_dir {input.ft_checkpoint:q} \
             --rank {wildcards.rank} \
             {params.limits:q} \
             --output_dir {output.folder:q}
-        python {SCRIPTS:q}/seal.py {output.folder:q}
+        python workflow_scripts/seal.py {output.folder:q}
         """
 
 
@@ -103,13 +61,13 @@ rule build_rank:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python {SCRIPTS:q}/build_rank.py \
+        python workflow_scripts/build_rank.py \
             --network_dir {input.network:q} \
             --rank {wildcards.rank} \
             --backend {params.backend} \
             --compute_capabilities {params.compute_capabilities} \
             --output_dir {output.folder:q}
-        python {SCRIPTS:q}/seal.py {output.folder:q}
+        python workflow_scripts/seal.py {output.folder:q}
         """
 
 
@@ -132,9 +90,9 @@ rule collect_engine:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python {SCRIPTS:q}/collect_engine.py \
+        python workflow_scripts/collect_engine.py \
             --network_dirs {input.networks:q} \
             --plan_dirs {input.plans:q} \
             --output_dir {output.folder:q}
-        python {SCRIPTS:q}/seal.py {output.folder:q}
+        python workflow_scripts/seal.py {output.folder:q}
         """

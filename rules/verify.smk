@@ -9,20 +9,6 @@ steps:
 """
 
 
-def tokenizer_option(wildcards) -> list[str]:
-    tokenizer = model_of(wildcards).tokenizer
-    return [] if tokenizer is None else [f"--tokenizer_dir={tokenizer}"]
-
-
-def tolerance_options(wildcards) -> list[str]:
-    tolerance = variant_of(wildcards).tolerance
-    return [
-        f"--max_abs={tolerance.max_abs}",
-        f"--mean_kl={tolerance.mean_kl}",
-        f"--min_top1={tolerance.min_top1}",
-    ]
-
-
 rule smoke_test:
     input:
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
@@ -46,7 +32,7 @@ rule smoke_test:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python {SCRIPTS:q}/smoke_test.py \
+        python workflow_scripts/smoke_test.py \
             --engine_dir {input.engine:q} \
             --model_dir {params.folder:q} \
             {params.tokenizer:q} \

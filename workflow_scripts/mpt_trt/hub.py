@@ -75,36 +75,6 @@ def is_hub_id(source: str) -> bool:
     return HUB_ID.fullmatch(source) is not None and not Path(source).exists()
 
 
-def local_folder(
-    source: str,
-    revision: str = "main",
-    fetch: Callable[[str, str], Snapshot] | None = None,
-) -> tuple[Path, dict[str, str]]:
-    """The folder of a checkpoint, and where it comes from (for manifests).
-
-    source: a folder, or a hub id, of which `revision` is fetched by `fetch` (`fetch_checkpoint` if
-    None). The second result holds source, revision and commit, or, of a folder that `link_folder`
-    did not make, the path alone as `source`.
-
-    Raises MptTrtError when there is no such folder, or the hub does not provide the files.
-    """
-    if is_hub_id(source):
-        snapshot = (fetch or fetch_checkpoint)(source, revision)
-        return snapshot.folder, snapshot.record()
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        kind = "not a folder" if folder.exists() else "no such folder"
-        raise MptTrtError(
-            f"{source}: {kind}; give a folder in Hugging Face format or a hub id (owner/name)"
-        )
-    return folder, _recorded_origin(folder) or {"source": source}
-
-
-def tokenizer_folder(source: str, revision: str = "main") -> Path:
-    """The folder that holds the tokenizer of `source`, a folder or a hub id."""
-    return local_folder(source, revision, fetch_tokenizer)[0]
-
-
 def resolve_revision(source: str, revision: str) -> str:
     """The commit (40 hexadecimal digits) that a branch, tag or commit of a hub model stands for.
 
@@ -159,6 +129,36 @@ def fetch_tokenizer(source: str, revision: str, commit: str | None = None) -> Sn
     files = repository.present(TOKENIZER_FILES)
     paths = [repository.download(name) for name in files]
     return Snapshot(source, revision, commit, paths[0].parent, tuple(files))
+
+
+def local_folder(
+    source: str,
+    revision: str = "main",
+    fetch: Callable[[str, str], Snapshot] = fetch_checkpoint,
+) -> tuple[Path, dict[str, str]]:
+    """The folder of a checkpoint, and where it comes from (for manifests).
+
+    source: a folder, or a hub id, of which `fetch` gets `revision`. The second result holds source,
+    revision and commit, or, of a folder that `link_folder` did not make, the path alone as
+    `source`.
+
+    Raises MptTrtError when there is no such folder, or the hub does not provide the files.
+    """
+    if is_hub_id(source):
+        snapshot = fetch(source, revision)
+        return snapshot.folder, snapshot.record()
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        kind = "not a folder" if folder.exists() else "no such folder"
+        raise MptTrtError(
+            f"{source}: {kind}; give a folder in Hugging Face format or a hub id (owner/name)"
+        )
+    return folder, _recorded_origin(folder) or {"source": source}
+
+
+def tokenizer_folder(source: str, revision: str = "main") -> Path:
+    """The folder that holds the tokenizer of `source`, a folder or a hub id."""
+    return local_folder(source, revision, fetch_tokenizer)[0]
 
 
 def link_folder(snapshot: Snapshot, target: Path) -> None:
@@ -317,7 +317,10 @@ def _recorded_origin(folder: Path) -> dict[str, str] | None:
     record = folder / RECORD
     if not record.is_file():
         return None
-    for name in read_json(record).get("files", ()):
+    content = read_json(record)
+    if not content.keys() >= {*RECORD_FIELDS, "files"}:
+        return None
+    for name in content["files"]:
         if not (folder / name).is_file():
             raise MptTrtError(
                 f"{folder / name}: the hub cache no longer holds the file that it links to; "
@@ -346,7 +349,7 @@ def _ask_hub(source: str, revision: str, asked: str | None = None) -> ModelInfo:
 
 @contextlib.contextmanager
 def _plain_errors(source: str, revision: str) -> Iterator[None]:
-    """Turns what the hub's client raises into MptTrtError, or _Unreachable for want of an answer."""
+    """Turns what the hub's client raises into MptTrtError, or _Unreachable if nobody answers."""
     import httpx
     from huggingface_hub import errors
 
