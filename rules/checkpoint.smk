@@ -3,7 +3,7 @@
 inputs:
     models.{model}.source of config.yaml: a hub id, or a folder in Hugging Face format
 outputs:
-    checkpoints/{model}.revision.json                the commit that the revision meant, once and for all
+    revisions/{model}.json                           the commit that the revision meant, once and for all
     checkpoints/{model}                              a hub model's files (links into the hub's cache)
     ft_ckpts/{model}/{storage}/{tp}-gpu              the FT checkpoint; storage is fp32, fp16 or bf16
 steps:
@@ -14,7 +14,7 @@ steps:
 # Not made anew when the code changes: the commit, once recorded, stays.
 rule resolve_revision:
     output:
-        "checkpoints/{model}.revision.json",
+        "revisions/{model}.json",
     log:
         "logs/resolve_revision/{model}.log",
     benchmark:
@@ -38,7 +38,7 @@ rule resolve_revision:
 rule fetch_checkpoint:
     input:
         intact("checkpoints/{model}"),
-        revision="checkpoints/{model}.revision.json",
+        revision="revisions/{model}.json",
     output:
         folder=directory("checkpoints/{model}"),
         seal=seal("checkpoints/{model}"),

@@ -1,8 +1,8 @@
 """A small Hugging Face hub on 127.0.0.1: real HTTP, for the real client.
 
 Endpoints and headers: https://huggingface.co/docs/hub/api and the `resolve` URLs of
-https://huggingface.co/docs/huggingface_hub/guides/manage-cache. Weight files are answered with a
-redirect to another host name; their size and hash stand in `X-Linked-*`, like the hub's large files.
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache. Like the hub's large files, weights
+are answered with a redirect to another host name; their size and hash stand in `X-Linked-*`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from typing import Literal
 
-# cut_off: the first answer stops half-way, later ones are complete (the client may ask for the
-# rest). lost: it stops half-way and then the hub is down. short: half of it, announced as if that
-# were all. stalled: half of it, then nothing for as long as the server lives.
+# cut_off: the first answer stops half-way, later ones do not. lost: it stops half-way, and then the
+# hub is down. short: half of it, announced as if that were all. stalled: half of it, then nothing
+# for as long as the server lives.
 Fault = Literal["cut_off", "lost", "short", "stalled"]
 
 LARGE_FILES = {".safetensors", ".bin", ".h5", ".msgpack"}
@@ -55,6 +55,8 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories = repositories
         self.requests: list[str] = []
+        self.cut_off: set[str] = set()
+        self.ranges: list[str] = []
         self.stalled = threading.Event()
         self.stopped = threading.Event()
         self.contents: dict[str, tuple[str, str, bytes]] = {}
@@ -162,17 +164,19 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, headers, content)
 
     def _send_content(self, source: str, path: str, content: bytes) -> None:
-        faults, half = self.server.repositories[source].faults, content[: len(content) // 2]
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-        fault = faults.get(path)
+        fault, half = self.server.repositories[source].faults.get(path), len(content) // 2
+        is_first, wanted = path not in self.server.cut_off, self.headers.get("Range", "bytes=0-")
+        start = int(wanted.removeprefix("bytes=").split("-")[0])
         if fault == "short":
-            self._send(200, {}, half)
-        elif fault is None or (fault == "cut_off" and start):
+            self._send(200, {}, content[:half])
+        elif fault is None or (fault == "cut_off" and not is_first):
+            self.server.ranges.append(wanted)
             self._send(206 if start else 200, {}, content[start:])
-        elif fault == "lost" and start:
+        elif fault == "lost" and not is_first:
             self._refuse(Refusal(503, ""))
         else:
-            self._send(200, {}, half, announced=len(content))
+            self.server.cut_off.add(path)
+            self._send(200, {}, content[:half], announced=len(content))
             if fault == "stalled":
                 self.server.stalled.set()
                 self.server.stopped.wait()
