@@ -3,7 +3,7 @@
 inputs:
     models.{model}.source of config.yaml: a hub id, or a folder in Hugging Face format
 outputs:
-    revisions/{model}.json                           the commit that the revision meant, once and for all
+    revisions/{model}/revision.json                  the commit that the revision meant, once and for all
     checkpoints/{model}                              a hub model's files (links into the hub's cache)
     ft_ckpts/{model}/{storage}/{tp}-gpu              the FT checkpoint; storage is fp32, fp16 or bf16
 steps:
@@ -14,7 +14,7 @@ steps:
 # Not made anew when the code changes: the commit, once recorded, stays.
 rule resolve_revision:
     output:
-        "revisions/{model}.json",
+        directory("revisions/{model}"),
     log:
         "logs/resolve_revision/{model}.log",
     benchmark:
@@ -31,14 +31,14 @@ rule resolve_revision:
         python workflow_scripts/fetch_checkpoint.py resolve \
             --source {params.source:q} \
             --revision {params.revision:q} \
-            --output {output:q}
+            --output {output:q}/revision.json
         """
 
 
 rule fetch_checkpoint:
     input:
         intact("checkpoints/{model}"),
-        revision="revisions/{model}.json",
+        revision="revisions/{model}",
     output:
         folder=directory("checkpoints/{model}"),
         seal=seal("checkpoints/{model}"),
@@ -54,7 +54,7 @@ rule fetch_checkpoint:
         r"""
         exec > >(tee {log:q}) 2>&1
         python workflow_scripts/fetch_checkpoint.py fetch \
-            --revision_file {input.revision:q} \
+            --revision_file {input.revision:q}/revision.json \
             --output_dir {output.folder:q}
         python workflow_scripts/seal.py {output.folder:q}
         """

@@ -64,7 +64,11 @@ def seal(folder: str) -> str:
 
 
 def intact(folder: str):
-    """An input function that adds no input, but has the folder made again when it is damaged."""
+    """An input function that adds no input, but has the folder made again when it is damaged.
+
+    A rule that uses it needs a folder among its inputs: of small files Snakemake compares the
+    content, and unchanged ones do not make an output anew, however old its seal.
+    """
 
     def break_seal_if_damaged(wildcards) -> list[str]:
         seals.break_if_damaged(Path(folder.format(**wildcards)))
@@ -91,7 +95,8 @@ def checkpoint_inputs(wildcards) -> list[str]:
     folder = checkpoint_folder(wildcards)
     if is_on_hub(model_of(wildcards)):
         return [folder]
-    return [str(path) for path in checked(checkpoint_files, Path(folder))]
+    # The folder itself, too: see `intact`.
+    return [folder, *(str(path) for path in checked(checkpoint_files, Path(folder)))]
 
 
 def hub_source(wildcards) -> str:

@@ -93,7 +93,7 @@ def fetch(arguments: argparse.Namespace) -> None:
     snapshot = fetchers[arguments.content](**record)
     hub.link_folder(snapshot, arguments.output_dir)
     size = sum((arguments.output_dir / name).stat().st_size for name in snapshot.files)
-    log.info("%s: %d files, %.3f GB", arguments.output_dir, len(snapshot.files), size / 1e9)
+    log.info("%s: %d files, %.2f GB", arguments.output_dir, len(snapshot.files), size / 1e9)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 """Runs an engine and compares its logits with the float32 reference.
 
 Writes the result as JSON. When the distance exceeds the tolerance, the result goes to
-{output}.rejected instead and the exit status is 1.
+{output}.rejected instead and the exit status is 1. The other of the two files is removed.
 """
 
 from __future__ import annotations
@@ -81,13 +81,15 @@ def main() -> None:
         "tolerance": asdict(tolerance),
         "passed": not violations,
     }
+    rejected = arguments.output.with_name(arguments.output.name + ".rejected")
     if violations:
-        rejected = arguments.output.with_name(arguments.output.name + ".rejected")
+        arguments.output.unlink(missing_ok=True)
         write_json(rejected, result)
         raise MptTrtError(
             f"{arguments.engine_dir}: too far from the reference: {', '.join(violations)}; "
             f"see {rejected}"
         )
+    rejected.unlink(missing_ok=True)
     write_json(arguments.output, result)
 
 

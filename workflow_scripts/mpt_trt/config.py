@@ -163,10 +163,8 @@ class _Reader:
     def __init__(self, path: Path, content: dict):
         self.path = path
         self.top = content
-        attention = content.get("attn_config") or {}
-        if not isinstance(attention, dict):
-            raise self.refused("attn_config", attention, "an object is expected")
-        self.attention = attention
+        self.attention = self._object("attn_config", content.get("attn_config"))
+        self.feed_forward = self._object("ffn_config", content.get("ffn_config"))
 
     def config(self) -> MptConfig:
         self._refuse_unsupported()
@@ -216,13 +214,18 @@ class _Reader:
         self._refuse_other_feed_forwards()
 
     def _refuse_other_feed_forwards(self) -> None:
-        feed_forward = self.top.get("ffn_config") or {}
-        kind = feed_forward.get("ffn_type", "mptmlp")
+        kind = self.feed_forward.get("ffn_type", "mptmlp")
         if kind != "mptmlp":
             raise self.refused("ffn_config.ffn_type", kind, "only 'mptmlp' is supported")
-        activation = feed_forward.get("ffn_act_fn") or {"name": "gelu", "approximate": "none"}
+        field = "ffn_config.ffn_act_fn"
+        activation = self._object(field, self.feed_forward.get("ffn_act_fn")) or {"name": "gelu"}
         if (activation.get("name"), activation.get("approximate", "none")) != ("gelu", "none"):
-            raise self.refused("ffn_config.ffn_act_fn", activation, "only exact GELU is supported")
+            raise self.refused(field, activation, "only exact GELU is supported")
+
+    def _object(self, field: str, value: object) -> dict:
+        if value is not None and not isinstance(value, dict):
+            raise self.refused(field, value, "an object is expected")
+        return value or {}
 
     def _positive(self, field: str) -> int:
         value = self.top.get(field)
@@ -231,7 +234,8 @@ class _Reader:
         return value
 
     def _number(self, field: str, value: object) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
             raise self.refused(field, value, "a positive number is required")
         return float(value)
 
@@ -242,18 +246,22 @@ class _Reader:
             raise self.refused("attn_config.attn_type", kind, f"known types are {known}")
         default = 1 if kind == "multiquery_attention" else num_heads
         value = self.attention.get("kv_n_heads") or default
-        if not isinstance(value, int) or value < 1 or num_heads % value:
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if not is_integer or value < 1 or num_heads % value:
             raise self.refused(
                 "attn_config.kv_n_heads", value, f"it must divide n_heads ({num_heads})"
             )
         return value
 
     def _intermediate_size(self, hidden_size: int) -> int:
-        explicit = (self.top.get("ffn_config") or {}).get("ffn_hidden_size")
+        explicit = self.feed_forward.get("ffn_hidden_size")
         if explicit is not None:
             return int(self._number("ffn_config.ffn_hidden_size", explicit))
         ratio = self._number("expansion_ratio", self.top.get("expansion_ratio", 4))
-        return int(hidden_size * ratio)
+        size = int(hidden_size * ratio)
+        if size < 1:
+            raise self.refused("expansion_ratio", ratio, "the feed-forward layer would be empty")
+        return size
 
     def _uses_alibi(self) -> bool:
         # The hub's configs say learned_pos_emb: true beside alibi: true; alibi wins there.

@@ -46,7 +46,12 @@ def run_cli(main: Callable[[], None]) -> None:
 
 
 def set_up_logging(level: str) -> None:
-    """Logs to stderr. level: a name of the logging module, in any case."""
+    """Logs to stderr. level: a name of the logging module, in any case.
+
+    Raises MptTrtError when there is no such level.
+    """
+    if level.upper() not in logging.getLevelNamesMapping():
+        raise MptTrtError(f"log level {level!r}: known are debug, info, warning, error, critical")
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_path=False, markup=False)
     logging.basicConfig(level=level.upper(), format="%(message)s", handlers=[handler], force=True)

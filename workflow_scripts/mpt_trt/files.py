@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import shutil
@@ -78,10 +79,15 @@ def read_json(path: Path) -> dict:
 
 
 def hard_link(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`; copies where the file system cannot link."""
+    """Makes `target` the same file as `source`; copies where the file system cannot link.
+
+    Raises MptTrtError when there is no `source`.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(os.path.realpath(source), target)
+    except FileNotFoundError:
+        raise MptTrtError(f"{source}: no such file") from None
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
             raise
@@ -109,21 +115,31 @@ def content_hashes(paths: dict[str, Path]) -> dict[str, str]:
 def _partial_name(target: Path) -> Path:
     """A name beside `target` that no other process uses; leftovers of dead ones are removed."""
     prefix = f".{target.name}.partial-{socket.gethostname()}-"
-    for leftover in target.parent.glob(prefix + "*"):
-        if not Path("/proc", leftover.name.removeprefix(prefix)).exists():
-            shutil.rmtree(leftover, ignore_errors=True)
-            leftover.unlink(missing_ok=True)
-    return target.with_name(f"{prefix}{os.getpid()}")
+    own = str(os.getpid())
+    for leftover in target.parent.glob(glob.escape(prefix) + "*"):
+        owner = leftover.name.removeprefix(prefix)
+        # In a container every run may get the same process id.
+        if owner == own or not Path("/proc", owner).exists():
+            _remove(leftover)
+    return target.with_name(prefix + own)
 
 
 def _exchange(new: Path, target: Path) -> None:
-    if not target.exists():
+    if not os.path.lexists(target):
         new.rename(target)
         return
     old = target.with_name(f"{new.name}-old")
     target.rename(old)
     new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder as far as possible, or a file or link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -134,6 +150,7 @@ def _plain_disk_errors(target: Path) -> Iterator[None]:
         errno.EFBIG: "the file-size limit is reached; raise it (ulimit -f)",
         errno.EROFS: "the file system is read-only; choose another output folder",
         errno.EACCES: "permission denied; choose another output folder",
+        errno.ENOTDIR: "a part of this path is a file; choose another output folder",
     }
     try:
         yield

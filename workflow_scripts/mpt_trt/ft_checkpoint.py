@@ -23,7 +23,7 @@ from mpt_trt import sharding
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import content_hashes, read_json, replace_directory, write_json
-from mpt_trt.hf_checkpoint import HfCheckpoint, is_finite, require_finite
+from mpt_trt.hf_checkpoint import HfCheckpoint, is_finite, not_finite
 from mpt_trt.sharding import Range, Shard
 from mpt_trt.weight_map import Split, Weight, weights
 
@@ -34,8 +34,11 @@ STORAGE_TYPES = {
 }
 SECTION = "gpt"
 MANIFEST = "manifest.json"
-# Per worker, once in the checkpoint's type and once in the stored type.
-SLAB_BYTES = 16 << 20
+# What a worker holds of a matrix at a time. It stays in the processor's cache between being gathered,
+# transposed, checked, hashed and written, which is what makes conversion run at memory speed.
+SLAB_BYTES = 4 << 20
+# Columns of a slab come in multiples of this, so that rows are cut at cache lines.
+COLUMN_MULTIPLE = 64
 
 Advance = Callable[[int], None]
 
@@ -138,7 +141,7 @@ def write_ft_checkpoint(
 ) -> None:
     """Writes `target` (a `{tp_size}-gpu` folder) as a whole or not at all.
 
-    Tensors are streamed through slabs of 16 MiB, so memory does not grow with the model. `advance`
+    Tensors are streamed through small slabs, so memory does not grow with the model. `advance`
     is called with the number of bytes written.
 
     Raises MptTrtError for an illegal tp_size, a NaN or Inf in the checkpoint, a value that the
@@ -146,8 +149,7 @@ def write_ft_checkpoint(
     """
     sharding.require_legal(config, settings.tp_size)
     dtype = STORAGE_TYPES[settings.storage_type]
-    torch.set_num_threads(1)
-    with replace_directory(target) as folder, ThreadPoolExecutor(settings.workers) as pool:
+    with replace_directory(target) as folder, _single_threaded_pool(settings.workers) as pool:
         _write_ini(folder / "config.ini", config, settings)
         writer = _Writer(checkpoint, config, folder, dtype, advance)
         jobs = [
@@ -160,6 +162,11 @@ def write_ft_checkpoint(
             pool.shutdown(cancel_futures=True)
             raise
         _write_manifest(folder, settings, hashes)
+
+
+def _single_threaded_pool(workers: int) -> ThreadPoolExecutor:
+    """Workers in which PyTorch starts no threads of its own; the setting is one of each thread."""
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def total_bytes(config: MptConfig, storage_type: str, tp_size: int) -> int:
@@ -183,29 +190,28 @@ class _Writer:
         else:
             source = self.checkpoint.tensor(weight)
             description = self.checkpoint.describe(weight)
-            require_finite(source, description)
         return [(file.name, self._write_file(file, source, description)) for file in files]
 
     def _write_file(self, file: FtFile, source: torch.Tensor, description: str) -> str:
         digest = xxhash.xxh3_128()
         with (self.folder / file.name).open("wb") as stream:
             for slab in self._slabs(file, source):
-                self._write_slab(stream, digest, slab, description)
+                if not is_finite(slab):
+                    raise not_finite(source, description)
+                content = self._stored(slab, description).view(torch.uint8).numpy()
+                stream.write(content)
+                digest.update(content)
+                self.advance(content.nbytes)
         return f"xxh3:{digest.hexdigest()}"
 
-    def _write_slab(
-        self, stream: BinaryIO, digest: xxhash.xxh3_128, slab: torch.Tensor, description: str
-    ) -> None:
+    def _stored(self, slab: torch.Tensor, description: str) -> torch.Tensor:
         stored = slab.to(self.dtype)
         if stored.dtype != slab.dtype and not is_finite(stored):
             raise MptTrtError(
-                f"{description} holds {slab.abs().max().item():g}, which {self.dtype} cannot "
-                "hold; choose storage type bfloat16 or float32"
+                f"{description} holds {slab.abs().max().item():g}, which {self.dtype} cannot hold; "
+                "choose storage type bfloat16 or float32"
             )
-        content = stored.contiguous().view(torch.uint8).numpy()
-        stream.write(content)
-        digest.update(content)
-        self.advance(content.nbytes)
+        return stored
 
     def _slabs(self, file: FtFile, source: torch.Tensor):
         """Pieces of the file's content in order, in the checkpoint's type."""
@@ -226,19 +232,20 @@ def _row_slabs(source: torch.Tensor):
 
 
 def _transposed_slabs(parts: list[torch.Tensor], columns: Range):
-    """Row blocks of `[len(columns), sum of part rows]`, through one reused buffer."""
+    """Row blocks of `[len(columns), sum of part rows]`, through reused buffers."""
     width = sum(len(part) for part in parts)
     dtype = parts[0].dtype
-    height = min(len(columns), max(1, SLAB_BYTES // (width * dtype.itemsize)))
-    buffer = torch.empty(height, width, dtype=dtype)
+    fitting = SLAB_BYTES // (width * dtype.itemsize) // COLUMN_MULTIPLE * COLUMN_MULTIPLE
+    height = min(len(columns), max(COLUMN_MULTIPLE, fitting))
+    gathered = torch.empty(width * height, dtype=dtype)
+    transposed = torch.empty(height * width, dtype=dtype)
     for start in range(columns.start, columns.stop, height):
         stop = min(start + height, columns.stop)
-        slab = buffer[: stop - start]
-        filled = 0
-        for part in parts:
-            slab[:, filled : filled + len(part)].copy_(part[:, start:stop].t())
-            filled += len(part)
-        yield slab
+        # Only a whole, contiguous matrix is transposed fast; so the columns are gathered first.
+        block = gathered[: width * (stop - start)].view(width, stop - start)
+        torch.cat([part[:, start:stop] for part in parts], out=block)
+        slab = transposed[: width * (stop - start)].view(stop - start, width)
+        yield slab.copy_(block.t())
 
 
 def _write_ini(path: Path, config: MptConfig, settings: ConversionSettings) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -60,16 +61,21 @@ class PickleShard:
         try:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError as error:
-            first_line = str(error).splitlines()[0]
             raise MptTrtError(
-                f"{path}: refused, since it holds more than tensors ({first_line}); convert it to "
-                "safetensors on a machine where you trust it"
+                f"{path}: refused, since it holds more than tensors ({_culprit(error)}); convert "
+                "it to safetensors on a machine where you trust it"
             ) from None
         except (RuntimeError, OSError, EOFError) as error:
+            if _is_bare_pickle(path):
+                raise MptTrtError(
+                    f"{path}: in PyTorch's format from before version 1.6, which cannot be mapped "
+                    "into memory; save it again as safetensors"
+                ) from None
             raise _broken(path, error, "every tensor") from None
         if not isinstance(content, dict):
             raise MptTrtError(f"{path}: a state dict is expected, found {type(content).__name__}")
-        self._tensors = {name: t for name, t in content.items() if isinstance(t, torch.Tensor)}
+        found = {name: t for name, t in content.items() if isinstance(t, torch.Tensor)}
+        self._tensors = {name: t.detach() for name, t in found.items()}
 
     def names(self) -> Iterable[str]:
         return self._tensors
@@ -167,6 +173,21 @@ def _open_shard(path: Path) -> Shard:
     return SafetensorsShard(path) if path.suffix == ".safetensors" else PickleShard(path)
 
 
+def _culprit(error: pickle.UnpicklingError) -> str:
+    """What PyTorch refused to load, without its advice to load it all the same."""
+    name = re.search(r"GLOBAL (\S+)", str(error))
+    return name[1] if name else "it is no state dict"
+
+
+def _is_bare_pickle(path: Path) -> bool:
+    """Whether the file is no zip archive but a pickle, as PyTorch wrote before version 1.6."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(1) == pickle.PROTO
+    except OSError:
+        return False
+
+
 def _broken(path: Path, error: Exception, tensor: str) -> MptTrtError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return MptTrtError(
@@ -205,10 +226,10 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
-def require_finite(tensor: torch.Tensor, description: str) -> None:
-    """Raises MptTrtError when `tensor` holds a NaN or an infinity."""
-    if is_finite(tensor):
-        return
-    kind = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
-    position = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-    raise MptTrtError(f"{description} holds {kind} at {position}; the checkpoint is damaged")
+def not_finite(tensor: torch.Tensor, description: str) -> MptTrtError:
+    """The error that says where `tensor` holds a NaN or an infinity."""
+    # Row by row: a mask of the whole tensor would take as much memory as the tensor.
+    index, row = next((i, row) for i, row in enumerate(tensor) if not is_finite(row))
+    position = [index, *(~torch.isfinite(row)).nonzero()[0].tolist()]
+    kind = "NaN" if bool(torch.isnan(tensor[tuple(position)])) else "Inf"
+    return MptTrtError(f"{description} holds {kind} at {position}; the checkpoint is damaged")

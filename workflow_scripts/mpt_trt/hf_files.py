@@ -43,13 +43,15 @@ def _indexed_files(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MptTrtError(f"{index}: field weight_map is missing; download the index again")
-    files = [index.parent / str(name) for name in sorted(set(weight_map.values()))]
-    for path in files:
-        if path.parent.resolve() != index.parent.resolve():
-            raise MptTrtError(f"{index}: weight_map names {path.name} outside its own folder")
-        if not path.is_file():
-            tensor = next(k for k, v in weight_map.items() if v == path.name)
+    tensor_of = {str(name): tensor for tensor, name in weight_map.items()}
+    for name, tensor in sorted(tensor_of.items()):
+        if Path(name).name != name:
             raise MptTrtError(
-                f"{path}: shard is missing (it holds {tensor}); download it, or run again online"
+                f"{index}: weight_map puts {tensor} into {name!r}, outside the index's own folder"
             )
-    return files
+        if not (index.parent / name).is_file():
+            raise MptTrtError(
+                f"{index.parent / name}: shard is missing (it holds {tensor}); download it, or run "
+                "again online"
+            )
+    return [index.parent / name for name in sorted(tensor_of)]

@@ -8,6 +8,7 @@ the cache holds is used when the hub cannot be reached.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.files import hard_link, read_json, replace_directory, replace_file, write_json
+from mpt_trt.files import hard_link, read_json, replace_directory, replace_file
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -175,7 +176,8 @@ def link_folder(snapshot: Snapshot, target: Path) -> None:
                 (partial / name).symlink_to(snapshot.folder / name)
             except PermissionError:
                 hard_link(snapshot.folder / name, partial / name)
-        write_json(partial / RECORD, {**snapshot.record(), "files": sizes})
+        record = {**snapshot.record(), "files": sizes}
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _require_replaceable(target: Path) -> None:
@@ -205,7 +207,7 @@ def read_record(path: Path) -> dict[str, str]:
 class _Repository:
     """A commit of a hub model, as far as we see it.
 
-    names: files in its top folder. place: where we saw them. remedy: if one is missing.
+    names: paths of its files. place: where we saw them. remedy: if one is missing.
     """
 
     source: str
@@ -269,7 +271,7 @@ def _repository(source: str, revision: str, commit: str) -> _Repository:
             raise _offline(source, revision, reason) from reason
         log.warning("%s: the hub cannot be reached (%s); using the cache", source, reason)
         return cached
-    names = frozenset(file.rfilename for file in siblings if "/" not in file.rfilename)
+    names = frozenset(file.rfilename for file in siblings)
     remedy = "choose a model or revision in Hugging Face format"
     return _Repository(source, revision, commit, names, "on the hub", remedy)
 
@@ -368,8 +370,9 @@ def _plain_errors(source: str, revision: str) -> Iterator[None]:
         if isinstance(cause, silence) or getattr(cause, "errno", None) is None:
             raise _Unreachable(_reason(cause)) from error
         raise MptTrtError(
-            f"{source}: cannot be stored in the hub cache {_cache_folder(source).parent} "
-            f"({cause.strerror}); free space there, or set HF_HOME to another folder"
+            f"{source} (revision {revision}): cannot be stored in the hub cache "
+            f"{_cache_folder(source).parent} ({cause.strerror}); free space or correct "
+            "permissions, or set HF_HOME to another folder"
         ) from error
 
 
@@ -378,7 +381,7 @@ def _reason(error: BaseException) -> str:
 
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _refusal(error: HfHubHTTPError, source: str, revision: str) -> Exception:
@@ -393,7 +396,7 @@ def _refusal(error: HfHubHTTPError, source: str, revision: str) -> Exception:
         remedy = f"the model is gated; accept its terms at {page}, then {log_in}"
     elif isinstance(error, errors.RevisionNotFoundError):
         remedy = f"no such revision; choose a branch, tag or commit of {page}"
-    elif isinstance(error, errors.RepositoryNotFoundError):
+    elif isinstance(error, errors.RepositoryNotFoundError) or status == 404:
         remedy = (
             f"no such model at {constants.ENDPOINT}, nor a local folder of that name; "
             f"correct the name or, if the model is private, {log_in}"

@@ -2,8 +2,8 @@
 
 Snakemake judges a folder by one time stamp and does not see that a file inside is gone. So every
 folder that a rule makes has a seal beside it, an output of the same rule, which lists the folder's
-files. The seal of a damaged folder is broken (removed): the missing output makes Snakemake do the
-step again.
+files. The seal of a damaged folder is broken: it gets a time stamp older than anything, and since
+an output is older than the inputs, Snakemake does the step again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from pathlib import Path
 from mpt_trt.files import write_json
 
 SNAKEMAKE_TIMESTAMP = ".snakemake_timestamp"
+# Seconds since 1970. Not 0, which Snakemake takes for "no time stamp".
+BROKEN = 1
 
 
 def seal_path(folder: str) -> str:
     """Where the seal of a folder lies. Wildcards in the name are left as they are."""
-    parent, _, name = folder.rstrip("/").rpartition("/")
-    return f"{parent}/.{name}.seal"
+    parent, slash, name = folder.rstrip("/").rpartition("/")
+    return f"{parent}{slash}.{name}.seal"
 
 
 def write_seal(folder: Path) -> None:
@@ -29,17 +31,20 @@ def write_seal(folder: Path) -> None:
 
 
 def break_if_damaged(folder: Path) -> None:
-    """Removes the seal of a folder in which a file is missing or has another size than sealed."""
-    seal = Path(seal_path(str(folder)))
-    if not seal.is_file():
+    """Breaks the seal of a folder in which a file is missing or has another size than sealed."""
+    if not folder.is_dir() or _is_whole(folder):
         return
+    seal = Path(seal_path(str(folder)))
+    seal.touch()
+    os.utime(seal, (BROKEN, BROKEN))
+
+
+def _is_whole(folder: Path) -> bool:
     try:
-        sealed = json.loads(seal.read_text())
-        is_whole = all((folder / name).stat().st_size == size for name, size in sealed.items())
+        sealed = json.loads(Path(seal_path(str(folder))).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sealed.items())
     except (OSError, ValueError, AttributeError):
-        is_whole = False
-    if not is_whole:
-        seal.unlink(missing_ok=True)
+        return False
 
 
 def _sizes(folder: Path) -> dict[str, int]:

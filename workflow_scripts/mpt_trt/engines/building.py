@@ -9,7 +9,7 @@ from mpt_trt.engines import manifest, tensorrt
 from mpt_trt.engines.manifest import EngineLimits
 from mpt_trt.engines.packages import choose_package
 from mpt_trt.engines.tensorrt import BuildOptions
-from mpt_trt.files import read_json, replace_directory
+from mpt_trt.files import replace_directory
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.sharding import Shard, shards
 
@@ -56,7 +56,6 @@ def build_engine(checkpoint: FtCheckpoint, request: BuildRequest, target: Path) 
 
 def _build_plan(networks: Path, rank: int, options: BuildOptions, folder: Path) -> None:
     network = networks / manifest.network_name(rank)
-    described = read_json(networks / manifest.network_description_name(rank))
     plan = folder / manifest.engine_name(rank)
     builder = tensorrt.build_plan(network, options, plan)
-    manifest.write_plan_description(plan, described["network"]["hash"], builder)
+    manifest.write_plan_description(plan, manifest.read_network_hash(networks, rank), builder)

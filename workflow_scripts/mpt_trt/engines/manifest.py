@@ -69,15 +69,20 @@ class BuilderInfo:
 
 
 @dataclass(frozen=True)
+class FileRecord:
+    """Size and content hash of a file."""
+
+    bytes: int
+    hash: str
+
+
+@dataclass(frozen=True)
 class RankFiles:
-    """One rank's files: name and content hash of the network, the plan and each weight."""
+    """One rank's network and plan by name, and every file of the rank by its path in the folder."""
 
     network: str
-    network_hash: str
-    weights: dict[str, str]
     engine: str
-    engine_bytes: int
-    engine_hash: str
+    files: dict[str, FileRecord]
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,10 @@ def write_rank_network(
             hard_link(source, target)
     graph_path = folder / network_name(shard.rank)
     graph_path.write_bytes(network.model.SerializeToString())
+    hashes = {
+        f"{WEIGHTS_FOLDER}/{name}": content
+        for name, content in checkpoint.hashes(sorted(network.files)).items()
+    }
     description = {
         "model_name": checkpoint.model_name,
         "config": asdict(config),
@@ -140,8 +149,8 @@ def write_rank_network(
         "tp_size": checkpoint.tp_size,
         "limits": asdict(limits),
         "source": checkpoint.manifest.get("source", {}),
-        "network": {"file": graph_path.name, "hash": content_hash(graph_path)},
-        "weights": checkpoint.hashes(sorted(network.files)),
+        "network": graph_path.name,
+        "files": _records(folder, {graph_path.name: content_hash(graph_path)} | hashes),
     }
     write_json(folder / network_description_name(shard.rank), description)
 
@@ -151,14 +160,28 @@ def read_network_limits(folder: Path, rank: int) -> EngineLimits:
     return EngineLimits(**read_json(folder / network_description_name(rank))["limits"])
 
 
+def read_network_hash(folder: Path, rank: int) -> str:
+    """The content hash of a rank's network."""
+    return _network_hash(read_json(folder / network_description_name(rank)))
+
+
+def _network_hash(description: dict) -> str:
+    return description["files"][description["network"]]["hash"]
+
+
+def _records(folder: Path, hashes: dict[str, str]) -> dict[str, dict]:
+    """A FileRecord, as JSON, of each path in the folder."""
+    return {
+        name: asdict(FileRecord((folder / name).stat().st_size, content))
+        for name, content in hashes.items()
+    }
+
+
 def write_plan_description(engine: Path, network_hash: str, builder: BuilderInfo) -> None:
     """Writes `rank{r}.engine.json` beside a plan."""
     description = {
-        "engine": {
-            "file": engine.name,
-            "bytes": engine.stat().st_size,
-            "hash": content_hash(engine),
-        },
+        "engine": engine.name,
+        "files": _records(engine.parent, {engine.name: content_hash(engine)}),
         "network_hash": network_hash,
         "builder": asdict(builder),
     }
@@ -177,11 +200,10 @@ def collect(rank_folders: list[tuple[Path, Path]], target: Path) -> None:
 
 
 def _link_rank(rank: int, networks: Path, engines: Path, folder: Path) -> None:
-    hard_link(networks / network_name(rank), folder / network_name(rank))
     hard_link(engines / engine_name(rank), folder / engine_name(rank))
-    for name in read_json(networks / network_description_name(rank))["weights"]:
-        if not (folder / WEIGHTS_FOLDER / name).exists():
-            hard_link(networks / WEIGHTS_FOLDER / name, folder / WEIGHTS_FOLDER / name)
+    for name in read_json(networks / network_description_name(rank))["files"]:
+        if not (folder / name).exists():
+            hard_link(networks / name, folder / name)
 
 
 def write_manifest(folder: Path, rank_folders: list[tuple[Path, Path]]) -> None:
@@ -195,6 +217,7 @@ def write_manifest(folder: Path, rank_folders: list[tuple[Path, Path]]) -> None:
     ]
     for rank, (network, plan) in enumerate(zip(networks, plans, strict=True)):
         _require_alike(rank, network | plan, networks[0] | plans[0])
+        _require_built_from(rank, network, plan)
     if networks[0]["tp_size"] != len(networks):
         raise MptTrtError(f"{len(networks)} ranks given, but {networks[0]['tp_size']} are needed")
     content = {
@@ -212,7 +235,10 @@ def _require_alike(rank: int, described: dict, first: dict) -> None:
         raise MptTrtError(
             f"rank {rank} and rank 0 differ in {', '.join(differing)}; build all ranks again"
         )
-    if described["network_hash"] != described["network"]["hash"]:
+
+
+def _require_built_from(rank: int, network: dict, plan: dict) -> None:
+    if plan["network_hash"] != _network_hash(network):
         raise MptTrtError(
             f"{engine_name(rank)} was built from another network than the {network_name(rank)} "
             "given; build it again"
@@ -221,17 +247,17 @@ def _require_alike(rank: int, described: dict, first: dict) -> None:
 
 def _rank_files(network: dict, plan: dict) -> RankFiles:
     return RankFiles(
-        network=network["network"]["file"],
-        network_hash=network["network"]["hash"],
-        weights=network["weights"],
-        engine=plan["engine"]["file"],
-        engine_bytes=plan["engine"]["bytes"],
-        engine_hash=plan["engine"]["hash"],
+        network=network["network"],
+        engine=plan["engine"],
+        files={
+            name: FileRecord(**record)
+            for name, record in (network["files"] | plan["files"]).items()
+        },
     )
 
 
 def read_manifest(engine_dir: Path) -> Manifest:
-    """Reads `config.json` and checks that every file it names is there.
+    """Reads `config.json` and checks that every file it names is there, in its full size.
 
     Raises MptTrtError, naming the file, when the folder is no engine directory or is incomplete.
     """
@@ -246,6 +272,11 @@ def read_manifest(engine_dir: Path) -> Manifest:
         manifest = _parse(content)
     except (KeyError, TypeError) as error:
         raise MptTrtError(f"{path}: damaged ({error!r}); build the engine again") from None
+    if len(manifest.ranks) != manifest.tp_size:
+        raise MptTrtError(
+            f"{path}: damaged ({len(manifest.ranks)} ranks, but tp_size = {manifest.tp_size}); "
+            "build the engine again"
+        )
     _check_files(engine_dir, manifest)
     return manifest
 
@@ -262,22 +293,19 @@ def _parse(content: dict) -> Manifest:
         config=MptConfig(**content["config"]),
         limits=EngineLimits(**content["limits"]),
         builder=BuilderInfo(**builder),
-        ranks=tuple(RankFiles(**rank) for rank in content["ranks"]),
+        ranks=tuple(_rank_files(rank, rank) for rank in content["ranks"]),
     )
 
 
 def _check_files(engine_dir: Path, manifest: Manifest) -> None:
-    for rank in manifest.ranks:
-        weights = [f"{WEIGHTS_FOLDER}/{name}" for name in rank.weights]
-        for name in (rank.network, rank.engine, *weights):
-            if not (engine_dir / name).is_file():
-                raise MptTrtError(
-                    f"{engine_dir / name}: missing, though {MANIFEST} names it; "
-                    "build the engine again"
-                )
-        size = (engine_dir / rank.engine).stat().st_size
-        if size != rank.engine_bytes:
+    for name, record in (item for rank in manifest.ranks for item in rank.files.items()):
+        path = engine_dir / name
+        if not path.is_file():
             raise MptTrtError(
-                f"{engine_dir / rank.engine}: has {size} bytes, but {MANIFEST} says "
-                f"{rank.engine_bytes}; build the engine again"
+                f"{path}: missing, though {MANIFEST} names it; build the engine again"
+            )
+        if (size := path.stat().st_size) != record.bytes:
+            raise MptTrtError(
+                f"{path}: has {size} bytes, but {MANIFEST} says {record.bytes}; "
+                "build the engine again"
             )

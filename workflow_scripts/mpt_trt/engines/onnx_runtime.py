@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import TensorProto
 
@@ -105,7 +106,10 @@ def _open_session(
     path: Path, provider: str, num_threads: int
 ) -> tuple[onnxruntime.InferenceSession, list[onnxruntime.OrtValue]]:
     """The session, and the converted weights that must live as long as it does."""
-    model = onnx.load(path, load_external_data=False)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise MptTrtError(f"{path}: damaged ({error}); build the engine again") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERROR_SEVERITY
     options.intra_op_num_threads = num_threads

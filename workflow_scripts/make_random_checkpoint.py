@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Writes an MPT checkpoint of a known model's shape with random weights, for tests and benchmarks.
+
+Weights are made and written a shard at a time, so that a full MPT-7B is made on a small machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpt_trt.console import bytes_progress, run_cli
+
+if TYPE_CHECKING:
+    import torch
+
+    from mpt_trt.weight_map import Weight
+
+SHARD_BYTES = 1 << 30
+WEIGHT_STD = 0.02
+
+# Sizes from each model's own config.json on the hub; bench-* are sizes of our own for benchmarks.
+COMMON = {"vocab_size": 50432, "max_seq_len": 2048}
+SHAPES = {
+    "mpt-7b": COMMON | {"d_model": 4096, "n_heads": 32, "n_layers": 32},
+    "mpt-30b": COMMON | {"d_model": 7168, "n_heads": 64, "n_layers": 48, "max_seq_len": 8192},
+    "replit-code-v1_5-3b": {
+        "d_model": 3072,
+        "n_heads": 24,
+        "n_layers": 32,
+        "vocab_size": 32768,
+        "max_seq_len": 4096,
+        "kv_n_heads": 8,
+    },
+    "bench-1.3b": COMMON | {"d_model": 2048, "n_heads": 16, "n_layers": 24, "vocab_size": 50368},
+    "bench-354m": COMMON | {"d_model": 1024, "n_heads": 16, "n_layers": 24, "vocab_size": 50368},
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--like", choices=SHAPES, required=True, help="whose shape")
+    parser.add_argument("--layers", type=int, help="number of blocks (default: the model's)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float16",
+        help="(default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the result")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    import torch
+
+    from mpt_trt.config import read_hf_config
+    from mpt_trt.files import replace_directory
+    from mpt_trt.weight_map import weights
+
+    dtype = getattr(torch, arguments.dtype)
+    with replace_directory(arguments.output_dir) as folder:
+        content = config_json(arguments.like, arguments.layers, arguments.dtype)
+        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+        stored = [w for w in weights(read_hf_config(folder)) if w.hf_name is not None]
+        total = sum(_byte_size(weight, dtype) for weight in stored)
+        with bytes_progress(f"Writing {arguments.output_dir}", total) as advance:
+            write_shards(folder, stored, dtype, arguments.seed, advance)
+
+
+def config_json(like: str, layers: int | None, dtype: str) -> dict:
+    """A hub-style config.json of the named shape."""
+    shape = dict(SHAPES[like])
+    kv_n_heads = shape.pop("kv_n_heads", None)
+    attention: dict[str, object] = {"attn_type": "multihead_attention", "alibi": True}
+    if kv_n_heads is not None:
+        attention |= {"attn_type": "grouped_query_attention", "kv_n_heads": kv_n_heads}
+    return {
+        "architectures": ["MptForCausalLM"],
+        "model_type": "mpt",
+        **shape,
+        "n_layers": shape["n_layers"] if layers is None else layers,
+        "expansion_ratio": 4,
+        "no_bias": True,
+        "learned_pos_emb": True,
+        "attn_config": attention,
+        "tie_word_embeddings": True,
+        "torch_dtype": dtype,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+
+
+def write_shards(folder: Path, stored: list[Weight], dtype: torch.dtype, seed: int, advance) -> None:
+    """Writes the weights in files of about 1 GiB, and their index."""
+    from safetensors.torch import save_file
+
+    groups = list(_groups(stored, dtype))
+    weight_map = {}
+    for number, group in enumerate(groups, start=1):
+        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        save_file({_name(w): _random(w, dtype, seed) for w in group}, folder / name)
+        weight_map |= {_name(w): name for w in group}
+        advance(sum(_byte_size(w, dtype) for w in group))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _name(weight: Weight) -> str:
+    return f"transformer.{weight.hf_name}"
+
+
+def _groups(stored: list[Weight], dtype: torch.dtype) -> Iterator[list[Weight]]:
+    group: list[Weight] = []
+    size = 0
+    for weight in stored:
+        if group and size + _byte_size(weight, dtype) > SHARD_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(weight)
+        size += _byte_size(weight, dtype)
+    yield group
+
+
+def _byte_size(weight: Weight, dtype: torch.dtype) -> int:
+    import math
+
+    return math.prod(weight.shape) * dtype.itemsize
+
+
+def _random(weight: Weight, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Norm weights about 1, all others about 0; the same for the same seed and name."""
+    import zlib
+
+    import torch
+
+    generator = torch.Generator().manual_seed(seed + zlib.crc32(weight.name.encode()))
+    values = torch.randn(weight.shape, generator=generator) * WEIGHT_STD
+    return (values + 1 if "layernorm.weight" in weight.name else values).to(dtype)
+
+
+if __name__ == "__main__":
+    run_cli(main)
