@@ -99,9 +99,6 @@ def fetch(arguments: argparse.Namespace) -> None:
 def main() -> None:
     arguments = parse_arguments()
     set_up_logging(arguments.log_level)
-    # The hub's client has a handler of its own, and httpx beneath it logs every request.
-    logging.getLogger("huggingface_hub").propagate = False
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     arguments.run(arguments)
 
 

@@ -55,6 +55,9 @@ def set_up_logging(level: str) -> None:
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_path=False, markup=False)
     logging.basicConfig(level=level.upper(), format="%(message)s", handlers=[handler], force=True)
+    # The hub's client reports every request, and what it logs itself it also prints.
+    logging.getLogger("huggingface_hub").propagate = False
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 @contextlib.contextmanager

@@ -7,8 +7,14 @@ from pathlib import Path
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import read_json
 
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# In order of preference; an index stands for the shards that it names.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+INDEX_SUFFIX = ".index.json"
 OTHER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -19,8 +25,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise MptTrtError(f"{folder}: no such folder; models.*.source names a hub id or a folder")
-    optional = [folder / name for name in (*OTHER_FILES, *INDEX_FILES)]
-    return [path for path in optional if path.is_file()] + weight_files(folder)
+    source = _weight_source(folder)
+    indexed = [source] if source.name.endswith(INDEX_SUFFIX) else []
+    optional = [folder / name for name in OTHER_FILES if (folder / name).is_file()]
+    return [*optional, *indexed, *weight_files(folder)]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -28,15 +36,16 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises MptTrtError when there are none, or when an index names a file that is not there.
     """
-    for index_name in INDEX_FILES:
-        if (folder / index_name).is_file():
-            return _indexed_files(folder / index_name)
-    for name in SINGLE_FILES:
+    source = _weight_source(folder)
+    return _indexed_files(source) if source.name.endswith(INDEX_SUFFIX) else [source]
+
+
+def _weight_source(folder: Path) -> Path:
+    """The weight file, or the index of the shards."""
+    for name in WEIGHT_FILES:
         if (folder / name).is_file():
-            return [folder / name]
-    raise MptTrtError(
-        f"{folder}: no weights found; one of {', '.join(SINGLE_FILES + INDEX_FILES)} is needed"
-    )
+            return folder / name
+    raise MptTrtError(f"{folder}: no weights found; one of {', '.join(WEIGHT_FILES)} is needed")
 
 
 def _indexed_files(index: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import hard_link, read_json, replace_directory, replace_file
+from mpt_trt.hf_files import INDEX_SUFFIX, WEIGHT_FILES
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -31,14 +32,6 @@ RECORD_FIELDS = ("source", "revision", "commit")
 # Files are downloaded in the order of these tables: where the last one is, so are the others.
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = ("special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
-# In order of preference; an index stands for the shards that it names.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-INDEX_SUFFIX = ".index.json"
 
 # The client itself waits for ever where a firewall swallows packets.
 ANSWER_SECONDS = 10

@@ -209,8 +209,8 @@ class _Decoder:
         distance = graph.node("Sub", [keys, queries], "bias/distance")
         visible = graph.node("LessOrEqual", [distance, "zero"], "bias/visible")
         hidden = graph.constant("minus_infinity", -np.inf, np.float32)
-        distance = graph.node("Cast", [distance], "bias/distance_float", to=TensorProto.FLOAT)
         if self.config.position_embedding == "alibi":
+            distance = graph.node("Cast", [distance], "bias/distance_float", to=TensorProto.FLOAT)
             slopes = alibi_slopes(self.config.num_heads, self.config.alibi_bias_max)
             heads = sharding.query_heads(self.config, self.shard)
             local = np.reshape(slopes[heads.start : heads.stop], (1, -1, 1, 1))
