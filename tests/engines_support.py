@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import plain_mpt
 import torch
-from checkpoints import CheckpointSpec, config_dict, tensors, write_checkpoint
 from numpy.typing import NDArray
 
+import plain_mpt
+from checkpoints import CheckpointSpec, config_dict, tensors, write_checkpoint
 from mpt_trt import ft_checkpoint, weight_map
 from mpt_trt.config import read_hf_config
 from mpt_trt.engines.building import BuildRequest, build_engine, make_rank_network
@@ -53,7 +53,7 @@ FEATURES = {
     "24 heads, grouped-query": CheckpointSpec(hidden_size=96, num_heads=24, num_kv_heads=8),
     "1 layer": CheckpointSpec(num_layers=1),
     "alibi_bias_max": CheckpointSpec(alibi_bias_max=16),
-    "clip_qkv": CheckpointSpec(clip_qkv=0.8),
+    "clip_qkv": CheckpointSpec(clip_qkv=0.75),
     "qk_ln": CheckpointSpec(qk_ln=True),
     "qk_ln, multi-query, biases": CheckpointSpec(qk_ln=True, num_kv_heads=1, no_bias=False),
     "biases": CheckpointSpec(no_bias=False),
@@ -212,7 +212,7 @@ def run_tool(script: str, *arguments: object, **options: object) -> subprocess.C
 
 
 def start_tool(script: str, *arguments: object, **options: object) -> subprocess.Popen:
-    """Starts one of the command-line tools, which Ctrl-C stops even if the tests' parent ignores it."""
+    """Starts one of the command-line tools; Ctrl-C stops it even where the tests ignore it."""
     return subprocess.Popen(
         command(script, *arguments),
         stdout=subprocess.PIPE,
@@ -224,7 +224,7 @@ def start_tool(script: str, *arguments: object, **options: object) -> subprocess
 
 
 def one_line_error(result: subprocess.CompletedProcess) -> str:
-    """The message of a tool that refused its input; fails unless it is one line and no traceback."""
+    """The message of a tool that refused its input, which must be one line without traceback."""
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 1, result.stderr
     assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr

@@ -22,6 +22,8 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.source_files import source_files, source_hash
 
 SCRIPTS = Path(__file__).parents[1] / "workflow_scripts"
+# Long before these tests and long after time began: when a sealed folder's inputs were made.
+INPUT_TIME = 1_000_000_000
 SHARED_MEMORY = Path("/dev/shm")
 REMEDIES = {
     errno.ENOSPC: "the disk is full",
@@ -272,7 +274,7 @@ class TestContentHash:
         paths = {str(n): tmp_path / f"file{n}" for n in range(20)}
         for name, path in paths.items():
             path.write_text(name)
-        expected = {n: f"xxh3:{xxhash.xxh3_128_hexdigest(n)}" for n in paths}
+        expected = {n: f"xxh3:{xxhash.xxh3_128_hexdigest(n.encode())}" for n in paths}
         assert files.content_hashes(paths) == expected
 
 
@@ -291,14 +293,17 @@ class TestSeals:
         return folder
 
     def is_sealed(self, folder: Path) -> bool:
+        """Whether the seal is, after a check, no older than what the folder was made from."""
         seals.break_if_damaged(folder)
         seal = folder.parent / f".{folder.name}.seal"
-        assert str(seal) == seals.seal_path(str(folder))
-        return seal.is_file()
+        # Snakemake takes 0 for "no time stamp".
+        assert seal.stat().st_mtime > 0
+        return seal.stat().st_mtime > INPUT_TIME
 
     def test_intact(self, folder: Path) -> None:
+        before = (folder.parent / ".1-gpu.seal").stat().st_mtime_ns
         assert self.is_sealed(folder)
-        assert self.is_sealed(folder)
+        assert (folder.parent / ".1-gpu.seal").stat().st_mtime_ns == before
 
     @pytest.mark.parametrize(
         "harmless",
@@ -325,7 +330,6 @@ class TestSeals:
             lambda folder: (folder.parent.parent / "blob").unlink(),
             lambda folder: os.truncate(folder.parent.parent / "blob", 3),
             lambda folder: shutil.rmtree(folder / "weights"),
-            lambda folder: shutil.rmtree(folder),
         ],
         ids=[
             "missing",
@@ -337,7 +341,6 @@ class TestSeals:
             "dangling link",
             "truncated behind link",
             "missing folder",
-            "nothing left",
         ],
     )
     def test_damage_breaks_the_seal(self, folder: Path, damage: Callable[[Path], None]) -> None:
@@ -354,11 +357,24 @@ class TestSeals:
         seals.write_seal(folder)
         assert self.is_sealed(folder)
 
-    def test_without_a_seal_nothing_happens(self, folder: Path) -> None:
+    def test_a_broken_seal_stays_broken(self, folder: Path) -> None:
+        (folder / "config.ini").unlink()
+        assert not self.is_sealed(folder)
+        assert not self.is_sealed(folder)
+
+    def test_a_folder_without_a_seal_counts_as_damaged(self, folder: Path) -> None:
         (folder.parent / ".1-gpu.seal").unlink()
-        before = tree(folder.parent)
+        assert not self.is_sealed(folder)
+
+    @pytest.mark.parametrize("sealed", [True, False])
+    def test_nothing_is_done_about_a_folder_that_is_gone(self, folder: Path, sealed: bool) -> None:
+        shutil.rmtree(folder)
+        seal = folder.parent / ".1-gpu.seal"
+        if not sealed:
+            seal.unlink()
+        before = tree(folder.parent), seal.exists() and seal.stat().st_mtime_ns
         seals.break_if_damaged(folder)
-        assert tree(folder.parent) == before
+        assert (tree(folder.parent), seal.exists() and seal.stat().st_mtime_ns) == before
 
     @pytest.mark.parametrize(
         ("folder", "seal"),

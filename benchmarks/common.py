@@ -1,0 +1,105 @@
+"""What the benchmarks share: measured commands, and results that say what was measured where."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPTS = REPOSITORY / "workflow_scripts"
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "onnxruntime", "tensorrt_rtx_cu13", "numpy")
+SAMPLE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of a command.
+
+    peak_private_mib: most memory that the system could not reclaim (RssAnon), in MiB; pages of
+    memory-mapped files are not in it.
+    """
+
+    seconds: float
+    peak_private_mib: float
+
+
+def measure(command: list[str | Path]) -> Measured:
+    """Runs a command to its end; raises RuntimeError with its messages when it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, _private_mib(process.pid))
+        time.sleep(SAMPLE_SECONDS)
+    seconds = time.perf_counter() - started
+    output = process.stdout.read() if process.stdout else ""
+    if process.returncode:
+        raise RuntimeError(f"{command} failed:\n{output}")
+    return Measured(seconds, peak)
+
+
+def script(name: str, *arguments: str | Path) -> list[str | Path]:
+    """The command line of one of our own tools."""
+    return [sys.executable, SCRIPTS / name, *arguments]
+
+
+def write_result(name: str, figures: dict) -> Path:
+    """Writes `results/{date}-{name}.json` with the machine, the versions and the command."""
+    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    content = {
+        "date": today,
+        "command": " ".join(["python", *sys.argv]),
+        "machine": _machine(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        **figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{today}-{name}.json"
+    path.write_text(json.dumps(content, indent=2, default=_plain) + "\n")
+    return path
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Measured):
+        return asdict(value)
+    raise TypeError(f"{type(value).__name__} in a result")
+
+
+def _private_mib(pid: int) -> float:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    line = next((line for line in status.splitlines() if line.startswith("RssAnon:")), "RssAnon: 0")
+    return int(line.split()[1]) / 1024
+
+
+def _machine() -> dict[str, object]:
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in info if "model name" in line), "?")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,81 @@
+"""Conversion to an FT checkpoint against `cp` of the same bytes, in one run.
+
+Makes a random checkpoint, then alternates cp and conversion, and compares medians. The files are in
+the page cache before the first measured run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+from pathlib import Path
+
+from common import Measured, measure, script, write_result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--like", default="bench-1.3b", help="shape (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="blocks (default: the shape's)")
+    parser.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--tp", type=int, nargs="+", default=[1, 4], help="(default: 1 4)")
+    parser.add_argument(
+        "--types", nargs="+", default=["float16"], help="storage types (default: float16)"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("build/benchmark"))
+    arguments = parser.parse_args()
+    source, target = arguments.folder / "checkpoint", arguments.folder / "output"
+    shape = ["--like", arguments.like]
+    shape += [] if arguments.layers is None else ["--layers", str(arguments.layers)]
+    if not source.exists():
+        measure(script("make_random_checkpoint.py", *shape, "--output_dir", source))
+    figures = {"shape": arguments.like, "bytes": _size(source), "runs": {}}
+    for storage_type in arguments.types:
+        for tp in arguments.tp:
+            name = f"{storage_type} tp{tp}"
+            figures["runs"][name] = compare(source, target, storage_type, tp, arguments.repeats)
+            ratio, peak = figures["runs"][name]["ratio"], figures["runs"][name]["peak_private_mib"]
+            print(f"{name}: {ratio:.2f} x cp, {peak:.0f} MiB")
+    print(write_result(f"conversion-{arguments.like}", figures))
+
+
+def compare(source: Path, target: Path, storage_type: str, tp: int, repeats: int) -> dict:
+    """Alternates cp and conversion.
+
+    ratio is of the medians, per byte written: float32 output is twice the bytes of the source.
+    """
+    command = script(
+        "convert_hf_mpt_to_ft.py", "-i", source, "-o", target, "-t", storage_type, "-tp", str(tp)
+    )
+    copies: list[Measured] = []
+    conversions: list[Measured] = []
+    written = 0
+    for _ in range(repeats + 1):  # the first round warms the page cache and is dropped
+        for runs, words in ((copies, ["cp", "-r", source, target]), (conversions, command)):
+            shutil.rmtree(target, ignore_errors=True)
+            runs.append(measure(words))
+        written = _size(target)
+    shutil.rmtree(target)
+    copy, conversion = (_median(runs[1:]) for runs in (copies, conversions))
+    return {
+        "ratio": (conversion / written) / (copy / _size(source)),
+        "cp_seconds": copy,
+        "conversion_seconds": conversion,
+        "bytes_written": written,
+        "peak_private_mib": max(run.peak_private_mib for run in conversions),
+        "all_cp": copies[1:],
+        "all_conversions": conversions[1:],
+    }
+
+
+def _median(runs: list[Measured]) -> float:
+    return statistics.median(run.seconds for run in runs)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints import CheckpointSpec
+from engines_support import build, make_ft_checkpoint
+from mpt_trt.ft_checkpoint import FtCheckpoint, read_ft_checkpoint
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: the models of the tests are far too small to gain from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A small model on its way: its spec, and the folders that it became. Not to be changed."""
+
+    spec: CheckpointSpec
+    hf: Path
+    ft: Path
+    engine: Path
+
+    @property
+    def checkpoint(self) -> FtCheckpoint:
+        return read_ft_checkpoint(self.ft)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A float32 engine that transformers can be held against."""
+    folder = tmp_path_factory.mktemp("built")
+    spec = CheckpointSpec(num_heads=6, seed=1)
+    checkpoint = make_ft_checkpoint(folder, spec)
+    engine = build(checkpoint, folder / "engine")
+    return Built(spec, folder / "hf", checkpoint.folder, engine)
