@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,7 +96,9 @@ def config_json(like: str, layers: int | None, dtype: str) -> dict:
     }
 
 
-def write_shards(folder: Path, stored: list[Weight], dtype: torch.dtype, seed: int, advance) -> None:
+def write_shards(
+    folder: Path, stored: list[Weight], dtype: torch.dtype, seed: int, advance
+) -> None:
     """Writes the weights in files of about 1 GiB, and their index."""
     from safetensors.torch import save_file
 

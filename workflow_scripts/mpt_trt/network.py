@@ -16,32 +16,26 @@ row's end is never seen before it is overwritten.
 
 The weights are the FT checkpoint's own files, as external data in the folder WEIGHTS_FOLDER beside
 the graph.
+
+With several ranks, each computes its heads and its part of the feed-forward layer, and the ranks'
+results meet in collective nodes. Every rank returns the same logits of the whole vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from mpt_trt import sharding
 from mpt_trt.config import MptConfig, alibi_slopes
 from mpt_trt.errors import MptTrtError
-from mpt_trt.ft_checkpoint import FtCheckpoint, FtFile
-from mpt_trt.sharding import Shard
-
-OPSET = 24
-# The first IR version that knows opset 24's types; newer ones are refused by older readers.
-IR_VERSION = 11
-WEIGHTS_FOLDER = "weights"
-ELEMENT_TYPES = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-}
+from mpt_trt.ft_checkpoint import FtCheckpoint
+from mpt_trt.onnx_graph import ELEMENT_TYPES, GraphBuilder
+from mpt_trt.sharding import Range, Shard
 
 
 @dataclass(frozen=True)
@@ -52,107 +46,54 @@ class Network:
     files: dict[str, Path]
 
 
-def build_network(checkpoint: FtCheckpoint, shard: Shard, cache_len: int) -> Network:
+@dataclass(frozen=True)
+class VocabularySharding:
+    """Which of the vocabulary's matrices ranks share, instead of each holding the whole."""
+
+    embedding: bool = False
+    head: bool = True
+
+
+def build_network(
+    checkpoint: FtCheckpoint,
+    shard: Shard,
+    cache_len: int,
+    vocabulary: VocabularySharding | None = None,
+) -> Network:
     """The graph of one rank in the checkpoint's storage type.
 
     cache_len: positions of the KV cache of a row (TensorRT wants them static).
 
-    Raises MptTrtError for what the graph cannot express.
+    Raises MptTrtError when the checkpoint was converted for another number of ranks.
     """
     if checkpoint.tp_size != shard.tp_size:
         raise MptTrtError(
             f"{checkpoint.folder}: tensor_parallelism = {checkpoint.tp_size}, but an engine for "
             f"{shard.tp_size} ranks was asked for; convert with -tp {shard.tp_size}"
         )
-    if shard.tp_size > 1:
-        raise MptTrtError(
-            f"{checkpoint.folder}: tensor_parallelism = {shard.tp_size}: engines of several ranks "
-            "are not supported; convert with -tp 1"
-        )
-    graph = _Graph(checkpoint.rank_files(shard), ELEMENT_TYPES[checkpoint.storage_type])
-    _Decoder(graph, checkpoint.config, shard, cache_len).emit()
+    if shard.tp_size == 1:
+        vocabulary = VocabularySharding(embedding=False, head=False)
+    graph = GraphBuilder(
+        checkpoint.rank_files(shard), ELEMENT_TYPES[checkpoint.storage_type], shard
+    )
+    decoder = _Decoder(
+        graph, checkpoint.config, shard, cache_len, vocabulary or VocabularySharding()
+    )
+    decoder.emit()
     name = f"{checkpoint.model_name} rank {shard.rank} of {shard.tp_size}"
     files = {file.name: checkpoint.folder / file.name for file in graph.used.values()}
     return Network(graph.to_model(name), files)
-
-
-@dataclass
-class _Graph:
-    """Collects nodes, inputs, outputs and initializers; values are referred to by name.
-
-    weights: the rank's FT files by weight name. used: those that a node has read.
-    """
-
-    weights: dict[str, FtFile]
-    element_type: int
-    used: dict[str, FtFile] = field(default_factory=dict)
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
-    outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
-    initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
-
-    def node(self, op_type: str, inputs: list[str], output: str, **attributes: object) -> str:
-        """Adds a node with one output, which is named like the node, and returns that name."""
-        self.nodes.append(helper.make_node(op_type, inputs, [output], name=output, **attributes))
-        return output
-
-    def input(self, name: str, element_type: int, shape: list[str | int]) -> str:
-        self.inputs.append(helper.make_tensor_value_info(name, element_type, shape))
-        return name
-
-    def output(self, name: str, element_type: int, shape: list[str | int]) -> None:
-        self.outputs.append(helper.make_tensor_value_info(name, element_type, shape))
-
-    def constant(self, name: str, values: object, dtype: type) -> str:
-        """A small tensor stored in the graph itself; the same name is stored once."""
-        self.initializers[name] = numpy_helper.from_array(np.asarray(values, dtype), name)
-        return name
-
-    def scalar(self, name: str, value: float) -> str:
-        """A number in the network's own type."""
-        self.initializers[name] = helper.make_tensor(name, self.element_type, [], [value])
-        return name
-
-    def split(self, value: str, parts: list[str], sizes: list[int], axis: int, name: str) -> None:
-        """Cuts `value` along `axis` into values named `parts`."""
-        lengths = self.constant(f"sizes_{'_'.join(map(str, sizes))}", sizes, np.int64)
-        self.nodes.append(helper.make_node("Split", [value, lengths], parts, name=name, axis=axis))
-
-    def has_weight(self, name: str) -> bool:
-        """Whether the checkpoint has the tensor and it is not FT's placeholder of zeros."""
-        file = self.weights.get(name)
-        return file is not None and file.weight.hf_name is not None
-
-    def weight(self, name: str) -> str:
-        """An FT file as an initializer."""
-        file = self.weights[name]
-        self.used[name] = file
-        tensor = TensorProto(name=name, data_type=self.element_type, dims=file.shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value=f"{WEIGHTS_FOLDER}/{file.name}")
-        self.initializers[name] = tensor
-        return name
-
-    def to_model(self, name: str) -> onnx.ModelProto:
-        graph = helper.make_graph(
-            self.nodes, name, self.inputs, self.outputs, list(self.initializers.values())
-        )
-        return helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
-            producer_name="mpt-trt",
-        )
 
 
 @dataclass(frozen=True)
 class _Decoder:
     """Emits the graph of one rank, from tokens to logits."""
 
-    graph: _Graph
+    graph: GraphBuilder
     config: MptConfig
     shard: Shard
     cache_len: int
+    vocabulary: VocabularySharding
 
     @property
     def num_heads(self) -> int:
@@ -225,7 +166,7 @@ class _Decoder:
 
     def _embed(self, query_positions: str) -> str:
         graph = self.graph
-        tokens = graph.node("Gather", [graph.weight("wte"), "input_ids"], "embedding")
+        tokens = self._embed_tokens()
         if self.config.position_embedding == "alibi":
             return tokens
         # Padding may lie beyond the last learned position; what it reads there is never used.
@@ -233,6 +174,28 @@ class _Decoder:
         clamped = graph.node("Min", [query_positions, last], "positions/clamped")
         learned = graph.node("Gather", [graph.weight("wpe"), clamped], "position_embedding")
         return graph.node("Add", [tokens, learned], "embedding_with_position")
+
+    def _embed_tokens(self) -> str:
+        graph = self.graph
+        if not self.vocabulary.embedding:
+            return graph.node("Gather", [graph.weight("wte"), "input_ids"], "embedding")
+        rows = sharding.vocabulary_rows(self.config, self.shard)
+        # A rank beyond the vocabulary's end needs some row to read; no token is its own.
+        table = graph.weight_rows("wte", rows if len(rows) else Range(0, 1))
+        start = graph.constant("vocabulary/start", rows.start, np.int64)
+        count = graph.constant("vocabulary/count", len(rows), np.int64)
+        last = graph.constant("vocabulary/last", max(len(rows) - 1, 0), np.int64)
+        axis = graph.constant("axis_2", [2], np.int64)
+        local = graph.node("Sub", ["input_ids", start], "embedding/local_ids")
+        above = graph.node("GreaterOrEqual", [local, "zero"], "embedding/not_below")
+        below = graph.node("Less", [local, count], "embedding/not_above")
+        held = graph.node("And", [above, below], "embedding/held")
+        held = graph.node("Unsqueeze", [held, axis], "embedding/held_rows")
+        clamped = graph.node("Clip", [local, "zero", last], "embedding/clamped_ids")
+        part = graph.node("Gather", [table, clamped], "embedding/part")
+        nothing = graph.scalar("nothing", 0.0)
+        part = graph.node("Where", [held, part, nothing], "embedding/own_part")
+        return graph.all_reduce(part, "embedding")
 
     def _attention(self, prefix: str, layer: int, hidden: str, bias: str) -> str:
         graph, name = self.graph, f"{prefix}.attention"
@@ -255,7 +218,7 @@ class _Decoder:
         context = graph.node("Transpose", [context], f"{name}/transposed", perm=[0, 2, 1, 3])
         merged = graph.constant("merged_heads", [0, 0, -1], np.int64)
         context = graph.node("Reshape", [context, merged], f"{name}/merged")
-        output = self._linear(f"{name}.dense", context)
+        output = self._linear_of_ranks(f"{name}.dense", context)
         return graph.node("Add", [hidden, output], f"{name}/residual")
 
     def _query_key_value(self, name: str, normed: str) -> tuple[str, str, str]:
@@ -283,17 +246,76 @@ class _Decoder:
         parts = [f"{name}/flat_{part}" for part in ("query", "key", "value")]
         sizes = [n * head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
         graph.split(packed, parts, sizes, axis=2, name=f"{name}/flat_split")
-        epsilon = self.config.qk_ln_epsilon
-        query = self._layer_norm(f"{name}.q_layernorm", parts[0], epsilon)
-        key = self._layer_norm(f"{name}.k_layernorm", parts[1], epsilon)
+        if self.shard.tp_size == 1:
+            epsilon = self.config.qk_ln_epsilon
+            query = self._layer_norm(f"{name}.q_layernorm", parts[0], epsilon)
+            key = self._layer_norm(f"{name}.k_layernorm", parts[1], epsilon)
+        else:
+            query, key = self._normalize_across_ranks(name, parts[0], parts[1])
         return graph.node("Concat", [query, key, parts[2]], f"{name}/normalized", axis=2)
+
+    def _normalize_across_ranks(self, name: str, query: str, key: str) -> tuple[str, str]:
+        """The layer norms of query and key, whose features lie on several ranks.
+
+        Sums and sums of squares of both meet in one all-reduce, in float32.
+        """
+        graph = self.graph
+        held = sharding.qkv_columns(self.config, self.shard)
+        columns = (held[0], held[1].shifted(-self.config.hidden_size))
+        widths = (self.config.hidden_size, self.config.kv_size)
+        values = [
+            graph.node("Cast", [value], f"{value}/float", to=TensorProto.FLOAT)
+            for value in (query, key)
+        ]
+        means = []
+        for value, part, width in zip(values, columns, widths, strict=True):
+            # Ranks that hold the same K/V heads add the same sums, each its share.
+            copies = len(part) * self.shard.tp_size / width
+            scale = graph.constant(f"{value}/share", 1 / (width * copies), np.float32)
+            means += self._means(value, scale)
+        packed = graph.node("Concat", means, f"{name}/own_means", axis=2)
+        packed = graph.all_reduce(packed, f"{name}/means")
+        found = [f"{name}/{kind}" for kind in ("q_mean", "q_square", "k_mean", "k_square")]
+        graph.split(packed, found, [1, 1, 1, 1], axis=2, name=f"{name}/split_means")
+        return (
+            self._apply_norm(f"{name}.q_layernorm", values[0], found[0], found[1], columns[0]),
+            self._apply_norm(f"{name}.k_layernorm", values[1], found[2], found[3], columns[1]),
+        )
+
+    def _means(self, value: str, scale: str) -> list[str]:
+        """This rank's share of the mean and of the mean square, each `[batch, seq, 1]`."""
+        graph = self.graph
+        axis = graph.constant("axis_2", [2], np.int64)
+        square = graph.node("Mul", [value, value], f"{value}/squared")
+        sums = [
+            graph.node("ReduceSum", [part, axis], f"{part}/sum", keepdims=1)
+            for part in (value, square)
+        ]
+        return [graph.node("Mul", [total, scale], f"{total}/share_of_mean") for total in sums]
+
+    def _apply_norm(self, name: str, value: str, mean: str, square: str, columns: Range) -> str:
+        graph = self.graph
+        squared_mean = graph.node("Mul", [mean, mean], f"{name}/squared_mean")
+        variance = graph.node("Sub", [square, squared_mean], f"{name}/variance")
+        epsilon = graph.constant("qk_ln_epsilon", self.config.qk_ln_epsilon, np.float32)
+        deviation = graph.node("Add", [variance, epsilon], f"{name}/variance_and_epsilon")
+        deviation = graph.node("Sqrt", [deviation], f"{name}/deviation")
+        centred = graph.node("Sub", [value, mean], f"{name}/centred")
+        normed = graph.node("Div", [centred, deviation], f"{name}/float")
+        normed = graph.node("Cast", [normed], f"{name}/normed", to=graph.element_type)
+        weight = graph.weight_rows(f"{name}.weight", columns)
+        normed = graph.node("Mul", [normed, weight], f"{name}/scaled")
+        if not graph.has_weight(f"{name}.bias"):
+            return normed
+        bias = graph.weight_rows(f"{name}.bias", columns)
+        return graph.node("Add", [normed, bias], name)
 
     def _feed_forward(self, prefix: str, hidden: str) -> str:
         graph, name = self.graph, f"{prefix}.mlp"
         normed = self._norm(f"{prefix}.post_attention_layernorm", hidden)
         wide = self._linear(f"{name}.dense_h_to_4h", normed)
         wide = graph.node("Gelu", [wide], f"{name}/gelu", approximate="none")
-        output = self._linear(f"{name}.dense_4h_to_h", wide)
+        output = self._linear_of_ranks(f"{name}.dense_4h_to_h", wide)
         return graph.node("Add", [hidden, output], f"{name}/residual")
 
     def _logits(self, hidden: str) -> None:
@@ -301,17 +323,40 @@ class _Decoder:
         graph = self.graph
         chosen = graph.node("GatherND", [hidden, "logit_positions"], "head/hidden")
         normed = self._norm("final_layernorm", chosen)
-        head = graph.weight("wte" if self.config.tie_word_embeddings else "lm_head.weight")
-        is_float = graph.element_type == TensorProto.FLOAT
+        product = self._sharded_head(normed) if self.vocabulary.head else self._whole_head(normed)
         is_scaled = self.config.logit_scale != 1.0
-        name = "logits" if is_float and not is_scaled else "head/product"
-        logits = graph.node("Gemm", [normed, head], name, transB=1)
-        if not is_float:
-            name = "head/product_float" if is_scaled else "logits"
-            logits = graph.node("Cast", [logits], name, to=TensorProto.FLOAT)
+        name = "head/product_float" if is_scaled else "logits"
+        logits = graph.node("Cast", [product], name, to=TensorProto.FLOAT)
         if is_scaled:
             scale = graph.constant("logit_scale", self.config.logit_scale, np.float32)
             graph.node("Mul", [logits, scale], "logits")
+
+    @property
+    def _head(self) -> str:
+        return "wte" if self.config.tie_word_embeddings else "lm_head.weight"
+
+    def _whole_head(self, normed: str) -> str:
+        head = self.graph.weight(self._head)
+        return self.graph.node("Gemm", [normed, head], "head/product", transB=1)
+
+    def _sharded_head(self, normed: str) -> str:
+        """Every rank's part of the vocabulary as rows, gathered, without the padding."""
+        graph = self.graph
+        rows = sharding.vocabulary_rows(self.config, self.shard)
+        width = sharding.vocabulary_width(self.config, self.shard.tp_size)
+        parts = [graph.weight_rows(self._head, rows)] if len(rows) else []
+        if len(rows) < width:
+            parts.append(graph.zeros("head/padding", (width - len(rows), self.config.hidden_size)))
+        head = parts[0] if len(parts) == 1 else graph.node("Concat", parts, "head/padded", axis=0)
+        product = graph.node("Gemm", [head, normed], "head/own_product", transB=1)
+        gathered = graph.all_gather(product, "head/gathered")
+        if width * self.shard.tp_size != self.config.vocab_size:
+            ends = graph.constant("vocabulary/end", [self.config.vocab_size], np.int64)
+            starts, axes = (
+                graph.constant(f"vocabulary/{n}", [0], np.int64) for n in ("first", "axis")
+            )
+            gathered = graph.node("Slice", [gathered, starts, ends, axes], "head/unpadded")
+        return graph.node("Transpose", [gathered], "head/product", perm=[1, 0])
 
     def _norm(self, name: str, value: str) -> str:
         epsilon = self.config.layer_norm_epsilon
@@ -329,8 +374,17 @@ class _Decoder:
 
     def _linear(self, name: str, value: str) -> str:
         """A linear layer; its bias, where it has one, is added to the product."""
+        weight = self.graph.weight(f"{name}.weight")
+        return self._add_bias(name, self.graph.node("MatMul", [value, weight], name))
+
+    def _linear_of_ranks(self, name: str, value: str) -> str:
+        """A linear layer whose input features lie on several ranks; they meet before the bias."""
+        weight = self.graph.weight(f"{name}.weight")
+        product = self.graph.node("MatMul", [value, weight], name)
+        return self._add_bias(name, self.graph.all_reduce(product, f"{name}/all_ranks"))
+
+    def _add_bias(self, name: str, product: str) -> str:
         graph = self.graph
-        product = graph.node("MatMul", [value, graph.weight(f"{name}.weight")], name)
         if not graph.has_weight(f"{name}.bias"):
             return product
         return graph.node("Add", [product, graph.weight(f"{name}.bias")], f"{name}/biased")

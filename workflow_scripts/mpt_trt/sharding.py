@@ -72,6 +72,22 @@ def require_legal(config: MptConfig, tp_size: int) -> None:
     )
 
 
+def vocabulary_rows(config: MptConfig, shard: Shard) -> Range:
+    """The tokens whose row of a sharded embedding or head this rank holds.
+
+    Every rank has as many rows but the last ones, which may hold fewer or none; the network pads
+    what they lack (`vocabulary_width`), and drops the padding where ranks meet.
+    """
+    width = vocabulary_width(config, shard.tp_size)
+    start = min(shard.rank * width, config.vocab_size)
+    return Range(start, min(start + width, config.vocab_size))
+
+
+def vocabulary_width(config: MptConfig, tp_size: int) -> int:
+    """Rows of a rank's part of the vocabulary, padding included."""
+    return -(-config.vocab_size // tp_size)
+
+
 def query_heads(config: MptConfig, shard: Shard) -> Range:
     """Global indices of this rank's query heads."""
     return shard.part(config.num_heads)

@@ -14,7 +14,8 @@ from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import content_hash, hard_link, read_json, replace_directory, write_json
 from mpt_trt.ft_checkpoint import FtCheckpoint
-from mpt_trt.network import WEIGHTS_FOLDER, build_network
+from mpt_trt.network import build_network
+from mpt_trt.onnx_graph import WEIGHTS_FOLDER
 from mpt_trt.sharding import Shard
 
 FORMAT = 1
