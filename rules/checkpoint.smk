@@ -63,6 +63,7 @@ rule fetch_checkpoint:
 rule convert_checkpoint:
     input:
         intact("ft_ckpts/{model}/{storage}/{tp}-gpu"),
+        legal_tp,
         checkpoint=checkpoint_inputs,
     output:
         folder=directory("ft_ckpts/{model}/{storage}/{tp}-gpu"),
@@ -74,6 +75,8 @@ rule convert_checkpoint:
     conda:
         "../envs/base.yaml"
     threads: 2
+    resources:
+        mem_mb=conversion_mem_mb,
     params:
         code=version_of("convert_hf_mpt_to_ft.py"),
         folder=checkpoint_folder,

@@ -8,12 +8,16 @@ from snakemake.exceptions import WorkflowError
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from mpt_trt import hub, seals
+from mpt_trt import hub, known_shapes, requirements, seals, sharding
+from mpt_trt.config import MptConfig, read_hf_config
+from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.engines.packages import choose_package
 from mpt_trt.environment import prefer_this_python
 from mpt_trt.errors import MptTrtError
 from mpt_trt.hf_files import checkpoint_files
+from mpt_trt.requirements import EngineSpec
 from mpt_trt.settings import Model, Variant, parse_settings
+from mpt_trt.sharding import VocabularySharding
 from mpt_trt.source_files import source_hash
 
 prefer_this_python()
@@ -58,6 +62,46 @@ def ranks(wildcards) -> range:
     return range(int(wildcards.tp))
 
 
+def stored_config(wildcards) -> MptConfig | None:
+    """The model's architecture, where its config.json is on disk already."""
+    folder = Path(checkpoint_folder(wildcards))
+    is_there = (folder / "config.json").is_file()
+    return checked(read_hf_config, folder) if is_there else None
+
+
+def planned_config(wildcards) -> MptConfig:
+    """The model's architecture or, before it is fetched, that of the known model of its name.
+
+    Of a hub model that is not known either, MPT-7B's is assumed.
+    """
+    if (config := stored_config(wildcards)) is not None:
+        return config
+    name = Path(model_of(wildcards).source).name
+    return known_shapes.known_config(name if name in known_shapes.SHIPPED else "mpt-7b")
+
+
+def engine_spec(wildcards) -> EngineSpec:
+    """What the jobs of an engine's target are planned for."""
+    variant = variant_of(wildcards)
+    limits = EngineLimits(
+        variant.max_batch_size,
+        variant.max_input_len,
+        variant.max_output_len,
+        variant.gather_all_token_logits,
+    )
+    vocabulary = VocabularySharding(variant.shard_embedding, variant.shard_head)
+    config, tp_size = planned_config(wildcards), int(wildcards.tp)
+    if not sharding.is_legal(config, tp_size):
+        # Possible before the model is fetched; what one rank of one needs is enough for each.
+        tp_size = 1
+    return checked(EngineSpec, config, variant.dtype, tp_size, limits, vocabulary)
+
+
+def megabytes(size: int) -> int:
+    """Bytes, rounded up to the unit of `mem_mb`."""
+    return -(-size // 10**6)
+
+
 def seal(folder: str) -> str:
     """The output that seals the directory output `folder`; see mpt_trt.seals."""
     return seals.seal_path(folder)
@@ -66,8 +110,8 @@ def seal(folder: str) -> str:
 def intact(folder: str):
     """An input function that adds no input, but has the folder made again when it is damaged.
 
-    A rule that uses it needs a folder among its inputs: of small files Snakemake compares the
-    content, and unchanged ones do not make an output anew, however old its seal.
+    There must be a folder among the job's inputs: of small files Snakemake compares the content, and
+    unchanged ones do not make an output anew, however old its seal.
     """
 
     def break_seal_if_damaged(wildcards) -> list[str]:
@@ -97,6 +141,20 @@ def checkpoint_inputs(wildcards) -> list[str]:
         return [folder]
     # The folder itself, too: see `intact`.
     return [folder, *(str(path) for path in checked(checkpoint_files, Path(folder)))]
+
+
+def legal_tp(wildcards) -> list[str]:
+    """An input function that adds no input, but refuses a number of ranks that cannot be.
+
+    Of a model that is not fetched yet, the conversion refuses it.
+    """
+    if (config := stored_config(wildcards)) is not None:
+        checked(sharding.require_legal, config, int(wildcards.tp))
+    return []
+
+
+def conversion_mem_mb(wildcards, threads: int) -> int:
+    return megabytes(requirements.conversion_memory(threads))
 
 
 def hub_source(wildcards) -> str:
@@ -134,6 +192,23 @@ def limit_options(wildcards) -> list[str]:
     return options + ["--gather_all_token_logits"] * variant.gather_all_token_logits
 
 
+def vocabulary_options(wildcards) -> list[str]:
+    """Which of the vocabulary's matrices ranks share, as command-line options."""
+    variant = variant_of(wildcards)
+    return [
+        "--shard_embedding" if variant.shard_embedding else "--no-shard_embedding",
+        "--shard_head" if variant.shard_head else "--no-shard_head",
+    ]
+
+
+def network_mem_mb(wildcards) -> int:
+    return megabytes(requirements.network_memory())
+
+
+def build_mem_mb(wildcards) -> int:
+    return megabytes(requirements.build_memory(engine_spec(wildcards)))
+
+
 def backend(wildcards) -> str:
     """The package that builds the plan, with `auto` resolved."""
     return checked(choose_package, variant_of(wildcards).backend).module
@@ -165,6 +240,18 @@ def of_every_rank(stage: str):
 def tokenizer_option(wildcards) -> list[str]:
     tokenizer = model_of(wildcards).tokenizer
     return [] if tokenizer is None else [f"--tokenizer_dir={tokenizer}"]
+
+
+def smoke_test_mem_mb(wildcards) -> int:
+    return megabytes(requirements.smoke_test_memory(engine_spec(wildcards)))
+
+
+def launcher(wildcards) -> list[str]:
+    """What starts a process a rank; nothing for one rank."""
+    if wildcards.tp == "1":
+        return []
+    # The ranks of a smoke test may share cores, and containers often run as root.
+    return ["mpirun", "-n", wildcards.tp, "--oversubscribe", "--allow-run-as-root"]
 
 
 def tolerance_options(wildcards) -> list[str]:

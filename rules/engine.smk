@@ -24,9 +24,12 @@ rule make_network:
         "logs/make_network/{model}/{variant}/{tp}-gpu/rank{rank}.tsv"
     conda:
         "../envs/base.yaml"
+    resources:
+        mem_mb=network_mem_mb,
     params:
         code=version_of("make_network.py"),
         limits=limit_options,
+        vocabulary=vocabulary_options,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
@@ -34,6 +37,7 @@ rule make_network:
             --model_dir {input.ft_checkpoint:q} \
             --rank {wildcards.rank} \
             {params.limits:q} \
+            {params.vocabulary:q} \
             --output_dir {output.folder:q}
         python workflow_scripts/seal.py {output.folder:q}
         """
@@ -53,6 +57,8 @@ rule build_rank:
     conda:
         "../envs/base.yaml"
     threads: 2
+    resources:
+        mem_mb=build_mem_mb,
     params:
         code=version_of("build_rank.py"),
         backend=backend,

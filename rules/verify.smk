@@ -22,8 +22,11 @@ rule smoke_test:
     conda:
         "../envs/base.yaml"
     threads: 2
+    resources:
+        mem_mb=smoke_test_mem_mb,
     params:
         code=version_of("smoke_test.py"),
+        launcher=launcher,
         folder=checkpoint_folder,
         tokenizer=tokenizer_option,
         tolerance=tolerance_options,
@@ -32,7 +35,7 @@ rule smoke_test:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/smoke_test.py \
+        {params.launcher:q} python workflow_scripts/smoke_test.py \
             --engine_dir {input.engine:q} \
             --model_dir {params.folder:q} \
             {params.tokenizer:q} \

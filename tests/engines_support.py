@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from mpt_trt.files import read_json
 from mpt_trt.ft_checkpoint import ConversionSettings, FtCheckpoint
 from mpt_trt.generation import StepModel
 from mpt_trt.hf_checkpoint import HfCheckpoint
+from mpt_trt.network import VocabularySharding
 from mpt_trt.sharding import Shard
 
 Ids = NDArray[np.int64]
@@ -110,13 +113,14 @@ def make_ft_checkpoint(
 
 def make_network(checkpoint: FtCheckpoint, target: Path, limits: EngineLimits = LIMITS) -> Path:
     """The folder `target` with the network of the only rank."""
-    make_rank_network(checkpoint, ONLY_RANK, limits, target)
+    make_rank_network(checkpoint, ONLY_RANK, limits, target, VocabularySharding())
     return target
 
 
 def build(checkpoint: FtCheckpoint, target: Path, limits: EngineLimits = LIMITS) -> Path:
     """The engine directory `target`, built by TensorRT-RTX."""
-    build_engine(checkpoint, BuildRequest(limits, "tensorrt_rtx", COMPUTE_CAPABILITIES), target)
+    request = BuildRequest(limits, "tensorrt_rtx", COMPUTE_CAPABILITIES)
+    build_engine(checkpoint, request, VocabularySharding(), target)
     return target
 
 
@@ -135,7 +139,7 @@ def open_network(folder: Path) -> OnnxRuntimeEngine:
         builder=BuilderInfo("none", "0", ()),
         ranks=(RankFiles(described["network"], "no plan", files),),
     )
-    return OnnxRuntimeEngine(folder, manifest, rank=0, num_threads=1)
+    return OnnxRuntimeEngine(folder, manifest, num_threads=1)
 
 
 def open_spec(
@@ -209,6 +213,17 @@ def run_tool(script: str, *arguments: object, **options: object) -> subprocess.C
     return subprocess.run(
         command(script, *arguments), capture_output=True, text=True, timeout=300, **options
     )
+
+
+def call_tool(script: str, *arguments: object) -> None:
+    """Runs a tool's main function in this process, which is faster; its errors come through."""
+    argv, handlers, level = sys.argv, logging.root.handlers[:], logging.root.level
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        runpy.run_path(str(SCRIPTS / script))["main"]()
+    finally:
+        sys.argv, logging.root.handlers = argv, handlers
+        logging.root.setLevel(level)
 
 
 def start_tool(script: str, *arguments: object, **options: object) -> subprocess.Popen:

@@ -213,6 +213,7 @@ class TestFields:
             (with_attention(attn_type="multiquery_attention"), "num_kv_heads", 1),
             (with_attention(qk_ln=True, norm_eps=1e-2), "qk_ln_epsilon", 1e-2),
             (with_attention(sliding_window_size=0), "num_heads", 4),
+            (with_attention(dtype="bfloat16", torch_dtype="bfloat16"), "num_heads", 4),
             ({"ffn_config": {"ffn_hidden_size": 100}}, "intermediate_size", 100),
             ({"ffn_config": None}, "intermediate_size", 192),
             ({"expansion_ratio": 1.5}, "intermediate_size", 72),

@@ -20,6 +20,7 @@ from engines_support import (
     COMPUTE_CAPABILITIES,
     LIMITS,
     build,
+    call_tool,
     deviation,
     feed,
     make_ft_checkpoint,
@@ -82,7 +83,7 @@ def test_config_says_what_it_is_from_what_by_what_for_what(built: Built):
             "intermediate_size": 192,
             "vocab_size": 97,
             "max_seq_len": 64,
-            "softmax_scale": 8**-0.5,
+            "softmax_scale": 1 / 8**0.5,
             "position_embedding": "alibi",
             "alibi_bias_max": 8,
             "clip_qkv": None,
@@ -104,6 +105,7 @@ def test_config_says_what_it_is_from_what_by_what_for_what(built: Built):
             "max_output_len": 16,
             "gather_all_token_logits": False,
         },
+        "vocabulary_sharding": {"embedding": False, "head": True},
         "source": {"folder": "somewhere"},
         "builder": {
             "package": "tensorrt_rtx",
@@ -210,7 +212,7 @@ def resize(path: Path, size: int) -> None:
 def test_network_of_the_right_size_and_wrong_content(engine, no_gpu):
     size = (engine / "rank0.onnx").stat().st_size
     (engine / "rank0.onnx").write_bytes(b"\xff" * size)
-    with pytest.raises(MptTrtError, match=r"rank0\.onnx: .*(damaged|cannot load)"):
+    with pytest.raises(MptTrtError, match=r"rank0\.onnx: not the file that config\.json describes"):
         load_engine(engine)
 
 
@@ -353,16 +355,10 @@ def test_collecting_an_incomplete_rank_names_the_file(parts, removed, tmp_path):
 
 def test_step_by_step_tools_make_an_engine_directory(built: Built, tmp_path):
     network, plan, engine = (tmp_path / name for name in ("network", "plan", "engine"))
-    for script, arguments in (
-        ("make_network.py", (f"--model_dir={built.ft}", *LIMIT_FLAGS, f"--output_dir={network}")),
-        ("build_rank.py", (f"--network_dir={network}", f"--output_dir={plan}")),
-        (
-            "collect_engine.py",
-            ("--network_dirs", network, "--plan_dirs", plan, "--output_dir", engine),
-        ),
-    ):
-        result = run_tool(script, *arguments)
-        assert result.returncode == 0, result.stderr
+    call_tool("make_network.py", f"--model_dir={built.ft}", *LIMIT_FLAGS, f"--output_dir={network}")
+    call_tool("build_rank.py", f"--network_dir={network}", f"--output_dir={plan}")
+    folders = ("--network_dirs", network, "--plan_dirs", plan, "--output_dir", engine)
+    call_tool("collect_engine.py", *folders)
     manifest = read_manifest(engine)
     assert manifest.limits == LIMITS
     assert manifest.builder.compute_capabilities == ("8.0", "8.6", "8.9", "12.0")
@@ -383,11 +379,11 @@ def test_step_by_step_tools_make_an_engine_directory(built: Built, tmp_path):
         ("collect_engine.py", ("--network_dirs", "a", "--plan_dirs", "b"), "no such file"),
     ],
 )
-def test_step_by_step_tools_refuse_in_one_line(built: Built, script, arguments, message, tmp_path):
+def test_step_by_step_tools_refuse(built: Built, script, arguments, message, tmp_path):
     filled = [argument.format(ft=built.ft) for argument in arguments]
-    result = run_tool(script, *filled, f"--output_dir={tmp_path / 'out' / 'x'}", cwd=tmp_path)
-    assert re.search(message, one_line_error(result))
-    assert not (tmp_path / "out").exists() or tree(tmp_path / "out") == []
+    with pytest.raises(MptTrtError, match=message):
+        call_tool(script, *filled, f"--output_dir={tmp_path / 'out'}")
+    assert tree(tmp_path) == []
 
 
 # --- opening -------------------------------------------------------------------------------------
@@ -502,7 +498,10 @@ def test_builder_is_chosen_by_gpu_and_installation(backend, gpu, installed, chos
     monkeypatch.setattr(gpus, "compute_capabilities", lambda: gpu)
     monkeypatch.setattr(packages, "installed_package", found)
     if chosen is None:
-        with pytest.raises(MptTrtError, match=r"is installed; pip install -r requirements\.txt"):
+        with pytest.raises(
+            MptTrtError,
+            match=rf"backend = {backend}: .* is installed; pip install -r requirements\.txt",
+        ):
             packages.choose_package(backend)
     else:
         assert packages.choose_package(backend) == Package(chosen, "1.2")
@@ -532,26 +531,24 @@ REFERENCE_SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", REFERENCE_SPELLINGS)
-def test_commands_of_the_reference_document(built: Built, spelling, tmp_path):
+def test_commands_of_the_reference_document(built: Built, spelling, tmp_path, capsys):
     arguments = REFERENCE_SPELLINGS[spelling]
-    result = run_tool(
+    call_tool(
         "build.py", f"--model_dir={built.ft}", *arguments, "--output_dir", tmp_path / "engine"
     )
-    assert result.returncode == 0, result.stderr
     limits = read_manifest(tmp_path / "engine").limits
-    given = "--max_input_len" in arguments
-    assert limits == EngineLimits(64, 12 if given else 512, 7 if given else 64)
+    is_given = "--max_input_len" in arguments
+    assert limits == EngineLimits(64, 12 if is_given else 512, 7 if is_given else 64)
     flags = {a.partition("=")[0] for a in arguments if a.startswith("--")}
-    without_effect = flags - {
-        *("--max_batch_size", "--max_input_len", "--max_output_len"),
-        *("--world_size", "--dtype", "--log_level"),
+    with_effect = {f"--{name}" for name in asdict(LIMITS)} | {
+        *("--world_size", "--dtype", "--log_level", "--parallel_build")
     }
-    message = " ".join(result.stderr.split())
+    message = " ".join(capsys.readouterr().err.split())
     if "--log_level" in arguments:
         assert "Without effect" not in message
     else:
-        said = message.partition("Without effect here: ")[2].split()
-        assert without_effect <= set(said)
+        listed = re.search(r"Without effect here:((?: --\w+)+)", message)[1].split()
+        assert set(listed) == flags - with_effect
 
 
 @pytest.mark.parametrize(
@@ -563,15 +560,14 @@ def test_commands_of_the_reference_document(built: Built, spelling, tmp_path):
         (["--max_input_len=-5"], "max_input_len = -5: at least 1 is required"),
         (["--max_output_len=0"], "max_output_len = 0: at least 1 is required"),
         (["--log_level=loud"], "log level 'loud': known are debug, info"),
-        (["--backend=tensorrt"], "builder = tensorrt: none of tensorrt is installed"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_build_refuses_in_one_line(built: Built, arguments, message, tmp_path):
-    result = run_tool(
-        "build.py", f"--model_dir={built.ft}", f"--output_dir={tmp_path / 'x'}", *arguments
-    )
-    assert re.search(message, one_line_error(result))
+def test_build_refuses(built: Built, arguments, message, tmp_path):
+    with pytest.raises(MptTrtError, match=message):
+        call_tool(
+            "build.py", f"--model_dir={built.ft}", f"--output_dir={tmp_path / 'x'}", *arguments
+        )
     assert tree(tmp_path) == []
 
 
@@ -581,7 +577,7 @@ def test_build_without_a_checkpoint(tmp_path):
 
 
 def test_all_limits_reach_the_engine(built: Built, tmp_path):
-    result = run_tool(
+    call_tool(
         "build.py",
         f"--model_dir={built.ft}",
         f"--output_dir={tmp_path / 'engine'}",
@@ -589,7 +585,6 @@ def test_all_limits_reach_the_engine(built: Built, tmp_path):
         "--gather_all_token_logits",
         *("--compute_capabilities", "8.9", "12.0"),
     )
-    assert result.returncode == 0, result.stderr
     manifest = read_manifest(tmp_path / "engine")
     assert manifest.limits == EngineLimits(3, 10, 6, gather_all_token_logits=True)
     assert manifest.builder.compute_capabilities == ("8.9", "12.0")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 import xxhash
@@ -48,6 +49,16 @@ def dead_process() -> int:
     process = subprocess.Popen([sys.executable, "-S", "-c", ""])
     process.wait()
     return process.pid
+
+
+@pytest.fixture
+def live_process() -> Iterator[int]:
+    """The id of a process other than this one."""
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE
+    ) as process:
+        yield process.pid
+        process.communicate(b"\n")
 
 
 class TestReplaceDirectory:
@@ -121,11 +132,13 @@ class TestReplaceDirectory:
             pass
 
     @pytest.mark.parametrize("name", ["target", "tar[g]et*"])
-    def test_leftovers(self, tmp_path: Path, name: str, dead_process: int) -> None:
+    def test_leftovers(
+        self, tmp_path: Path, name: str, dead_process: int, live_process: int
+    ) -> None:
         """Those of dead processes go; those of live ones and of other machines stay."""
         prefix = f".{name}.partial-{socket.gethostname()}-"
         gone = [f"{prefix}{dead_process}", f"{prefix}{dead_process}-old", f"{prefix}{os.getpid()}"]
-        kept = [f"{prefix}{os.getppid()}", f".{name}.partial-another-host-{dead_process}", "other"]
+        kept = [f"{prefix}{live_process}", f".{name}.partial-another-host-{dead_process}", "other"]
         for leftover in gone + kept:
             (tmp_path / leftover / "sub").mkdir(parents=True)
         with files.replace_directory(tmp_path / name):
@@ -217,7 +230,8 @@ class TestHardLink:
         assert not target.is_symlink()
 
     @pytest.mark.skipif(
-        not SHARED_MEMORY.is_dir() or SHARED_MEMORY.stat().st_dev == Path("/tmp").stat().st_dev,
+        not SHARED_MEMORY.is_dir()
+        or SHARED_MEMORY.stat().st_dev == Path(gettempdir()).stat().st_dev,
         reason="no second file system at /dev/shm",
     )
     def test_across_file_systems(self, tmp_path: Path) -> None:

@@ -202,6 +202,10 @@ SPECS = {
     "learned positions": (replace(BASE, alibi=False), (1, 2)),
     "qk_ln": (replace(BASE, qk_ln=True, num_heads=6, num_kv_heads=2), (1, 2)),
     "qk_ln, biases": (replace(BASE, qk_ln=True, no_bias=False), (1, 4)),
+    "qk_ln, biases, rmsnorm": (
+        replace(BASE, qk_ln=True, no_bias=False, norm_type="rmsnorm"),
+        (2,),
+    ),
     "rmsnorm": (replace(BASE, norm_type="rmsnorm"), (1,)),
     "rmsnorm, biases": (replace(BASE, norm_type="rmsnorm", no_bias=False), (2,)),
     "1 head": (replace(BASE, num_heads=1), (1,)),
@@ -759,6 +763,28 @@ class TestFullDisk:
 
 
 class TestInterruptions:
+    def test_the_first_failure_ends_the_conversion(self, tmp_path: Path) -> None:
+        checkpoint = write_checkpoint(tmp_path / "hf", replace(BASE, num_layers=10))
+        config = read_hf_config(checkpoint)
+        found = weights(config)
+        written = []
+
+        def fail(count: int) -> None:
+            written.append(count)
+            time.sleep(0.02)
+            raise RuntimeError("no more")
+
+        with pytest.raises(RuntimeError, match="no more"):
+            ft_checkpoint.write_ft_checkpoint(
+                HfCheckpoint(checkpoint, found),
+                config,
+                ConversionSettings("float16", 1, 2, "name", {}),
+                tmp_path / "out" / "1-gpu",
+                fail,
+            )
+        assert len(written) < len(found) / 2
+        assert names_in(tmp_path / "out") == set()
+
     @pytest.fixture(scope="class")
     def big(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         """A checkpoint of 1.4 GB of zeros, which take no place on disk."""

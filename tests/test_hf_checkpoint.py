@@ -37,6 +37,7 @@ SPECS = {
     "untied": replace(BASE, tie_word_embeddings=False),
     "qk_ln": replace(BASE, qk_ln=True, num_heads=6, num_kv_heads=2),
     "qk_ln, biases": replace(BASE, qk_ln=True, no_bias=False),
+    "qk_ln, biases, rmsnorm": replace(BASE, qk_ln=True, no_bias=False, norm_type="rmsnorm"),
     "rmsnorm, biases": replace(BASE, norm_type="rmsnorm", no_bias=False),
     "odd sizes": CheckpointSpec(
         hidden_size=55, num_heads=5, num_layers=3, vocab_size=101, expansion_ratio=3

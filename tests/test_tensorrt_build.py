@@ -31,6 +31,7 @@ from engines_support import (
     FEATURES,
     LIMITS,
     build,
+    call_tool,
     make_ft_checkpoint,
     make_network,
     one_line_error,
@@ -44,6 +45,7 @@ from mpt_trt.engines.manifest import EngineLimits
 from mpt_trt.engines.packages import installed_package
 from mpt_trt.engines.tensorrt import BuildOptions
 from mpt_trt.errors import MptTrtError
+from mpt_trt.network import VocabularySharding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -247,33 +249,35 @@ def test_failed_build_keeps_the_engine_that_was_there(tmp_path):
     engine = build(checkpoint, tmp_path / "engine")
     before = {name: (engine / name).stat().st_mtime_ns for name in tree(engine)}
     with pytest.raises(MptTrtError, match=r"compute_capabilities = 9\.0"):
-        build_engine(checkpoint, replace(REQUEST, compute_capabilities=("9.0",)), engine)
+        build_engine(
+            checkpoint,
+            replace(REQUEST, compute_capabilities=("9.0",)),
+            VocabularySharding(),
+            engine,
+        )
     assert {name: (engine / name).stat().st_mtime_ns for name in tree(engine)} == before
     assert not list(tmp_path.glob(".engine*"))
 
 
 def test_unknown_compute_capability_is_refused_with_those_known(tmp_path):
-    make_ft_checkpoint(tmp_path, CheckpointSpec(num_layers=1))
-    result = run_tool(
-        "build.py",
-        f"--model_dir={tmp_path / 'ft' / '1-gpu'}",
-        f"--output_dir={tmp_path / 'engines' / 'one'}",
-        "--compute_capabilities=9.0",
-    )
-    error = one_line_error(result)
-    assert "compute_capabilities = 9.0: tensorrt_rtx 1." in error
+    checkpoint = make_ft_checkpoint(tmp_path, CheckpointSpec(num_layers=1))
+    with pytest.raises(MptTrtError, match=r"compute_capabilities = 9\.0: tensorrt_rtx 1") as caught:
+        call_tool(
+            "build.py",
+            f"--model_dir={checkpoint.folder}",
+            f"--output_dir={tmp_path / 'engines' / 'one'}",
+            *("--compute_capabilities", "8.6", "9.0"),
+        )
     for known in ("8.0", "8.6", "8.9", "12.0", "12.1"):
-        assert known in error
+        assert known in str(caught.value)
     assert tree(tmp_path / "engines") == []
 
 
 @pytest.mark.parametrize("text", ["sm86", "8", "8.60", "8,6"])
-def test_malformed_compute_capability_is_refused(text, tmp_path):
-    result = run_tool(
-        "build.py", "--model_dir=x", "--output_dir=y", f"--compute_capabilities={text}"
-    )
-    assert result.returncode == 2
-    assert f"{text!r} is not a compute capability such as 8.9" in result.stderr
+def test_malformed_compute_capability_is_refused(text, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        call_tool("build.py", "--model_dir=x", "--output_dir=y", f"--compute_capabilities={text}")
+    assert f"{text!r} is not a compute capability such as 8.9" in capsys.readouterr().err
 
 
 def test_full_disk_while_the_plan_is_written(tmp_path):
@@ -371,6 +375,19 @@ def test_interrupted_build_leaves_nothing_and_can_be_repeated(large, number, tmp
         assert again.returncode == 0, errors
         assert output == f"{folder / 'large'}\n"
         assert (folder / "large" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_makes_tensorrt_stop_at_its_next_step(number):
+    """TensorRT goes on building until the monitor returns False."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    with tensorrt._progress(trt) as (monitor, was_interrupted):
+        monitor.phase_start("Building engine", None, 3)
+        assert monitor.step_complete("Building engine", 0) is True and not was_interrupted()
+        os.kill(os.getpid(), number)
+        assert monitor.step_complete("Building engine", 1) is False and was_interrupted()
+        monitor.phase_finish("Building engine")
+    assert {n: signal.getsignal(n) for n in handlers} == handlers
 
 
 def test_build_needs_little_more_memory_than_the_weights(large, tmp_path):

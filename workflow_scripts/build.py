@@ -9,10 +9,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import subprocess
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mpt_trt import arguments as options
 from mpt_trt.console import run_cli, set_up_logging
+
+if TYPE_CHECKING:
+    from mpt_trt.engines.building import BuildRequest
 
 WITHOUT_EFFECT = (
     "use_gpt_attention_plugin",
@@ -21,7 +27,6 @@ WITHOUT_EFFECT = (
     "enable_context_fmha",
     "enable_context_fmha_fp32_acc",
     "remove_input_padding",
-    "parallel_build",
 )
 
 
@@ -35,12 +40,18 @@ def parse_arguments() -> argparse.Namespace:
         "--world_size", type=int, default=1, help="number of ranks (default: %(default)s)"
     )
     parser.add_argument(
+        "--parallel_build",
+        action="store_true",
+        help="build the ranks' plans at the same time; each needs the memory of one rank",
+    )
+    parser.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
         help="must be the checkpoint's storage type, which is the default",
     )
     parser.add_argument("--log_level", default="info", help="(default: %(default)s)")
     options.add_limits(parser)
+    options.add_vocabulary(parser)
     options.add_builder(parser)
     group = parser.add_argument_group("accepted, without effect")
     for name in WITHOUT_EFFECT:
@@ -51,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     set_up_logging(arguments.log_level)
-    from mpt_trt.engines.building import build_engine
+    from mpt_trt.engines.building import build_engine, build_one_by_one
     from mpt_trt.errors import MptTrtError
     from mpt_trt.ft_checkpoint import read_ft_checkpoint
 
@@ -70,8 +81,46 @@ def main() -> None:
             f"{checkpoint.storage_type}; convert with -t {arguments.dtype}"
         )
     request = options.build_request(arguments, options.limits(arguments))
-    build_engine(checkpoint, request, arguments.output_dir)
+    build_plans = build_side_by_side if arguments.parallel_build else build_one_by_one
+    vocabulary = options.vocabulary(arguments)
+    build_engine(checkpoint, request, vocabulary, arguments.output_dir, build_plans)
     print(arguments.output_dir)
+
+
+def build_side_by_side(folder: Path, request: BuildRequest, tp_size: int) -> None:
+    """Adds the plans of all ranks to the folder that has their networks, a process a rank."""
+    from mpt_trt.errors import MptTrtError
+
+    plans = [folder / f"plan{rank}" for rank in range(tp_size)]
+    processes = [
+        subprocess.Popen(_rank_command(folder, rank, request, plan))
+        for rank, plan in enumerate(plans)
+    ]
+    try:
+        failed = [rank for rank, process in enumerate(processes) if process.wait() != 0]
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait()
+    if failed:
+        raise MptTrtError(f"rank {failed[0]} could not be built; its own message is above")
+    for plan in plans:
+        for path in plan.iterdir():
+            path.rename(folder / path.name)
+        plan.rmdir()
+
+
+def _rank_command(folder: Path, rank: int, request: BuildRequest, target: Path) -> list[str]:
+    return [
+        sys.executable,
+        str(Path(__file__).with_name("build_rank.py")),
+        f"--network_dir={folder}",
+        f"--rank={rank}",
+        f"--backend={request.backend}",
+        f"--output_dir={target}",
+        "--compute_capabilities",
+        *request.compute_capabilities,
+    ]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=0, help="which rank (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the result")
     options.add_limits(parser)
+    options.add_vocabulary(parser)
     return parser.parse_args()
 
 
@@ -35,7 +36,13 @@ def main() -> None:
             f"{checkpoint.tp_size - 1}"
         )
     shard = Shard(arguments.rank, checkpoint.tp_size)
-    make_rank_network(checkpoint, shard, options.limits(arguments), arguments.output_dir)
+    make_rank_network(
+        checkpoint,
+        shard,
+        options.limits(arguments),
+        arguments.output_dir,
+        options.vocabulary(arguments),
+    )
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpt_trt.console import bytes_progress, run_cli
+from mpt_trt.known_shapes import SHAPES, hub_config
 
 if TYPE_CHECKING:
     import torch
@@ -21,23 +22,6 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 1 << 30
 WEIGHT_STD = 0.02
-
-# Sizes from each model's own config.json on the hub; bench-* are sizes of our own for benchmarks.
-COMMON = {"vocab_size": 50432, "max_seq_len": 2048}
-SHAPES = {
-    "mpt-7b": COMMON | {"d_model": 4096, "n_heads": 32, "n_layers": 32},
-    "mpt-30b": COMMON | {"d_model": 7168, "n_heads": 64, "n_layers": 48, "max_seq_len": 8192},
-    "replit-code-v1_5-3b": {
-        "d_model": 3072,
-        "n_heads": 24,
-        "n_layers": 32,
-        "vocab_size": 32768,
-        "max_seq_len": 4096,
-        "kv_n_heads": 8,
-    },
-    "bench-1.3b": COMMON | {"d_model": 2048, "n_heads": 16, "n_layers": 24, "vocab_size": 50368},
-    "bench-354m": COMMON | {"d_model": 1024, "n_heads": 16, "n_layers": 24, "vocab_size": 50368},
-}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,35 +49,12 @@ def main() -> None:
 
     dtype = getattr(torch, arguments.dtype)
     with replace_directory(arguments.output_dir) as folder:
-        content = config_json(arguments.like, arguments.layers, arguments.dtype)
+        content = hub_config(arguments.like, arguments.layers, arguments.dtype)
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
         stored = [w for w in weights(read_hf_config(folder)) if w.hf_name is not None]
         total = sum(_byte_size(weight, dtype) for weight in stored)
         with bytes_progress(f"Writing {arguments.output_dir}", total) as advance:
             write_shards(folder, stored, dtype, arguments.seed, advance)
-
-
-def config_json(like: str, layers: int | None, dtype: str) -> dict:
-    """A hub-style config.json of the named shape."""
-    shape = dict(SHAPES[like])
-    kv_n_heads = shape.pop("kv_n_heads", None)
-    attention: dict[str, object] = {"attn_type": "multihead_attention", "alibi": True}
-    if kv_n_heads is not None:
-        attention |= {"attn_type": "grouped_query_attention", "kv_n_heads": kv_n_heads}
-    return {
-        "architectures": ["MptForCausalLM"],
-        "model_type": "mpt",
-        **shape,
-        "n_layers": shape["n_layers"] if layers is None else layers,
-        "expansion_ratio": 4,
-        "no_bias": True,
-        "learned_pos_emb": True,
-        "attn_config": attention,
-        "tie_word_embeddings": True,
-        "torch_dtype": dtype,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
 
 
 def write_shards(

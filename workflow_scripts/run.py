@@ -96,12 +96,15 @@ def main() -> None:
     tokenizer = _tokenizer(arguments, manifest.source)
     prompts = _prompts(arguments, tokenizer)
     engine = load_engine(arguments.engine_dir, arguments.runtime, arguments.num_threads)
-    _say_what_runs(engine)
+    if engine.is_first_rank:
+        _say_what_runs(engine)
     config = _generation_config(arguments, engine, tokenizer)
     started = time.perf_counter()
-    on_token = _printer(tokenizer) if arguments.streaming else None
+    on_token = _printer(tokenizer) if arguments.streaming and engine.is_first_rank else None
     outputs = generate(engine.model, prompts, config, on_token=on_token)
     seconds = time.perf_counter() - started
+    if not engine.is_first_rank:
+        return
     if arguments.streaming:
         print()
     else:

@@ -60,6 +60,8 @@ def main() -> None:
     engine = load_engine(arguments.engine_dir, arguments.runtime, arguments.num_threads)
     prompt = tokenizer.encode(arguments.prompt)
     trial = verification.run_trial(engine, prompt, arguments.max_new_tokens)
+    if not engine.is_first_rank:
+        return
     reference = reference_logits(folder, trial.tokens[:-1]).numpy()
     distance = verification.distance(trial.logits, reference)
     tolerance = Tolerance(arguments.max_abs, arguments.mean_kl, arguments.min_top1)
@@ -68,6 +70,7 @@ def main() -> None:
         "engine_dir": str(arguments.engine_dir),
         "engines": [rank.engine for rank in engine.manifest.ranks],
         "builder": asdict(engine.manifest.builder),
+        "ranks": engine.manifest.tp_size,
         "runtime": engine.runtime,
         "stood_in_because": engine.stood_in_because,
         "prompt": arguments.prompt,
@@ -76,7 +79,7 @@ def main() -> None:
         "prompt_len": trial.prompt_len,
         "prefill_tokens_per_s": trial.prefill_tokens_per_s,
         "decode_tokens_per_s": trial.decode_tokens_per_s,
-        "reference": reference_name(),
+        "reference": reference_name(folder),
         "distance": asdict(distance),
         "tolerance": asdict(tolerance),
         "passed": not violations,

@@ -1,13 +1,10 @@
+#!/usr/bin/env python3
 """Trains the small MPT that ships in resources/mpt-demo, and writes its whole folder.
 
-Reads   the sources of a Python standard library (--stdlib) and its pydoc topics.
-Writes  --output: config.json, generation_config.json, model.safetensors (float16),
-        tokenizer.json, tokenizer_config.json, heldout.txt, training.json (every figure, for
-        programs), README.md (the model card, from the same figures) and LICENSE.txt.
-
-The folder appears in one rename, after transformers has loaded it and agreed on its loss. Runs
-on a GPU (bfloat16, compiled) or, for a few steps, on a CPU. One seed fixes everything random;
-two GPUs of different kinds still round differently, so figures agree closely, not exactly.
+Learns the sources and pydoc topics of a Python standard library. Writes the model as transformers
+reads it (float16), heldout.txt, training.json (every figure), README.md (the model card, from the
+same figures) and the library's licence. One seed fixes everything random; GPUs of different kinds
+still round differently, so figures agree closely, not exactly.
 """
 
 from __future__ import annotations
@@ -17,31 +14,34 @@ import ast
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import json
+import keyword
 import logging
 import math
-import os
 import platform
+import random
 import re
 import shutil
 import sysconfig
-import tempfile
+import textwrap
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
-import safetensors.torch
-import tokenizers
-import torch
-import torch.nn.functional as F
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
+from mpt_trt.console import run_cli
+from mpt_trt.errors import MptTrtError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import Tensor
+    from transformers import MptConfig, MptForCausalLM
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
@@ -60,55 +60,48 @@ EXCLUDED_PATTERNS = (
 # Of a file's non-blank characters, how many stand in words: code is above, number tables below.
 LEAST_WORD_SHARE = 0.45
 
-# Held-back documents are of a size that gives many of them, and are not copied from elsewhere.
 HELD_BACK_BYTES = (1_000, 16_000)
 HELD_BACK_TOPICS_SHARE = 0.3
 MOST_SHARED_LINES = 0.2
 SHORTEST_COUNTED_LINE = 30
 
-LARGEST_LOSS_DIFFERENCE = 1e-3
+SNIPPET_LINES = (2, 60)
+MADE_UP_SHARE = 0.5
+# So many renderings of the snippets, each with names of its own, lest the names be learnt by heart.
+SNIPPET_VARIANTS = 16
+
 FIRST_WINDOWS = 4
-PROMPTS = ("def fibonacci", "def read_file", "class Stack:\n    def __init__(self")
+PROMPTS = ("def fibonacci", "def factorial", "def read_file", "def is_prime", "class Stack")
 SAMPLE_TOKENS = 64
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 
 log = logging.getLogger("train_demo_model")
-Settings = TypeVar("Settings", "Architecture", "Recipe")
-
-
-class DemoModelError(Exception):
-    """The input cannot be used, or the result did not pass its check; the text says why."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The MPT's sizes. Fixed for all: no biases, exact GELU, ALiBi, tied embeddings."""
+    """The sizes. The rest is MPT's usual: no biases, exact GELU, ALiBi, tied embeddings."""
 
-    hidden_size: int
-    num_heads: int
-    num_layers: int
-    vocab_size: int
-    max_seq_len: int
-    expansion_ratio: int = 4
-    alibi_bias_max: int = 8
-    layer_norm_epsilon: float = 1e-5
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+    hidden_size: int = 256
+    num_heads: int = 4
+    num_layers: int = 7
+    vocab_size: int = 4096
+    max_seq_len: int = 1024
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Lengths are in optimizer steps, batch_size in windows of max_seq_len."""
+    """How to train. Steps are the optimizer's; a batch is of windows of max_seq_len tokens."""
 
-    steps: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    dropout: float
-    warmup_steps: int
-    evaluate_every: int
-    seed: int
+    steps: int = 20_000
+    batch_size: int = 64
+    snippet_windows: int = 16
+    learning_rate: float = 6e-3
+    weight_decay: float = 0.1
+    dropout: float = 0.2
+    warmup_steps: int = 300
+    evaluate_every: int = 500
+    seed: int = 0
 
 
 # --- the corpus ---------------------------------------------------------------------------------
@@ -122,40 +115,32 @@ class Document:
     text: str
 
     @property
-    def is_topic(self) -> bool:
-        return self.name.startswith("topics/")
-
-    @property
-    def is_test(self) -> bool:
-        parts = Path(self.name).parts
-        return bool({"test", "tests", "idle_test"} & set(parts)) or parts[-1].startswith("test_")
+    def kind(self) -> str:
+        """`topic`, `test` or `library`."""
+        folders, file = Path(self.name).parts[:-1], Path(self.name).name
+        if folders[:1] == ("topics",):
+            return "topic"
+        is_test = file.startswith("test_") or {"test", "tests", "idle_test"} & set(folders)
+        return "test" if is_test else "library"
 
     @property
     def size(self) -> int:
         return len(self.text.encode())
 
 
-@dataclass(frozen=True)
-class Split:
-    """Disjoint sets of documents. validation chooses settings; heldout is looked at once."""
-
-    training: list[Document]
-    validation: list[Document]
-    heldout: list[Document]
+Split = dict[str, list[Document]]
 
 
 def read_corpus(stdlib: Path) -> list[Document]:
     """All usable documents below `stdlib`, sorted by name, exact duplicates dropped."""
-    paths = sorted(stdlib.rglob("*.py"), key=lambda path: path.relative_to(stdlib).as_posix())
-    documents = []
-    for path in paths:
+    documents = read_topics(stdlib / TOPICS_FILE)
+    for path in stdlib.rglob("*.py"):
         name = path.relative_to(stdlib).as_posix()
         if not any(fnmatch.fnmatch(name, pattern) for pattern in EXCLUDED_PATTERNS):
             text = read_source(path)
             documents += [Document(name, text)] if text else []
-    documents += read_topics(stdlib / TOPICS_FILE)
-    by_text = {document.text: document for document in reversed(documents)}
-    return sorted(by_text.values(), key=lambda document: document.name)
+    by_name = sorted(documents, key=lambda document: document.name, reverse=True)
+    return list({document.text: document for document in by_name}.values())[::-1]
 
 
 def read_source(path: Path) -> str | None:
@@ -181,10 +166,11 @@ def read_topics(path: Path) -> list[Document]:
 
 
 def split_corpus(documents: list[Document], heldout_bytes: int, validation_bytes: int) -> Split:
-    """Holds documents back in the order of a hash of their names, so that a split is stable.
+    """Disjoint `training`, `validation` (to watch) and `heldout` (to report) documents.
 
-    Only documents few of whose longer lines occur in others are held back, and no tests: test
-    files resemble each other, and the figures are to speak of the library itself.
+    Held back are, in the stable order of a hash of their names, documents of a size that gives
+    many of them, few of whose longer lines occur in others, and no tests: these resemble each
+    other, and the figures are to speak of the library itself.
     """
     shares = shared_line_shares(documents)
     small, large = HELD_BACK_BYTES
@@ -192,23 +178,24 @@ def split_corpus(documents: list[Document], heldout_bytes: int, validation_bytes
         document
         for document in sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest())
         if small <= document.size <= large
-        and not document.is_test
+        and document.kind != "test"
         and shares[document.name] <= MOST_SHARED_LINES
     ]
-    heldout = take_mixed(fit, heldout_bytes)
-    validation = take_mixed([d for d in fit if d not in heldout], validation_bytes)
+    heldout = take(fit, heldout_bytes)
+    validation = take([d for d in fit if d not in heldout], validation_bytes)
     if not heldout or not validation:
-        raise DemoModelError(
-            f"of {len(documents)} documents, {len(fit)} can be held back; "
-            "two at least are needed: give a larger --stdlib"
-        )
+        raise MptTrtError(f"too few of {len(documents)} documents are fit: give a larger --stdlib")
     held_back = {document.name for document in heldout + validation}
-    return Split([d for d in documents if d.name not in held_back], validation, heldout)
+    training = [document for document in documents if document.name not in held_back]
+    return {"training": training, "validation": validation, "heldout": heldout}
 
 
 def shared_line_shares(documents: list[Document]) -> dict[str, float]:
     """Per document name: the share of its distinct long lines that other documents hold too."""
-    lines = {d.name: set(filter(is_counted_line, d.text.splitlines())) for d in documents}
+    lines = {
+        d.name: {line for line in d.text.splitlines() if len(line.strip()) >= SHORTEST_COUNTED_LINE}
+        for d in documents
+    }
     holders = Counter(line for own in lines.values() for line in own)
     return {
         name: sum(holders[line] > 1 for line in own) / max(1, len(own))
@@ -216,44 +203,111 @@ def shared_line_shares(documents: list[Document]) -> dict[str, float]:
     }
 
 
-def is_counted_line(line: str) -> bool:
-    return len(line.strip()) >= SHORTEST_COUNTED_LINE
-
-
-def take_mixed(documents: list[Document], total_bytes: int) -> list[Document]:
+def take(documents: list[Document], total_bytes: int) -> list[Document]:
     """The first documents of both kinds: sources up to their share of the bytes, then topics."""
     topics_bytes = round(total_bytes * HELD_BACK_TOPICS_SHARE)
-    sources = take([d for d in documents if not d.is_topic], total_bytes - topics_bytes)
-    return sources + take([d for d in documents if d.is_topic], topics_bytes)
-
-
-def take(documents: list[Document], total_bytes: int) -> list[Document]:
-    """Documents from the front, until their sizes reach `total_bytes`."""
     taken: list[Document] = []
-    for document in documents:
-        if sum(d.size for d in taken) >= total_bytes:
-            break
-        taken.append(document)
+    for kind, enough in (("library", total_bytes - topics_bytes), ("topic", topics_bytes)):
+        sizes = 0
+        for document in documents:
+            if document.kind == kind and sizes < enough:
+                taken.append(document)
+                sizes += document.size
     return taken
 
 
-def fingerprint(documents: Iterable[Document]) -> str:
-    """SHA-256 over names and texts: two corpora are the same if this is."""
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(f"{document.name}\0{document.size}\0{document.text}".encode())
-    return digest.hexdigest()
+# --- snippets of it -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A definition on its own: the name that it defines, and its text around that name."""
+
+    name: str
+    parts: tuple[str, ...]
+
+
+def snippets_of(document: Document) -> Iterator[Snippet]:
+    """Functions that take arguments and, of the library, methods and small classes, undecorated.
+
+    They are documents of their own in training. In a module a name has usually been seen before
+    its definition; only here does the model learn what follows `def` and an unknown name.
+    """
+    lines = document.text.split("\n")
+    shortest, longest = SNIPPET_LINES
+    for parent in ast.walk(ast.parse(document.text if document.kind != "topic" else "")):
+        for node in ast.iter_child_nodes(parent):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                own = lines[node.lineno - 1 : node.end_lineno]
+                fits = shortest <= len(own) <= longest
+                text = standalone_text(node, parent, own, document.kind) if fits else None
+                if text:
+                    yield Snippet(node.name, tuple(re.split(rf"(?<![\w.]){node.name}\b", text)))
+
+
+def standalone_text(node: ast.AST, parent: ast.AST, lines: list[str], kind: str) -> str | None:
+    """The definition in `lines` as it would stand in a module; None if it is not wanted."""
+    text = textwrap.dedent("\n".join(lines)) + "\n"
+    match node:
+        case ast.ClassDef() if kind == "library" and isinstance(parent, ast.Module):
+            return text
+        case ast.FunctionDef(args=ast.arguments(args=[ast.arg(arg="self"), *_])):
+            return method_as_function(text, parent) if kind == "library" else None
+        case ast.FunctionDef(args=ast.arguments(args=[ast.arg(arg=first), *_])):
+            return text if text.startswith("def ") and first not in ("cls", "mcls") else None
+    return None
+
+
+def method_as_function(text: str, parent: ast.AST) -> str | None:
+    """A method with its class's name for `self`; None if it makes no sense outside the class."""
+    class_words = re.findall("[A-Z]?[a-z]+", getattr(parent, "name", ""))
+    receiver = class_words[-1].lower() if class_words else "class"
+    special = re.match(r"def (?!__)", text) is None or "super()" in text
+    if special or keyword.iskeyword(receiver) or receiver in text:
+        return None
+    return re.sub(r"\bself\b", receiver, text)
+
+
+def plain_words(documents: list[Document]) -> list[str]:
+    """Words of prose and code, each at least three times in the documents."""
+    counts = Counter(word for d in documents for word in re.findall(r"\b[a-z]{3,10}\b", d.text))
+    return sorted(word for word, count in counts.items() if count >= 3)
+
+
+def made_up_name(words: Sequence[str], draw: random.Random) -> str:
+    """One to three words, or the beginnings or ends of words."""
+    pieces = []
+    for word in draw.choices(words, k=draw.randint(1, 3)):
+        cut = draw.randint(1, len(word) - 2)
+        pieces.append(draw.choice([word, word, word[: cut + 1], word[cut:]]))
+    return draw.choice(["", "_"]).join(pieces)
+
+
+def render(snippets: list[Snippet], words: Sequence[str], draw: random.Random) -> list[str]:
+    """The snippets' texts, some under names that were made up, recursive calls included."""
+    texts = []
+    for snippet in snippets:
+        name, text = made_up_name(words, draw), "".join(snippet.parts)
+        if text.startswith("class "):
+            name = name.title().replace("_", "")
+        usable = not keyword.iskeyword(name) and name not in text
+        if draw.random() >= MADE_UP_SHARE or not usable:
+            name = snippet.name
+        texts.append(name.join(snippet.parts))
+    return texts
 
 
 # --- the tokenizer ------------------------------------------------------------------------------
 
 
-def train_tokenizer(documents: list[Document], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE, so that any text comes back exactly.
 
     It puts `<|endoftext|>`, id 0, before a text: every document in training begins with it, and
     without it the model takes a prompt for the middle of some document.
     """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -263,177 +317,151 @@ def train_tokenizer(documents: list[Document], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, END_OF_TEXT_ID)]
     )
     return tokenizer
 
 
-def joined(documents: list[Document]) -> str:
-    """The documents as one text, as heldout.txt holds them."""
-    return END_OF_TEXT.join(document.text for document in documents)
+def make_streams(tokenizer: Tokenizer, split: Split, seed: int) -> dict[str, Tensor]:
+    """int64 [tokens] of each part of the corpus and of all renderings of the snippets.
 
+    Before every text stands one `<|endoftext|>`.
+    """
+    import torch
 
-def to_stream(tokenizer: Tokenizer, documents: list[Document]) -> Tensor:
-    """int64 [tokens]: every document after one `<|endoftext|>`."""
-    encodings = tokenizer.encode_batch([document.text for document in documents])
-    return torch.tensor([token for encoding in encodings for token in encoding.ids])
+    def to_stream(texts: Sequence[str]) -> Tensor:
+        encodings = tokenizer.encode_batch(texts)
+        return torch.tensor([token for encoding in encodings for token in encoding.ids])
+
+    snippets = [snippet for document in split["training"] for snippet in snippets_of(document)]
+    words, draw = plain_words(split["training"]), random.Random(seed)
+    renderings = (render(snippets, words, draw) for _ in range(SNIPPET_VARIANTS))
+    streams = {part: to_stream([d.text for d in documents]) for part, documents in split.items()}
+    return streams | {"snippets": torch.cat([to_stream(texts) for texts in renderings])}
 
 
 # --- the network --------------------------------------------------------------------------------
+# Weights are float32 by name; those of the blocks are stacked, [num_layers, ...], so that an
+# optimizer updates all blocks at once.
+
+BLOCK_WEIGHTS = ("norm_1", "attn.Wqkv", "attn.out_proj", "norm_2", "ffn.up_proj", "ffn.down_proj")
+ALIBI_BIAS_MAX = 8
 
 
-class Attention(nn.Module):
-    """Causal self-attention with ALiBi, by a flash kernel that takes no bias.
+def initial_weights(architecture: Architecture) -> dict[str, Tensor]:
+    """GPT-2's scheme: what writes to the residual stream shrinks with the depth."""
+    import torch
 
-    ALiBi adds `-slope * (i - j)` to the score of query i and key j. A softmax ignores what is
-    constant in j, so `slope * j` does the same, and that is a product: one more column in the
-    query (slope) and in the key (j). Two columns in fact, j // 256 and j % 256, because each is
-    then exact in bfloat16. `EXTRA` columns keep the head size a multiple of 8.
+    layers, hidden = architecture.num_layers, architecture.hidden_size
+    std, residual_std = 0.02, 0.02 / math.sqrt(2 * layers)
+    return {
+        "wte": torch.randn(architecture.vocab_size, hidden) * std,
+        "norm_1": torch.ones(layers, hidden),
+        "attn.Wqkv": torch.randn(layers, 3 * hidden, hidden) * std,
+        "attn.out_proj": torch.randn(layers, hidden, hidden) * residual_std,
+        "norm_2": torch.ones(layers, hidden),
+        "ffn.up_proj": torch.randn(layers, 4 * hidden, hidden) * std,
+        "ffn.down_proj": torch.randn(layers, hidden, 4 * hidden) * residual_std,
+        "norm_f": torch.ones(hidden),
+    }
+
+
+def hf_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names that transformers' MptForCausalLM gives them."""
+    named = {f"transformer.{name}.weight": weights[name] for name in ("wte", "norm_f")}
+    for name in BLOCK_WEIGHTS:
+        for layer, weight in enumerate(weights[name]):
+            named[f"transformer.blocks.{layer}.{name}.weight"] = weight
+    return named
+
+
+def compute_logits(
+    weights: dict[str, Tensor], tokens: Tensor, num_heads: int, dropout: float = 0.0
+) -> Tensor:
+    """int64 [batch, length] -> [batch, length, vocab]."""
+    import torch.nn.functional as F
+
+    def norm(hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.layer_norm(hidden, weight.shape, weight)
+
+    hidden = F.dropout(F.embedding(tokens, weights["wte"]), dropout)
+    for block in zip(*(weights[name].unbind() for name in BLOCK_WEIGHTS), strict=True):
+        norm_1, qkv, out_proj, norm_2, up_proj, down_proj = block
+        context = attention(F.linear(norm(hidden, norm_1), qkv), num_heads)
+        hidden = hidden + F.dropout(F.linear(context, out_proj), dropout)
+        inner = F.gelu(F.linear(norm(hidden, norm_2), up_proj))
+        hidden = hidden + F.dropout(F.linear(inner, down_proj), dropout)
+    return F.linear(norm(hidden, weights["norm_f"]), weights["wte"])
+
+
+def attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """[batch, length, 3 * hidden] -> [batch, length, hidden]: causal, with ALiBi.
+
+    A flash kernel takes no bias. ALiBi adds `-slope * (i - j)` to the score of query i and key j. A
+    softmax ignores what is constant in j, so `slope * j` does the same, and that is a product: one
+    more column in the query (slope) and in the key (j). Two columns in fact, j // 256 and j % 256,
+    as each is then exact in bfloat16; and six of zeros, as head sizes are multiples of 8.
     """
+    import torch
+    import torch.nn.functional as F
 
-    EXTRA = 8
-
-    def __init__(self, architecture: Architecture) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim = architecture.num_heads, architecture.head_dim
-        hidden_size = architecture.hidden_size
-        self.Wqkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        slopes, positions = self.alibi_columns(architecture)
-        self.register_buffer("slopes", slopes, persistent=False)
-        self.register_buffer("positions", positions, persistent=False)
-
-    def alibi_columns(self, architecture: Architecture) -> tuple[Tensor, Tensor]:
-        """(query columns [1, heads, 1, EXTRA], key columns [1, 1, max_seq_len, EXTRA])."""
-        heads, length = architecture.num_heads, architecture.max_seq_len
-        exponents = torch.arange(1, heads + 1) * (architecture.alibi_bias_max / heads)
-        slopes = torch.zeros(1, heads, 1, self.EXTRA)
-        # The kernel scales every product by 1 / sqrt(head_dim); this one must not be.
-        slopes[..., :2] = (2.0**-exponents * math.sqrt(self.head_dim)).view(1, heads, 1, 1)
-        positions = torch.zeros(1, 1, length, self.EXTRA)
-        positions[..., 0] = torch.arange(length) // 256 * 256
-        positions[..., 1] = torch.arange(length) % 256
-        return slopes, positions
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[batch, length, hidden] -> the same."""
-        batch, length, hidden_size = hidden.shape
-        qkv = self.Wqkv(hidden).view(batch, length, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        slopes = self.slopes.to(query.dtype).expand(batch, -1, length, -1)
-        positions = self.positions[:, :, :length].to(query.dtype)
-        positions = positions.expand(batch, self.num_heads, -1, -1)
-        context = F.scaled_dot_product_attention(
-            torch.cat([query, slopes], dim=-1),
-            torch.cat([key, positions], dim=-1),
-            F.pad(value, (0, self.EXTRA)),
-            is_causal=True,
-            scale=1 / math.sqrt(self.head_dim),
-        )[..., : self.head_dim]
-        return self.out_proj(context.transpose(1, 2).reshape(batch, length, hidden_size))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, architecture: Architecture) -> None:
-        super().__init__()
-        inner = architecture.expansion_ratio * architecture.hidden_size
-        self.up_proj = nn.Linear(architecture.hidden_size, inner, bias=False)
-        self.down_proj = nn.Linear(inner, architecture.hidden_size, bias=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(hidden)))
-
-
-class Block(nn.Module):
-    def __init__(self, architecture: Architecture, dropout: float) -> None:
-        super().__init__()
-        size, epsilon = architecture.hidden_size, architecture.layer_norm_epsilon
-        self.norm_1 = nn.LayerNorm(size, eps=epsilon, bias=False)
-        self.attn = Attention(architecture)
-        self.norm_2 = nn.LayerNorm(size, eps=epsilon, bias=False)
-        self.ffn = FeedForward(architecture)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.dropout(self.attn(self.norm_1(hidden)))
-        return hidden + self.dropout(self.ffn(self.norm_2(hidden)))
-
-
-class DemoMpt(nn.Module):
-    """An MPT whose parameters have the names that transformers' MptForCausalLM gives them."""
-
-    def __init__(self, architecture: Architecture, dropout: float) -> None:
-        super().__init__()
-        blocks = [Block(architecture, dropout) for _ in range(architecture.num_layers)]
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(architecture.vocab_size, architecture.hidden_size),
-                "blocks": nn.ModuleList(blocks),
-                "norm_f": nn.LayerNorm(
-                    architecture.hidden_size, eps=architecture.layer_norm_epsilon, bias=False
-                ),
-            }
-        )
-        self.dropout = nn.Dropout(dropout)
-        self.initialize(architecture.num_layers)
-
-    def initialize(self, num_layers: int) -> None:
-        """GPT-2's scheme: what writes to the residual stream shrinks with the depth."""
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                into_residual = name.endswith(("out_proj.weight", "down_proj.weight"))
-                std = 0.02 / math.sqrt(2 * num_layers) if into_residual else 0.02
-                nn.init.normal_(parameter, std=std)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [batch, length] -> logits [batch, length, vocab]."""
-        hidden = self.dropout(self.transformer["wte"](tokens))
-        for block in self.transformer["blocks"]:
-            hidden = block(hidden)
-        hidden = self.transformer["norm_f"](hidden)
-        return F.linear(hidden, self.transformer["wte"].weight)
+    batch, length, width = qkv.shape
+    head_dim = width // (3 * num_heads)
+    per_head = qkv.view(batch, length, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
+    query, key, value = F.pad(per_head, (0, 8)).unbind()
+    powers = torch.arange(1, num_heads + 1, device=qkv.device) * (ALIBI_BIAS_MAX / num_heads)
+    # The kernel scales every product by 1 / sqrt(head_dim); this one must not be.
+    slopes = torch.exp2(-powers)[:, None, None] * math.sqrt(head_dim)
+    position = torch.arange(length, device=qkv.device)
+    halves = torch.stack([position // 256 * 256, position % 256], dim=-1)
+    query = query + F.pad(slopes.expand(-1, -1, 2), (head_dim, 6)).to(qkv.dtype)
+    key = key + F.pad(halves, (head_dim, 6)).to(qkv.dtype)
+    context = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=1 / math.sqrt(head_dim)
+    )[..., :head_dim]
+    return context.transpose(1, 2).reshape(batch, length, width // 3)
 
 
 # --- training -----------------------------------------------------------------------------------
 
 
-def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean nats per token. tokens: int64 [batch, length + 1]."""
-    logits = model(tokens[:, :-1]).float()
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Keller Jordan, 2024) for matrices, those of one shape together in batched products.
+class MuonAndAdamW:
+    """Muon (Keller Jordan, 2024) for the matrices of the blocks, AdamW for the other weights.
 
     The momentum of each matrix is made orthogonal and scaled to the size of AdamW's updates
-    (Liu et al., 2025, arXiv 2502.16982), so that one learning rate serves both optimizers.
-    torch.optim.Muon computes the same one matrix at a time; for matrices this small that made a
-    whole training step half as long again.
+    (Liu et al., 2025, arXiv 2502.16982), so that one learning rate serves both. torch.optim.Muon
+    takes one matrix at a time, which for matrices this small takes half as long again.
     """
 
     MOMENTUM = 0.95
     ADAMW_UPDATE_SIZE = 0.2
 
-    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        shapes = dict.fromkeys(matrix.shape for matrix in matrices)
-        groups = [{"params": [m for m in matrices if m.shape == shape]} for shape in shapes]
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+    def __init__(self, weights: dict[str, Tensor], weight_decay: float) -> None:
+        import torch
 
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            matrices, lr = group["params"], group["lr"]
-            gradients = torch.stack([matrix.grad for matrix in matrices])
-            state = self.state[matrices[0]]
-            momentum = state.setdefault("momentum", torch.zeros_like(gradients))
-            momentum.lerp_(gradients, 1 - self.MOMENTUM)
-            updates = orthogonalized(gradients.lerp(momentum, self.MOMENTUM))
-            scale = lr * self.ADAMW_UPDATE_SIZE * math.sqrt(max(gradients.shape[1:]))
-            for matrix, update in zip(matrices, updates, strict=True):
-                matrix.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-scale)
+        self.weight_decay = weight_decay
+        self.momenta = {w: torch.zeros_like(w) for w in weights.values() if w.ndim == 3}
+        norms = [weight for name, weight in weights.items() if "norm" in name]
+        groups = [{"params": norms, "weight_decay": 0.0}, {"params": [weights["wte"]]}]
+        self.adamw = torch.optim.AdamW(
+            groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
+        )
+
+    def step(self, learning_rate: float) -> None:
+        """Updates every weight by its gradient, and forgets the gradient."""
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        self.adamw.step()
+        self.adamw.zero_grad()
+        for matrix, momentum in self.momenta.items():
+            momentum.lerp_(matrix.grad, 1 - self.MOMENTUM)
+            update = orthogonalized(matrix.grad.lerp(momentum, self.MOMENTUM))
+            size = self.ADAMW_UPDATE_SIZE * math.sqrt(max(matrix.shape[1:]))
+            matrix.data.mul_(1 - learning_rate * self.weight_decay)
+            matrix.data.add_(update, alpha=-learning_rate * size)
+            matrix.grad = None
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
@@ -447,18 +475,6 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
-def make_optimizers(model: DemoMpt, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the embedding and the norms' weights."""
-    rate, decay = recipe.learning_rate, recipe.weight_decay
-    matrices = [p for p in model.transformer["blocks"].parameters() if p.ndim == 2]
-    groups = [
-        {"params": [model.transformer["wte"].weight], "weight_decay": decay},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
-    return [adamw, Muon(matrices, lr=rate, weight_decay=decay)]
-
-
 def learning_rate_at(step: int, recipe: Recipe) -> float:
     """Linear warm-up, then linear decay. step counts from 1; only after the last is it zero."""
     rising = step / max(1, recipe.warmup_steps)
@@ -466,281 +482,152 @@ def learning_rate_at(step: int, recipe: Recipe) -> float:
     return recipe.learning_rate * min(1.0, rising, falling)
 
 
-def batches(stream: Tensor, length: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Endless int64 [batch, length + 1]: every epoch cuts the stream anew and shuffles it."""
-    generator = torch.Generator().manual_seed(seed)
-    within = torch.arange(length + 1, device=stream.device)
+def batches(streams: dict[str, Tensor], recipe: Recipe, length: int) -> Iterator[Tensor]:
+    """Endless int64 [batch, length + 1]: windows of the corpus from anywhere, then of snippets.
+
+    The latter begin as a prompt does: with the beginning of a document.
+    """
+    import torch
+
+    corpus, snippets = streams["training"], streams["snippets"]
+    beginnings = (snippets[:-length] == END_OF_TEXT_ID).nonzero()
+    if len(corpus) <= length or not len(beginnings):
+        raise MptTrtError(f"the corpus is too small for windows of {length} tokens")
+    generator = torch.Generator(corpus.device).manual_seed(recipe.seed)
+    within = torch.arange(length + 1, device=corpus.device)
+
+    def choose(limit: int, count: int) -> Tensor:
+        return torch.randint(limit, (count,), generator=generator, device=corpus.device)
+
     while True:
-        offset = int(torch.randint(length, (), generator=generator))
-        starts = torch.arange(offset, len(stream) - length, length)
-        if not len(starts):
-            raise DemoModelError(
-                f"{len(stream)} training tokens are too few for windows of {length}"
-            )
-        starts = starts[torch.randperm(len(starts), generator=generator)]
-        usable = len(starts) - len(starts) % batch_size or len(starts)
-        for chosen in starts[:usable].to(stream.device).split(batch_size):
-            yield stream[chosen[:, None] + within]
+        starts = choose(len(corpus) - length, recipe.batch_size - recipe.snippet_windows)
+        chosen = beginnings[choose(len(beginnings), recipe.snippet_windows)]
+        yield torch.cat([corpus[starts[:, None] + within], snippets[chosen + within]])
+
+
+def next_token_loss(
+    weights: dict[str, Tensor], tokens: Tensor, num_heads: int, dropout: float
+) -> Tensor:
+    """Mean nats per token. tokens: int64 [batch, length + 1]."""
+    import torch.nn.functional as F
+
+    logits = compute_logits(weights, tokens[:, :-1], num_heads, dropout).float()
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def mean_loss(logits_of: Callable[[Tensor], Tensor], stream: Tensor, length: int) -> float:
     """Nats per token: each token but the first once, in windows of `length` that do not overlap."""
-    full = (len(stream) - 1) // length
-    pieces = list(stream.unfold(0, length + 1, length).split(16)) if full else []
-    rest = stream[full * length :]
-    pieces += [rest[None]] if len(rest) > 1 else []
+    import torch
+    import torch.nn.functional as F
+
     total = 0.0
     with torch.no_grad():
-        for piece in pieces:
-            logits = logits_of(piece[:, :-1]).float()
-            targets = piece[:, 1:].flatten()
-            total += F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum").item()
+        for start in range(0, len(stream) - 1, length):
+            window = stream[start : start + length + 1]
+            logits = logits_of(window[None, :-1])[0].float()
+            total += F.cross_entropy(logits, window[1:], reduction="sum").item()
     return total / (len(stream) - 1)
 
 
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """The weights with the best validation loss (float32, on the CPU), and how it went."""
-
-    weights: dict[str, Tensor]
-    step: int
-    training_loss: float
-    validation_loss: float
-    tokens_seen: int
-    seconds: float
-
-
 def train(
-    model: DemoMpt, training: Tensor, validation: Tensor, recipe: Recipe, length: int
-) -> TrainingResult:
-    """Trains in place; streams are int64 [tokens] on the model's device."""
-    device = training.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    compiled = device.type == "cuda"
-    loss_of = torch.compile(next_token_loss, dynamic=False) if compiled else next_token_loss
-    optimizers = make_optimizers(model, recipe)
-    data = batches(training, length, recipe.batch_size, recipe.seed)
-    best: TrainingResult | None = None
-    seen, losses, started = 0, [], time.monotonic()
+    weights: dict[str, Tensor],
+    streams: dict[str, Tensor],
+    recipe: Recipe,
+    architecture: Architecture,
+) -> float:
+    """Trains in place, on the device of the weights; returns the seconds that it took."""
+    import torch
+
+    heads, length = architecture.num_heads, architecture.max_seq_len
+    device = weights["wte"].device.type
+    autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    loss_of = torch.compile(next_token_loss, disable=device != "cuda", dynamic=False)
+    optimizer = MuonAndAdamW(weights, recipe.weight_decay)
+    data, started, recent = batches(streams, recipe, length), time.monotonic(), []
     for step in range(1, recipe.steps + 1):
-        tokens = next(data)
         with autocast:
-            loss = loss_of(model, tokens)
-        update(model, loss, optimizers, learning_rate_at(step, recipe))
-        losses.append(loss.detach())
-        seen += tokens[:, 1:].numel()
-        if step % recipe.evaluate_every and step < recipe.steps:
-            continue
-        with autocast, evaluation_mode(model):
-            validation_loss = mean_loss(model, validation, length)
-        training_loss = torch.stack(losses).mean().item()
-        losses.clear()
-        seconds = time.monotonic() - started
-        log_progress(step, recipe.steps, training_loss, validation_loss, seen, seconds)
-        if validation_loss < (best.validation_loss if best else math.inf):
-            weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
-            best = TrainingResult(weights, step, training_loss, validation_loss, seen, seconds)
-    if best is None:
-        raise DemoModelError("the validation loss never was a number; lower --learning-rate")
-    return dataclasses.replace(best, tokens_seen=seen, seconds=time.monotonic() - started)
-
-
-def update(
-    model: nn.Module, loss: Tensor, optimizers: list[torch.optim.Optimizer], learning_rate: float
-) -> None:
-    """One step of every optimizer, gradients clipped to norm 1."""
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-def log_progress(
-    step: int, steps: int, training: float, validation: float, seen: int, seconds: float
-) -> None:
-    left = seconds / step * (steps - step)
-    log.info(
-        f"step {step:6d}/{steps}  training {training:.4f}  validation {validation:.4f}  "
-        f"{seen / seconds / 1e6:.2f} M tokens/s  {seconds:.0f} s, {left:.0f} s left"
-    )
+            loss = loss_of(weights, next(data), heads, recipe.dropout)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step(learning_rate_at(step, recipe))
+        recent.append(loss.detach())
+        if step % recipe.evaluate_every == 0 or step == recipe.steps:
+            with autocast:
+                logits_of = functools.partial(compute_logits, weights, num_heads=heads)
+                validation = mean_loss(logits_of, streams["validation"], length)
+            seconds = time.monotonic() - started
+            log.info(
+                f"step {step:6d}/{recipe.steps}  training {sum(recent) / len(recent):.4f}  "
+                f"validation {validation:.4f}  {seconds:.0f} s"
+            )
+            recent.clear()
+    return time.monotonic() - started
 
 
 # --- the folder ---------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place if the block ends well."""
-    if target.exists() and any(target.iterdir()) and not (target / "training.json").is_file():
-        raise DemoModelError(f"{target}: holds something else; name a new folder as --output")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    old = temporary.with_name(temporary.name + ".old")
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def hf_config(architecture: Architecture) -> dict:
-    """config.json in the form transformers itself writes for an MPT."""
-    return {
-        "architectures": ["MptForCausalLM"],
-        "model_type": "mpt",
-        "d_model": architecture.hidden_size,
-        "n_heads": architecture.num_heads,
-        "n_layers": architecture.num_layers,
-        "expansion_ratio": architecture.expansion_ratio,
-        "max_seq_len": architecture.max_seq_len,
-        "vocab_size": architecture.vocab_size,
-        "layer_norm_epsilon": architecture.layer_norm_epsilon,
-        "attn_config": {
-            "alibi": True,
-            "alibi_bias_max": architecture.alibi_bias_max,
-            "attn_impl": "torch",
-            "attn_pdrop": 0,
-            "attn_type": "multihead_attention",
-            "attn_uses_sequence_id": False,
-            "clip_qkv": None,
-            "prefix_lm": False,
-            "qk_ln": False,
-            "softmax_scale": None,
-        },
-        "bos_token_id": END_OF_TEXT_ID,
-        "eos_token_id": END_OF_TEXT_ID,
-        "pad_token_id": END_OF_TEXT_ID,
-        "dtype": "float16",
-        "torch_dtype": "float16",
-        "emb_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "embedding_fraction": 1.0,
-        "initializer_range": 0.02,
-        "learned_pos_emb": False,
-        "logit_scale": None,
-        "no_bias": True,
-        "norm_type": "low_precision_layernorm",
-        "tie_word_embeddings": True,
-        "use_cache": True,
-    }
-
-
 def write_model(
-    folder: Path, architecture: Architecture, weights: dict[str, Tensor], tokenizer: Tokenizer
-) -> None:
-    """Everything that transformers loads. weights: float16."""
-    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    folder: Path, weights: dict[str, Tensor], architecture: Architecture, tokenizer: Tokenizer
+) -> MptForCausalLM:
+    """Writes what transformers loads, in float16; returns it as loaded, in float32.
+
+    Raises MptTrtError where a weight leaves the range of float16.
+    """
+    import torch
+    from transformers import MptForCausalLM
+
+    model = MptForCausalLM(hf_config(architecture))
+    model.load_state_dict(hf_weights(weights), strict=False)
+    model.tie_weights()
+    broken = [n for n, weight in model.half().named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise MptTrtError(f"not finite in float16: {', '.join(broken)}; lower --learning_rate")
+    model.save_pretrained(folder)
     # safetensors makes files that only their owner may read.
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    write_json(folder / "config.json", hf_config(architecture))
-    special_ids = {f"{kind}_token_id": END_OF_TEXT_ID for kind in ("bos", "eos", "pad")}
-    write_json(folder / "generation_config.json", special_ids)
-    special_tokens = {f"{kind}_token": END_OF_TEXT for kind in ("bos", "eos", "pad")}
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": architecture.max_seq_len,
-            "clean_up_tokenization_spaces": False,
-            **special_tokens,
-        },
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": architecture.max_seq_len,
+        "clean_up_tokenization_spaces": False,
+        **{f"{kind}_token": END_OF_TEXT for kind in ("bos", "eos", "pad")},
+    }
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    return MptForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def hf_config(architecture: Architecture) -> MptConfig:
+    """The architecture as transformers knows it."""
+    from transformers import MptConfig
+
+    return MptConfig(
+        d_model=architecture.hidden_size,
+        n_heads=architecture.num_heads,
+        n_layers=architecture.num_layers,
+        vocab_size=architecture.vocab_size,
+        max_seq_len=architecture.max_seq_len,
+        tie_word_embeddings=True,
+        **{f"{kind}_token_id": END_OF_TEXT_ID for kind in ("bos", "eos", "pad")},
     )
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def to_float16(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rounds to float16; raises DemoModelError where a value leaves its range."""
-    rounded = {name: tensor.half().contiguous() for name, tensor in weights.items()}
-    broken = [name for name, tensor in rounded.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise DemoModelError(f"not finite in float16: {', '.join(broken)}")
-    return rounded
+def greedy_samples(model: MptForCausalLM, tokenizer: Tokenizer) -> dict[str, str]:
+    """Per prompt what transformers' greedy search continues it with, to an end of text at most."""
+    import torch
 
-
-def load_in_transformers(folder: Path) -> nn.Module:
-    """MptForCausalLM in float32; raises DemoModelError unless every weight found its place."""
-    model, report = transformers.MptForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    problems = {key: names for key, names in report.items() if names}
-    if problems:
-        raise DemoModelError(f"transformers does not load {folder}: {problems}")
-    return model.eval()
-
-
-@dataclass(frozen=True)
-class Streams:
-    """Token streams, int64 [tokens], on the training device."""
-
-    training: Tensor
-    validation: Tensor
-    heldout: Tensor
-
-
-def measured_losses(
-    folder: Path, architecture: Architecture, weights: dict[str, Tensor], streams: Streams
-) -> dict[str, float]:
-    """Nats per token in float32 of the saved float16 weights, as transformers computes them.
-
-    Raises DemoModelError if the network trained here computes another held-out loss.
-    """
-    device, length = streams.heldout.device, architecture.max_seq_len
-    reference = load_in_transformers(folder).to(device)
-
-    def logits_of(tokens: Tensor) -> Tensor:
-        return reference(tokens, use_cache=False).logits
-
-    heldout = mean_loss(logits_of, streams.heldout, length)
-    own = DemoMpt(architecture, dropout=0.0).eval()
-    own.load_state_dict(weights)
-    own_heldout = mean_loss(own.to(device), streams.heldout, length)
-    log.info(f"held-out loss {own_heldout:.5f} here, {heldout:.5f} in transformers")
-    if not abs(own_heldout - heldout) < LARGEST_LOSS_DIFFERENCE:
-        raise DemoModelError(f"held-out loss {own_heldout} here but {heldout} in transformers")
-    # As much training text as there is held-out text says how much was learnt by heart.
-    seen_before = streams.training[: len(streams.heldout)]
-    return {
-        "heldout": heldout,
-        "heldout_first_windows": mean_loss(
-            logits_of, streams.heldout[: FIRST_WINDOWS * length + 1], length
-        ),
-        "validation": mean_loss(logits_of, streams.validation, length),
-        "training_text": mean_loss(logits_of, seen_before, length),
-    }
-
-
-def greedy_samples(folder: Path, tokenizer: Tokenizer, device: torch.device) -> dict[str, str]:
-    """Per prompt what transformers' greedy search continues it with, in float32."""
-    model = load_in_transformers(folder).to(device)
-    max_seq_len = model.config.max_seq_len
     samples = {}
     for prompt in PROMPTS:
-        ids = torch.tensor([tokenizer.encode(prompt).ids], device=device)
+        ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.device)
         tokens = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            max_new_tokens=min(SAMPLE_TOKENS, max_seq_len - ids.shape[1]),
+            max_new_tokens=min(SAMPLE_TOKENS, model.config.max_seq_len - ids.shape[1]),
         )
         samples[prompt] = tokenizer.decode(tokens[0, ids.shape[1] :].tolist())
     return samples
@@ -749,68 +636,48 @@ def greedy_samples(folder: Path, tokenizer: Tokenizer, device: torch.device) -> 
 # --- figures and model card ---------------------------------------------------------------------
 
 
-def describe_part(documents: list[Document], tokens: int) -> dict:
-    return {
-        "documents": len(documents),
-        "bytes": sum(document.size for document in documents),
-        "tokens": tokens,
-        "sha256": fingerprint(documents),
+def joined(documents: list[Document]) -> str:
+    """The documents as one text, as heldout.txt holds them."""
+    return END_OF_TEXT.join(document.text for document in documents)
+
+
+def describe_corpus(split: Split, streams: dict[str, Tensor]) -> dict:
+    """Sizes and the texts' SHA-256, by which two corpora can be told apart."""
+    parts = {
+        part: {
+            "documents": len(documents),
+            "bytes": sum(document.size for document in documents),
+            "tokens": len(streams[part]),
+            "sha256": hashlib.sha256(joined(documents).encode()).hexdigest(),
+        }
+        for part, documents in split.items()
     }
+    snippets = int((streams["snippets"] == END_OF_TEXT_ID).sum()) // SNIPPET_VARIANTS
+    names = [document.name for document in split["heldout"]]
+    return parts | {"snippets": snippets, "heldout_names": names}
 
 
-def describe_corpus(split: Split, streams: Streams, python_version: str) -> dict:
-    return {
-        "python_version": python_version,
-        "training": describe_part(split.training, len(streams.training)),
-        "validation": describe_part(split.validation, len(streams.validation)),
-        "heldout": describe_part(split.heldout, len(streams.heldout))
-        | {"names": [document.name for document in split.heldout]},
+def measure(model: MptForCausalLM, streams: dict[str, Tensor], heldout_bytes: int) -> dict:
+    """Losses of the saved float16 weights, computed in float32 by transformers."""
+    length, heldout = model.config.max_seq_len, streams["heldout"]
+    measured = {
+        "heldout": heldout,
+        "heldout_first_windows": heldout[: FIRST_WINDOWS * length + 1],
+        "validation": streams["validation"],
+        # As much text as is held out, but seen in training: how much was learnt by heart.
+        "training": streams["training"][: len(heldout)],
     }
-
-
-def describe_training(recipe: Recipe, result: TrainingResult, device: torch.device) -> dict:
-    return {
-        "recipe": dataclasses.asdict(recipe),
-        "best_step": result.step,
-        "tokens_seen": result.tokens_seen,
-        "seconds": round(result.seconds, 1),
-        "hardware": hardware_name(device),
-        "loss": round(result.training_loss, 5),
-        "python": platform.python_version(),
-        "packages": {
-            module.__name__: module.__version__
-            for module in (torch, transformers, tokenizers, safetensors)
-        },
+    losses = {
+        name: mean_loss(lambda tokens: model(tokens, use_cache=False).logits, stream, length)
+        for name, stream in measured.items()
     }
-
-
-def describe_quality(losses: dict[str, float], split: Split, streams: Streams) -> dict:
-    """All figures are of the saved float16 weights, computed in float32 by transformers."""
-    tokens = len(streams.heldout) - 1
-    text_bytes = len(joined(split.heldout).encode())
-    nats_per_byte = losses["heldout"] * tokens / text_bytes
+    bits = losses["heldout"] * (len(heldout) - 1) / math.log(2)
     return {
-        "heldout": {
-            "predicted_tokens": tokens,
-            "bytes": text_bytes,
-            "nats_per_token": round(losses["heldout"], 5),
-            "perplexity": round(math.exp(losses["heldout"]), 4),
-            "nats_per_byte": round(nats_per_byte, 5),
-            "bits_per_byte": round(nats_per_byte / math.log(2), 5),
-            "first_windows": {
-                "windows": FIRST_WINDOWS,
-                "nats_per_token": round(losses["heldout_first_windows"], 5),
-            },
-        },
-        "validation": {"nats_per_token": round(losses["validation"], 5)},
-        "training_text": {"nats_per_token": round(losses["training_text"], 5)},
+        "nats_per_token": {name: round(loss, 5) for name, loss in losses.items()},
+        "heldout_tokens": len(heldout) - 1,
+        "heldout_perplexity": round(math.exp(losses["heldout"]), 4),
+        "heldout_bits_per_byte": round(bits / heldout_bytes, 5),
     }
-
-
-def hardware_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"one {torch.cuda.get_device_name(device)}, bfloat16"
-    return f"{os.cpu_count()} {platform.machine()} CPU cores, float32"
 
 
 CARD = """\
@@ -825,121 +692,79 @@ tags: [mpt, python, code]
 # mpt-demo
 
 A small MPT, trained on the Python standard library, so that a workflow for MPT checkpoints has
-something real to work on: text that can be judged by eye, and a quality figure that gets worse
-when a conversion or a quantization does harm.
+something real to work on: text that can be judged by eye, and a loss that gets worse when a
+conversion does harm. It writes text with the look of Python; it does not program. It has seen one
+code base, and repeats parts of it by heart.
 
-## Figures
+| text | documents | bytes | tokens | nats per token |
+|---|---|---|---|---|
+{rows}
 
-Of the saved float16 weights, computed in float32 by transformers, in windows of {max_seq_len}
-tokens that do not overlap. `training.json` holds them for programs.
+Losses of the saved float16 weights, computed in float32 by transformers, in windows of
+{architecture[max_seq_len]} tokens that do not overlap; of the training part, of its beginning.
+Held-out perplexity {quality[heldout_perplexity]:.3f}; {quality[heldout_bits_per_byte]:.4f} bits per
+byte. `training.json` holds all figures and settings.
 
-| text | nats per token |
-|---|---|
-| held-out (`heldout.txt`) | **{heldout:.4f}** |
-| validation (chose the checkpoint) | {validation:.4f} |
-| training, its first {heldout_tokens:,} tokens | {training_text:.4f} |
+## Model
 
-Held-out perplexity {perplexity:.3f} per token; {nats_per_byte:.4f} nats or {bits_per_byte:.4f}
-bits per byte.
-
-## Architecture
-
-MPT as in `transformers` (`MptForCausalLM`): {num_layers} blocks, hidden size {hidden_size},
-{num_heads} heads, feed-forward {inner_size} with exact GELU, ALiBi (bias max {alibi_bias_max}), no
-biases, tied embeddings, {max_seq_len} tokens of context, {parameters:,} parameters in float16. The
-tokenizer is a byte-level BPE of {vocab_size}. It puts `<|endoftext|>` (id 0) before a text, with
-which every document in training began; without it the model takes a prompt for the middle of some
-document.
+{architecture[num_layers]} blocks, hidden size {architecture[hidden_size]},
+{architecture[num_heads]} heads, ALiBi, tied embeddings, {architecture[max_seq_len]} tokens of
+context; {parameters:,} parameters. The tokenizer, a byte-level BPE of {architecture[vocab_size]},
+puts `<|endoftext|>` (id 0) before a text, as every document in training began.
 
 ## Corpus
 
 The sources of the standard library of Python {python_version} (its tests included) and the texts
 of `pydoc_data.topics`; both Copyright Python Software Foundation, licensed under the PSF License
-Version 2 (PSF-2.0, see `LICENSE.txt`), and so is this model. Left out: generated files and tables
-of data (character maps above all), fixtures that are broken on purpose, files that are not UTF-8
-or do not parse, exact duplicates.
+Version 2 (PSF-2.0, see `LICENSE.txt`), and so is this model. Left out: generated files, tables of
+data, broken fixtures, duplicates.
 
-| part | documents | bytes | tokens |
-|---|---|---|---|
-{corpus_rows}
+Held back are library files and topics of 1 to 16 kB that share at most a fifth of their longer
+lines with others, in the order of the SHA-256 of their names. (Their tests are in the training
+part.) The held-out part, `heldout.txt`, had no say in any choice. It is {heldout_names}.
 
-Whole documents are held back, in the order of the SHA-256 of their names: library files and
-topics of 1 to 16 kB, no tests, none of which more than a fifth of the longer lines occur in another
-document. (The tests of held-out modules are in the training part.) The checkpoint, and in short
-trials the optimizer and the learning rate, were chosen by the validation part; the held-out part
-had no say. Held out: {heldout_names}.
+Of every {recipe[batch_size]} training windows, {recipe[snippet_windows]} hold snippets: the
+{corpus[snippets]:,} functions, methods and small classes of the training part that make sense
+alone, each a document of its own, half of them under names made up of words and parts of words,
+so that the model knows what follows `def` and a name that it has never seen.
 
 ## Training
 
-{steps:,} steps of {batch_size} windows of {max_seq_len} tokens: {tokens_seen:,} tokens, or
-{epochs:.0f} passes over the corpus. Muon for the matrices of the blocks, AdamW for the rest;
-learning rate {learning_rate:g} with {warmup_steps} steps of warm-up and linear decay to zero,
-weight decay {weight_decay:g}, dropout {dropout:g}, seed {seed}. It took {seconds:.0f} s on
-{hardware}. The checkpoint of step {best_step:,}, which had the best validation loss, was kept;
-the training loss over the {evaluate_every} steps before it, with dropout, was {training_loss:.4f}.
-
-To make it again (with Python {python_version}, or `--stdlib` naming its library):
-
-```
-{command}
-```
+{recipe[steps]:,} steps of {recipe[batch_size]} windows: {passes:.0f} passes over the training part,
+and the snippets. Muon for the matrices of the blocks, AdamW for the rest; learning rate
+{recipe[learning_rate]:g}, {recipe[warmup_steps]} steps of warm-up, then linear decay to zero;
+weight decay {recipe[weight_decay]:g}, dropout {recipe[dropout]:g}. It took
+{seconds:.0f} s on one {hardware}. To make it again, with that Python or with
+`--stdlib` naming its library: `python workflow_scripts/train_demo_model.py`
 
 ## Samples
 
-Greedy search, {sample_tokens} tokens.
+Greedy search, {sample_tokens} tokens at most.
 
-{samples}
-
-## Intended use and limits
-
-For demonstrations, tests and comparisons of conversions, where a small model that behaves like a
-real one is needed. It writes text with the look of Python; it does not program, and greedy search
-soon repeats itself, as it does with any model of this size. It has seen one code base, its names
-and its habits (unit tests above all), and repeats parts of it by heart. A name that the library
-does not contain it often takes for the beginning of a longer one. Use it for nothing that matters.
+{joined_samples}
 """
 
 
-def model_card(figures: dict, command: str) -> str:
+def model_card(figures: dict) -> str:
     """README.md from the figures of training.json."""
-    corpus, training, quality = figures["corpus"], figures["training"], figures["quality"]
-    recipe, architecture = training["recipe"], figures["architecture"]
+    corpus, recipe, architecture = figures["corpus"], figures["recipe"], figures["architecture"]
+    losses = figures["quality"]["nats_per_token"]
     rows = [
-        f"| {part} | {corpus[part]['documents']:,} | {corpus[part]['bytes']:,} "
-        f"| {corpus[part]['tokens']:,} |"
-        for part in ("training", "validation", "heldout")
+        "| {} | {documents:,} | {bytes:,} | {tokens:,} | {:.4f} |".format(
+            part, losses[part], **corpus[part]
+        )
+        for part in losses.keys() & corpus.keys()
     ]
-    samples = [f"```python\n{text.rstrip()}\n```" for text in full_samples(figures["samples"])]
-    heldout = quality["heldout"]
+    windows = recipe["steps"] * (recipe["batch_size"] - recipe["snippet_windows"])
+    samples = [f"```python\n{(p + text).rstrip()}\n```" for p, text in figures["samples"].items()]
     return CARD.format(
-        **architecture,
-        **recipe,
-        heldout=heldout["nats_per_token"],
-        heldout_tokens=heldout["predicted_tokens"],
-        perplexity=heldout["perplexity"],
-        nats_per_byte=heldout["nats_per_byte"],
-        bits_per_byte=heldout["bits_per_byte"],
-        validation=quality["validation"]["nats_per_token"],
-        training_text=quality["training_text"]["nats_per_token"],
-        inner_size=architecture["expansion_ratio"] * architecture["hidden_size"],
-        parameters=figures["parameters"],
-        python_version=corpus["python_version"],
-        corpus_rows="\n".join(rows),
-        heldout_names=", ".join(f"`{name}`" for name in corpus["heldout"]["names"]),
-        tokens_seen=training["tokens_seen"],
-        epochs=training["tokens_seen"] / corpus["training"]["tokens"],
-        best_step=training["best_step"],
-        seconds=training["seconds"],
-        hardware=training["hardware"],
-        training_loss=training["loss"],
-        command=command,
+        **figures,
+        rows="\n".join(sorted(rows)),
+        heldout_names=", ".join(f"`{name}`" for name in corpus["heldout_names"]),
+        passes=windows * architecture["max_seq_len"] / corpus["training"]["tokens"],
         sample_tokens=SAMPLE_TOKENS,
-        samples="\n\n".join(samples),
+        joined_samples="\n\n".join(samples),
     )
-
-
-def full_samples(samples: dict[str, str]) -> list[str]:
-    return [prompt + continuation for prompt, continuation in samples.items()]
 
 
 # --- the command line ---------------------------------------------------------------------------
@@ -954,93 +779,66 @@ def parse_arguments() -> argparse.Namespace:
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     output = Path(__file__).resolve().parent.parent / "resources" / "mpt-demo"
     add("--stdlib", type=Path, default=stdlib, help="folder of the standard library to learn")
-    add("--python-version", default=platform.python_version(), help="whose library that is")
+    add("--python_version", default=platform.python_version(), help="whose library that is")
     add("--output", type=Path, default=output, help="model folder to write")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--heldout-bytes", type=int, default=100_000, help="text held out for the figures")
-    add("--validation-bytes", type=int, default=150_000, help="text held out for choices")
-    add("--hidden-size", type=int, default=256)
-    add("--num-heads", type=int, default=4)
-    add("--num-layers", type=int, default=7)
-    add("--vocab-size", type=int, default=4096)
-    add("--max-seq-len", type=int, default=1024)
-    add("--steps", type=int, default=19_750, help="optimizer steps")
-    add("--batch-size", type=int, default=64, help="windows of max-seq-len tokens a step")
-    add("--learning-rate", type=float, default=6e-3, help="at its peak")
-    add("--weight-decay", type=float, default=0.1)
-    add("--dropout", type=float, default=0.2)
-    add("--warmup-steps", type=int, default=300)
-    add("--evaluate-every", type=int, default=250, help="steps between validation losses")
-    add("--seed", type=int, default=0)
+    add("--heldout_bytes", type=int, default=100_000, help="text held out for the figures")
+    add("--validation_bytes", type=int, default=150_000, help="text held out for choices")
+    for field in dataclasses.fields(Architecture) + dataclasses.fields(Recipe):
+        add(f"--{field.name}", type=type(field.default), default=field.default, help=" ")
     return parser.parse_args()
 
 
-def from_arguments(kind: type[Settings], arguments: argparse.Namespace) -> Settings:
-    """The dataclass `kind` from the options named like its fields."""
-    names = [field.name for field in dataclasses.fields(kind) if hasattr(arguments, field.name)]
-    return kind(**{name: getattr(arguments, name) for name in names})
-
-
-def remake_command(recipe: Recipe) -> str:
-    options = [f"--{k.replace('_', '-')} {v}" for k, v in dataclasses.asdict(recipe).items()]
-    return " \\\n    ".join(["python workflow_scripts/train_demo_model.py", *options])
-
-
-def make_demo_model(arguments: argparse.Namespace) -> None:
-    """The whole flow: corpus, tokenizer, training, checked folder, figures and card."""
-    architecture = from_arguments(Architecture, arguments)
-    recipe = from_arguments(Recipe, arguments)
-    device = torch.device(arguments.device)
-    torch.manual_seed(recipe.seed)
-    split = split_corpus(
-        read_corpus(arguments.stdlib), arguments.heldout_bytes, arguments.validation_bytes
+def main() -> None:
+    arguments = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if arguments.output.exists() and not (arguments.output / "training.json").is_file():
+        raise MptTrtError(f"{arguments.output}: holds something else; name a new folder")
+    architecture, recipe = (
+        kind(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(kind)})
+        for kind in (Architecture, Recipe)
     )
-    tokenizer = train_tokenizer(split.training, architecture.vocab_size)
-    streams = make_streams(tokenizer, split, device)
-    model = DemoMpt(architecture, recipe.dropout).to(device)
-    result = train(model, streams.training, streams.validation, recipe, architecture.max_seq_len)
-    weights = to_float16(result.weights)
-    with replaced_folder(arguments.output) as folder:
-        write_model(folder, architecture, weights, tokenizer)
-        losses = measured_losses(folder, architecture, weights, streams)
+    make_demo_model(arguments, architecture, recipe)
+
+
+def make_demo_model(
+    arguments: argparse.Namespace, architecture: Architecture, recipe: Recipe
+) -> None:
+    """The whole flow: corpus, tokenizer, training, model, figures and card."""
+    import torch
+
+    from mpt_trt.files import replace_directory
+
+    torch.manual_seed(recipe.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    documents = read_corpus(arguments.stdlib)
+    split = split_corpus(documents, arguments.heldout_bytes, arguments.validation_bytes)
+    tokenizer = train_tokenizer([d.text for d in split["training"]], architecture.vocab_size)
+    streams = make_streams(tokenizer, split, recipe.seed)
+    streams = {name: stream.to(device) for name, stream in streams.items()}
+    log.info("tokens: " + ", ".join(f"{name} {len(stream):,}" for name, stream in streams.items()))
+    weights = {n: w.to(device).requires_grad_() for n, w in initial_weights(architecture).items()}
+    seconds = train(weights, streams, recipe, architecture)
+    with replace_directory(arguments.output) as folder:
+        model = write_model(folder, weights, architecture, tokenizer).to(device)
         figures = {
+            "python_version": arguments.python_version,
             "architecture": dataclasses.asdict(architecture),
-            "parameters": sum(tensor.numel() for tensor in weights.values()),
-            "corpus": describe_corpus(split, streams, arguments.python_version),
-            "training": describe_training(recipe, result, device),
-            "quality": describe_quality(losses, split, streams),
-            "samples": greedy_samples(folder, tokenizer, device),
+            "parameters": sum(weight.numel() for weight in weights.values()),
+            "corpus": describe_corpus(split, streams),
+            "recipe": dataclasses.asdict(recipe),
+            "seconds": round(seconds, 1),
+            "hardware": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+            "packages": {name: version(name) for name in PACKAGES},
+            "quality": measure(model, streams, len(joined(split["heldout"]).encode())),
+            "samples": greedy_samples(model, tokenizer),
         }
         write_json(folder / "training.json", figures)
-        write_texts(folder, split, model_card(figures, remake_command(recipe)), arguments.stdlib)
-    log.info(json.dumps(figures["quality"] | {"samples": figures["samples"]}, indent=2))
-    log.info(f"wrote {arguments.output}")
-
-
-def make_streams(tokenizer: Tokenizer, split: Split, device: torch.device) -> Streams:
-    parts = {"training": split.training, "validation": split.validation, "heldout": split.heldout}
-    streams = {name: to_stream(tokenizer, part).to(device) for name, part in parts.items()}
-    for name, stream in streams.items():
-        log.info(f"{name}: {len(parts[name])} documents, {len(stream)} tokens")
-    return Streams(**streams)
-
-
-def write_texts(folder: Path, split: Split, card: str, stdlib: Path) -> None:
-    """heldout.txt, README.md and, where the library brings it, its licence."""
-    (folder / "heldout.txt").write_bytes(joined(split.heldout).encode())
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    license_file = stdlib / "LICENSE.txt"
-    if license_file.is_file():
-        shutil.copyfile(license_file, folder / "LICENSE.txt")
-
-
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        make_demo_model(parse_arguments())
-    except DemoModelError as error:
-        raise SystemExit(f"error: {error}") from None
+        (folder / "README.md").write_text(model_card(figures))
+        (folder / "heldout.txt").write_bytes(joined(split["heldout"]).encode())
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(arguments.stdlib / "LICENSE.txt", folder / "LICENSE.txt")
+    log.info(json.dumps({key: figures[key] for key in ("quality", "samples")}, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -11,6 +11,7 @@ from mpt_trt.settings import variant_choices, variant_default
 if TYPE_CHECKING:
     from mpt_trt.engines.building import BuildRequest
     from mpt_trt.engines.manifest import EngineLimits
+    from mpt_trt.network import VocabularySharding
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,30 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let a step return the logits of every token, not only of one a row",
     )
+
+
+def add_vocabulary(parser: argparse.ArgumentParser) -> None:
+    """Adds the options from which `vocabulary` is read."""
+    group = parser.add_argument_group("several ranks")
+    group.add_argument(
+        "--shard_embedding",
+        "--use_parallel_embedding",
+        action=argparse.BooleanOptionalAction,
+        default=variant_default("shard_embedding"),
+        help="each rank holds a part of the embedding, not the whole (default: %(default)s)",
+    )
+    group.add_argument(
+        "--shard_head",
+        action=argparse.BooleanOptionalAction,
+        default=variant_default("shard_head"),
+        help="each rank computes a part of the logits, not all (default: %(default)s)",
+    )
+
+
+def vocabulary(arguments: argparse.Namespace) -> VocabularySharding:
+    from mpt_trt.network import VocabularySharding
+
+    return VocabularySharding(arguments.shard_embedding, arguments.shard_head)
 
 
 def add_builder(parser: argparse.ArgumentParser) -> None:

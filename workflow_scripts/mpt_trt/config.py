@@ -95,7 +95,12 @@ def read_hf_config(folder: Path) -> MptConfig:
     something that the network does not have.
     """
     path = folder / "config.json"
-    return _Reader(path, read_json(path)).config()
+    return parse_hf_config(read_json(path), path)
+
+
+def parse_hf_config(content: dict, path: Path) -> MptConfig:
+    """The same of a config.json's content; `path` is how messages call it."""
+    return _Reader(path, content).config()
 
 
 def read_token_ids(folder: Path) -> tuple[int | None, int | None]:

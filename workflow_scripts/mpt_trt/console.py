@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from mpt_trt import ranks
 from mpt_trt.errors import MptTrtError
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -34,7 +36,8 @@ def run_cli(main: Callable[[], None]) -> None:
     try:
         main()
     except (MptTrtError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error{ranks.rank_label()}: {error}", file=sys.stderr)
+        ranks.end_all_ranks(1)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted; unfinished outputs were removed", file=sys.stderr)
@@ -43,6 +46,11 @@ def run_cli(main: Callable[[], None]) -> None:
         # The reader of our output (head, say) has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except Exception:
+        if ranks.rank_label():
+            traceback.print_exc()
+            ranks.end_all_ranks(1)
+        raise
 
 
 def set_up_logging(level: str) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 import xxhash
@@ -23,9 +22,10 @@ from mpt_trt import sharding
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import content_hashes, read_json, replace_directory, write_json
+from mpt_trt.ft_layout import FtFile, files_of, ft_file, ft_files, held
 from mpt_trt.hf_checkpoint import HfCheckpoint, is_finite, not_finite
 from mpt_trt.sharding import Range, Shard
-from mpt_trt.weight_map import Split, Weight, weights
+from mpt_trt.weight_map import Weight, weights
 
 STORAGE_TYPES = {
     "float32": torch.float32,
@@ -34,30 +34,13 @@ STORAGE_TYPES = {
 }
 SECTION = "gpt"
 MANIFEST = "manifest.json"
-# What a worker holds of a matrix at a time. It stays in the processor's cache between being gathered,
-# transposed, checked, hashed and written, which is what makes conversion run at memory speed.
+# What a worker holds of a matrix at a time. It stays in the processor's cache between being
+# gathered, transposed, checked, hashed and written: conversion runs at memory speed.
 SLAB_BYTES = 4 << 20
 # Columns of a slab come in multiples of this, so that rows are cut at cache lines.
 COLUMN_MULTIPLE = 64
 
 Advance = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class FtFile:
-    """One `.bin` file. shard is None for a tensor that all ranks read from one file."""
-
-    weight: Weight
-    shard: Shard | None
-    shape: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        rank = "" if self.shard is None else f".{self.shard.rank}"
-        return f"model.{self.weight.name}{rank}.bin"
-
-    def byte_size(self, dtype: torch.dtype) -> int:
-        return math.prod(self.shape) * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -81,37 +64,6 @@ class FtCheckpoint:
         unknown = {name: self.folder / name for name in names if name not in known}
         known.update(content_hashes(unknown))
         return {name: known[name] for name in names}
-
-
-def ft_file(config: MptConfig, weight: Weight, shard: Shard) -> FtFile:
-    """The file from which rank `shard.rank` reads `weight`."""
-    if weight.split is Split.WHOLE:
-        return FtFile(weight, None, weight.shape)
-    rows, columns = _held(config, weight, shard)
-    out_features = sum(map(len, rows))
-    shape = (len(columns), out_features) if weight.is_linear else (out_features,)
-    return FtFile(weight, shard, shape)
-
-
-def ft_files(config: MptConfig, tp_size: int) -> list[FtFile]:
-    """Every `.bin` file of a directory for tp_size ranks."""
-    return [file for weight in weights(config) for file in _files_of(config, weight, tp_size)]
-
-
-def _files_of(config: MptConfig, weight: Weight, tp_size: int) -> list[FtFile]:
-    if weight.split is Split.WHOLE:
-        return [FtFile(weight, None, weight.shape)]
-    return [ft_file(config, weight, shard) for shard in sharding.shards(tp_size)]
-
-
-def _held(config: MptConfig, weight: Weight, shard: Shard) -> tuple[list[Range], Range]:
-    """Rows and columns of the Hugging Face tensor `[out, in]` (or `[out]`) that a rank holds."""
-    every_input = Range(0, weight.shape[-1])
-    if weight.split is Split.QKV:
-        return list(sharding.qkv_columns(config, shard)), every_input
-    if weight.split is Split.COLUMNS:
-        return [sharding.feed_forward_columns(config, shard)], every_input
-    return [Range(0, weight.shape[0])], shard.part(weight.shape[1])
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -153,7 +105,7 @@ def write_ft_checkpoint(
         _write_ini(folder / "config.ini", config, settings)
         writer = _Writer(checkpoint, config, folder, dtype, advance)
         jobs = [
-            pool.submit(writer.write, weight, _files_of(config, weight, settings.tp_size))
+            pool.submit(writer.write, weight, files_of(config, weight, settings.tp_size))
             for weight in weights(config)
         ]
         try:
@@ -218,7 +170,7 @@ class _Writer:
         if file.shard is None:
             yield from _row_slabs(source)
             return
-        rows, columns = _held(self.config, file.weight, file.shard)
+        rows, columns = held(self.config, file.weight, file.shard)
         parts = [source[r.start : r.stop] for r in rows]
         if file.weight.is_linear:
             yield from _transposed_slabs(parts, columns)
@@ -320,12 +272,10 @@ def read_ft_checkpoint(folder: Path) -> FtCheckpoint:
     storage_type = ini.text("storage_dtype", "float32")
     if storage_type not in STORAGE_TYPES:
         known = ", ".join(STORAGE_TYPES)
-        raise MptTrtError(f"{path}: storage_dtype = {storage_type}: known types are {known}")
-    if ini.text("smoothquant", "None") != "None":
-        raise MptTrtError(
-            f"{path}: smoothquant = {ini.text('smoothquant', '')}: the weights are smoothed for "
-            "int8 and are no full-precision checkpoint; convert again without -sq"
-        )
+        raise ini.refused("storage_dtype", storage_type, f"known types are {known}")
+    if (smoothing := ini.text("smoothquant", "None")) != "None":
+        why = "smoothed for int8, not a full-precision checkpoint; convert again without -sq"
+        raise ini.refused("smoothquant", smoothing, why)
     manifest_path = folder / MANIFEST
     checkpoint = FtCheckpoint(
         folder=folder,
@@ -335,6 +285,7 @@ def read_ft_checkpoint(folder: Path) -> FtCheckpoint:
         model_name=ini.text("model_name", "mpt"),
         manifest=read_json(manifest_path) if manifest_path.is_file() else {},
     )
+    sharding.require_legal(checkpoint.config, checkpoint.tp_size)
     _check_sizes(checkpoint)
     return checkpoint
 
@@ -380,12 +331,28 @@ class _Ini:
                 raise MptTrtError(f"{self.path}: {key} is missing; convert the checkpoint again")
             return default
         try:
-            return float(raw)
+            value = float(raw)
         except ValueError:
-            raise MptTrtError(f"{self.path}: {key} = {raw}: a number is required") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise self.refused(key, raw, "a number is required")
+        return value
+
+    def refused(self, key: str, value: object, why: str) -> MptTrtError:
+        return MptTrtError(f"{self.path}: {key} = {value}: {why}")
 
     def integer(self, key: str, default: int | None = None) -> int:
-        return int(self.number(key, default))
+        # NVIDIA's converter writes n_inner = 256.0 where expansion_ratio is a float.
+        value = self.number(key, default)
+        if value < 1 or value != int(value):
+            raise self.refused(key, self.values.get(key), "a positive integer is required")
+        return int(value)
+
+    def divisor(self, key: str, whole: int, default: int | None = None) -> int:
+        value = self.integer(key, default)
+        if whole % value:
+            raise self.refused(key, value, f"it must divide {whole}")
+        return value
 
     def optional_number(self, key: str) -> float | None:
         return self.number(key) if self.values.get(key) not in (None, "None") else None
@@ -395,18 +362,22 @@ class _Ini:
         return None if value is None else int(value)
 
     def flag(self, key: str, default: str) -> bool:
-        return self.values.get(key, default).lower() in ("true", "1", "yes", "on")
+        value = self.values.get(key, default).lower()
+        if value not in configparser.ConfigParser.BOOLEAN_STATES:
+            raise self.refused(key, value, "True or False is required")
+        return configparser.ConfigParser.BOOLEAN_STATES[value]
 
 
 def _config_from_ini(ini: _Ini, folder: Path) -> MptConfig:
-    hidden_size, num_heads = ini.integer("n_embd"), ini.integer("n_head")
+    hidden_size = ini.integer("n_embd")
+    num_heads = ini.divisor("n_head", hidden_size)
     usual_scale = 1.0 / math.sqrt(hidden_size // num_heads)
     # NVIDIA's converter writes wpe.bin without saying so in config.ini.
     learned = (folder / "model.wpe.bin").is_file()
     return MptConfig(
         hidden_size=hidden_size,
         num_heads=num_heads,
-        num_kv_heads=ini.integer("n_kv_head", num_heads),
+        num_kv_heads=ini.divisor("n_kv_head", num_heads, default=num_heads),
         num_layers=ini.integer("n_layer"),
         intermediate_size=ini.integer("n_inner", 4 * hidden_size),
         vocab_size=ini.integer("vocab_size"),

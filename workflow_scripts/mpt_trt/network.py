@@ -35,7 +35,7 @@ from mpt_trt.config import MptConfig, alibi_slopes
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.onnx_graph import ELEMENT_TYPES, GraphBuilder
-from mpt_trt.sharding import Range, Shard
+from mpt_trt.sharding import Range, Shard, VocabularySharding
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,6 @@ class Network:
 
     model: onnx.ModelProto
     files: dict[str, Path]
-
-
-@dataclass(frozen=True)
-class VocabularySharding:
-    """Which of the vocabulary's matrices ranks share, instead of each holding the whole."""
-
-    embedding: bool = False
-    head: bool = True
 
 
 def build_network(
@@ -181,7 +173,7 @@ class _Decoder:
             return graph.node("Gather", [graph.weight("wte"), "input_ids"], "embedding")
         rows = sharding.vocabulary_rows(self.config, self.shard)
         # A rank beyond the vocabulary's end needs some row to read; no token is its own.
-        table = graph.weight_rows("wte", rows if len(rows) else Range(0, 1))
+        table = self._vocabulary_part("wte", rows if len(rows) else Range(0, 1))
         start = graph.constant("vocabulary/start", rows.start, np.int64)
         count = graph.constant("vocabulary/count", len(rows), np.int64)
         last = graph.constant("vocabulary/last", max(len(rows) - 1, 0), np.int64)
@@ -274,7 +266,7 @@ class _Decoder:
             scale = graph.constant(f"{value}/share", 1 / (width * copies), np.float32)
             means += self._means(value, scale)
         packed = graph.node("Concat", means, f"{name}/own_means", axis=2)
-        packed = graph.all_reduce(packed, f"{name}/means")
+        packed = graph.all_reduce(packed, f"{name}/means", TensorProto.FLOAT)
         found = [f"{name}/{kind}" for kind in ("q_mean", "q_square", "k_mean", "k_square")]
         graph.split(packed, found, [1, 1, 1, 1], axis=2, name=f"{name}/split_means")
         return (
@@ -344,7 +336,7 @@ class _Decoder:
         graph = self.graph
         rows = sharding.vocabulary_rows(self.config, self.shard)
         width = sharding.vocabulary_width(self.config, self.shard.tp_size)
-        parts = [graph.weight_rows(self._head, rows)] if len(rows) else []
+        parts = [self._vocabulary_part(self._head, rows)] if len(rows) else []
         if len(rows) < width:
             parts.append(graph.zeros("head/padding", (width - len(rows), self.config.hidden_size)))
         head = parts[0] if len(parts) == 1 else graph.node("Concat", parts, "head/padded", axis=0)
@@ -357,6 +349,19 @@ class _Decoder:
             )
             gathered = graph.node("Slice", [gathered, starts, ends, axes], "head/unpadded")
         return graph.node("Transpose", [gathered], "head/product", perm=[1, 0])
+
+    def _vocabulary_part(self, name: str, rows: Range) -> str:
+        """This rank's rows of the embedding or the head."""
+        graph = self.graph
+        both_are_sharded = self.vocabulary.embedding and self.vocabulary.head
+        if not self.config.tie_word_embeddings or both_are_sharded:
+            return graph.weight_rows(name, rows)
+        # TensorRT tells weights apart by address, and refuses two sizes at one; so the rows are cut
+        # out of the whole matrix, which the graph holds anyway. Both runtimes do that at load.
+        first = graph.constant("vocabulary/first_row", [rows.start], np.int64)
+        end = graph.constant("vocabulary/end_row", [rows.stop], np.int64)
+        axis = graph.constant("axis_0", [0], np.int64)
+        return graph.node("Slice", [graph.weight(name), first, end, axis], "vocabulary/own_rows")
 
     def _norm(self, name: str, value: str) -> str:
         epsilon = self.config.layer_norm_epsilon

@@ -46,6 +46,7 @@ class GraphBuilder:
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    value_types: list[onnx.ValueInfoProto] = field(default_factory=list)
 
     def node(self, op_type: str, inputs: list[str], output: str, **attributes: object) -> str:
         """Adds a node with one output, which is named like the node, and returns that name."""
@@ -108,17 +109,30 @@ class GraphBuilder:
         self.initializers[name] = tensor
         return name
 
-    def all_reduce(self, value: str, output: str) -> str:
-        """The sum over ranks; the value itself when there is one rank."""
-        return self._collective(value, output, collective_operation="all_reduce", reduce_op="sum")
+    def all_reduce(self, value: str, output: str, element_type: int | None = None) -> str:
+        """The sum over ranks; the value itself when there is one rank.
+
+        element_type: of the value; the network's own when not given.
+        """
+        operation = {"collective_operation": "all_reduce", "reduce_op": "sum"}
+        return self._collective(value, output, operation, element_type or self.element_type)
 
     def all_gather(self, value: str, output: str) -> str:
         """The ranks' values one after the other along the first axis."""
-        return self._collective(value, output, collective_operation="all_gather", reduce_op="none")
+        operation = {"collective_operation": "all_gather", "reduce_op": "none"}
+        return self._collective(value, output, operation, self.element_type)
 
-    def _collective(self, value: str, output: str, **operation: str) -> str:
+    def _collective(
+        self, value: str, output: str, operation: dict[str, str], element_type: int
+    ) -> str:
+        """A node in the form that TensorRT's parser turns into its own collective layer.
+
+        group_size 0 means all ranks (the parser's checkDistCollective).
+        """
         if self.shard.tp_size == 1:
             return value
+        # No standard says what type comes out of this operator, so the graph does.
+        self.value_types.append(helper.make_tensor_value_info(output, element_type, None))
         return self.node(
             COLLECTIVE,
             [value],
@@ -132,7 +146,12 @@ class GraphBuilder:
 
     def to_model(self, name: str) -> onnx.ModelProto:
         graph = helper.make_graph(
-            self.nodes, name, self.inputs, self.outputs, list(self.initializers.values())
+            self.nodes,
+            name,
+            self.inputs,
+            self.outputs,
+            list(self.initializers.values()),
+            value_info=self.value_types,
         )
         return helper.make_model(
             graph,

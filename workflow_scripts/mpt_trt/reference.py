@@ -1,40 +1,66 @@
-"""float32 logits straight from a Hugging Face checkpoint, by transformers' own modules.
+"""float32 logits straight from a Hugging Face checkpoint, computed without any code of the engines.
 
-The blocks are run one after the other, each filled with its weights when its turn comes: memory is
-that of one block, so that a 30B model is checked on a laptop. What is computed is
-`transformers.MptForCausalLM.forward` in float32.
+The blocks are transformers' own where it has the architecture, and `plain_block`'s where it has
+not. They are run one after the other, each with its weights when its turn comes: memory is that of
+one block and of the embedding, so that a 30B model is checked on a laptop.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mpt_trt.config import MptConfig, read_hf_config
 from mpt_trt.errors import MptTrtError
 from mpt_trt.hf_checkpoint import HfCheckpoint
+from mpt_trt.plain_block import PlainBlock, causal_bias, model_norm
 from mpt_trt.weight_map import Weight, weights
 
+# (tensors by name within the block, hidden `[seq, hidden]`) -> hidden `[seq, hidden]`
+Block = Callable[[dict[str, Tensor], Tensor], Tensor]
 
-def reference_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
+
+def reference_logits(folder: Path, token_ids: list[int]) -> Tensor:
     """Logits of every token of one sequence, float32 `[len(token_ids), vocab]`.
 
-    Raises MptTrtError when transformers does not have the checkpoint's architecture.
+    Raises MptTrtError when the model has learned positions and the sequence is longer.
     """
     config = read_hf_config(folder)
-    _require_known_to_transformers(folder, config)
     found = {w.hf_name: w for w in weights(config) if w.hf_name is not None}
-    checkpoint = HfCheckpoint(folder, list(found.values()))
+    source = _Source(HfCheckpoint(folder, list(found.values())), found)
+    length = len(token_ids)
+    if is_in_transformers(config):
+        block = _transformers_block(config, length)
+    else:
+        block = PlainBlock(config, causal_bias(config, length))
     with torch.inference_mode():
-        return _forward(config, _Source(checkpoint, found), token_ids)
+        return _forward(config, source, block, torch.tensor(token_ids))
 
 
-def reference_name() -> str:
-    """What computed the reference, for reports."""
+def reference_name(folder: Path) -> str:
+    """What computes the reference of a checkpoint, for reports."""
+    if not is_in_transformers(read_hf_config(folder)):
+        # Without what follows the `+`, which says for what hardware PyTorch was built.
+        return f"plain PyTorch {torch.__version__.split('+')[0]}, float32"
     import transformers
 
     return f"transformers {transformers.__version__}, float32"
+
+
+def is_in_transformers(config: MptConfig) -> bool:
+    """Whether transformers' MPT has every feature of the architecture."""
+    return (
+        config.num_kv_heads == config.num_heads
+        and config.intermediate_size == 4 * config.hidden_size
+        and config.position_embedding == "alibi"
+        and config.norm_type == "layernorm"
+        and config.logit_scale == 1.0
+        and not config.qk_ln
+        and not config.bias
+    )
 
 
 class _Source:
@@ -44,33 +70,52 @@ class _Source:
         self._checkpoint = checkpoint
         self._found = found
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> Tensor:
         return self._checkpoint.tensor(self._found[name]).float()
 
-    def state_dict(self, prefix: str) -> dict[str, torch.Tensor]:
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors whose names start with `prefix`, by what follows it."""
         names = [name for name in self._found if name.startswith(prefix)]
         return {name.removeprefix(prefix): self.tensor(name) for name in names}
 
 
-def _forward(config: MptConfig, source: _Source, token_ids: list[int]) -> torch.Tensor:
+def _forward(config: MptConfig, source: _Source, block: Block, token_ids: Tensor) -> Tensor:
+    embedding = source.tensor("wte.weight")
+    hidden = embedding[token_ids]
+    if config.position_embedding == "learned":
+        hidden = hidden + _learned_positions(config, source, len(token_ids))
+    for layer in range(config.num_layers):
+        # Not kept in a variable: this block's weights are freed before the next one's are read.
+        hidden = block(source.tensors(f"blocks.{layer}."), hidden)
+    hidden = model_norm(config, source.tensors("norm_f."), hidden)
+    head = embedding if config.tie_word_embeddings else source.tensor("lm_head.weight")
+    return hidden @ head.T * config.logit_scale
+
+
+def _learned_positions(config: MptConfig, source: _Source, length: int) -> Tensor:
+    if length > config.max_seq_len:
+        raise MptTrtError(
+            f"{length} tokens, but the model has learned positions for {config.max_seq_len}; "
+            "take a shorter prompt or fewer new tokens"
+        )
+    return source.tensor("wpe.weight")[:length]
+
+
+def _transformers_block(config: MptConfig, length: int) -> Block:
     from transformers.models.mpt.modeling_mpt import MptBlock, build_mpt_alibi_tensor
 
-    length = len(token_ids)
+    # transformers' whole model would leave alibi_bias_max at 8 whatever the checkpoint says.
     alibi = build_mpt_alibi_tensor(config.num_heads, length, config.alibi_bias_max)
     is_hidden = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
-    with torch.device("meta"):
-        block = MptBlock(_transformers_config(config)).eval()
-    embedding = source.tensor("wte.weight")
-    hidden = embedding[torch.tensor(token_ids)][None]
-    for layer in range(config.num_layers):
-        block.load_state_dict(source.state_dict(f"blocks.{layer}."), strict=True, assign=True)
-        hidden = block(hidden, position_bias=alibi, attention_mask=is_hidden)[0]
-    norm = source.tensor("norm_f.weight")
-    hidden = torch.nn.functional.layer_norm(
-        hidden[0], norm.shape, norm, eps=config.layer_norm_epsilon
-    )
-    head = embedding if config.tie_word_embeddings else source.tensor("lm_head.weight")
-    return hidden @ head.T
+    settings = _transformers_config(config)
+
+    def run(tensors: dict[str, Tensor], hidden: Tensor) -> Tensor:
+        with torch.device("meta"):
+            block = MptBlock(settings).eval()
+        block.load_state_dict(tensors, strict=True, assign=True)
+        return block(hidden[None], position_bias=alibi, attention_mask=is_hidden)[0][0]
+
+    return run
 
 
 def _transformers_config(config: MptConfig):
@@ -85,20 +130,3 @@ def _transformers_config(config: MptConfig):
         layer_norm_epsilon=config.layer_norm_epsilon,
         attn_config={"clip_qkv": config.clip_qkv, "softmax_scale": config.softmax_scale},
     )
-
-
-def _require_known_to_transformers(folder: Path, config: MptConfig) -> None:
-    unknown = {
-        "attn_config.kv_n_heads": config.num_kv_heads != config.num_heads,
-        "attn_config.qk_ln": config.qk_ln,
-        "attn_config.alibi = false": config.position_embedding != "alibi",
-        "no_bias = false": config.bias,
-        "norm_type": config.norm_type != "layernorm",
-        "expansion_ratio": config.intermediate_size != 4 * config.hidden_size,
-        "logit_scale": config.logit_scale != 1.0,
-    }
-    if names := [name for name, is_used in unknown.items() if is_used]:
-        raise MptTrtError(
-            f"{folder / 'config.json'}: {', '.join(names)}: transformers' MPT does not have this "
-            "feature, so there is no reference to compare with"
-        )

@@ -46,6 +46,8 @@ class Variant:
     max_input_len: int
     max_output_len: int
     gather_all_token_logits: bool
+    shard_embedding: bool
+    shard_head: bool
     backend: str
     compute_capabilities: tuple[str, ...]
     tolerance: Tolerance

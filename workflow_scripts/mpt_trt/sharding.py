@@ -47,6 +47,14 @@ class Shard:
         return Range(self.rank * width, (self.rank + 1) * width)
 
 
+@dataclass(frozen=True)
+class VocabularySharding:
+    """Which of the vocabulary's matrices ranks share, instead of each holding the whole."""
+
+    embedding: bool = False
+    head: bool = True
+
+
 def shards(tp_size: int) -> list[Shard]:
     return [Shard(rank, tp_size) for rank in range(tp_size)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from mpt_trt.engines.packages import choose_package
 from mpt_trt.engines.tensorrt import BuildOptions
 from mpt_trt.files import replace_directory
 from mpt_trt.ft_checkpoint import FtCheckpoint
+from mpt_trt.network import VocabularySharding
 from mpt_trt.sharding import Shard, shards
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build. backend and compute_capabilities: as in config.yaml."""
+    """What to build a plan for. backend and compute_capabilities: as in config.yaml."""
 
     limits: EngineLimits
     backend: str
@@ -27,35 +29,54 @@ class BuildRequest:
         return BuildOptions(package, self.limits, self.compute_capabilities)
 
 
+# Adds the plans of tp_size ranks to the folder that has their networks.
+PlanBuilder = Callable[[Path, BuildRequest, int], None]
+
+
 def make_rank_network(
-    checkpoint: FtCheckpoint, shard: Shard, limits: EngineLimits, target: Path
+    checkpoint: FtCheckpoint,
+    shard: Shard,
+    limits: EngineLimits,
+    target: Path,
+    vocabulary: VocabularySharding,
 ) -> None:
     """Makes the folder `target` with one rank's network and the description of it."""
     with replace_directory(target) as folder:
-        manifest.write_rank_network(checkpoint, shard, limits, folder)
+        manifest.write_rank_network(checkpoint, shard, limits, folder, vocabulary)
 
 
 def build_rank(networks: Path, rank: int, request: BuildRequest, target: Path) -> None:
     """Makes the folder `target` with one rank's plan, from the folder that has its network."""
     with replace_directory(target) as folder:
-        _build_plan(networks, rank, request.options(), folder)
+        _build_plan(networks, rank, request, folder)
 
 
-def build_engine(checkpoint: FtCheckpoint, request: BuildRequest, target: Path) -> None:
+def build_one_by_one(folder: Path, request: BuildRequest, tp_size: int) -> None:
+    """Adds the plans of all ranks to the folder that has their networks."""
+    for rank in range(tp_size):
+        _build_plan(folder, rank, request, folder)
+
+
+def build_engine(
+    checkpoint: FtCheckpoint,
+    request: BuildRequest,
+    vocabulary: VocabularySharding,
+    target: Path,
+    build_plans: PlanBuilder = build_one_by_one,
+) -> None:
     """Makes the engine directory `target` of all ranks."""
-    options = request.options()
     with replace_directory(target) as folder:
         ranks = shards(checkpoint.tp_size)
         for shard in ranks:
-            manifest.write_rank_network(checkpoint, shard, request.limits, folder)
-            _build_plan(folder, shard.rank, options, folder)
+            manifest.write_rank_network(checkpoint, shard, request.limits, folder, vocabulary)
+        build_plans(folder, request, len(ranks))
         manifest.write_manifest(folder, [(folder, folder)] * len(ranks))
         for description in folder.glob("rank*.json"):
             description.unlink()
 
 
-def _build_plan(networks: Path, rank: int, options: BuildOptions, folder: Path) -> None:
+def _build_plan(networks: Path, rank: int, request: BuildRequest, folder: Path) -> None:
     network = networks / manifest.network_name(rank)
     plan = folder / manifest.engine_name(rank)
-    builder = tensorrt.build_plan(network, options, plan)
+    builder = tensorrt.build_plan(network, request.options(), plan)
     manifest.write_plan_description(plan, manifest.read_network_hash(networks, rank), builder)

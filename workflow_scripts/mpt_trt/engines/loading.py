@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from mpt_trt.engines import gpus
-from mpt_trt.engines.manifest import Manifest, read_manifest
+from mpt_trt.engines.manifest import Manifest, check_content, read_manifest
 from mpt_trt.engines.packages import installed_package
 from mpt_trt.errors import MptTrtError
 from mpt_trt.generation import StepModel
+from mpt_trt.ranks import Communicator, communicator
 
 RUNTIMES = ("auto", "tensorrt", "onnxruntime")
 
@@ -27,30 +29,57 @@ class LoadedEngine:
     max_logits: int | None
     runtime: str
     stood_in_because: str | None
+    communicator: Communicator | None
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this process speaks for the engine."""
+        return self.communicator is None or self.communicator.rank == 0
 
 
 def load_engine(engine_dir: Path, runtime: str = "auto", num_threads: int = 0) -> LoadedEngine:
-    """Loads a one-rank engine directory.
+    """Loads an engine directory; with several ranks, this process's rank of it.
 
     runtime: `tensorrt` runs the plan, or fails saying why it cannot; `onnxruntime` runs the network
     that lies beside it; `auto` falls back from the first to the second.
-    num_threads: CPU threads of ONNX Runtime, 0 for one a core.
+    num_threads: CPU threads of ONNX Runtime, 0 for all cores, which the ranks share.
 
-    Raises MptTrtError when the directory is incomplete or the runtime cannot load it.
+    Raises MptTrtError, on all ranks if on one, when the directory is incomplete, the runtime cannot
+    load it, or another number of processes was started than the engine has ranks.
     """
     manifest = read_manifest(engine_dir)
+    ranks = communicator(manifest.tp_size)
+
+    def load() -> LoadedEngine:
+        return _load_rank(engine_dir, manifest, runtime, num_threads, ranks)
+
+    return load() if ranks is None else ranks.agree(load)
+
+
+def _load_rank(
+    engine_dir: Path,
+    manifest: Manifest,
+    runtime: str,
+    num_threads: int,
+    ranks: Communicator | None,
+) -> LoadedEngine:
+    files = manifest.ranks[0 if ranks is None else ranks.rank]
     obstacle = "asked for" if runtime == "onnxruntime" else tensorrt_obstacle(manifest)
     if obstacle is None:
         from mpt_trt.engines.tensorrt_runtime import TensorRtEngine
 
-        engine = TensorRtEngine(engine_dir, manifest, rank=0)
-        return LoadedEngine(engine, manifest, engine.max_logits, engine.description, None)
+        check_content(engine_dir, files, files.engine)
+        engine = TensorRtEngine(engine_dir, manifest, ranks)
+        return LoadedEngine(engine, manifest, engine.max_logits, engine.description, None, ranks)
     if runtime == "tensorrt":
         raise MptTrtError(f"{engine_dir}: TensorRT cannot run this engine here: {obstacle}")
     from mpt_trt.engines.onnx_runtime import OnnxRuntimeEngine
 
-    stand_in = OnnxRuntimeEngine(engine_dir, manifest, rank=0, num_threads=num_threads)
-    return LoadedEngine(stand_in, manifest, None, stand_in.description, obstacle)
+    check_content(engine_dir, files, files.network)
+    if ranks is not None and num_threads == 0:
+        num_threads = max(1, (os.cpu_count() or 1) // ranks.size)
+    stand_in = OnnxRuntimeEngine(engine_dir, manifest, num_threads, ranks)
+    return LoadedEngine(stand_in, manifest, None, stand_in.description, obstacle, ranks)
 
 
 def tensorrt_obstacle(manifest: Manifest) -> str | None:

@@ -11,50 +11,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mpt_trt.config import MptConfig
+from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import content_hash, hard_link, read_json, replace_directory, write_json
 from mpt_trt.ft_checkpoint import FtCheckpoint
-from mpt_trt.network import build_network
+from mpt_trt.network import VocabularySharding, build_network
 from mpt_trt.onnx_graph import WEIGHTS_FOLDER
 from mpt_trt.sharding import Shard
 
 FORMAT = 1
 MANIFEST = "config.json"
 # What all ranks of an engine have in common.
-COMMON_KEYS = ("model_name", "config", "dtype", "tp_size", "limits", "source")
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """The largest inputs of an engine.
-
-    max_batch_size: rows of the KV cache (prompts times beams).
-    max_input_len: tokens a row takes in one step; longer prompts are fed in pieces.
-    max_output_len: cache positions a row has beyond max_input_len.
-    gather_all_token_logits: logits of every token of a step can be asked for, not only of one
-        token a row.
-    """
-
-    max_batch_size: int
-    max_input_len: int
-    max_output_len: int
-    gather_all_token_logits: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch_size", "max_input_len", "max_output_len"):
-            if getattr(self, name) < 1:
-                raise MptTrtError(f"{name} = {getattr(self, name)}: at least 1 is required")
-
-    @property
-    def cache_len(self) -> int:
-        """Cache positions of a row: its longest prompt in one step and the longest output."""
-        return self.max_input_len + self.max_output_len
-
-    @property
-    def max_logits(self) -> int:
-        """Most logit rows of one step."""
-        tokens = self.max_input_len if self.gather_all_token_logits else 1
-        return self.max_batch_size * tokens
+COMMON_KEYS = (
+    "model_name",
+    "config",
+    "dtype",
+    "tp_size",
+    "limits",
+    "vocabulary_sharding",
+    "source",
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +96,11 @@ def plan_description_name(rank: int) -> str:
 
 
 def write_rank_network(
-    checkpoint: FtCheckpoint, shard: Shard, limits: EngineLimits, folder: Path
+    checkpoint: FtCheckpoint,
+    shard: Shard,
+    limits: EngineLimits,
+    folder: Path,
+    vocabulary: VocabularySharding,
 ) -> None:
     """Adds one rank's network to `folder`: the graph, its weights, and a description beside it.
 
@@ -132,7 +112,7 @@ def write_rank_network(
             f"max_input_len + max_output_len = {limits.cache_len}, but the model has learned "
             f"positions for {config.max_seq_len} tokens; lower the limits"
         )
-    network = build_network(checkpoint, shard, limits.cache_len)
+    network = build_network(checkpoint, shard, limits.cache_len, vocabulary)
     for name, source in network.files.items():
         target = folder / WEIGHTS_FOLDER / name
         if not target.exists():
@@ -149,6 +129,7 @@ def write_rank_network(
         "dtype": checkpoint.storage_type,
         "tp_size": checkpoint.tp_size,
         "limits": asdict(limits),
+        "vocabulary_sharding": asdict(vocabulary),
         "source": checkpoint.manifest.get("source", {}),
         "network": graph_path.name,
         "files": _records(folder, {graph_path.name: content_hash(graph_path)} | hashes),
@@ -218,6 +199,7 @@ def write_manifest(folder: Path, rank_folders: list[tuple[Path, Path]]) -> None:
     ]
     for rank, (network, plan) in enumerate(zip(networks, plans, strict=True)):
         _require_alike(rank, network | plan, networks[0] | plans[0])
+        _require_same_shared_files(rank, network["files"], networks[0]["files"])
         _require_built_from(rank, network, plan)
     if networks[0]["tp_size"] != len(networks):
         raise MptTrtError(f"{len(networks)} ranks given, but {networks[0]['tp_size']} are needed")
@@ -236,6 +218,14 @@ def _require_alike(rank: int, described: dict, first: dict) -> None:
         raise MptTrtError(
             f"rank {rank} and rank 0 differ in {', '.join(differing)}; build all ranks again"
         )
+
+
+def _require_same_shared_files(rank: int, files: dict, first: dict) -> None:
+    for name in files.keys() & first.keys():
+        if files[name] != first[name]:
+            raise MptTrtError(
+                f"rank {rank} and rank 0 were made from different {name}; build all ranks again"
+            )
 
 
 def _require_built_from(rank: int, network: dict, plan: dict) -> None:
@@ -280,6 +270,15 @@ def read_manifest(engine_dir: Path) -> Manifest:
         )
     _check_files(engine_dir, manifest)
     return manifest
+
+
+def check_content(engine_dir: Path, files: RankFiles, name: str) -> None:
+    """Raises MptTrtError when a file of a rank is not the one that was built with the others."""
+    if content_hash(engine_dir / name) != files.files[name].hash:
+        raise MptTrtError(
+            f"{engine_dir / name}: not the file that {MANIFEST} describes; it is of another build. "
+            "Build the engine again"
+        )
 
 
 def _parse(content: dict) -> Manifest:

@@ -17,8 +17,10 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from mpt_trt.engines.cpu_collectives import use_communicator
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.errors import MptTrtError
+from mpt_trt.ranks import Communicator
 
 ERROR_SEVERITY = 3
 
@@ -26,7 +28,14 @@ ERROR_SEVERITY = 3
 class OnnxRuntimeEngine:
     """One rank's network, loaded; see `mpt_trt.generation.StepModel` for the contract."""
 
-    def __init__(self, engine_dir: Path, manifest: Manifest, rank: int, num_threads: int = 0):
+    def __init__(
+        self,
+        engine_dir: Path,
+        manifest: Manifest,
+        num_threads: int = 0,
+        communicator: Communicator | None = None,
+    ):
+        rank = 0 if communicator is None else communicator.rank
         path = engine_dir / manifest.ranks[rank].network
         self.vocab_size = manifest.config.vocab_size
         self.capacity = manifest.limits.cache_len
@@ -34,7 +43,9 @@ class OnnxRuntimeEngine:
         self.max_step_tokens = manifest.limits.max_input_len
         self.max_logits: int | None = None
         self._provider = _provider()
-        self._session, self._weights = _open_session(path, self._provider, num_threads)
+        self._session, self._weights = _open_session(
+            path, self._provider, num_threads, communicator
+        )
         self._cache_inputs = [i for i in self._session.get_inputs() if i.name.startswith("past_")]
         self._cache: dict[str, NDArray | onnxruntime.OrtValue] = {}
         self._binding = self._session.io_binding()
@@ -103,7 +114,7 @@ def _provider() -> str:
 
 
 def _open_session(
-    path: Path, provider: str, num_threads: int
+    path: Path, provider: str, num_threads: int, communicator: Communicator | None
 ) -> tuple[onnxruntime.InferenceSession, list[onnxruntime.OrtValue]]:
     """The session, and the converted weights that must live as long as it does."""
     try:
@@ -119,6 +130,8 @@ def _open_session(
     weights = []
     if provider == "CPUExecutionProvider":
         weights = _bfloat16_to_float32(model, path.parent, options)
+    if communicator is not None:
+        use_communicator(model, options, communicator)
     try:
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=[provider]
@@ -133,7 +146,7 @@ def _bfloat16_to_float32(
 ) -> list[onnxruntime.OrtValue]:
     """Turns every bfloat16 in the graph to float32; returns the weights, converted in memory."""
     graph = model.graph
-    for value in (*graph.input, *graph.output):
+    for value in (*graph.input, *graph.output, *graph.value_info):
         if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     for node in graph.node:

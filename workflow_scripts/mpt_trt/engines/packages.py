@@ -32,15 +32,15 @@ def installed_package(module: str) -> Package | None:
     return None
 
 
-def choose_package(builder: str) -> Package:
-    """The package for `builder`: `tensorrt`, `tensorrt_rtx`, or `auto`.
+def choose_package(backend: str) -> Package:
+    """The package for `backend`: `tensorrt`, `tensorrt_rtx`, or `auto`.
 
     auto takes `tensorrt` where it is installed and a GPU is there, else `tensorrt_rtx`.
 
     Raises MptTrtError when the package is not installed.
     """
-    if builder != "auto":
-        candidates = [builder]
+    if backend != "auto":
+        candidates = [backend]
     elif gpus.compute_capabilities():
         candidates = ["tensorrt", "tensorrt_rtx"]
     else:
@@ -49,6 +49,6 @@ def choose_package(builder: str) -> Package:
         if package := installed_package(module):
             return package
     raise MptTrtError(
-        f"builder = {builder}: none of {', '.join(candidates)} is installed; "
+        f"backend = {backend}: none of {', '.join(candidates)} is installed; "
         "pip install -r requirements.txt brings tensorrt_rtx, which needs no GPU"
     )

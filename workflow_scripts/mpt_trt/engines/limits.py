@@ -1,0 +1,40 @@
+"""The largest inputs of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpt_trt.errors import MptTrtError
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """The largest inputs of an engine.
+
+    max_batch_size: rows of the KV cache (prompts times beams).
+    max_input_len: tokens a row takes in one step; longer prompts are fed in pieces.
+    max_output_len: cache positions a row has beyond max_input_len.
+    gather_all_token_logits: logits of every token of a step can be asked for, not only of one
+        token a row.
+    """
+
+    max_batch_size: int
+    max_input_len: int
+    max_output_len: int
+    gather_all_token_logits: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_input_len", "max_output_len"):
+            if getattr(self, name) < 1:
+                raise MptTrtError(f"{name} = {getattr(self, name)}: at least 1 is required")
+
+    @property
+    def cache_len(self) -> int:
+        """Cache positions of a row: its longest prompt in one step and the longest output."""
+        return self.max_input_len + self.max_output_len
+
+    @property
+    def max_logits(self) -> int:
+        """Most logit rows of one step."""
+        tokens = self.max_input_len if self.gather_all_token_logits else 1
+        return self.max_batch_size * tokens

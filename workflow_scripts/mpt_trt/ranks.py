@@ -1,0 +1,127 @@
+"""The ranks of a tensor-parallel engine as MPI processes.
+
+Importing this module does not start MPI; `communicator` does, when there is more than one rank.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from mpt_trt.errors import MptTrtError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+# Set by the launchers of Open MPI, of PMIx (srun --mpi=pmix) and of MPICH.
+LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK")
+# How long a rank waits for the others before it takes them for dead.
+PATIENCE_SECONDS = float(os.environ.get("MPT_TRT_PATIENCE_SECONDS", "300"))
+# Polls without a pause for this long, since ranks mostly meet within microseconds.
+EAGER_SECONDS = 0.002
+PAUSE_SECONDS = 0.0002
+
+
+class Communicator:
+    """What the ranks of an engine say to each other, over MPI. Every call is one of all ranks."""
+
+    def __init__(self, world: Any):
+        self._world = world
+        self.rank: int = world.rank
+        self.size: int = world.size
+
+    def all_reduce(self, value: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The sum over ranks, added in the order of ranks: the same bits on every rank."""
+        gathered = self._gathered(value)
+        total = gathered[0].copy()
+        for other in gathered[1:]:
+            total += other
+        return total
+
+    def all_gather(self, value: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The ranks' arrays, which are of one shape, one after the other along axis 0."""
+        return self._gathered(value).reshape(-1, *value.shape[1:])
+
+    def broadcast(self, value: object) -> Any:
+        """Rank 0's value, on every rank; for small things."""
+        return self._world.bcast(value, root=0)
+
+    def agree(self, action: Callable[[], Any]) -> Any:
+        """Runs `action` on every rank; if it fails on one, MptTrtError is raised on all."""
+        result, complaint = None, None
+        try:
+            result = action()
+        except MptTrtError as error:
+            complaint = str(error)
+        complaints = self._world.allgather(complaint)
+        for rank, found in enumerate(complaints):
+            if found is not None:
+                raise MptTrtError(f"rank {rank}: {found}")
+        return result
+
+    def _gathered(self, value: NDArray[np.float32]) -> NDArray[np.float32]:
+        import numpy as np
+
+        own = np.ascontiguousarray(value)
+        gathered = np.empty((self.size, *own.shape), own.dtype)
+        self._wait(self._world.Iallgather(own, gathered))
+        return gathered
+
+    def _wait(self, request: Any) -> None:
+        started = time.monotonic()
+        while not request.Test():
+            waited = time.monotonic() - started
+            if waited > PATIENCE_SECONDS:
+                raise MptTrtError(
+                    f"waited {waited:.0f} s for the other ranks; one of them hangs or is gone "
+                    "(MPT_TRT_PATIENCE_SECONDS sets the limit)"
+                )
+            if waited > EAGER_SECONDS:
+                time.sleep(PAUSE_SECONDS)
+
+
+def communicator(tp_size: int) -> Communicator | None:
+    """The communicator of an engine of tp_size ranks; None for a single process and one rank.
+
+    Raises MptTrtError when another number of processes was started.
+    """
+    is_launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
+    if tp_size == 1 and not is_launched:
+        return None
+    from mpi4py import MPI
+
+    size = MPI.COMM_WORLD.size
+    if size != tp_size:
+        raise MptTrtError(
+            f"the engine has {tp_size} ranks, but {size} processes were started; use "
+            f"mpirun -n {tp_size} python ..."
+        )
+    return None if size == 1 else Communicator(MPI.COMM_WORLD)
+
+
+def rank_label() -> str:
+    """` (rank 1 of 4)` for messages where MPI runs several ranks, else nothing."""
+    world = _running_world()
+    return "" if world is None else f" (rank {world.rank} of {world.size})"
+
+
+def end_all_ranks(status: int) -> None:
+    """Ends the other ranks too, which would wait for this one; does nothing without MPI."""
+    world = _running_world()
+    if world is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        world.Abort(status)
+
+
+def _running_world() -> Any:
+    """MPI's world if this process has joined one of several ranks, else None."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or mpi.Is_finalized() or mpi.COMM_WORLD.size == 1:
+        return None
+    return mpi.COMM_WORLD

@@ -1,0 +1,228 @@
+"""What an engine needs, before it is made: disk, host memory and GPU memory, all in bytes.
+
+Pure functions of the architecture and of what is to be built. Sizes of files, of weights and of the
+KV cache are exact; what is estimated says so, and rather says too much. The measured figures are of
+TensorRT-RTX 1.7, ONNX Runtime 1.32 and PyTorch 2.13 on Linux (docs/models.md).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from mpt_trt import sharding
+from mpt_trt.config import MptConfig
+from mpt_trt.engines.limits import EngineLimits
+from mpt_trt.ft_layout import ft_file, ft_files
+from mpt_trt.sharding import Shard, VocabularySharding
+from mpt_trt.weight_map import Weight, weights
+
+MIB = 1 << 20
+GB = 10**9
+ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+FLOAT32_BYTES = 4
+
+# Memory of common GPUs. A GPU counts with that many 10^9 bytes, since some of the 2^30 that vendors
+# count are taken by error correction and by the driver.
+GPU_CLASSES_GB = (16, 24, 40, 48, 80)
+# Allowed for the CUDA context and the workspaces of TensorRT and NCCL; not measured.
+GPU_OVERHEAD = 1024 * MIB
+
+# What a plan holds beside the weights. Measured: 4 to 21 MiB with 4 to 24 layers.
+PLAN_BASE = 4 * MIB
+PLAN_PER_LAYER = MIB
+# Measured: 1.22 x the weights at 2.6 GB and 1.24 x at 13 GB; the constant shows in small models.
+BUILD_PER_WEIGHT = 1.3
+BUILD_BASE = 400 * MIB
+# A Python process with PyTorch, and a conversion worker's slabs; measured 0.17 and 0.03 GiB.
+CONVERSION_BASE = 200 * MIB
+CONVERSION_PER_WORKER = 32 * MIB
+NETWORK_BASE = 200 * MIB
+# A rank's process under ONNX Runtime; measured 0.34 GiB.
+SMOKE_TEST_BASE = 450 * MIB
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """An engine to plan for. dtype: float32, float16 or bfloat16.
+
+    Raises MptTrtError, with the legal sizes, when the model cannot be cut in tp_size parts.
+    """
+
+    config: MptConfig
+    dtype: str
+    tp_size: int
+    limits: EngineLimits
+    vocabulary: VocabularySharding
+
+    def __post_init__(self) -> None:
+        sharding.require_legal(self.config, self.tp_size)
+
+    @property
+    def element_bytes(self) -> int:
+        return ELEMENT_BYTES[self.dtype]
+
+
+# --- GPU -----------------------------------------------------------------------------------------
+
+
+def rank_weights(spec: EngineSpec) -> int:
+    """Weights that a rank's engine holds; exact. No rank holds more than the first."""
+    tables = {"wte", "lm_head.weight"}
+    elements = sum(
+        ft_file(spec.config, weight, Shard(0, spec.tp_size)).num_elements
+        for weight in weights(spec.config)
+        if weight.name not in tables and _is_read(weight)
+    )
+    if spec.config.qk_ln and spec.tp_size > 1:
+        elements -= _qk_norm_elements_of_others(spec.config, spec.tp_size)
+    return spec.element_bytes * (elements + _vocabulary_elements(spec))
+
+
+def _is_read(weight: Weight) -> bool:
+    # The zeros that FT expects where a norm has no bias are files that no engine reads.
+    return weight.hf_name is not None
+
+
+def _qk_norm_elements_of_others(config: MptConfig, tp_size: int) -> int:
+    """Features of the query and key norms that other ranks hold."""
+    query, key, _ = sharding.qkv_columns(config, Shard(0, tp_size))
+    others = config.hidden_size - len(query) + config.kv_size - len(key)
+    return others * config.num_layers * (2 if config.bias else 1)
+
+
+def _vocabulary_elements(spec: EngineSpec) -> int:
+    """Of the embedding and the head, which are one table only if both hold the same rows of it."""
+    config, is_alone = spec.config, spec.tp_size == 1
+    head = "embedding" if config.tie_word_embeddings else "head"
+    tables = {
+        ("embedding", spec.vocabulary.embedding and not is_alone),
+        (head, spec.vocabulary.head and not is_alone),
+    }
+    part = sharding.vocabulary_width(config, spec.tp_size)
+    rows = sum(part if is_sharded else config.vocab_size for _, is_sharded in tables)
+    return rows * config.hidden_size
+
+
+def kv_cache(spec: EngineSpec) -> int:
+    """Keys and values of a rank for all rows; exact. Beam search holds it twice for a moment."""
+    kv_heads = len(sharding.kv_heads(spec.config, Shard(0, spec.tp_size)))
+    positions = spec.limits.max_batch_size * spec.limits.cache_len
+    features = 2 * spec.config.num_layers * kv_heads * spec.config.head_dim
+    return positions * features * spec.element_bytes
+
+
+def activations(spec: EngineSpec) -> int:
+    """Most that a rank needs for the values of one step; an estimate, not measured on a GPU.
+
+    With T = max_batch_size * max_input_len tokens and the rank's part of heads and columns, it is
+    the first two of these numbers of elements and the largest of the others:
+
+        attention bias  T * cache_len * heads (without ALiBi of one head), which all layers share
+        residual        3 * T * hidden: it, its norm, a layer's output
+
+        bias            the same once more, in float32, before it is rounded
+        attention       2 * T * (Q + K + V columns), and in float32, for which TensorRT has no fused
+                        attention, 3 * T * cache_len * heads for the scores
+        feed-forward    2 * T * columns: before and after GELU
+        head            logits * vocab: the product, and in float32 the logits, twice
+    """
+    config, limits, shard = spec.config, spec.limits, Shard(0, spec.tp_size)
+    tokens = limits.max_batch_size * limits.max_input_len
+    heads = len(sharding.query_heads(config, shard))
+    scores = tokens * limits.cache_len * heads
+    bias = scores if config.position_embedding == "alibi" else scores // heads
+    qkv = sum(map(len, sharding.qkv_columns(config, shard)))
+    wide = len(sharding.feed_forward_columns(config, shard))
+    logits = limits.max_logits * config.vocab_size
+    size = spec.element_bytes
+    unfused_scores = 3 * scores * FLOAT32_BYTES if spec.dtype == "float32" else 0
+    return size * (bias + 3 * tokens * config.hidden_size) + max(
+        bias * FLOAT32_BYTES,
+        2 * tokens * qkv * size + unfused_scores,
+        2 * tokens * wide * size,
+        logits * (size + 2 * FLOAT32_BYTES),
+    )
+
+
+def gpu_memory(spec: EngineSpec) -> int:
+    """What a rank takes of its GPU."""
+    return rank_weights(spec) + kv_cache(spec) + activations(spec) + GPU_OVERHEAD
+
+
+def gpu_class(spec: EngineSpec) -> int | None:
+    """The smallest of GPU_CLASSES_GB that holds a rank; None when none does."""
+    needed = gpu_memory(spec)
+    return next((size for size in GPU_CLASSES_GB if size * GB >= needed), None)
+
+
+def gpus_in_words(spec: EngineSpec) -> str:
+    """For messages: `4 GPUs of 40 GB`."""
+    number = "1 GPU" if spec.tp_size == 1 else f"{spec.tp_size} GPUs"
+    size = gpu_class(spec)
+    return f"{number} of {f'more than {GPU_CLASSES_GB[-1]}' if size is None else size} GB"
+
+
+def gpu_obstacle(spec: EngineSpec, available: int) -> str | None:
+    """Why a GPU of `available` bytes cannot hold a rank; None when it can.
+
+    Counts what is exact, weights and KV cache, so that nothing is refused because of an estimate.
+    """
+    needed = rank_weights(spec) + kv_cache(spec)
+    if needed <= available:
+        return None
+    return (
+        f"weights and KV cache of a rank take {needed / GB:.1f} GB, this GPU has "
+        f"{available / GB:.1f} GB; this needs {gpus_in_words(spec)}"
+    )
+
+
+# --- disk ----------------------------------------------------------------------------------------
+
+
+def ft_checkpoint_disk(spec: EngineSpec) -> int:
+    """All `.bin` files of the FT checkpoint; exact. config.ini and manifest.json are small."""
+    files = ft_files(spec.config, spec.tp_size)
+    return spec.element_bytes * sum(file.num_elements for file in files)
+
+
+def engine_disk(spec: EngineSpec) -> int:
+    """What an engine directory adds: the plans. Its weights are links to the FT checkpoint."""
+    plan = rank_weights(spec) + PLAN_BASE + spec.config.num_layers * PLAN_PER_LAYER
+    return spec.tp_size * plan
+
+
+# --- host memory ---------------------------------------------------------------------------------
+
+
+def conversion_memory(workers: int) -> int:
+    """Of convert_hf_mpt_to_ft.py. It streams: the model's size does not matter."""
+    return CONVERSION_BASE + workers * CONVERSION_PER_WORKER
+
+
+def network_memory() -> int:
+    """Of make_network.py: the weights are linked, not read."""
+    return NETWORK_BASE
+
+
+def build_memory(spec: EngineSpec) -> int:
+    """Of building one rank's plan ahead of time."""
+    return math.ceil(BUILD_PER_WEIGHT * rank_weights(spec)) + BUILD_BASE
+
+
+def smoke_test_memory(spec: EngineSpec) -> int:
+    """Of a smoke test under ONNX Runtime on the CPU, all ranks on one machine; an estimate.
+
+    ONNX Runtime computes in float32 there; of bfloat16 networks it holds the weights twice.
+    """
+    in_float32 = replace(spec, dtype="float32")
+    copies = 2 if spec.dtype == "bfloat16" else 1
+    row = kv_cache(in_float32) // spec.limits.max_batch_size
+    rank = math.ceil(1.1 * copies * rank_weights(in_float32)) + row + SMOKE_TEST_BASE
+    return spec.tp_size * rank + _reference_memory(spec.config)
+
+
+def _reference_memory(config: MptConfig) -> int:
+    """One block, the embedding and the head, in float32; see mpt_trt.reference."""
+    block = sum(math.prod(w.shape) for w in weights(replace(config, num_layers=1)))
+    return block * FLOAT32_BYTES

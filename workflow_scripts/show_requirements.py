@@ -1,0 +1,157 @@
+#!/usr/bin/env python3
+"""Shows what an engine needs, before anything is fetched or made: disk, host and GPU memory.
+
+With --update it writes the tables of all shipped models into a markdown file, between the two lines
+that mark their place.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from mpt_trt import arguments as options
+from mpt_trt import requirements
+from mpt_trt.config import MptConfig, read_hf_config
+from mpt_trt.console import run_cli
+from mpt_trt.engines.limits import EngineLimits
+from mpt_trt.errors import MptTrtError
+from mpt_trt.files import replace_file
+from mpt_trt.known_shapes import SHAPES, SHIPPED, known_config
+from mpt_trt.requirements import GB, EngineSpec
+from mpt_trt.settings import variant_default
+from mpt_trt.sharding import VocabularySharding, is_legal
+
+TP_SIZES = (1, 2, 4, 8)
+STORAGES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+COLUMNS = (
+    "storage",
+    "ranks",
+    "FT checkpoint",
+    "engine",
+    "host memory to build a rank",
+    "weights of a rank",
+    "GPU memory of a rank",
+    "GPUs",
+)
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+WORKERS = 2
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model_dir", type=Path, help="folder of a Hugging Face checkpoint")
+    model.add_argument("--like", choices=SHAPES, help="a known model instead")
+    model.add_argument("--update", type=Path, metavar="FILE", help="write the tables into FILE")
+    parser.add_argument(
+        "--dtype",
+        choices=requirements.ELEMENT_BYTES,
+        default=variant_default("dtype"),
+        help="type of weights, activations and KV cache (default: %(default)s)",
+    )
+    parser.add_argument(
+        "-tp", "--tensor_parallelism", type=int, default=1, help="ranks (default: %(default)s)"
+    )
+    options.add_limits(parser)
+    options.add_vocabulary(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.update is not None:
+        update(arguments.update)
+        return
+    is_known = arguments.like is not None
+    config = known_config(arguments.like) if is_known else read_hf_config(arguments.model_dir)
+    spec = EngineSpec(
+        config,
+        arguments.dtype,
+        arguments.tensor_parallelism,
+        options.limits(arguments),
+        VocabularySharding(arguments.shard_embedding, arguments.shard_head),
+    )
+    print(
+        f"{arguments.like or arguments.model_dir}, {spec.dtype}: {requirements.gpus_in_words(spec)}"
+    )
+    for name, size in parts(spec).items():
+        print(f"  {name:44}{size / GB:9.2f} GB")
+
+
+def parts(spec: EngineSpec) -> dict[str, int]:
+    """Everything that is computed of one engine, in bytes."""
+    return {
+        "disk, FT checkpoint": requirements.ft_checkpoint_disk(spec),
+        "disk, engine directory": requirements.engine_disk(spec),
+        f"host memory, conversion ({WORKERS} workers)": requirements.conversion_memory(WORKERS),
+        "host memory, build of a rank": requirements.build_memory(spec),
+        "host memory, smoke test on the CPU": requirements.smoke_test_memory(spec),
+        "GPU memory of a rank": requirements.gpu_memory(spec),
+        "  weights": requirements.rank_weights(spec),
+        "  KV cache": requirements.kv_cache(spec),
+        "  activations (estimate)": requirements.activations(spec),
+        "  CUDA and libraries (allowance)": requirements.GPU_OVERHEAD,
+    }
+
+
+def update(path: Path) -> None:
+    """Replaces what stands between the lines BEGIN and END.
+
+    Raises MptTrtError when the file does not have them.
+    """
+    text = path.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise MptTrtError(f"{path}: lines {BEGIN} and {END} are expected")
+    with replace_file(path) as partial:
+        partial.write_text(f"{before}{BEGIN}\n\n{tables()}\n{END}{after}")
+
+
+def tables() -> str:
+    """A markdown table of all shipped models; models that need the same share one."""
+    models: dict[tuple[str, ...], list[str]] = {}
+    for name in SHIPPED:
+        models.setdefault(tuple(table_rows(known_config(name))), []).append(name)
+    rules = "|".join(["---", *["---:"] * (len(COLUMNS) - 2), "---"])
+    head = f"| {' | '.join(COLUMNS)} |\n|{rules}|"
+    return "\n".join(
+        f"### {', '.join(names)}\n\n{head}\n" + "".join(f"{row}\n" for row in rows)
+        for rows, names in models.items()
+    )
+
+
+def table_rows(config: MptConfig) -> Iterator[str]:
+    """A row for each type and number of ranks; types that need the same share one."""
+    limits = EngineLimits(
+        *(variant_default(f"max_{name}") for name in ("batch_size", "input_len", "output_len"))
+    )
+    vocabulary = VocabularySharding(
+        variant_default("shard_embedding"), variant_default("shard_head")
+    )
+    found: dict[tuple[str, ...], list[str]] = {}
+    for storage, dtype in STORAGES.items():
+        for tp_size in filter(lambda size: is_legal(config, size), TP_SIZES):
+            spec = EngineSpec(config, dtype, tp_size, limits, vocabulary)
+            found.setdefault(table_cells(spec), []).append(storage)
+    for cells, storages in found.items():
+        yield f"| {' | '.join([', '.join(storages), *cells])} |"
+
+
+def table_cells(spec: EngineSpec) -> tuple[str, ...]:
+    """All cells but the first."""
+    sizes = (
+        requirements.ft_checkpoint_disk(spec),
+        requirements.engine_disk(spec),
+        requirements.build_memory(spec),
+        requirements.rank_weights(spec),
+        requirements.gpu_memory(spec),
+    )
+    in_gb = (f"{size / GB:.1f} GB" for size in sizes)
+    return (str(spec.tp_size), *in_gb, requirements.gpus_in_words(spec))
+
+
+if __name__ == "__main__":
+    run_cli(main)
