@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 DEMO := smoke_tests/mpt-demo/fp16/1-gpu.json
 
-.PHONY: demo test check bench clean
+.PHONY: demo test nightly check bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/snakemake --cores 2 $(DEMO)
@@ -15,6 +15,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+# Real shapes, cut to two blocks: some 5 minutes, 10 GB of memory and of disk.
+nightly: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m nightly tests/nightly
 
 # Formatting and lint of Python and Snakemake files.
 check: $(VENV)/installed-dev

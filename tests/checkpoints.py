@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -366,3 +367,17 @@ def _write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 def _write_json(path: Path, value: dict[str, Any], indent: int | None) -> None:
     path.write_text(json.dumps(value, indent=indent), encoding="utf-8")
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """The same bits as an array; bfloat16 becomes ml_dtypes.bfloat16."""
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def as_torch(array: np.ndarray) -> torch.Tensor:
+    """The reverse of `as_numpy`."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(np.array(array.view(np.uint16))).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))

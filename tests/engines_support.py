@@ -163,7 +163,7 @@ def random_ids(spec: CheckpointSpec, rows: int, length: int, seed: int = 0) -> I
 
 def reference(spec: CheckpointSpec, ids: Ids, storage_type: str = "float32") -> Logits:
     """float32 logits `[rows, seq, vocab]` of the weights as `storage_type` rounds them."""
-    dtype = ft_checkpoint.STORAGE_TYPES[storage_type]
+    dtype = getattr(torch, storage_type)
     weights = {name: tensor.to(dtype) for name, tensor in tensors(spec).items()}
     return plain_mpt.forward(config_dict(spec), weights, torch.from_numpy(ids)).numpy()
 

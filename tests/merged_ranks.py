@@ -25,12 +25,13 @@ class MergedRanks:
     `step` returns rank 0's logits after checking that those of all ranks are the same, bit for bit.
     """
 
-    def __init__(self, folder: Path, tp_size: int, max_batch_size: int = 8):
+    def __init__(self, folder: Path, tp_size: int, max_batch_size: int = 8, num_threads: int = 1):
         graphs = [
             onnx.load(folder / f"rank{r}.onnx", load_external_data=False) for r in range(tp_size)
         ]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = num_threads
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(folder)
         )

@@ -433,8 +433,11 @@ def manifest(built: Built) -> Manifest:
     return read_manifest(built.engine)
 
 
-def on_machine(monkeypatch, capabilities: tuple[str, ...], package: Package | None) -> None:
+def on_machine(
+    monkeypatch, capabilities: tuple[str, ...], package: Package | None, memory: int = 80 * 10**9
+) -> None:
     monkeypatch.setattr(gpus, "compute_capabilities", lambda: capabilities)
+    monkeypatch.setattr(gpus, "memory_sizes", lambda: (memory,) * len(capabilities))
     monkeypatch.setattr(loading, "installed_package", lambda module: package)
 
 
@@ -469,6 +472,11 @@ def test_nothing_speaks_against_the_right_gpu_and_version(manifest, monkeypatch)
 def test_obstacles_to_running_the_plan(manifest, capabilities, package, obstacle, monkeypatch):
     on_machine(monkeypatch, capabilities, package)
     assert tensorrt_obstacle(manifest) == obstacle
+
+
+def test_a_gpu_that_is_too_small_is_told_what_is_needed(manifest, monkeypatch):
+    on_machine(monkeypatch, ("8.6",), SAME_BUILDER, memory=1000)
+    assert tensorrt_obstacle(manifest).endswith("this needs 1 GPU of 16 GB")
 
 
 def test_upgraded_builder_makes_onnx_runtime_stand_in(built: Built, monkeypatch):

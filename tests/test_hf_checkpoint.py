@@ -13,16 +13,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints import CheckpointSpec, tensors, write_checkpoint
+from checkpoints import CheckpointSpec, as_numpy, as_torch, tensors, write_checkpoint
 from mpt_trt.config import read_hf_config
 from mpt_trt.errors import MptTrtError
-from mpt_trt.hf_checkpoint import HfCheckpoint, is_finite, not_finite
+from mpt_trt.hf_checkpoint import HfCheckpoint, not_finite
 from mpt_trt.hf_files import checkpoint_files, weight_files
+from mpt_trt.numerics import is_finite
 from mpt_trt.weight_map import weights
 
 SCRIPTS = Path(__file__).parents[1] / "workflow_scripts"
@@ -53,7 +55,7 @@ def open_checkpoint(folder: Path) -> HfCheckpoint:
 def content_of(checkpoint: HfCheckpoint, folder: Path) -> dict[str, Tensor]:
     """All tensors, by Hugging Face name without prefix."""
     stored = [w for w in weights(read_hf_config(folder)) if w.hf_name is not None]
-    return {weight.hf_name: checkpoint.tensor(weight) for weight in stored}
+    return {weight.hf_name: as_torch(checkpoint.tensor(weight)) for weight in stored}
 
 
 def require_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -147,6 +149,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 
+import torch  # what .bin files need; its own memory is not in question
 from mpt_trt.config import read_hf_config
 from mpt_trt.hf_checkpoint import HfCheckpoint
 from mpt_trt.weight_map import weights
@@ -280,6 +283,7 @@ class TestNames:
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
     def test_quantized(self, tmp_path: Path, dtype: torch.dtype) -> None:
+        name_of = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
         write_checkpoint(tmp_path, BASE)
         name = "transformer.blocks.0.ffn.up_proj.weight"
         path = self.edit(tmp_path, {name: torch.zeros(192, 48).to(dtype)})
@@ -287,7 +291,7 @@ class TestNames:
         by_name = {w.hf_name: w for w in weights(read_hf_config(tmp_path))}
         with pytest.raises(MptTrtError) as error:
             checkpoint.tensor(by_name["blocks.0.ffn.up_proj.weight"])
-        assert str(error.value).startswith(f"{path}: tensor {name} is {dtype};")
+        assert str(error.value).startswith(f"{path}: tensor {name} is {name_of[dtype]};")
 
     def test_description(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path, BASE, layout="sharded_bin")
@@ -497,23 +501,23 @@ class TestFinite:
     @pytest.mark.parametrize("position", [(0, 0), (3, 5), (6, 10)])
     def test_one_value(self, dtype: torch.dtype, value: float, position: tuple) -> None:
         tensor = torch.ones(7, 11, dtype=dtype)
-        assert is_finite(tensor)
+        assert is_finite(as_numpy(tensor))
         tensor[position] = value
-        assert not is_finite(tensor)
+        assert not is_finite(as_numpy(tensor))
         kind = "NaN" if math.isnan(value) else "Inf"
-        message = str(not_finite(tensor, "x.bin: tensor w"))
+        message = str(not_finite(as_numpy(tensor), "x.bin: tensor w"))
         assert message.startswith(f"x.bin: tensor w holds {kind} at {list(position)};")
 
     def test_vector(self) -> None:
         tensor = torch.zeros(5)
         tensor[3] = math.inf
-        assert "holds Inf at [3];" in str(not_finite(tensor, "w"))
+        assert "holds Inf at [3];" in str(not_finite(as_numpy(tensor), "w"))
 
     def test_infinities_that_cancel(self) -> None:
-        assert not is_finite(torch.tensor([math.inf, -math.inf, 1.0]))
+        assert not is_finite(np.array([math.inf, -math.inf, 1.0]))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     def test_a_sum_that_overflows_is_no_reason(self, dtype: torch.dtype) -> None:
         largest = torch.full((100,), torch.finfo(dtype).max, dtype=dtype)
         assert not torch.isfinite(largest.sum())
-        assert is_finite(largest)
+        assert is_finite(as_numpy(largest))

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from mpt_trt import ranks
-from mpt_trt.errors import MptTrtError
+from mpt_trt.errors import MptTrtError, SharedError
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -35,12 +35,18 @@ def run_cli(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
+    except SharedError as error:
+        # No rank needs to be ended by another: they all come here, and meet in MPI's finalization.
+        if not ranks.is_another_rank():
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except (MptTrtError, FloatingPointError) as error:
         print(f"error{ranks.rank_label()}: {error}", file=sys.stderr)
         ranks.end_all_ranks(1)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted; unfinished outputs were removed", file=sys.stderr)
+        ranks.end_all_ranks(INTERRUPTED)
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
         # The reader of our output (head, say) has closed it.

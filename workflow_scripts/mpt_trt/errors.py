@@ -9,3 +9,7 @@ class MptTrtError(ValueError):
     The message is one sentence or two that name the file, the field, the value and the remedy. The
     command-line tools print it without a traceback and exit with status 1.
     """
+
+
+class SharedError(MptTrtError):
+    """An error that every rank of an engine meets in the same words; the first one reports it."""

@@ -10,35 +10,43 @@ from __future__ import annotations
 
 import configparser
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from mpt_trt import sharding
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
-from mpt_trt.files import content_hashes, read_json, replace_directory, write_json
+from mpt_trt.files import (
+    content_hashes,
+    read_json,
+    replace_directory,
+    write_in_pieces,
+    write_json,
+)
 from mpt_trt.ft_layout import FtFile, files_of, ft_file, ft_files, held
-from mpt_trt.hf_checkpoint import HfCheckpoint, is_finite, not_finite
+from mpt_trt.hf_checkpoint import HfCheckpoint, not_finite
+from mpt_trt.numerics import BFLOAT16, convert, is_finite, transpose
 from mpt_trt.sharding import Range, Shard
 from mpt_trt.weight_map import Weight, weights
 
 STORAGE_TYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": BFLOAT16,
 }
 SECTION = "gpt"
 MANIFEST = "manifest.json"
-# What a worker holds of a matrix at a time. It stays in the processor's cache between being
-# gathered, transposed, checked, hashed and written: conversion runs at memory speed.
+# What a worker takes of each row of a matrix at a time: few enough bytes for the gathered block to
+# stay in the processor's cache while it is transposed, checked, hashed and written.
+SLAB_ROW_BYTES = 512
+# What it takes of a tensor that is not transposed.
 SLAB_BYTES = 4 << 20
-# Columns of a slab come in multiples of this, so that rows are cut at cache lines.
-COLUMN_MULTIPLE = 64
 
 Advance = Callable[[int], None]
 
@@ -101,7 +109,7 @@ def write_ft_checkpoint(
     """
     sharding.require_legal(config, settings.tp_size)
     dtype = STORAGE_TYPES[settings.storage_type]
-    with replace_directory(target) as folder, _single_threaded_pool(settings.workers) as pool:
+    with replace_directory(target) as folder, ThreadPoolExecutor(settings.workers) as pool:
         _write_ini(folder / "config.ini", config, settings)
         writer = _Writer(checkpoint, config, folder, dtype, advance)
         jobs = [
@@ -116,11 +124,6 @@ def write_ft_checkpoint(
         _write_manifest(folder, settings, hashes)
 
 
-def _single_threaded_pool(workers: int) -> ThreadPoolExecutor:
-    """Workers in which PyTorch starts no threads of its own; the setting is one of each thread."""
-    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-
-
 def total_bytes(config: MptConfig, storage_type: str, tp_size: int) -> int:
     """Bytes of all `.bin` files of a directory."""
     dtype = STORAGE_TYPES[storage_type]
@@ -132,72 +135,75 @@ class _Writer:
     checkpoint: HfCheckpoint
     config: MptConfig
     folder: Path
-    dtype: torch.dtype
+    dtype: np.dtype
     advance: Advance
 
     def write(self, weight: Weight, files: list[FtFile]) -> list[tuple[str, str]]:
         """Writes one tensor for all ranks; returns (file name, content hash) pairs."""
         if weight.hf_name is None:
-            source, description = torch.zeros(weight.shape, dtype=self.dtype), weight.name
+            source, description = np.zeros(weight.shape, self.dtype), weight.name
         else:
             source = self.checkpoint.tensor(weight)
             description = self.checkpoint.describe(weight)
         return [(file.name, self._write_file(file, source, description)) for file in files]
 
-    def _write_file(self, file: FtFile, source: torch.Tensor, description: str) -> str:
+    def _write_file(self, file: FtFile, source: NDArray, description: str) -> str:
         digest = xxhash.xxh3_128()
         with (self.folder / file.name).open("wb") as stream:
             for slab in self._slabs(file, source):
                 if not is_finite(slab):
                     raise not_finite(source, description)
-                content = self._stored(slab, description).view(torch.uint8).numpy()
-                stream.write(content)
+                content = self._stored(slab, description).view(np.uint8)
+                write_in_pieces(stream, content)
                 digest.update(content)
                 self.advance(content.nbytes)
         return f"xxh3:{digest.hexdigest()}"
 
-    def _stored(self, slab: torch.Tensor, description: str) -> torch.Tensor:
-        stored = slab.to(self.dtype)
+    def _stored(self, slab: NDArray, description: str) -> NDArray:
+        stored = convert(slab, self.dtype)
         if stored.dtype != slab.dtype and not is_finite(stored):
+            largest = np.abs(slab.astype(np.float64)).max()
             raise MptTrtError(
-                f"{description} holds {slab.abs().max().item():g}, which {self.dtype} cannot hold; "
+                f"{description} holds {largest:g}, which {self.dtype} cannot hold; "
                 "choose storage type bfloat16 or float32"
             )
         return stored
 
-    def _slabs(self, file: FtFile, source: torch.Tensor):
-        """Pieces of the file's content in order, in the checkpoint's type."""
+    def _slabs(self, file: FtFile, source: NDArray) -> Iterator[NDArray]:
+        """Pieces of the file's content in order, flat, in the checkpoint's type."""
         if file.shard is None:
-            yield from _row_slabs(source)
+            yield from _flat_slabs(source)
             return
         rows, columns = held(self.config, file.weight, file.shard)
         parts = [source[r.start : r.stop] for r in rows]
         if file.weight.is_linear:
             yield from _transposed_slabs(parts, columns)
         else:
-            yield torch.cat(parts)
+            yield np.concatenate(parts)
 
 
-def _row_slabs(source: torch.Tensor):
-    flat = source.reshape(-1)
-    yield from flat.split(SLAB_BYTES // source.dtype.itemsize)
+def _flat_slabs(source: NDArray) -> Iterator[NDArray]:
+    flat = np.ascontiguousarray(source).reshape(-1)
+    step = SLAB_BYTES // source.itemsize
+    for start in range(0, flat.size, step):
+        yield flat[start : start + step]
 
 
-def _transposed_slabs(parts: list[torch.Tensor], columns: Range):
-    """Row blocks of `[len(columns), sum of part rows]`, through reused buffers."""
+def _transposed_slabs(parts: list[NDArray], columns: Range) -> Iterator[NDArray]:
+    """Row blocks of `[len(columns), sum of part rows]`, flat, through reused buffers."""
     width = sum(len(part) for part in parts)
     dtype = parts[0].dtype
-    fitting = SLAB_BYTES // (width * dtype.itemsize) // COLUMN_MULTIPLE * COLUMN_MULTIPLE
-    height = min(len(columns), max(COLUMN_MULTIPLE, fitting))
-    gathered = torch.empty(width * height, dtype=dtype)
-    transposed = torch.empty(height * width, dtype=dtype)
+    height = min(len(columns), SLAB_ROW_BYTES // dtype.itemsize)
+    gathered = np.empty(width * height, dtype)
+    transposed = np.empty(height * width, dtype)
     for start in range(columns.start, columns.stop, height):
         stop = min(start + height, columns.stop)
-        # Only a whole, contiguous matrix is transposed fast; so the columns are gathered first.
-        block = gathered[: width * (stop - start)].view(width, stop - start)
-        torch.cat([part[:, start:stop] for part in parts], out=block)
-        slab = transposed[: width * (stop - start)].view(stop - start, width)
-        yield slab.copy_(block.t())
+        size = width * (stop - start)
+        # Only a contiguous block is transposed fast; so its columns are gathered first.
+        block = gathered[:size].reshape(width, stop - start)
+        np.concatenate([part[:, start:stop] for part in parts], out=block)
+        transpose(block, transposed[:size].reshape(stop - start, width))
+        yield transposed[:size]
 
 
 def _write_ini(path: Path, config: MptConfig, settings: ConversionSettings) -> None:

@@ -12,7 +12,7 @@ from mpt_trt.sharding import Range, Shard
 from mpt_trt.weight_map import Split, Weight, weights
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class FtFile:
     def num_elements(self) -> int:
         return math.prod(self.shape)
 
-    def byte_size(self, dtype: torch.dtype) -> int:
+    def byte_size(self, dtype: np.dtype) -> int:
         return self.num_elements * dtype.itemsize
 
 

@@ -14,15 +14,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.hf_files import weight_files
+from mpt_trt.numerics import BFLOAT16, is_finite
 from mpt_trt.weight_map import Weight
 
 PREFIX = "transformer."
-FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SAFETENSORS_TYPES = {
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
 
 
 class Shard(Protocol):
@@ -34,30 +41,42 @@ class Shard(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def tensor(self, name: str) -> torch.Tensor: ...
+    def tensor(self, name: str) -> NDArray: ...
 
 
 class SafetensorsShard:
+    """A safetensors file, mapped into memory as a whole."""
+
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
+            with safe_open(path, framework="np"):
+                pass  # the library checks the header against the file's size
+            self._header, data_start = _safetensors_header(path)
+            self._data = np.memmap(path, np.uint8, "r")[data_start:]
+        except (SafetensorError, OSError, ValueError) as error:
             raise _broken(path, error, _first_incomplete_tensor(path)) from None
 
     def names(self) -> Iterable[str]:
-        return self._file.keys()
+        return self._header
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
+        return tuple(self._header[name]["shape"])
 
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name)
+    def tensor(self, name: str) -> NDArray:
+        entry = self._header[name]
+        if entry["dtype"] not in SAFETENSORS_TYPES:
+            raise _not_float(self.path, name, entry["dtype"])
+        start, stop = entry["data_offsets"]
+        data = self._data[start:stop].view(SAFETENSORS_TYPES[entry["dtype"]])
+        return data.reshape(entry["shape"])
 
 
 class PickleShard:
     def __init__(self, path: Path):
         self.path = path
+        import torch
+
         try:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError as error:
@@ -83,8 +102,15 @@ class PickleShard:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
+    def tensor(self, name: str) -> NDArray:
+        import torch
+
+        tensor = self._tensors[name]
+        if tensor.dtype is torch.bfloat16:
+            return tensor.view(torch.uint16).numpy().view(BFLOAT16)
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise _not_float(self.path, name, str(tensor.dtype).removeprefix("torch."))
+        return tensor.numpy()
 
 
 class HfCheckpoint:
@@ -105,19 +131,10 @@ class HfCheckpoint:
         self._check_names(weights)
         self._check_shapes(weights)
 
-    def tensor(self, weight: Weight) -> torch.Tensor:
-        """The tensor as stored: `weight.shape`, float; memory-mapped."""
+    def tensor(self, weight: Weight) -> NDArray:
+        """The tensor as stored: `weight.shape`, float (EXPONENTS' types); memory-mapped."""
         shard, name = self._location[_hf_name(weight)]
-        try:
-            tensor = shard.tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise _broken(shard.path, error, name) from None
-        if tensor.dtype not in FLOAT_TYPES:
-            raise MptTrtError(
-                f"{shard.path}: tensor {name} is {tensor.dtype}; only unquantized checkpoints "
-                "(float32, float16, bfloat16) are read"
-            )
-        return tensor
+        return shard.tensor(name)
 
     def describe(self, weight: Weight) -> str:
         """`file: tensor name`, for messages."""
@@ -144,7 +161,7 @@ class HfCheckpoint:
 
     def _require_tied_head(self, embedding: Weight) -> None:
         shard, name = self._location["lm_head.weight"]
-        if not torch.equal(shard.tensor(name), self.tensor(embedding)):
+        if not np.array_equal(shard.tensor(name), self.tensor(embedding)):
             raise MptTrtError(
                 f"{shard.path}: tensor {name} differs from the embedding although config.json says "
                 "tie_word_embeddings = true; set it to false to use the separate head"
@@ -195,41 +212,47 @@ def _broken(path: Path, error: Exception, tensor: str) -> MptTrtError:
     )
 
 
-def _first_incomplete_tensor(path: Path) -> str:
-    """The first tensor whose bytes lie beyond the end of a truncated safetensors file.
+def _safetensors_header(path: Path) -> tuple[dict[str, dict], int]:
+    """The entries of a safetensors file by tensor name, and where the data begins.
 
     Format: 8 bytes little-endian header length, JSON header with `data_offsets` relative to the end
     of the header, data (safetensors README, section "Format").
     """
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(min(length, path.stat().st_size)))
+    return {k: v for k, v in header.items() if k != "__metadata__"}, 8 + length
+
+
+def _first_incomplete_tensor(path: Path) -> str:
+    """The first tensor whose bytes lie beyond the end of a truncated safetensors file."""
     try:
+        header, data_start = _safetensors_header(path)
+        ends = {name: data_start + entry["data_offsets"][1] for name, entry in header.items()}
         size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, size)))
-        ends = {k: v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"}
-    except (OSError, ValueError, TypeError, KeyError, IndexError):
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         return "every tensor"
-    cut_off = [name for name, end in ends.items() if 8 + length + end > size]
+    cut_off = [name for name, end in ends.items() if end > size]
     return min(cut_off, key=ends.__getitem__, default="every tensor")
+
+
+def _not_float(path: Path, name: str, dtype: str) -> MptTrtError:
+    return MptTrtError(
+        f"{path}: tensor {name} is {dtype}; only unquantized checkpoints (float32, float16, "
+        "bfloat16) are read"
+    )
 
 
 def _and_others(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is a NaN or an infinity.
-
-    A sum runs at memory speed and is not finite if an addend is not; only when it overflows by
-    itself are the elements looked at one by one.
-    """
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
-def not_finite(tensor: torch.Tensor, description: str) -> MptTrtError:
+def not_finite(tensor: NDArray, description: str) -> MptTrtError:
     """The error that says where `tensor` holds a NaN or an infinity."""
     # Row by row: a mask of the whole tensor would take as much memory as the tensor.
-    index, row = next((i, row) for i, row in enumerate(tensor) if not is_finite(row))
-    position = [index, *(~torch.isfinite(row)).nonzero()[0].tolist()]
-    kind = "NaN" if bool(torch.isnan(tensor[tuple(position)])) else "Inf"
+    rows = tensor if tensor.ndim > 1 else tensor[None]
+    index, row = next((i, row) for i, row in enumerate(rows) if not is_finite(row))
+    column = int(np.argmin(np.isfinite(row)))
+    position = [index, column] if tensor.ndim > 1 else [column]
+    kind = "NaN" if np.isnan(row[column]) else "Inf"
     return MptTrtError(f"{description} holds {kind} at {position}; the checkpoint is damaged")

@@ -6,14 +6,19 @@ Importing this module does not start MPI; `communicator` does, when there is mor
 from __future__ import annotations
 
 import os
+import pickle
+import signal
+import socket
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mpt_trt.errors import MptTrtError
+from mpt_trt.errors import MptTrtError, SharedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import numpy as np
     from numpy.typing import NDArray
@@ -32,6 +37,7 @@ class Communicator:
 
     def __init__(self, world: Any):
         self._world = world
+        self._is_interrupted = False
         self.rank: int = world.rank
         self.size: int = world.size
 
@@ -45,26 +51,64 @@ class Communicator:
 
     def all_gather(self, value: NDArray[np.float32]) -> NDArray[np.float32]:
         """The ranks' arrays, which are of one shape, one after the other along axis 0."""
-        return self._gathered(value).reshape(-1, *value.shape[1:])
+        return self._gathered(value).reshape(self.size * len(value), *value.shape[1:])
 
-    def broadcast(self, value: object) -> Any:
-        """Rank 0's value, on every rank; for small things."""
-        return self._world.bcast(value, root=0)
+    def exchange(self, value: object) -> list[Any]:
+        """Every rank's value, in the order of ranks; for small things."""
+        import numpy as np
+
+        own = np.frombuffer(pickle.dumps(value), np.uint8)
+        sizes = self._gathered(np.array([own.size])).ravel()
+        padded = np.zeros(sizes.max(), np.uint8)
+        padded[: own.size] = own
+        rows = zip(self._gathered(padded), sizes, strict=True)
+        return [pickle.loads(row[:size].tobytes()) for row, size in rows]
+
+    def num_cores(self) -> int:
+        """This rank's part of the cores that its launcher lets it use, by itself or with others."""
+        own = socket.gethostname(), frozenset(os.sched_getaffinity(0))
+        return max(1, len(own[1]) // self.exchange(own).count(own))
 
     def agree(self, action: Callable[[], Any]) -> Any:
-        """Runs `action` on every rank; if it fails on one, MptTrtError is raised on all."""
+        """Runs `action` on every rank; if it fails on one, SharedError is raised on all."""
         result, complaint = None, None
         try:
             result = action()
         except MptTrtError as error:
             complaint = str(error)
-        complaints = self._world.allgather(complaint)
-        for rank, found in enumerate(complaints):
+        for rank, found in enumerate(self.exchange(complaint)):
             if found is not None:
-                raise MptTrtError(f"rank {rank}: {found}")
+                raise SharedError(f"rank {rank}: {found}")
         return result
 
-    def _gathered(self, value: NDArray[np.float32]) -> NDArray[np.float32]:
+    @contextmanager
+    def deferred_interrupts(self) -> Iterator[None]:
+        """Within it, Ctrl-C and SIGTERM raise KeyboardInterrupt only where ranks meet.
+
+        What has not been raised at the end is raised then.
+        """
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Others do not raise, nor do any outside of the main thread.
+        is_main = threading.current_thread() is threading.main_thread()
+        raising = [n for n in previous if is_main and previous[n] is signal.default_int_handler]
+        for number in raising:
+            signal.signal(number, self._interrupt)
+        try:
+            yield
+        finally:
+            for number in raising:
+                signal.signal(number, previous[number])
+        self._raise_if_interrupted()
+
+    def _interrupt(self, *_: object) -> None:
+        self._is_interrupted = True
+
+    def _raise_if_interrupted(self) -> None:
+        if self._is_interrupted:
+            self._is_interrupted = False
+            raise KeyboardInterrupt
+
+    def _gathered(self, value: NDArray) -> NDArray:
         import numpy as np
 
         own = np.ascontiguousarray(value)
@@ -75,6 +119,7 @@ class Communicator:
     def _wait(self, request: Any) -> None:
         started = time.monotonic()
         while not request.Test():
+            self._raise_if_interrupted()
             waited = time.monotonic() - started
             if waited > PATIENCE_SECONDS:
                 raise MptTrtError(
@@ -88,7 +133,7 @@ class Communicator:
 def communicator(tp_size: int) -> Communicator | None:
     """The communicator of an engine of tp_size ranks; None for a single process and one rank.
 
-    Raises MptTrtError when another number of processes was started.
+    Raises SharedError when another number of processes was started.
     """
     is_launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
     if tp_size == 1 and not is_launched:
@@ -97,9 +142,9 @@ def communicator(tp_size: int) -> Communicator | None:
 
     size = MPI.COMM_WORLD.size
     if size != tp_size:
-        raise MptTrtError(
-            f"the engine has {tp_size} ranks, but {size} processes were started; use "
-            f"mpirun -n {tp_size} python ..."
+        raise SharedError(
+            f"the engine's number of ranks is {tp_size}, but the number of processes is {size}; "
+            f"use mpirun -n {tp_size} python ..."
         )
     return None if size == 1 else Communicator(MPI.COMM_WORLD)
 
@@ -108,6 +153,12 @@ def rank_label() -> str:
     """` (rank 1 of 4)` for messages where MPI runs several ranks, else nothing."""
     world = _running_world()
     return "" if world is None else f" (rank {world.rank} of {world.size})"
+
+
+def is_another_rank() -> bool:
+    """Whether MPI runs several ranks and this is not the first."""
+    world = _running_world()
+    return world is not None and world.rank > 0
 
 
 def end_all_ranks(status: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,7 +72,9 @@ class _Source:
         self._found = found
 
     def tensor(self, name: str) -> Tensor:
-        return self._checkpoint.tensor(self._found[name]).float()
+        stored = self._checkpoint.tensor(self._found[name])
+        # A copy in any case: the file is mapped for reading only.
+        return torch.from_numpy(stored.astype(np.float32))
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """All tensors whose names start with `prefix`, by what follows it."""

@@ -1,7 +1,7 @@
 """What an engine needs, before it is made: disk, host memory and GPU memory, all in bytes.
 
 Pure functions of the architecture and of what is to be built. Sizes of files, of weights and of the
-KV cache are exact; what is estimated says so, and rather says too much. The measured figures are of
+KV cache are exact; what is estimated says so. The measured figures are of
 TensorRT-RTX 1.7, ONNX Runtime 1.32 and PyTorch 2.13 on Linux (docs/models.md).
 """
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from mpt_trt.engines import gpus
 from mpt_trt.engines.manifest import Manifest, check_content, read_manifest
 from mpt_trt.engines.packages import installed_package
-from mpt_trt.errors import MptTrtError
+from mpt_trt.errors import MptTrtError, SharedError
 from mpt_trt.generation import StepModel
 from mpt_trt.ranks import Communicator, communicator
+from mpt_trt.requirements import EngineSpec, gpu_obstacle
 
 RUNTIMES = ("auto", "tensorrt", "onnxruntime")
 
@@ -49,11 +50,25 @@ def load_engine(engine_dir: Path, runtime: str = "auto", num_threads: int = 0) -
     """
     manifest = read_manifest(engine_dir)
     ranks = communicator(manifest.tp_size)
+    if ranks is not None and num_threads == 0:
+        num_threads = ranks.num_cores()
 
     def load() -> LoadedEngine:
         return _load_rank(engine_dir, manifest, runtime, num_threads, ranks)
 
-    return load() if ranks is None else ranks.agree(load)
+    return load() if ranks is None else _load_together(load, ranks)
+
+
+def _load_together(load: Callable[[], LoadedEngine], ranks: Communicator) -> LoadedEngine:
+    # No rank must wait for another within `load`, where that one may fail.
+    engine = ranks.agree(load)
+    runtimes = ranks.exchange(engine.runtime)
+    if len(set(runtimes)) > 1:
+        found = ", ".join(f"{rank}: {runtime}" for rank, runtime in enumerate(runtimes))
+        raise SharedError(f"the ranks cannot meet, as they have different runtimes ({found})")
+    if engine.stood_in_because is None:
+        ranks.agree(lambda: engine.model.join(ranks))
+    return engine
 
 
 def _load_rank(
@@ -69,15 +84,13 @@ def _load_rank(
         from mpt_trt.engines.tensorrt_runtime import TensorRtEngine
 
         check_content(engine_dir, files, files.engine)
-        engine = TensorRtEngine(engine_dir, manifest, ranks)
+        engine = TensorRtEngine(engine_dir, manifest, 0 if ranks is None else ranks.rank)
         return LoadedEngine(engine, manifest, engine.max_logits, engine.description, None, ranks)
     if runtime == "tensorrt":
         raise MptTrtError(f"{engine_dir}: TensorRT cannot run this engine here: {obstacle}")
     from mpt_trt.engines.onnx_runtime import OnnxRuntimeEngine
 
     check_content(engine_dir, files, files.network)
-    if ranks is not None and num_threads == 0:
-        num_threads = max(1, (os.cpu_count() or 1) // ranks.size)
     stand_in = OnnxRuntimeEngine(engine_dir, manifest, num_threads, ranks)
     return LoadedEngine(stand_in, manifest, None, stand_in.description, obstacle, ranks)
 
@@ -101,4 +114,16 @@ def tensorrt_obstacle(manifest: Manifest) -> str | None:
             f"the plan was built by {package.module} {manifest.builder.version}, installed is "
             f"{package.version}; build the engine again"
         )
-    return None
+    return _memory_obstacle(manifest)
+
+
+def _memory_obstacle(manifest: Manifest) -> str | None:
+    spec = EngineSpec(
+        manifest.config,
+        manifest.dtype,
+        manifest.tp_size,
+        manifest.limits,
+        manifest.vocabulary_sharding,
+    )
+    sizes = gpus.memory_sizes()
+    return gpu_obstacle(spec, min(sizes)) if sizes else None

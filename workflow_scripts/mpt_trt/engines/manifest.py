@@ -74,6 +74,7 @@ class Manifest:
     dtype: str
     tp_size: int
     limits: EngineLimits
+    vocabulary_sharding: VocabularySharding
     source: dict
     builder: BuilderInfo
     ranks: tuple[RankFiles, ...]
@@ -292,6 +293,7 @@ def _parse(content: dict) -> Manifest:
         source=content["source"],
         config=MptConfig(**content["config"]),
         limits=EngineLimits(**content["limits"]),
+        vocabulary_sharding=VocabularySharding(**content["vocabulary_sharding"]),
         builder=BuilderInfo(**builder),
         ranks=tuple(_rank_files(rank, rank) for rank in content["ranks"]),
     )

@@ -23,7 +23,7 @@ def join_nccl(communicator: Communicator) -> Any:
             "engines of several ranks need NCCL under TensorRT: pip install nccl4py"
         ) from None
     own_id = core.get_unique_id() if communicator.rank == 0 else None
-    unique_id = communicator.broadcast(own_id)
+    unique_id = communicator.exchange(own_id)[0]
     return core.Communicator.init(
         nranks=communicator.size, rank=communicator.rank, unique_id=unique_id
     )

@@ -7,6 +7,7 @@ bfloat16 kernels.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import ml_dtypes
@@ -17,7 +18,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from mpt_trt.engines.cpu_collectives import use_communicator
+from mpt_trt.engines.cpu_collectives import Collectives, replace_collectives
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ranks import Communicator
@@ -43,8 +44,9 @@ class OnnxRuntimeEngine:
         self.max_step_tokens = manifest.limits.max_input_len
         self.max_logits: int | None = None
         self._provider = _provider()
+        self._collectives = None if communicator is None else Collectives(communicator)
         self._session, self._weights = _open_session(
-            path, self._provider, num_threads, communicator
+            path, self._provider, num_threads, manifest.tp_size
         )
         self._cache_inputs = [i for i in self._session.get_inputs() if i.name.startswith("past_")]
         self._cache: dict[str, NDArray | onnxruntime.OrtValue] = {}
@@ -87,7 +89,8 @@ class OnnxRuntimeEngine:
         self._binding.bind_ortvalue_output(
             "logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits)
         )
-        self._session.run_with_iobinding(self._binding)
+        with nullcontext() if self._collectives is None else self._collectives.step():
+            self._session.run_with_iobinding(self._binding)
         return logits
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
@@ -114,7 +117,7 @@ def _provider() -> str:
 
 
 def _open_session(
-    path: Path, provider: str, num_threads: int, communicator: Communicator | None
+    path: Path, provider: str, num_threads: int, tp_size: int
 ) -> tuple[onnxruntime.InferenceSession, list[onnxruntime.OrtValue]]:
     """The session, and the converted weights that must live as long as it does."""
     try:
@@ -130,8 +133,8 @@ def _open_session(
     weights = []
     if provider == "CPUExecutionProvider":
         weights = _bfloat16_to_float32(model, path.parent, options)
-    if communicator is not None:
-        use_communicator(model, options, communicator)
+    if tp_size > 1:
+        replace_collectives(model, options)
     try:
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=[provider]
@@ -169,8 +172,14 @@ def _bfloat16_to_float32(
 
 
 def _read_bfloat16(tensor: TensorProto, folder: Path) -> NDArray[np.float32]:
-    location = next(entry.value for entry in tensor.external_data if entry.key == "location")
-    stored = np.memmap(folder / location, ml_dtypes.bfloat16, "r", shape=tuple(tensor.dims))
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    stored = np.memmap(
+        folder / place["location"],
+        ml_dtypes.bfloat16,
+        "r",
+        offset=int(place.get("offset", 0)),
+        shape=tuple(tensor.dims),
+    )
     return stored.astype(np.float32)
 
 

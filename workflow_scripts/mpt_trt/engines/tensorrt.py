@@ -24,7 +24,7 @@ from mpt_trt.engines import gpus
 from mpt_trt.engines.manifest import BuilderInfo, EngineLimits
 from mpt_trt.engines.packages import Package
 from mpt_trt.errors import MptTrtError
-from mpt_trt.files import replace_file
+from mpt_trt.files import replace_file, write_in_pieces
 
 CONTEXT_PROFILE, GENERATION_PROFILE = 0, 1
 
@@ -120,10 +120,11 @@ def _make_writer(trt: ModuleType, stream: Any) -> Any:
         def write(self, data: bytes) -> int:
             # An exception must not cross TensorRT's frames; a short count makes it stop.
             try:
-                return stream.write(data)
+                write_in_pieces(stream, data)
             except OSError as error:
                 self.error = error
                 return 0
+            return len(data)
 
     return Writer()
 

@@ -33,27 +33,20 @@ FLOAT32_BYTES = 4
 class TensorRtEngine:
     """One rank's plan, loaded; see `mpt_trt.generation.StepModel` for the contract."""
 
-    def __init__(
-        self, engine_dir: Path, manifest: Manifest, communicator: Communicator | None = None
-    ):
+    def __init__(self, engine_dir: Path, manifest: Manifest, rank: int = 0):
         limits = manifest.limits
-        rank = 0 if communicator is None else communicator.rank
         self.vocab_size = manifest.config.vocab_size
         self.capacity = limits.cache_len
         self.max_batch_size = limits.max_batch_size
         self.max_step_tokens = limits.max_input_len
         self.max_logits: int | None = limits.max_logits
         self._trt = importlib.import_module(manifest.builder.package)
-        if communicator is not None:
+        if manifest.tp_size > 1:
             # Ranks of one machine take its GPUs in turn.
             _call(cudart.cudaSetDevice(rank % _call(cudart.cudaGetDeviceCount())))
         self._stream = _call(cudart.cudaStreamCreate())
         self._engine = self._deserialize(engine_dir / manifest.ranks[rank].engine)
         self._contexts = self._create_contexts()
-        if communicator is not None:
-            self._nccl = join_nccl(communicator)
-            for context in self._contexts:
-                set_communicator(context, self._nccl)
         self._element_bytes = STORAGE_TYPES[manifest.dtype].itemsize
         self._cache_shapes = self._find_cache()
         self._buffers = {
@@ -65,6 +58,12 @@ class TensorRtEngine:
         self._cache: dict[str, DeviceBuffer] = {}
         self._batch_size = 0
         self._graphs: dict[tuple[int, int], Any] = {}
+
+    def join(self, communicator: Communicator) -> None:
+        """Connects the engine to those of the other ranks, which must all be loaded."""
+        self._nccl = join_nccl(communicator)
+        for context in self._contexts:
+            set_communicator(context, self._nccl)
 
     @property
     def description(self) -> str:
