@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/python workflow_scripts/show_smoke_test.py $(DEMO)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Real shapes, cut to two blocks: some 5 minutes, 10 GB of memory and of disk.
 nightly: $(VENV)/installed-dev

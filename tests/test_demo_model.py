@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import hashlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, MptConfig, MptForCausalLM
 
+import demo_training as training
 import train_demo_model as demo
+from mpt_trt.errors import MptTrtError
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "resources" / "mpt-demo"
@@ -51,7 +56,7 @@ def greedy(model: MptForCausalLM, tokenizer, prompt: str, tokens: int) -> str:
     inputs = tokenizer(prompt, return_tensors="pt")
     with torch.no_grad():
         output = model.generate(**inputs, do_sample=False, max_new_tokens=tokens)
-    return tokenizer.decode(output[0, inputs.input_ids.shape[1] :])
+    return tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 
 # --- the folder ---------------------------------------------------------------------------------
@@ -78,31 +83,49 @@ def test_config_is_read_by_transformers():
 
 
 def test_heldout_loss_is_the_recorded_one(model, tokenizer, heldout_text, figures):
-    recorded = figures["quality"]["heldout"]["first_windows"]
     length = model.config.max_seq_len
-    ids = torch.tensor(tokenizer(heldout_text).input_ids)
-    ids = ids[: recorded["windows"] * length + 1]
+    ids = torch.tensor(tokenizer(heldout_text).input_ids)[: demo.FIRST_WINDOWS * length + 1]
     total = 0.0
     for start in range(0, len(ids) - 1, length):
         window = ids[start : start + length + 1]
         with torch.no_grad():
             log_probabilities = model(window[None, :-1]).logits[0].log_softmax(-1)
         total -= log_probabilities.gather(1, window[1:, None]).sum().item()
-    assert total / (len(ids) - 1) == pytest.approx(recorded["nats_per_token"], abs=LOSS_TOLERANCE)
+    recorded = figures["quality"]["nats_per_token"]["heldout_first_windows"]
+    assert total / (len(ids) - 1) == pytest.approx(recorded, abs=LOSS_TOLERANCE)
+
+
+def test_heldout_figures_follow_from_the_loss_and_the_text(heldout_text, figures):
+    quality, part = figures["quality"], figures["corpus"]["heldout"]
+    nats = quality["nats_per_token"]["heldout"]
+    documents = heldout_text.split(demo.END_OF_TEXT)
+    assert part["documents"] == len(documents) == len(figures["corpus"]["heldout_names"])
+    assert part["bytes"] == sum(len(document.encode()) for document in documents)
+    assert part["sha256"] == hashlib.sha256(heldout_text.encode()).hexdigest()
+    assert quality["heldout_perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
+    bits = nats * (part["tokens"] - 1) / math.log(2) / len(heldout_text.encode())
+    assert quality["heldout_bits_per_byte"] == pytest.approx(bits, rel=1e-4)
 
 
 def test_the_model_has_learnt(figures):
     """Well below what letter frequencies alone reach, and below gzip's 2.3 bits on this text."""
-    assert figures["quality"]["heldout"]["bits_per_byte"] < 1.0
+    assert figures["quality"]["heldout_bits_per_byte"] < 1.0
 
 
 @pytest.mark.parametrize("prompt", ["def fibonacci", "def read_file"])
-def test_greedy_text_is_python(model, tokenizer, prompt):
-    continuation = greedy(model, tokenizer, prompt, tokens=32)
-    function = ast.parse(prompt + continuation.split("\n\n")[0]).body[0]
-    assert isinstance(function, ast.FunctionDef)
+def test_greedy_text_is_a_function(model, tokenizer, prompt):
+    function = first_function(prompt + greedy(model, tokenizer, prompt, tokens=32))
     assert function.args.args
-    assert any(isinstance(statement, ast.Return) for statement in function.body)
+    assert any(isinstance(node, ast.Return) for node in ast.walk(function))
+
+
+def first_function(text: str) -> ast.FunctionDef:
+    """Of the longest beginning of the text, in lines, that is Python."""
+    lines = text.splitlines()
+    for end in range(len(lines), 1, -1):
+        with contextlib.suppress(SyntaxError):
+            return ast.parse("\n".join(lines[:end])).body[0]
+    raise AssertionError(f"not Python: {text}")
 
 
 def test_greedy_text_is_the_recorded_one(model, tokenizer, figures):
@@ -113,7 +136,7 @@ def test_greedy_text_is_the_recorded_one(model, tokenizer, figures):
 def test_tokenizer_returns_the_heldout_text(tokenizer, heldout_text, figures):
     ids = tokenizer(heldout_text, add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == heldout_text
-    assert len(ids) == figures["quality"]["heldout"]["predicted_tokens"]
+    assert len(ids) == figures["corpus"]["heldout"]["tokens"] - 1
 
 
 def test_tokenizer_returns_any_text(tokenizer):
@@ -128,18 +151,12 @@ def test_tokenizer_begins_a_text_as_training_began_documents(tokenizer):
 
 
 def test_card_and_figures_agree(figures):
-    card = (FOLDER / "README.md").read_text(encoding="utf-8")
-    recipe = demo.Recipe(**figures["training"]["recipe"])
-    assert card == demo.model_card(figures, demo.remake_command(recipe))
+    assert (FOLDER / "README.md").read_text(encoding="utf-8") == demo.model_card(figures)
 
 
-def test_defaults_are_the_recorded_recipe(figures, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_demo_model.py"])
-    arguments = demo.parse_arguments()
-    recipe = demo.from_arguments(demo.Recipe, arguments)
-    architecture = demo.from_arguments(demo.Architecture, arguments)
-    assert recipe == demo.Recipe(**figures["training"]["recipe"])
-    assert architecture == demo.Architecture(**figures["architecture"])
+def test_defaults_are_the_recorded_recipe(figures):
+    assert demo.Recipe() == demo.Recipe(**figures["recipe"])
+    assert demo.Architecture() == demo.Architecture(**figures["architecture"])
 
 
 # --- the script's parts -------------------------------------------------------------------------
@@ -151,7 +168,7 @@ ARCHITECTURE = demo.Architecture(
 
 def test_network_computes_what_transformers_computes():
     torch.manual_seed(0)
-    own = demo.DemoMpt(ARCHITECTURE, dropout=0.1).eval()
+    own = training.DemoMpt(ARCHITECTURE, dropout=0.1).eval()
     for parameter in own.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     settings = demo.hf_config(ARCHITECTURE)
@@ -173,7 +190,7 @@ def test_muon_is_torchs_muon():
     reference = [torch.nn.Parameter(matrix.clone()) for matrix in start]
     settings = {"lr": 0.01, "weight_decay": 0.1}
     optimizers = [
-        demo.Muon(own, **settings),
+        training.Muon(own, **settings),
         torch.optim.Muon(reference, **settings, adjust_lr_fn="match_rms_adamw"),
     ]
     for _ in range(4):
@@ -190,23 +207,33 @@ def test_muon_is_torchs_muon():
 
 def test_mean_loss_counts_every_token_once():
     torch.manual_seed(0)
-    own = demo.DemoMpt(ARCHITECTURE, dropout=0.0).eval()
+    own = training.DemoMpt(ARCHITECTURE, dropout=0.0).eval()
     stream = torch.randint(0, 300, (25,))
     windows = [stream[0:11], stream[10:21], stream[20:25]]
     with torch.no_grad():
         expected = sum(
-            demo.next_token_loss(own, window[None]).item() * (len(window) - 1) for window in windows
+            training.next_token_loss(own, window[None]).item() * (len(window) - 1)
+            for window in windows
         )
-    assert demo.mean_loss(own, stream, 10) == pytest.approx(expected / 24, rel=1e-5)
+    assert training.mean_loss(own, stream, 10) == pytest.approx(expected / 24, rel=1e-5)
 
 
 def test_batches_cover_an_epoch_without_overlap():
     stream = torch.arange(1000)
-    data = demo.batches(stream, length=10, batch_size=4, seed=1)
+    data = training.batches(stream, length=10, batch_size=4, seed=1)
     first_epoch = torch.cat([next(data) for _ in range(24)])
     assert first_epoch.shape == (96, 11)
     assert first_epoch[:, :-1].unique().numel() == 960
     assert (first_epoch.diff(dim=1) == 1).all()
+
+
+def test_training_stops_when_the_loss_is_no_number():
+    stream = torch.randint(0, 300, (2000,))
+    recipe = demo.Recipe(steps=9, batch_size=2, warmup_steps=1, evaluate_every=3)
+    network = training.DemoMpt(ARCHITECTURE, dropout=0.0)
+    torch.nn.init.constant_(network.transformer["norm_f"].weight, math.nan)
+    with pytest.raises(MptTrtError, match="no longer a number"):
+        training.train(network, stream, stream[:500], recipe, length=64)
 
 
 # --- corpus and command line --------------------------------------------------------------------
@@ -253,52 +280,40 @@ def test_split_is_stable_disjoint_and_keeps_copies_together(library):
     altered = demo.Document("nearly.py", documents[0].text + "print('one line more than that')\n")
     split = demo.split_corpus([*documents, altered], 3_000, 3_000)
     again = demo.split_corpus([altered, *reversed(documents)], 3_000, 3_000)
-    parts = [split.training, split.validation, split.heldout]
-    names = [document.name for part in parts for document in part]
+    names = [document.name for part in split.values() for document in part]
     assert sorted(names) == sorted(d.name for d in [*documents, altered])
-    assert split.heldout == again.heldout
-    assert split.validation == again.validation
-    trained = {document.name for document in split.training}
+    assert split["heldout"] == again["heldout"]
+    assert split["validation"] == again["validation"]
+    trained = {document.name for document in split["training"]}
     assert {documents[0].name, "nearly.py", "test/test_one.py"} <= trained
 
 
 def test_split_says_when_the_corpus_is_too_small(library):
     documents = demo.read_corpus(library)[:1]
-    with pytest.raises(demo.DemoModelError, match="larger --stdlib"):
+    with pytest.raises(MptTrtError, match="larger --stdlib"):
         demo.split_corpus(documents, 1_000, 1_000)
 
 
 def test_weights_outside_float16_are_refused():
-    with pytest.raises(demo.DemoModelError, match="big"):
+    with pytest.raises(MptTrtError, match="big"):
         demo.to_float16({"small": torch.ones(2), "big": torch.tensor([1e6])})
 
 
-def test_folder_is_replaced_only_on_success(tmp_path):
-    target = tmp_path / "model"
-    with demo.replaced_folder(target) as folder:
-        (folder / "training.json").write_text("first")
-    with pytest.raises(ZeroDivisionError), demo.replaced_folder(target) as folder:
-        (folder / "training.json").write_text("second")
-        raise ZeroDivisionError
-    assert (target / "training.json").read_text() == "first"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_folder_with_other_content_is_kept(tmp_path):
+def test_folder_with_other_content_is_kept(tmp_path, monkeypatch):
     (tmp_path / "thesis.txt").write_text("mine")
-    refused = pytest.raises(demo.DemoModelError, match="something else")
-    with refused, demo.replaced_folder(tmp_path):
-        pass
+    monkeypatch.setattr(sys, "argv", ["train_demo_model.py", f"--output={tmp_path}"])
+    with pytest.raises(MptTrtError, match="something else"):
+        demo.main()
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
 def test_script_runs_from_sources_to_folder(library, tmp_path):
     output = tmp_path / "tiny"
     options = {
-        "stdlib": library, "output": output, "device": "cpu", "steps": 4, "batch-size": 4,
-        "hidden-size": 32, "num-layers": 2, "vocab-size": 320, "max-seq-len": 64,
-        "warmup-steps": 1, "evaluate-every": 2, "heldout-bytes": 3_000, "validation-bytes": 3_000,
-        "python-version": "9.9.9",
+        "stdlib": library, "output": output, "steps": 4, "batch_size": 4,
+        "hidden_size": 32, "num_layers": 2, "vocab_size": 320, "max_seq_len": 64,
+        "warmup_steps": 1, "evaluate_every": 2, "heldout_bytes": 3_000, "validation_bytes": 3_000,
+        "python_version": "9.9.9",
     }  # fmt: skip
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     run = subprocess.run(
@@ -307,9 +322,12 @@ def test_script_runs_from_sources_to_folder(library, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "step      4/4" in run.stderr
     figures = json.loads((output / "training.json").read_text())
-    assert figures["training"]["tokens_seen"] == 4 * 4 * 64
-    assert figures["corpus"]["python_version"] == "9.9.9"
-    assert "Python 9.9.9" in (output / "README.md").read_text()
-    heldout = (output / "heldout.txt").read_bytes()
-    assert len(heldout) == figures["quality"]["heldout"]["bytes"]
+    assert figures["recipe"]["steps"] == 4
+    assert set(figures["samples"]) == set(demo.PROMPTS)
+    card = (output / "README.md").read_text()
+    assert "Python 9.9.9" in card
+    assert card == demo.model_card(figures)
+    heldout = (output / "heldout.txt").read_text()
+    assert len(heldout.split(demo.END_OF_TEXT)) == figures["corpus"]["heldout"]["documents"]
+    MptForCausalLM.from_pretrained(output)
     assert list(tmp_path.iterdir()) == [output]

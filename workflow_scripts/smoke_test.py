@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer_dir", help="likewise (default: that of --model_dir)")
     parser.add_argument("--revision", default="main", help="on the hub (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
-    parser.add_argument("--prompt", default="def fibonacci", help="(default: %(default)s)")
+    parser.add_argument("--prompt", default="def read_file", help="(default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="(default: %(default)s)")
     default = default_tolerance()
     group = parser.add_argument_group("tolerance; see config.yaml")

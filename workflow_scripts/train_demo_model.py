@@ -14,22 +14,17 @@ import ast
 import contextlib
 import dataclasses
 import fnmatch
-import functools
 import hashlib
 import json
-import keyword
 import logging
 import math
 import platform
-import random
 import re
 import shutil
 import sysconfig
-import textwrap
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +36,7 @@ from mpt_trt.errors import MptTrtError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
-    from transformers import MptConfig, MptForCausalLM
+    from transformers import MptForCausalLM
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
@@ -65,13 +60,8 @@ HELD_BACK_TOPICS_SHARE = 0.3
 MOST_SHARED_LINES = 0.2
 SHORTEST_COUNTED_LINE = 30
 
-SNIPPET_LINES = (2, 60)
-MADE_UP_SHARE = 0.5
-# So many renderings of the snippets, each with names of its own, lest the names be learnt by heart.
-SNIPPET_VARIANTS = 16
-
 FIRST_WINDOWS = 4
-PROMPTS = ("def fibonacci", "def factorial", "def read_file", "def is_prime", "class Stack")
+PROMPTS = ("def fibonacci", "def read_file", "class Stack:\n    def __init__(self")
 SAMPLE_TOKENS = 64
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 
@@ -80,27 +70,33 @@ log = logging.getLogger("train_demo_model")
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes. The rest is MPT's usual: no biases, exact GELU, ALiBi, tied embeddings."""
+    """The MPT's sizes. Fixed for all: no biases, exact GELU, ALiBi, tied embeddings."""
 
     hidden_size: int = 256
     num_heads: int = 4
     num_layers: int = 7
     vocab_size: int = 4096
     max_seq_len: int = 1024
+    expansion_ratio: int = 4
+    alibi_bias_max: int = 8
+    layer_norm_epsilon: float = 1e-5
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How to train. Steps are the optimizer's; a batch is of windows of max_seq_len tokens."""
 
-    steps: int = 20_000
+    steps: int = 19_750
     batch_size: int = 64
-    snippet_windows: int = 16
     learning_rate: float = 6e-3
     weight_decay: float = 0.1
     dropout: float = 0.2
     warmup_steps: int = 300
-    evaluate_every: int = 500
+    evaluate_every: int = 250
     seed: int = 0
 
 
@@ -216,87 +212,6 @@ def take(documents: list[Document], total_bytes: int) -> list[Document]:
     return taken
 
 
-# --- snippets of it -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Snippet:
-    """A definition on its own: the name that it defines, and its text around that name."""
-
-    name: str
-    parts: tuple[str, ...]
-
-
-def snippets_of(document: Document) -> Iterator[Snippet]:
-    """Functions that take arguments and, of the library, methods and small classes, undecorated.
-
-    They are documents of their own in training. In a module a name has usually been seen before
-    its definition; only here does the model learn what follows `def` and an unknown name.
-    """
-    lines = document.text.split("\n")
-    shortest, longest = SNIPPET_LINES
-    for parent in ast.walk(ast.parse(document.text if document.kind != "topic" else "")):
-        for node in ast.iter_child_nodes(parent):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                own = lines[node.lineno - 1 : node.end_lineno]
-                fits = shortest <= len(own) <= longest
-                text = standalone_text(node, parent, own, document.kind) if fits else None
-                if text:
-                    yield Snippet(node.name, tuple(re.split(rf"(?<![\w.]){node.name}\b", text)))
-
-
-def standalone_text(node: ast.AST, parent: ast.AST, lines: list[str], kind: str) -> str | None:
-    """The definition in `lines` as it would stand in a module; None if it is not wanted."""
-    text = textwrap.dedent("\n".join(lines)) + "\n"
-    match node:
-        case ast.ClassDef() if kind == "library" and isinstance(parent, ast.Module):
-            return text
-        case ast.FunctionDef(args=ast.arguments(args=[ast.arg(arg="self"), *_])):
-            return method_as_function(text, parent) if kind == "library" else None
-        case ast.FunctionDef(args=ast.arguments(args=[ast.arg(arg=first), *_])):
-            return text if text.startswith("def ") and first not in ("cls", "mcls") else None
-    return None
-
-
-def method_as_function(text: str, parent: ast.AST) -> str | None:
-    """A method with its class's name for `self`; None if it makes no sense outside the class."""
-    class_words = re.findall("[A-Z]?[a-z]+", getattr(parent, "name", ""))
-    receiver = class_words[-1].lower() if class_words else "class"
-    special = re.match(r"def (?!__)", text) is None or "super()" in text
-    if special or keyword.iskeyword(receiver) or receiver in text:
-        return None
-    return re.sub(r"\bself\b", receiver, text)
-
-
-def plain_words(documents: list[Document]) -> list[str]:
-    """Words of prose and code, each at least three times in the documents."""
-    counts = Counter(word for d in documents for word in re.findall(r"\b[a-z]{3,10}\b", d.text))
-    return sorted(word for word, count in counts.items() if count >= 3)
-
-
-def made_up_name(words: Sequence[str], draw: random.Random) -> str:
-    """One to three words, or the beginnings or ends of words."""
-    pieces = []
-    for word in draw.choices(words, k=draw.randint(1, 3)):
-        cut = draw.randint(1, len(word) - 2)
-        pieces.append(draw.choice([word, word, word[: cut + 1], word[cut:]]))
-    return draw.choice(["", "_"]).join(pieces)
-
-
-def render(snippets: list[Snippet], words: Sequence[str], draw: random.Random) -> list[str]:
-    """The snippets' texts, some under names that were made up, recursive calls included."""
-    texts = []
-    for snippet in snippets:
-        name, text = made_up_name(words, draw), "".join(snippet.parts)
-        if text.startswith("class "):
-            name = name.title().replace("_", "")
-        usable = not keyword.iskeyword(name) and name not in text
-        if draw.random() >= MADE_UP_SHARE or not usable:
-            name = snippet.name
-        texts.append(name.join(snippet.parts))
-    return texts
-
-
 # --- the tokenizer ------------------------------------------------------------------------------
 
 
@@ -324,292 +239,108 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def make_streams(tokenizer: Tokenizer, split: Split, seed: int) -> dict[str, Tensor]:
-    """int64 [tokens] of each part of the corpus and of all renderings of the snippets.
-
-    Before every text stands one `<|endoftext|>`.
-    """
+def make_streams(tokenizer: Tokenizer, split: Split) -> dict[str, Tensor]:
+    """Each part as int64 [tokens]: every document after one `<|endoftext|>`."""
     import torch
 
-    def to_stream(texts: Sequence[str]) -> Tensor:
-        encodings = tokenizer.encode_batch(texts)
+    def to_stream(documents: list[Document]) -> Tensor:
+        encodings = tokenizer.encode_batch([document.text for document in documents])
         return torch.tensor([token for encoding in encodings for token in encoding.ids])
 
-    snippets = [snippet for document in split["training"] for snippet in snippets_of(document)]
-    words, draw = plain_words(split["training"]), random.Random(seed)
-    renderings = (render(snippets, words, draw) for _ in range(SNIPPET_VARIANTS))
-    streams = {part: to_stream([d.text for d in documents]) for part, documents in split.items()}
-    return streams | {"snippets": torch.cat([to_stream(texts) for texts in renderings])}
-
-
-# --- the network --------------------------------------------------------------------------------
-# Weights are float32 by name; those of the blocks are stacked, [num_layers, ...], so that an
-# optimizer updates all blocks at once.
-
-BLOCK_WEIGHTS = ("norm_1", "attn.Wqkv", "attn.out_proj", "norm_2", "ffn.up_proj", "ffn.down_proj")
-ALIBI_BIAS_MAX = 8
-
-
-def initial_weights(architecture: Architecture) -> dict[str, Tensor]:
-    """GPT-2's scheme: what writes to the residual stream shrinks with the depth."""
-    import torch
-
-    layers, hidden = architecture.num_layers, architecture.hidden_size
-    std, residual_std = 0.02, 0.02 / math.sqrt(2 * layers)
-    return {
-        "wte": torch.randn(architecture.vocab_size, hidden) * std,
-        "norm_1": torch.ones(layers, hidden),
-        "attn.Wqkv": torch.randn(layers, 3 * hidden, hidden) * std,
-        "attn.out_proj": torch.randn(layers, hidden, hidden) * residual_std,
-        "norm_2": torch.ones(layers, hidden),
-        "ffn.up_proj": torch.randn(layers, 4 * hidden, hidden) * std,
-        "ffn.down_proj": torch.randn(layers, hidden, 4 * hidden) * residual_std,
-        "norm_f": torch.ones(hidden),
-    }
-
-
-def hf_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the names that transformers' MptForCausalLM gives them."""
-    named = {f"transformer.{name}.weight": weights[name] for name in ("wte", "norm_f")}
-    for name in BLOCK_WEIGHTS:
-        for layer, weight in enumerate(weights[name]):
-            named[f"transformer.blocks.{layer}.{name}.weight"] = weight
-    return named
-
-
-def compute_logits(
-    weights: dict[str, Tensor], tokens: Tensor, num_heads: int, dropout: float = 0.0
-) -> Tensor:
-    """int64 [batch, length] -> [batch, length, vocab]."""
-    import torch.nn.functional as F
-
-    def norm(hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.layer_norm(hidden, weight.shape, weight)
-
-    hidden = F.dropout(F.embedding(tokens, weights["wte"]), dropout)
-    for block in zip(*(weights[name].unbind() for name in BLOCK_WEIGHTS), strict=True):
-        norm_1, qkv, out_proj, norm_2, up_proj, down_proj = block
-        context = attention(F.linear(norm(hidden, norm_1), qkv), num_heads)
-        hidden = hidden + F.dropout(F.linear(context, out_proj), dropout)
-        inner = F.gelu(F.linear(norm(hidden, norm_2), up_proj))
-        hidden = hidden + F.dropout(F.linear(inner, down_proj), dropout)
-    return F.linear(norm(hidden, weights["norm_f"]), weights["wte"])
-
-
-def attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """[batch, length, 3 * hidden] -> [batch, length, hidden]: causal, with ALiBi.
-
-    A flash kernel takes no bias. ALiBi adds `-slope * (i - j)` to the score of query i and key j. A
-    softmax ignores what is constant in j, so `slope * j` does the same, and that is a product: one
-    more column in the query (slope) and in the key (j). Two columns in fact, j // 256 and j % 256,
-    as each is then exact in bfloat16; and six of zeros, as head sizes are multiples of 8.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    batch, length, width = qkv.shape
-    head_dim = width // (3 * num_heads)
-    per_head = qkv.view(batch, length, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
-    query, key, value = F.pad(per_head, (0, 8)).unbind()
-    powers = torch.arange(1, num_heads + 1, device=qkv.device) * (ALIBI_BIAS_MAX / num_heads)
-    # The kernel scales every product by 1 / sqrt(head_dim); this one must not be.
-    slopes = torch.exp2(-powers)[:, None, None] * math.sqrt(head_dim)
-    position = torch.arange(length, device=qkv.device)
-    halves = torch.stack([position // 256 * 256, position % 256], dim=-1)
-    query = query + F.pad(slopes.expand(-1, -1, 2), (head_dim, 6)).to(qkv.dtype)
-    key = key + F.pad(halves, (head_dim, 6)).to(qkv.dtype)
-    context = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=1 / math.sqrt(head_dim)
-    )[..., :head_dim]
-    return context.transpose(1, 2).reshape(batch, length, width // 3)
-
-
-# --- training -----------------------------------------------------------------------------------
-
-
-class MuonAndAdamW:
-    """Muon (Keller Jordan, 2024) for the matrices of the blocks, AdamW for the other weights.
-
-    The momentum of each matrix is made orthogonal and scaled to the size of AdamW's updates
-    (Liu et al., 2025, arXiv 2502.16982), so that one learning rate serves both. torch.optim.Muon
-    takes one matrix at a time, which for matrices this small takes half as long again.
-    """
-
-    MOMENTUM = 0.95
-    ADAMW_UPDATE_SIZE = 0.2
-
-    def __init__(self, weights: dict[str, Tensor], weight_decay: float) -> None:
-        import torch
-
-        self.weight_decay = weight_decay
-        self.momenta = {w: torch.zeros_like(w) for w in weights.values() if w.ndim == 3}
-        norms = [weight for name, weight in weights.items() if "norm" in name]
-        groups = [{"params": norms, "weight_decay": 0.0}, {"params": [weights["wte"]]}]
-        self.adamw = torch.optim.AdamW(
-            groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
-        )
-
-    def step(self, learning_rate: float) -> None:
-        """Updates every weight by its gradient, and forgets the gradient."""
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-        self.adamw.step()
-        self.adamw.zero_grad()
-        for matrix, momentum in self.momenta.items():
-            momentum.lerp_(matrix.grad, 1 - self.MOMENTUM)
-            update = orthogonalized(matrix.grad.lerp(momentum, self.MOMENTUM))
-            size = self.ADAMW_UPDATE_SIZE * math.sqrt(max(matrix.shape[1:]))
-            matrix.data.mul_(1 - learning_rate * self.weight_decay)
-            matrix.data.add_(update, alpha=-learning_rate * size)
-            matrix.grad = None
-
-
-def orthogonalized(matrices: Tensor) -> Tensor:
-    """[n, rows, columns] with all singular values near 1: five Newton-Schulz steps in bfloat16."""
-    wide = matrices.shape[1] <= matrices.shape[2]
-    x = (matrices if wide else matrices.mT).bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x if wide else x.mT).to(matrices.dtype)
-
-
-def learning_rate_at(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then linear decay. step counts from 1; only after the last is it zero."""
-    rising = step / max(1, recipe.warmup_steps)
-    falling = (recipe.steps + 1 - step) / max(1, recipe.steps - recipe.warmup_steps)
-    return recipe.learning_rate * min(1.0, rising, falling)
-
-
-def batches(streams: dict[str, Tensor], recipe: Recipe, length: int) -> Iterator[Tensor]:
-    """Endless int64 [batch, length + 1]: windows of the corpus from anywhere, then of snippets.
-
-    The latter begin as a prompt does: with the beginning of a document.
-    """
-    import torch
-
-    corpus, snippets = streams["training"], streams["snippets"]
-    beginnings = (snippets[:-length] == END_OF_TEXT_ID).nonzero()
-    if len(corpus) <= length or not len(beginnings):
-        raise MptTrtError(f"the corpus is too small for windows of {length} tokens")
-    generator = torch.Generator(corpus.device).manual_seed(recipe.seed)
-    within = torch.arange(length + 1, device=corpus.device)
-
-    def choose(limit: int, count: int) -> Tensor:
-        return torch.randint(limit, (count,), generator=generator, device=corpus.device)
-
-    while True:
-        starts = choose(len(corpus) - length, recipe.batch_size - recipe.snippet_windows)
-        chosen = beginnings[choose(len(beginnings), recipe.snippet_windows)]
-        yield torch.cat([corpus[starts[:, None] + within], snippets[chosen + within]])
-
-
-def next_token_loss(
-    weights: dict[str, Tensor], tokens: Tensor, num_heads: int, dropout: float
-) -> Tensor:
-    """Mean nats per token. tokens: int64 [batch, length + 1]."""
-    import torch.nn.functional as F
-
-    logits = compute_logits(weights, tokens[:, :-1], num_heads, dropout).float()
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def mean_loss(logits_of: Callable[[Tensor], Tensor], stream: Tensor, length: int) -> float:
-    """Nats per token: each token but the first once, in windows of `length` that do not overlap."""
-    import torch
-    import torch.nn.functional as F
-
-    total = 0.0
-    with torch.no_grad():
-        for start in range(0, len(stream) - 1, length):
-            window = stream[start : start + length + 1]
-            logits = logits_of(window[None, :-1])[0].float()
-            total += F.cross_entropy(logits, window[1:], reduction="sum").item()
-    return total / (len(stream) - 1)
-
-
-def train(
-    weights: dict[str, Tensor],
-    streams: dict[str, Tensor],
-    recipe: Recipe,
-    architecture: Architecture,
-) -> float:
-    """Trains in place, on the device of the weights; returns the seconds that it took."""
-    import torch
-
-    heads, length = architecture.num_heads, architecture.max_seq_len
-    device = weights["wte"].device.type
-    autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
-    loss_of = torch.compile(next_token_loss, disable=device != "cuda", dynamic=False)
-    optimizer = MuonAndAdamW(weights, recipe.weight_decay)
-    data, started, recent = batches(streams, recipe, length), time.monotonic(), []
-    for step in range(1, recipe.steps + 1):
-        with autocast:
-            loss = loss_of(weights, next(data), heads, recipe.dropout)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        optimizer.step(learning_rate_at(step, recipe))
-        recent.append(loss.detach())
-        if step % recipe.evaluate_every == 0 or step == recipe.steps:
-            with autocast:
-                logits_of = functools.partial(compute_logits, weights, num_heads=heads)
-                validation = mean_loss(logits_of, streams["validation"], length)
-            seconds = time.monotonic() - started
-            log.info(
-                f"step {step:6d}/{recipe.steps}  training {sum(recent) / len(recent):.4f}  "
-                f"validation {validation:.4f}  {seconds:.0f} s"
-            )
-            recent.clear()
-    return time.monotonic() - started
+    return {part: to_stream(documents) for part, documents in split.items()}
 
 
 # --- the folder ---------------------------------------------------------------------------------
 
 
+def hf_config(architecture: Architecture) -> dict:
+    """config.json in the form transformers itself writes for an MPT."""
+    return {
+        "architectures": ["MptForCausalLM"],
+        "model_type": "mpt",
+        "d_model": architecture.hidden_size,
+        "n_heads": architecture.num_heads,
+        "n_layers": architecture.num_layers,
+        "expansion_ratio": architecture.expansion_ratio,
+        "max_seq_len": architecture.max_seq_len,
+        "vocab_size": architecture.vocab_size,
+        "layer_norm_epsilon": architecture.layer_norm_epsilon,
+        "attn_config": {
+            "alibi": True,
+            "alibi_bias_max": architecture.alibi_bias_max,
+            "attn_impl": "torch",
+            "attn_pdrop": 0,
+            "attn_type": "multihead_attention",
+            "attn_uses_sequence_id": False,
+            "clip_qkv": None,
+            "prefix_lm": False,
+            "qk_ln": False,
+            "softmax_scale": None,
+        },
+        "bos_token_id": END_OF_TEXT_ID,
+        "eos_token_id": END_OF_TEXT_ID,
+        "pad_token_id": END_OF_TEXT_ID,
+        "dtype": "float16",
+        "torch_dtype": "float16",
+        "emb_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "embedding_fraction": 1.0,
+        "initializer_range": 0.02,
+        "learned_pos_emb": False,
+        "logit_scale": None,
+        "no_bias": True,
+        "norm_type": "low_precision_layernorm",
+        "tie_word_embeddings": True,
+        "use_cache": True,
+    }
+
+
 def write_model(
-    folder: Path, weights: dict[str, Tensor], architecture: Architecture, tokenizer: Tokenizer
-) -> MptForCausalLM:
-    """Writes what transformers loads, in float16; returns it as loaded, in float32.
+    folder: Path, architecture: Architecture, weights: dict[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    """Everything that transformers loads. weights: float16."""
+    from safetensors.torch import save_file
 
-    Raises MptTrtError where a weight leaves the range of float16.
-    """
-    import torch
-    from transformers import MptForCausalLM
-
-    model = MptForCausalLM(hf_config(architecture))
-    model.load_state_dict(hf_weights(weights), strict=False)
-    model.tie_weights()
-    broken = [n for n, weight in model.half().named_parameters() if not weight.isfinite().all()]
-    if broken:
-        raise MptTrtError(f"not finite in float16: {', '.join(broken)}; lower --learning_rate")
-    model.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     # safetensors makes files that only their owner may read.
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": architecture.max_seq_len,
-        "clean_up_tokenization_spaces": False,
-        **{f"{kind}_token": END_OF_TEXT for kind in ("bos", "eos", "pad")},
-    }
-    write_json(folder / "tokenizer_config.json", tokenizer_config)
-    return MptForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def hf_config(architecture: Architecture) -> MptConfig:
-    """The architecture as transformers knows it."""
-    from transformers import MptConfig
-
-    return MptConfig(
-        d_model=architecture.hidden_size,
-        n_heads=architecture.num_heads,
-        n_layers=architecture.num_layers,
-        vocab_size=architecture.vocab_size,
-        max_seq_len=architecture.max_seq_len,
-        tie_word_embeddings=True,
-        **{f"{kind}_token_id": END_OF_TEXT_ID for kind in ("bos", "eos", "pad")},
+    write_json(folder / "config.json", hf_config(architecture))
+    special_ids = {f"{kind}_token_id": END_OF_TEXT_ID for kind in ("bos", "eos", "pad")}
+    write_json(folder / "generation_config.json", special_ids)
+    special_tokens = {f"{kind}_token": END_OF_TEXT for kind in ("bos", "eos", "pad")}
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": architecture.max_seq_len,
+            "clean_up_tokenization_spaces": False,
+            **special_tokens,
+        },
     )
+
+
+def to_float16(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rounds to float16; raises MptTrtError where a value leaves its range."""
+    rounded = {name: tensor.half().cpu().contiguous() for name, tensor in weights.items()}
+    broken = [name for name, tensor in rounded.items() if not tensor.isfinite().all()]
+    if broken:
+        raise MptTrtError(f"not finite in float16: {', '.join(broken)}")
+    return rounded
+
+
+def load_in_transformers(folder: Path) -> MptForCausalLM:
+    """MptForCausalLM in float32; raises MptTrtError unless every weight found its place."""
+    import torch
+    from transformers import MptForCausalLM
+
+    model, report = MptForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    problems = {key: names for key, names in report.items() if names}
+    if problems:
+        raise MptTrtError(f"transformers does not load {folder}: {problems}")
+    return model.eval()
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -652,13 +383,13 @@ def describe_corpus(split: Split, streams: dict[str, Tensor]) -> dict:
         }
         for part, documents in split.items()
     }
-    snippets = int((streams["snippets"] == END_OF_TEXT_ID).sum()) // SNIPPET_VARIANTS
-    names = [document.name for document in split["heldout"]]
-    return parts | {"snippets": snippets, "heldout_names": names}
+    return parts | {"heldout_names": [document.name for document in split["heldout"]]}
 
 
 def measure(model: MptForCausalLM, streams: dict[str, Tensor], heldout_bytes: int) -> dict:
     """Losses of the saved float16 weights, computed in float32 by transformers."""
+    from demo_training import mean_loss
+
     length, heldout = model.config.max_seq_len, streams["heldout"]
     measured = {
         "heldout": heldout,
@@ -671,10 +402,13 @@ def measure(model: MptForCausalLM, streams: dict[str, Tensor], heldout_bytes: in
         name: mean_loss(lambda tokens: model(tokens, use_cache=False).logits, stream, length)
         for name, stream in measured.items()
     }
-    bits = losses["heldout"] * (len(heldout) - 1) / math.log(2)
+    return describe_quality(losses, len(heldout) - 1, heldout_bytes)
+
+
+def describe_quality(losses: dict[str, float], heldout_tokens: int, heldout_bytes: int) -> dict:
+    bits = losses["heldout"] * heldout_tokens / math.log(2)
     return {
         "nats_per_token": {name: round(loss, 5) for name, loss in losses.items()},
-        "heldout_tokens": len(heldout) - 1,
         "heldout_perplexity": round(math.exp(losses["heldout"]), 4),
         "heldout_bits_per_byte": round(bits / heldout_bytes, 5),
     }
@@ -694,7 +428,8 @@ tags: [mpt, python, code]
 A small MPT, trained on the Python standard library, so that a workflow for MPT checkpoints has
 something real to work on: text that can be judged by eye, and a loss that gets worse when a
 conversion does harm. It writes text with the look of Python; it does not program. It has seen one
-code base, and repeats parts of it by heart.
+code base, and repeats parts of it by heart; a name that this code base does not contain it often
+takes for the beginning of a longer one.
 
 | text | documents | bytes | tokens | nats per token |
 |---|---|---|---|---|
@@ -721,17 +456,13 @@ data, broken fixtures, duplicates.
 
 Held back are library files and topics of 1 to 16 kB that share at most a fifth of their longer
 lines with others, in the order of the SHA-256 of their names. (Their tests are in the training
-part.) The held-out part, `heldout.txt`, had no say in any choice. It is {heldout_names}.
-
-Of every {recipe[batch_size]} training windows, {recipe[snippet_windows]} hold snippets: the
-{corpus[snippets]:,} functions, methods and small classes of the training part that make sense
-alone, each a document of its own, half of them under names made up of words and parts of words,
-so that the model knows what follows `def` and a name that it has never seen.
+part.) Optimizer and learning rate were chosen by the validation part; the held-out part,
+`heldout.txt`, had no say in any choice. It is {heldout_names}.
 
 ## Training
 
-{recipe[steps]:,} steps of {recipe[batch_size]} windows: {passes:.0f} passes over the training part,
-and the snippets. Muon for the matrices of the blocks, AdamW for the rest; learning rate
+{recipe[steps]:,} steps of {recipe[batch_size]} windows: {passes:.0f} passes over the training part.
+Muon for the matrices of the blocks, AdamW for the rest; learning rate
 {recipe[learning_rate]:g}, {recipe[warmup_steps]} steps of warm-up, then linear decay to zero;
 weight decay {recipe[weight_decay]:g}, dropout {recipe[dropout]:g}. It took
 {seconds:.0f} s on one {hardware}. To make it again, with that Python or with
@@ -753,15 +484,15 @@ def model_card(figures: dict) -> str:
         "| {} | {documents:,} | {bytes:,} | {tokens:,} | {:.4f} |".format(
             part, losses[part], **corpus[part]
         )
-        for part in losses.keys() & corpus.keys()
+        for part in ("training", "validation", "heldout")
     ]
-    windows = recipe["steps"] * (recipe["batch_size"] - recipe["snippet_windows"])
+    tokens_seen = recipe["steps"] * recipe["batch_size"] * architecture["max_seq_len"]
     samples = [f"```python\n{(p + text).rstrip()}\n```" for p, text in figures["samples"].items()]
     return CARD.format(
         **figures,
-        rows="\n".join(sorted(rows)),
+        rows="\n".join(rows),
         heldout_names=", ".join(f"`{name}`" for name in corpus["heldout_names"]),
-        passes=windows * architecture["max_seq_len"] / corpus["training"]["tokens"],
+        passes=tokens_seen / corpus["training"]["tokens"],
         sample_tokens=SAMPLE_TOKENS,
         joined_samples="\n\n".join(samples),
     )
@@ -791,8 +522,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if arguments.output.exists() and not (arguments.output / "training.json").is_file():
-        raise MptTrtError(f"{arguments.output}: holds something else; name a new folder")
+    output = arguments.output
+    if output.exists() and any(output.iterdir()) and not (output / "training.json").is_file():
+        raise MptTrtError(f"{output}: holds something else; name a new folder as --output")
     architecture, recipe = (
         kind(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(kind)})
         for kind in (Architecture, Recipe)
@@ -806,6 +538,7 @@ def make_demo_model(
     """The whole flow: corpus, tokenizer, training, model, figures and card."""
     import torch
 
+    from demo_training import DemoMpt, train
     from mpt_trt.files import replace_directory
 
     torch.manual_seed(recipe.seed)
@@ -813,13 +546,16 @@ def make_demo_model(
     documents = read_corpus(arguments.stdlib)
     split = split_corpus(documents, arguments.heldout_bytes, arguments.validation_bytes)
     tokenizer = train_tokenizer([d.text for d in split["training"]], architecture.vocab_size)
-    streams = make_streams(tokenizer, split, recipe.seed)
-    streams = {name: stream.to(device) for name, stream in streams.items()}
-    log.info("tokens: " + ", ".join(f"{name} {len(stream):,}" for name, stream in streams.items()))
-    weights = {n: w.to(device).requires_grad_() for n, w in initial_weights(architecture).items()}
-    seconds = train(weights, streams, recipe, architecture)
+    streams = make_streams(tokenizer, split)
+    streams = {part: stream.to(device) for part, stream in streams.items()}
+    network = DemoMpt(architecture, recipe.dropout).to(device)
+    seconds = train(
+        network, streams["training"], streams["validation"], recipe, architecture.max_seq_len
+    )
+    weights = to_float16(network.state_dict())
     with replace_directory(arguments.output) as folder:
-        model = write_model(folder, weights, architecture, tokenizer).to(device)
+        write_model(folder, architecture, weights, tokenizer)
+        model = load_in_transformers(folder).to(device)
         figures = {
             "python_version": arguments.python_version,
             "architecture": dataclasses.asdict(architecture),
