@@ -251,7 +251,8 @@ def launcher(wildcards) -> list[str]:
     if wildcards.tp == "1":
         return []
     # The ranks of a smoke test may share cores, and containers often run as root.
-    return ["mpirun", "-n", wildcards.tp, "--oversubscribe", "--allow-run-as-root"]
+    options = ["--oversubscribe", "--bind-to", "none", "--allow-run-as-root"]
+    return ["mpirun", "-n", wildcards.tp, *options]
 
 
 def tolerance_options(wildcards) -> list[str]:

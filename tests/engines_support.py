@@ -135,6 +135,7 @@ def open_network(folder: Path) -> OnnxRuntimeEngine:
         dtype=described["dtype"],
         tp_size=1,
         limits=EngineLimits(**described["limits"]),
+        vocabulary_sharding=VocabularySharding(**described["vocabulary_sharding"]),
         source={},
         builder=BuilderInfo("none", "0", ()),
         ranks=(RankFiles(described["network"], "no plan", files),),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mpt_trt import arguments as options
 from mpt_trt.console import run_cli
-from mpt_trt.settings import default_tolerance
+from mpt_trt.settings import default_tolerance, parse_settings
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -24,9 +24,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer_dir", help="likewise (default: that of --model_dir)")
     parser.add_argument("--revision", default="main", help="on the hub (default: %(default)s)")
+    usual = parse_settings({}).smoke_test
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
-    parser.add_argument("--prompt", default="def read_file", help="(default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--prompt", default=usual.prompt, help="(default: %(default)s)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=usual.max_new_tokens, help="(default: %(default)s)"
+    )
     default = default_tolerance()
     group = parser.add_argument_group("tolerance; see config.yaml")
     group.add_argument(
