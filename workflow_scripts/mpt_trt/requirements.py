@@ -34,8 +34,8 @@ PLAN_PER_LAYER = MIB
 # Measured: 1.22 x the weights at 2.6 GB and 1.24 x at 13 GB; of 0.2 GB, 0.6 GB in all.
 BUILD_PER_WEIGHT = 1.3
 BUILD_BASE = 400 * MIB
-# A Python process with PyTorch, and a conversion worker's slabs. Measured: 166 to 227 MiB with one
-# worker, 186 to 316 MiB with four; most of it where float32 is written.
+# A Python process, with PyTorch where it reads .bin files, and what a conversion worker holds.
+# Measured with two workers: 50 to 70 MiB without PyTorch, which takes 140 MiB more.
 CONVERSION_BASE = 200 * MIB
 CONVERSION_PER_WORKER = 48 * MIB
 # Measured: 163 MiB.
