@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, MptConfig, MptForCausalLM
 
 import demo_training as training
 import train_demo_model as demo
+from demo_snippets import render, snippets_of
 from mpt_trt.errors import MptTrtError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +116,7 @@ def test_the_model_has_learnt(figures):
 
 @pytest.mark.parametrize("prompt", ["def fibonacci", "def read_file"])
 def test_greedy_text_is_a_function(model, tokenizer, prompt):
+    assert greedy(model, tokenizer, prompt, tokens=4).startswith("(")
     function = first_function(prompt + greedy(model, tokenizer, prompt, tokens=32))
     assert function.args.args
     assert any(isinstance(node, ast.Return) for node in ast.walk(function))
@@ -155,7 +158,9 @@ def test_card_and_figures_agree(figures):
 
 
 def test_defaults_are_the_recorded_recipe(figures):
-    assert demo.Recipe() == demo.Recipe(**figures["recipe"])
+    first, second = figures["stages"]
+    assert demo.Recipe() == demo.Recipe(**first["recipe"])
+    assert demo.Recipe(**second["recipe"]).snippet_windows > 0
     assert demo.Architecture() == demo.Architecture(**figures["architecture"])
 
 
@@ -232,8 +237,9 @@ def test_training_stops_when_the_loss_is_no_number():
     recipe = demo.Recipe(steps=9, batch_size=2, warmup_steps=1, evaluate_every=3)
     network = training.DemoMpt(ARCHITECTURE, dropout=0.0)
     torch.nn.init.constant_(network.transformer["norm_f"].weight, math.nan)
+    streams = {"training": stream, "validation": stream[:500]}
     with pytest.raises(MptTrtError, match="no longer a number"):
-        training.train(network, stream, stream[:500], recipe, length=64)
+        training.train(network, streams, recipe, length=64)
 
 
 # --- corpus and command line --------------------------------------------------------------------
@@ -307,13 +313,13 @@ def test_folder_with_other_content_is_kept(tmp_path, monkeypatch):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-def test_script_runs_from_sources_to_folder(library, tmp_path):
-    output = tmp_path / "tiny"
+def train_tiny(library: Path, output: Path, **more: object) -> dict:
+    """Runs the script; returns its figures."""
     options = {
         "stdlib": library, "output": output, "steps": 4, "batch_size": 4,
         "hidden_size": 32, "num_layers": 2, "vocab_size": 320, "max_seq_len": 64,
         "warmup_steps": 1, "evaluate_every": 2, "heldout_bytes": 3_000, "validation_bytes": 3_000,
-        "python_version": "9.9.9",
+        "python_version": "9.9.9", **more,
     }  # fmt: skip
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     run = subprocess.run(
@@ -321,8 +327,13 @@ def test_script_runs_from_sources_to_folder(library, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert "step      4/4" in run.stderr
-    figures = json.loads((output / "training.json").read_text())
-    assert figures["recipe"]["steps"] == 4
+    return json.loads((output / "training.json").read_text())
+
+
+def test_script_runs_from_sources_to_folder(library, tmp_path):
+    output = tmp_path / "tiny"
+    figures = train_tiny(library, output)
+    assert [stage["recipe"]["steps"] for stage in figures["stages"]] == [4]
     assert set(figures["samples"]) == set(demo.PROMPTS)
     card = (output / "README.md").read_text()
     assert "Python 9.9.9" in card
@@ -331,3 +342,54 @@ def test_script_runs_from_sources_to_folder(library, tmp_path):
     assert len(heldout.split(demo.END_OF_TEXT)) == figures["corpus"]["heldout"]["documents"]
     MptForCausalLM.from_pretrained(output)
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_second_stage_goes_on_from_the_first(library, tmp_path):
+    first = train_tiny(library, tmp_path / "first")
+    more = {"initial": tmp_path / "first", "snippet_windows": 1, "learning_rate": 1e-9}
+    second = train_tiny(library, tmp_path / "second", **more)
+    assert second["stages"][0] == first["stages"][0]
+    assert second["stages"][1]["recipe"]["snippet_windows"] == 1
+    # With next to no learning rate, the second stage leaves the first one's weights alone.
+    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("first", "second"))
+    assert all(torch.allclose(before[name], after[name], atol=1e-3) for name in before)
+
+
+SNIPPET_SOURCE = """
+def power(base, count):
+    "Says what it does."
+    if count == 0:
+        return 1
+    return base * power(base, count - 1)
+
+class Stack:
+    def size(self):
+        return len(self.items)
+
+    def __len__(self):
+        return self.size()
+
+def no_arguments():
+    return 1
+"""
+
+
+def test_snippets_stand_alone():
+    document = demo.Document("module.py", SNIPPET_SOURCE)
+    found = {snippet.name: snippet.name.join(snippet.parts) for snippet in snippets_of(document)}
+    assert set(found) == {"power", "Stack", "size"}
+    for text in found.values():
+        ast.parse(text)
+    assert "Says what it does" not in found["power"]
+    assert found["size"] == "def size(stack):\n    return len(stack.items)\n"
+
+
+def test_made_up_names_replace_recursive_calls_too():
+    document = demo.Document("module.py", SNIPPET_SOURCE)
+    power = [snippet for snippet in snippets_of(document) if snippet.name == "power"]
+    texts = set(render(power * 20, ["alpha", "beta", "gamma"], random.Random(0)))
+    assert len(texts) > 1
+    for text in texts:
+        function = ast.parse(text).body[0]
+        called = {node.func.id for node in ast.walk(function) if isinstance(node, ast.Call)}
+        assert called == {function.name}

@@ -115,7 +115,7 @@ class TestShippedConfiguration:
 class TestDefaults:
     def test_empty(self) -> None:
         assert parse_settings({}) == settings.Settings(
-            models={}, variants={}, smoke_test=SmokeTest("def read_file", 32), targets=()
+            models={}, variants={}, smoke_test=SmokeTest("def fibonacci", 32), targets=()
         )
 
     def test_entries(self) -> None:
@@ -146,7 +146,7 @@ class TestDefaults:
         assert found.variant("v").max_batch_size == 3
         assert found.variant("v").max_input_len == 512
         assert found.variant("v").tolerance == Tolerance(0.1, 0.001, 0.5)
-        assert found.smoke_test == SmokeTest("def read_file", 5)
+        assert found.smoke_test == SmokeTest("def fibonacci", 5)
         assert found.targets == ("a", "b")
 
     def test_the_content_is_left_alone(self) -> None:

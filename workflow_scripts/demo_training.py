@@ -214,6 +214,23 @@ def batches(stream: Tensor, length: int, batch_size: int, seed: int) -> Iterator
             yield stream[chosen[:, None] + within]
 
 
+def mixed_batches(streams: dict[str, Tensor], recipe: Recipe, length: int) -> Iterator[Tensor]:
+    """Batches of the corpus; their last `snippet_windows` begin with a snippet, as prompts do."""
+    size = recipe.batch_size - recipe.snippet_windows
+    corpus = batches(streams["training"], length, size, recipe.seed)
+    if not recipe.snippet_windows:
+        yield from corpus
+    snippets = streams["snippets"]
+    beginnings = (snippets[:-length] == 0).nonzero()
+    if not len(beginnings):
+        raise MptTrtError(f"too few snippets for windows of {length} tokens")
+    generator = torch.Generator(snippets.device).manual_seed(recipe.seed)
+    within, shape = torch.arange(length + 1, device=snippets.device), (recipe.snippet_windows,)
+    for batch in corpus:
+        chosen = torch.randint(len(beginnings), shape, generator=generator, device=snippets.device)
+        yield torch.cat([batch, snippets[beginnings[chosen] + within]])
+
+
 def mean_loss(logits_of: Callable[[Tensor], Tensor], stream: Tensor, length: int) -> float:
     """Nats per token: each token but the first once, in windows of `length` that do not overlap."""
     full = (len(stream) - 1) // length
@@ -229,18 +246,18 @@ def mean_loss(logits_of: Callable[[Tensor], Tensor], stream: Tensor, length: int
     return total / (len(stream) - 1)
 
 
-def train(
-    model: DemoMpt, training: Tensor, validation: Tensor, recipe: Recipe, length: int
-) -> float:
+def train(model: DemoMpt, streams: dict[str, Tensor], recipe: Recipe, length: int) -> float:
     """Trains in place; returns the seconds that it took.
 
     Streams are int64 [tokens] on the model's device. Raises MptTrtError once the loss is no number.
     """
-    device = training.device.type
+    device = streams["training"].device.type
+    # cuDNN's backward yields NaN where a query's scores are far below zero (PyTorch issue 196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
     loss_of = torch.compile(next_token_loss, dynamic=False, disable=device != "cuda")
     optimizers = make_optimizers(model, recipe)
-    data = batches(training, length, recipe.batch_size, recipe.seed)
+    data = mixed_batches(streams, recipe, length)
     losses, started = [], time.monotonic()
     for step in range(1, recipe.steps + 1):
         with autocast:
@@ -251,7 +268,7 @@ def train(
             continue
         model.eval()
         with autocast:
-            validation_loss = mean_loss(model, validation, length)
+            validation_loss = mean_loss(model, streams["validation"], length)
         model.train()
         seconds = time.monotonic() - started
         log.info(

@@ -61,7 +61,7 @@ MOST_SHARED_LINES = 0.2
 SHORTEST_COUNTED_LINE = 30
 
 FIRST_WINDOWS = 4
-PROMPTS = ("def fibonacci", "def read_file", "class Stack:\n    def __init__(self")
+PROMPTS = ("def fibonacci", "def factorial", "def read_file", "def is_prime", "class Stack")
 SAMPLE_TOKENS = 64
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 
@@ -97,6 +97,7 @@ class Recipe:
     dropout: float = 0.2
     warmup_steps: int = 300
     evaluate_every: int = 250
+    snippet_windows: int = 0
     seed: int = 0
 
 
@@ -239,15 +240,21 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def make_streams(tokenizer: Tokenizer, split: Split) -> dict[str, Tensor]:
-    """Each part as int64 [tokens]: every document after one `<|endoftext|>`."""
+def make_streams(tokenizer: Tokenizer, split: Split, recipe: Recipe) -> dict[str, Tensor]:
+    """Each part, and the snippets if wanted, as int64 [tokens]: texts after one `<|endoftext|>`."""
     import torch
 
-    def to_stream(documents: list[Document]) -> Tensor:
-        encodings = tokenizer.encode_batch([document.text for document in documents])
+    from demo_snippets import snippet_texts
+
+    texts = {part: [document.text for document in documents] for part, documents in split.items()}
+    if recipe.snippet_windows:
+        texts["snippets"] = snippet_texts(split["training"], recipe.seed)
+
+    def to_stream(texts: list[str]) -> Tensor:
+        encodings = tokenizer.encode_batch(texts)
         return torch.tensor([token for encoding in encodings for token in encoding.ids])
 
-    return {part: to_stream(documents) for part, documents in split.items()}
+    return {part: to_stream(texts) for part, texts in texts.items()}
 
 
 # --- the folder ---------------------------------------------------------------------------------
@@ -428,8 +435,7 @@ tags: [mpt, python, code]
 A small MPT, trained on the Python standard library, so that a workflow for MPT checkpoints has
 something real to work on: text that can be judged by eye, and a loss that gets worse when a
 conversion does harm. It writes text with the look of Python; it does not program. It has seen one
-code base, and repeats parts of it by heart; a name that this code base does not contain it often
-takes for the beginning of a longer one.
+code base, and repeats parts of it by heart.
 
 | text | documents | bytes | tokens | nats per token |
 |---|---|---|---|---|
@@ -461,12 +467,18 @@ part.) Optimizer and learning rate were chosen by the validation part; the held-
 
 ## Training
 
-{recipe[steps]:,} steps of {recipe[batch_size]} windows: {passes:.0f} passes over the training part.
-Muon for the matrices of the blocks, AdamW for the rest; learning rate
-{recipe[learning_rate]:g}, {recipe[warmup_steps]} steps of warm-up, then linear decay to zero;
-weight decay {recipe[weight_decay]:g}, dropout {recipe[dropout]:g}. It took
-{seconds:.0f} s on one {hardware}. To make it again, with that Python or with
-`--stdlib` naming its library: `python workflow_scripts/train_demo_model.py`
+Muon for the matrices of the blocks, AdamW for the rest; warm-up, then linear decay to zero.
+Trained on one {hardware}.
+
+{joined_stages}
+
+Snippets are the functions, methods and small classes of the training part that make sense alone,
+each a document of its own, half of them under names made up of words and parts of words, so that
+the model knows what follows `def` and a name that it has never seen.
+
+To make it again, with that Python or with `--stdlib` naming its library:
+
+{commands}
 
 ## Samples
 
@@ -476,9 +488,31 @@ Greedy search, {sample_tokens} tokens at most.
 """
 
 
+STAGE = """\
+{recipe[steps]:,} steps of {recipe[batch_size]} windows, {recipe[snippet_windows]} of them
+   of snippets; learning rate {recipe[learning_rate]:g} after {recipe[warmup_steps]} of warm-up,
+   weight decay {recipe[weight_decay]:g}, dropout {recipe[dropout]:g}; {seconds:.0f} s;
+   then {heldout:.4f} nats per held-out token."""
+
+
+def stage_commands(stages: list[dict]) -> list[str]:
+    """One command per stage. Each but the last writes the folder that the next begins with."""
+    commands = []
+    for number, stage in enumerate(stages, 1):
+        options = {
+            "initial": f"stage{number - 1}" if number > 1 else None,
+            "output": f"stage{number}" if number < len(stages) else None,
+        }
+        options |= dataclasses.asdict(Recipe(**stage["recipe"]))
+        usual = dataclasses.asdict(Recipe())
+        given = [f"--{k} {v}" for k, v in options.items() if v != usual.get(k)]
+        commands.append(" ".join(["python workflow_scripts/train_demo_model.py", *given]))
+    return commands
+
+
 def model_card(figures: dict) -> str:
     """README.md from the figures of training.json."""
-    corpus, recipe, architecture = figures["corpus"], figures["recipe"], figures["architecture"]
+    corpus, stages = figures["corpus"], figures["stages"]
     losses = figures["quality"]["nats_per_token"]
     rows = [
         "| {} | {documents:,} | {bytes:,} | {tokens:,} | {:.4f} |".format(
@@ -486,13 +520,15 @@ def model_card(figures: dict) -> str:
         )
         for part in ("training", "validation", "heldout")
     ]
-    tokens_seen = recipe["steps"] * recipe["batch_size"] * architecture["max_seq_len"]
     samples = [f"```python\n{(p + text).rstrip()}\n```" for p, text in figures["samples"].items()]
     return CARD.format(
         **figures,
         rows="\n".join(rows),
         heldout_names=", ".join(f"`{name}`" for name in corpus["heldout_names"]),
-        passes=tokens_seen / corpus["training"]["tokens"],
+        joined_stages="\n".join(
+            f"{n}. " + STAGE.format(**stage) for n, stage in enumerate(stages, 1)
+        ),
+        commands="\n".join(f"    {command}" for command in stage_commands(stages)),
         sample_tokens=SAMPLE_TOKENS,
         joined_samples="\n\n".join(samples),
     )
@@ -512,6 +548,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--stdlib", type=Path, default=stdlib, help="folder of the standard library to learn")
     add("--python_version", default=platform.python_version(), help="whose library that is")
     add("--output", type=Path, default=output, help="model folder to write")
+    add("--initial", type=Path, help="model folder of this script to train on, its sizes kept")
     add("--heldout_bytes", type=int, default=100_000, help="text held out for the figures")
     add("--validation_bytes", type=int, default=150_000, help="text held out for choices")
     for field in dataclasses.fields(Architecture) + dataclasses.fields(Recipe):
@@ -532,6 +569,29 @@ def main() -> None:
     make_demo_model(arguments, architecture, recipe)
 
 
+@dataclass(frozen=True)
+class Initial:
+    """A folder that this script wrote, to train on."""
+
+    architecture: Architecture
+    tokenizer: Tokenizer
+    weights: dict[str, Tensor]
+    stages: list[dict]
+
+    @classmethod
+    def read(cls, folder: Path) -> Initial:
+        from safetensors.torch import load_file
+        from tokenizers import Tokenizer
+
+        figures = json.loads((folder / "training.json").read_text())
+        return cls(
+            Architecture(**figures["architecture"]),
+            Tokenizer.from_file(str(folder / "tokenizer.json")),
+            load_file(folder / "model.safetensors"),
+            figures["stages"],
+        )
+
+
 def make_demo_model(
     arguments: argparse.Namespace, architecture: Architecture, recipe: Recipe
 ) -> None:
@@ -545,27 +605,36 @@ def make_demo_model(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     documents = read_corpus(arguments.stdlib)
     split = split_corpus(documents, arguments.heldout_bytes, arguments.validation_bytes)
-    tokenizer = train_tokenizer([d.text for d in split["training"]], architecture.vocab_size)
-    streams = make_streams(tokenizer, split)
+    initial = Initial.read(arguments.initial) if arguments.initial else None
+    if initial:
+        architecture, tokenizer = initial.architecture, initial.tokenizer
+    else:
+        tokenizer = train_tokenizer([d.text for d in split["training"]], architecture.vocab_size)
+    streams = make_streams(tokenizer, split, recipe)
     streams = {part: stream.to(device) for part, stream in streams.items()}
     network = DemoMpt(architecture, recipe.dropout).to(device)
-    seconds = train(
-        network, streams["training"], streams["validation"], recipe, architecture.max_seq_len
-    )
+    if initial:
+        network.load_state_dict(initial.weights)
+    seconds = train(network, streams, recipe, architecture.max_seq_len)
     weights = to_float16(network.state_dict())
     with replace_directory(arguments.output) as folder:
         write_model(folder, architecture, weights, tokenizer)
         model = load_in_transformers(folder).to(device)
+        quality = measure(model, streams, len(joined(split["heldout"]).encode()))
+        stage = {
+            "recipe": dataclasses.asdict(recipe),
+            "seconds": round(seconds, 1),
+            "heldout": quality["nats_per_token"]["heldout"],
+        }
         figures = {
             "python_version": arguments.python_version,
             "architecture": dataclasses.asdict(architecture),
             "parameters": sum(weight.numel() for weight in weights.values()),
             "corpus": describe_corpus(split, streams),
-            "recipe": dataclasses.asdict(recipe),
-            "seconds": round(seconds, 1),
+            "stages": [*(initial.stages if initial else []), stage],
             "hardware": torch.cuda.get_device_name() if device == "cuda" else "CPU",
             "packages": {name: version(name) for name in PACKAGES},
-            "quality": measure(model, streams, len(joined(split["heldout"]).encode())),
+            "quality": quality,
             "samples": greedy_samples(model, tokenizer),
         }
         write_json(folder / "training.json", figures)
