@@ -10,8 +10,8 @@ from mpt_trt.settings import variant_choices, variant_default
 
 if TYPE_CHECKING:
     from mpt_trt.engines.building import BuildRequest
-    from mpt_trt.engines.manifest import EngineLimits
-    from mpt_trt.network import VocabularySharding
+    from mpt_trt.engines.limits import EngineLimits
+    from mpt_trt.sharding import VocabularySharding
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def add_vocabulary(parser: argparse.ArgumentParser) -> None:
 
 
 def vocabulary(arguments: argparse.Namespace) -> VocabularySharding:
-    from mpt_trt.network import VocabularySharding
+    from mpt_trt.sharding import VocabularySharding
 
     return VocabularySharding(arguments.shard_embedding, arguments.shard_head)
 
@@ -80,7 +80,7 @@ def add_builder(parser: argparse.ArgumentParser) -> None:
 
 
 def limits(arguments: argparse.Namespace) -> EngineLimits:
-    from mpt_trt.engines.manifest import EngineLimits
+    from mpt_trt.engines.limits import EngineLimits
 
     return EngineLimits(
         max_batch_size=arguments.max_batch_size,

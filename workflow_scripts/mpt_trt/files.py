@@ -111,16 +111,29 @@ def hard_link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def content_hash(path: Path) -> str:
-    """XXH3-128 of a file's bytes as `xxh3:<32 hex digits>`.
+class ContentHash:
+    """XXH3-128 of bytes that come in pieces, as `xxh3:<32 hex digits>`.
 
     It identifies content at memory speed; it is no protection against forgery.
     """
-    digest = xxhash.xxh3_128()
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_128()
+
+    def update(self, content: bytes | NDArray) -> None:
+        self._digest.update(content)
+
+    def __str__(self) -> str:
+        return f"xxh3:{self._digest.hexdigest()}"
+
+
+def content_hash(path: Path) -> str:
+    """The ContentHash of a file."""
+    digest = ContentHash()
     with path.open("rb") as stream:
         while chunk := stream.read(HASH_CHUNK_BYTES):
             digest.update(chunk)
-    return f"xxh3:{digest.hexdigest()}"
+    return str(digest)
 
 
 def content_hashes(paths: dict[str, Path]) -> dict[str, str]:

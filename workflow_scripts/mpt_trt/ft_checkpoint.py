@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from mpt_trt import sharding
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import (
+    ContentHash,
     content_hashes,
     read_json,
     replace_directory,
@@ -148,7 +148,7 @@ class _Writer:
         return [(file.name, self._write_file(file, source, description)) for file in files]
 
     def _write_file(self, file: FtFile, source: NDArray, description: str) -> str:
-        digest = xxhash.xxh3_128()
+        digest = ContentHash()
         with (self.folder / file.name).open("wb") as stream:
             for slab in self._slabs(file, source):
                 if not is_finite(slab):
@@ -157,7 +157,7 @@ class _Writer:
                 write_in_pieces(stream, content)
                 digest.update(content)
                 self.advance(content.nbytes)
-        return f"xxh3:{digest.hexdigest()}"
+        return str(digest)
 
     def _stored(self, slab: NDArray, description: str) -> NDArray:
         stored = convert(slab, self.dtype)

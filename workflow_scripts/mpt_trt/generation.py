@@ -322,8 +322,8 @@ def _checked(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 # Scores
 
 
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Natural log-probabilities, `[..., vocab]`."""
+def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Natural log-probabilities, `[..., vocab]`, in the type of the logits."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 

@@ -28,7 +28,6 @@ ELEMENT_TYPES = {
     "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
 }
-ELEMENT_BYTES = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
 
 
 @dataclass
@@ -95,7 +94,8 @@ class GraphBuilder:
         """Some rows (the first dimension) of an FT file as an initializer."""
         file = self.weights[name]
         shape = (len(rows), *file.shape[1:])
-        row_bytes = math.prod(shape[1:]) * ELEMENT_BYTES[self.element_type]
+        itemsize = helper.tensor_dtype_to_np_dtype(self.element_type).itemsize
+        row_bytes = math.prod(shape[1:]) * itemsize
         place = {"offset": rows.start * row_bytes, "length": len(rows) * row_bytes}
         return self._external(f"{name}.rows", file, shape, **place)
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpt_trt.engines.loading import LoadedEngine
-from mpt_trt.generation import GenerationConfig, StepModel, generate
+from mpt_trt.generation import GenerationConfig, StepModel, generate, log_softmax
 from mpt_trt.settings import Tolerance
 
 
@@ -54,7 +54,7 @@ class Trial:
 
 def distance(engine: NDArray[np.float32], reference: NDArray[np.float32]) -> Distance:
     """Compares logits `[positions, vocab]`."""
-    log_p, log_q = _log_softmax(reference), _log_softmax(engine)
+    log_p, log_q = (log_softmax(logits.astype(np.float64)) for logits in (reference, engine))
     kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
     same = engine.argmax(axis=-1) == reference.argmax(axis=-1)
     return Distance(
@@ -130,9 +130,3 @@ class _Recorder:
             self.prefill_steps += 1
         self.logits += [logits] if len(logits) else []
         return logits
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

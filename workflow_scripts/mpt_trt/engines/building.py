@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpt_trt.engines import manifest, tensorrt
-from mpt_trt.engines.manifest import EngineLimits
+from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.engines.packages import choose_package
 from mpt_trt.engines.tensorrt import BuildOptions
 from mpt_trt.files import replace_directory
 from mpt_trt.ft_checkpoint import FtCheckpoint
-from mpt_trt.network import VocabularySharding
-from mpt_trt.sharding import Shard, shards
+from mpt_trt.sharding import Shard, VocabularySharding, shards
 
 
 @dataclass(frozen=True)

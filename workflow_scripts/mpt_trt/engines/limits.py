@@ -28,6 +28,14 @@ class EngineLimits:
             if getattr(self, name) < 1:
                 raise MptTrtError(f"{name} = {getattr(self, name)}: at least 1 is required")
 
+    def require_rows(self, batch_size: int) -> None:
+        """Raises MptTrtError when the KV cache cannot have that many rows."""
+        if batch_size > self.max_batch_size:
+            raise MptTrtError(
+                f"{batch_size} rows are asked for, but the engine was built for max_batch_size = "
+                f"{self.max_batch_size}; build it for more, or ask for fewer prompts or beams"
+            )
+
     @property
     def cache_len(self) -> int:
         """Cache positions of a row: its longest prompt in one step and the longest output."""

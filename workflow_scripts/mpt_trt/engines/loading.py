@@ -14,8 +14,6 @@ from mpt_trt.generation import StepModel
 from mpt_trt.ranks import Communicator, communicator
 from mpt_trt.requirements import EngineSpec, gpu_obstacle
 
-RUNTIMES = ("auto", "tensorrt", "onnxruntime")
-
 
 @dataclass(frozen=True)
 class LoadedEngine:

@@ -15,9 +15,9 @@ from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import content_hash, hard_link, read_json, replace_directory, write_json
 from mpt_trt.ft_checkpoint import FtCheckpoint
-from mpt_trt.network import VocabularySharding, build_network
+from mpt_trt.network import build_network
 from mpt_trt.onnx_graph import WEIGHTS_FOLDER
-from mpt_trt.sharding import Shard
+from mpt_trt.sharding import Shard, VocabularySharding
 
 FORMAT = 1
 MANIFEST = "config.json"

@@ -10,7 +10,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -21,6 +20,7 @@ from onnx import TensorProto
 from mpt_trt.engines.cpu_collectives import Collectives, replace_collectives
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.errors import MptTrtError
+from mpt_trt.numerics import BFLOAT16, convert
 from mpt_trt.ranks import Communicator
 
 ERROR_SEVERITY = 3
@@ -38,6 +38,7 @@ class OnnxRuntimeEngine:
     ):
         rank = 0 if communicator is None else communicator.rank
         path = engine_dir / manifest.ranks[rank].network
+        self._limits = manifest.limits
         self.vocab_size = manifest.config.vocab_size
         self.capacity = manifest.limits.cache_len
         self.max_batch_size = manifest.limits.max_batch_size
@@ -60,11 +61,7 @@ class OnnxRuntimeEngine:
 
     def start(self, batch_size: int) -> None:
         """An empty cache of `batch_size` rows; raises MptTrtError when the rows do not fit."""
-        if batch_size > self.max_batch_size:
-            raise MptTrtError(
-                f"{batch_size} rows are asked for, but the engine was built for max_batch_size = "
-                f"{self.max_batch_size}; build it for more, or ask for fewer prompts or beams"
-            )
+        self._limits.require_rows(batch_size)
         rows = {
             i.name: np.zeros((batch_size, *i.shape[1:]), _numpy_type(i.type))
             for i in self._cache_inputs
@@ -175,12 +172,12 @@ def _read_bfloat16(tensor: TensorProto, folder: Path) -> NDArray[np.float32]:
     place = {entry.key: entry.value for entry in tensor.external_data}
     stored = np.memmap(
         folder / place["location"],
-        ml_dtypes.bfloat16,
+        BFLOAT16,
         "r",
         offset=int(place.get("offset", 0)),
         shape=tuple(tensor.dims),
     )
-    return stored.astype(np.float32)
+    return convert(stored, np.dtype(np.float32))
 
 
 def _numpy_type(onnx_type: str) -> type:

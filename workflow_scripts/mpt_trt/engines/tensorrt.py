@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mpt_trt.engines import gpus
-from mpt_trt.engines.manifest import BuilderInfo, EngineLimits
+from mpt_trt.engines.limits import EngineLimits
+from mpt_trt.engines.manifest import BuilderInfo
 from mpt_trt.engines.packages import Package
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import replace_file, write_in_pieces

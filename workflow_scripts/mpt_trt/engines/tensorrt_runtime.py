@@ -34,7 +34,7 @@ class TensorRtEngine:
     """One rank's plan, loaded; see `mpt_trt.generation.StepModel` for the contract."""
 
     def __init__(self, engine_dir: Path, manifest: Manifest, rank: int = 0):
-        limits = manifest.limits
+        self._limits = limits = manifest.limits
         self.vocab_size = manifest.config.vocab_size
         self.capacity = limits.cache_len
         self.max_batch_size = limits.max_batch_size
@@ -71,11 +71,7 @@ class TensorRtEngine:
 
     def start(self, batch_size: int) -> None:
         """An empty cache of `batch_size` rows; raises MptTrtError when the rows do not fit."""
-        if batch_size > self.max_batch_size:
-            raise MptTrtError(
-                f"{batch_size} rows are asked for, but the engine was built for max_batch_size = "
-                f"{self.max_batch_size}; build it for more, or ask for fewer prompts or beams"
-            )
+        self._limits.require_rows(batch_size)
         self._use_cache(self._new_cache(batch_size), batch_size)
 
     def step(
