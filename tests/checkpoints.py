@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -381,3 +382,27 @@ def as_torch(array: np.ndarray) -> torch.Tensor:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(np.array(array.view(np.uint16))).view(torch.bfloat16)
     return torch.from_numpy(np.array(array))
+
+
+def write_zeros(folder: Path) -> int:
+    """Makes model.safetensors float32 zeros in the shapes of config.json, which take no disk space.
+
+    Returns the bytes that the tensors would take.
+    """
+    from mpt_trt.config import read_hf_config
+    from mpt_trt.weight_map import weights
+
+    header, end = {}, 0
+    for weight in weights(read_hf_config(folder)):
+        if weight.hf_name is not None:
+            start, end = end, end + 4 * math.prod(weight.shape)
+            header[f"transformer.{weight.hf_name}"] = {
+                "dtype": "F32",
+                "shape": weight.shape,
+                "data_offsets": [start, end],
+            }
+    encoded = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        stream.truncate(8 + len(encoded) + end)
+    return end

@@ -12,7 +12,6 @@ import resource
 import runpy
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from checkpoints import CheckpointSpec, tensors, write_checkpoint, write_seeded_checkpoint
+from checkpoints import (
+    CheckpointSpec,
+    tensors,
+    write_checkpoint,
+    write_seeded_checkpoint,
+    write_zeros,
+)
 from mpt_trt import ft_checkpoint
 from mpt_trt.config import MptConfig, read_hf_config
 from mpt_trt.errors import MptTrtError
@@ -792,19 +797,7 @@ class TestInterruptions:
         write_checkpoint(folder, replace(BIG_SPEC, hidden_size=16, vocab_size=2, num_layers=1))
         sizes = {"d_model": 2048, "n_layers": BIG_SPEC.num_layers, "vocab_size": 4096}
         edit_config(folder, **sizes)
-        header, end = {}, 0
-        for weight in weights(read_hf_config(folder)):
-            if weight.hf_name is not None:
-                start, end = end, end + 4 * math.prod(weight.shape)
-                header[f"transformer.{weight.hf_name}"] = {
-                    "dtype": "F32",
-                    "shape": weight.shape,
-                    "data_offsets": [start, end],
-                }
-        encoded = json.dumps(header).encode()
-        with (folder / "model.safetensors").open("wb") as stream:
-            stream.write(struct.pack("<Q", len(encoded)) + encoded)
-            stream.truncate(8 + len(encoded) + end)
+        end = write_zeros(folder)
         assert end > 1_400_000_000
         yield folder
         shutil.rmtree(folder)
