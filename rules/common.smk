@@ -8,7 +8,7 @@ from snakemake.exceptions import WorkflowError
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from mpt_trt import hub, known_shapes, requirements, seals, sharding
+from mpt_trt import artifacts, hub, known_shapes, requirements, seals, sharding
 from mpt_trt.config import MptConfig, read_hf_config
 from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.engines.packages import choose_package
@@ -21,9 +21,6 @@ from mpt_trt.sharding import VocabularySharding
 from mpt_trt.source_files import source_hash
 
 prefer_this_python()
-
-# Storage type of an FT checkpoint, by the name that stands in its path.
-STORAGES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 wildcard_constraints:
@@ -166,22 +163,17 @@ def hub_revision(wildcards) -> str:
 
 
 def storage_type(wildcards) -> str:
-    if wildcards.storage not in STORAGES:
-        raise WorkflowError(
-            f"ft_ckpts/{wildcards.model}/{wildcards.storage}: no such storage type; "
-            f"known are {', '.join(STORAGES)}"
-        )
-    return STORAGES[wildcards.storage]
+    return checked(artifacts.ft_storage, wildcards.storage).storage_type
 
 
 # engine.smk
 
-STORAGE_OF_TYPE = {storage_type: storage for storage, storage_type in STORAGES.items()}
 LIMITS = ("max_batch_size", "max_input_len", "max_output_len")
 
 
 def ft_checkpoint_of_variant(wildcards) -> str:
-    name = STORAGE_OF_TYPE[variant_of(wildcards).dtype]
+    variant = variant_of(wildcards)
+    name = artifacts.ft_storage_of(variant.dtype, variant.quantization).name
     return f"ft_ckpts/{wildcards.model}/{name}/{wildcards.tp}-gpu"
 
 

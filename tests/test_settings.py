@@ -14,7 +14,8 @@ import yaml
 
 from mpt_trt import settings
 from mpt_trt.errors import MptTrtError
-from mpt_trt.settings import Model, SmokeTest, Tolerance, Variant, parse_settings
+from mpt_trt.quantization.scheme import Awq, Fp8, SmoothQuant, WeightOnly
+from mpt_trt.settings import Calibration, Model, SmokeTest, Tolerance, Variant, parse_settings
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = yaml.safe_load((ROOT / "schemas" / "config.schema.yaml").read_text())
@@ -115,7 +116,11 @@ class TestShippedConfiguration:
 class TestDefaults:
     def test_empty(self) -> None:
         assert parse_settings({}) == settings.Settings(
-            models={}, variants={}, smoke_test=SmokeTest("def fibonacci", 32), targets=()
+            models={},
+            variants={},
+            calibration=Calibration("resources/calibration.txt", 32, 512, "auto"),
+            smoke_test=SmokeTest("def fibonacci", 32),
+            targets=(),
         )
 
     def test_entries(self) -> None:
@@ -123,6 +128,8 @@ class TestDefaults:
         assert found.model("m") == Model(source="s", revision="main", tokenizer=None)
         expected = {
             "dtype": "float16",
+            "quantization": None,
+            "kv_cache_dtype": "auto",
             "max_batch_size": 8,
             "max_input_len": 512,
             "max_output_len": 64,
@@ -133,6 +140,30 @@ class TestDefaults:
         }
         variant = found.variant("v")
         assert {key: getattr(variant, key) for key in expected} == expected
+
+    @pytest.mark.parametrize(
+        ("mapping", "scheme"),
+        [
+            ({}, None),
+            ({"method": "none"}, None),
+            ({"method": "int8_weight_only"}, WeightOnly(8)),
+            ({"method": "int4_weight_only"}, WeightOnly(4)),
+            ({"method": "int4_weight_only", "group_size": 32}, WeightOnly(4, 32)),
+            ({"method": "int4_awq"}, Awq()),
+            ({"method": "int4_awq", "group_size": 64}, Awq(64)),
+            ({"method": "smoothquant"}, SmoothQuant(0.5, True, True)),
+            (
+                {"method": "smoothquant", "alpha": 0.8, "per_channel": False, "per_token": False},
+                SmoothQuant(0.8, False, False),
+            ),
+            ({"method": "fp8"}, Fp8()),
+        ],
+    )
+    def test_quantization(self, mapping: dict, scheme: object) -> None:
+        assert (
+            parse_settings({"variants": {"v": {"quantization": mapping}}}).variant("v").quantization
+            == scheme
+        )
 
     def test_given_values_stay(self) -> None:
         content = {
@@ -215,6 +246,22 @@ class TestMistakes:
     def test_wrong_value(self, path: str, value: object) -> None:
         message = refusal(changed(path, value))
         assert message.startswith(f"config.yaml: {path} = {value!r}: ")
+
+    @pytest.mark.parametrize(
+        ("method", "option"),
+        [
+            ("none", "group_size"),
+            ("int8_weight_only", "group_size"),
+            ("int4_awq", "alpha"),
+            ("smoothquant", "group_size"),
+            ("fp8", "per_token"),
+        ],
+    )
+    def test_option_of_another_method(self, method: str, option: str) -> None:
+        values = {"group_size": 64, "alpha": 0.7, "per_token": False}
+        mapping = {"method": method, option: values[option]}
+        message = refusal(changed("variants.half.quantization", mapping))
+        assert f"variants.half.quantization.{option} = {values[option]!r}: {method} has" in message
 
     @pytest.mark.parametrize("value", [8.9, "89", "sm_89"])
     def test_wrong_item(self, value: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ import jsonschema
 import yaml
 
 from mpt_trt.errors import MptTrtError
+from mpt_trt.quantization.scheme import Awq, Fp8, KvCacheType, Scheme, SmoothQuant, WeightOnly
 
 Entry = TypeVar("Entry")
 
@@ -39,9 +40,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Variant:
-    """See the schema."""
+    """See the schema. quantization: None for `method: none`."""
 
     dtype: str
+    quantization: Scheme | None
+    kv_cache_dtype: KvCacheType
     max_batch_size: int
     max_input_len: int
     max_output_len: int
@@ -51,6 +54,16 @@ class Variant:
     backend: str
     compute_capabilities: tuple[str, ...]
     tolerance: Tolerance
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """See the schema."""
+
+    text: str
+    num_samples: int
+    sequence_length: int
+    device: str
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,7 @@ class Settings:
 
     models: dict[str, Model]
     variants: dict[str, Variant]
+    calibration: Calibration
     smoke_test: SmokeTest
     targets: tuple[str, ...]
 
@@ -88,10 +102,12 @@ def parse_settings(content: Mapping[str, Any], origin: str = "config.yaml") -> S
     errors = jsonschema.Draft202012Validator(schema).iter_errors(content)
     if error := next(iter(sorted(errors, key=lambda e: list(map(str, e.absolute_path)))), None):
         raise MptTrtError(f"{origin}: {_explain(error)}")
+    _require_own_options(content, origin)
     filled = _with_defaults(content, schema)
     return Settings(
         models={name: Model(**entry) for name, entry in filled["models"].items()},
         variants={name: _variant(entry) for name, entry in filled["variants"].items()},
+        calibration=Calibration(**filled["calibration"]),
         smoke_test=SmokeTest(**filled["smoke_test"]),
         targets=tuple(filled["targets"]),
     )
@@ -128,10 +144,44 @@ def _entry(kind: str, entries: dict[str, Entry], name: str) -> Entry:
 
 def _variant(entry: dict[str, Any]) -> Variant:
     special = {
+        "quantization": scheme(**entry["quantization"]),
         "tolerance": Tolerance(**entry["tolerance"]),
         "compute_capabilities": tuple(entry["compute_capabilities"]),
     }
     return Variant(**entry | special)
+
+
+# What each method makes a scheme of, and which options it has.
+METHODS: dict[str, tuple[Callable[..., Scheme], frozenset[str]]] = {
+    "int8_weight_only": (functools.partial(WeightOnly, 8), frozenset()),
+    "int4_weight_only": (functools.partial(WeightOnly, 4), frozenset({"group_size"})),
+    "int4_awq": (Awq, frozenset({"group_size"})),
+    "smoothquant": (SmoothQuant, frozenset({"alpha", "per_channel", "per_token"})),
+    "fp8": (Fp8, frozenset()),
+}
+
+
+def scheme(method: str, **options: Any) -> Scheme | None:
+    """The scheme of a complete `quantization` mapping; options of other methods change nothing."""
+    if method == "none":
+        return None
+    make, known = METHODS[method]
+    return make(**{name: value for name, value in options.items() if name in known})
+
+
+def _require_own_options(content: Mapping[str, Any], origin: str) -> None:
+    """Raises MptTrtError when a variant sets an option that its quantization method has not."""
+    for name, variant in content.get("variants", {}).items():
+        options = dict(variant.get("quantization", {}))
+        method = options.pop("method", "none")
+        known = frozenset() if method == "none" else METHODS[method][1]
+        for option, value in options.items():
+            if option not in known:
+                legal = ", ".join(sorted(known)) or "none"
+                raise MptTrtError(
+                    f"{origin}: variants.{name}.quantization.{option} = {value!r}: {method} has no "
+                    f"such option; it has {legal}"
+                )
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""Quantized weights, activations and KV caches: how they are chosen, calibrated and laid out."""
