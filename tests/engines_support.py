@@ -33,8 +33,9 @@ from mpt_trt.files import read_json
 from mpt_trt.ft_checkpoint import ConversionSettings, FtCheckpoint
 from mpt_trt.generation import StepModel
 from mpt_trt.hf_checkpoint import HfCheckpoint
-from mpt_trt.network import VocabularySharding
-from mpt_trt.sharding import Shard
+from mpt_trt.quantization.recipe import NOT_QUANTIZED, Recipe
+from mpt_trt.quantization.scheme import Quantization, make_scheme
+from mpt_trt.sharding import Shard, VocabularySharding
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -111,9 +112,14 @@ def make_ft_checkpoint(
     return convert(hf_folder, folder / "ft" / "1-gpu", storage_type)
 
 
-def make_network(checkpoint: FtCheckpoint, target: Path, limits: EngineLimits = LIMITS) -> Path:
+def make_network(
+    checkpoint: FtCheckpoint,
+    target: Path,
+    limits: EngineLimits = LIMITS,
+    recipe: Recipe = NOT_QUANTIZED,
+) -> Path:
     """The folder `target` with the network of the only rank."""
-    make_rank_network(checkpoint, ONLY_RANK, limits, target, VocabularySharding())
+    make_rank_network(checkpoint, ONLY_RANK, limits, target, VocabularySharding(), recipe)
     return target
 
 
@@ -133,6 +139,8 @@ def open_network(folder: Path) -> OnnxRuntimeEngine:
         model_name=described["model_name"],
         config=config,
         dtype=described["dtype"],
+        quantization=Quantization(make_scheme(**described["quantization"]), described["kv_cache"]),
+        calibration=described["calibration"],
         tp_size=1,
         limits=EngineLimits(**described["limits"]),
         vocabulary_sharding=VocabularySharding(**described["vocabulary_sharding"]),

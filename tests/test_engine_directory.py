@@ -73,7 +73,7 @@ def test_config_says_what_it_is_from_what_by_what_for_what(built: Built):
     content = config_of(built.engine)
     ranks = content.pop("ranks")
     assert content == {
-        "format": 1,
+        "format": 2,
         "model_name": "test-model",
         "config": {
             "hidden_size": 48,
@@ -98,6 +98,9 @@ def test_config_says_what_it_is_from_what_by_what_for_what(built: Built):
             "eos_token_id": 0,
         },
         "dtype": "float32",
+        "quantization": {"method": "none"},
+        "kv_cache": "auto",
+        "calibration": None,
         "tp_size": 1,
         "limits": {
             "max_batch_size": 4,
@@ -222,7 +225,7 @@ def test_other_format_numbers_are_refused(engine, number):
     with pytest.raises(MptTrtError) as caught:
         read_manifest(engine)
     assert f"{engine / 'config.json'}: format = {number!r}" in str(caught.value)
-    assert "reads engine directories of format 1" in str(caught.value)
+    assert "reads engine directories of format 2" in str(caught.value)
 
 
 def write_config(engine: Path, **changes: object) -> None:
@@ -263,7 +266,7 @@ def test_nonsense_is_refused(engine, changes):
         read_manifest(engine)
 
 
-@pytest.mark.parametrize("text", ["", '{"format": 1, "mod', "[]", "\x00"])
+@pytest.mark.parametrize("text", ["", '{"format": 2, "mod', "[]", "\x00"])
 def test_broken_json_is_refused(engine, text):
     (engine / "config.json").write_text(text)
     with pytest.raises(MptTrtError, match=r"config\.json: .*JSON"):

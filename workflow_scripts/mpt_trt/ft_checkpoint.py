@@ -66,6 +66,16 @@ class FtCheckpoint:
         """The files that one rank reads, by FT weight name."""
         return {weight.name: ft_file(self.config, weight, shard) for weight in weights(self.config)}
 
+    def file_of(self, weight: Weight, shard: Shard) -> FtFile:
+        """The file from which a rank reads a tensor."""
+        return ft_file(self.config, weight, shard)
+
+    def matrix(self, weight: Weight, shard: Shard) -> NDArray:
+        """A rank's file of a tensor, memory-mapped, in the storage type and of the file's shape."""
+        file = self.file_of(weight, shard)
+        dtype = STORAGE_TYPES[self.storage_type]
+        return np.memmap(self.folder / file.name, dtype, "r", shape=file.shape)
+
     def hashes(self, names: list[str]) -> dict[str, str]:
         """Content hash of each named file; read from the manifest where it has one."""
         known = {name: entry["hash"] for name, entry in self.manifest.get("files", {}).items()}

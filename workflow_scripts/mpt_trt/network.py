@@ -11,11 +11,17 @@ place, and returns logits at the positions asked for:
     logits           float32 [num_logits, vocab]
     present_key.{i}  the same buffer as past_key.{i}, updated; likewise present_value.{i}
 
+A quantized cache has one byte an element, and TensorRT's cache layer does not take that; there, the
+caller copies the step's keys and values into the cache (see mpt_trt.kv_cache):
+
+    past_key.{i}     int8 or float8e4m3fn, likewise past_value.{i}
+    new_key.{i}      likewise, [batch, kv_heads, seq, head_dim]; and new_value.{i}
+
 A token at cache position p attends to the positions 0..p of its row, so what padding wrote beyond a
 row's end is never seen before it is overwritten.
 
-The weights are the FT checkpoint's own files, as external data in the folder WEIGHTS_FOLDER beside
-the graph.
+The weights are external data in the folder WEIGHTS_FOLDER beside the graph: the FT checkpoint's own
+files and, where matrices are quantized, what `mpt_trt.products` makes of them.
 
 With several ranks, each computes its heads and its part of the feed-forward layer, and the ranks'
 results meet in collective nodes. Every rank returns the same logits of the whole vocabulary.
@@ -24,7 +30,6 @@ results meet in collective nodes. Every rank returns the same logits of the whol
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -34,16 +39,20 @@ from mpt_trt import sharding
 from mpt_trt.config import MptConfig, alibi_slopes
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_checkpoint import FtCheckpoint
-from mpt_trt.onnx_graph import ELEMENT_TYPES, GraphBuilder
+from mpt_trt.kv_cache import KINDS, Cache, cache_shape, make_cache
+from mpt_trt.onnx_graph import ELEMENT_TYPES, Content, GraphBuilder
+from mpt_trt.products.base import Products
+from mpt_trt.products.choice import choose_products
+from mpt_trt.quantization.recipe import NOT_QUANTIZED, Recipe
 from mpt_trt.sharding import Range, Shard, VocabularySharding
 
 
 @dataclass(frozen=True)
 class Network:
-    """A rank's graph and the FT files that it reads, by the name each has in WEIGHTS_FOLDER."""
+    """A rank's graph and the content of its weights, by file name in WEIGHTS_FOLDER."""
 
     model: onnx.ModelProto
-    files: dict[str, Path]
+    files: dict[str, Content]
 
 
 def build_network(
@@ -51,12 +60,14 @@ def build_network(
     shard: Shard,
     cache_len: int,
     vocabulary: VocabularySharding | None = None,
+    recipe: Recipe = NOT_QUANTIZED,
 ) -> Network:
-    """The graph of one rank in the checkpoint's storage type.
+    """The graph of one rank; what is not quantized is in the checkpoint's storage type.
 
     cache_len: positions of the KV cache of a row (TensorRT wants them static).
 
-    Raises MptTrtError when the checkpoint was converted for another number of ranks.
+    Raises MptTrtError when the checkpoint was converted for another number of ranks, or is none for
+    this kind of quantization.
     """
     if checkpoint.tp_size != shard.tp_size:
         raise MptTrtError(
@@ -65,16 +76,15 @@ def build_network(
         )
     if shard.tp_size == 1:
         vocabulary = VocabularySharding(embedding=False, head=False)
-    graph = GraphBuilder(
-        checkpoint.rank_files(shard), ELEMENT_TYPES[checkpoint.storage_type], shard
-    )
-    decoder = _Decoder(
-        graph, checkpoint.config, shard, cache_len, vocabulary or VocabularySharding()
-    )
+    config = checkpoint.config
+    shape = cache_shape(config, shard, cache_len)
+    cache = make_cache(shape, recipe)
+    products = choose_products(checkpoint, shard, recipe)
+    graph = GraphBuilder(products.tensors(), ELEMENT_TYPES[checkpoint.storage_type], shard)
+    decoder = _Decoder(graph, config, shard, vocabulary or VocabularySharding(), products, cache)
     decoder.emit()
     name = f"{checkpoint.model_name} rank {shard.rank} of {shard.tp_size}"
-    files = {file.name: checkpoint.folder / file.name for file in graph.used.values()}
-    return Network(graph.to_model(name), files)
+    return Network(graph.to_model(name), graph.used)
 
 
 @dataclass(frozen=True)
@@ -84,8 +94,9 @@ class _Decoder:
     graph: GraphBuilder
     config: MptConfig
     shard: Shard
-    cache_len: int
     vocabulary: VocabularySharding
+    products: Products
+    cache: Cache
 
     @property
     def num_heads(self) -> int:
@@ -100,10 +111,7 @@ class _Decoder:
         graph.input("input_ids", TensorProto.INT64, ["batch", "seq"])
         graph.input("write_positions", TensorProto.INT64, ["batch"])
         graph.input("logit_positions", TensorProto.INT64, ["num_logits", 2])
-        cache_shape = ["batch", self.num_kv_heads, self.cache_len, self.config.head_dim]
-        for layer in range(self.config.num_layers):
-            for kind in ("key", "value"):
-                graph.input(f"past_{kind}.{layer}", graph.element_type, cache_shape)
+        self.cache.add_inputs(graph)
         positions = self._query_positions()
         bias = self._attention_bias(positions)
         hidden = self._embed(positions)
@@ -112,9 +120,7 @@ class _Decoder:
             hidden = self._feed_forward(f"layers.{layer}", hidden)
         self._logits(hidden)
         graph.output("logits", TensorProto.FLOAT, ["num_logits", self.config.vocab_size])
-        for layer in range(self.config.num_layers):
-            for kind in ("key", "value"):
-                graph.output(f"present_{kind}.{layer}", graph.element_type, cache_shape)
+        self.cache.add_outputs(graph)
 
     def _query_positions(self) -> str:
         """Cache position of every token of the step, int64 `[batch, seq]`."""
@@ -128,15 +134,13 @@ class _Decoder:
         return graph.node("Add", [first, offsets], "positions/query")
 
     def _attention_bias(self, query_positions: str) -> str:
-        """What attention adds to its scores, `[batch, heads or 1, seq, cache_len]`.
+        """What attention adds to its scores, `[batch, heads or 1, seq, keys]`.
 
         ALiBi's slope times the (negative) distance to the key; -inf for keys after the query. The
         distance is taken before rounding to the network's type, which cannot hold large positions.
         """
         graph = self.graph
-        cache_len = graph.node("Shape", ["past_key.0"], "bias/cache_shape", start=2, end=3)
-        cache_len = graph.node("Squeeze", [cache_len], "bias/cache_len")
-        keys = graph.node("Range", ["zero", cache_len, "one"], "bias/key_positions")
+        keys = self.cache.key_positions(graph, query_positions)
         axes = graph.constant("axes_1_3", [1, 3], np.int64)
         queries = graph.node("Unsqueeze", [query_positions, axes], "bias/query_positions")
         distance = graph.node("Sub", [keys, queries], "bias/distance")
@@ -193,17 +197,13 @@ class _Decoder:
         graph, name = self.graph, f"{prefix}.attention"
         normed = self._norm(f"{prefix}.input_layernorm", hidden)
         query, key, value = self._query_key_value(name, normed)
-        present = {}
-        for kind, update in (("key", key), ("value", value)):
-            present[kind] = graph.node(
-                "TensorScatter",
-                [f"past_{kind}.{layer}", update, "write_positions"],
-                f"present_{kind}.{layer}",
-                axis=-2,
-            )
+        keys, values = (
+            self.cache.update(graph, layer, kind, new)
+            for kind, new in zip(KINDS, (key, value), strict=True)
+        )
         context = graph.node(
             "Attention",
-            [query, present["key"], present["value"], bias],
+            [query, keys, values, bias],
             f"{name}/scaled_dot_product",
             scale=self.config.softmax_scale,
         )
@@ -379,13 +379,11 @@ class _Decoder:
 
     def _linear(self, name: str, value: str) -> str:
         """A linear layer; its bias, where it has one, is added to the product."""
-        weight = self.graph.weight(f"{name}.weight")
-        return self._add_bias(name, self.graph.node("MatMul", [value, weight], name))
+        return self._add_bias(name, self.products.emit(self.graph, name, value))
 
     def _linear_of_ranks(self, name: str, value: str) -> str:
         """A linear layer whose input features lie on several ranks; they meet before the bias."""
-        weight = self.graph.weight(f"{name}.weight")
-        product = self.graph.node("MatMul", [value, weight], name)
+        product = self.products.emit(self.graph, name, value)
         return self._add_bias(name, self.graph.all_reduce(product, f"{name}/all_ranks"))
 
     def _add_bias(self, name: str, product: str) -> str:

@@ -1,4 +1,4 @@
-"""Builds an ONNX graph node by node, with weights that stay in the files of an FT checkpoint.
+"""Builds an ONNX graph node by node, with weights that lie in files of their own.
 
 Values are referred to by name, and a node is named like its output, so that names in a graph viewer
 follow the model: `layers.3.mlp.dense_h_to_4h`.
@@ -7,13 +7,15 @@ follow the model: `layers.3.mlp.dense_h_to_4h`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from mpt_trt.ft_checkpoint import FtFile
 from mpt_trt.sharding import Range, Shard
 
 OPSET = 24
@@ -29,18 +31,32 @@ ELEMENT_TYPES = {
     "bfloat16": TensorProto.BFLOAT16,
 }
 
+Content = Path | Callable[[], Iterator[NDArray]]
+"""Where a file's bytes come from: another file, or pieces that are computed when it is written."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A weight in a file of its own. element_type: ONNX's; INT4 is packed two a byte."""
+
+    file_name: str
+    element_type: int
+    shape: tuple[int, ...]
+    content: Content
+
 
 @dataclass
 class GraphBuilder:
     """Collects nodes, inputs, outputs and initializers; values are referred to by name.
 
-    weights: the rank's FT files by weight name. used: those that a node has read.
+    weights: the rank's stored tensors by weight name. used: content of the files that a node has
+    read, by file name.
     """
 
-    weights: dict[str, FtFile]
+    weights: dict[str, StoredTensor]
     element_type: int
     shard: Shard
-    used: dict[str, FtFile] = field(default_factory=dict)
+    used: dict[str, Content] = field(default_factory=dict)
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
@@ -82,28 +98,28 @@ class GraphBuilder:
         self.nodes.append(helper.make_node("Split", [value, lengths], parts, name=name, axis=axis))
 
     def has_weight(self, name: str) -> bool:
-        """Whether the checkpoint has the tensor and it is not FT's placeholder of zeros."""
-        file = self.weights.get(name)
-        return file is not None and file.weight.hf_name is not None
+        return name in self.weights
 
     def weight(self, name: str) -> str:
-        """An FT file as an initializer."""
+        """A stored tensor as an initializer."""
         return self._external(name, self.weights[name], self.weights[name].shape)
 
     def weight_rows(self, name: str, rows: Range) -> str:
-        """Some rows (the first dimension) of an FT file as an initializer."""
-        file = self.weights[name]
-        shape = (len(rows), *file.shape[1:])
-        itemsize = helper.tensor_dtype_to_np_dtype(self.element_type).itemsize
+        """Some rows (the first dimension) of a stored tensor as an initializer."""
+        stored = self.weights[name]
+        shape = (len(rows), *stored.shape[1:])
+        itemsize = helper.tensor_dtype_to_np_dtype(stored.element_type).itemsize
         row_bytes = math.prod(shape[1:]) * itemsize
         place = {"offset": rows.start * row_bytes, "length": len(rows) * row_bytes}
-        return self._external(f"{name}.rows", file, shape, **place)
+        return self._external(f"{name}.rows", stored, shape, **place)
 
-    def _external(self, name: str, file: FtFile, shape: tuple[int, ...], **place: int) -> str:
-        self.used[file.name] = file
-        tensor = TensorProto(name=name, data_type=self.element_type, dims=shape)
+    def _external(
+        self, name: str, stored: StoredTensor, shape: tuple[int, ...], **place: int
+    ) -> str:
+        self.used[stored.file_name] = stored.content
+        tensor = TensorProto(name=name, data_type=stored.element_type, dims=shape)
         tensor.data_location = TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value=f"{WEIGHTS_FOLDER}/{file.name}")
+        tensor.external_data.add(key="location", value=f"{WEIGHTS_FOLDER}/{stored.file_name}")
         for key, value in place.items():
             tensor.external_data.add(key=key, value=str(value))
         self.initializers[name] = tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ import jsonschema
 import yaml
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.quantization.scheme import Awq, Fp8, KvCacheType, Scheme, SmoothQuant, WeightOnly
+from mpt_trt.quantization.scheme import METHODS, KvCacheType, Quantization, Scheme, make_scheme
 
 Entry = TypeVar("Entry")
 
@@ -54,6 +54,10 @@ class Variant:
     backend: str
     compute_capabilities: tuple[str, ...]
     tolerance: Tolerance
+
+    @property
+    def quantized(self) -> Quantization:
+        return Quantization(self.quantization, self.kv_cache_dtype)
 
 
 @dataclass(frozen=True)
@@ -144,29 +148,11 @@ def _entry(kind: str, entries: dict[str, Entry], name: str) -> Entry:
 
 def _variant(entry: dict[str, Any]) -> Variant:
     special = {
-        "quantization": scheme(**entry["quantization"]),
+        "quantization": make_scheme(**entry["quantization"]),
         "tolerance": Tolerance(**entry["tolerance"]),
         "compute_capabilities": tuple(entry["compute_capabilities"]),
     }
     return Variant(**entry | special)
-
-
-# What each method makes a scheme of, and which options it has.
-METHODS: dict[str, tuple[Callable[..., Scheme], frozenset[str]]] = {
-    "int8_weight_only": (functools.partial(WeightOnly, 8), frozenset()),
-    "int4_weight_only": (functools.partial(WeightOnly, 4), frozenset({"group_size"})),
-    "int4_awq": (Awq, frozenset({"group_size"})),
-    "smoothquant": (SmoothQuant, frozenset({"alpha", "per_channel", "per_token"})),
-    "fp8": (Fp8, frozenset()),
-}
-
-
-def scheme(method: str, **options: Any) -> Scheme | None:
-    """The scheme of a complete `quantization` mapping; options of other methods change nothing."""
-    if method == "none":
-        return None
-    make, known = METHODS[method]
-    return make(**{name: value for name, value in options.items() if name in known})
 
 
 def _require_own_options(content: Mapping[str, Any], origin: str) -> None:

@@ -12,6 +12,7 @@ from mpt_trt.engines.packages import choose_package
 from mpt_trt.engines.tensorrt import BuildOptions
 from mpt_trt.files import replace_directory
 from mpt_trt.ft_checkpoint import FtCheckpoint
+from mpt_trt.quantization.recipe import NOT_QUANTIZED, Recipe
 from mpt_trt.sharding import Shard, VocabularySharding, shards
 
 
@@ -38,10 +39,11 @@ def make_rank_network(
     limits: EngineLimits,
     target: Path,
     vocabulary: VocabularySharding,
+    recipe: Recipe = NOT_QUANTIZED,
 ) -> None:
     """Makes the folder `target` with one rank's network and the description of it."""
     with replace_directory(target) as folder:
-        manifest.write_rank_network(checkpoint, shard, limits, folder, vocabulary)
+        manifest.write_rank_network(checkpoint, shard, limits, folder, vocabulary, recipe)
 
 
 def build_rank(networks: Path, rank: int, request: BuildRequest, target: Path) -> None:
@@ -62,12 +64,15 @@ def build_engine(
     vocabulary: VocabularySharding,
     target: Path,
     build_plans: PlanBuilder = build_one_by_one,
+    recipe: Recipe = NOT_QUANTIZED,
 ) -> None:
     """Makes the engine directory `target` of all ranks."""
     with replace_directory(target) as folder:
         ranks = shards(checkpoint.tp_size)
         for shard in ranks:
-            manifest.write_rank_network(checkpoint, shard, request.limits, folder, vocabulary)
+            manifest.write_rank_network(
+                checkpoint, shard, request.limits, folder, vocabulary, recipe
+            )
         build_plans(folder, request, len(ranks))
         manifest.write_manifest(folder, [(folder, folder)] * len(ranks))
         for description in folder.glob("rank*.json"):

@@ -12,24 +12,30 @@ from pathlib import Path
 
 from mpt_trt.config import MptConfig
 from mpt_trt.engines.limits import EngineLimits
+from mpt_trt.engines.weight_files import write_weights
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import content_hash, hard_link, read_json, replace_directory, write_json
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.network import build_network
 from mpt_trt.onnx_graph import WEIGHTS_FOLDER
+from mpt_trt.quantization.recipe import NOT_QUANTIZED, Recipe
+from mpt_trt.quantization.scheme import Quantization, as_mapping, make_scheme
 from mpt_trt.sharding import Shard, VocabularySharding
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "config.json"
 # What all ranks of an engine have in common.
 COMMON_KEYS = (
     "model_name",
     "config",
     "dtype",
+    "quantization",
+    "kv_cache",
     "tp_size",
     "limits",
     "vocabulary_sharding",
     "source",
+    "calibration",
 )
 
 
@@ -66,12 +72,15 @@ class RankFiles:
 class Manifest:
     """The content of `config.json`.
 
-    dtype: storage type of the weights. source: origin of the checkpoint, as its own manifest says.
+    dtype: type of activations and of what is not quantized. source: origin of the checkpoint, as
+    its own manifest says. calibration: hash of the calibration result, None where there was none.
     """
 
     model_name: str
     config: MptConfig
     dtype: str
+    quantization: Quantization
+    calibration: str | None
     tp_size: int
     limits: EngineLimits
     vocabulary_sharding: VocabularySharding
@@ -102,6 +111,7 @@ def write_rank_network(
     limits: EngineLimits,
     folder: Path,
     vocabulary: VocabularySharding,
+    recipe: Recipe = NOT_QUANTIZED,
 ) -> None:
     """Adds one rank's network to `folder`: the graph, its weights, and a description beside it.
 
@@ -113,25 +123,23 @@ def write_rank_network(
             f"max_input_len + max_output_len = {limits.cache_len}, but the model has learned "
             f"positions for {config.max_seq_len} tokens; lower the limits"
         )
-    network = build_network(checkpoint, shard, limits.cache_len, vocabulary)
-    for name, source in network.files.items():
-        target = folder / WEIGHTS_FOLDER / name
-        if not target.exists():
-            hard_link(source, target)
+    network = build_network(checkpoint, shard, limits.cache_len, vocabulary, recipe)
+    quantization, calibration = recipe.quantization, recipe.calibration
+    contents = write_weights(network, checkpoint, folder / WEIGHTS_FOLDER)
     graph_path = folder / network_name(shard.rank)
     graph_path.write_bytes(network.model.SerializeToString())
-    hashes = {
-        f"{WEIGHTS_FOLDER}/{name}": content
-        for name, content in checkpoint.hashes(sorted(network.files)).items()
-    }
+    hashes = {f"{WEIGHTS_FOLDER}/{name}": content for name, content in sorted(contents.items())}
     description = {
         "model_name": checkpoint.model_name,
         "config": asdict(config),
         "dtype": checkpoint.storage_type,
+        "quantization": as_mapping(quantization.scheme),
+        "kv_cache": quantization.kv_cache,
         "tp_size": checkpoint.tp_size,
         "limits": asdict(limits),
         "vocabulary_sharding": asdict(vocabulary),
         "source": checkpoint.manifest.get("source", {}),
+        "calibration": None if calibration is None else content_hash(calibration.path),
         "network": graph_path.name,
         "files": _records(folder, {graph_path.name: content_hash(graph_path)} | hashes),
     }
@@ -289,6 +297,8 @@ def _parse(content: dict) -> Manifest:
     return Manifest(
         model_name=content["model_name"],
         dtype=content["dtype"],
+        quantization=Quantization(make_scheme(**content["quantization"]), content["kv_cache"]),
+        calibration=content["calibration"],
         tp_size=content["tp_size"],
         source=content["source"],
         config=MptConfig(**content["config"]),

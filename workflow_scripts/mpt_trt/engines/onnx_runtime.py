@@ -1,8 +1,7 @@
 """Runs a rank's network under ONNX Runtime, on a CPU or a CUDA GPU.
 
 It stands in where no TensorRT GPU is: same graph, same weights. One thing is rewritten when the
-graph is loaded, in memory only: a bfloat16 network becomes float32 on the CPU, which has no
-bfloat16 kernels.
+graph is loaded, in memory only: networks in a type that the CPU has no kernels for become float32.
 """
 
 from __future__ import annotations
@@ -18,12 +17,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from mpt_trt.engines.cpu_collectives import Collectives, replace_collectives
+from mpt_trt.engines.float32_arithmetic import compute_in_float32
 from mpt_trt.engines.manifest import Manifest
+from mpt_trt.engines.onnx_cache import make_bound_cache
 from mpt_trt.errors import MptTrtError
-from mpt_trt.numerics import BFLOAT16, convert
+from mpt_trt.kv_cache import cache_shape
+from mpt_trt.quantization.scheme import Fp8, SmoothQuant
 from mpt_trt.ranks import Communicator
+from mpt_trt.sharding import Shard
 
 ERROR_SEVERITY = 3
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
 class OnnxRuntimeEngine:
@@ -46,12 +50,15 @@ class OnnxRuntimeEngine:
         self.max_logits: int | None = None
         self._provider = _provider()
         self._collectives = None if communicator is None else Collectives(communicator)
-        self._session, self._weights = _open_session(
-            path, self._provider, num_threads, manifest.tp_size
-        )
-        self._cache_inputs = [i for i in self._session.get_inputs() if i.name.startswith("past_")]
-        self._cache: dict[str, NDArray | onnxruntime.OrtValue] = {}
+        self._session, self._weights = _open_session(path, self._provider, num_threads, manifest)
         self._binding = self._session.io_binding()
+        self._cache = make_bound_cache(
+            self._session,
+            self._binding,
+            "cuda" if self._provider == CUDA else "cpu",
+            cache_shape(manifest.config, Shard(rank, manifest.tp_size), self.capacity),
+            manifest.quantization.kv_cache,
+        )
 
     @property
     def description(self) -> str:
@@ -62,11 +69,7 @@ class OnnxRuntimeEngine:
     def start(self, batch_size: int) -> None:
         """An empty cache of `batch_size` rows; raises MptTrtError when the rows do not fit."""
         self._limits.require_rows(batch_size)
-        rows = {
-            i.name: np.zeros((batch_size, *i.shape[1:]), _numpy_type(i.type))
-            for i in self._cache_inputs
-        }
-        self._bind_cache(rows)
+        self._cache.start(batch_size)
 
     def step(
         self,
@@ -86,35 +89,36 @@ class OnnxRuntimeEngine:
         self._binding.bind_ortvalue_output(
             "logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits)
         )
+        self._cache.before_step(input_ids.shape[1])
         with nullcontext() if self._collectives is None else self._collectives.step():
             self._session.run_with_iobinding(self._binding)
+        self._cache.after_step(write_positions)
         return logits
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Cache row i becomes a copy of old row rows[i]."""
-        old = {name: value.numpy() for name, value in self._cache.items()}
-        self._bind_cache({name: value[rows] for name, value in old.items()})
-
-    def _bind_cache(self, rows: dict[str, NDArray]) -> None:
-        """Binds each cache as input and output, so that the network updates it in place."""
-        device = "cuda" if self._provider == "CUDAExecutionProvider" else "cpu"
-        self._cache = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(value, device, 0)
-            for name, value in rows.items()
-        }
-        for name, value in self._cache.items():
-            self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_ortvalue_output(name.replace("past_", "present_", 1), value)
+        self._cache.reorder(rows)
 
 
 def _provider() -> str:
     available = onnxruntime.get_available_providers()
-    cuda = "CUDAExecutionProvider"
-    return cuda if cuda in available else "CPUExecutionProvider"
+    return CUDA if CUDA in available else CPU
+
+
+def _without_kernels(manifest: Manifest) -> int | None:
+    """The network's element type if ONNX Runtime's CPU provider is no good at it, else None.
+
+    It has no bfloat16 kernels, and integer products with float32 results alone.
+    """
+    if manifest.dtype == "bfloat16":
+        return TensorProto.BFLOAT16
+    quantizes_activations = isinstance(manifest.quantization.scheme, SmoothQuant | Fp8)
+    is_half = manifest.dtype == "float16"
+    return TensorProto.FLOAT16 if quantizes_activations and is_half else None
 
 
 def _open_session(
-    path: Path, provider: str, num_threads: int, tp_size: int
+    path: Path, provider: str, num_threads: int, manifest: Manifest
 ) -> tuple[onnxruntime.InferenceSession, list[onnxruntime.OrtValue]]:
     """The session, and the converted weights that must live as long as it does."""
     try:
@@ -127,10 +131,12 @@ def _open_session(
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent)
     )
+    # Products of quantized weights would also round activations to 8 bits by default.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     weights = []
-    if provider == "CPUExecutionProvider":
-        weights = _bfloat16_to_float32(model, path.parent, options)
-    if tp_size > 1:
+    if provider == CPU and (element_type := _without_kernels(manifest)) is not None:
+        weights = compute_in_float32(model, element_type, path.parent, options)
+    if manifest.tp_size > 1:
         replace_collectives(model, options)
     try:
         session = onnxruntime.InferenceSession(
@@ -139,46 +145,3 @@ def _open_session(
     except Exception as error:  # the library raises many types, without a common base
         raise MptTrtError(f"{path}: ONNX Runtime cannot load the network: {error}") from None
     return session, weights
-
-
-def _bfloat16_to_float32(
-    model: onnx.ModelProto, folder: Path, options: onnxruntime.SessionOptions
-) -> list[onnxruntime.OrtValue]:
-    """Turns every bfloat16 in the graph to float32; returns the weights, converted in memory."""
-    graph = model.graph
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
-                attribute.i = TensorProto.FLOAT
-    external = {}
-    for tensor in graph.initializer:
-        if tensor.data_type != TensorProto.BFLOAT16:
-            continue
-        if tensor.data_location == TensorProto.EXTERNAL:
-            external[tensor.name] = _read_bfloat16(tensor, folder)
-            tensor.data_type = TensorProto.FLOAT
-        else:
-            value = onnx.numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
-    values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in external.values()]
-    options.add_external_initializers(list(external), values)
-    return values
-
-
-def _read_bfloat16(tensor: TensorProto, folder: Path) -> NDArray[np.float32]:
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    stored = np.memmap(
-        folder / place["location"],
-        BFLOAT16,
-        "r",
-        offset=int(place.get("offset", 0)),
-        shape=tuple(tensor.dims),
-    )
-    return convert(stored, np.dtype(np.float32))
-
-
-def _numpy_type(onnx_type: str) -> type:
-    return {"tensor(float)": np.float32, "tensor(float16)": np.float16}[onnx_type]

@@ -6,8 +6,10 @@ embedding, the head, norms and biases stay in the network's own type.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
@@ -66,6 +68,50 @@ class Fp8:
 
 
 Scheme = WeightOnly | Awq | SmoothQuant | Fp8
+
+# What each method of config.yaml makes a scheme of, and which options it has.
+METHODS: dict[str, tuple[Callable[..., Scheme], frozenset[str]]] = {
+    "int8_weight_only": (functools.partial(WeightOnly, 8), frozenset()),
+    "int4_weight_only": (functools.partial(WeightOnly, 4), frozenset({"group_size"})),
+    "int4_awq": (Awq, frozenset({"group_size"})),
+    "smoothquant": (SmoothQuant, frozenset({"alpha", "per_channel", "per_token"})),
+    "fp8": (Fp8, frozenset()),
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What of an engine is quantized, and how. scheme: of the blocks' matrices."""
+
+    scheme: Scheme | None = None
+    kv_cache: KvCacheType = "auto"
+
+
+UNQUANTIZED = Quantization()
+
+
+def make_scheme(method: str, **options: Any) -> Scheme | None:
+    """The scheme of a `quantization` mapping; options of other methods change nothing."""
+    if method == "none":
+        return None
+    make, known = METHODS[method]
+    return make(**{name: value for name, value in options.items() if name in known})
+
+
+def method_of(scheme: Scheme | None) -> str:
+    """The method that a scheme is of, as config.yaml calls it."""
+    if scheme is None:
+        return "none"
+    if isinstance(scheme, WeightOnly):
+        return f"int{scheme.bits}_weight_only"
+    return {Awq: "int4_awq", SmoothQuant: "smoothquant", Fp8: "fp8"}[type(scheme)]
+
+
+def as_mapping(scheme: Scheme | None) -> dict[str, Any]:
+    """What `make_scheme` makes the scheme of again."""
+    method = method_of(scheme)
+    known = METHODS[method][1] if scheme else ()
+    return {"method": method, **{name: getattr(scheme, name) for name in sorted(known)}}
 
 
 def calibration_format(scheme: Scheme | None, kv_cache: KvCacheType) -> QuantizationFormat | None:

@@ -1,0 +1,59 @@
+"""A network in float16 or bfloat16, turned to float32 arithmetic when it is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from mpt_trt.numerics import convert
+
+FLOAT32 = np.dtype(np.float32)
+# Attributes that name the type of what a node computes.
+TYPE_ATTRIBUTES = ("to", "output_dtype")
+
+
+def compute_in_float32(
+    model: onnx.ModelProto, element_type: int, folder: Path, options: onnxruntime.SessionOptions
+) -> list[onnxruntime.OrtValue]:
+    """Turns everything of `element_type` in the graph to float32.
+
+    Returns the weights, converted in memory; they must live as long as the session.
+    """
+    graph = model.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if value.type.tensor_type.elem_type == element_type:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name in TYPE_ATTRIBUTES and attribute.i == element_type:
+                attribute.i = TensorProto.FLOAT
+    external = {}
+    for tensor in graph.initializer:
+        if tensor.data_type != element_type:
+            continue
+        if tensor.data_location == TensorProto.EXTERNAL:
+            external[tensor.name] = _read(tensor, folder)
+            tensor.data_type = TensorProto.FLOAT
+        else:
+            value = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in external.values()]
+    options.add_external_initializers(list(external), values)
+    return values
+
+
+def _read(tensor: TensorProto, folder: Path) -> NDArray[np.float32]:
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    stored = np.memmap(
+        folder / place["location"],
+        helper.tensor_dtype_to_np_dtype(tensor.data_type),
+        "r",
+        offset=int(place.get("offset", 0)),
+        shape=tuple(tensor.dims),
+    )
+    return convert(stored, FLOAT32)

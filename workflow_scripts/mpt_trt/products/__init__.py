@@ -1,0 +1,1 @@
+"""How a network multiplies by the matrices of its blocks: one module a kind of weights."""

@@ -1,0 +1,29 @@
+"""The products that a quantization asks for."""
+
+from __future__ import annotations
+
+from mpt_trt.ft_checkpoint import FtCheckpoint
+from mpt_trt.products.awq import AwqProducts
+from mpt_trt.products.base import Products
+from mpt_trt.products.fp8 import Fp8Products
+from mpt_trt.products.plain import PlainProducts
+from mpt_trt.products.weight_only import WeightOnlyProducts
+from mpt_trt.quantization.recipe import Recipe
+from mpt_trt.quantization.scheme import Awq, Fp8, SmoothQuant, WeightOnly
+from mpt_trt.sharding import Shard
+
+
+def choose_products(checkpoint: FtCheckpoint, shard: Shard, recipe: Recipe) -> Products:
+    """Raises MptTrtError when the checkpoint or the calibration does not fit the scheme."""
+    quantization, calibration = recipe.quantization, recipe.calibration
+    match quantization.scheme:
+        case None:
+            return PlainProducts(checkpoint, shard)
+        case WeightOnly() as scheme:
+            return WeightOnlyProducts(checkpoint, shard, scheme)
+        case Awq():
+            return AwqProducts(checkpoint, shard, calibration, quantization.kv_cache)
+        case Fp8():
+            return Fp8Products(checkpoint, shard, calibration)
+        case SmoothQuant() as scheme:
+            raise NotImplementedError(scheme)

@@ -1,0 +1,102 @@
+"""Symmetric integer quantization of matrices, in blocks of rows: pure functions of NumPy arrays.
+
+Matrices are `[in_features, out_features]`, as FT stores them and a MatMul wants them. They may be
+memory-mapped and in any float type; work is done in float32, on some rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpt_trt.numerics import convert
+
+FLOAT32 = np.dtype(np.float32)
+# Elements of a block: few enough for its temporaries to stay in the processor's cache.
+BLOCK_ELEMENTS = 1 << 18
+
+
+def row_blocks(matrix: NDArray, multiple: int = 1) -> Iterator[NDArray]:
+    """Successive rows of a matrix, as many multiples of `multiple` at a time as a block holds."""
+    step = max(1, BLOCK_ELEMENTS // (matrix.shape[1] * multiple)) * multiple
+    for start in range(0, len(matrix), step):
+        yield matrix[start : start + step]
+
+
+def column_amax(matrix: NDArray) -> NDArray[np.float32]:
+    """Largest magnitude of each column, float32 `[out_features]`."""
+    found = np.zeros(matrix.shape[1], np.float32)
+    for block in row_blocks(matrix):
+        np.maximum(found, np.abs(_float32(block)).max(axis=0), out=found)
+    return found
+
+
+def group_amax(matrix: NDArray, group_size: int) -> NDArray[np.float32]:
+    """Largest magnitude of each group of rows in each column.
+
+    float32 `[in_features / group_size, out_features]`.
+    """
+    return np.concatenate(
+        [
+            np.abs(_float32(block)).reshape(-1, group_size, matrix.shape[1]).max(axis=1)
+            for block in row_blocks(matrix, group_size)
+        ]
+    )
+
+
+def round_half_away(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Nearest integers, halves away from zero, as C's `roundf`."""
+    whole = np.trunc(values)
+    whole += np.copysign(np.abs(values - whole) >= 0.5, values)
+    return whole
+
+
+def quantize(matrix: NDArray, scales: NDArray[np.float32], bits: int) -> Iterator[NDArray[np.int8]]:
+    """Blocks of rows of round(matrix / scale), clipped to the signed range of `bits` bits.
+
+    scales: float32 `[groups, out_features]`, each for in_features / groups rows; columns of zeros
+    may have scale 0. Halves are rounded away from zero (ft_checkpoint, section 5). All blocks but
+    the last have an even number of rows.
+    """
+    limit = 1 << (bits - 1)
+    nonzero = np.where(scales == 0, np.float32(1), scales)
+    group_size = len(matrix) // len(scales)
+    start = 0
+    for block in row_blocks(matrix, group_size if len(scales) > 1 else 2):
+        groups = nonzero[start // group_size :][: max(1, len(block) // group_size)]
+        start += len(block)
+        by_group = _float32(block).reshape(len(groups), -1, block.shape[1])
+        rounded = round_half_away(by_group / groups[:, None])
+        yield np.clip(rounded, -limit, limit - 1).astype(np.int8).reshape(block.shape)
+
+
+def packed(blocks: Iterator[NDArray[np.int8]]) -> Iterator[NDArray[np.uint8]]:
+    """`pack_int4` of a matrix in blocks, all but the last of an even number of rows."""
+    return map(pack_int4, blocks)
+
+
+def pack_int4(values: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Two values a byte along the flattened array, the even one in the low nibble.
+
+    The layout of ONNX's INT4 and of FT's weight-only files; of an odd number of values, the last
+    high nibble is 0.
+    """
+    flat = values.reshape(-1).view(np.uint8) & np.uint8(0xF)
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    return flat[0::2] | (flat[1::2] << np.uint8(4))
+
+
+def stored_scales(scales: NDArray[np.float32], dtype: np.dtype) -> NDArray:
+    """Scales in a network's type, none of them 0, which TensorRT refuses.
+
+    Where a scale was 0, or is too small for the type, the weights are 0 or vanish with it.
+    """
+    smallest = np.float32(2.0**-24 if dtype == np.float16 else 2.0**-126)
+    return convert(np.maximum(scales, smallest), dtype)
+
+
+def _float32(block: NDArray) -> NDArray[np.float32]:
+    return convert(np.ascontiguousarray(block), FLOAT32)
