@@ -56,8 +56,9 @@ def build_network(
 
     cache_len: positions of the KV cache of a row (TensorRT wants them static).
 
-    Raises MptTrtError when the checkpoint was converted for another number of ranks.
+    Raises MptTrtError when the checkpoint was converted for another number of ranks or is smoothed.
     """
+    checkpoint.require_plain()
     if checkpoint.tp_size != shard.tp_size:
         raise MptTrtError(
             f"{checkpoint.folder}: tensor_parallelism = {checkpoint.tp_size}, but an engine for "

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from mpt_trt.ft_checkpoint import FtFile
+from mpt_trt.ft_layout import FtFile
 from mpt_trt.sharding import Range, Shard
 
 OPSET = 24
