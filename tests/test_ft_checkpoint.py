@@ -411,7 +411,7 @@ class TestReading:
         assert {file.name: file.shape for file in found.values()} == expected
         qkv = found["layers.0.attention.query_key_value.weight"]
         assert qkv.shape == (64, 64 // 4 + 2 * 8)
-        assert qkv.byte_size(np.dtype(np.float16)) == 2 * 64 * 32
+        assert qkv.byte_size == 4 * 64 * 32
 
     def test_keys_with_a_fallback(self, tmp_path: Path) -> None:
         checkpoint = write_checkpoint(tmp_path / "hf", BASE)
@@ -491,7 +491,8 @@ class TestDamagedDirectory:
             ("bos_token_id", "<s>", "a number is required"),
             ("bias", "maybe", "True or False is required"),
             ("storage_dtype", "int4", "known types are float32, float16, bfloat16"),
-            ("smoothquant", "0.5", "smoothed for int8"),
+            ("smoothquant", "1.5", "alpha is a number from 0 to 1"),
+            ("smoothquant", "yes", "a number is required"),
         ],
     )
     def test_bad_value(self, folder: Path, key: str, value: str, complaint: str) -> None:

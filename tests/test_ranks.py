@@ -429,9 +429,12 @@ def test_engine_of_two_ranks_says_what_it_is(engine: Path, converted):
     assert content.pop("config") == vars(checkpoint.config)
     version = installed_package("tensorrt_rtx").version
     assert content == {
-        "format": 1,
+        "format": 2,
         "model_name": "test-model",
         "dtype": "float32",
+        "quantization": {"method": "none"},
+        "kv_cache": "auto",
+        "calibration": None,
         "tp_size": 2,
         "limits": vars(LIMITS),
         "vocabulary_sharding": {"embedding": False, "head": True},

@@ -20,7 +20,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.files import replace_file
 from mpt_trt.known_shapes import SHAPES, SHIPPED, known_config
 from mpt_trt.requirements import GB, EngineSpec
-from mpt_trt.settings import variant_default
+from mpt_trt.settings import variant_choices, variant_default
 from mpt_trt.sharding import VocabularySharding, is_legal
 
 TP_SIZES = (1, 2, 4, 8)
@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--update", type=Path, metavar="FILE", help="write the tables into FILE")
     parser.add_argument(
         "--dtype",
-        choices=requirements.ELEMENT_BYTES,
+        choices=variant_choices("dtype"),
         default=variant_default("dtype"),
         help="type of weights, activations and KV cache (default: %(default)s)",
     )

@@ -9,6 +9,7 @@ NVIDIA's convert_hf_mpt_to_ft.py; docs/ft_differences.md lists where that is wro
 from __future__ import annotations
 
 import configparser
+import functools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,39 +22,40 @@ from numpy.typing import NDArray
 from mpt_trt import sharding
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
-from mpt_trt.files import (
-    ContentHash,
-    content_hashes,
-    read_json,
-    replace_directory,
-    write_in_pieces,
-    write_json,
+from mpt_trt.files import content_hashes, read_json, replace_directory, write_json
+from mpt_trt.ft_int8 import Int8Conversion, Int8Writer
+from mpt_trt.ft_layout import (
+    FtFile,
+    Int8Files,
+    Int8Layers,
+    files_of,
+    ft_file,
+    ft_files,
+    int8_files,
+    linear_name,
 )
-from mpt_trt.ft_layout import FtFile, files_of, ft_file, ft_files, held
-from mpt_trt.hf_checkpoint import HfCheckpoint, not_finite
-from mpt_trt.numerics import BFLOAT16, convert, is_finite, transpose
-from mpt_trt.sharding import Range, Shard
-from mpt_trt.weight_map import Weight, weights
+from mpt_trt.ft_streams import Advance, FtWriter, TensorSource
+from mpt_trt.hf_checkpoint import HfCheckpoint
+from mpt_trt.numerics import STORAGE_TYPES
+from mpt_trt.quantization.ranges import require_ranges
+from mpt_trt.quantization.smoothquant import require_alpha
+from mpt_trt.sharding import Shard
+from mpt_trt.weight_map import Weight, preceding_norm, weights
 
-STORAGE_TYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": BFLOAT16,
-}
 SECTION = "gpt"
 MANIFEST = "manifest.json"
-# What a worker takes of each row of a matrix at a time: few enough bytes for the gathered block to
-# stay in the processor's cache while it is transposed, checked, hashed and written.
-SLAB_ROW_BYTES = 512
-# What it takes of a tensor that is not transposed.
-SLAB_BYTES = 4 << 20
-
-Advance = Callable[[int], None]
+# Beside a plain checkpoint, there are int8 files of QKV if this one is there.
+KV_SCALE = "model.layers.0.attention.query_key_value.scale_y_quant_orig.bin"
 
 
 @dataclass(frozen=True)
 class FtCheckpoint:
-    """A checked FT directory. storage_type: a key of STORAGE_TYPES; manifest: {} when absent."""
+    """A checked FT directory.
+
+    storage_type: a key of STORAGE_TYPES. manifest: {} when absent. smoothing: SmoothQuant's alpha,
+    if the weights and norms are smoothed; such a directory is no plain checkpoint. int8_layers: of
+    which linear layers there are int8 weights and scales.
+    """
 
     folder: Path
     config: MptConfig
@@ -61,14 +63,35 @@ class FtCheckpoint:
     tp_size: int
     model_name: str
     manifest: dict
+    smoothing: float | None = None
+    int8_layers: Int8Layers = Int8Layers.NONE
 
     def rank_files(self, shard: Shard) -> dict[str, FtFile]:
-        """The files that one rank reads, by FT weight name."""
-        return {weight.name: ft_file(self.config, weight, shard) for weight in weights(self.config)}
+        """The files that one rank reads in the storage type, by FT weight name."""
+        return {
+            weight.name: ft_file(self.config, weight, shard, self.storage_type)
+            for weight in weights(self.config)
+        }
+
+    def rank_int8_files(self, shard: Shard) -> dict[str, Int8Files]:
+        """What one rank reads for 8-bit products, by FT layer name: `layers.0.attention.dense`."""
+        return {
+            linear_name(weight): int8_files(self.config, weight, shard)
+            for weight in weights(self.config)
+            if self.int8_layers.includes(weight)
+        }
+
+    def require_plain(self) -> None:
+        """Raises MptTrtError when the weights are smoothed: the network would compute nonsense."""
+        if self.smoothing is not None:
+            raise MptTrtError(
+                f"{self.folder}/config.ini: smoothquant = {self.smoothing:g}: smoothed for int8, "
+                "not a full-precision checkpoint; convert again without -sq"
+            )
 
     def file_of(self, weight: Weight, shard: Shard) -> FtFile:
         """The file from which a rank reads a tensor."""
-        return ft_file(self.config, weight, shard)
+        return ft_file(self.config, weight, shard, self.storage_type)
 
     def matrix(self, weight: Weight, shard: Shard) -> NDArray:
         """A rank's file of a tensor, memory-mapped, in the storage type and of the file's shape."""
@@ -93,6 +116,7 @@ class ConversionSettings:
 
     model_name: recorded in config.ini as FT's converter does (its `-i` argument).
     source: where the weights came from, recorded in the manifest.
+    int8: what int8 weights and scales are made from; None for a plain checkpoint.
     """
 
     storage_type: str
@@ -100,6 +124,15 @@ class ConversionSettings:
     workers: int
     model_name: str
     source: dict
+    int8: Int8Conversion | None = None
+
+    @property
+    def alpha(self) -> float | None:
+        return None if self.int8 is None else self.int8.alpha
+
+    @property
+    def int8_layers(self) -> Int8Layers:
+        return Int8Layers.NONE if self.int8 is None else self.int8.layers
 
 
 def write_ft_checkpoint(
@@ -115,105 +148,70 @@ def write_ft_checkpoint(
     is called with the number of bytes written.
 
     Raises MptTrtError for an illegal tp_size, a NaN or Inf in the checkpoint, a value that the
-    storage type cannot hold, and a full disk.
+    storage type cannot hold, a full disk, and activation ranges that do not fit the model.
     """
     sharding.require_legal(config, settings.tp_size)
-    dtype = STORAGE_TYPES[settings.storage_type]
+    if settings.int8 is not None:
+        _require_fitting(settings.int8, config)
     with replace_directory(target) as folder, ThreadPoolExecutor(settings.workers) as pool:
         _write_ini(folder / "config.ini", config, settings)
-        writer = _Writer(checkpoint, config, folder, dtype, advance)
-        jobs = [
-            pool.submit(writer.write, weight, files_of(config, weight, settings.tp_size))
-            for weight in weights(config)
-        ]
+        source = TensorSource(checkpoint, config, settings.storage_type)
+        writer = FtWriter(folder, advance)
+        jobs = [pool.submit(job) for job in _writing_jobs(source, writer, settings)]
         try:
-            hashes = dict(pair for job in as_completed(jobs) for pair in job.result())
+            hashes = dict(pair for job in as_completed(jobs) for pair in job.result().items())
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
         _write_manifest(folder, settings, hashes)
 
 
-def total_bytes(config: MptConfig, storage_type: str, tp_size: int) -> int:
+def total_bytes(
+    config: MptConfig,
+    storage_type: str,
+    tp_size: int,
+    int8_layers: Int8Layers = Int8Layers.NONE,
+) -> int:
     """Bytes of all `.bin` files of a directory."""
-    dtype = STORAGE_TYPES[storage_type]
-    return sum(file.byte_size(dtype) for file in ft_files(config, tp_size))
+    return sum(file.byte_size for file in ft_files(config, tp_size, storage_type, int8_layers))
 
 
-@dataclass(frozen=True)
-class _Writer:
-    checkpoint: HfCheckpoint
-    config: MptConfig
-    folder: Path
-    dtype: np.dtype
-    advance: Advance
-
-    def write(self, weight: Weight, files: list[FtFile]) -> list[tuple[str, str]]:
-        """Writes one tensor for all ranks; returns (file name, content hash) pairs."""
-        if weight.hf_name is None:
-            source, description = np.zeros(weight.shape, self.dtype), weight.name
-        else:
-            source = self.checkpoint.tensor(weight)
-            description = self.checkpoint.describe(weight)
-        return [(file.name, self._write_file(file, source, description)) for file in files]
-
-    def _write_file(self, file: FtFile, source: NDArray, description: str) -> str:
-        digest = ContentHash()
-        with (self.folder / file.name).open("wb") as stream:
-            for slab in self._slabs(file, source):
-                if not is_finite(slab):
-                    raise not_finite(source, description)
-                content = self._stored(slab, description).view(np.uint8)
-                write_in_pieces(stream, content)
-                digest.update(content)
-                self.advance(content.nbytes)
-        return str(digest)
-
-    def _stored(self, slab: NDArray, description: str) -> NDArray:
-        stored = convert(slab, self.dtype)
-        if stored.dtype != slab.dtype and not is_finite(stored):
-            largest = np.abs(slab.astype(np.float64)).max()
-            raise MptTrtError(
-                f"{description} holds {largest:g}, which {self.dtype} cannot hold; "
-                "choose storage type bfloat16 or float32"
-            )
-        return stored
-
-    def _slabs(self, file: FtFile, source: NDArray) -> Iterator[NDArray]:
-        """Pieces of the file's content in order, flat, in the checkpoint's type."""
-        if file.shard is None:
-            yield from _flat_slabs(source)
-            return
-        rows, columns = held(self.config, file.weight, file.shard)
-        parts = [source[r.start : r.stop] for r in rows]
-        if file.weight.is_linear:
-            yield from _transposed_slabs(parts, columns)
-        else:
-            yield np.concatenate(parts)
+def _require_fitting(int8: Int8Conversion, config: MptConfig) -> None:
+    require_ranges(int8.ranges, config)
+    if int8.alpha is not None:
+        require_alpha(int8.alpha)
+    elif config.qk_ln:
+        raise MptTrtError(
+            "qk_ln = True: the cache holds normalized keys, whose range -kv cannot record; "
+            "calibrate with quantize.py"
+        )
 
 
-def _flat_slabs(source: NDArray) -> Iterator[NDArray]:
-    flat = np.ascontiguousarray(source).reshape(-1)
-    step = SLAB_BYTES // source.itemsize
-    for start in range(0, flat.size, step):
-        yield flat[start : start + step]
+def _writing_jobs(
+    source: TensorSource, writer: FtWriter, settings: ConversionSettings
+) -> Iterator[Callable[[], dict[str, str]]]:
+    """Functions that together write all `.bin` files; each returns content hashes by file name."""
+    found = weights(source.config)
+    quantized = [weight for weight in found if settings.int8_layers.includes(weight)]
+    folded = {preceding_norm(weight) for weight in quantized}
+    if settings.int8 is not None:
+        int8 = settings.int8
+        int8_writer = Int8Writer(source, writer, settings.tp_size, int8.ranges, int8.alpha)
+        for weight in quantized:
+            yield functools.partial(int8_writer.write, weight)
+    for weight in found:
+        if weight not in quantized and weight.name.rpartition(".")[0] not in folded:
+            yield functools.partial(_write_plain, source, writer, settings.tp_size, weight)
 
 
-def _transposed_slabs(parts: list[NDArray], columns: Range) -> Iterator[NDArray]:
-    """Row blocks of `[len(columns), sum of part rows]`, flat, through reused buffers."""
-    width = sum(len(part) for part in parts)
-    dtype = parts[0].dtype
-    height = min(len(columns), SLAB_ROW_BYTES // dtype.itemsize)
-    gathered = np.empty(width * height, dtype)
-    transposed = np.empty(height * width, dtype)
-    for start in range(columns.start, columns.stop, height):
-        stop = min(start + height, columns.stop)
-        size = width * (stop - start)
-        # Only a contiguous block is transposed fast; so its columns are gathered first.
-        block = gathered[:size].reshape(width, stop - start)
-        np.concatenate([part[:, start:stop] for part in parts], out=block)
-        transpose(block, transposed[:size].reshape(stop - start, width))
-        yield transposed[:size]
+def _write_plain(
+    source: TensorSource, writer: FtWriter, tp_size: int, weight: Weight
+) -> dict[str, str]:
+    """Writes one tensor for all ranks."""
+    hashes: dict[str, str] = {}
+    for file in files_of(source.config, weight, tp_size, source.storage_type):
+        hashes |= writer.write(file, source.values(file))
+    return hashes
 
 
 def _write_ini(path: Path, config: MptConfig, settings: ConversionSettings) -> None:
@@ -231,7 +229,7 @@ def _write_ini(path: Path, config: MptConfig, settings: ConversionSettings) -> N
         "tensor_parallelism": settings.tp_size,
         "activation_function": "gelu",
         "calibrate_kv_cache": False,
-        "smoothquant": None,
+        "smoothquant": settings.alpha,
         "layer_norm_epsilon": config.layer_norm_epsilon,
     }
     if config.position_embedding == "alibi":
@@ -270,7 +268,10 @@ def _write_manifest(folder: Path, settings: ConversionSettings, hashes: dict[str
         name: {"bytes": (folder / name).stat().st_size, "hash": hashes[name]}
         for name in sorted(hashes)
     }
-    content = {"source": settings.source, "files": files}
+    content: dict[str, object] = {"source": settings.source}
+    if settings.int8 is not None:
+        content["calibration"] = settings.int8.origin
+    content["files"] = files
     write_json(folder / MANIFEST, content)
 
 
@@ -289,9 +290,9 @@ def read_ft_checkpoint(folder: Path) -> FtCheckpoint:
     if storage_type not in STORAGE_TYPES:
         known = ", ".join(STORAGE_TYPES)
         raise ini.refused("storage_dtype", storage_type, f"known types are {known}")
-    if (smoothing := ini.text("smoothquant", "None")) != "None":
-        why = "smoothed for int8, not a full-precision checkpoint; convert again without -sq"
-        raise ini.refused("smoothquant", smoothing, why)
+    smoothing = ini.optional_number("smoothquant")
+    if smoothing is not None and not 0 <= smoothing <= 1:
+        raise ini.refused("smoothquant", smoothing, "alpha is a number from 0 to 1")
     manifest_path = folder / MANIFEST
     checkpoint = FtCheckpoint(
         folder=folder,
@@ -300,23 +301,34 @@ def read_ft_checkpoint(folder: Path) -> FtCheckpoint:
         tp_size=ini.integer("tensor_parallelism", 1),
         model_name=ini.text("model_name", "mpt"),
         manifest=read_json(manifest_path) if manifest_path.is_file() else {},
+        smoothing=smoothing,
+        int8_layers=_int8_layers(folder, smoothing),
     )
     sharding.require_legal(checkpoint.config, checkpoint.tp_size)
     _check_sizes(checkpoint)
     return checkpoint
 
 
+def _int8_layers(folder: Path, smoothing: float | None) -> Int8Layers:
+    if smoothing is not None:
+        return Int8Layers.ALL
+    # NVIDIA's config.ini says `calibrate_kv_cache = False` in any case.
+    has_kv_scale = (folder / KV_SCALE).is_file()
+    return Int8Layers.QKV if has_kv_scale else Int8Layers.NONE
+
+
 def _check_sizes(checkpoint: FtCheckpoint) -> None:
-    dtype = STORAGE_TYPES[checkpoint.storage_type]
-    for file in ft_files(checkpoint.config, checkpoint.tp_size):
+    for file in ft_files(
+        checkpoint.config, checkpoint.tp_size, checkpoint.storage_type, checkpoint.int8_layers
+    ):
         path = checkpoint.folder / file.name
         if not path.is_file():
             raise MptTrtError(f"{path}: tensor file is missing; convert the checkpoint again")
-        expected, found = file.byte_size(dtype), path.stat().st_size
-        if found != expected:
+        found = path.stat().st_size
+        if found != file.byte_size:
             raise MptTrtError(
-                f"{path}: has {found} bytes, but {list(file.shape)} of {checkpoint.storage_type} "
-                f"are {expected}; convert the checkpoint again"
+                f"{path}: has {found} bytes, but {list(file.shape)} of {file.dtype} "
+                f"are {file.byte_size}; convert the checkpoint again"
             )
 
 

@@ -15,6 +15,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# The types in which weights are stored.
+STORAGE_TYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": BFLOAT16,
+}
 # The bits of the exponent; they are all ones in infinities and NaNs alone.
 EXPONENTS = {
     np.dtype(np.float16): np.uint16(0x7C00),

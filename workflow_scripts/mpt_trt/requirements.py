@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 from mpt_trt import sharding
 from mpt_trt.config import MptConfig
 from mpt_trt.engines.limits import EngineLimits
-from mpt_trt.ft_layout import ft_file, ft_files
+from mpt_trt.ft_layout import ELEMENT_BYTES, ft_file, ft_files
 from mpt_trt.sharding import Shard, VocabularySharding
 from mpt_trt.weight_map import Weight, weights
 
 MIB = 1 << 20
 GB = 10**9
-ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FLOAT32_BYTES = 4
 
 # Memory of common GPUs. A GPU counts with that many 10^9 bytes, since some of the 2^30 that vendors
@@ -72,7 +71,7 @@ def rank_weights(spec: EngineSpec) -> int:
     """Weights that a rank's engine holds; exact. No rank holds more than the first."""
     tables = {"wte", "lm_head.weight"}
     elements = sum(
-        ft_file(spec.config, weight, Shard(0, spec.tp_size)).num_elements
+        ft_file(spec.config, weight, Shard(0, spec.tp_size), spec.dtype).num_elements
         for weight in weights(spec.config)
         if weight.name not in tables and _is_read(weight)
     )
@@ -184,8 +183,7 @@ def gpu_obstacle(spec: EngineSpec, available: int) -> str | None:
 
 def ft_checkpoint_disk(spec: EngineSpec) -> int:
     """All `.bin` files of the FT checkpoint; exact. config.ini and manifest.json are small."""
-    files = ft_files(spec.config, spec.tp_size)
-    return spec.element_bytes * sum(file.num_elements for file in files)
+    return sum(file.byte_size for file in ft_files(spec.config, spec.tp_size, spec.dtype))
 
 
 def engine_disk(spec: EngineSpec) -> int:

@@ -23,7 +23,7 @@ from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.nccl import join_nccl, set_communicator
 from mpt_trt.engines.tensorrt import CONTEXT_PROFILE, GENERATION_PROFILE
 from mpt_trt.errors import MptTrtError
-from mpt_trt.ft_checkpoint import STORAGE_TYPES
+from mpt_trt.numerics import STORAGE_TYPES
 from mpt_trt.ranks import Communicator
 
 INT64_BYTES = 8

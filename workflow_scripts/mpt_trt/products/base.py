@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mpt_trt.config import MptConfig
 from mpt_trt.ft_checkpoint import FtCheckpoint
+from mpt_trt.ft_layout import linear_name
 from mpt_trt.onnx_graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
 from mpt_trt.sharding import Shard
 from mpt_trt.weight_map import Weight, weights
@@ -26,19 +27,14 @@ class Products(Protocol):
         ...
 
 
-def block_matrices(config: MptConfig) -> list[Weight]:
-    """The matrices that quantization is about."""
-    return [weight for weight in weights(config) if weight.is_linear]
+def linear_weights(config: MptConfig) -> dict[str, Weight]:
+    """The matrices that quantization is about, by layer: `layers.0.attention.dense`."""
+    return {linear_name(weight): weight for weight in weights(config) if weight.is_linear}
 
 
-def layer_name(weight: Weight) -> str:
-    """`layers.0.attention.dense` of `layers.0.attention.dense.weight`."""
-    return weight.name.rsplit(".", 1)[0]
-
-
-def place(layer_name: str) -> tuple[int, str]:
+def place(name: str) -> tuple[int, str]:
     """Layer and matrix: (3, "attention.dense") of "layers.3.attention.dense"."""
-    _, layer, matrix = layer_name.split(".", 2)
+    _, layer, matrix = name.split(".", 2)
     return int(layer), matrix
 
 
@@ -66,3 +62,11 @@ def dequantized(graph: GraphBuilder, name: str, **attributes: int) -> str:
     """
     inputs = [graph.weight(f"{name}.weight.quantized"), graph.weight(f"{name}.weight.scale")]
     return graph.node("DequantizeLinear", inputs, f"{name}/weight", **attributes)
+
+
+def scaled_input(graph: GraphBuilder, name: str, value: str) -> str:
+    """`value` times the pre-quant scale of its layer, where one is stored."""
+    scale = f"{name}.pre_quant_scale"
+    if not graph.has_weight(scale):
+        return value
+    return graph.node("Mul", [value, graph.weight(scale)], f"{name}/scaled_input")

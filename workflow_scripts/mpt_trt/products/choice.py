@@ -7,6 +7,7 @@ from mpt_trt.products.awq import AwqProducts
 from mpt_trt.products.base import Products
 from mpt_trt.products.fp8 import Fp8Products
 from mpt_trt.products.plain import PlainProducts
+from mpt_trt.products.smoothquant import SmoothQuantProducts
 from mpt_trt.products.weight_only import WeightOnlyProducts
 from mpt_trt.quantization.recipe import Recipe
 from mpt_trt.quantization.scheme import Awq, Fp8, SmoothQuant, WeightOnly
@@ -16,6 +17,8 @@ from mpt_trt.sharding import Shard
 def choose_products(checkpoint: FtCheckpoint, shard: Shard, recipe: Recipe) -> Products:
     """Raises MptTrtError when the checkpoint or the calibration does not fit the scheme."""
     quantization, calibration = recipe.quantization, recipe.calibration
+    if not isinstance(quantization.scheme, SmoothQuant):
+        checkpoint.require_plain()
     match quantization.scheme:
         case None:
             return PlainProducts(checkpoint, shard)
@@ -26,4 +29,4 @@ def choose_products(checkpoint: FtCheckpoint, shard: Shard, recipe: Recipe) -> P
         case Fp8():
             return Fp8Products(checkpoint, shard, calibration)
         case SmoothQuant() as scheme:
-            raise NotImplementedError(scheme)
+            return SmoothQuantProducts(checkpoint, shard, scheme)

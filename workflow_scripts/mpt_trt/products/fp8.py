@@ -13,7 +13,7 @@ from onnx import TensorProto
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.numerics import convert
 from mpt_trt.onnx_graph import GraphBuilder, StoredTensor
-from mpt_trt.products.base import block_matrices, ft_tensors, layer_name, made, place
+from mpt_trt.products.base import ft_tensors, linear_weights, made, place
 from mpt_trt.quantization.integers import FLOAT32, row_blocks
 from mpt_trt.quantization.npz import CalibrationResult
 from mpt_trt.sharding import Shard
@@ -33,9 +33,9 @@ class Fp8Products:
 
     def tensors(self) -> dict[str, StoredTensor]:
         found = ft_tensors(self.checkpoint, self.shard)
-        for weight in block_matrices(self.checkpoint.config):
+        for name, weight in linear_weights(self.checkpoint.config).items():
             del found[weight.name]
-            found[f"{weight.name}.quantized"] = self._stored(weight)
+            found[f"{weight.name}.quantized"] = self._stored(name, weight)
         return found
 
     def emit(self, graph: GraphBuilder, name: str, value: str) -> str:
@@ -55,14 +55,14 @@ class Fp8Products:
         weight = graph.node("DequantizeLinear", [stored, scale], f"{name}/weight", **to_float)
         return graph.node("MatMul", [value, weight], name)
 
-    def _stored(self, weight: Weight) -> StoredTensor:
+    def _stored(self, name: str, weight: Weight) -> StoredTensor:
         shape = self.checkpoint.file_of(weight, self.shard).shape
 
         def pieces() -> Iterator[NDArray]:
-            scale = np.float32(self.calibration.fp8_scales(*place(layer_name(weight))).weight or 1)
+            scale = np.float32(self.calibration.fp8_scales(*place(name)).weight or 1)
             for block in row_blocks(self.checkpoint.matrix(weight, self.shard)):
                 scaled = convert(np.ascontiguousarray(block), FLOAT32) / scale
                 yield np.clip(scaled, -LARGEST, LARGEST).astype(E4M3)
 
-        name = f"{weight.name}.fp8.{self.shard.rank}"
-        return made(name, TensorProto.FLOAT8E4M3FN, shape, pieces)
+        file_name = f"{weight.name}.fp8.{self.shard.rank}"
+        return made(file_name, TensorProto.FLOAT8E4M3FN, shape, pieces)

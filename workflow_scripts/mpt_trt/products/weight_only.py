@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from mpt_trt.ft_checkpoint import STORAGE_TYPES, FtCheckpoint
+from mpt_trt.ft_checkpoint import FtCheckpoint
+from mpt_trt.numerics import STORAGE_TYPES
 from mpt_trt.onnx_graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
-from mpt_trt.products.base import block_matrices, dequantized, ft_tensors, layer_name, made
+from mpt_trt.products.base import dequantized, ft_tensors, linear_weights, made
 from mpt_trt.quantization import integers
 from mpt_trt.quantization.scheme import GROUP_SIZES, WeightOnly, require_fitting_groups
 from mpt_trt.sharding import Shard, shards
@@ -34,8 +35,8 @@ class WeightOnlyProducts:
             require_fitting_groups(checkpoint.config, shard.tp_size, scheme.group_size)
         self._checkpoint, self._shard = checkpoint, shard
         self._matrices = {
-            layer_name(weight): _Matrix(checkpoint, weight, shard, scheme)
-            for weight in block_matrices(checkpoint.config)
+            name: _Matrix(checkpoint, weight, shard, scheme)
+            for name, weight in linear_weights(checkpoint.config).items()
         }
 
     def tensors(self) -> dict[str, StoredTensor]:
