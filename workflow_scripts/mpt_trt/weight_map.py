@@ -117,3 +117,12 @@ def _linear(
         bias_split = Split.WHOLE if split is Split.ROWS else split
         found.append(Weight(f"{name}.bias", f"{hf_name}.bias", shape[:1], bias_split))
     return found
+
+
+def block_matrices(config: MptConfig, layer: int) -> dict[str, Weight]:
+    """The four matrices of a block, by their FT name within it, e.g. `attention.dense`."""
+    return {
+        weight.name.removeprefix(f"layers.{layer}.").removesuffix(".weight"): weight
+        for weight in _layer_weights(config, layer)
+        if weight.is_linear
+    }
