@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpt_trt.ft_checkpoint import STORAGE_TYPES, FtCheckpoint
-from mpt_trt.ft_layout import FtFile, files_of, held
+from mpt_trt.ft_layout import FtFile, files_of, ft_file, held
+from mpt_trt.sharding import Shard
 from mpt_trt.weight_map import Weight
 
 
@@ -27,6 +28,20 @@ class FtTensors:
         for file in files:
             self._fill_part(whole, file)
         return whole
+
+    def corner(self, weight: Weight, size: tuple[int, ...]) -> NDArray:
+        """The first rows and columns of a tensor, as many of `size` as the first rank's file has.
+
+        Reads nothing else.
+        """
+        config = self.checkpoint.config
+        file = ft_file(config, weight, Shard(0, self.checkpoint.tp_size))
+        stored = self.mapped(file)
+        if file.shard is None:
+            return stored[tuple(map(slice, size))]
+        rows, _ = held(config, weight, file.shard)
+        height = min(len(rows[0]), size[0])
+        return stored.T[(slice(height), *map(slice, size[1:]))]
 
     def mapped(self, file: FtFile) -> NDArray:
         """The content of one file, `file.shape`, memory-mapped for reading."""

@@ -9,8 +9,7 @@ from mpt_trt.config import MptConfig, read_hf_config
 from mpt_trt.ft_checkpoint import read_ft_checkpoint
 from mpt_trt.ft_tensors import FtTensors
 from mpt_trt.hf_checkpoint import HfCheckpoint
-from mpt_trt.model_tensors import WeightReader
-from mpt_trt.weight_map import weights
+from mpt_trt.weight_map import WeightReader, weights
 
 
 @dataclass(frozen=True)

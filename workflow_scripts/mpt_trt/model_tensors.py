@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,15 +12,7 @@ from torch import Tensor
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
 from mpt_trt.numerics import BFLOAT16
-from mpt_trt.weight_map import Weight, weights
-
-
-class WeightReader(Protocol):
-    """What reads single tensors of a checkpoint."""
-
-    def tensor(self, weight: Weight) -> NDArray:
-        """`weight.shape`, in the stored type; maybe memory-mapped."""
-        ...
+from mpt_trt.weight_map import WeightReader, weights
 
 
 class ModelTensors:

@@ -23,6 +23,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.model_source import ModelSource, open_model
 from mpt_trt.model_tensors import ModelTensors, embed
 from mpt_trt.plain_block import PlainBlock, causal_bias, with_weights
+from mpt_trt.quantization.calibrated import KvRanges
 from mpt_trt.weight_map import block_matrices
 
 BATCH_SIZE = 8
@@ -125,14 +126,6 @@ class AbsoluteMaximum:
                 "calibrate in bfloat16 or float32, or check the checkpoint"
             )
         return found
-
-
-@dataclass(frozen=True)
-class KvRanges:
-    """The largest absolute values of keys and of values as they enter the cache."""
-
-    key: float
-    value: float
 
 
 @contextlib.contextmanager
