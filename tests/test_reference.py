@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from engines_support import FEATURES
 from mpt_trt import reference
 from mpt_trt.config import MptConfig, read_hf_config
 from mpt_trt.errors import MptTrtError
-from mpt_trt.plain_block import PlainBlock, causal_bias
+from mpt_trt.model_tensors import ModelTensors
+from mpt_trt.plain_block import PlainBlock, causal_bias, with_weights
 from mpt_trt.reference import is_in_transformers, reference_logits, reference_name
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,7 +84,7 @@ def test_only_what_is_named_computes(
     """The other block is out of reach, and the name still says what computed."""
     folder = write_checkpoint(tmp_path, SPECS[name])
     is_plain = reference_name(folder).startswith("plain")
-    monkeypatch.setattr(reference, "_transformers_block" if is_plain else "PlainBlock", None)
+    monkeypatch.setattr(reference, "_transformers_block" if is_plain else "_plain_block", None)
     assert reference_logits(folder, [1, 2]).isfinite().all()
 
 
@@ -111,6 +113,12 @@ def config_of(spec: CheckpointSpec, folder: Path) -> MptConfig:
     return read_hf_config(write_checkpoint(folder, spec))
 
 
+def run_plain_block(config: MptConfig, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    """In the type of `hidden`, `[seq, hidden]`."""
+    bias = causal_bias(config, len(hidden)).to(hidden.dtype)
+    return with_weights(partial(PlainBlock, config), weights)(hidden[None], bias)[0]
+
+
 @pytest.mark.parametrize("name", sorted(BY_TRANSFORMERS_BLOCKS))
 def test_plain_block_is_the_block_of_transformers(name: str, tmp_path: Path) -> None:
     spec = replace(SPECS[name], num_layers=1)
@@ -119,7 +127,7 @@ def test_plain_block_is_the_block_of_transformers(name: str, tmp_path: Path) -> 
     hidden = torch.randn(31, spec.hidden_size, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         expected = reference._transformers_block(config, 31)(block_tensors(spec), hidden)
-        found = PlainBlock(config, causal_bias(config, 31))(block_tensors(spec), hidden)
+        found = run_plain_block(config, block_tensors(spec), hidden)
     assert_near(found, expected)
     assert (found - hidden).std() > 0.1  # the block does something
 
@@ -129,11 +137,11 @@ def test_a_long_sequence_keeps_its_precision(tmp_path: Path) -> None:
     spec = CheckpointSpec(num_kv_heads=2, alibi_bias_max=2, max_seq_len=4096, num_layers=1)
     config = config_of(spec, tmp_path)
     hidden = torch.randn(2000, spec.hidden_size, generator=torch.Generator().manual_seed(4))
-    bias, weights = causal_bias(config, 2000), block_tensors(spec)
+    weights = block_tensors(spec)
     exact_weights = {name: tensor.double() for name, tensor in weights.items()}
     with torch.inference_mode():
-        found = PlainBlock(config, bias)(weights, hidden)
-        exact = PlainBlock(config, bias.double())(exact_weights, hidden.double())
+        found = run_plain_block(config, weights, hidden)
+        exact = run_plain_block(config, exact_weights, hidden.double())
     assert_near(found, exact.float())
 
 
@@ -175,17 +183,17 @@ def test_plain_blocks_are_held_one_at_a_time(
     folder = write_checkpoint(tmp_path, spec, dtype=torch.float16)
     alive: dict[int, int] = {}
     most = 0
-    read = reference._Source.tensor
+    read = ModelTensors.tensor
 
-    def tracked(source: reference._Source, name: str) -> Tensor:
+    def tracked(model: ModelTensors, name: str) -> Tensor:
         nonlocal most
-        tensor = read(source, name)
+        tensor = read(model, name)
         alive[id(tensor)] = tensor.nbytes
         weakref.finalize(tensor, alive.pop, id(tensor))
         most = max(most, sum(alive.values()))
         return tensor
 
-    monkeypatch.setattr(reference._Source, "tensor", tracked)
+    monkeypatch.setattr(ModelTensors, "tensor", tracked)
     reference_logits(folder, token_ids(spec))
     block = sum(tensor.nbytes for tensor in block_tensors(spec).values())
     embedding = tensors(spec)["transformer.wte.weight"].nbytes

@@ -8,17 +8,17 @@ one block and of the embedding, so that a 30B model is checked on a laptop.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mpt_trt.config import MptConfig, read_hf_config
-from mpt_trt.errors import MptTrtError
 from mpt_trt.hf_checkpoint import HfCheckpoint
-from mpt_trt.plain_block import PlainBlock, causal_bias, model_norm
-from mpt_trt.weight_map import Weight, weights
+from mpt_trt.model_tensors import ModelTensors, embed
+from mpt_trt.plain_block import PlainBlock, causal_bias, model_norm, with_weights
+from mpt_trt.weight_map import weights
 
 # (tensors by name within the block, hidden `[seq, hidden]`) -> hidden `[seq, hidden]`
 Block = Callable[[dict[str, Tensor], Tensor], Tensor]
@@ -30,15 +30,10 @@ def reference_logits(folder: Path, token_ids: list[int]) -> Tensor:
     Raises MptTrtError when the model has learned positions and the sequence is longer.
     """
     config = read_hf_config(folder)
-    found = {w.hf_name: w for w in weights(config) if w.hf_name is not None}
-    source = _Source(HfCheckpoint(folder, list(found.values())), found)
-    length = len(token_ids)
-    if is_in_transformers(config):
-        block = _transformers_block(config, length)
-    else:
-        block = PlainBlock(config, causal_bias(config, length))
+    model = ModelTensors(config, HfCheckpoint(folder, weights(config)))
+    make_block = _transformers_block if is_in_transformers(config) else _plain_block
     with torch.inference_mode():
-        return _forward(config, source, block, torch.tensor(token_ids))
+        return _forward(model, make_block(config, len(token_ids)), torch.tensor(token_ids))
 
 
 def reference_name(folder: Path) -> str:
@@ -64,44 +59,26 @@ def is_in_transformers(config: MptConfig) -> bool:
     )
 
 
-class _Source:
-    """Tensors by Hugging Face name, in float32."""
-
-    def __init__(self, checkpoint: HfCheckpoint, found: dict[str, Weight]):
-        self._checkpoint = checkpoint
-        self._found = found
-
-    def tensor(self, name: str) -> Tensor:
-        stored = self._checkpoint.tensor(self._found[name])
-        # A copy in any case: the file is mapped for reading only.
-        return torch.from_numpy(stored.astype(np.float32))
-
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors whose names start with `prefix`, by what follows it."""
-        names = [name for name in self._found if name.startswith(prefix)]
-        return {name.removeprefix(prefix): self.tensor(name) for name in names}
-
-
-def _forward(config: MptConfig, source: _Source, block: Block, token_ids: Tensor) -> Tensor:
-    embedding = source.tensor("wte.weight")
-    hidden = embedding[token_ids]
-    if config.position_embedding == "learned":
-        hidden = hidden + _learned_positions(config, source, len(token_ids))
+def _forward(model: ModelTensors, block: Block, token_ids: Tensor) -> Tensor:
+    config = model.config
+    embedding = model.tensor("wte.weight")
+    hidden = embed(model, embedding, token_ids)
     for layer in range(config.num_layers):
         # Not kept in a variable: this block's weights are freed before the next one's are read.
-        hidden = block(source.tensors(f"blocks.{layer}."), hidden)
-    hidden = model_norm(config, source.tensors("norm_f."), hidden)
-    head = embedding if config.tie_word_embeddings else source.tensor("lm_head.weight")
-    return hidden @ head.T * config.logit_scale
+        hidden = block(model.tensors(f"blocks.{layer}."), hidden)
+    norm = with_weights(partial(model_norm, config), model.tensors("norm_f."))
+    head = embedding if config.tie_word_embeddings else model.tensor("lm_head.weight")
+    return norm(hidden) @ head.T * config.logit_scale
 
 
-def _learned_positions(config: MptConfig, source: _Source, length: int) -> Tensor:
-    if length > config.max_seq_len:
-        raise MptTrtError(
-            f"{length} tokens, but the model has learned positions for {config.max_seq_len}; "
-            "take a shorter prompt or fewer new tokens"
-        )
-    return source.tensor("wpe.weight")[:length]
+def _plain_block(config: MptConfig, length: int) -> Block:
+    attention_bias = causal_bias(config, length)
+
+    def run(tensors: dict[str, Tensor], hidden: Tensor) -> Tensor:
+        block = with_weights(partial(PlainBlock, config), tensors)
+        return block(hidden[None], attention_bias)[0]
+
+    return run
 
 
 def _transformers_block(config: MptConfig, length: int) -> Block:
@@ -113,9 +90,7 @@ def _transformers_block(config: MptConfig, length: int) -> Block:
     settings = _transformers_config(config)
 
     def run(tensors: dict[str, Tensor], hidden: Tensor) -> Tensor:
-        with torch.device("meta"):
-            block = MptBlock(settings).eval()
-        block.load_state_dict(tensors, strict=True, assign=True)
+        block = with_weights(partial(MptBlock, settings), tensors)
         return block(hidden[None], position_bias=alibi, attention_mask=is_hidden)[0][0]
 
     return run

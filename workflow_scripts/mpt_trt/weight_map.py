@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING, Protocol
 
 from mpt_trt.config import MptConfig
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class Split(Enum):
@@ -40,6 +44,14 @@ class Weight:
     def is_linear(self) -> bool:
         """A matrix of a linear layer, which FT stores transposed: `[in_features, out_features]`."""
         return len(self.shape) == 2 and self.split is not Split.WHOLE
+
+
+class WeightReader(Protocol):
+    """What reads single tensors of a checkpoint."""
+
+    def tensor(self, weight: Weight) -> NDArray:
+        """`weight.shape`, in the stored type; maybe memory-mapped."""
+        ...
 
 
 def weights(config: MptConfig) -> list[Weight]:
@@ -132,3 +144,12 @@ def _linear(
         bias_split = Split.WHOLE if split is Split.ROWS else split
         found.append(Weight(f"{name}.bias", f"{hf_name}.bias", shape[:1], bias_split))
     return found
+
+
+def block_matrices(config: MptConfig, layer: int) -> dict[str, Weight]:
+    """The four matrices of a block, by their FT name within it, e.g. `attention.dense`."""
+    return {
+        weight.name.removeprefix(f"layers.{layer}.").removesuffix(".weight"): weight
+        for weight in _layer_weights(config, layer)
+        if weight.is_linear
+    }

@@ -1,0 +1,159 @@
+"""Calibration of a model by NVIDIA's ModelOpt, one block after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.model_source import ModelSource
+from mpt_trt.plain_block import PlainBlock
+from mpt_trt.quantization.calibrated import (
+    FP8_MAX,
+    INT4_MAX,
+    INT8_MAX,
+    AwqMatrix,
+    CalibratedMatrix,
+    Fp8Scales,
+    SmoothQuantMatrix,
+)
+from mpt_trt.quantization.npz import calibration_writer
+from mpt_trt.quantization.scheme import QuantizationFormat
+from mpt_trt.quantization.streaming import (
+    Computation,
+    SampleRun,
+    linear_modules,
+    stream_blocks,
+    watched_cache,
+)
+
+# What AMMO took; ModelOpt's own default, 1, moves all of the activations' range into the weights.
+SMOOTHQUANT_ALPHA = 0.5
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to calibrate for. group_size: input features that share a scale, for int4_awq."""
+
+    quantization_format: QuantizationFormat
+    group_size: int | None = None
+
+
+def calibrate(
+    source: ModelSource,
+    samples: Tensor,
+    recipe: Recipe,
+    computation: Computation,
+    weight_dtype: np.dtype,
+    target: Path,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Writes what calibration finds to the npz file `target`, as a whole or not at all.
+
+    samples: token ids, int64 `[number, seq]`. weight_dtype: float16 or float32, of weights in the
+    file. advance is called after each block.
+
+    Raises MptTrtError for samples that the model cannot read, and values that the computation's
+    type or weight_dtype cannot hold.
+    """
+    with calibration_writer(target, source.config, source.reader, weight_dtype) as writer:
+        writer.model(recipe.quantization_format)
+
+        def visit(layer: int, block: PlainBlock, run: SampleRun) -> None:
+            with watched_cache(block) as ranges:
+                quantize_module(block, recipe, run)
+            writer.kv_ranges(layer, ranges())
+            if recipe.quantization_format != "kv_cache":
+                for matrix, module in linear_modules(source, layer, block).items():
+                    writer.matrix(layer, matrix, calibrated_matrix(module, recipe))
+            advance()
+
+        stream_blocks(source, samples, computation, visit)
+
+
+def quantize_module(
+    module: nn.Module, recipe: Recipe, forward_loop: Callable[[nn.Module], None]
+) -> None:
+    """Calibrates a module's linear layers in place; of kv_cache only runs the loop."""
+    if recipe.quantization_format == "kv_cache":
+        forward_loop(module)
+        return
+    import modelopt.torch.quantization as mtq
+
+    with _quiet():
+        mtq.quantize(module, modelopt_config(recipe), forward_loop)
+
+
+def modelopt_config(recipe: Recipe) -> dict[str, Any]:
+    """ModelOpt's preset of the format, with the recipe's group size."""
+    import modelopt.torch.quantization as mtq
+
+    presets = {
+        "int4_awq": mtq.INT4_AWQ_CFG,
+        "fp8": mtq.FP8_DEFAULT_CFG,
+        "int8_sq": mtq.INT8_SMOOTHQUANT_CFG,
+    }
+    config = copy.deepcopy(presets[recipe.quantization_format])
+    if recipe.quantization_format == "int8_sq":
+        config["algorithm"] = {"method": "smoothquant", "alpha": SMOOTHQUANT_ALPHA}
+    for entry in config["quant_cfg"]:
+        if "block_sizes" in (entry.get("cfg") or {}):
+            entry["cfg"]["block_sizes"][-1] = recipe.group_size
+    return config
+
+
+def calibrated_matrix(module: nn.Module, recipe: Recipe) -> CalibratedMatrix:
+    """What ModelOpt found for one linear layer."""
+    weight, inputs = module.weight_quantizer, module.input_quantizer
+    if recipe.quantization_format == "fp8":
+        return Fp8Scales(_scale(weight.amax, FP8_MAX), _scale(inputs.amax, FP8_MAX))
+    values, smoothing = _floats(module.weight), _floats(inputs.pre_quant_scale).reshape(-1)
+    if recipe.quantization_format == "int4_awq":
+        scales = _scales(weight.amax, INT4_MAX).reshape(len(values), -1)
+        return AwqMatrix(values, scales, smoothing)
+    scales = _scales(weight.amax, INT8_MAX).reshape(-1)
+    return SmoothQuantMatrix(values, scales, smoothing, _scale(inputs.amax, INT8_MAX))
+
+
+def _scale(amax: Tensor, largest: int) -> float:
+    return float(_scales(amax, largest).item())
+
+
+def _scales(amax: Tensor, largest: int) -> NDArray[np.float32]:
+    """1 where all values are 0: any scale serves there, but readers divide by it."""
+    found = _floats(amax) / np.float32(largest)
+    return np.where(found == 0, np.float32(1), found)
+
+
+def _floats(values: Tensor) -> NDArray[np.float32]:
+    found = values.detach().float().cpu().numpy()
+    if not np.isfinite(found).all():
+        raise MptTrtError(
+            "calibration found NaN or Inf; calibrate in bfloat16 or float32, or check the "
+            "checkpoint"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What ModelOpt prints and warns of for each block goes to the debug log."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for line in [*said.getvalue().splitlines(), *(str(w.message) for w in caught)]:
+        log.debug("%s", line)
