@@ -231,6 +231,10 @@ class CalibrationResult:
     file: NpzFile
     config: MptConfig
 
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
     @cached_property
     def quantization_format(self) -> QuantizationFormat:
         """What the keys say: AMMO's files have no other word for it."""
@@ -257,6 +261,10 @@ class CalibrationResult:
         weight = self._joined(layer, matrix, WEIGHT)
         scales = self._joined(layer, matrix, WEIGHT_SCALE).reshape(len(weight), -1)
         return AwqMatrix(weight, scales, self._smoothing(layer, matrix))
+
+    def pre_quant_scale(self, layer: int, matrix: str) -> NDArray[np.float32]:
+        """What the input of a matrix is multiplied by, `[in]`, without reading the matrix."""
+        return self._smoothing(layer, matrix)
 
     def smoothquant_matrix(self, layer: int, matrix: str) -> SmoothQuantMatrix:
         self._require_format("int8_sq")
