@@ -15,6 +15,7 @@ from mpt_trt.engines.packages import choose_package
 from mpt_trt.environment import prefer_this_python
 from mpt_trt.errors import MptTrtError
 from mpt_trt.hf_files import checkpoint_files
+from mpt_trt.quantization.scheme import as_mapping
 from mpt_trt.requirements import EngineSpec
 from mpt_trt.settings import Model, Variant, parse_settings
 from mpt_trt.sharding import VocabularySharding
@@ -91,7 +92,9 @@ def engine_spec(wildcards) -> EngineSpec:
     if not sharding.is_legal(config, tp_size):
         # Possible before the model is fetched; what one rank of one needs is enough for each.
         tp_size = 1
-    return checked(EngineSpec, config, variant.dtype, tp_size, limits, vocabulary)
+    return checked(
+        EngineSpec, config, variant.dtype, tp_size, limits, vocabulary, variant.quantized
+    )
 
 
 def megabytes(size: int) -> int:
@@ -168,6 +171,7 @@ def storage_type(wildcards) -> str:
 
 # engine.smk
 
+NPZ_NAME = "mpt_tp1_rank0.npz"
 LIMITS = ("max_batch_size", "max_input_len", "max_output_len")
 
 
@@ -193,8 +197,35 @@ def vocabulary_options(wildcards) -> list[str]:
     ]
 
 
+def calibration_of_variant(wildcards) -> list[str]:
+    """The calibration result that the network needs, if any."""
+    variant = variant_of(wildcards)
+    found = artifacts.calibration_of(variant.quantization, variant.kv_cache_dtype)
+    return [] if found is None else [f"quantized/{wildcards.model}/{found.name}/{NPZ_NAME}"]
+
+
+def quantization_options(wildcards) -> list[str]:
+    """The variant's quantization as command-line options."""
+    variant = variant_of(wildcards)
+    options = as_mapping(variant.quantization)
+    method, group_size = options.pop("method"), options.pop("group_size", None)
+    found = [f"--quantization={method}", f"--kv_cache_dtype={variant.kv_cache_dtype}"]
+    # The groups of int4_awq are what the calibration result says.
+    if group_size is not None and method == "int4_weight_only":
+        found.append(f"--group_size={group_size}")
+    if method == "smoothquant":
+        found.append(f"--alpha={options['alpha']}")
+        for name in ("per_channel", "per_token"):
+            found.append(f"--{name}" if options[name] else f"--no-{name}")
+    return found
+
+
+def calibration_option(wildcards) -> list[str]:
+    return [f"--calibration={path}" for path in calibration_of_variant(wildcards)]
+
+
 def network_mem_mb(wildcards) -> int:
-    return megabytes(requirements.network_memory())
+    return megabytes(requirements.network_memory(engine_spec(wildcards)))
 
 
 def build_mem_mb(wildcards) -> int:

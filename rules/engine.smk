@@ -1,7 +1,8 @@
-"""From an FT checkpoint to an engine directory.
+"""From an FT checkpoint, and a calibration result where one is needed, to an engine directory.
 
 inputs:
     ft_ckpts/{model}/{storage}/{tp}-gpu
+    quantized/{model}/{qformat}/mpt_tp1_rank0.npz           of variants that need calibration
 outputs:
     build/networks/{model}/{variant}/{tp}-gpu/rank{rank}    the network of one rank
     build/plans/{model}/{variant}/{tp}-gpu/rank{rank}       the TensorRT plan of one rank
@@ -14,6 +15,7 @@ steps:
 rule make_network:
     input:
         intact("build/networks/{model}/{variant}/{tp}-gpu/rank{rank}"),
+        calibration_of_variant,
         ft_checkpoint=ft_checkpoint_of_variant,
     output:
         folder=directory("build/networks/{model}/{variant}/{tp}-gpu/rank{rank}"),
@@ -30,6 +32,8 @@ rule make_network:
         code=version_of("make_network.py"),
         limits=limit_options,
         vocabulary=vocabulary_options,
+        quantization=quantization_options,
+        calibration=calibration_option,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
@@ -38,6 +42,8 @@ rule make_network:
             --rank {wildcards.rank} \
             {params.limits:q} \
             {params.vocabulary:q} \
+            {params.quantization:q} \
+            {params.calibration:q} \
             --output_dir {output.folder:q}
         python workflow_scripts/seal.py {output.folder:q}
         """

@@ -404,7 +404,7 @@ def expected_memory(config: MptConfig, dtype: str, tp_size: int) -> dict[str, in
     spec = EngineSpec(config, dtype, tp_size, EngineLimits(**SMALL), VocabularySharding())
     sizes = {
         "convert_checkpoint": requirements.conversion_memory(2),
-        "make_network": requirements.network_memory(),
+        "make_network": requirements.network_memory(spec),
         "build_rank": requirements.build_memory(spec),
         "smoke_test": requirements.smoke_test_memory(spec),
     }

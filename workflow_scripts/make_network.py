@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Makes the network of one rank: rank{r}.onnx, and hard links to the FT files it reads."""
+"""Makes the network of one rank: rank{r}.onnx and its weights.
+
+Unquantized weights are hard links to the FT files; quantized ones are made here.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the result")
     options.add_limits(parser)
     options.add_vocabulary(parser)
+    options.add_quantization(parser)
     return parser.parse_args()
 
 
@@ -42,6 +46,7 @@ def main() -> None:
         options.limits(arguments),
         arguments.output_dir,
         options.vocabulary(arguments),
+        options.recipe(arguments, checkpoint),
     )
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpt_trt.settings import variant_choices, variant_default
+from mpt_trt.settings import (
+    quantization_choices,
+    quantization_default,
+    variant_choices,
+    variant_default,
+)
 
 if TYPE_CHECKING:
     from mpt_trt.engines.building import BuildRequest
     from mpt_trt.engines.limits import EngineLimits
+    from mpt_trt.ft_checkpoint import FtCheckpoint
+    from mpt_trt.quantization.recipe import Recipe
     from mpt_trt.sharding import VocabularySharding
 
 
@@ -58,6 +66,64 @@ def vocabulary(arguments: argparse.Namespace) -> VocabularySharding:
     from mpt_trt.sharding import VocabularySharding
 
     return VocabularySharding(arguments.shard_embedding, arguments.shard_head)
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """Adds the options from which `recipe` is read."""
+    group = parser.add_argument_group("quantization; see config.yaml")
+    group.add_argument(
+        "--quantization",
+        choices=quantization_choices("method"),
+        default=quantization_default("method"),
+        help="how the matrices of the blocks are stored (default: %(default)s)",
+    )
+    group.add_argument(
+        "--group_size",
+        type=int,
+        choices=[size for size in quantization_choices("group_size") if size is not None],
+        help="input features that share a scale, for int4_weight_only (default: all)",
+    )
+    group.add_argument(
+        "--alpha",
+        type=float,
+        default=quantization_default("alpha"),
+        help="of the checkpoint, for smoothquant (default: %(default)s)",
+    )
+    for name, text in (
+        ("per_channel", "a weight scale for every output feature"),
+        ("per_token", "activation scales computed for every token"),
+    ):
+        group.add_argument(
+            f"--{name}",
+            action=argparse.BooleanOptionalAction,
+            default=quantization_default(name),
+            help=f"{text}, for smoothquant (default: %(default)s)",
+        )
+    group.add_argument(
+        "--kv_cache_dtype",
+        choices=variant_choices("kv_cache_dtype"),
+        default=variant_default("kv_cache_dtype"),
+        help="how keys and values are stored (default: %(default)s)",
+    )
+    group.add_argument("--calibration", type=Path, help="npz file that quantize.py made")
+
+
+def recipe(arguments: argparse.Namespace, checkpoint: FtCheckpoint) -> Recipe:
+    """The quantization asked for; the calibration is checked against the checkpoint."""
+    from mpt_trt.quantization.npz import read_calibration
+    from mpt_trt.quantization.recipe import Recipe
+    from mpt_trt.quantization.scheme import Quantization, make_scheme
+
+    scheme = make_scheme(
+        arguments.quantization,
+        group_size=arguments.group_size,
+        alpha=arguments.alpha,
+        per_channel=arguments.per_channel,
+        per_token=arguments.per_token,
+    )
+    path = arguments.calibration
+    calibration = None if path is None else read_calibration(path, checkpoint)
+    return Recipe(Quantization(scheme, arguments.kv_cache_dtype), calibration)
 
 
 def add_builder(parser: argparse.ArgumentParser) -> None:

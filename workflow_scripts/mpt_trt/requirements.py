@@ -14,8 +14,19 @@ from mpt_trt import sharding
 from mpt_trt.config import MptConfig
 from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.ft_layout import ELEMENT_BYTES, ft_file, ft_files
+from mpt_trt.quantization.scheme import (
+    UNQUANTIZED,
+    Awq,
+    Fp8,
+    Quantization,
+    SmoothQuant,
+    WeightOnly,
+    default_group_size,
+    folds_into_values,
+    scale_block,
+)
 from mpt_trt.sharding import Shard, VocabularySharding
-from mpt_trt.weight_map import Weight, weights
+from mpt_trt.weight_map import Split, Weight, weights
 
 MIB = 1 << 20
 GB = 10**9
@@ -39,6 +50,9 @@ CONVERSION_BASE = 200 * MIB
 CONVERSION_PER_WORKER = 48 * MIB
 # Measured: 163 MiB.
 NETWORK_BASE = 200 * MIB
+# Of quantizing a matrix: itself in float32, its integers and their transpose.
+NETWORK_PER_ELEMENT = 10
+NETWORK_WORKERS = 4
 # A rank's process under ONNX Runtime, weights and cache aside. Measured: 0.34 GiB.
 SMOKE_TEST_BASE = 450 * MIB
 
@@ -55,6 +69,7 @@ class EngineSpec:
     tp_size: int
     limits: EngineLimits
     vocabulary: VocabularySharding
+    quantization: Quantization = UNQUANTIZED
 
     def __post_init__(self) -> None:
         sharding.require_legal(self.config, self.tp_size)
@@ -70,14 +85,50 @@ class EngineSpec:
 def rank_weights(spec: EngineSpec) -> int:
     """Weights that a rank's engine holds; exact. No rank holds more than the first."""
     tables = {"wte", "lm_head.weight"}
-    elements = sum(
-        ft_file(spec.config, weight, Shard(0, spec.tp_size), spec.dtype).num_elements
-        for weight in weights(spec.config)
-        if weight.name not in tables and _is_read(weight)
-    )
+    read = [w for w in weights(spec.config) if w.name not in tables and _is_read(w)]
+    elements = sum(math.prod(_rank_shape(spec, weight)) for weight in read if not weight.is_linear)
     if spec.config.qk_ln and spec.tp_size > 1:
         elements -= _qk_norm_elements_of_others(spec.config, spec.tp_size)
-    return spec.element_bytes * (elements + _vocabulary_elements(spec))
+    matrices = sum(_matrix_bytes(spec, weight) for weight in read if weight.is_linear)
+    return matrices + spec.element_bytes * (elements + _vocabulary_elements(spec))
+
+
+def _rank_shape(spec: EngineSpec, weight: Weight) -> tuple[int, ...]:
+    return ft_file(spec.config, weight, Shard(0, spec.tp_size), spec.dtype).shape
+
+
+def _matrix_bytes(spec: EngineSpec, weight: Weight) -> int:
+    """A rank's part of a block's matrix, with its scales."""
+    height, width = _rank_shape(spec, weight)
+    elements, size, scheme = height * width, spec.element_bytes, spec.quantization.scheme
+    match scheme:
+        case None:
+            return elements * size
+        case WeightOnly():
+            block = scale_block(scheme, height)
+            scales = width * (1 if block is None else height // block)
+            return math.ceil(elements * scheme.bits / 8) + scales * size
+        case Awq():
+            group_size = scheme.group_size or default_group_size(spec.config)
+            scales = width * height // group_size
+            return elements // 2 + size * (scales + _pre_quant_scales(spec, weight, height))
+        case SmoothQuant():
+            is_packed = weight.split is Split.QKV
+            scales = width if scheme.per_channel or is_packed else 1
+            input_scale = 0 if scheme.per_token else FLOAT32_BYTES
+            smoother = height * size if weight.split is Split.ROWS else 0
+            return elements + scales * FLOAT32_BYTES + input_scale + smoother
+        case Fp8():
+            return elements
+
+
+def _pre_quant_scales(spec: EngineSpec, weight: Weight, in_features: int) -> int:
+    """Factors of a layer's input that no norm and no other matrix has taken over."""
+    if weight.split is not Split.ROWS:
+        return 0
+    is_behind_attention = weight.name.endswith("attention.dense.weight")
+    is_folded = folds_into_values(spec.config, spec.quantization.kv_cache)
+    return 0 if is_behind_attention and is_folded else in_features
 
 
 def _is_read(weight: Weight) -> bool:
@@ -107,10 +158,15 @@ def _vocabulary_elements(spec: EngineSpec) -> int:
 
 def kv_cache(spec: EngineSpec) -> int:
     """Keys and values of a rank for all rows; exact. Beam search holds it twice for a moment."""
+    is_quantized = spec.quantization.kv_cache != "auto"
+    return _cache_elements(spec) * (1 if is_quantized else spec.element_bytes)
+
+
+def _cache_elements(spec: EngineSpec) -> int:
     kv_heads = len(sharding.kv_heads(spec.config, Shard(0, spec.tp_size)))
     positions = spec.limits.max_batch_size * spec.limits.cache_len
     features = 2 * spec.config.num_layers * kv_heads * spec.config.head_dim
-    return positions * features * spec.element_bytes
+    return positions * features
 
 
 def activations(spec: EngineSpec) -> int:
@@ -127,8 +183,10 @@ def activations(spec: EngineSpec) -> int:
                         attention, 3 * T * cache_len * heads for the scores
         feed-forward    2 * T * columns: before and after GELU
         head            logits * vocab: the product, and in float32 the logits, twice
+        8-bit cache     the keys and values of one layer, as attention reads them
     """
     config, limits, shard = spec.config, spec.limits, Shard(0, spec.tp_size)
+    layers = config.num_layers
     tokens = limits.max_batch_size * limits.max_input_len
     heads = len(sharding.query_heads(config, shard))
     scores = tokens * limits.cache_len * heads
@@ -143,6 +201,7 @@ def activations(spec: EngineSpec) -> int:
         2 * tokens * qkv * size + unfused_scores,
         2 * tokens * wide * size,
         logits * (size + 2 * FLOAT32_BYTES),
+        0 if spec.quantization.kv_cache == "auto" else size * _cache_elements(spec) // layers,
     )
 
 
@@ -200,9 +259,15 @@ def conversion_memory(workers: int) -> int:
     return CONVERSION_BASE + workers * CONVERSION_PER_WORKER
 
 
-def network_memory() -> int:
-    """Of make_network.py: the weights are linked, not read."""
-    return NETWORK_BASE
+def network_memory(spec: EngineSpec) -> int:
+    """Of make_network.py: weights are linked, or quantized one matrix a worker.
+
+    SmoothQuant's integers are linked, too.
+    """
+    if isinstance(spec.quantization.scheme, SmoothQuant | None):
+        return NETWORK_BASE
+    largest = max(math.prod(weight.shape) for weight in weights(spec.config) if weight.is_linear)
+    return NETWORK_BASE + NETWORK_WORKERS * NETWORK_PER_ELEMENT * largest
 
 
 def build_memory(spec: EngineSpec) -> int:
@@ -213,10 +278,12 @@ def build_memory(spec: EngineSpec) -> int:
 def smoke_test_memory(spec: EngineSpec) -> int:
     """Of a smoke test under ONNX Runtime on the CPU, all ranks on one machine; an estimate.
 
-    ONNX Runtime computes in float32 there; of bfloat16 networks it holds the weights twice.
+    ONNX Runtime computes in float32 there; of bfloat16 networks it holds the weights twice, and of
+    quantized ones once more in the order that its kernels want.
     """
     in_float32 = replace(spec, dtype="float32")
-    copies = 2 if spec.dtype == "bfloat16" else 1
+    is_quantized = spec.quantization.scheme is not None
+    copies = 2 if spec.dtype == "bfloat16" or is_quantized else 1
     row = kv_cache(in_float32) // spec.limits.max_batch_size
     rank = math.ceil(1.1 * copies * rank_weights(in_float32)) + row + SMOKE_TEST_BASE
     return spec.tp_size * rank + _reference_memory(spec.config)

@@ -127,6 +127,20 @@ def variant_choices(key: str) -> list[str]:
     return _schema()["$defs"]["variant"]["properties"][key]["enum"]
 
 
+def quantization_default(key: str) -> Any:
+    """The default of one key of a variant's `quantization`."""
+    return _quantization_schema()[key]["default"]
+
+
+def quantization_choices(key: str) -> list[Any]:
+    """The values that one key of a variant's `quantization` may have."""
+    return _quantization_schema()[key]["enum"]
+
+
+def _quantization_schema() -> dict[str, Any]:
+    return _schema()["$defs"]["variant"]["properties"]["quantization"]["properties"]
+
+
 def default_tolerance() -> Tolerance:
     """The tolerance of a variant that names none."""
     return Tolerance(**_with_defaults({}, _schema()["$defs"]["variant"])["tolerance"])

@@ -122,6 +122,7 @@ def _memory_obstacle(manifest: Manifest) -> str | None:
         manifest.tp_size,
         manifest.limits,
         manifest.vocabulary_sharding,
+        manifest.quantization,
     )
     sizes = gpus.memory_sizes()
     return gpu_obstacle(spec, min(sizes)) if sizes else None

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mpt_trt.files import ContentHash, hard_link, write_in_pieces
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.network import Network
+from mpt_trt.requirements import NETWORK_WORKERS
 
 
 def write_weights(network: Network, checkpoint: FtCheckpoint, folder: Path) -> dict[str, str]:
@@ -24,7 +25,7 @@ def write_weights(network: Network, checkpoint: FtCheckpoint, folder: Path) -> d
     for name, source in linked.items():
         if not (folder / name).exists():
             hard_link(source, folder / name)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(NETWORK_WORKERS) as pool:
         written = {
             name: pool.submit(_write, folder / name, pieces)
             for name, pieces in network.files.items()

@@ -36,7 +36,7 @@ from mpt_trt.products.base import (
 from mpt_trt.quantization import integers
 from mpt_trt.quantization.integers import FLOAT32
 from mpt_trt.quantization.npz import CalibrationResult
-from mpt_trt.quantization.scheme import KvCacheType, require_fitting_groups
+from mpt_trt.quantization.scheme import KvCacheType, folds_into_values, require_fitting_groups
 from mpt_trt.sharding import Shard
 from mpt_trt.weight_map import Weight, preceding_norm
 
@@ -71,12 +71,7 @@ class AwqProducts:
         self._checkpoint, self._shard, self._calibration = checkpoint, shard, calibration
         self._group_size = group_size
         self._weights = linear_weights(config)
-        # A quantized cache's scales, and the clipping, are of V as the model has it.
-        self._folds_into_values = (
-            config.num_kv_heads == config.num_heads
-            and config.clip_qkv is None
-            and kv_cache == "auto"
-        )
+        self._folds_into_values = folds_into_values(config, kv_cache)
 
     def tensors(self) -> dict[str, StoredTensor]:
         found = ft_tensors(self._checkpoint, self._shard)

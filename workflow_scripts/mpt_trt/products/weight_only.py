@@ -19,7 +19,7 @@ from mpt_trt.numerics import STORAGE_TYPES
 from mpt_trt.onnx_graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
 from mpt_trt.products.base import dequantized, ft_tensors, linear_weights, made
 from mpt_trt.quantization import integers
-from mpt_trt.quantization.scheme import GROUP_SIZES, WeightOnly, require_fitting_groups
+from mpt_trt.quantization.scheme import WeightOnly, require_fitting_groups, scale_block
 from mpt_trt.sharding import Shard, shards
 from mpt_trt.weight_map import Split, Weight
 
@@ -67,10 +67,7 @@ class _Matrix:
     @property
     def block_size(self) -> int | None:
         """Rows that share a stored scale; None: all of a column."""
-        if self.scheme.bits == 8 or self.scheme.group_size is not None:
-            return self.scheme.group_size
-        # A scale for a whole column is stored once a block: the runtimes' 4-bit kernels want that.
-        return next((g for g in GROUP_SIZES if self.shape[0] % g == 0), None)
+        return scale_block(self.scheme, self.shape[0])
 
     @property
     def attributes(self) -> dict[str, int]:

@@ -126,6 +126,26 @@ def calibration_format(scheme: Scheme | None, kv_cache: KvCacheType) -> Quantiza
     return None if kv_cache == "auto" else "kv_cache"
 
 
+def scale_block(scheme: WeightOnly, in_features: int) -> int | None:
+    """Input features of a rank's matrix that share a stored scale; None: all of them.
+
+    A 4-bit scale of a whole column is stored once a block: the runtimes' 4-bit kernels want that.
+    """
+    if scheme.bits == 8 or scheme.group_size is not None:
+        return scheme.group_size
+    return next((size for size in GROUP_SIZES if in_features % size == 0), None)
+
+
+def folds_into_values(config: MptConfig, kv_cache: KvCacheType) -> bool:
+    """Whether V's columns can take the pre-quant scale of the layer behind attention.
+
+    Each column must have one use, and nothing may depend on its range: no clipping, no scale of a
+    quantized cache.
+    """
+    has_one_use = config.num_kv_heads == config.num_heads
+    return has_one_use and config.clip_qkv is None and kv_cache == "auto"
+
+
 def default_group_size(config: MptConfig) -> int:
     """128, or less for models so narrow that their ranks would get parts of a group.
 
