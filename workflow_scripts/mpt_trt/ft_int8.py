@@ -26,7 +26,7 @@ from mpt_trt.ft_layout import (
 )
 from mpt_trt.ft_streams import FtWriter, TensorSource
 from mpt_trt.numerics import STORAGE_TYPES, convert, is_finite
-from mpt_trt.quantization.ranges import Ranges, range_name
+from mpt_trt.quantization.ranges import ActivationRanges, ranges_of
 from mpt_trt.quantization.smoothquant import (
     Int8Scales,
     int8_scales,
@@ -47,7 +47,7 @@ class Int8Conversion:
     origin: how the ranges were found, recorded in the manifest.
     """
 
-    ranges: Ranges
+    ranges: ActivationRanges
     alpha: float | None
     origin: dict
 
@@ -63,7 +63,7 @@ class Int8Writer:
     source: TensorSource
     writer: FtWriter
     tp_size: int
-    ranges: Ranges
+    ranges: ActivationRanges
     alpha: float | None
 
     def write(self, weight: Weight) -> dict[str, str]:
@@ -86,7 +86,7 @@ class Int8Writer:
 
     def _factors(self, weight: Weight) -> NDArray[np.float64]:
         """What each input feature's weights are multiplied by, `[in_features]`."""
-        found = self.ranges[range_name(weight)]
+        found = ranges_of(self.ranges, weight)
         if self.alpha is None:
             return np.ones(found.x.shape)
         blocks = self.source.rows(self._whole(weight))
@@ -94,7 +94,7 @@ class Int8Writer:
         return smoothing_factors(found.x, maxima, self.alpha, self._dtype)
 
     def _scales(self, weight: Weight, factors: NDArray[np.float64]) -> Int8Scales:
-        config, found = self.source.config, self.ranges[range_name(weight)]
+        config, found = self.source.config, ranges_of(self.ranges, weight)
         maxima = np.zeros(weight.shape[0], np.float32)
         for block in self._smoothed(self._whole(weight), factors):
             np.maximum(maxima, _magnitudes(block).max(axis=0), out=maxima)
