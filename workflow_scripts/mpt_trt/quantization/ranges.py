@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
-from mpt_trt.weight_map import Weight, weights
+from mpt_trt.weight_map import Weight, block_matrices
 
 
 @dataclass(frozen=True)
@@ -32,25 +32,25 @@ def ranges_of(ranges: ActivationRanges, weight: Weight) -> LinearRanges:
 
 def require_ranges(ranges: ActivationRanges, config: MptConfig) -> None:
     """Raises MptTrtError, naming the layer, when ranges are missing, misshapen or not finite."""
-    for weight in weights(config):
-        if not weight.is_linear:
-            continue
-        layer = weight.name.removesuffix(".weight")
-        try:
-            found = ranges_of(ranges, weight)
-        except (KeyError, IndexError):
-            raise MptTrtError(f"{layer} has no activation ranges; calibrate this model") from None
-        for kind, values, size in (
-            ("input", found.x, weight.shape[1]),
-            ("output", found.y, weight.shape[0]),
-        ):
-            if values.shape != (size,):
+    for layer in range(config.num_layers):
+        for name, weight in block_matrices(config, layer).items():
+            if len(ranges) <= layer or name not in ranges[layer]:
                 raise MptTrtError(
-                    f"{layer}: the {kind} range has shape {list(values.shape)}, but the layer has "
-                    f"{size} such features; calibrate this model"
+                    f"layers.{layer}.{name} has no activation ranges; calibrate this model"
                 )
-            if not np.isfinite(values).all():
-                raise MptTrtError(
-                    f"{layer}: the {kind} range holds {values[~np.isfinite(values)][0]}; the model "
-                    "computes no finite values on the calibration text"
-                )
+            found = ranges[layer][name]
+            _require_fitting(f"layers.{layer}.{name}: the input range", found.x, weight.shape[1])
+            _require_fitting(f"layers.{layer}.{name}: the output range", found.y, weight.shape[0])
+
+
+def _require_fitting(name: str, values: NDArray[np.float32], size: int) -> None:
+    if values.shape != (size,):
+        raise MptTrtError(
+            f"{name} has shape {list(values.shape)}, but the layer has {size} such features; "
+            "calibrate this model"
+        )
+    if not np.isfinite(values).all():
+        raise MptTrtError(
+            f"{name} holds {values[~np.isfinite(values)][0]}; the model computes no finite values "
+            "on the calibration text"
+        )
