@@ -12,23 +12,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpt_trt import arguments as options
 from mpt_trt.artifacts import FORMATS
 from mpt_trt.console import run_cli, set_up_logging, steps_progress
 from mpt_trt.quantization.scheme import GROUP_SIZES
-from mpt_trt.settings import parse_settings
 
 if TYPE_CHECKING:
     from mpt_trt.config import MptConfig
     from mpt_trt.quantization.calibration import Recipe
-    from mpt_trt.quantization.streaming import Computation
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-DEFAULT = "(default: %(default)s)"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    usual = parse_settings({}).calibration
     add = parser.add_argument
     add(
         "--model_dir",
@@ -37,10 +32,6 @@ def parse_arguments() -> argparse.Namespace:
         "checkpoint",
     )
     add("--revision", default="main", help="on the hub (default: %(default)s)")
-    add(
-        "--tokenizer_dir",
-        help="hub id or folder of the tokenizer (default: that of the Hugging Face checkpoint)",
-    )
     add(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
@@ -55,7 +46,6 @@ def parse_arguments() -> argparse.Namespace:
         help="what for; kv_cache: ranges of keys and values alone, which the others have, too",
     )
     add("--export_path", type=Path, required=True, help="folder of the result")
-    add("--device", choices=["auto", "cuda", "cpu"], default=usual.device, help=DEFAULT)
     add(
         "--awq_block_size",
         type=int,
@@ -63,73 +53,35 @@ def parse_arguments() -> argparse.Namespace:
         help="input features that share a scale, with int4_awq (default: 128, or less where ranks "
         "would share a group)",
     )
-    _add_samples(parser)
-    add("--log_level", default="info", help=DEFAULT)
+    add("--log_level", default="info", help="(default: %(default)s)")
+    options.add_calibration(parser)
     return parser.parse_args()
-
-
-def _add_samples(parser: argparse.ArgumentParser) -> None:
-    usual = parse_settings({}).calibration
-    group = parser.add_argument_group("what the model reads")
-    add = group.add_argument
-    add(
-        "--calib_text",
-        type=Path,
-        default=REPOSITORY / usual.text,
-        help=f"text file (default: {usual.text})",
-    )
-    add("--calib_size", type=int, default=usual.num_samples, help=f"pieces of it {DEFAULT}")
-    add(
-        "--calib_max_seq_length",
-        type=int,
-        default=usual.sequence_length,
-        help=f"tokens of a piece {DEFAULT}",
-    )
-    add(
-        "--batch_size",
-        type=int,
-        default=8,
-        help="pieces read at a time, at most; less takes less memory, and more time on a GPU "
-        f"{DEFAULT}",
-    )
 
 
 def main() -> None:
     arguments = parse_arguments()
     set_up_logging(arguments.log_level)
-    _require_positive(arguments)
     import numpy as np
 
     from mpt_trt import hub
     from mpt_trt.model_source import open_model
     from mpt_trt.quantization.calibration import calibrate
     from mpt_trt.quantization.npz import FILE_NAME
-    from mpt_trt.quantization.samples import read_samples
     from mpt_trt.tokenizer import read_tokenizer
 
     folder, _ = hub.local_folder(arguments.model_dir, arguments.revision)
     source = open_model(folder)
     recipe = _recipe(arguments, source.config)
-    computation = _computation(arguments)
+    computation = options.computation(arguments, arguments.dtype)
     tokenizer = read_tokenizer(
         hub.tokenizer_folder_of(folder, source.origin, arguments.tokenizer_dir)
     )
-    samples = read_samples(
-        arguments.calib_text, tokenizer, arguments.calib_size, arguments.calib_max_seq_length
-    )
+    samples = options.calibration_samples(arguments, tokenizer)
     target = arguments.export_path / FILE_NAME
     weight_dtype = np.dtype(np.float16 if arguments.dtype == "float16" else np.float32)
     with steps_progress(f"Calibrating {folder}", source.config.num_layers) as advance:
         calibrate(source, samples, recipe, computation, weight_dtype, target, advance)
     print(f"{target}: {arguments.qformat}, {target.stat().st_size / 1e6:.1f} MB")
-
-
-def _require_positive(arguments: argparse.Namespace) -> None:
-    from mpt_trt.errors import MptTrtError
-
-    for name in ("calib_size", "calib_max_seq_length", "batch_size"):
-        if (value := getattr(arguments, name)) < 1:
-            raise MptTrtError(f"--{name} = {value}: at least 1 is required")
 
 
 def _recipe(arguments: argparse.Namespace, config: MptConfig) -> Recipe:
@@ -148,20 +100,6 @@ def _recipe(arguments: argparse.Namespace, config: MptConfig) -> Recipe:
         group_size = default_group_size(config)
     require_fitting_groups(config, 1, group_size)
     return Recipe(arguments.qformat, group_size)
-
-
-def _computation(arguments: argparse.Namespace) -> Computation:
-    import torch
-
-    from mpt_trt.errors import MptTrtError
-    from mpt_trt.quantization.streaming import Computation
-
-    has_gpu = torch.cuda.is_available()
-    if arguments.device == "cuda" and not has_gpu:
-        raise MptTrtError("--device = cuda: PyTorch finds no GPU; take cpu, or auto")
-    if arguments.device == "cpu" or not has_gpu:
-        return Computation("cpu", torch.float32, arguments.batch_size)
-    return Computation("cuda", getattr(torch, arguments.dtype), arguments.batch_size)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpt_trt import sharding
+from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_layout import (
     FtFile,
@@ -31,6 +32,7 @@ from mpt_trt.quantization.smoothquant import (
     Int8Scales,
     int8_scales,
     quantized,
+    require_alpha,
     smoothed_norm,
     smoothed_weight,
     smoothing_factors,
@@ -54,6 +56,17 @@ class Int8Conversion:
     @property
     def layers(self) -> Int8Layers:
         return Int8Layers.QKV if self.alpha is None else Int8Layers.ALL
+
+
+def require_calibratable(config: MptConfig, alpha: float | None) -> None:
+    """Raises MptTrtError when int8 files of this kind cannot be right for the model."""
+    if alpha is not None:
+        require_alpha(alpha)
+    elif config.qk_ln:
+        raise MptTrtError(
+            "qk_ln = True: the cache holds normalized keys, whose range -kv cannot record; "
+            "calibrate with quantize.py"
+        )
 
 
 @dataclass(frozen=True)
