@@ -24,6 +24,7 @@ from mpt_trt.model_source import ModelSource, open_model
 from mpt_trt.model_tensors import ModelTensors, embed
 from mpt_trt.plain_block import PlainBlock, causal_bias, with_weights
 from mpt_trt.quantization.calibrated import KvRanges
+from mpt_trt.quantization.ranges import ActivationRanges, LinearRanges
 from mpt_trt.weight_map import block_matrices
 
 BATCH_SIZE = 8
@@ -134,18 +135,6 @@ def watched_cache(block: PlainBlock) -> Iterator[Callable[[], KvRanges]]:
     attention = block.attn
     with _watched_output(attention.key) as key, _watched_output(attention.value) as value:
         yield lambda: KvRanges(*(float(part.by_feature().max()) for part in (key, value)))
-
-
-@dataclass(frozen=True)
-class LinearRanges:
-    """Of one linear layer, float32: max|x| `[in_features]` and max|y| `[out_features]`."""
-
-    x: NDArray[np.float32]
-    y: NDArray[np.float32]
-
-
-ActivationRanges = list[dict[str, LinearRanges]]
-"""By layer, then by FT name of the linear layer within it, e.g. `attention.dense`."""
 
 
 def activation_ranges(
