@@ -93,8 +93,11 @@ class FtCheckpoint:
         return ft_file(self.config, weight, shard, self.storage_type)
 
     def matrix(self, weight: Weight, shard: Shard) -> NDArray:
-        """A rank's file of a tensor, memory-mapped, in the storage type and of the file's shape."""
-        file = self.file_of(weight, shard)
+        """A rank's part of a linear layer's weight, `[in, out]`, memory-mapped."""
+        return self.mapped(self.file_of(weight, shard))
+
+    def mapped(self, file: FtFile) -> NDArray:
+        """The content of a file in the storage type, `file.shape`, memory-mapped for reading."""
         dtype = STORAGE_TYPES[self.storage_type]
         return np.memmap(self.folder / file.name, dtype, "r", shape=file.shape)
 
