@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpt_trt.errors import MptTrtError
 from mpt_trt.model_source import ModelSource
 from mpt_trt.plain_block import PlainBlock
 from mpt_trt.quantization.calibrated import (
@@ -34,6 +34,7 @@ from mpt_trt.quantization.streaming import (
     Computation,
     SampleRun,
     linear_modules,
+    not_finite,
     stream_blocks,
     watched_cache,
 )
@@ -93,8 +94,14 @@ def quantize_module(
         return
     import modelopt.torch.quantization as mtq
 
-    with _quiet():
-        mtq.quantize(module, modelopt_config(recipe), forward_loop)
+    try:
+        with _quiet():
+            mtq.quantize(module, modelopt_config(recipe), forward_loop)
+    except AssertionError as error:
+        # ModelOpt asserts that what its calibrators see is finite.
+        if re.search("detected (nan|inf) values", str(error)):
+            raise not_finite() from None
+        raise
 
 
 def modelopt_config(recipe: Recipe) -> dict[str, Any]:
@@ -141,10 +148,7 @@ def _scales(amax: Tensor, largest: int) -> NDArray[np.float32]:
 def _floats(values: Tensor) -> NDArray[np.float32]:
     found = values.detach().float().cpu().numpy()
     if not np.isfinite(found).all():
-        raise MptTrtError(
-            "calibration found NaN or Inf; calibrate in bfloat16 or float32, or check the "
-            "checkpoint"
-        )
+        raise not_finite()
     return found
 
 
