@@ -22,7 +22,7 @@ from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.model_source import open_model
 from mpt_trt.model_tensors import ModelTensors
 from mpt_trt.quantization import calibration
-from mpt_trt.quantization.calibration import Recipe, calibrate
+from mpt_trt.quantization.calibration import CalibrationPlan, calibrate
 from mpt_trt.quantization.npz import CalibrationResult, read_calibration
 from mpt_trt.quantization.streaming import (
     ActivationRanges,
@@ -66,14 +66,14 @@ def samples_of(spec: CheckpointSpec, number: int = 6, length: int = 21) -> Tenso
 def calibrated(
     folder: Path,
     spec: CheckpointSpec,
-    recipe: Recipe,
+    plan: CalibrationPlan,
     weight_dtype: np.dtype = FLOAT32,
     computation: Computation = FOUR_AT_A_TIME,
 ) -> CalibrationResult:
     """The result for a model that is written to `folder/hf` and `folder/ft`."""
     source = open_model(write_checkpoint(folder / "hf", spec))
     target = folder / "result.npz"
-    calibrate(source, samples_of(spec), recipe, computation, weight_dtype, target)
+    calibrate(source, samples_of(spec), plan, computation, weight_dtype, target)
     return read_calibration(target, ft_of(folder))
 
 
@@ -99,7 +99,7 @@ def assert_near(found, expected: Tensor, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_awq_is_what_modelopt_makes_of_the_whole_model(name: str, tmp_path: Path) -> None:
     spec = SPECS[name]
-    result = calibrated(tmp_path, spec, Recipe("int4_awq", GROUP_SIZE))
+    result = calibrated(tmp_path, spec, CalibrationPlan("int4_awq", GROUP_SIZE))
     assert (result.quantization_format, result.group_size) == ("int4_awq", GROUP_SIZE)
     model = quantized_whole(tmp_path, spec, "int4_awq")
     for layer in range(spec.num_layers):
@@ -115,7 +115,7 @@ def test_awq_is_what_modelopt_makes_of_the_whole_model(name: str, tmp_path: Path
 @pytest.mark.parametrize("name", SPECS)
 def test_fp8_is_what_modelopt_makes_of_the_whole_model(name: str, tmp_path: Path) -> None:
     spec = SPECS[name]
-    result = calibrated(tmp_path, spec, Recipe("fp8"))
+    result = calibrated(tmp_path, spec, CalibrationPlan("fp8"))
     assert (result.quantization_format, result.group_size) == ("fp8", None)
     model = quantized_whole(tmp_path, spec, "fp8")
     for layer in range(spec.num_layers):
@@ -129,7 +129,7 @@ def test_fp8_is_what_modelopt_makes_of_the_whole_model(name: str, tmp_path: Path
 @pytest.mark.parametrize("name", SPECS)
 def test_smoothquant_is_what_modelopt_makes_of_the_whole_model(name: str, tmp_path: Path) -> None:
     spec = SPECS[name]
-    result = calibrated(tmp_path, spec, Recipe("int8_sq"))
+    result = calibrated(tmp_path, spec, CalibrationPlan("int8_sq"))
     assert (result.quantization_format, result.group_size) == ("int8_sq", None)
     model = quantized_whole(tmp_path, spec, "int8_sq")
     for layer in range(spec.num_layers):
@@ -148,7 +148,7 @@ def test_smoothquant_is_what_modelopt_makes_of_the_whole_model(name: str, tmp_pa
 def test_ranges_of_keys_and_values_are_modelopts(name: str, qformat: str, tmp_path: Path) -> None:
     spec = SPECS[name]
     group_size = GROUP_SIZE if qformat == "int4_awq" else None
-    result = calibrated(tmp_path, spec, Recipe(qformat, group_size))
+    result = calibrated(tmp_path, spec, CalibrationPlan(qformat, group_size))
     whole = None if qformat == "kv_cache" else qformat
     model = quantized_whole(tmp_path, spec, whole, "fp8")
     for layer in range(spec.num_layers):
@@ -164,7 +164,7 @@ def test_ranges_of_keys_and_values_are_modelopts(name: str, qformat: str, tmp_pa
 def test_smoothed_weights_and_scales_belong_to_the_checkpoint(tmp_path: Path) -> None:
     """Without ModelOpt: the definitions of what is stored, on the checkpoint's own weights."""
     spec = SPECS["grouped-query"]
-    result = calibrated(tmp_path, spec, Recipe("int4_awq", GROUP_SIZE))
+    result = calibrated(tmp_path, spec, CalibrationPlan("int4_awq", GROUP_SIZE))
     for layer in range(spec.num_layers):
         for matrix, path in MATRICES.items():
             found = result.awq_matrix(layer, matrix)
@@ -252,7 +252,9 @@ def test_one_block_is_held_at_a_time(
         return torch.from_numpy(memory)
 
     monkeypatch.setattr(ModelTensors, "tensor", tracked)
-    calibrated(tmp_path, spec, Recipe(qformat, GROUP_SIZE if qformat == "int4_awq" else None))
+    calibrated(
+        tmp_path, spec, CalibrationPlan(qformat, GROUP_SIZE if qformat == "int4_awq" else None)
+    )
     prefix = "transformer.blocks.0."
     block = sum(t.nbytes for name, t in tensors(spec).items() if name.startswith(prefix))
     assert most == max(block, tensors(spec)["transformer.wte.weight"].nbytes)
@@ -278,7 +280,9 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     source = open_model(write_checkpoint(tmp_path / "hf", CheckpointSpec()))
     samples = torch.tensor([[1, 97]])
     with pytest.raises(MptTrtError, match="token 97 is beyond the model's vocabulary of 97"):
-        calibrate(source, samples, Recipe("fp8"), Computation(), FLOAT32, tmp_path / "x.npz")
+        calibrate(
+            source, samples, CalibrationPlan("fp8"), Computation(), FLOAT32, tmp_path / "x.npz"
+        )
     assert not (tmp_path / "x.npz").exists()
 
 
@@ -286,12 +290,16 @@ def test_samples_beyond_the_learned_positions_are_refused(tmp_path: Path) -> Non
     spec = CheckpointSpec(alibi=False, max_seq_len=8)
     source = open_model(write_checkpoint(tmp_path / "hf", spec))
     with pytest.raises(MptTrtError, match="21 tokens, but the model has learned positions for 8"):
-        calibrate(source, samples_of(spec), Recipe("fp8"), Computation(), FLOAT32, tmp_path / "x")
+        calibrate(
+            source, samples_of(spec), CalibrationPlan("fp8"), Computation(), FLOAT32, tmp_path / "x"
+        )
 
 
-@pytest.mark.parametrize("recipe", [Recipe("kv_cache"), Recipe("fp8"), Recipe("int4_awq", 16)])
+@pytest.mark.parametrize(
+    "plan", [CalibrationPlan("kv_cache"), CalibrationPlan("fp8"), CalibrationPlan("int4_awq", 16)]
+)
 def test_activations_that_overflow_are_refused(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: CalibrationPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = CheckpointSpec()
     grown = {
@@ -301,7 +309,7 @@ def test_activations_that_overflow_are_refused(
     source = open_model(write_checkpoint(tmp_path / "hf", spec))
     in_half = Computation(dtype=torch.float16)
     with pytest.raises(MptTrtError, match="calibrate in bfloat16 or float32"):
-        calibrate(source, samples_of(spec), recipe, in_half, FLOAT32, tmp_path / "x.npz")
+        calibrate(source, samples_of(spec), plan, in_half, FLOAT32, tmp_path / "x.npz")
     assert list(tmp_path.glob("*x.npz*")) == []
 
 
@@ -316,7 +324,7 @@ def test_weights_that_float16_cannot_hold_are_refused(
         calibrate(
             source,
             samples_of(spec),
-            Recipe("int4_awq", GROUP_SIZE),
+            CalibrationPlan("int4_awq", GROUP_SIZE),
             Computation(),
             np.dtype(np.float16),
             tmp_path / "x.npz",
@@ -326,11 +334,11 @@ def test_weights_that_float16_cannot_hold_are_refused(
 def test_half_precision_is_near_float32(tmp_path: Path) -> None:
     """What a GPU computes with, here on the CPU."""
     spec = SPECS["grouped-query"]
-    exact = calibrated(tmp_path / "32", spec, Recipe("fp8"))
+    exact = calibrated(tmp_path / "32", spec, CalibrationPlan("fp8"))
     half = calibrated(
         tmp_path / "16",
         spec,
-        Recipe("fp8"),
+        CalibrationPlan("fp8"),
         np.dtype(np.float16),
         Computation(dtype=torch.bfloat16, batch_size=4),
     )

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpt_trt.ft_checkpoint import STORAGE_TYPES, FtCheckpoint
-from mpt_trt.ft_layout import FtFile, files_of, ft_file, held
-from mpt_trt.sharding import Shard
+from mpt_trt.ft_layout import FtFile, held
+from mpt_trt.sharding import Shard, shards
 from mpt_trt.weight_map import Weight
 
 
@@ -21,7 +21,7 @@ class FtTensors:
 
     def tensor(self, weight: Weight) -> NDArray:
         """The whole tensor, `weight.shape`, in the checkpoint's storage type."""
-        files = files_of(self.checkpoint.config, weight, self.checkpoint.tp_size)
+        files = [self.checkpoint.file_of(weight, s) for s in shards(self.checkpoint.tp_size)]
         if files[0].shard is None:
             return self.mapped(files[0])
         whole = np.empty(weight.shape, STORAGE_TYPES[self.checkpoint.storage_type])
@@ -34,12 +34,11 @@ class FtTensors:
 
         Reads nothing else.
         """
-        config = self.checkpoint.config
-        file = ft_file(config, weight, Shard(0, self.checkpoint.tp_size))
+        file = self.checkpoint.file_of(weight, Shard(0, self.checkpoint.tp_size))
         stored = self.mapped(file)
         if file.shard is None:
             return stored[tuple(map(slice, size))]
-        rows, _ = held(config, weight, file.shard)
+        rows, _ = held(self.checkpoint.config, weight, file.shard)
         height = min(len(rows[0]), size[0])
         return stored.T[(slice(height), *map(slice, size[1:]))]
 
