@@ -15,7 +15,7 @@ from mpt_trt.engines.packages import choose_package
 from mpt_trt.environment import prefer_this_python
 from mpt_trt.errors import MptTrtError
 from mpt_trt.hf_files import checkpoint_files
-from mpt_trt.quantization.scheme import as_mapping
+from mpt_trt.quantization.scheme import as_mapping, require_fitting_groups
 from mpt_trt.requirements import EngineSpec
 from mpt_trt.settings import Model, Variant, parse_settings
 from mpt_trt.sharding import VocabularySharding
@@ -231,6 +231,17 @@ def calibration_of_variant(wildcards) -> list[str]:
     variant = variant_of(wildcards)
     found = artifacts.calibration_of(variant.quantization, variant.kv_cache_dtype)
     return [] if found is None else [f"quantized/{wildcards.model}/{found.name}/{NPZ_NAME}"]
+
+
+def fitting_groups(wildcards) -> list[str]:
+    """An input function that adds no input, but refuses groups that ranks would share.
+
+    Of a model that is not fetched yet, the network's step refuses them.
+    """
+    group_size = getattr(variant_of(wildcards).quantization, "group_size", None)
+    if group_size is not None and (config := stored_config(wildcards)) is not None:
+        checked(require_fitting_groups, config, int(wildcards.tp), group_size)
+    return []
 
 
 def quantization_options(wildcards) -> list[str]:
