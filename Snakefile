@@ -17,6 +17,7 @@ configfile: "config.yaml"
 
 include: "rules/common.smk"
 include: "rules/checkpoint.smk"
+include: "rules/quantize.smk"
 include: "rules/engine.smk"
 include: "rules/verify.smk"
 

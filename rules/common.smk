@@ -28,6 +28,7 @@ wildcard_constraints:
     model="[^/]+",
     variant="[^/]+",
     storage="[^/]+",
+    qformat="[^/]+",
     tp="[1-9][0-9]*",
     rank="[0-9]+",
 
@@ -173,9 +174,37 @@ def smoothing_alpha(wildcards) -> float:
     return checked(artifacts.ft_storage, wildcards.storage).alpha
 
 
-# engine.smk
+# quantize.smk
 
 NPZ_NAME = "mpt_tp1_rank0.npz"
+
+
+def tokenizer_option(wildcards) -> list[str]:
+    tokenizer = model_of(wildcards).tokenizer
+    return [] if tokenizer is None else [f"--tokenizer_dir={tokenizer}"]
+
+
+def calibration_options(wildcards) -> list[str]:
+    """What to calibrate for, as command-line options."""
+    found = checked(artifacts.calibration_name, wildcards.qformat)
+    options = [f"--qformat={found.quantization_format}"]
+    # Without a size in the name, it is the model's default, which quantize.py knows.
+    if found.group_size is not None:
+        options.append(f"--awq_block_size={found.group_size}")
+    return options
+
+
+def calibration_mem_mb(wildcards) -> int:
+    calibration = settings.calibration
+    return megabytes(
+        requirements.calibration_memory(
+            planned_config(wildcards), calibration.num_samples, calibration.sequence_length
+        )
+    )
+
+
+# engine.smk
+
 LIMITS = ("max_batch_size", "max_input_len", "max_output_len")
 
 
@@ -262,11 +291,6 @@ def of_every_rank(stage: str):
 
 
 # verify.smk
-
-
-def tokenizer_option(wildcards) -> list[str]:
-    tokenizer = model_of(wildcards).tokenizer
-    return [] if tokenizer is None else [f"--tokenizer_dir={tokenizer}"]
 
 
 def smoke_test_mem_mb(wildcards) -> int:

@@ -19,7 +19,7 @@ from mpt_trt.quantization.scheme import GROUP_SIZES
 
 if TYPE_CHECKING:
     from mpt_trt.config import MptConfig
-    from mpt_trt.quantization.calibration import Recipe
+    from mpt_trt.quantization.calibration import CalibrationPlan
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -71,7 +71,7 @@ def main() -> None:
 
     folder, _ = hub.local_folder(arguments.model_dir, arguments.revision)
     source = open_model(folder)
-    recipe = _recipe(arguments, source.config)
+    plan = _plan(arguments, source.config)
     computation = options.computation(arguments, arguments.dtype)
     tokenizer = read_tokenizer(
         hub.tokenizer_folder_of(folder, source.origin, arguments.tokenizer_dir)
@@ -80,13 +80,13 @@ def main() -> None:
     target = arguments.export_path / FILE_NAME
     weight_dtype = np.dtype(np.float16 if arguments.dtype == "float16" else np.float32)
     with steps_progress(f"Calibrating {folder}", source.config.num_layers) as advance:
-        calibrate(source, samples, recipe, computation, weight_dtype, target, advance)
+        calibrate(source, samples, plan, computation, weight_dtype, target, advance)
     print(f"{target}: {arguments.qformat}, {target.stat().st_size / 1e6:.1f} MB")
 
 
-def _recipe(arguments: argparse.Namespace, config: MptConfig) -> Recipe:
+def _plan(arguments: argparse.Namespace, config: MptConfig) -> CalibrationPlan:
     from mpt_trt.errors import MptTrtError
-    from mpt_trt.quantization.calibration import Recipe
+    from mpt_trt.quantization.calibration import CalibrationPlan
     from mpt_trt.quantization.scheme import default_group_size, require_fitting_groups
 
     group_size = arguments.awq_block_size
@@ -95,11 +95,11 @@ def _recipe(arguments: argparse.Namespace, config: MptConfig) -> Recipe:
             raise MptTrtError(
                 f"--awq_block_size = {group_size}: {arguments.qformat} has no groups; leave it out"
             )
-        return Recipe(arguments.qformat)
+        return CalibrationPlan(arguments.qformat)
     if group_size is None:
         group_size = default_group_size(config)
     require_fitting_groups(config, 1, group_size)
-    return Recipe(arguments.qformat, group_size)
+    return CalibrationPlan(arguments.qformat, group_size)
 
 
 if __name__ == "__main__":

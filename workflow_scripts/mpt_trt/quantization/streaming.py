@@ -80,8 +80,13 @@ def stream_blocks(
     for layer in range(config.num_layers):
         run = SampleRun(list(hidden), attention_bias)
         tensors = model.tensors(f"blocks.{layer}.")
-        visit(layer, with_weights(partial(PlainBlock, config), tensors), run)
-        del tensors
+        block = with_weights(partial(PlainBlock, config), tensors)
+        visit(layer, block, run)
+        # ModelOpt leaves reference cycles in what it quantized, which would keep the weights.
+        block.to("meta")
+        del block, tensors
+        if not run.outputs:
+            raise ValueError(f"block {layer} was not run")
         hidden = run.outputs
 
 
@@ -99,6 +104,14 @@ def _require_known_tokens(samples: Tensor, vocab_size: int) -> None:
             f"token {largest} is beyond the model's vocabulary of {vocab_size}; the tokenizer "
             "belongs to another model"
         )
+
+
+def not_finite() -> MptTrtError:
+    """The error for NaN or Inf among activations or weights."""
+    return MptTrtError(
+        "calibration met NaN or Inf: values are beyond the type that is computed in, or the "
+        "checkpoint is damaged; calibrate in bfloat16 or float32, or check the checkpoint"
+    )
 
 
 # --- ranges --------------------------------------------------------------------------------------
@@ -121,11 +134,7 @@ class AbsoluteMaximum:
             raise ValueError("no values were seen")
         found = self._found.float().cpu().numpy()
         if not np.isfinite(found).all():
-            kind = str(self._found.dtype).removeprefix("torch.")
-            raise MptTrtError(
-                f"activations of the model are beyond {kind}, or its weights hold NaN or Inf; "
-                "calibrate in bfloat16 or float32, or check the checkpoint"
-            )
+            raise not_finite()
         return found
 
 
