@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpt_trt.ft_checkpoint import FtCheckpoint
-from mpt_trt.ft_layout import FtFile, files_of, held
+from mpt_trt.ft_layout import FtFile, held
 from mpt_trt.numerics import STORAGE_TYPES
-from mpt_trt.sharding import Shard
+from mpt_trt.sharding import Shard, shards
 from mpt_trt.weight_map import Weight
 
 
@@ -22,10 +22,9 @@ class FtTensors:
 
     def tensor(self, weight: Weight) -> NDArray:
         """The whole tensor, `weight.shape`, in the checkpoint's storage type."""
-        checkpoint = self.checkpoint
-        files = files_of(checkpoint.config, weight, checkpoint.tp_size, checkpoint.storage_type)
+        files = [self.checkpoint.file_of(weight, s) for s in shards(self.checkpoint.tp_size)]
         if files[0].shard is None:
-            return checkpoint.mapped(files[0])
+            return self.checkpoint.mapped(files[0])
         whole = np.empty(weight.shape, STORAGE_TYPES[self.checkpoint.storage_type])
         for file in files:
             self._fill_part(whole, file)
