@@ -170,6 +170,10 @@ def storage_type(wildcards) -> str:
     return checked(artifacts.ft_storage, wildcards.storage).storage_type
 
 
+def smoothing_alpha(wildcards) -> float:
+    return checked(artifacts.ft_storage, wildcards.storage).alpha
+
+
 # quantize.smk
 
 NPZ_NAME = "mpt_tp1_rank0.npz"

@@ -200,8 +200,13 @@ def require_smoothed(found: Directory) -> None:
                 )
 
 
-def require_scales(found: Directory, ranges: ActivationRanges, layers: list[str]) -> None:
-    """All scales by the format's formulas, and integers that stand for the stored weights."""
+def require_scales(
+    found: Directory, ranges: ActivationRanges, layers: list[str], of_ranges: float = 1e-6
+) -> None:
+    """All scales by the format's formulas, and integers that stand for the stored weights.
+
+    of_ranges: relative tolerance of what depends on the ranges.
+    """
     spec, tolerance = found.spec, 1e-3 if found.storage_type == "float16" else 1e-6
     for number in range(spec.num_layers):
         for name in layers:
@@ -214,12 +219,12 @@ def require_scales(found: Directory, ranges: ActivationRanges, layers: list[str]
             if spec.clip_qkv is not None and "query_key_value" in name:
                 y = min(y, spec.clip_qkv)
             x_scale, y_scale = x.max() / 127, y / 127
-            rtol = 4 * ROUNDING[found.storage_type] + 1e-6
+            rtol = 4 * ROUNDING[found.storage_type] + of_ranges
             np.testing.assert_allclose(
                 found.read(f"{layer}.scale_x_orig_quant"), [1 / x_scale], rtol=rtol
             )
             np.testing.assert_allclose(
-                found.read(f"{layer}.scale_y_quant_orig"), [y_scale], rtol=1e-6
+                found.read(f"{layer}.scale_y_quant_orig"), [y_scale], rtol=of_ranges
             )
             parts = [weight]
             if "query_key_value" in name:
@@ -240,7 +245,7 @@ def require_scales(found: Directory, ranges: ActivationRanges, layers: list[str]
                 np.testing.assert_allclose(
                     np.broadcast_to(accumulated, maxima.shape),
                     maxima / 127 / x_orig_quant / y_scale,
-                    rtol=tolerance,
+                    rtol=tolerance + of_ranges,
                 )
                 integers = found.matrix(layer, f".int8{suffix}", "int8")
                 assert np.abs(integers).max() == 127
@@ -513,3 +518,118 @@ class TestRefusals:
     def test_kv_scales_of_normalized_keys(self, tmp_path: Path) -> None:
         message = self.refusal(tmp_path, replace(BASE, qk_ln=True), alpha=None)
         assert message.startswith("qk_ln = True: the cache holds normalized keys")
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+SEEN = ["--calib_size", 4, "--calib_max_seq_length", 16]
+
+
+class TestCommandLine:
+    @pytest.fixture
+    def checkpoint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "text.txt").write_text("all of a sudden; the quick brown fox: " * 8)
+        return write_checkpoint(tmp_path / "hf", BASE)
+
+    @pytest.mark.parametrize("option", ["-sq", "--smoothquant"])
+    def test_a_model_that_reads(self, checkpoint, tmp_path, convert, capsys, option) -> None:
+        """Ranges are those of transformers' model on the same tokens."""
+        arguments = ["--calib_text", "text.txt", *SEEN, "-t", "float32", "-tp", 2]
+        convert("-i", "hf", "-o", "out", option, 0.5, *arguments)
+        assert "Calibrating hf" in capsys.readouterr().err
+        folder = tmp_path / "out" / "2-gpu"
+        assert read_ft_checkpoint(folder).smoothing == 0.5
+        ini = (folder / "config.ini").read_text()
+        assert "smoothquant = 0.5\n" in ini
+        assert "calibrate_kv_cache = False\n" in ini
+        found = Directory(folder, BASE, "float32", 2)
+        require_smoothed(found)
+        ranges = ranges_by_transformers(checkpoint, tmp_path / "text.txt")
+        require_scales(found, ranges, list(FT_LAYERS.values()), of_ranges=1e-5)
+        origin = json.loads((folder / "manifest.json").read_text())["calibration"]
+        assert origin["text"] == "text.txt"
+        assert (origin["num_samples"], origin["sequence_length"]) == (4, 16)
+
+    @pytest.mark.parametrize("option", ["-kv", "--calibrate_kv_cache", "--calibrate-kv-cache"])
+    def test_kv_scales(self, checkpoint, tmp_path, convert, option: str) -> None:
+        convert("-i", "hf", "-o", "out", option, "--calib_text", "text.txt", *SEEN)
+        found = read_ft_checkpoint(tmp_path / "out" / "1-gpu")
+        assert (found.smoothing, found.int8_layers) == (None, Int8Layers.QKV)
+        assert "smoothquant = None\n" in (found.folder / "config.ini").read_text()
+
+    def test_same_input_same_bytes(self, checkpoint, tmp_path, convert) -> None:
+        for out, processes in (("out1", 1), ("out2", 3)):
+            arguments = ["-sq", 0.5, "--calib_text", "text.txt", *SEEN, "-p", processes]
+            convert("-i", "hf", "-o", out, *arguments)
+        first, second = (
+            {path.name: path.read_bytes() for path in (tmp_path / out / "1-gpu").iterdir()}
+            for out in ("out1", "out2")
+        )
+        assert first == second
+
+    def test_another_tokenizer(self, checkpoint, tmp_path, convert, capsys) -> None:
+        tokenizer = tmp_path / "tokenizer"
+        tokenizer.mkdir()
+        for path in checkpoint.glob("tokenizer*"):
+            path.rename(tokenizer / path.name)
+        arguments = ["-i", "hf", "-o", "out", "-sq", 1, "--calib_text", "text.txt", *SEEN]
+        with pytest.raises(SystemExit):
+            convert(*arguments)
+        assert "tokenizer.json: no such file" in capsys.readouterr().err
+        convert(*arguments, "--tokenizer_dir", tokenizer)
+        assert read_ft_checkpoint(tmp_path / "out" / "1-gpu").smoothing == 1
+
+    @pytest.mark.parametrize(
+        ("options", "complaint"),
+        [
+            (["-sq", 1.5], "smoothquant = 1.5: alpha must be within 0"),
+            (["-sq", "nan"], "smoothquant = nan: alpha must be within 0"),
+            (["-sq", 0.5, "--calib_size", 0], "--calib_size = 0: at least 1 is required"),
+            (["-kv", "--batch_size", -1], "--batch_size = -1: at least 1 is required"),
+            (["-sq", 0.5, "--calib_text", "nothing"], "nothing: cannot be read as UTF-8 text"),
+            (["-sq", 0.5, "--calib_size", 99], "99 samples of 16 tokens are 1584"),
+            (["-sq", 0.5, "-tp", 3], "tensor parallelism of 3 does not fit"),
+        ],
+        ids=str,
+    )
+    def test_refusals(self, checkpoint, tmp_path, convert, capsys, options, complaint) -> None:
+        with pytest.raises(SystemExit) as exit_:
+            convert("-i", "hf", "-o", "out", "--calib_text", "text.txt", *SEEN, *options)
+        assert exit_.value.code == 1
+        errors = capsys.readouterr().err
+        assert sum(line.startswith("error: ") for line in errors.splitlines()) == 1
+        assert complaint in errors
+        assert not (tmp_path / "out").exists()
+
+    def test_kv_scales_of_normalized_keys(self, tmp_path, convert, capsys) -> None:
+        checkpoint = write_checkpoint(tmp_path / "hf", replace(BASE, qk_ln=True))
+        with pytest.raises(SystemExit):
+            convert("-i", checkpoint, "-o", tmp_path / "out", "-kv")
+        assert "error: qk_ln = True" in capsys.readouterr().err
+
+
+def ranges_by_transformers(checkpoint: Path, text: Path) -> ActivationRanges:
+    """What its linear layers see of four evenly spread pieces of the text, 16 tokens each."""
+    from tokenizers import Tokenizer
+    from transformers import MptForCausalLM
+
+    tokens = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(text.read_text()).ids
+    starts = [piece * (len(tokens) - 16) // 3 for piece in range(4)]
+    samples = torch.tensor([tokens[start : start + 16] for start in starts])
+    model = MptForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    found: ActivationRanges = [{} for _ in model.transformer.blocks]
+
+    def watch(layer: int, name: str):
+        def see(_module, inputs, output) -> None:
+            seen = (values.detach().abs().amax((0, 1)).numpy() for values in (inputs[0], output))
+            found[layer][name] = LinearRanges(*seen)
+
+        return see
+
+    for layer, block in enumerate(model.transformer.blocks):
+        for hf_name, name in FT_LAYERS.items():
+            block.get_submodule(hf_name).register_forward_hook(watch(layer, name))
+    with torch.no_grad():
+        model(samples)
+    return found

@@ -18,6 +18,7 @@ LINKED = ("Snakefile", "rules", "profiles", "schemas", "envs", "resources")
 SPEC = CheckpointSpec(
     hidden_size=48, num_heads=6, num_layers=2, vocab_size=131, max_seq_len=128, seed=5
 )
+CALIBRATION = {"text": "calibration.txt", "num_samples": 4, "sequence_length": 32}
 SMALL = {"max_batch_size": 4, "max_input_len": 24, "max_output_len": 16}
 
 
@@ -38,6 +39,7 @@ class Workflow:
             ignore=shutil.ignore_patterns("__pycache__"),
         )
         write_checkpoint(folder / "model", SPEC)
+        (folder / "calibration.txt").write_text("what the toy model reads; it is short. " * 20)
         workflow = cls(folder)
         workflow.configure()
         return workflow
@@ -51,6 +53,7 @@ class Workflow:
                 "fp16": {"dtype": "float16", **SMALL},
                 **variants,
             },
+            "calibration": CALIBRATION,
             "smoke_test": {"prompt": "hello", "max_new_tokens": 6},
         }
         (self.folder / "config.yaml").write_text(yaml.safe_dump(content))

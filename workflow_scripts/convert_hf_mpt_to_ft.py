@@ -14,8 +14,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpt_trt import arguments as options
 from mpt_trt.console import bytes_progress, run_cli, steps_progress
+from mpt_trt.quantization import arguments as options
 
 if TYPE_CHECKING:
     from mpt_trt.config import MptConfig
@@ -127,11 +127,8 @@ def _int8(arguments: argparse.Namespace, folder: Path, config: MptConfig) -> Int
 
     require_calibratable(config, alpha)
     computation = options.computation(arguments, arguments.storage_type)
-    tokenizer_source = arguments.tokenizer_dir
-    tokenizer_folder = (
-        folder if tokenizer_source is None else hub.tokenizer_folder(tokenizer_source)
-    )
-    samples = options.calibration_samples(arguments, read_tokenizer(tokenizer_folder))
+    tokenizer = read_tokenizer(hub.tokenizer_folder(arguments.tokenizer_dir or str(folder)))
+    samples = options.calibration_samples(arguments, tokenizer)
     with steps_progress(f"Calibrating {arguments.in_file}", config.num_layers) as advance:
         ranges = activation_ranges(folder, samples, computation, advance)
     origin = {

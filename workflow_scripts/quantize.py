@@ -12,9 +12,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpt_trt import arguments as options
 from mpt_trt.artifacts import FORMATS
 from mpt_trt.console import run_cli, set_up_logging, steps_progress
+from mpt_trt.quantization import arguments as options
 from mpt_trt.quantization.scheme import GROUP_SIZES
 
 if TYPE_CHECKING:
