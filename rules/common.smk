@@ -8,7 +8,7 @@ from snakemake.exceptions import WorkflowError
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from mpt_trt import artifacts, hub, known_shapes, requirements, seals, sharding
+from mpt_trt import artifacts, heldout, hub, known_shapes, requirements, seals, sharding
 from mpt_trt.config import MptConfig, read_hf_config
 from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.engines.packages import choose_package
@@ -309,3 +309,43 @@ def tolerance_options(wildcards) -> list[str]:
         f"--mean_kl={tolerance.mean_kl}",
         f"--min_top1={tolerance.min_top1}",
     ]
+
+
+# report.smk
+
+
+def reference_mem_mb(wildcards) -> int:
+    quality, config = settings.quality, planned_config(wildcards)
+    return megabytes(
+        requirements.reference_memory(config, quality.num_windows, quality.window_length)
+    )
+
+
+def quality_mem_mb(wildcards) -> int:
+    quality, spec = settings.quality, engine_spec(wildcards)
+    return megabytes(requirements.quality_memory(spec, quality.num_windows, quality.window_length))
+
+
+def fitting_window(wildcards) -> list[str]:
+    """An input function that adds no input, but refuses windows that the engine has no room for."""
+    checked(
+        heldout.require_room,
+        settings.quality.window_length,
+        engine_spec(wildcards).limits.cache_len,
+    )
+    return []
+
+
+def results_of_report(folder: str):
+    """An input function: one file of `folder` for each engine that the model's report shows."""
+
+    def files(wildcards) -> list[str]:
+        return [
+            f"{folder}/{wildcards.model}/{variant}/{tp_size}-gpu.json"
+            for variant, tp_size in engines_of_report
+        ]
+
+    return files
+
+
+engines_of_report = checked(settings.engines_of_report)
