@@ -336,8 +336,16 @@ def fitting_window(wildcards) -> list[str]:
     return []
 
 
+engines_of_report = checked(settings.engines_of_report)
+
+
+def variants_of_report(wildcards) -> list[str]:
+    """The variant of each engine that a report shows."""
+    return [variant for variant, _ in engines_of_report]
+
+
 def results_of_report(folder: str):
-    """An input function: one file of `folder` for each engine that the model's report shows."""
+    """An input function: a result in `folder` of each engine that a report shows."""
 
     def files(wildcards) -> list[str]:
         return [
@@ -346,6 +354,3 @@ def results_of_report(folder: str):
         ]
 
     return files
-
-
-engines_of_report = checked(settings.engines_of_report)

@@ -83,3 +83,68 @@ rule measure_quality:
             --reference {input.reference:q} \
             --output {output:q}
         """
+
+
+rule make_report:
+    input:
+        quality=results_of_report("quality"),
+        smoke_tests=results_of_report("smoke_tests"),
+        template="report/page.html.jinja",
+    output:
+        page=report(
+            "reports/{model}.html",
+            category="Engines of {model}",
+            subcategory="Side by side",
+            labels={"what": "page"},
+            caption="../report/page.rst",
+        ),
+        table=report(
+            "reports/{model}/table.csv",
+            category="Engines of {model}",
+            subcategory="Side by side",
+            labels={"what": "table"},
+            caption="../report/table.rst",
+        ),
+        size=report(
+            "reports/{model}/size.svg",
+            category="Engines of {model}",
+            subcategory="Side by side",
+            labels={"what": "size against quality"},
+            caption="../report/size.rst",
+        ),
+        divergence=report(
+            "reports/{model}/divergence.svg",
+            category="Engines of {model}",
+            subcategory="Side by side",
+            labels={"what": "distance from the reference"},
+            caption="../report/divergence.rst",
+        ),
+        speed=report(
+            "reports/{model}/speed.svg",
+            category="Engines of {model}",
+            subcategory="Side by side",
+            labels={"what": "speed"},
+            caption="../report/speed.rst",
+        ),
+    log:
+        "logs/make_report/{model}.log",
+    benchmark:
+        "logs/make_report/{model}.tsv"
+    localrule: True
+    conda:
+        "../envs/base.yaml"
+    params:
+        code=version_of("make_report.py"),
+        variants=variants_of_report,
+    shell:
+        r"""
+        exec > >(tee {log:q}) 2>&1
+        python workflow_scripts/make_report.py \
+            --model {wildcards.model:q} \
+            --variants {params.variants:q} \
+            --quality {input.quality:q} \
+            --smoke_tests {input.smoke_tests:q} \
+            --template {input.template:q} \
+            --output {output.page:q} \
+            --items_dir reports/{wildcards.model:q}
+        """
