@@ -58,6 +58,7 @@ def main() -> None:
     from mpt_trt.machine import describe_machine
     from mpt_trt.quality import engine_size, measure, require_same_model
     from mpt_trt.quality_result import QualityResult, write_quality
+    from mpt_trt.quantization.scheme import as_mapping
     from mpt_trt.reference import read_head
 
     head = None
@@ -72,6 +73,8 @@ def main() -> None:
         model_name=engine.manifest.model_name,
         ranks=engine.manifest.tp_size,
         dtype=engine.manifest.dtype,
+        quantization=as_mapping(engine.manifest.quantization.scheme),
+        kv_cache=engine.manifest.quantization.kv_cache,
         builder=engine.manifest.builder,
         runtime=engine.runtime,
         stood_in_because=engine.stood_in_because,

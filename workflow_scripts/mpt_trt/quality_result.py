@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mpt_trt.engines.manifest import BuilderInfo
 from mpt_trt.errors import MptTrtError
@@ -59,16 +60,19 @@ class Size:
 class QualityResult:
     """One engine, measured.
 
-    date: UTC day. runtime: what ran the engine; stood_in_because: why that was not TensorRT, None
-    when it was. text: file name; reference: what computed it. window_length: tokens of a window.
-    speed: of one sequence, prompt_len tokens and new_tokens behind them. peak_memory: most bytes of
-    host memory that each rank had taken by then, in sum.
+    quantization: as in config.yaml, with the options of its own method. kv_cache: type of keys and
+    values; `auto` means dtype. runtime: what ran the engine. stood_in_because: why that was not
+    TensorRT; None when it was. date: UTC day. reference: what computed it. text: file name.
+    window_length: tokens of a window. speed: of one sequence, prompt_len tokens and new_tokens
+    behind them. peak_memory: most bytes of host memory that each rank had taken by then, in sum.
     """
 
     engine_dir: str
     model_name: str
     ranks: int
     dtype: str
+    quantization: dict[str, Any]
+    kv_cache: str
     builder: BuilderInfo
     runtime: str
     stood_in_because: str | None

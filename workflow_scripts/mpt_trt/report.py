@@ -242,6 +242,7 @@ def conditions(entries: list[Entry]) -> dict[str, list[str]]:
     """Where and by what the figures were obtained, each thing once."""
     results = [entry.quality for entry in entries]
     return {
+        "Variants": _distinct(f"{entry.variant}: {_made_of(entry.quality)}" for entry in entries),
         "Machine": _distinct(_machine_text(result.machine) for result in results),
         "Run by": _distinct(result.runtime for result in results),
         "Not by TensorRT": _distinct(
@@ -259,6 +260,16 @@ def conditions(entries: list[Entry]) -> dict[str, list[str]]:
         ),
         "Measured": _distinct(result.date for result in results),
     }
+
+
+def _made_of(result: QualityResult) -> str:
+    """What an engine computes in and stores, in words."""
+    options = dict(result.quantization)
+    method = options.pop("method")
+    given = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
+    matrices = "" if method == "none" else f", matrices of the blocks {method}"
+    cache = "" if result.kv_cache == "auto" else f", KV cache {result.kv_cache}"
+    return f"{result.dtype}{matrices}{f' ({given})' if given else ''}{cache}"
 
 
 def _distinct(texts: Iterable[str]) -> list[str]:
