@@ -330,8 +330,8 @@ def quality_memory(spec: EngineSpec, num_windows: int, window_length: int) -> in
 def _onnx_runtime_memory(spec: EngineSpec, rows: int) -> int:
     """A rank with `rows` rows of its cache.
 
-    ONNX Runtime computes in float32 on the CPU; of bfloat16 networks it holds the weights twice, and
-    of quantized ones once more in the order that its kernels want.
+    ONNX Runtime computes in float32 on the CPU. Of bfloat16 networks it holds the weights twice; of
+    quantized ones, too, the second time in the order that its kernels want.
     """
     in_float32 = replace(spec, dtype="float32")
     is_quantized = spec.quantization.scheme is not None
