@@ -7,6 +7,7 @@ instead of 200 kB a token, without any rounding. The head's product gives the lo
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from safetensors.numpy import save
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import replace_file
 
+METADATA_KEY = "mpt_trt"
 TEXT_KEYS = ("text", "text_hash", "reference")
 
 
@@ -87,16 +89,19 @@ def write_heldout(heldout: HeldOut, target: Path) -> None:
     """Writes a safetensors file, atomically."""
     tensors = {"tokens": heldout.tokens, "hidden": heldout.hidden}
     texts = {key: getattr(heldout, key) for key in TEXT_KEYS}
+    # One entry, since safetensors writes several in an order of chance.
+    metadata = {METADATA_KEY: json.dumps(texts)}
     with replace_file(target) as partial:
         # Not by save_file, which makes a file that only its owner may read.
-        partial.write_bytes(save(tensors, texts))
+        partial.write_bytes(save(tensors, metadata))
 
 
 def read_heldout(path: Path) -> HeldOut:
     """Reads what `write_heldout` wrote; raises MptTrtError when it is something else."""
     try:
         with safe_open(path, framework="np") as file:
-            texts = {key: file.metadata()[key] for key in TEXT_KEYS}
+            stored = json.loads(file.metadata()[METADATA_KEY])
+            texts = {key: stored[key] for key in TEXT_KEYS}
             return HeldOut(file.get_tensor("tokens"), file.get_tensor("hidden"), **texts)
     except FileNotFoundError:
         raise MptTrtError(f"{path}: no such file; make it with compute_reference.py") from None
