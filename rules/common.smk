@@ -8,7 +8,7 @@ from snakemake.exceptions import WorkflowError
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from mpt_trt import artifacts, heldout, hub, known_shapes, requirements, seals, sharding
+from mpt_trt import artifacts, hub, known_shapes, requirements, seals, sharding
 from mpt_trt.config import MptConfig, read_hf_config
 from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.engines.packages import choose_package
@@ -328,11 +328,7 @@ def quality_mem_mb(wildcards) -> int:
 
 def fitting_window(wildcards) -> list[str]:
     """An input function that adds no input, but refuses windows that the engine has no room for."""
-    checked(
-        heldout.require_room,
-        settings.quality.window_length,
-        engine_spec(wildcards).limits.cache_len,
-    )
+    checked(engine_spec(wildcards).limits.require_window, settings.quality.window_length)
     return []
 
 

@@ -1,7 +1,7 @@
 """Regression bounds: the quality of the demo model's engines, by the whole workflow.
 
-A variant of config.yaml gets a row here. Its bounds are some twice what was measured when it was
-added, so that another processor's rounding passes and a mistake does not.
+A variant of config.yaml gets a row in BOUNDS. They leave room for another processor's rounding, not
+for a mistake: two to four times what was measured, and never less than its standard error.
 """
 
 from __future__ import annotations

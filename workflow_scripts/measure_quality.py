@@ -40,13 +40,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from mpt_trt.engines.loading import load_engine
-    from mpt_trt.heldout import read_heldout, require_room
+    from mpt_trt.heldout import read_heldout
     from mpt_trt.verification import measure_speed
 
     heldout = read_heldout(arguments.reference)
     engine = load_engine(arguments.engine_dir, arguments.runtime, arguments.num_threads)
     window_length = heldout.inputs.shape[1]
-    require_room(window_length, engine.model.capacity)
+    engine.manifest.limits.require_window(window_length)
     new_tokens = min(SPEED_NEW_TOKENS, engine.model.capacity // 2)
     prompt_len = min(SPEED_PROMPT, window_length, engine.model.capacity - new_tokens)
     prompt = heldout.inputs[0, :prompt_len].tolist()

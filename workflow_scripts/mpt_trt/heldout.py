@@ -76,15 +76,6 @@ def windows(tokens: list[int], num_windows: int, length: int) -> NDArray[np.int6
     return np.array(tokens, np.int64)[chosen[:, None] * length + np.arange(length + 1)]
 
 
-def require_room(length: int, cache_len: int) -> None:
-    """Raises MptTrtError when an engine's cache rows cannot hold a window."""
-    if length > cache_len:
-        raise MptTrtError(
-            f"window_length = {length}, but a row of the engine's cache holds {cache_len} tokens "
-            "(max_input_len + max_output_len); lower quality.window_length or raise the limits"
-        )
-
-
 def write_heldout(heldout: HeldOut, target: Path) -> None:
     """Writes a safetensors file, atomically."""
     tensors = {"tokens": heldout.tokens, "hidden": heldout.hidden}
