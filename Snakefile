@@ -20,6 +20,7 @@ include: "rules/checkpoint.smk"
 include: "rules/quantize.smk"
 include: "rules/engine.smk"
 include: "rules/verify.smk"
+include: "rules/report.smk"
 
 
 rule all:

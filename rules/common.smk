@@ -324,3 +324,44 @@ def tolerance_options(wildcards) -> list[str]:
         f"--mean_kl={tolerance.mean_kl}",
         f"--min_top1={tolerance.min_top1}",
     ]
+
+
+# report.smk
+
+
+def reference_mem_mb(wildcards) -> int:
+    quality, config = settings.quality, planned_config(wildcards)
+    return megabytes(
+        requirements.reference_memory(config, quality.num_windows, quality.window_length)
+    )
+
+
+def quality_mem_mb(wildcards) -> int:
+    quality, spec = settings.quality, engine_spec(wildcards)
+    return megabytes(requirements.quality_memory(spec, quality.num_windows, quality.window_length))
+
+
+def fitting_window(wildcards) -> list[str]:
+    """An input function that adds no input, but refuses windows that the engine has no room for."""
+    checked(engine_spec(wildcards).limits.require_window, settings.quality.window_length)
+    return []
+
+
+engines_of_report = checked(settings.engines_of_report)
+
+
+def variants_of_report(wildcards) -> list[str]:
+    """The variant of each engine that a report shows."""
+    return [variant for variant, _ in engines_of_report]
+
+
+def results_of_report(folder: str):
+    """An input function: a result in `folder` of each engine that a report shows."""
+
+    def files(wildcards) -> list[str]:
+        return [
+            f"{folder}/{wildcards.model}/{variant}/{tp_size}-gpu.json"
+            for variant, tp_size in engines_of_report
+        ]
+
+    return files

@@ -14,7 +14,13 @@ rule smoke_test:
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
         checkpoint=checkpoint_inputs,
     output:
-        "smoke_tests/{model}/{variant}/{tp}-gpu.json",
+        report(
+            "smoke_tests/{model}/{variant}/{tp}-gpu.json",
+            category="Engines of {model}",
+            subcategory="Figures of one engine",
+            labels={"variant": "{variant}", "ranks": "{tp}", "what": "smoke test"},
+            caption="../report/smoke_test.rst",
+        ),
     log:
         "logs/smoke_test/{model}/{variant}/{tp}-gpu.log",
     benchmark:

@@ -14,7 +14,7 @@ import yaml
 from checkpoints import CheckpointSpec, write_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
-LINKED = ("Snakefile", "rules", "profiles", "schemas", "envs", "resources")
+LINKED = ("Snakefile", "rules", "report", "profiles", "schemas", "envs", "resources")
 SPEC = CheckpointSpec(
     hidden_size=48, num_heads=6, num_layers=2, vocab_size=131, max_seq_len=128, seed=5
 )
@@ -45,7 +45,10 @@ class Workflow:
         return workflow
 
     def configure(self, **variants: dict) -> None:
-        """Writes config.yaml with variants fp32 and fp16, changed or extended by `variants`."""
+        """Writes config.yaml with variants fp32 and fp16, changed or extended by `variants`.
+
+        Quality is measured on text.txt, which the test writes.
+        """
         content = {
             "models": {"toy": {"source": "model"}},
             "variants": {
@@ -55,6 +58,8 @@ class Workflow:
             },
             "calibration": CALIBRATION,
             "smoke_test": {"prompt": "hello", "max_new_tokens": 6},
+            "quality": {"text": "text.txt", "num_windows": 3, "window_length": 16},
+            "report": {"more_tp_sizes": {"fp16": [2]}},
         }
         (self.folder / "config.yaml").write_text(yaml.safe_dump(content))
 

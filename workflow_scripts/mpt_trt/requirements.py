@@ -62,6 +62,10 @@ CALIBRATION_STATES = 3
 CALIBRATION_BATCH = 8
 # A rank's process under ONNX Runtime, weights and cache aside. Measured: 0.34 GiB.
 SMOKE_TEST_BASE = 450 * MIB
+# A process with PyTorch and transformers. Measured: 0.43 GiB.
+REFERENCE_BASE = 500 * MIB
+# Logits of a step (see verification.LOGITS_BYTES), and what the network needs to compute them.
+QUALITY_STEP = 1024 * MIB
 
 
 @dataclass(frozen=True)
@@ -299,17 +303,43 @@ def build_memory(spec: EngineSpec) -> int:
 
 
 def smoke_test_memory(spec: EngineSpec) -> int:
-    """Of a smoke test under ONNX Runtime on the CPU, all ranks on one machine; an estimate.
+    """Of a smoke test under ONNX Runtime on the CPU, all ranks on one machine; an estimate."""
+    return spec.tp_size * _onnx_runtime_memory(spec, 1) + _reference_memory(spec.config)
 
-    ONNX Runtime computes in float32 there; of bfloat16 networks it holds the weights twice, and of
-    quantized ones once more in the order that its kernels want.
+
+def reference_memory(config: MptConfig, num_windows: int, window_length: int) -> int:
+    """Of computing the reference on held-out text; an estimate.
+
+    Beside a block: three times what it gives for every token, and of one window the scores of
+    attention and the widest values, three times each.
+    """
+    values = num_windows * window_length * config.hidden_size
+    values += window_length * (config.num_heads * window_length + config.intermediate_size)
+    return REFERENCE_BASE + _reference_memory(config) + 3 * values * FLOAT32_BYTES
+
+
+def quality_memory(spec: EngineSpec, num_windows: int, window_length: int) -> int:
+    """Of measuring an engine's quality under ONNX Runtime, all ranks on one machine; an estimate.
+
+    The first rank has the reference's head, what it reads, and logits of both beside the engine.
+    """
+    hidden = num_windows * window_length * spec.config.hidden_size * FLOAT32_BYTES
+    head = spec.config.vocab_size * spec.config.hidden_size * FLOAT32_BYTES
+    ranks = spec.tp_size * _onnx_runtime_memory(spec, spec.limits.max_batch_size)
+    return ranks + head + hidden + QUALITY_STEP
+
+
+def _onnx_runtime_memory(spec: EngineSpec, rows: int) -> int:
+    """A rank with `rows` rows of its cache.
+
+    ONNX Runtime computes in float32 on the CPU. Of bfloat16 networks it holds the weights twice; of
+    quantized ones, too, the second time in the order that its kernels want.
     """
     in_float32 = replace(spec, dtype="float32")
     is_quantized = spec.quantization.scheme is not None
     copies = 2 if spec.dtype == "bfloat16" or is_quantized else 1
-    row = kv_cache(in_float32) // spec.limits.max_batch_size
-    rank = math.ceil(1.1 * copies * rank_weights(in_float32)) + row + SMOKE_TEST_BASE
-    return spec.tp_size * rank + _reference_memory(spec.config)
+    cache = rows * kv_cache(in_float32) // spec.limits.max_batch_size
+    return math.ceil(1.1 * copies * rank_weights(in_float32)) + cache + SMOKE_TEST_BASE
 
 
 def _reference_memory(config: MptConfig) -> int:

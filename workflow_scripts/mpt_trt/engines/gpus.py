@@ -24,6 +24,14 @@ def memory_sizes() -> tuple[int, ...]:
     return tuple(memory.total for memory in _of_every_gpu(pynvml.nvmlDeviceGetMemoryInfo))
 
 
+@functools.cache
+def names() -> tuple[str, ...]:
+    """Product name of every GPU, in NVML's order; empty without a driver."""
+    import pynvml
+
+    return tuple(_of_every_gpu(pynvml.nvmlDeviceGetName))
+
+
 def _of_every_gpu(query: Callable[[Any], Any]) -> list[Any]:
     import pynvml
 
