@@ -38,6 +38,7 @@ class Workflow:
             ignore=shutil.ignore_patterns("__pycache__"),
         )
         write_checkpoint(folder / "model", SPEC)
+        (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 4)
         workflow = cls(folder)
         workflow.configure()
         return workflow
@@ -51,6 +52,7 @@ class Workflow:
                 "fp16": {"dtype": "float16", **SMALL},
                 **variants,
             },
+            "calibration": {"text": "text.txt", "num_samples": 4, "sequence_length": 16},
             "smoke_test": {"prompt": "hello", "max_new_tokens": 6},
         }
         (self.folder / "config.yaml").write_text(yaml.safe_dump(content))
@@ -94,6 +96,7 @@ def _jobs(output: str) -> list[str]:
             jobs.append(words[1].rstrip(":"))
         elif words[:1] == ["wildcards:"] and jobs:
             wildcards = dict(word.rstrip(",").split("=", 1) for word in words[1:])
-            if detail := wildcards.get("variant", wildcards.get("storage")):
-                jobs[-1] += f" {detail}"
+            for name in ("variant", "storage", "qformat"):
+                if name in wildcards:
+                    jobs[-1] += f" {wildcards[name]}"
     return jobs
