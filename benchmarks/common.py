@@ -16,7 +16,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = REPOSITORY / "workflow_scripts"
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "onnxruntime", "tensorrt_rtx_cu13", "numpy")
+PACKAGES = ("torch", "transformers", "nvidia_modelopt", "onnxruntime", "tensorrt_rtx_cu13", "numpy")
 SAMPLE_SECONDS = 0.02
 
 
@@ -40,7 +40,7 @@ def measure(command: list[str | Path]) -> Measured:
     )
     peak = 0.0
     while process.poll() is None:
-        peak = max(peak, _private_mib(process.pid))
+        peak = max(peak, private_mib(process.pid))
         time.sleep(SAMPLE_SECONDS)
     seconds = time.perf_counter() - started
     output = process.stdout.read() if process.stdout else ""
@@ -76,7 +76,7 @@ def _plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} in a result")
 
 
-def _private_mib(pid: int) -> float:
+def private_mib(pid: int) -> float:
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
