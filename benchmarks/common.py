@@ -18,7 +18,7 @@ sys.path.insert(0, str(SCRIPTS))
 from mpt_trt.machine import describe_machine  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "onnxruntime", "tensorrt_rtx_cu13", "numpy")
+PACKAGES = ("torch", "transformers", "nvidia_modelopt", "onnxruntime", "tensorrt_rtx_cu13", "numpy")
 SAMPLE_SECONDS = 0.02
 
 
@@ -42,7 +42,7 @@ def measure(command: list[str | Path]) -> Measured:
     )
     peak = 0.0
     while process.poll() is None:
-        peak = max(peak, _private_mib(process.pid))
+        peak = max(peak, private_mib(process.pid))
         time.sleep(SAMPLE_SECONDS)
     seconds = time.perf_counter() - started
     output = process.stdout.read() if process.stdout else ""
@@ -78,7 +78,7 @@ def _plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} in a result")
 
 
-def _private_mib(pid: int) -> float:
+def private_mib(pid: int) -> float:
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

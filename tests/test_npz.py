@@ -17,10 +17,11 @@ from ammo_loader import MATRICES as AMMO_MATRICES
 from ammo_loader import load_awq, load_fp8
 from checkpoints import CheckpointSpec, tensors, write_checkpoint
 from engines_support import convert
-from ft_support import write_ft
+from ft_support import random_ranges, write_ft
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_checkpoint import FtCheckpoint, read_ft_checkpoint
+from mpt_trt.ft_int8 import Int8Conversion
 from mpt_trt.ft_tensors import FtTensors
 from mpt_trt.model_source import ModelSource, open_model
 from mpt_trt.quantization.calibrated import (
@@ -327,6 +328,21 @@ def test_files_without_our_keys_of_other_models_are_refused(
     path = edited(path, tmp_path / "ammo.npz", without_our_keys)
     with pytest.raises(MptTrtError, match="made for another model"):
         read_calibration(path, checkpoint)
+
+
+@pytest.mark.parametrize("seed", [SPEC.seed, 9])
+def test_ranges_belong_to_the_smoothed_form_of_their_model(
+    seed: int, made: Path, tmp_path: Path
+) -> None:
+    spec = replace(SPEC, seed=seed)
+    model = write_checkpoint(tmp_path / "hf", spec)
+    write_ft(model, tmp_path / "sq", int8=Int8Conversion(random_ranges(spec), 0.5, {}))
+    smoothed = read_ft_checkpoint(tmp_path / "sq")
+    if seed == SPEC.seed:
+        assert read_calibration(made / "kv_cache.npz", smoothed).kv_ranges(1) == KvRanges(2.5, 3.5)
+    else:
+        with pytest.raises(MptTrtError, match=r"made for another model: wte at \[\d+, \d+\]"):
+            read_calibration(made / "kv_cache.npz", smoothed)
 
 
 DENSE = "_np:layers:1:attention:dense"

@@ -102,6 +102,7 @@ def _jobs(output: str) -> list[str]:
             jobs.append(words[1].rstrip(":"))
         elif words[:1] == ["wildcards:"] and jobs:
             wildcards = dict(word.rstrip(",").split("=", 1) for word in words[1:])
-            if detail := wildcards.get("variant", wildcards.get("storage")):
-                jobs[-1] += f" {detail}"
+            for name in ("variant", "storage", "qformat"):
+                if name in wildcards:
+                    jobs[-1] += f" {wildcards[name]}"
     return jobs
