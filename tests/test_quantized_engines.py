@@ -2,7 +2,7 @@
 
 ModelOpt's own fake-quantized model is the reference. How near an engine can come to it:
 
-- Weights alone (int4_awq), or weights and a cache of 8 bits: both compute with the same integers but
+- Weights alone (int4_awq), or weights and an 8-bit cache: both compute with the same integers, but
   for weights that the npz's float16 rounds across a rounding border. A few percent of the
   quantization's own distance at most; with a float32 npz there is no difference.
 - Activations (fp8, SmoothQuant): rounding is not continuous. Where two computations differ by d in
@@ -306,3 +306,28 @@ def test_fp8_is_refused_for_gpus_without_it(name, tmp_path):
     assert not (tmp_path / "plan").exists()
     only_new = replace(request, compute_capabilities=("8.9",))
     build_rank(folder, 0, only_new, tmp_path / "plan")
+
+
+# --- ONNX Runtime --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage_type", ["float16", "bfloat16"])
+@pytest.mark.parametrize("num_heads", [1, 2])
+@pytest.mark.parametrize("name", QUANTIZATIONS | WITH_FP8_CACHE)
+def test_onnx_runtime_runs_16_bit_networks(name, num_heads, storage_type, tmp_path):
+    """Also of a single head, where it moves quantization about. As near as float32's."""
+    quantization = (QUANTIZATIONS | WITH_FP8_CACHE)[name]
+    spec = CheckpointSpec(hidden_size=32, num_heads=num_heads, num_layers=1, seed=8)
+    hf = write_checkpoint(tmp_path / "hf", spec)
+    model = Model(hf, tmp_path, torch.arange(32).reshape(2, 16), group_size=32)
+    ids = random_ids(spec, rows=2, length=12)
+    found = []
+    for dtype in ("float32", storage_type):
+        checkpoint = model.checkpoint(quantization, 1, dtype)
+        recipe = model.recipe(quantization, checkpoint)
+        engine = open_network(make_network(checkpoint, tmp_path / dtype, LIMITS, recipe))
+        found.append(feed(engine, ids, [9, 1, 2]))
+    plain = np.stack([reference_logits(hf, row.tolist()).numpy() for row in ids])
+    errors = [float(np.sqrt(np.mean((logits - plain) ** 2))) for logits in found]
+    rounding = {"float16": 0.01, "bfloat16": 0.05}[storage_type] * plain.std()
+    assert errors[1] < 1.5 * errors[0] + rounding

@@ -1,7 +1,7 @@
 """Runs a rank's network under ONNX Runtime, on a CPU or a CUDA GPU.
 
-It stands in where no TensorRT GPU is: same graph, same weights. One thing is rewritten when the
-graph is loaded, in memory only: networks in a type that the CPU has no kernels for become float32.
+It stands in where no TensorRT GPU is: same graph, same weights. What it does not take as it is, is
+rewritten when the graph is loaded, in memory only (see onnx_rewrites).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from mpt_trt.engines.cpu_collectives import Collectives, replace_collectives
-from mpt_trt.engines.float32_arithmetic import compute_in_float32
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnx_cache import make_bound_cache
+from mpt_trt.engines.onnx_rewrites import compute_in_float32, spell_out_scale_types
 from mpt_trt.errors import MptTrtError
 from mpt_trt.kv_cache import cache_shape
+from mpt_trt.onnx_graph import ELEMENT_TYPES
 from mpt_trt.quantization.scheme import Fp8, SmoothQuant
 from mpt_trt.ranks import Communicator
 from mpt_trt.sharding import Shard
@@ -105,16 +106,14 @@ def _provider() -> str:
     return CUDA if CUDA in available else CPU
 
 
-def _without_kernels(manifest: Manifest) -> int | None:
-    """The network's element type if ONNX Runtime's CPU provider is no good at it, else None.
+def _lacks_kernels(manifest: Manifest) -> bool:
+    """Whether ONNX Runtime's CPU provider is no good at the network's type.
 
     It has no bfloat16 kernels, and integer products with float32 results alone.
     """
-    if manifest.dtype == "bfloat16":
-        return TensorProto.BFLOAT16
     quantizes_activations = isinstance(manifest.quantization.scheme, SmoothQuant | Fp8)
     is_half = manifest.dtype == "float16"
-    return TensorProto.FLOAT16 if quantizes_activations and is_half else None
+    return manifest.dtype == "bfloat16" or (is_half and quantizes_activations)
 
 
 def _open_session(
@@ -134,8 +133,11 @@ def _open_session(
     # Products of quantized weights would also round activations to 8 bits by default.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     weights = []
-    if provider == CPU and (element_type := _without_kernels(manifest)) is not None:
+    element_type = ELEMENT_TYPES[manifest.dtype]
+    if provider == CPU and _lacks_kernels(manifest):
         weights = compute_in_float32(model, element_type, path.parent, options)
+        element_type = TensorProto.FLOAT
+    spell_out_scale_types(model, element_type)
     if manifest.tp_size > 1:
         replace_collectives(model, options)
     try:

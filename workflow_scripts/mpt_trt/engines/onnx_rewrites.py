@@ -1,4 +1,4 @@
-"""A network in float16 or bfloat16, turned to float32 arithmetic when it is loaded."""
+"""What becomes of a network when ONNX Runtime loads it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mpt_trt.numerics import convert
 FLOAT32 = np.dtype(np.float32)
 # Attributes that name the type of what a node computes.
 TYPE_ATTRIBUTES = ("to", "output_dtype")
+QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 
 
 def compute_in_float32(
@@ -57,3 +58,33 @@ def _read(tensor: TensorProto, folder: Path) -> NDArray[np.float32]:
         shape=tuple(tensor.dims),
     )
     return convert(stored, FLOAT32)
+
+
+def spell_out_scale_types(model: onnx.ModelProto, element_type: int) -> None:
+    """Puts Casts where a quantization's scale is of another type than the network.
+
+    element_type: the network's. ONNX Runtime 1.32 forgets the difference where it moves such nodes,
+    and then refuses the network (seen with a float16 cache of a single head).
+    """
+    scales = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        scale_type = scales.get(node.input[1]) if node.op_type in QUANTIZING else None
+        if scale_type in (None, element_type):
+            nodes.append(node)
+        elif node.op_type == "QuantizeLinear":
+            nodes += [_cast(node.input[0], f"{node.output[0]}/cast", scale_type), node]
+            node.input[0] = f"{node.output[0]}/cast"
+        else:
+            output = node.output[0]
+            node.output[0] = f"{output}/dequantized"
+            kept = [attribute for attribute in node.attribute if attribute.name != "output_dtype"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            nodes += [node, _cast(node.output[0], output, element_type)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _cast(value: str, output: str, element_type: int) -> onnx.NodeProto:
+    return helper.make_node("Cast", [value], [output], to=element_type)
