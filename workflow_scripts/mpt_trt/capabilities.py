@@ -22,10 +22,10 @@ from mpt_trt.quantization.scheme import (
     WeightOnly,
     default_group_size,
 )
+from mpt_trt.settings import TENSORRT_LLM
 from mpt_trt.sharding import Shard, VocabularySharding
 from mpt_trt.weight_map import weights
 
-TENSORRT_LLM = "tensorrt_llm"
 BACKENDS = ("tensorrt", "tensorrt_rtx", TENSORRT_LLM)
 
 AWQ_GROUP_SIZES = (128, 64)
