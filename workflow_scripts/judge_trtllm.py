@@ -49,9 +49,9 @@ def main() -> None:
         "engine_dir": str(arguments.engine_dir),
         "engines": engines,
         "builder": {
-            "name": "tensorrt_llm",
+            "package": "tensorrt_llm",
             "version": trial.version,
-            "compute_capabilities": [],
+            "compute_capabilities": [trial.compute_capability],
         },
         "ranks": len(engines),
         "runtime": "tensorrt_llm",

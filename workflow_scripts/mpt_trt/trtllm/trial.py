@@ -23,15 +23,16 @@ NO_END_TOKEN = -1
 class RecordedTrial:
     """What is compared with the reference.
 
-    tokens: prompt and continuation. logits: float32 `[len(tokens) - prompt_len, vocab]`, those that
-    each token of the continuation was chosen by. version: of TensorRT-LLM. Speeds in tokens per
-    second.
+    tokens: prompt and continuation. logits: float32 `[len(tokens) - prompt_len, vocab]`, those
+    that each token of the continuation was chosen by. version: of TensorRT-LLM.
+    compute_capability: of the first rank's GPU. Speeds in tokens per second.
     """
 
     tokens: list[int]
     prompt_len: int
     logits: NDArray[np.float32]
     version: str
+    compute_capability: str
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
 
@@ -48,9 +49,7 @@ def record_trial(
     from tensorrt_llm.runtime import ModelRunnerCpp
 
     rank = tensorrt_llm.mpi_rank()
-    runner = ModelRunnerCpp.from_dir(
-        str(engine_dir), rank=rank, gather_generation_logits=True
-    )
+    runner = ModelRunnerCpp.from_dir(str(engine_dir), rank=rank, gather_generation_logits=True)
     token_ids = [torch.tensor(prompt, dtype=torch.int32)]
 
     def generate(new_tokens: int) -> tuple[dict, float]:
@@ -72,11 +71,17 @@ def record_trial(
     _, first = generate(1)
     found, whole = generate(max_new_tokens)
     if rank == 0:
-        _write(found, prompt, (first, whole - first), version, target)
+        major, minor = torch.cuda.get_device_capability()
+        origin = {"version": version, "compute_capability": f"{major}.{minor}"}
+        _write(found, prompt, (first, whole - first), origin, target)
 
 
 def _write(
-    found: dict, prompt: list[int], seconds: tuple[float, float], version: str, target: Path
+    found: dict,
+    prompt: list[int],
+    seconds: tuple[float, float],
+    origin: dict[str, str],
+    target: Path,
 ) -> None:
     length = int(found["sequence_lengths"][0, 0])
     new_tokens = length - len(prompt)
@@ -87,7 +92,7 @@ def _write(
             tokens=found["output_ids"][0, 0, :length].cpu().numpy(),
             prompt_len=len(prompt),
             logits=found["generation_logits"][0, 0, :new_tokens].float().cpu().numpy(),
-            version=version,
+            **origin,
             prefill_tokens_per_s=len(prompt) / prefill,
             decode_tokens_per_s=(new_tokens - 1) / max(decode, 1e-9),
         )
@@ -102,6 +107,7 @@ def read_trial(path: Path) -> RecordedTrial:
                 prompt_len=int(stored["prompt_len"]),
                 logits=stored["logits"],
                 version=str(stored["version"]),
+                compute_capability=str(stored["compute_capability"]),
                 prefill_tokens_per_s=float(stored["prefill_tokens_per_s"]),
                 decode_tokens_per_s=float(stored["decode_tokens_per_s"]),
             )
