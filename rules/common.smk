@@ -10,6 +10,7 @@ SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from mpt_trt import artifacts, hub, known_shapes, requirements, seals, sharding
+from mpt_trt.capabilities import Request, require_supported
 from mpt_trt.config import MptConfig, read_hf_config
 from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.engines.packages import choose_package
@@ -19,7 +20,6 @@ from mpt_trt.hf_files import checkpoint_files
 from mpt_trt.quantization.scheme import as_mapping, require_fitting_groups
 from mpt_trt.requirements import EngineSpec
 from mpt_trt.settings import TENSORRT_LLM, Model, Variant, parse_settings
-from mpt_trt.capabilities import Request, require_supported
 from mpt_trt.sharding import VocabularySharding
 from mpt_trt.source_files import source_hash
 from mpt_trt.trtllm.sources import trtllm_calibration, trtllm_ft_storage
@@ -325,6 +325,8 @@ def of_every_rank(stage: str):
 
 # Their engines are not made of our own network.
 TENSORRT_LLM_VARIANTS = settings.variants_of(TENSORRT_LLM)
+# More than any machine has; Snakemake takes as many as there are.
+ALL_CORES = 4096
 TENSORRT_LLM_CONTAINER = "docker://nvcr.io/nvidia/tensorrt-llm/release:1.2.1"
 
 

@@ -51,7 +51,7 @@ rule convert_to_trtllm:
         """
 
 
-# First of all jobs, and on no GPU: a missing or unfit TensorRT-LLM shall cost nobody's time.
+# First of all jobs, alone, and on no GPU: a missing or unfit TensorRT-LLM shall cost nobody's time.
 rule check_trtllm:
     output:
         temp("build/tensorrt_llm/version.json"),
@@ -65,6 +65,7 @@ rule check_trtllm:
         "../envs/tensorrt_llm.yaml"
     container:
         TENSORRT_LLM_CONTAINER
+    threads: ALL_CORES
     params:
         code=version_of("check_trtllm.py"),
     shell:

@@ -11,11 +11,13 @@ import os
 import re
 import subprocess
 import sys
+import types
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from checkpoints import CheckpointSpec, write_checkpoint
@@ -26,6 +28,7 @@ from mpt_trt.reference import reference_logits
 from mpt_trt.settings import parse_settings
 from mpt_trt.trtllm import package
 from mpt_trt.trtllm.build_command import build_command
+from mpt_trt.trtllm.trial import read_trial, record_trial
 from workflow_support import REPOSITORY, SPEC, Workflow
 
 # The flags of trtllm-build, 0.20 to 1.2.1, that we use, and what they may be.
@@ -285,6 +288,52 @@ def test_a_damaged_trial_is_named(trial):
         judge(folder, tmp_path)
 
 
+class StandInRunner:
+    """Answers as ModelRunnerCpp's signature says; what the real one computes is not known here."""
+
+    rank = 0
+
+    @classmethod
+    def from_dir(cls, engine_dir: str, *, rank: int, gather_generation_logits: bool):
+        assert rank == cls.rank and gather_generation_logits
+        return cls()
+
+    def generate(self, batch_input_ids: list, *, max_new_tokens: int, end_id: int, **options):
+        assert options["top_k"] == 1 and options["return_dict"] and end_id == -1
+        if self.rank != 0:
+            return []  # as for ranks that enqueue no requests
+        prompt = batch_input_ids[0].tolist()
+        tokens = prompt + [len(prompt) + i for i in range(max_new_tokens)]
+        logits = torch.arange(max_new_tokens * 5).reshape(1, 1, max_new_tokens, 5)
+        return {
+            "output_ids": torch.tensor([[[*tokens, 0, 0]]], dtype=torch.int32),
+            "sequence_lengths": torch.tensor([[len(tokens)]]),
+            "generation_logits": logits.half(),
+        }
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_the_first_rank_records_is_read(rank, tmp_path, monkeypatch):
+    library, runtime = types.ModuleType("tensorrt_llm"), types.ModuleType("tensorrt_llm.runtime")
+    library.mpi_rank = lambda: rank
+    runtime.ModelRunnerCpp = StandInRunner
+    monkeypatch.setattr(StandInRunner, "rank", rank)
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", library)
+    monkeypatch.setitem(sys.modules, "tensorrt_llm.runtime", runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    record_trial(tmp_path, [7, 8, 9], 4, "1.2.1", tmp_path / "trial.npz")
+    if rank != 0:
+        assert not (tmp_path / "trial.npz").exists()
+        return
+    found = read_trial(tmp_path / "trial.npz")
+    assert (found.tokens, found.prompt_len) == ([7, 8, 9, 3, 4, 5, 6], 3)
+    assert (found.version, found.compute_capability) == ("1.2.1", "9.0")
+    assert found.logits.dtype == np.float32
+    np.testing.assert_array_equal(found.logits, np.arange(20).reshape(4, 5))
+    assert found.prefill_tokens_per_s > 0 and found.decode_tokens_per_s > 0
+
+
 def test_the_prompt_is_written_as_tokens(tmp_path):
     folder = write_checkpoint(tmp_path / "hf", CheckpointSpec())
     output = tmp_path / "prompt.json"
@@ -372,12 +421,12 @@ def test_dry_runs_show_the_commands(workflow):
 
 
 def test_an_engine_ends_in_the_clear_message_before_it_is_converted(workflow):
-    result = workflow.run(ENGINE.format("llm"), "--cores", "1")
+    result = workflow.run(ENGINE.format("llm"))
     text = result.stdout + result.stderr
     assert result.returncode != 0
     assert "error: backend = tensorrt_llm: TensorRT-LLM is not installed" in text
     assert not (workflow.folder / "trtllm_ckpts").exists()
-    assert not (workflow.folder / "ft_ckpts").exists()
+    assert not (workflow.folder / "ft_ckpts").exists(), "something else was started, too"
 
 
 def test_the_whole_way_to_the_call_of_trtllm_build(workflow, tmp_path):

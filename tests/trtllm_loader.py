@@ -60,7 +60,8 @@ def load(folder: Path) -> Loaded:
     config = json.loads((folder / "config.json").read_text())
     check_config(config)
     world = config["mapping"]["world_size"]
-    files = {path.name for path in folder.iterdir()}
+    # Snakemake leaves a hidden time stamp.
+    files = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     assert files == {"config.json", *(f"rank{rank}.safetensors" for rank in range(world))}
     ranks = [load_file(folder / f"rank{rank}.safetensors") for rank in range(world)]
     wanted = expected(config)

@@ -6,10 +6,10 @@ TensorRT-LLM's MPTForCausalLM has its own limits; they are read from its sources
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from dataclasses import field as of_dataclass
 
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
@@ -70,8 +70,8 @@ class Feature:
     name: str
     field: str = ""
     asked: Asked | None = None
-    lacking: Mapping[str, str] = of_dataclass(default_factory=dict)
-    notes: Mapping[str, str] = of_dataclass(default_factory=dict)
+    lacking: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def able(self) -> list[str]:
         return [backend for backend in BACKENDS if backend not in self.lacking]

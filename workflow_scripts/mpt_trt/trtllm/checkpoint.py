@@ -86,8 +86,7 @@ class TrtllmConversion:
         return self.checkpoint.config
 
     def linear_form(self, shard: Shard) -> LinearForm:
-        is_modelopt_form = uses_modelopt_form(self.recipe.quantization.scheme)
-        return choose_form(self.checkpoint, shard, self.recipe, is_modelopt_form)
+        return choose_form(self.checkpoint, shard, self.recipe)
 
     def _require_int8_sq(self) -> None:
         found = self.recipe.calibration

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mpt_trt.capabilities import uses_plugin_form
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.ft_layout import FtFile, held, linear_name
@@ -46,15 +47,10 @@ class LinearForm(Protocol):
         ...
 
 
-def choose_form(
-    checkpoint: FtCheckpoint, shard: Shard, recipe: Recipe, is_modelopt_form: bool
-) -> LinearForm:
-    """is_modelopt_form: of SmoothQuant; see `capabilities.uses_modelopt_form`.
-
-    Raises MptTrtError when the checkpoint is smoothed and must not be, or the other way round.
-    """
+def choose_form(checkpoint: FtCheckpoint, shard: Shard, recipe: Recipe) -> LinearForm:
+    """Raises MptTrtError when the checkpoint is smoothed and must not be, or the other way round."""
     scheme, calibration = recipe.quantization.scheme, recipe.calibration
-    if isinstance(scheme, SmoothQuant) and not is_modelopt_form:
+    if isinstance(scheme, SmoothQuant) and uses_plugin_form(scheme):
         return PluginSmoothQuantForm(checkpoint, shard, scheme)
     checkpoint.require_plain()
     match scheme:
