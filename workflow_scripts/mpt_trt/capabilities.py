@@ -15,6 +15,7 @@ from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_layout import ft_file
 from mpt_trt.quantization.scheme import (
+    SMOOTHQUANT_ALPHA,
     Awq,
     Quantization,
     Scheme,
@@ -35,8 +36,6 @@ FIXED_EPSILON = 1e-5
 USUAL_ALIBI_BIAS_MAX = 8
 # Sizes of a rank's matrices must be multiples of these, or the layers pad themselves.
 WEIGHT_ONLY_MULTIPLE, AWQ_MULTIPLE = 64, 128
-MODELOPT_ALPHA = 0.5
-"""Of calibration results of int8_sq."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def uses_modelopt_form(scheme: Scheme | None) -> bool:
     others go in the form of its SmoothQuant plugins, from a smoothed FT checkpoint.
     """
     return isinstance(scheme, SmoothQuant) and scheme == SmoothQuant(
-        MODELOPT_ALPHA, per_channel=True, per_token=False
+        SMOOTHQUANT_ALPHA, per_channel=True, per_token=False
     )
 
 

@@ -48,7 +48,7 @@ class LinearForm(Protocol):
 
 
 def choose_form(checkpoint: FtCheckpoint, shard: Shard, recipe: Recipe) -> LinearForm:
-    """Raises MptTrtError when the checkpoint is smoothed and must not be, or the other way round."""
+    """Raises MptTrtError when the checkpoint is smoothed and should not be, or the reverse."""
     scheme, calibration = recipe.quantization.scheme, recipe.calibration
     if isinstance(scheme, SmoothQuant) and uses_plugin_form(scheme):
         return PluginSmoothQuantForm(checkpoint, shard, scheme)
