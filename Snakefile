@@ -19,6 +19,7 @@ include: "rules/common.smk"
 include: "rules/checkpoint.smk"
 include: "rules/quantize.smk"
 include: "rules/engine.smk"
+include: "rules/trtllm.smk"
 include: "rules/verify.smk"
 include: "rules/report.smk"
 

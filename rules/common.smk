@@ -1,5 +1,6 @@
 """What all stages share: the checked configuration, and the functions that rules take values from."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from mpt_trt import artifacts, hub, known_shapes, requirements, seals, sharding
+from mpt_trt.capabilities import Request, require_supported
 from mpt_trt.config import MptConfig, read_hf_config
 from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.engines.packages import choose_package
@@ -17,9 +19,10 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.hf_files import checkpoint_files
 from mpt_trt.quantization.scheme import as_mapping, require_fitting_groups
 from mpt_trt.requirements import EngineSpec
-from mpt_trt.settings import Model, Variant, parse_settings
+from mpt_trt.settings import TENSORRT_LLM, Model, Variant, parse_settings
 from mpt_trt.sharding import VocabularySharding
 from mpt_trt.source_files import source_hash
+from mpt_trt.trtllm.sources import trtllm_calibration, trtllm_ft_storage
 
 prefer_this_python()
 
@@ -50,6 +53,19 @@ def model_of(wildcards) -> Model:
 
 def variant_of(wildcards) -> Variant:
     return checked(settings.variant, wildcards.variant)
+
+
+NO_VARIANT = "(?!)"
+
+
+def only_variants(names: tuple[str, ...]) -> str:
+    """A wildcard constraint: one of these names."""
+    return "|".join(map(re.escape, names)) or NO_VARIANT
+
+
+def other_variants(names: tuple[str, ...]) -> str:
+    """A wildcard constraint: any name but these, also one that config.yaml does not have."""
+    return f"(?!(?:{only_variants(names)})/)[^/]+"
 
 
 def version_of(script: str) -> str:
@@ -88,7 +104,7 @@ def engine_spec(wildcards) -> EngineSpec:
         variant.max_output_len,
         variant.gather_all_token_logits,
     )
-    vocabulary = VocabularySharding(variant.shard_embedding, variant.shard_head)
+    vocabulary = vocabulary_of(variant)
     config, tp_size = planned_config(wildcards), int(wildcards.tp)
     if not sharding.is_legal(config, tp_size):
         # Possible before the model is fetched; what one rank of one needs is enough for each.
@@ -221,6 +237,10 @@ def limit_options(wildcards) -> list[str]:
     return options + ["--gather_all_token_logits"] * variant.gather_all_token_logits
 
 
+def vocabulary_of(variant: Variant) -> VocabularySharding:
+    return VocabularySharding(variant.shard_embedding, variant.shard_head)
+
+
 def vocabulary_options(wildcards) -> list[str]:
     """Which of the vocabulary's matrices ranks share, as command-line options."""
     variant = variant_of(wildcards)
@@ -301,6 +321,51 @@ def of_every_rank(stage: str):
     return folders
 
 
+# trtllm.smk
+
+# Their engines are not made of our own network.
+TENSORRT_LLM_VARIANTS = settings.variants_of(TENSORRT_LLM)
+# More than any machine has; Snakemake takes as many as there are.
+ALL_CORES = 4096
+TENSORRT_LLM_CONTAINER = "docker://nvcr.io/nvidia/tensorrt-llm/release:1.2.1"
+
+
+def what_trtllm_can(wildcards) -> list[str]:
+    """An input function that adds no input, but refuses what TensorRT-LLM's MPT model has not.
+
+    Of a model that is not fetched yet, the conversion refuses it.
+    """
+    if (config := stored_config(wildcards)) is not None:
+        variant, tp_size = variant_of(wildcards), int(wildcards.tp)
+        checked(sharding.require_legal, config, tp_size)
+        request = Request(config, variant.dtype, variant.quantized, tp_size, vocabulary_of(variant))
+        checked(require_supported, request, TENSORRT_LLM)
+    return []
+
+
+def ft_checkpoint_for_trtllm(wildcards) -> str:
+    variant = variant_of(wildcards)
+    name = trtllm_ft_storage(variant.dtype, variant.quantization).name
+    return f"ft_ckpts/{wildcards.model}/{name}/{wildcards.tp}-gpu"
+
+
+def calibration_for_trtllm(wildcards) -> list[str]:
+    found = trtllm_calibration(variant_of(wildcards).quantized)
+    return [] if found is None else [f"quantized/{wildcards.model}/{found.name}/{NPZ_NAME}"]
+
+
+def calibration_option_for_trtllm(wildcards) -> list[str]:
+    return [f"--calibration={path}" for path in calibration_for_trtllm(wildcards)]
+
+
+def tokenizer_folder(wildcards) -> str:
+    return model_of(wildcards).tokenizer or checkpoint_folder(wildcards)
+
+
+def gpu_of_every_rank(wildcards) -> int:
+    return int(wildcards.tp)
+
+
 # verify.smk
 
 
@@ -327,6 +392,16 @@ def tolerance_options(wildcards) -> list[str]:
 
 
 # report.smk
+
+
+def measurable_variant(wildcards) -> list[str]:
+    """An input function that adds no input, but refuses engines that no runtime of ours reads."""
+    if variant_of(wildcards).backend == TENSORRT_LLM:
+        raise WorkflowError(
+            f"quality of {wildcards.variant}: under backend {TENSORRT_LLM} there are smoke tests "
+            "alone; measure a variant with another backend"
+        )
+    return []
 
 
 def reference_mem_mb(wildcards) -> int:

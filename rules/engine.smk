@@ -3,6 +3,7 @@
 inputs:
     ft_ckpts/{model}/{storage}/{tp}-gpu
     quantized/{model}/{qformat}/mpt_tp1_rank0.npz           of variants that need calibration
+    Engines of variants with backend tensorrt_llm are made by trtllm.smk.
 outputs:
     build/networks/{model}/{variant}/{tp}-gpu/rank{rank}    the network of one rank
     build/plans/{model}/{variant}/{tp}-gpu/rank{rank}       the TensorRT plan of one rank
@@ -96,6 +97,8 @@ rule collect_engine:
         "logs/collect_engine/{model}/{variant}/{tp}-gpu.log",
     benchmark:
         "logs/collect_engine/{model}/{variant}/{tp}-gpu.tsv"
+    wildcard_constraints:
+        variant=other_variants(TENSORRT_LLM_VARIANTS),
     conda:
         "../envs/base.yaml"
     params:

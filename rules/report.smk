@@ -49,6 +49,7 @@ rule compute_reference:
 
 rule measure_quality:
     input:
+        measurable_variant,
         fitting_window,
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
         checkpoint=checkpoint_inputs,

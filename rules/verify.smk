@@ -2,6 +2,7 @@
 
 inputs:
     trt_engines/{model}/{variant}/{tp}-gpu, and the checkpoint that it was made from
+    Engines of variants with backend tensorrt_llm are tried by trtllm.smk.
 outputs:
     smoke_tests/{model}/{variant}/{tp}-gpu.json     text, speed, runtime, distance to the reference
 steps:
@@ -25,6 +26,8 @@ rule smoke_test:
         "logs/smoke_test/{model}/{variant}/{tp}-gpu.log",
     benchmark:
         "logs/smoke_test/{model}/{variant}/{tp}-gpu.tsv"
+    wildcard_constraints:
+        variant=other_variants(TENSORRT_LLM_VARIANTS),
     conda:
         "../envs/base.yaml"
     threads: 2

@@ -19,7 +19,7 @@ from onnx import numpy_helper
 import show_requirements
 from checkpoints import CheckpointSpec, config_dict, write_checkpoint
 from engines_support import FEATURES, call_tool
-from mpt_trt import requirements, weight_map
+from mpt_trt import markdown, requirements, weight_map
 from mpt_trt.config import MptConfig, parse_hf_config, read_hf_config
 from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.errors import MptTrtError
@@ -308,9 +308,8 @@ def test_fewer_layers_change_nothing_else(name: str) -> None:
 
 
 def test_committed_table_is_what_is_computed() -> None:
-    text = (REPOSITORY / "docs" / "models.md").read_text()
-    inside = text.partition(show_requirements.BEGIN)[2].partition(show_requirements.END)[0]
-    assert inside.strip() == show_requirements.tables().strip(), (
+    found = markdown.between_marks(REPOSITORY / "docs" / "models.md")
+    assert found == show_requirements.tables().strip(), (
         "run workflow_scripts/show_requirements.py --update docs/models.md"
     )
 
@@ -327,7 +326,7 @@ def test_table_has_every_model_type_and_legal_number_of_ranks() -> None:
 
 
 def test_update_replaces_what_is_between_the_marks(tmp_path: Path) -> None:
-    begin, end = show_requirements.BEGIN, show_requirements.END
+    begin, end = markdown.BEGIN, markdown.END
     path = tmp_path / "doc.md"
     path.write_text(f"before\n{begin}\nstale\n{end}\nafter\n")
     for _ in range(2):

@@ -16,9 +16,8 @@ from mpt_trt import requirements
 from mpt_trt.config import MptConfig, read_hf_config
 from mpt_trt.console import run_cli
 from mpt_trt.engines.limits import EngineLimits
-from mpt_trt.errors import MptTrtError
-from mpt_trt.files import replace_file
 from mpt_trt.known_shapes import SHAPES, SHIPPED, known_config
+from mpt_trt.markdown import replace_between_marks
 from mpt_trt.requirements import GB, EngineSpec
 from mpt_trt.settings import variant_choices, variant_default
 from mpt_trt.sharding import VocabularySharding, is_legal
@@ -35,7 +34,6 @@ COLUMNS = (
     "GPU memory of a rank",
     "GPUs",
 )
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 WORKERS = 2
 
 
@@ -62,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     if arguments.update is not None:
-        update(arguments.update)
+        replace_between_marks(arguments.update, tables())
         return
     is_known = arguments.like is not None
     config = known_config(arguments.like) if is_known else read_hf_config(arguments.model_dir)
@@ -94,20 +92,6 @@ def parts(spec: EngineSpec) -> dict[str, int]:
         "  activations (estimate)": requirements.activations(spec),
         "  CUDA and libraries (allowance)": requirements.GPU_OVERHEAD,
     }
-
-
-def update(path: Path) -> None:
-    """Replaces what stands between the lines BEGIN and END.
-
-    Raises MptTrtError when the file does not have them.
-    """
-    text = path.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise MptTrtError(f"{path}: lines {BEGIN} and {END} are expected")
-    with replace_file(path) as partial:
-        partial.write_text(f"{before}{BEGIN}\n\n{tables()}\n{END}{after}")
 
 
 def tables() -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mpt_trt import arguments as options
 from mpt_trt.console import run_cli
-from mpt_trt.settings import default_tolerance, parse_settings
+from mpt_trt.settings import parse_settings
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,17 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max_new_tokens", type=int, default=usual.max_new_tokens, help="(default: %(default)s)"
     )
-    default = default_tolerance()
-    group = parser.add_argument_group("tolerance; see config.yaml")
-    group.add_argument(
-        "--max_abs", type=float, default=default.max_abs, help="(default: %(default)s)"
-    )
-    group.add_argument(
-        "--mean_kl", type=float, default=default.mean_kl, help="(default: %(default)s)"
-    )
-    group.add_argument(
-        "--min_top1", type=float, default=default.min_top1, help="(default: %(default)s)"
-    )
+    options.add_tolerance(parser)
     options.add_runtime(parser)
     return parser.parse_args()
 
@@ -49,10 +39,8 @@ def main() -> None:
     arguments = parse_arguments()
     from mpt_trt import hub, verification
     from mpt_trt.engines.loading import load_engine
-    from mpt_trt.errors import MptTrtError
-    from mpt_trt.files import write_json
     from mpt_trt.reference import reference_logits, reference_name
-    from mpt_trt.settings import Tolerance
+    from mpt_trt.smoke_result import write_smoke_result
     from mpt_trt.tokenizer import read_tokenizer
 
     folder, _ = hub.local_folder(arguments.model_dir, arguments.revision)
@@ -67,9 +55,7 @@ def main() -> None:
         return
     reference = reference_logits(folder, trial.tokens[:-1]).numpy()
     distance = verification.distance(trial.logits, reference)
-    tolerance = Tolerance(arguments.max_abs, arguments.mean_kl, arguments.min_top1)
-    violations = distance.violations(tolerance)
-    result = {
+    facts = {
         "engine_dir": str(arguments.engine_dir),
         "engines": [rank.engine for rank in engine.manifest.ranks],
         "builder": asdict(engine.manifest.builder),
@@ -83,20 +69,8 @@ def main() -> None:
         "prefill_tokens_per_s": trial.prefill_tokens_per_s,
         "decode_tokens_per_s": trial.decode_tokens_per_s,
         "reference": reference_name(folder),
-        "distance": asdict(distance),
-        "tolerance": asdict(tolerance),
-        "passed": not violations,
     }
-    rejected = arguments.output.with_name(arguments.output.name + ".rejected")
-    if violations:
-        arguments.output.unlink(missing_ok=True)
-        write_json(rejected, result)
-        raise MptTrtError(
-            f"{arguments.engine_dir}: too far from the reference: {', '.join(violations)}; "
-            f"see {rejected}"
-        )
-    rejected.unlink(missing_ok=True)
-    write_json(arguments.output, result)
+    write_smoke_result(arguments.output, facts, distance, options.tolerance(arguments))
 
 
 if __name__ == "__main__":

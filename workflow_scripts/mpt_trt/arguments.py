@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpt_trt.settings import (
+    TENSORRT_LLM,
+    Tolerance,
+    default_tolerance,
     quantization_choices,
     quantization_default,
     variant_choices,
@@ -131,7 +134,8 @@ def add_builder(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("builder")
     group.add_argument(
         "--backend",
-        choices=variant_choices("backend"),
+        # TensorRT-LLM builds from checkpoints of its own; see build_trtllm.py.
+        choices=[name for name in variant_choices("backend") if name != TENSORRT_LLM],
         default=variant_default("backend"),
         help="what builds the engine (default: %(default)s)",
     )
@@ -170,6 +174,17 @@ def _compute_capability(text: str) -> str:
     if not re.fullmatch(r"[0-9]+\.[0-9]", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability such as 8.9")
     return text
+
+
+def add_tolerance(parser: argparse.ArgumentParser) -> None:
+    """Adds the options from which `tolerance` is read."""
+    group = parser.add_argument_group("tolerance; see config.yaml")
+    for name, default in vars(default_tolerance()).items():
+        group.add_argument(f"--{name}", type=float, default=default, help="(default: %(default)s)")
+
+
+def tolerance(arguments: argparse.Namespace) -> Tolerance:
+    return Tolerance(arguments.max_abs, arguments.mean_kl, arguments.min_top1)
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:

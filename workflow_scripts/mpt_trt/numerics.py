@@ -28,7 +28,12 @@ EXPONENTS = {
     np.dtype(np.float32): np.uint32(0x7F800000),
     np.dtype(np.float64): np.uint64(0x7FF0000000000000),
 }
-UNSIGNED = {2: TensorProto.UINT16, 4: TensorProto.UINT32, 8: TensorProto.UINT64}
+UNSIGNED = {
+    1: TensorProto.UINT8,
+    2: TensorProto.UINT16,
+    4: TensorProto.UINT32,
+    8: TensorProto.UINT64,
+}
 OPSET, IR_VERSION = 21, 10
 
 

@@ -17,6 +17,9 @@ from mpt_trt.quantization.scheme import METHODS, KvCacheType, Quantization, Sche
 
 Entry = TypeVar("Entry")
 
+TENSORRT_LLM = "tensorrt_llm"
+"""The backend whose variants have rules of their own."""
+
 SCHEMA = Path(__file__).parents[2] / "schemas" / "config.schema.yaml"
 
 
@@ -116,16 +119,26 @@ class Settings:
         """Raises MptTrtError, with the nearest known name, when there is no such variant."""
         return _entry("variant", self.variants, name)
 
+    def variants_of(self, backend: str) -> tuple[str, ...]:
+        """Names of the variants with that backend."""
+        return tuple(name for name, entry in self.variants.items() if entry.backend == backend)
+
     def engines_of_report(self) -> list[tuple[str, int]]:
         """(variant, tp_size) of every engine that a model's report shows, in its order.
 
-        Raises MptTrtError when there is no such variant.
+        Raises MptTrtError when there is no such variant, or its quality is not measured.
         """
-        report = self.report
-        listed = tuple(self.variants) if report.variants is None else report.variants
+        report, unmeasured = self.report, self.variants_of(TENSORRT_LLM)
+        measured = tuple(name for name in self.variants if name not in unmeasured)
+        listed = measured if report.variants is None else report.variants
         found = []
         for name in dict.fromkeys((*listed, *report.more_tp_sizes)):
             self.variant(name)
+            if name in unmeasured:
+                raise MptTrtError(
+                    f"config.yaml: report: {name} has backend {TENSORRT_LLM}, under which no "
+                    "quality is measured; leave it out"
+                )
             usual = report.tp_sizes if name in listed else ()
             found += [
                 (name, size) for size in sorted({*usual, *report.more_tp_sizes.get(name, ())})

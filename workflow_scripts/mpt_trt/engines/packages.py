@@ -37,8 +37,13 @@ def choose_package(backend: str) -> Package:
 
     auto takes `tensorrt` where it is installed and a GPU is there, else `tensorrt_rtx`.
 
-    Raises MptTrtError when the package is not installed.
+    Raises MptTrtError when the package is not installed, or builds no plans.
     """
+    if backend != "auto" and backend not in DISTRIBUTIONS:
+        raise MptTrtError(
+            f"backend = {backend}: builds no plans, but whole engines; ask for a target "
+            "trt_engines/{model}/{variant}/{tp}-gpu"
+        )
     if backend != "auto":
         candidates = [backend]
     elif gpus.compute_capabilities():

@@ -59,10 +59,15 @@ class Fp8Products:
         shape = self.checkpoint.file_of(weight, self.shard).shape
 
         def pieces() -> Iterator[NDArray]:
-            scale = np.float32(self.calibration.fp8_scales(*place(name)).weight or 1)
+            scale = self.calibration.fp8_scales(*place(name)).weight or 1.0
             for block in row_blocks(self.checkpoint.matrix(weight, self.shard)):
-                scaled = convert(np.ascontiguousarray(block), FLOAT32) / scale
-                yield np.clip(scaled, -LARGEST, LARGEST).astype(E4M3)
+                yield quantized_block(np.ascontiguousarray(block), scale)
 
         file_name = f"{weight.name}.fp8.{self.shard.rank}"
         return made(file_name, TensorProto.FLOAT8E4M3FN, shape, pieces)
+
+
+def quantized_block(block: NDArray, scale: float) -> NDArray:
+    """Part of a matrix over its scale, in E4M3; nothing becomes a NaN."""
+    scaled = convert(block, FLOAT32) / np.float32(scale)
+    return np.clip(scaled, -LARGEST, LARGEST).astype(E4M3)

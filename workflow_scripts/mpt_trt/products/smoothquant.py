@@ -41,11 +41,7 @@ class SmoothQuantProducts:
     scheme: SmoothQuant
 
     def __post_init__(self) -> None:
-        if self.checkpoint.smoothing != self.scheme.alpha:
-            raise MptTrtError(
-                f"{self.checkpoint.folder}/config.ini: smoothquant = {self.checkpoint.smoothing}, "
-                f"but {self.scheme.alpha:g} is needed; convert again with -sq {self.scheme.alpha:g}"
-            )
+        require_smoothed(self.checkpoint, self.scheme.alpha)
 
     def tensors(self) -> dict[str, StoredTensor]:
         found = ft_tensors(self.checkpoint, self.shard)
@@ -114,6 +110,15 @@ class SmoothQuantProducts:
 
     def _read(self, file: FtFile) -> NDArray[np.float32]:
         return np.fromfile(self.checkpoint.folder / file.name, np.float32)
+
+
+def require_smoothed(checkpoint: FtCheckpoint, alpha: float) -> None:
+    """Raises MptTrtError when the checkpoint is a plain one, or was smoothed by another alpha."""
+    if checkpoint.smoothing != alpha:
+        raise MptTrtError(
+            f"{checkpoint.folder}/config.ini: smoothquant = {checkpoint.smoothing}, but "
+            f"{alpha:g} is needed; convert again with -sq {alpha:g}"
+        )
 
 
 def _rounded_to_int8(graph: GraphBuilder, value: str, scale: str, name: str) -> str:

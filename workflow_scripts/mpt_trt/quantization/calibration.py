@@ -29,7 +29,7 @@ from mpt_trt.quantization.calibrated import (
     SmoothQuantMatrix,
 )
 from mpt_trt.quantization.npz import calibration_writer
-from mpt_trt.quantization.scheme import QuantizationFormat
+from mpt_trt.quantization.scheme import SMOOTHQUANT_ALPHA, QuantizationFormat
 from mpt_trt.quantization.streaming import (
     Computation,
     SampleRun,
@@ -38,9 +38,6 @@ from mpt_trt.quantization.streaming import (
     stream_blocks,
     watched_cache,
 )
-
-# What AMMO took; ModelOpt's own default, 1, moves all of the activations' range into the weights.
-SMOOTHQUANT_ALPHA = 0.5
 
 log = logging.getLogger(__name__)
 

@@ -258,9 +258,14 @@ class CalibrationResult:
 
     def awq_matrix(self, layer: int, matrix: str) -> AwqMatrix:
         self._require_format("int4_awq")
-        weight = self._joined(layer, matrix, WEIGHT)
-        scales = self._joined(layer, matrix, WEIGHT_SCALE).reshape(len(weight), -1)
+        weight, scales = self._joined(layer, matrix, WEIGHT), self.awq_scales(layer, matrix)
         return AwqMatrix(weight, scales, self._smoothing(layer, matrix))
+
+    def awq_scales(self, layer: int, matrix: str) -> NDArray[np.float32]:
+        """`[out, in / group_size]`, without reading the matrix."""
+        self._require_format("int4_awq")
+        out_features, _ = block_matrices(self.config, layer)[matrix].shape
+        return self._joined(layer, matrix, WEIGHT_SCALE).reshape(out_features, -1)
 
     def pre_quant_scale(self, layer: int, matrix: str) -> NDArray[np.float32]:
         """What the input of a matrix is multiplied by, `[in]`, without reading the matrix."""
@@ -270,6 +275,15 @@ class CalibrationResult:
         self._require_format("int8_sq")
         return SmoothQuantMatrix(
             self._joined(layer, matrix, WEIGHT),
+            *self.smoothquant_scales(layer, matrix),
+        )
+
+    def smoothquant_scales(
+        self, layer: int, matrix: str
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
+        """Scales, pre-quant scale and activation scale, without reading the matrix."""
+        self._require_format("int8_sq")
+        return (
             self._joined(layer, matrix, WEIGHT_SCALE),
             self._smoothing(layer, matrix),
             self._largest(layer, matrix, ACTIVATION_SCALE),

@@ -25,6 +25,10 @@ KvCacheType = Literal["auto", "int8", "fp8"]
 CALIBRATION_BATCH_SIZE = 8
 """Samples that calibration computes at a time, at most, unless told otherwise."""
 
+SMOOTHQUANT_ALPHA = 0.5
+"""Of calibration results of int8_sq, as AMMO had it; ModelOpt's own default, 1, moves all of the
+activations' range into the weights."""
+
 DEFAULT_GROUP_SIZE = 128
 GROUP_SIZES = (128, 64, 32, 16)
 """Input features that may share a scale; both runtimes have kernels for powers of two from 16."""
