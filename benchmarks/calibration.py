@@ -66,10 +66,8 @@ def main() -> None:
     add("--stock", action="store_true", help="ModelOpt's quantize on the whole model, too")
     add("--folder", type=Path, default=Path("build/benchmark-calibration"))
     arguments = parser.parse_args()
-    bench = make_bench(arguments)
-    print(
-        write_result(f"calibration-{arguments.like}-{arguments.device}", bench.figures(arguments))
-    )
+    figures = make_bench(arguments).figures(arguments)
+    print(write_result(f"calibration-{figures['model']}-{arguments.device}", figures))
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Bench:
         by_block = runs["forward, block by block"].seconds
         is_gpu = self.computation.device == "cuda"
         return {
-            "shape": arguments.like,
+            "model": arguments.like if arguments.model_dir is None else arguments.model_dir.name,
             "layers": self.source.config.num_layers,
             "samples": list(self.samples.shape),
             "batch_size": equal_batch_size(len(self.samples), self.computation.batch_size),

@@ -151,7 +151,7 @@ def _on_host(values: Tensor) -> NDArray:
     """A GPU fills page-locked memory, which PyTorch keeps for the next block, far faster."""
     if values.device.type == "cpu":
         return values.numpy()
-    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values).numpy()
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values).numpy()
 
 
 def _scale(amax: Tensor, largest: int) -> float:
