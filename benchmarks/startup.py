@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -78,7 +80,7 @@ def write(commands: dict[str, dict[str, Command]], repeats: int) -> None:
                 name: {
                     "cpu_seconds": cpu[kind, name],
                     "wall_seconds": wall[kind, name],
-                    **{f"ratio to {b}": cpu[kind, name] / seconds for b, seconds in bare.items()},
+                    **{f"ratio to {b}": round(cpu[kind, name] / s, 2) for b, s in bare.items()},
                 }
                 for name in some
             }
@@ -93,13 +95,13 @@ def write(commands: dict[str, dict[str, Command]], repeats: int) -> None:
 
 def timed(command: Command) -> tuple[float, float]:
     """Seconds of CPU time, of the command and its children, and of wall-clock time."""
-    before = os.times()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
-    measure(command)
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
     wall = time.perf_counter() - started
-    after = os.times()
-    user = after.children_user - before.children_user
-    return user + after.children_system - before.children_system, wall
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
+    return user + system, wall
 
 
 def median(values) -> float:
@@ -131,7 +133,7 @@ def starts(scratch: Path) -> dict[str, Command]:
     engine = ["--engine_dir", Path("trt_engines", ENGINE), "--max_output_len", "8"]
     return {
         "seal.py": script("seal.py", scratch),
-        "show_requirements.py": script("show_requirements.py"),
+        "show_requirements.py": script("show_requirements.py", "--like", "mpt-7b"),
         "show_smoke_test.py": script("show_smoke_test.py", smoke_test),
         "collect_engine.py": script(
             "collect_engine.py", "--network_dirs", networks, "--plan_dirs", plans,
