@@ -44,9 +44,12 @@ WRITTEN_AT_ONCE = 64 * MIB
 
 @dataclass
 class Cost:
-    """peak_gpu_mib: most that PyTorch allocated. peak_private_mib: of host memory, see Measured."""
+    """cpu_seconds: of all threads. peak_gpu_mib: most that PyTorch allocated. peak_private_mib: of
+    host memory, see Measured.
+    """
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_gpu_mib: float | None = None
     peak_private_mib: float = 0.0
 
@@ -223,13 +226,14 @@ def measured(device: str) -> Iterator[Cost]:
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     watcher.start()
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     try:
         yield cost
         if device == "cuda":
             torch.cuda.synchronize()
             cost.peak_gpu_mib = torch.cuda.max_memory_allocated() / MIB
         cost.seconds = time.perf_counter() - started
+        cost.cpu_seconds = time.process_time() - cpu_started
     finally:
         done.set()
         watcher.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,3 +50,15 @@ def test_planning_imports_nothing_heavy() -> None:
     found = imported_by(*plan, "reports/mpt-demo.html")
     assert {"snakemake", "mpt_trt"} <= found
     assert not found & (HEAVY - imported_by("-m", "snakemake", "--version"))
+
+
+@pytest.mark.parametrize("asked", [None, "active"])
+def test_threads_that_wait_leave_the_core_unless_asked_otherwise(asked: str | None) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    if asked is not None:
+        environment["OMP_WAIT_POLICY"] = asked
+    show = "import os; from mpt_trt.console import run_cli; "
+    show += "run_cli(lambda: print(os.environ['OMP_WAIT_POLICY']))"
+    command = [sys.executable, "-c", show]
+    found = subprocess.check_output(command, text=True, cwd=SCRIPTS, env=environment)
+    assert found.strip() == (asked or "passive")
