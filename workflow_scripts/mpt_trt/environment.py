@@ -20,6 +20,6 @@ def wait_without_spinning() -> None:
     """PyTorch's threads sleep while they wait for each other, unless told otherwise outside.
 
     By default they spin, on cores that other work needs: beside one busy process, calibration of
-    the demo model on two cores took four times as long. It counts until PyTorch is imported.
+    the demo model on two cores took thrice as long or more. It counts until PyTorch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
