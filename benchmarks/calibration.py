@@ -2,9 +2,10 @@
 
 Makes a random checkpoint, and measures seconds and peak memory of: a forward pass with the whole
 model in memory (its reading not counted); reading the blocks alone, and a forward pass block by
-block, as calibration does it; calibration for each format, its file included; and, with --stock,
-ModelOpt's quantize on the whole of transformers' model. What is done once a process (CUDA's start,
-ModelOpt's kernels) is done on one block before, and counted apart.
+block, as calibration does it; calibration for each format, its file included; a plain write of as
+many bytes to the same disk; and, with --stock, ModelOpt's quantize on the whole of transformers'
+model, which makes no file. What is done once a process (CUDA's start, ModelOpt's kernels) is done
+on one block before, and counted apart.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 
 from mpt_trt.config import MptConfig
+from mpt_trt.files import write_in_pieces
 from mpt_trt.model_source import ModelSource, open_model
 from mpt_trt.model_tensors import ModelTensors, embed
 from mpt_trt.plain_block import PlainBlock, causal_bias, with_weights
@@ -37,13 +39,17 @@ from mpt_trt.quantization.scheme import default_group_size
 from mpt_trt.quantization.streaming import Computation, equal_batch_size, stream_blocks
 
 MIB = 1 << 20
+WRITTEN_AT_ONCE = 64 * MIB
 
 
 @dataclass
 class Cost:
-    """peak_gpu_mib: most that PyTorch allocated. peak_private_mib: of host memory, see Measured."""
+    """cpu_seconds: of all threads. peak_gpu_mib: most that PyTorch allocated. peak_private_mib: of
+    host memory, see Measured.
+    """
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_gpu_mib: float | None = None
     peak_private_mib: float = 0.0
 
@@ -63,10 +69,8 @@ def main() -> None:
     add("--stock", action="store_true", help="ModelOpt's quantize on the whole model, too")
     add("--folder", type=Path, default=Path("build/benchmark-calibration"))
     arguments = parser.parse_args()
-    bench = make_bench(arguments)
-    print(
-        write_result(f"calibration-{arguments.like}-{arguments.device}", bench.figures(arguments))
-    )
+    figures = make_bench(arguments).figures(arguments)
+    print(write_result(f"calibration-{figures['model']}-{arguments.device}", figures))
 
 
 @dataclass(frozen=True)
@@ -88,17 +92,19 @@ class Bench:
             "reading blocks": self.cost(self.read_blocks),
             "forward, block by block": self.cost(self.forward_by_block),
         }
+        sizes: dict[str, int] = {}
         for name, plan in plans.items():
             runs[f"calibrate {name}"] = self.cost(partial(self.calibrate, self.source, plan))
-            report(f"calibrate {name}", runs[f"calibrate {name}"])
+            sizes[name] = self.target.stat().st_size
+            runs[f"writing {name}"] = self.cost(partial(self.write_plainly, sizes[name]))
             if arguments.stock:
                 runs[f"stock {name}"] = self.stock(plan)
-                report(f"stock {name}", runs[f"stock {name}"])
+        self.target.unlink(missing_ok=True)
         forward = runs["forward, model in memory"].seconds
         by_block = runs["forward, block by block"].seconds
         is_gpu = self.computation.device == "cuda"
         return {
-            "shape": arguments.like,
+            "model": arguments.like if arguments.model_dir is None else arguments.model_dir.name,
             "layers": self.source.config.num_layers,
             "samples": list(self.samples.shape),
             "batch_size": equal_batch_size(len(self.samples), self.computation.batch_size),
@@ -106,11 +112,18 @@ class Bench:
             "gpu": torch.cuda.get_device_name() if is_gpu else None,
             "ratio_to_forward": {n: run.seconds / forward for n, run in runs.items()},
             "ratio_to_forward_by_block": {n: run.seconds / by_block for n, run in runs.items()},
+            "result_bytes": sizes,
+            "written_gb_per_second": {
+                n: size / 1e9 / runs[f"writing {n}"].seconds for n, size in sizes.items()
+            },
             "runs": {name: asdict(run) for name, run in runs.items()},
             "once_a_process": warm_up,
         }
 
     def cost(self, work: Callable[[], None]) -> Cost:
+        """No file is there to be replaced, and nothing else is on its way to the disk."""
+        self.target.unlink(missing_ok=True)
+        os.sync()
         with measured(self.computation.device) as cost:
             work()
         return cost
@@ -118,6 +131,12 @@ class Bench:
     def calibrate(self, source: ModelSource, plan: CalibrationPlan) -> None:
         dtype = np.dtype(np.float16)
         calibrate(source, self.samples, plan, self.computation, dtype, self.target)
+
+    def write_plainly(self, size: int) -> None:
+        content = memoryview(np.ones(min(size, WRITTEN_AT_ONCE), np.uint8))
+        with self.target.open("wb", buffering=0) as stream:
+            for start in range(0, size, len(content)):
+                write_in_pieces(stream, content[: size - start])
 
     def read_blocks(self) -> None:
         model = self.model(self.source.config)
@@ -167,7 +186,10 @@ class Bench:
             for batch in self.samples.to(device).split(size):
                 model(batch, use_cache=False)
 
-        return self.cost(lambda: mtq.quantize(model, modelopt_config(plan), read_samples))
+        cost = self.cost(lambda: mtq.quantize(model, modelopt_config(plan), read_samples))
+        # ModelOpt leaves reference cycles, which would keep the weights.
+        model.to("meta")
+        return cost
 
 
 def make_bench(arguments: argparse.Namespace) -> Bench:
@@ -204,20 +226,17 @@ def measured(device: str) -> Iterator[Cost]:
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     watcher.start()
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     try:
         yield cost
         if device == "cuda":
             torch.cuda.synchronize()
             cost.peak_gpu_mib = torch.cuda.max_memory_allocated() / MIB
         cost.seconds = time.perf_counter() - started
+        cost.cpu_seconds = time.process_time() - cpu_started
     finally:
         done.set()
         watcher.join()
-
-
-def report(name: str, cost: Cost) -> None:
-    print(f"{name}: {cost.seconds:.2f} s, GPU {cost.peak_gpu_mib} MiB", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,11 @@ REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = REPOSITORY / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+from mpt_trt.environment import wait_without_spinning  # noqa: E402
 from mpt_trt.machine import describe_machine  # noqa: E402
+
+# As the tools do; benchmarks import PyTorch after this module.
+wait_without_spinning()
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "nvidia_modelopt", "onnxruntime", "tensorrt_rtx_cu13", "numpy")

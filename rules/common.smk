@@ -1,5 +1,6 @@
 """What all stages share: the checked configuration, and the functions that rules take values from."""
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -296,14 +297,18 @@ def build_mem_mb(wildcards) -> int:
     return megabytes(requirements.build_memory(engine_spec(wildcards)))
 
 
+# Packages neither come nor go while a run is planned.
+package_for = functools.cache(choose_package)
+
+
 def backend(wildcards) -> str:
     """The package that builds the plan, with `auto` resolved."""
-    return checked(choose_package, variant_of(wildcards).backend).module
+    return checked(package_for, variant_of(wildcards).backend).module
 
 
 def backend_version(wildcards) -> str:
     """Recorded with the plan, so that an upgrade of the package builds it again."""
-    return checked(choose_package, variant_of(wildcards).backend).version
+    return checked(package_for, variant_of(wildcards).backend).version
 
 
 def compute_capabilities(wildcards) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 """Calibrates a model for quantization and writes {export_path}/mpt_tp1_rank0.npz.
 
 The model reads pieces of a text while NVIDIA's ModelOpt watches its linear layers, one block at a
-time: memory is that of one block and of the pieces' hidden states. The file is in AMMO's layout; an
-engine of any number of ranks is made from it.
+time: memory is that of two blocks and of the pieces' hidden states. The file is in AMMO's layout;
+an engine of any number of ranks is made from it.
 """
 
 from __future__ import annotations

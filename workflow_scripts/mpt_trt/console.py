@@ -24,6 +24,7 @@ from rich.progress import (
 )
 
 from mpt_trt import ranks
+from mpt_trt.environment import wait_without_spinning
 from mpt_trt.errors import MptTrtError, SharedError
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -35,6 +36,7 @@ def run_cli(main: Callable[[], None]) -> None:
     SIGTERM is treated like Ctrl-C, so that unfinished outputs are removed in both cases.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    wait_without_spinning()
     try:
         main()
     except SharedError as error:

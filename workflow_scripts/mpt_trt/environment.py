@@ -1,4 +1,4 @@
-"""The environment of the workflow's jobs."""
+"""The environment of the workflow's jobs and of tools."""
 
 from __future__ import annotations
 
@@ -14,3 +14,12 @@ def prefer_this_python() -> None:
     """
     own = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
+
+
+def wait_without_spinning() -> None:
+    """PyTorch's threads sleep while they wait for each other, unless told otherwise outside.
+
+    By default they spin, on cores that other work needs: beside one busy process, calibration of
+    the demo model on two cores took thrice as long or more. It counts until PyTorch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -9,10 +9,13 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = "mpt_trt"
+# The kinds of nodes in which statements are.
+BLOCKS = (ast.stmt, ast.excepthandler, ast.match_case)
 
 
 @functools.cache
@@ -27,29 +30,45 @@ def source_hash(script: Path) -> str:
 
 def source_files(script: Path) -> tuple[Path, ...]:
     """`script` first, then every module of the library that it imports, directly or not."""
-    found = [script]
+    found, known = [script], {script}
     for path in found:  # grows while it is walked
-        new = (module for module in _imported(path, script.parent) if module not in found)
-        found += dict.fromkeys(new)
+        new = [module for module in _imported(path, script.parent) if module not in known]
+        found += new
+        known.update(new)
     return tuple(found)
 
 
-def _imported(path: Path, root: Path) -> Iterator[Path]:
-    for node in ast.walk(ast.parse(path.read_text())):
+@functools.cache
+def _imported(path: Path, root: Path) -> tuple[Path, ...]:
+    """The library's files that run when the lines of `path` do; most are behind many scripts."""
+    names = dict.fromkeys(_imported_names(ast.parse(path.read_text())))
+    files = (file for name in names for file in _module_files(root, tuple(name.split("."))))
+    return tuple(dict.fromkeys(files))
+
+
+def _imported_names(module: ast.Module) -> Iterator[str]:
+    """What may be a module of the library: `from a.b import c` names `a.b` and `a.b.c`."""
+    for node in _statements(module):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE]
-        else:
-            continue
-        for name in names:
-            yield from _module_files(root, name.split("."))
+            yield from (a.name for a in node.names if a.name.split(".")[0] == PACKAGE)
 
 
-def _module_files(root: Path, parts: list[str]) -> Iterator[Path]:
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All statements within a node, in the order of ast.walk, which looks at expressions, too."""
+    waiting = deque([node])
+    while waiting:
+        found = [n for n in ast.iter_child_nodes(waiting.popleft()) if isinstance(n, BLOCKS)]
+        waiting += found
+        yield from found
+
+
+@functools.cache
+def _module_files(root: Path, parts: tuple[str, ...]) -> tuple[Path, ...]:
     """The files that run when the module is imported, its packages' `__init__` included."""
-    for depth in range(1, len(parts) + 1):
-        base = root.joinpath(*parts[:depth])
-        for candidate in (base / "__init__.py", base.with_suffix(".py")):
-            if candidate.is_file():
-                yield candidate
+    if not parts:
+        return ()
+    base = root.joinpath(*parts)
+    candidates = (base / "__init__.py", base.with_suffix(".py"))
+    return *_module_files(root, parts[:-1]), *(path for path in candidates if path.is_file())

@@ -12,10 +12,11 @@ import contextlib
 import math
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -23,9 +24,10 @@ from numpy.typing import NDArray
 
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
-from mpt_trt.files import replace_file
+from mpt_trt.files import WRITE_BYTES, replace_file, write_in_pieces
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.ft_tensors import FtTensors
+from mpt_trt.numerics import convert, is_finite
 from mpt_trt.quantization.calibrated import (
     AwqMatrix,
     CalibratedMatrix,
@@ -92,7 +94,13 @@ class CalibrationWriter:
                 self._fingerprint(weight)
             is_wanted = weight.name != "wte" or quantization_format in WITH_MATRICES
             if is_wanted and (key := _whole_key(weight)) is not None:
-                self._write(key, self._rounded(self.reader.tensor(weight), weight.name))
+                self._weight(key, self.reader.tensor(weight), weight.name)
+
+    def block(self, layer: int, ranges: KvRanges, matrices: Mapping[str, CalibratedMatrix]) -> None:
+        """matrices: by FT name within the layer, e.g. `attention.dense`."""
+        self.kv_ranges(layer, ranges)
+        for name, found in matrices.items():
+            self.matrix(layer, name, found)
 
     def kv_ranges(self, layer: int, ranges: KvRanges) -> None:
         self._scalar(_range_key(layer, "key"), ranges.key)
@@ -110,7 +118,7 @@ class CalibrationWriter:
         cuts = np.cumsum(heights)[:-1]
         parts = zip(keys, np.split(found.weight, cuts), np.split(found.scales, cuts), strict=True)
         for key, weight, scales in parts:
-            self._write(f"{key}:{WEIGHT}", self._rounded(weight, key))
+            self._weight(f"{key}:{WEIGHT}", weight, key)
             self._write(f"{key}:{WEIGHT_SCALE}", scales)
             self._write(f"{key}:{SMOOTHING}", found.pre_quant_scale)
             if isinstance(found, SmoothQuantMatrix):
@@ -122,23 +130,33 @@ class CalibrationWriter:
         self._write(_corner_key(weight), corner)
         self._write(_shape_key(weight), np.array(weight.shape, np.int64))
 
-    def _rounded(self, values: NDArray, name: str) -> NDArray:
-        with np.errstate(over="ignore"):
-            stored = values.astype(self.weight_dtype)
-        if not np.isfinite(stored).all():
-            raise MptTrtError(
-                f"{name} holds NaN, Inf or values that {self.weight_dtype} cannot hold; calibrate "
-                "with --dtype float32, or check the checkpoint"
-            )
-        return stored
+    def _weight(self, key: str, values: NDArray, name: str) -> None:
+        """Writes `values` in weight_dtype; raises MptTrtError for what is not finite there."""
+        with self._entry(key, self.weight_dtype, values.shape) as stream:
+            for piece in _pieces(values):
+                stored = convert(piece, self.weight_dtype)
+                if not is_finite(stored):
+                    raise MptTrtError(
+                        f"{name} holds NaN, Inf or values that {self.weight_dtype} cannot hold; "
+                        "calibrate with --dtype float32, or check the checkpoint"
+                    )
+                stream.write(memoryview(stored).cast("B"))
 
     def _scalar(self, key: str, value: float) -> None:
         self._write(key, np.array([value], np.float32))
 
     def _write(self, key: str, values: NDArray) -> None:
+        with self._entry(key, values.dtype, values.shape) as stream:
+            write_in_pieces(stream, np.ascontiguousarray(values))
+
+    @contextlib.contextmanager
+    def _entry(self, key: str, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
+        """An array of the archive whose elements, in C order, are written to the stream."""
         entry = zipfile.ZipInfo(f"{key}.npy", TIME_STAMP)
+        header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         with self.archive.open(entry, "w", force_zip64=True) as stream:
-            npy.write_array(stream, np.ascontiguousarray(values), allow_pickle=False)
+            npy.write_array_header_1_0(stream, header)
+            yield stream
 
 
 @contextlib.contextmanager
@@ -148,6 +166,13 @@ def calibration_writer(
     """Writes `target` as a whole, or not at all. reader: of the model that is calibrated."""
     with replace_file(target) as partial, zipfile.ZipFile(partial, "w") as archive:
         yield CalibrationWriter(archive, config, reader, weight_dtype)
+
+
+def _pieces(values: NDArray) -> Iterator[NDArray]:
+    """The elements in C order, in flat parts that fit into the processor's cache."""
+    flat, step = values.reshape(-1), WRITE_BYTES // values.itemsize
+    for start in range(0, flat.size, step):
+        yield flat[start : start + step]
 
 
 # --- reading -------------------------------------------------------------------------------------

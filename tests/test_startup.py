@@ -1,0 +1,64 @@
+"""What tools and the workflow import before they have anything to do: nothing that takes long."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engines_support import SCRIPTS
+
+# The quickest of them takes a twentieth of a second, the slowest several.
+HEAVY = {
+    "huggingface_hub", "matplotlib", "modelopt", "numpy", "onnx", "onnxruntime", "safetensors",
+    "tensorrt_rtx", "tokenizers", "torch", "transformers",
+}  # fmt: skip
+TOOLS = [path.name for path in sorted(SCRIPTS.glob("*.py")) if "__main__" in path.read_text()]
+
+
+def imported_by(*command: str | Path) -> set[str]:
+    """Top-level modules that a run of Python imports."""
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
+        cwd=SCRIPTS.parent,
+    )
+    lines = (line for line in run.stderr.splitlines() if line.startswith("import time:"))
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
+def test_imports_are_seen() -> None:
+    assert {"json", "numpy"} <= imported_by("-c", "import json, numpy.linalg")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_imports_nothing_heavy(tool: str) -> None:
+    found = imported_by(SCRIPTS / tool, "--help")
+    assert "argparse" in found
+    assert not found & HEAVY
+
+
+def test_planning_imports_nothing_heavy() -> None:
+    """Beside what Snakemake's own plugins import, NumPy among it."""
+    plan = ("-m", "snakemake", "--dry-run", "--quiet", "--nolock", "--cores=1")
+    found = imported_by(*plan, "reports/mpt-demo.html")
+    assert {"snakemake", "mpt_trt"} <= found
+    assert not found & (HEAVY - imported_by("-m", "snakemake", "--version"))
+
+
+@pytest.mark.parametrize("asked", [None, "active"])
+def test_threads_that_wait_leave_the_core_unless_asked_otherwise(asked: str | None) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    if asked is not None:
+        environment["OMP_WAIT_POLICY"] = asked
+    show = "import os; from mpt_trt.console import run_cli; "
+    show += "run_cli(lambda: print(os.environ['OMP_WAIT_POLICY']))"
+    command = [sys.executable, "-c", show]
+    found = subprocess.check_output(command, text=True, cwd=SCRIPTS, env=environment)
+    assert found.strip() == (asked or "passive")
