@@ -16,6 +16,7 @@ configfile: "config.yaml"
 
 
 include: "rules/common.smk"
+include: "rules/cluster.smk"
 include: "rules/checkpoint.smk"
 include: "rules/engine.smk"
 include: "rules/verify.smk"

@@ -1,5 +1,6 @@
 """What all stages share: the checked configuration, and the functions that rules take values from."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -63,8 +64,16 @@ def ranks(wildcards) -> range:
 def stored_config(wildcards) -> MptConfig | None:
     """The model's architecture, where its config.json is on disk already."""
     folder = Path(checkpoint_folder(wildcards))
-    is_there = (folder / "config.json").is_file()
-    return checked(read_hf_config, folder) if is_there else None
+    try:
+        return config_at(folder, (folder / "config.json").stat().st_mtime_ns)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+@functools.cache
+def config_at(folder: Path, mtime_ns: int) -> MptConfig:
+    """Read once, since many jobs ask for it, and again when the file has changed."""
+    return checked(read_hf_config, folder)
 
 
 def planned_config(wildcards) -> MptConfig:
@@ -98,8 +107,8 @@ def engine_spec(wildcards) -> EngineSpec:
 
 
 def megabytes(size: int) -> int:
-    """Bytes, rounded up to the unit of `mem_mb`."""
-    return -(-size // 10**6)
+    """A job's `mem_mb`, from what its command needs in bytes."""
+    return -(-size // 10**6) + settings.site.job_overhead_mb
 
 
 def seal(folder: str) -> str:
@@ -234,12 +243,12 @@ def build_mem_mb(wildcards) -> int:
 
 def backend(wildcards) -> str:
     """The package that builds the plan, with `auto` resolved."""
-    return checked(choose_package, variant_of(wildcards).backend).module
+    return checked(choose_package, variant_of(wildcards).backend, site_has_gpus()).module
 
 
 def backend_version(wildcards) -> str:
     """Recorded with the plan, so that an upgrade of the package builds it again."""
-    return checked(choose_package, variant_of(wildcards).backend).version
+    return checked(choose_package, variant_of(wildcards).backend, site_has_gpus()).version
 
 
 def compute_capabilities(wildcards) -> tuple[str, ...]:
@@ -263,19 +272,6 @@ def of_every_rank(stage: str):
 def tokenizer_option(wildcards) -> list[str]:
     tokenizer = model_of(wildcards).tokenizer
     return [] if tokenizer is None else [f"--tokenizer_dir={tokenizer}"]
-
-
-def smoke_test_mem_mb(wildcards) -> int:
-    return megabytes(requirements.smoke_test_memory(engine_spec(wildcards)))
-
-
-def launcher(wildcards) -> list[str]:
-    """What starts a process a rank; nothing for one rank."""
-    if wildcards.tp == "1":
-        return []
-    # The ranks of a smoke test may share cores, and containers often run as root.
-    options = ["--oversubscribe", "--bind-to", "none", "--allow-run-as-root"]
-    return ["mpirun", "-n", wildcards.tp, *options]
 
 
 def tolerance_options(wildcards) -> list[str]:

@@ -24,8 +24,18 @@ rule smoke_test:
     threads: 2
     resources:
         mem_mb=smoke_test_mem_mb,
+        runtime=smoke_test_runtime,
+        gpu=asking(smoke_test_request, "gpu"),
+        gpu_model=asking(smoke_test_request, "gpu_model"),
+        gres=asking(smoke_test_request, "gres"),
+        nodes=smoke_test_nodes,
+        tasks=tasks,
+        tasks_per_node=tasks_per_node,
+        tasks_per_gpu=tasks_per_gpu,
+        mpi=mpi,
     params:
         code=version_of("smoke_test.py"),
+        slots=smoke_test_slots,
         launcher=launcher,
         folder=checkpoint_folder,
         tokenizer=tokenizer_option,
@@ -35,7 +45,7 @@ rule smoke_test:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        {params.launcher:q} python workflow_scripts/smoke_test.py \
+        {params.slots:q} {params.launcher:q} python workflow_scripts/smoke_test.py \
             --engine_dir {input.engine:q} \
             --model_dir {params.folder:q} \
             {params.tokenizer:q} \

@@ -79,6 +79,18 @@ class SmokeTest:
 
 
 @dataclass(frozen=True)
+class Site:
+    """See the schema."""
+
+    gpus: str
+    gpu_request: str
+    gpu_memory_gb: dict[str, float]
+    gpus_per_node: int
+    mpi: str
+    job_overhead_mb: int
+
+
+@dataclass(frozen=True)
 class Settings:
     """The whole configuration; models and variants by name."""
 
@@ -86,6 +98,7 @@ class Settings:
     variants: dict[str, Variant]
     calibration: Calibration
     smoke_test: SmokeTest
+    site: Site
     targets: tuple[str, ...]
 
     def model(self, name: str) -> Model:
@@ -113,6 +126,7 @@ def parse_settings(content: Mapping[str, Any], origin: str = "config.yaml") -> S
         variants={name: _variant(entry) for name, entry in filled["variants"].items()},
         calibration=Calibration(**filled["calibration"]),
         smoke_test=SmokeTest(**filled["smoke_test"]),
+        site=Site(**filled["site"]),
         targets=tuple(filled["targets"]),
     )
 

@@ -1,0 +1,141 @@
+"""What jobs ask of this machine or of a cluster's scheduler, and how they get it.
+
+`site` of config.yaml says which GPUs there are; docs/clusters.md. No job's outcome depends on what is
+here.
+"""
+
+import shlex
+
+from mpt_trt import gpu_request
+from mpt_trt.gpu_request import GpuRequest
+
+
+@functools.cache
+def site_has_gpus() -> bool:
+    return checked(gpu_request.has_gpus, settings.site)
+
+
+def with_gpus(count: int) -> list[str]:
+    """What gives a command `count` GPUs of its own, or hides all from it."""
+    return ["python", "workflow_scripts/with_gpus.py", f"--gpus={count}", "--"]
+
+
+def request(wildcards, count: int) -> GpuRequest:
+    """For GPUs that each hold a rank of the engine; refused if there cannot be so many."""
+    checked(gpu_request.require_gpus, settings.site, count)
+    memory = requirements.gpu_memory(engine_spec(wildcards))
+    return checked(gpu_request.gpu_request, settings.site, count, memory)
+
+
+def asking(request_of, name: str):
+    """A resource: one field of the request that `request_of` makes for a job."""
+
+    def field(wildcards):
+        return getattr(request_of(wildcards), name)
+
+    return field
+
+
+# checkpoint.smk
+
+
+def linking_mem_mb(wildcards) -> int:
+    return megabytes(requirements.linking_memory())
+
+
+def fetch_runtime(wildcards) -> int:
+    return requirements.fetch_minutes(planned_config(wildcards))
+
+
+def conversion_runtime(wildcards) -> int:
+    config, tp_size = planned_config(wildcards), int(wildcards.tp)
+    legal = tp_size if sharding.is_legal(config, tp_size) else 1
+    return requirements.conversion_minutes(config, storage_type(wildcards), legal)
+
+
+# engine.smk
+
+
+def network_runtime(wildcards) -> int:
+    return requirements.network_minutes(engine_spec(wildcards))
+
+
+def build_runtime(wildcards) -> int:
+    return requirements.build_minutes(engine_spec(wildcards))
+
+
+def collect_runtime(wildcards) -> int:
+    return requirements.collect_minutes(engine_spec(wildcards))
+
+
+def build_gpus(wildcards) -> int:
+    """`tensorrt` builds on a GPU, `tensorrt_rtx` needs none."""
+    return int(backend(wildcards) == "tensorrt")
+
+
+def build_request(wildcards) -> GpuRequest:
+    return request(wildcards, build_gpus(wildcards))
+
+
+def build_slots(wildcards) -> list[str]:
+    count = build_gpus(wildcards)
+    return with_gpus(count) if count else []
+
+
+# verify.smk
+
+
+def smoke_test_request(wildcards) -> GpuRequest:
+    return request(wildcards, int(wildcards.tp) if site_has_gpus() else 0)
+
+
+def smoke_test_nodes(wildcards) -> int:
+    return gpu_request.num_nodes(settings.site, int(wildcards.tp))
+
+
+def smoke_test_mem_mb(wildcards) -> int:
+    """Of each node."""
+    spec = engine_spec(wildcards)
+    nodes = smoke_test_nodes(wildcards) if spec.tp_size == int(wildcards.tp) else 1
+    return megabytes(requirements.smoke_test_memory(spec, nodes))
+
+
+def smoke_test_runtime(wildcards) -> int:
+    # A character of the prompt is a token at most, but for rare bytes.
+    steps = len(settings.smoke_test.prompt) + settings.smoke_test.max_new_tokens
+    return requirements.smoke_test_minutes(engine_spec(wildcards), steps)
+
+
+def mpi(wildcards) -> str | None:
+    """What starts a process a rank; nothing for one rank."""
+    return None if wildcards.tp == "1" else settings.site.mpi
+
+
+def tasks(wildcards) -> int | None:
+    """All ranks, where `tasks_per_node` cannot say it: that must be more than one."""
+    ranks, nodes = int(wildcards.tp), smoke_test_nodes(wildcards)
+    return ranks if 1 < ranks == nodes else None
+
+
+def tasks_per_node(wildcards) -> int | None:
+    each = int(wildcards.tp) // smoke_test_nodes(wildcards)
+    return each if each > 1 else None
+
+
+def tasks_per_gpu(wildcards) -> int | None:
+    """0 keeps SLURM's plugin from taking `tasks` for the tasks of one GPU."""
+    return None if wildcards.tp == "1" else 0
+
+
+# The next two are parameters. Where a job runs says nothing about its outcome, so they ask for
+# `resources`: Snakemake leaves such parameters out when it compares, and another site repeats nothing.
+
+
+def smoke_test_slots(wildcards, resources) -> list[str]:
+    on_this_node = int(wildcards.tp) // smoke_test_nodes(wildcards)
+    return with_gpus(on_this_node if site_has_gpus() else 0)
+
+
+def launcher(wildcards, resources) -> list[str]:
+    command = resources.get("mpi")
+    return [] if command is None else [*shlex.split(command), "-n", wildcards.tp]
