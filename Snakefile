@@ -20,6 +20,7 @@ include: "rules/cluster.smk"
 include: "rules/checkpoint.smk"
 include: "rules/engine.smk"
 include: "rules/verify.smk"
+include: "rules/preflight.smk"
 
 
 rule all:

@@ -4,10 +4,15 @@
 here.
 """
 
+import json
+import re
 import shlex
+from dataclasses import asdict
+from types import SimpleNamespace
 
 from mpt_trt import gpu_request
 from mpt_trt.gpu_request import GpuRequest
+from mpt_trt.preflight import Needs
 
 
 @functools.cache
@@ -77,11 +82,6 @@ def build_request(wildcards) -> GpuRequest:
     return request(wildcards, build_gpus(wildcards))
 
 
-def build_slots(wildcards) -> list[str]:
-    count = build_gpus(wildcards)
-    return with_gpus(count) if count else []
-
-
 # verify.smk
 
 
@@ -127,7 +127,7 @@ def tasks_per_gpu(wildcards) -> int | None:
     return None if wildcards.tp == "1" else 0
 
 
-# The next two are parameters. Where a job runs says nothing about its outcome, so they ask for
+# The next ones are parameters. Where a job runs says nothing about its outcome, so they ask for
 # `resources`: Snakemake leaves such parameters out when it compares, and another site repeats nothing.
 
 
@@ -139,3 +139,55 @@ def smoke_test_slots(wildcards, resources) -> list[str]:
 def launcher(wildcards, resources) -> list[str]:
     command = resources.get("mpi")
     return [] if command is None else [*shlex.split(command), "-n", wildcards.tp]
+
+
+def build_slots(wildcards, resources) -> list[str]:
+    count = build_gpus(wildcards)
+    return with_gpus(count) if count else []
+
+
+def preflight_for_build(wildcards, resources) -> list[str]:
+    return preflight_once(wildcards) if build_gpus(wildcards) else []
+
+
+def preflight_for_smoke_test(wildcards, resources) -> list[str]:
+    return preflight_once(wildcards) if site_has_gpus() else []
+
+
+# preflight.smk
+
+ENGINE_TARGET = re.compile(
+    r"(?:trt_engines|smoke_tests|quality)/(?P<model>[^/]+)/(?P<variant>[^/]+)/(?P<tp>[1-9]\d*)-gpu"
+    r"(?:\.json)?"
+)
+# A command line has room for about twice as many.
+MOST_TARGETS = 200
+
+
+def preflight_once(wildcards) -> list[str]:
+    """Shows what a machine has before its first GPU job."""
+    engine = f"trt_engines/{wildcards.model}/{wildcards.variant}/{wildcards.tp}-gpu"
+    needs = json.dumps([asdict(needs_of(engine, wildcards))])
+    return ["python", "workflow_scripts/preflight.py", "--once=logs/preflight", f"--needs={needs}"]
+
+
+def needs_of_targets(wildcards) -> str:
+    """What the engines among the targets need, as JSON."""
+    matches = [match for target in settings.targets if (match := ENGINE_TARGET.fullmatch(target))]
+    found = (needs_of(match[0], SimpleNamespace(**match.groupdict())) for match in matches)
+    return json.dumps([asdict(needs) for needs, _ in zip(found, range(MOST_TARGETS))])
+
+
+def needs_of(target: str, wildcards) -> Needs:
+    variant, spec = variant_of(wildcards), engine_spec(wildcards)
+    return Needs(
+        target=target,
+        backend=variant.backend,
+        compute_capabilities=variant.compute_capabilities,
+        ranks=int(wildcards.tp),
+        gpu_memory=requirements.gpu_memory(spec),
+        build_memory=requirements.build_memory(spec),
+        run_memory=requirements.smoke_test_memory(spec),
+        disk=requirements.ft_checkpoint_disk(spec) + requirements.engine_disk(spec),
+        is_calibrated=bool(calibration_of_variant(wildcards)),
+    )

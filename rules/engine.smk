@@ -74,11 +74,13 @@ rule build_rank:
         code=version_of("build_rank.py"),
         backend=backend,
         backend_version=backend_version,
+        preflight=preflight_for_build,
         slots=build_slots,
         compute_capabilities=compute_capabilities,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
+        {params.preflight:q}
         {params.slots:q} python workflow_scripts/build_rank.py \
             --network_dir {input.network:q} \
             --rank {wildcards.rank} \

@@ -35,6 +35,7 @@ rule smoke_test:
         mpi=mpi,
     params:
         code=version_of("smoke_test.py"),
+        preflight=preflight_for_smoke_test,
         slots=smoke_test_slots,
         launcher=launcher,
         folder=checkpoint_folder,
@@ -45,6 +46,7 @@ rule smoke_test:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
+        {params.preflight:q}
         {params.slots:q} {params.launcher:q} python workflow_scripts/smoke_test.py \
             --engine_dir {input.engine:q} \
             --model_dir {params.folder:q} \

@@ -1,4 +1,4 @@
-"""GPUs handed out to jobs of one machine: distinct, all or nothing, given back however a job ends."""
+"""GPUs handed out to jobs of one machine: distinct, all or none, given back however a job ends."""
 
 from __future__ import annotations
 

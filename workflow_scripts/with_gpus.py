@@ -7,8 +7,8 @@ It waits until they are free, and names them to the command in CUDA_VISIBLE_DEVI
 again when the command and what it has started have ended, for whatever reason. It fails at once if
 there are less than that. --gpus 0 hides all GPUs from the command.
 
-The GPUs are those in CUDA_VISIBLE_DEVICES, which SLURM sets in its jobs, or else all that the driver
-finds, or else as many as MPT_TRT_GPUS says.
+The GPUs are those in CUDA_VISIBLE_DEVICES, which SLURM sets in its jobs, or else all that the
+driver finds, or else as many as MPT_TRT_GPUS says.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ def main() -> None:
     # Python ignores this one, and what is ignored stays so in the command.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        os.execvpe(
-            program, arguments.command, os.environ | device_slots.environment(taken.names)
-        )
+        os.execvpe(program, arguments.command, os.environ | device_slots.environment(taken.names))
     except OSError as error:
         raise MptTrtError(f"{program}: cannot be run: {error.strerror}") from None
 

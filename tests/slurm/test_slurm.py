@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ RUN_SECONDS = 240
 
 @dataclass(frozen=True)
 class Project:
-    """A working directory of its own, with the repository's code and configuration."""
+    """A working directory of its own, with the repository's configuration and a copy of its code."""
 
     folder: Path
     cluster: ToyCluster
@@ -49,8 +50,12 @@ class Project:
     @classmethod
     def create(cls, folder: Path, cluster: ToyCluster, **site: object) -> Project:
         folder.mkdir(parents=True)
-        for name in (*LINKED, "workflow_scripts", "config.yaml"):
+        for name in (*LINKED, "config.yaml"):
             (folder / name).symlink_to(REPOSITORY / name)
+        code = "workflow_scripts"
+        shutil.copytree(
+            REPOSITORY / code, folder / code, ignore=shutil.ignore_patterns("__pycache__")
+        )
         (folder / "site.yaml").write_text(yaml.safe_dump({"site": SITE | site}))
         return cls(folder, cluster)
 
@@ -144,9 +149,7 @@ def test_an_engine_may_take_several_nodes(made: Project) -> None:
     assert json.loads(first.read_text())["tokens"] == tokens
 
 
-def test_a_lost_node_changes_nothing(
-    made: Project, cluster: ToyCluster, tmp_path: Path
-) -> None:
+def test_a_lost_node_changes_nothing(made: Project, cluster: ToyCluster, tmp_path: Path) -> None:
     project = Project.create(tmp_path / "project", cluster)
     process = project.start(ENGINE)
 

@@ -96,7 +96,7 @@ class Job:
     @property
     def gpus_given(self) -> str:
         """`gpu:a100:2`, on all nodes. Empty for none."""
-        return self.fields.get("JOB_GRES", "")
+        return self.fields.get("JOB_GRES", "").replace("(null)", "")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class ToyCluster:
 
     def node_states(self) -> dict[str, str]:
         lines = self.call("sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
-        return {name: state for name, state in map(str.split, lines)}
+        return dict(map(str.split, lines))
 
     def start_node(self, name: str) -> None:
         self.call("slurmd", "-N", name, "-f", str(self.folder / "etc/slurm.conf"))
@@ -174,9 +174,7 @@ def _start(cluster: ToyCluster) -> None:
     for command in filter(shutil.which, COMMANDS):
         wrapper = folder / "bin" / command
         conf = folder / "etc/slurm.conf"
-        wrapper.write_text(
-            f'#!/bin/sh\nSLURM_CONF={conf} exec {shutil.which(command)} "$@"\n'
-        )
+        wrapper.write_text(f'#!/bin/sh\nSLURM_CONF={conf} exec {shutil.which(command)} "$@"\n')
         wrapper.chmod(0o755)
     key = folder / "munge/key"
     key.write_bytes(os.urandom(128))

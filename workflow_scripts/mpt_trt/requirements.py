@@ -61,7 +61,7 @@ SMOKE_TEST_BASE = 450 * MIB
 # is over. What a slow hub or a busy shared file system leaves one job, in bytes a second:
 DOWNLOAD_RATE = 10**7
 DISK_RATE = 5 * 10**7
-# Building, beside reading and writing. Measured, of TensorRT-RTX ahead of time: 4.2 s for 10^9 bytes.
+# Building, beside reading and writing. Measured, of TensorRT-RTX: 4.2 s for 10^9 bytes.
 BUILD_RATE = 2 * 10**7
 # At which a processor reads weights while it generates.
 CPU_RATE = 2 * 10**9

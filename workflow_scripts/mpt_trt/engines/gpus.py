@@ -62,7 +62,7 @@ def driver_version() -> str | None:
 
 
 def visible() -> tuple[str, ...] | None:
-    """The entries of CUDA_VISIBLE_DEVICES up to the first that is no GPU, which is where CUDA stops.
+    """The entries of CUDA_VISIBLE_DEVICES up to the first that is no GPU, where CUDA stops.
 
     An entry is an index or (the beginning of) a UUID. None when the variable is not set.
     """
