@@ -22,6 +22,8 @@ pytestmark = pytest.mark.slurm
 
 MODEL = "mpt-demo"
 VARIANT = "fp16"
+FT_CHECKPOINT = f"ft_ckpts/{MODEL}/fp16/2-gpu"
+NETWORKS = f"build/networks/{MODEL}/{VARIANT}/2-gpu"
 ENGINE = f"trt_engines/{MODEL}/{VARIANT}/2-gpu"
 SMOKE_TEST = f"smoke_tests/{MODEL}/{VARIANT}/2-gpu.json"
 SITE = {
@@ -42,7 +44,7 @@ RUN_SECONDS = 240
 
 @dataclass(frozen=True)
 class Project:
-    """A working directory of its own, with the repository's configuration and a copy of its code."""
+    """A working directory with the repository's configuration and a copy of its code."""
 
     folder: Path
     cluster: ToyCluster
@@ -89,6 +91,21 @@ class Project:
         folder = self.folder / path
         files = [file for file in folder.rglob("*") if file.is_file() and file.name[0] != "."]
         return {str(file.relative_to(folder)): content_hash(file) for file in files}
+
+    def engine(self) -> tuple[dict[str, str], dict[str, int], dict]:
+        """Hashes of the engine's files, sizes of its plans, and config.json without their hashes.
+
+        TensorRT builds no two plans of the same bytes, even of the same network.
+        """
+        hashes = self.hashes(ENGINE)
+        plans = [name for name in hashes if name.endswith(".engine")]
+        for name in [*plans, "config.json"]:
+            del hashes[name]
+        sizes = {name: (self.folder / ENGINE / name).stat().st_size for name in plans}
+        config = json.loads((self.folder / ENGINE / "config.json").read_text())
+        for rank in config["ranks"]:
+            del rank["files"][rank["engine"]]["hash"]
+        return hashes, sizes, config
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +180,12 @@ def test_a_lost_node_changes_nothing(made: Project, cluster: ToyCluster, tmp_pat
     cluster.lose_node(node, lost)
     wait_until(lambda: cluster.node_states()[node].startswith("down"), 60)
     cluster.start_node(node)
+    for job_id in lost:
+        # SLURM itself waits for two minutes, in which a real node would start again.
+        cluster.call("scontrol", "update", f"JobId={job_id}", "StartTime=now")
     project.finish(process)
     restarts = {job.fields["JobId"]: int(job.fields["Restarts"]) for job in project.jobs()}
     assert all(restarts[job_id] >= 1 for job_id in lost)
-    assert project.hashes(ENGINE) == made.hashes(ENGINE)
+    for folder in (FT_CHECKPOINT, NETWORKS):
+        assert project.hashes(folder) == made.hashes(folder) != {}
+    assert project.engine() == made.engine()
