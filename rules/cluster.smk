@@ -128,29 +128,29 @@ def tasks_per_gpu(wildcards) -> int | None:
 
 
 # The next ones are parameters. Where a job runs says nothing about its outcome, so they ask for
-# `resources`: Snakemake leaves such parameters out when it compares, and another site repeats nothing.
+# `output`: Snakemake leaves such parameters out when it compares, and another site repeats nothing.
 
 
-def smoke_test_slots(wildcards, resources) -> list[str]:
+def smoke_test_slots(wildcards, output) -> list[str]:
     on_this_node = int(wildcards.tp) // smoke_test_nodes(wildcards)
     return with_gpus(on_this_node if site_has_gpus() else 0)
 
 
-def launcher(wildcards, resources) -> list[str]:
-    command = resources.get("mpi")
+def launcher(wildcards, output) -> list[str]:
+    command = mpi(wildcards)
     return [] if command is None else [*shlex.split(command), "-n", wildcards.tp]
 
 
-def build_slots(wildcards, resources) -> list[str]:
+def build_slots(wildcards, output) -> list[str]:
     count = build_gpus(wildcards)
     return with_gpus(count) if count else []
 
 
-def preflight_for_build(wildcards, resources) -> list[str]:
+def preflight_for_build(wildcards, output) -> list[str]:
     return preflight_once(wildcards) if build_gpus(wildcards) else []
 
 
-def preflight_for_smoke_test(wildcards, resources) -> list[str]:
+def preflight_for_smoke_test(wildcards, output) -> list[str]:
     return preflight_once(wildcards) if site_has_gpus() else []
 
 

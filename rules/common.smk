@@ -1,6 +1,7 @@
 """What all stages share: the checked configuration, and the functions that rules take values from."""
 
 import functools
+import gc
 import sys
 from pathlib import Path
 
@@ -23,6 +24,10 @@ from mpt_trt.sharding import VocabularySharding
 from mpt_trt.source_files import source_hash
 
 prefer_this_python()
+
+# Planning makes millions of objects that stay. Python's usual search for garbage among them took a
+# quarter of the time.
+gc.set_threshold(100_000, 50, 50)
 
 
 wildcard_constraints:
@@ -89,7 +94,15 @@ def planned_config(wildcards) -> MptConfig:
 
 def engine_spec(wildcards) -> EngineSpec:
     """What the jobs of an engine's target are planned for."""
-    variant = variant_of(wildcards)
+    config, tp_size = planned_config(wildcards), int(wildcards.tp)
+    # Possible before the model is fetched; what one rank of one needs is enough for each.
+    legal = tp_size if sharding.is_legal(config, tp_size) else 1
+    return spec_of(config, variant_of(wildcards), legal)
+
+
+@functools.cache
+def spec_of(config: MptConfig, variant: Variant, tp_size: int) -> EngineSpec:
+    """Made once, since many jobs ask for it."""
     limits = EngineLimits(
         variant.max_batch_size,
         variant.max_input_len,
@@ -97,10 +110,6 @@ def engine_spec(wildcards) -> EngineSpec:
         variant.gather_all_token_logits,
     )
     vocabulary = VocabularySharding(variant.shard_embedding, variant.shard_head)
-    config, tp_size = planned_config(wildcards), int(wildcards.tp)
-    if not sharding.is_legal(config, tp_size):
-        # Possible before the model is fetched; what one rank of one needs is enough for each.
-        tp_size = 1
     return checked(
         EngineSpec, config, variant.dtype, tp_size, limits, vocabulary, variant.quantized
     )

@@ -52,12 +52,14 @@ class Project:
     @classmethod
     def create(cls, folder: Path, cluster: ToyCluster, **site: object) -> Project:
         folder.mkdir(parents=True)
-        for name in (*LINKED, "config.yaml"):
-            (folder / name).symlink_to(REPOSITORY / name)
-        code = "workflow_scripts"
-        shutil.copytree(
-            REPOSITORY / code, folder / code, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        for name in (*LINKED, "workflow_scripts"):
+            source, target = REPOSITORY / name, folder / name
+            if source.is_dir():
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(source, target, ignore=ignored)
+            else:
+                shutil.copy(source, target)
+        shutil.copy(REPOSITORY / "config.yaml", folder)
         (folder / "site.yaml").write_text(yaml.safe_dump({"site": SITE | site}))
         return cls(folder, cluster)
 

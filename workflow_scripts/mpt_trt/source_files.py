@@ -29,12 +29,17 @@ def source_files(script: Path) -> tuple[Path, ...]:
     """`script` first, then every module of the library that it imports, directly or not."""
     found = [script]
     for path in found:  # grows while it is walked
-        new = (module for module in _imported(path, script.parent) if module not in found)
-        found += dict.fromkeys(new)
+        found += (module for module in _imported(path, script.parent) if module not in found)
     return tuple(found)
 
 
-def _imported(path: Path, root: Path) -> Iterator[Path]:
+@functools.cache
+def _imported(path: Path, root: Path) -> tuple[Path, ...]:
+    """Once each, in the order of the source. Scripts have most modules in common."""
+    return tuple(dict.fromkeys(_imports(path, root)))
+
+
+def _imports(path: Path, root: Path) -> Iterator[Path]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
