@@ -17,6 +17,13 @@ configfile: "config.yaml"
 
 include: "rules/common.smk"
 include: "rules/cluster.smk"
+
+
+if settings.site.container:
+
+    container: settings.site.container
+
+
 include: "rules/checkpoint.smk"
 include: "rules/engine.smk"
 include: "rules/verify.smk"

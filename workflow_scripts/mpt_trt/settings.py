@@ -87,6 +87,7 @@ class Site:
     gpu_memory_gb: dict[str, float]
     gpus_per_node: int
     mpi: str
+    container: str | None
     job_overhead_mb: int
 
 
