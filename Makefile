@@ -49,4 +49,4 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf build revisions checkpoints ft_ckpts trt_engines smoke_tests logs .snakemake
+	rm -rf build revisions checkpoints ft_ckpts quantized trt_engines smoke_tests quality reports logs .snakemake

@@ -25,8 +25,10 @@ if settings.site.container:
 
 
 include: "rules/checkpoint.smk"
+include: "rules/quantize.smk"
 include: "rules/engine.smk"
 include: "rules/verify.smk"
+include: "rules/report.smk"
 include: "rules/preflight.smk"
 
 

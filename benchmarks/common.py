@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -16,8 +14,12 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = REPOSITORY / "workflow_scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from mpt_trt.machine import describe_machine  # noqa: E402
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "onnxruntime", "tensorrt_rtx_cu13", "numpy")
+PACKAGES = ("torch", "transformers", "nvidia_modelopt", "onnxruntime", "tensorrt_rtx_cu13", "numpy")
 SAMPLE_SECONDS = 0.02
 
 
@@ -43,7 +45,7 @@ def measure(command: list[str | Path]) -> Measured:
         )
         peak = 0.0
         while process.poll() is None:
-            peak = max(peak, _private_mib(process.pid))
+            peak = max(peak, private_mib(process.pid))
             time.sleep(SAMPLE_SECONDS)
         seconds = time.perf_counter() - started
         if process.returncode:
@@ -63,7 +65,7 @@ def write_result(name: str, figures: dict) -> Path:
     content = {
         "date": today,
         "command": " ".join(["python", *sys.argv]),
-        "machine": _machine(),
+        "machine": asdict(describe_machine()),
         "versions": {package: _version(package) for package in PACKAGES},
         **figures,
     }
@@ -79,26 +81,13 @@ def _plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} in a result")
 
 
-def _private_mib(pid: int) -> float:
+def private_mib(pid: int) -> float:
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0.0
     line = next((line for line in status.splitlines() if line.startswith("RssAnon:")), "RssAnon: 0")
     return int(line.split()[1]) / 1024
-
-
-def _machine() -> dict[str, object]:
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in info if "model name" in line), "?")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory / 2**30, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
 
 
 def _version(package: str) -> str:

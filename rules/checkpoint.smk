@@ -2,12 +2,14 @@
 
 inputs:
     models.{model}.source of config.yaml: a hub id, or a folder in Hugging Face format
+    calibration.text of config.yaml: what a model reads before it is smoothed
 outputs:
     revisions/{model}/revision.json                  the commit that the revision meant, once and for all
     checkpoints/{model}                              a hub model's files (links into the hub's cache)
-    ft_ckpts/{model}/{storage}/{tp}-gpu              the FT checkpoint; storage is fp32, fp16 or bf16
+    ft_ckpts/{model}/{storage}/{tp}-gpu              the FT checkpoint; storage is fp32, fp16, bf16, or
+                                                     sq, sq-0.8, sq-bf16 and the like (SmoothQuant)
 steps:
-    resolve_revision -> fetch_checkpoint (hub models only) -> convert_checkpoint
+    resolve_revision -> fetch_checkpoint (hub models only) -> convert_checkpoint or smooth_checkpoint
 """
 
 
@@ -75,6 +77,8 @@ rule convert_checkpoint:
         "logs/convert_checkpoint/{model}/{storage}/{tp}-gpu.log",
     benchmark:
         "logs/convert_checkpoint/{model}/{storage}/{tp}-gpu.tsv"
+    wildcard_constraints:
+        storage="(?!sq)[^/]+",
     conda:
         "../envs/base.yaml"
     threads: 2
@@ -94,5 +98,54 @@ rule convert_checkpoint:
             --tensor_parallelism {wildcards.tp} \
             --storage_type {params.storage_type} \
             --processes {threads}
+        python workflow_scripts/seal.py {output.folder:q}
+        """
+
+
+# The same conversion, after the model has read the calibration text.
+rule smooth_checkpoint:
+    input:
+        intact("ft_ckpts/{model}/{storage}/{tp}-gpu"),
+        legal_tp,
+        checkpoint=checkpoint_inputs,
+        text=settings.calibration.text,
+    output:
+        folder=directory("ft_ckpts/{model}/{storage}/{tp}-gpu"),
+        seal=seal("ft_ckpts/{model}/{storage}/{tp}-gpu"),
+    log:
+        "logs/smooth_checkpoint/{model}/{storage}/{tp}-gpu.log",
+    benchmark:
+        "logs/smooth_checkpoint/{model}/{storage}/{tp}-gpu.tsv"
+    wildcard_constraints:
+        storage="sq[^/]*",
+    conda:
+        "../envs/base.yaml"
+    threads: 2
+    resources:
+        mem_mb=calibration_mem_mb,
+    params:
+        code=version_of("convert_hf_mpt_to_ft.py"),
+        folder=checkpoint_folder,
+        storage_type=storage_type,
+        alpha=smoothing_alpha,
+        tokenizer=tokenizer_option,
+        num_samples=settings.calibration.num_samples,
+        sequence_length=settings.calibration.sequence_length,
+        device=settings.calibration.device,
+    shell:
+        r"""
+        exec > >(tee {log:q}) 2>&1
+        python workflow_scripts/convert_hf_mpt_to_ft.py \
+            --in_file {params.folder:q} \
+            --out_dir ft_ckpts/{wildcards.model:q}/{wildcards.storage:q} \
+            --tensor_parallelism {wildcards.tp} \
+            --storage_type {params.storage_type} \
+            --processes {threads} \
+            --smoothquant {params.alpha} \
+            --calib_text {input.text:q} \
+            --calib_size {params.num_samples} \
+            --calib_max_seq_length {params.sequence_length} \
+            --device {params.device} \
+            {params.tokenizer:q}
         python workflow_scripts/seal.py {output.folder:q}
         """

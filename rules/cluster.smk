@@ -82,21 +82,46 @@ def build_request(wildcards) -> GpuRequest:
     return request(wildcards, build_gpus(wildcards))
 
 
-# verify.smk
+# quantize.smk
 
 
-def smoke_test_request(wildcards) -> GpuRequest:
+def calibration_request(wildcards) -> GpuRequest:
+    """One GPU, which holds what a processor would need as memory."""
+    count = calibration_gpus(wildcards)
+    checked(gpu_request.require_gpus, settings.site, count)
+    calibration, config = settings.calibration, planned_config(wildcards)
+    memory = requirements.calibration_memory(
+        config, calibration.num_samples, calibration.sequence_length
+    )
+    return checked(gpu_request.gpu_request, settings.site, count, memory)
+
+
+def calibration_gpus(wildcards) -> int:
+    device = settings.calibration.device
+    return int(device == "cuda" or (device == "auto" and site_has_gpus()))
+
+
+def calibration_runtime(wildcards) -> int:
+    calibration, config = settings.calibration, planned_config(wildcards)
+    tokens = calibration.num_samples * calibration.sequence_length
+    return requirements.calibration_minutes(config, tokens, bool(calibration_gpus(wildcards)))
+
+
+# verify.smk and report.smk: what the ranks of an engine do together
+
+
+def ranks_request(wildcards) -> GpuRequest:
     return request(wildcards, int(wildcards.tp) if site_has_gpus() else 0)
 
 
-def smoke_test_nodes(wildcards) -> int:
+def nodes_of_ranks(wildcards) -> int:
     return gpu_request.num_nodes(settings.site, int(wildcards.tp))
 
 
 def smoke_test_mem_mb(wildcards) -> int:
     """Of each node."""
     spec = engine_spec(wildcards)
-    nodes = smoke_test_nodes(wildcards) if spec.tp_size == int(wildcards.tp) else 1
+    nodes = nodes_of_ranks(wildcards) if spec.tp_size == int(wildcards.tp) else 1
     return megabytes(requirements.smoke_test_memory(spec, nodes))
 
 
@@ -106,6 +131,17 @@ def smoke_test_runtime(wildcards) -> int:
     return requirements.smoke_test_minutes(engine_spec(wildcards), steps)
 
 
+def reference_runtime(wildcards) -> int:
+    quality, config = settings.quality, planned_config(wildcards)
+    return requirements.forward_minutes(config, quality.num_windows * quality.window_length)
+
+
+def quality_runtime(wildcards) -> int:
+    quality, spec = settings.quality, engine_spec(wildcards)
+    tokens = quality.num_windows * quality.window_length
+    return requirements.quality_minutes(spec, tokens)
+
+
 def mpi(wildcards) -> str | None:
     """What starts a process a rank; nothing for one rank."""
     return None if wildcards.tp == "1" else settings.site.mpi
@@ -113,12 +149,12 @@ def mpi(wildcards) -> str | None:
 
 def tasks(wildcards) -> int | None:
     """All ranks, where `tasks_per_node` cannot say it: that must be more than one."""
-    ranks, nodes = int(wildcards.tp), smoke_test_nodes(wildcards)
+    ranks, nodes = int(wildcards.tp), nodes_of_ranks(wildcards)
     return ranks if 1 < ranks == nodes else None
 
 
 def tasks_per_node(wildcards) -> int | None:
-    each = int(wildcards.tp) // smoke_test_nodes(wildcards)
+    each = int(wildcards.tp) // nodes_of_ranks(wildcards)
     return each if each > 1 else None
 
 
@@ -131,14 +167,18 @@ def tasks_per_gpu(wildcards) -> int | None:
 # `output`: Snakemake leaves such parameters out when it compares, and another site repeats nothing.
 
 
-def smoke_test_slots(wildcards, output) -> list[str]:
-    on_this_node = int(wildcards.tp) // smoke_test_nodes(wildcards)
+def slots_of_ranks(wildcards, output) -> list[str]:
+    on_this_node = int(wildcards.tp) // nodes_of_ranks(wildcards)
     return with_gpus(on_this_node if site_has_gpus() else 0)
 
 
 def launcher(wildcards, output) -> list[str]:
     command = mpi(wildcards)
     return [] if command is None else [*shlex.split(command), "-n", wildcards.tp]
+
+
+def calibration_slots(wildcards, output) -> list[str]:
+    return with_gpus(calibration_gpus(wildcards))
 
 
 def build_slots(wildcards, output) -> list[str]:
@@ -150,7 +190,7 @@ def preflight_for_build(wildcards, output) -> list[str]:
     return preflight_once(wildcards) if build_gpus(wildcards) else []
 
 
-def preflight_for_smoke_test(wildcards, output) -> list[str]:
+def preflight_for_ranks(wildcards, output) -> list[str]:
     return preflight_once(wildcards) if site_has_gpus() else []
 
 

@@ -17,7 +17,7 @@ from mpt_trt.engines.packages import choose_package
 from mpt_trt.environment import prefer_this_python
 from mpt_trt.errors import MptTrtError
 from mpt_trt.hf_files import checkpoint_files
-from mpt_trt.quantization.scheme import as_mapping
+from mpt_trt.quantization.scheme import as_mapping, require_fitting_groups
 from mpt_trt.requirements import EngineSpec
 from mpt_trt.settings import Model, Variant, parse_settings
 from mpt_trt.sharding import VocabularySharding
@@ -34,6 +34,7 @@ wildcard_constraints:
     model="[^/]+",
     variant="[^/]+",
     storage="[^/]+",
+    qformat="[^/]+",
     tp="[1-9][0-9]*",
     rank="[0-9]+",
 
@@ -187,9 +188,41 @@ def storage_type(wildcards) -> str:
     return checked(artifacts.ft_storage, wildcards.storage).storage_type
 
 
-# engine.smk
+def smoothing_alpha(wildcards) -> float:
+    return checked(artifacts.ft_storage, wildcards.storage).alpha
+
+
+# quantize.smk
 
 NPZ_NAME = "mpt_tp1_rank0.npz"
+
+
+def tokenizer_option(wildcards) -> list[str]:
+    tokenizer = model_of(wildcards).tokenizer
+    return [] if tokenizer is None else [f"--tokenizer_dir={tokenizer}"]
+
+
+def calibration_options(wildcards) -> list[str]:
+    """What to calibrate for, as command-line options."""
+    found = checked(artifacts.calibration_name, wildcards.qformat)
+    options = [f"--qformat={found.quantization_format}"]
+    # Without a size in the name, it is the model's default, which quantize.py knows.
+    if found.group_size is not None:
+        options.append(f"--awq_block_size={found.group_size}")
+    return options
+
+
+def calibration_mem_mb(wildcards) -> int:
+    calibration = settings.calibration
+    return megabytes(
+        requirements.calibration_memory(
+            planned_config(wildcards), calibration.num_samples, calibration.sequence_length
+        )
+    )
+
+
+# engine.smk
+
 LIMITS = ("max_batch_size", "max_input_len", "max_output_len")
 
 
@@ -220,6 +253,17 @@ def calibration_of_variant(wildcards) -> list[str]:
     variant = variant_of(wildcards)
     found = artifacts.calibration_of(variant.quantization, variant.kv_cache_dtype)
     return [] if found is None else [f"quantized/{wildcards.model}/{found.name}/{NPZ_NAME}"]
+
+
+def fitting_groups(wildcards) -> list[str]:
+    """An input function that adds no input, but refuses groups that ranks would share.
+
+    Of a model that is not fetched yet, the network's step refuses them.
+    """
+    group_size = getattr(variant_of(wildcards).quantization, "group_size", None)
+    if group_size is not None and (config := stored_config(wildcards)) is not None:
+        checked(require_fitting_groups, config, int(wildcards.tp), group_size)
+    return []
 
 
 def quantization_options(wildcards) -> list[str]:
@@ -278,11 +322,6 @@ def of_every_rank(stage: str):
 # verify.smk
 
 
-def tokenizer_option(wildcards) -> list[str]:
-    tokenizer = model_of(wildcards).tokenizer
-    return [] if tokenizer is None else [f"--tokenizer_dir={tokenizer}"]
-
-
 def tolerance_options(wildcards) -> list[str]:
     tolerance = variant_of(wildcards).tolerance
     return [
@@ -290,3 +329,44 @@ def tolerance_options(wildcards) -> list[str]:
         f"--mean_kl={tolerance.mean_kl}",
         f"--min_top1={tolerance.min_top1}",
     ]
+
+
+# report.smk
+
+
+def reference_mem_mb(wildcards) -> int:
+    quality, config = settings.quality, planned_config(wildcards)
+    return megabytes(
+        requirements.reference_memory(config, quality.num_windows, quality.window_length)
+    )
+
+
+def quality_mem_mb(wildcards) -> int:
+    quality, spec = settings.quality, engine_spec(wildcards)
+    return megabytes(requirements.quality_memory(spec, quality.num_windows, quality.window_length))
+
+
+def fitting_window(wildcards) -> list[str]:
+    """An input function that adds no input, but refuses windows that the engine has no room for."""
+    checked(engine_spec(wildcards).limits.require_window, settings.quality.window_length)
+    return []
+
+
+engines_of_report = checked(settings.engines_of_report)
+
+
+def variants_of_report(wildcards) -> list[str]:
+    """The variant of each engine that a report shows."""
+    return [variant for variant, _ in engines_of_report]
+
+
+def results_of_report(folder: str):
+    """An input function: a result in `folder` of each engine that a report shows."""
+
+    def files(wildcards) -> list[str]:
+        return [
+            f"{folder}/{wildcards.model}/{variant}/{tp_size}-gpu.json"
+            for variant, tp_size in engines_of_report
+        ]
+
+    return files

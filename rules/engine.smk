@@ -15,6 +15,7 @@ steps:
 rule make_network:
     input:
         intact("build/networks/{model}/{variant}/{tp}-gpu/rank{rank}"),
+        fitting_groups,
         calibration_of_variant,
         ft_checkpoint=ft_checkpoint_of_variant,
     output:

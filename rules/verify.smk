@@ -14,7 +14,13 @@ rule smoke_test:
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
         checkpoint=checkpoint_inputs,
     output:
-        "smoke_tests/{model}/{variant}/{tp}-gpu.json",
+        report(
+            "smoke_tests/{model}/{variant}/{tp}-gpu.json",
+            category="Engines of {model}",
+            subcategory="Figures of one engine",
+            labels={"variant": "{variant}", "ranks": "{tp}", "what": "smoke test"},
+            caption="../report/smoke_test.rst",
+        ),
     log:
         "logs/smoke_test/{model}/{variant}/{tp}-gpu.log",
     benchmark:
@@ -25,18 +31,18 @@ rule smoke_test:
     resources:
         mem_mb=smoke_test_mem_mb,
         runtime=smoke_test_runtime,
-        gpu=asking(smoke_test_request, "gpu"),
-        gpu_model=asking(smoke_test_request, "gpu_model"),
-        gres=asking(smoke_test_request, "gres"),
-        nodes=smoke_test_nodes,
+        gpu=asking(ranks_request, "gpu"),
+        gpu_model=asking(ranks_request, "gpu_model"),
+        gres=asking(ranks_request, "gres"),
+        nodes=nodes_of_ranks,
         tasks=tasks,
         tasks_per_node=tasks_per_node,
         tasks_per_gpu=tasks_per_gpu,
         mpi=mpi,
     params:
         code=version_of("smoke_test.py"),
-        preflight=preflight_for_smoke_test,
-        slots=smoke_test_slots,
+        preflight=preflight_for_ranks,
+        slots=slots_of_ranks,
         launcher=launcher,
         folder=checkpoint_folder,
         tokenizer=tokenizer_option,

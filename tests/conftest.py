@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import runpy
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import torch
 
 from checkpoints import CheckpointSpec
 from engines_support import build, make_ft_checkpoint
+from ft_support import CLI
 from mpt_trt.ft_checkpoint import FtCheckpoint, read_ft_checkpoint
 
 
@@ -21,6 +25,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Runs the converter's command line in this process."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [str(CLI), *map(str, arguments)])
+        runpy.run_path(str(CLI), run_name="__main__")
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 @dataclass(frozen=True)

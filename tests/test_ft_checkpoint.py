@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import configparser
 import contextlib
-import hashlib
 import json
 import math
 import os
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,56 +33,18 @@ from checkpoints import (
     write_seeded_checkpoint,
     write_zeros,
 )
+from ft_support import CLI, hashes_in, names_in, rank_rows, write_ft
 from mpt_trt import ft_checkpoint
-from mpt_trt.config import MptConfig, read_hf_config
+from mpt_trt.config import read_hf_config
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_checkpoint import ConversionSettings, FtCheckpoint, read_ft_checkpoint
 from mpt_trt.hf_checkpoint import HfCheckpoint
 from mpt_trt.sharding import Shard
 from mpt_trt.weight_map import weights
 
-ROOT = Path(__file__).parents[1]
-CLI = ROOT / "workflow_scripts" / "convert_hf_mpt_to_ft.py"
 NVIDIA = json.loads((Path(__file__).parent / "data" / "nvidia_ft_sha256.json").read_text())
 BASE = CheckpointSpec()
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-@pytest.fixture
-def convert(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Runs the converter's command line in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", [str(CLI), *map(str, arguments)])
-        runpy.run_path(str(CLI), run_name="__main__")
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
-
-
-def write_ft(
-    checkpoint: Path, target: Path, storage_type: str = "float32", tp_size: int = 1
-) -> MptConfig:
-    """Converts with the library alone; returns the configuration that it was given."""
-    config = read_hf_config(checkpoint)
-    conversion = ConversionSettings(storage_type, tp_size, 2, "name", {"source": "somewhere"})
-    opened = HfCheckpoint(checkpoint, weights(config))
-    ft_checkpoint.write_ft_checkpoint(opened, config, conversion, target)
-    return config
-
-
-def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def hashes_in(folder: Path) -> dict[str, str]:
-    """sha256 of all files, our manifest aside."""
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.iterdir()
-        if path.name != "manifest.json"
-    }
 
 
 class TestNvidia:
@@ -128,18 +88,6 @@ def stored(array: np.ndarray, dtype: str) -> bytes:
     bits = np.ascontiguousarray(array, "<f4").view("<u4")
     # Half of the dropped part, less one if the kept part is even; a carry goes into the exponent.
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
-
-
-def rank_rows(spec: CheckpointSpec, rank: int, tp_size: int) -> list[int]:
-    """Rows of Wqkv that a rank holds: its query heads, then the K and V heads that they use."""
-    num_kv_heads = spec.num_kv_heads or spec.num_heads
-    per_rank = spec.num_heads // tp_size
-    queries = range(rank * per_rank, (rank + 1) * per_rank)
-    used = sorted({head // (spec.num_heads // num_kv_heads) for head in queries})
-    heads = [*queries]
-    heads += [spec.num_heads + head for head in used]
-    heads += [spec.num_heads + num_kv_heads + head for head in used]
-    return [head * spec.head_dim + row for head in heads for row in range(spec.head_dim)]
 
 
 def expected_files(spec: CheckpointSpec, tp_size: int) -> dict[str, np.ndarray]:

@@ -33,6 +33,7 @@ from mpt_trt.engines.manifest import (
 )
 from mpt_trt.ft_checkpoint import ConversionSettings, read_ft_checkpoint, write_ft_checkpoint
 from mpt_trt.hf_checkpoint import HfCheckpoint
+from mpt_trt.quality_result import read_quality
 from mpt_trt.sharding import Shard, VocabularySharding
 from mpt_trt.weight_map import weights
 from workflow_support import SMALL, Workflow
@@ -264,6 +265,36 @@ def test_smoke_test_of_two_ranks_writes_one_result(engines, tmp_path):
     assert result["engines"] == ["rank0.engine", "rank1.engine"]
     assert result["passed"] and result["distance"]["top1"] == 1
     assert result["distance"]["positions"] == len(result["tokens"]) - 1
+
+
+def test_quality_of_two_ranks_is_that_of_one(engines, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a few windows of some text, for two ranks to read together. ")
+    reference = tmp_path / "reference.safetensors"
+    call_tool(
+        "compute_reference.py",
+        *(f"--model_dir={engines.hf}", f"--text={text}", f"--output={reference}"),
+        *("--num_windows=3", "--window_length=16"),
+    )
+    found = {}
+    for size in (1, 2):
+        output = tmp_path / f"{size}.json"
+        arguments = (
+            f"--engine_dir={engines.make(size, 'float32')}",
+            f"--model_dir={engines.hf}",
+            f"--reference={reference}",
+            f"--output={output}",
+        )
+        finished = mpirun(size, SCRIPTS / "measure_quality.py", *arguments)
+        assert finished.status == 0, finished.stderr
+        assert finished.stdout.count("perplexity") == 1
+        found[size] = read_quality(output)
+    one, two = found[1].figures, found[2].figures
+    assert two.nats_per_token.mean == pytest.approx(one.nats_per_token.mean, abs=1e-6)
+    assert two.kl.mean < 1e-9 and two.top1.mean == 1 and two.tokens == 48
+    assert found[2].ranks == 2
+    # Each rank has its process; both count.
+    assert found[2].peak_memory > 1.5 * found[1].peak_memory
 
 
 @pytest.fixture(scope="module")

@@ -178,7 +178,7 @@ def test_alibi_models_go_beyond_their_training_length(tmp_path: Path) -> None:
 def test_plain_blocks_are_held_one_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """float32 copies of a float16 checkpoint that are alive at once: one block, the embedding."""
+    """float32 copies that are alive at once of a float16 checkpoint: a block, or the embedding."""
     spec = CheckpointSpec(num_kv_heads=2, num_layers=6)
     folder = write_checkpoint(tmp_path, spec, dtype=torch.float16)
     alive: dict[int, int] = {}
@@ -197,4 +197,4 @@ def test_plain_blocks_are_held_one_at_a_time(
     reference_logits(folder, token_ids(spec))
     block = sum(tensor.nbytes for tensor in block_tensors(spec).values())
     embedding = tensors(spec)["transformer.wte.weight"].nbytes
-    assert most == block + embedding
+    assert most == max(block, embedding)

@@ -383,6 +383,7 @@ def workflow(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
         "unknown": {"source": "somebody/something"},
     }
     path.write_text(yaml.safe_dump(content))
+    (made.folder / "text.txt").write_text("only its name is looked at")
     return made
 
 
@@ -415,6 +416,35 @@ def expected_memory(config: MptConfig, dtype: str, tp_size: int) -> dict[str, in
 def test_jobs_ask_for_the_memory_of_the_stored_config(workflow: Workflow, tp_size: int) -> None:
     found = planned_memory(workflow, f"smoke_tests/toy/fp32/{tp_size}-gpu.json")
     assert found == expected_memory(config_of(SPEC), "float32", tp_size)
+
+
+def test_measurements_ask_for_the_memory_of_engine_head_and_windows(workflow: Workflow) -> None:
+    config = config_of(SPEC)
+    spec = EngineSpec(config, "float32", 2, EngineLimits(**SMALL), VocabularySharding())
+    found = planned_memory(workflow, "quality/toy/fp32/2-gpu.json")
+    # Of the windows that workflow_support configures.
+    assert found["compute_reference"] == math.ceil(
+        requirements.reference_memory(config, 3, 16) / 1e6
+    )
+    assert found["measure_quality"] == math.ceil(requirements.quality_memory(spec, 3, 16) / 1e6)
+
+
+@pytest.mark.parametrize("name", ["mpt-7b", "mpt-30b"])
+def test_measurements_of_large_models(name: str) -> None:
+    """By hand: hidden states, the head, and a cache of all rows beside what a smoke test takes."""
+    config, limits = known_config(name), EngineLimits(8, 512, 64)
+    spec = EngineSpec(config, "float32", 1, limits, VocabularySharding())
+    hidden = 16 * 512 * config.hidden_size * 4
+    assert requirements.reference_memory(config, 16, 512) > 3 * hidden
+    more = requirements.quality_memory(spec, 16, 512) - 1.1 * requirements.rank_weights(spec)
+    head = config.vocab_size * config.hidden_size * 4
+    cache = 8 * 576 * 2 * config.num_layers * config.hidden_size * 4
+    assert hidden + head + cache < more < hidden + head + cache + 2 * (1 << 30)
+    # The logits themselves are never all in memory: more windows cost their hidden states alone.
+    doubled = requirements.quality_memory(spec, 32, 512) - requirements.quality_memory(
+        spec, 16, 512
+    )
+    assert doubled == hidden
 
 
 def test_jobs_ask_for_the_memory_of_the_known_shape_before_it_is_fetched(

@@ -15,7 +15,16 @@ import yaml
 from mpt_trt import settings
 from mpt_trt.errors import MptTrtError
 from mpt_trt.quantization.scheme import Awq, Fp8, SmoothQuant, WeightOnly
-from mpt_trt.settings import Calibration, Model, SmokeTest, Tolerance, Variant, parse_settings
+from mpt_trt.settings import (
+    Calibration,
+    Model,
+    Quality,
+    Report,
+    SmokeTest,
+    Tolerance,
+    Variant,
+    parse_settings,
+)
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = yaml.safe_load((ROOT / "schemas" / "config.schema.yaml").read_text())
@@ -24,6 +33,8 @@ FULL: dict[str, Any] = {
     "models": {"tiny": {"source": "folder"}},
     "variants": {"half": {"dtype": "float16", "tolerance": {"max_abs": 0.5}}},
     "smoke_test": {"prompt": "x"},
+    "quality": {},
+    "report": {},
     "targets": [],
 }
 
@@ -88,6 +99,8 @@ class TestSchema:
             (Variant, SCHEMA["$defs"]["variant"]),
             (Tolerance, SCHEMA["$defs"]["variant"]["properties"]["tolerance"]),
             (SmokeTest, SCHEMA["properties"]["smoke_test"]),
+            (Quality, SCHEMA["properties"]["quality"]),
+            (Report, SCHEMA["properties"]["report"]),
             (settings.Settings, SCHEMA),
         ],
     )
@@ -120,6 +133,8 @@ class TestDefaults:
             variants={},
             calibration=Calibration("resources/calibration.txt", 32, 512, "auto"),
             smoke_test=SmokeTest("def fibonacci", 32),
+            quality=Quality("resources/mpt-demo/heldout.txt", 16, 512),
+            report=Report(None, (1,), {}),
             targets=(),
         )
 
@@ -179,6 +194,28 @@ class TestDefaults:
         assert found.variant("v").tolerance == Tolerance(0.1, 0.001, 0.5)
         assert found.smoke_test == SmokeTest("def fibonacci", 5)
         assert found.targets == ("a", "b")
+
+    @pytest.mark.parametrize(
+        ("report", "engines"),
+        [
+            ({}, [("a", 1), ("b", 1), ("c", 1)]),
+            ({"tp_sizes": [2, 1]}, [(name, size) for name in "abc" for size in (1, 2)]),
+            ({"variants": ["c", "a"]}, [("c", 1), ("a", 1)]),
+            (
+                {"variants": ["c"], "more_tp_sizes": {"c": [4, 2, 1]}},
+                [("c", 1), ("c", 2), ("c", 4)],
+            ),
+            ({"variants": ["c"], "more_tp_sizes": {"a": [2]}}, [("c", 1), ("a", 2)]),
+            ({"variants": []}, []),
+        ],
+    )
+    def test_engines_of_a_report(self, report: dict, engines: list) -> None:
+        found = parse_settings({"variants": {"a": {}, "b": {}, "c": {}}, "report": report})
+        assert found.engines_of_report() == engines
+
+    def test_the_shipped_report_shows_every_variant(self) -> None:
+        found = parse_settings(SHIPPED)
+        assert {name for name, _ in found.engines_of_report()} == set(found.variants)
 
     def test_the_content_is_left_alone(self) -> None:
         content = copy.deepcopy(FULL)
@@ -240,6 +277,12 @@ class TestMistakes:
             ("smoke_test", "def"),
             ("smoke_test.prompt", ""),
             ("smoke_test.max_new_tokens", 0),
+            ("quality.text", ""),
+            ("quality.num_windows", 0),
+            ("quality.window_length", 0.5),
+            ("report.variants", "fp16"),
+            ("report.tp_sizes", []),
+            ("report.more_tp_sizes", [2]),
             ("targets", "smoke_tests/a/b/1-gpu.json"),
         ],
     )
@@ -308,6 +351,11 @@ class TestMistakes:
     def test_unknown_variant(self) -> None:
         with pytest.raises(MptTrtError, match="no variant named 'hlaf'; did you mean 'half'"):
             parse_settings(FULL).variant("hlaf")
+
+    @pytest.mark.parametrize("report", [{"variants": ["hlaf"]}, {"more_tp_sizes": {"hlaf": [2]}}])
+    def test_unknown_variant_in_a_report(self, report: dict) -> None:
+        with pytest.raises(MptTrtError, match="no variant named 'hlaf'; did you mean 'half'"):
+            parse_settings(FULL | {"report": report}).engines_of_report()
 
     def test_no_entries_at_all(self) -> None:
         with pytest.raises(MptTrtError, match="no variant named 'fp16'; known names: none"):

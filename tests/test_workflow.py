@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mpt_trt.ft_checkpoint import read_ft_checkpoint
 from workflow_support import SMALL, Workflow
 
 SMOKE_TEST = "smoke_tests/toy/{}/1-gpu.json"
@@ -172,12 +173,42 @@ def test_wrong_engines_fail_and_leave_no_result(tmp_path: Path) -> None:
     assert rejected["passed"] is False
 
 
+def test_smoothquant_checkpoints(made: Workflow) -> None:
+    """Made for two ranks, and again when the calibration text changes, which nothing else reads."""
+    target, plain = "ft_ckpts/toy/sq/2-gpu", "ft_ckpts/toy/fp16/1-gpu"
+    assert made.make(target) == ["smooth_checkpoint sq"]
+    assert made.planned(target, plain) == []
+    checkpoint = read_ft_checkpoint(made.folder / target)
+    assert (checkpoint.smoothing, checkpoint.storage_type, checkpoint.tp_size) == (
+        0.5,
+        "float16",
+        2,
+    )
+    calibration = checkpoint.manifest["calibration"]
+    assert (calibration["text"], calibration["num_samples"]) == ("calibration.txt", 4)
+    text = made.folder / "calibration.txt"
+    content = text.read_text()
+    try:
+        text.write_text(content * 2)
+        assert made.planned(target, plain) == ["smooth_checkpoint sq"]
+    finally:
+        text.write_text(content)
+
+
+def test_smoothquant_settings_in_the_name(made: Workflow) -> None:
+    target = "ft_ckpts/toy/sq-0.8-bf16/1-gpu"
+    assert made.make(target) == ["smooth_checkpoint sq-0.8-bf16"]
+    checkpoint = read_ft_checkpoint(made.folder / target)
+    assert (checkpoint.smoothing, checkpoint.storage_type) == (0.8, "bfloat16")
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
         ("trt_engines/toi/fp16/1-gpu", "no model named 'toi'; did you mean 'toy'?"),
         ("trt_engines/toy/fp61/1-gpu", "no variant named 'fp61'; did you mean 'fp16'?"),
         ("ft_ckpts/toy/fp8/1-gpu", "no such storage type; known are fp32, fp16, bf16"),
+        ("ft_ckpts/toy/sq-1.5/1-gpu", "no such storage type; known are fp32, fp16, bf16"),
     ],
 )
 def test_misspelt_targets_get_a_hint(made: Workflow, target: str, message: str) -> None:

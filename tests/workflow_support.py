@@ -14,10 +14,11 @@ import yaml
 from checkpoints import CheckpointSpec, write_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
-LINKED = ("Snakefile", "rules", "profiles", "schemas", "envs", "resources")
+LINKED = ("Snakefile", "rules", "report", "profiles", "schemas", "envs", "resources")
 SPEC = CheckpointSpec(
     hidden_size=48, num_heads=6, num_layers=2, vocab_size=131, max_seq_len=128, seed=5
 )
+CALIBRATION = {"text": "calibration.txt", "num_samples": 4, "sequence_length": 32}
 SMALL = {"max_batch_size": 4, "max_input_len": 24, "max_output_len": 16}
 
 
@@ -38,12 +39,16 @@ class Workflow:
             ignore=shutil.ignore_patterns("__pycache__"),
         )
         write_checkpoint(folder / "model", SPEC)
+        (folder / "calibration.txt").write_text("what the toy model reads; it is short. " * 20)
         workflow = cls(folder)
         workflow.configure()
         return workflow
 
     def configure(self, **variants: dict) -> None:
-        """Writes config.yaml with variants fp32 and fp16, changed or extended by `variants`."""
+        """Writes config.yaml with variants fp32 and fp16, changed or extended by `variants`.
+
+        Quality is measured on text.txt, which the test writes.
+        """
         content = {
             "models": {"toy": {"source": "model"}},
             "variants": {
@@ -51,7 +56,10 @@ class Workflow:
                 "fp16": {"dtype": "float16", **SMALL},
                 **variants,
             },
+            "calibration": CALIBRATION,
             "smoke_test": {"prompt": "hello", "max_new_tokens": 6},
+            "quality": {"text": "text.txt", "num_windows": 3, "window_length": 16},
+            "report": {"more_tp_sizes": {"fp16": [2]}},
         }
         (self.folder / "config.yaml").write_text(yaml.safe_dump(content))
 
@@ -94,6 +102,7 @@ def _jobs(output: str) -> list[str]:
             jobs.append(words[1].rstrip(":"))
         elif words[:1] == ["wildcards:"] and jobs:
             wildcards = dict(word.rstrip(",").split("=", 1) for word in words[1:])
-            if detail := wildcards.get("variant", wildcards.get("storage")):
-                jobs[-1] += f" {detail}"
+            for name in ("variant", "storage", "qformat"):
+                if name in wildcards:
+                    jobs[-1] += f" {wildcards[name]}"
     return jobs

@@ -2,6 +2,8 @@
 """Converts a Hugging Face MPT checkpoint to a FasterTransformer (FT) checkpoint.
 
 Writes {out_dir}/{tensor_parallelism}-gpu. A folder of that name is replaced as a whole.
+
+With -sq and -kv, the model reads pieces of a text first, one block at a time.
 """
 
 from __future__ import annotations
@@ -10,8 +12,14 @@ import argparse
 import dataclasses
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mpt_trt.console import bytes_progress, run_cli
+from mpt_trt.console import bytes_progress, run_cli, steps_progress
+from mpt_trt.quantization import arguments as options
+
+if TYPE_CHECKING:
+    from mpt_trt.config import MptConfig
+    from mpt_trt.ft_int8 import Int8Conversion
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,6 +56,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--revision", default="main", help="revision on the hub (default: %(default)s)"
     )
+    parser.add_argument(
+        "-sq",
+        "--smoothquant",
+        type=float,
+        metavar="ALPHA",
+        help="write a SmoothQuant checkpoint: smoothed weights, int8 weights and scales; alpha, 0 "
+        "to 1, says how much of the activations' range the weights take over (0.5 is a good start)",
+    )
+    parser.add_argument(
+        "-kv",
+        "--calibrate_kv_cache",
+        "--calibrate-kv-cache",
+        action="store_true",
+        help="write the scale of an int8 KV cache, too, as FT's readers expect it (engines made by "
+        "build.py take it from the result of quantize.py)",
+    )
+    options.add_calibration(parser)
     return parser.parse_args()
 
 
@@ -71,19 +96,49 @@ def main() -> None:
         bos_token_id=bos if config.bos_token_id is None else config.bos_token_id,
         eos_token_id=eos if config.eos_token_id is None else config.eos_token_id,
     )
+    checkpoint = HfCheckpoint(folder, weights(config))
     settings = ft_checkpoint.ConversionSettings(
         storage_type=arguments.storage_type,
         tp_size=arguments.tensor_parallelism,
         workers=arguments.processes,
         model_name=arguments.in_file,
         source=source,
+        int8=_int8(arguments, folder, config),
     )
     target = arguments.out_dir / f"{settings.tp_size}-gpu"
-    checkpoint = HfCheckpoint(folder, weights(config))
-    total = ft_checkpoint.total_bytes(config, settings.storage_type, settings.tp_size)
+    total = ft_checkpoint.total_bytes(
+        config, settings.storage_type, settings.tp_size, settings.int8_layers
+    )
     with bytes_progress(f"Converting {arguments.in_file}", total) as advance:
         ft_checkpoint.write_ft_checkpoint(checkpoint, config, settings, target, advance)
     print(f"{target}: {total / 1e9:.2f} GB in {settings.storage_type}")
+
+
+def _int8(arguments: argparse.Namespace, folder: Path, config: MptConfig) -> Int8Conversion | None:
+    """What int8 weights and scales are made from, where they are asked for."""
+    alpha = arguments.smoothquant
+    if alpha is None and not arguments.calibrate_kv_cache:
+        return None
+    from mpt_trt import hub
+    from mpt_trt.files import content_hash
+    from mpt_trt.ft_int8 import Int8Conversion, require_calibratable
+    from mpt_trt.quantization.streaming import activation_ranges
+    from mpt_trt.tokenizer import read_tokenizer
+
+    require_calibratable(config, alpha)
+    computation = options.computation(arguments, arguments.storage_type)
+    tokenizer = read_tokenizer(hub.tokenizer_folder(arguments.tokenizer_dir or str(folder)))
+    samples = options.calibration_samples(arguments, tokenizer)
+    with steps_progress(f"Calibrating {arguments.in_file}", config.num_layers) as advance:
+        ranges = activation_ranges(folder, samples, computation, advance)
+    origin = {
+        "text": arguments.calib_text.name,
+        "text_hash": content_hash(arguments.calib_text),
+        "num_samples": arguments.calib_size,
+        "sequence_length": arguments.calib_max_seq_length,
+        "computed_in": str(computation.dtype).removeprefix("torch."),
+    }
+    return Int8Conversion(ranges, alpha, origin)
 
 
 if __name__ == "__main__":

@@ -116,17 +116,10 @@ def main() -> None:
 
 def _tokenizer(arguments: argparse.Namespace, source: dict) -> Tokenizer:
     from mpt_trt import hub
-    from mpt_trt.errors import MptTrtError
     from mpt_trt.tokenizer import read_tokenizer
 
-    origin = arguments.tokenizer_dir or source.get("source")
-    if origin is None:
-        raise MptTrtError(
-            f"{arguments.engine_dir}: the engine does not say where its checkpoint came from; "
-            "give --tokenizer_dir"
-        )
-    revision = source.get("commit", "main") if origin == source.get("source") else "main"
-    return read_tokenizer(hub.tokenizer_folder(origin, revision))
+    asked, made = arguments.tokenizer_dir, arguments.engine_dir
+    return read_tokenizer(hub.tokenizer_folder_of(made, source, asked))
 
 
 def _prompts(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[list[int]]:

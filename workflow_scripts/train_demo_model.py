@@ -56,6 +56,7 @@ EXCLUDED_PATTERNS = (
 LEAST_WORD_SHARE = 0.45
 
 HELD_BACK_BYTES = (1_000, 16_000)
+HELDOUT_BYTES, VALIDATION_BYTES = 100_000, 150_000
 HELD_BACK_TOPICS_SHARE = 0.3
 MOST_SHARED_LINES = 0.2
 SHORTEST_COUNTED_LINE = 30
@@ -549,8 +550,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--python_version", default=platform.python_version(), help="whose library that is")
     add("--output", type=Path, default=output, help="model folder to write")
     add("--initial", type=Path, help="model folder of this script to train on, its sizes kept")
-    add("--heldout_bytes", type=int, default=100_000, help="text held out for the figures")
-    add("--validation_bytes", type=int, default=150_000, help="text held out for choices")
+    add("--heldout_bytes", type=int, default=HELDOUT_BYTES, help="text held out for the figures")
+    add("--validation_bytes", type=int, default=VALIDATION_BYTES, help="text held out for choices")
     for field in dataclasses.fields(Architecture) + dataclasses.fields(Recipe):
         add(f"--{field.name}", type=type(field.default), default=field.default, help=" ")
     return parser.parse_args()

@@ -21,7 +21,7 @@ from workflow_support import LINKED, REPOSITORY
 pytestmark = pytest.mark.slurm
 
 MODEL = "mpt-demo"
-VARIANT = "fp16"
+VARIANT = "int4_awq"
 FT_CHECKPOINT = f"ft_ckpts/{MODEL}/fp16/2-gpu"
 NETWORKS = f"build/networks/{MODEL}/{VARIANT}/2-gpu"
 ENGINE = f"trt_engines/{MODEL}/{VARIANT}/2-gpu"
@@ -138,6 +138,12 @@ def test_every_step_is_a_job_that_asks_for_what_it_needs(made: Project) -> None:
             assert (job.gpus_asked_for, job.gpus_given) == ("", "")
             assert job.fields["TimeLimit"] != "1-00:00:00"
             assert int(job.fields["MinMemoryNode"].removesuffix("M")) > SITE["job_overhead_mb"]
+
+
+def test_calibration_asks_for_one_gpu_and_gets_it(made: Project) -> None:
+    (job,) = of_rule(made, "quantize")
+    assert job.gpus_asked_for == f"gres:gpu:{GPU_MODEL}:1"
+    assert job.gpus_given == f"gpu:{GPU_MODEL}:1"
 
 
 def test_smoke_test_asks_for_a_gpu_a_rank_and_gets_them(made: Project) -> None:

@@ -15,9 +15,11 @@ from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
@@ -88,3 +90,21 @@ def bytes_progress(title: str, total_bytes: int) -> Iterator[Callable[[int], Non
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=total_bytes)
         yield lambda count: progress.advance(task, count)
+
+
+@contextlib.contextmanager
+def steps_progress(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar with steps, elapsed and remaining time; yields what advances it by one."""
+    console = Console(stderr=True)
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
+    # Steps may take minutes: the estimate looks back further than usual.
+    with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda: progress.advance(task)

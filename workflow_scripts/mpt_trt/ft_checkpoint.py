@@ -23,7 +23,7 @@ from mpt_trt import sharding
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import content_hashes, read_json, replace_directory, write_json
-from mpt_trt.ft_int8 import Int8Conversion, Int8Writer
+from mpt_trt.ft_int8 import Int8Conversion, Int8Writer, require_calibratable
 from mpt_trt.ft_layout import (
     FtFile,
     Int8Files,
@@ -38,7 +38,6 @@ from mpt_trt.ft_streams import Advance, FtWriter, TensorSource
 from mpt_trt.hf_checkpoint import HfCheckpoint
 from mpt_trt.numerics import STORAGE_TYPES
 from mpt_trt.quantization.ranges import require_ranges
-from mpt_trt.quantization.smoothquant import require_alpha
 from mpt_trt.sharding import Shard
 from mpt_trt.weight_map import Weight, preceding_norm, weights
 
@@ -94,8 +93,11 @@ class FtCheckpoint:
         return ft_file(self.config, weight, shard, self.storage_type)
 
     def matrix(self, weight: Weight, shard: Shard) -> NDArray:
-        """A rank's file of a tensor, memory-mapped, in the storage type and of the file's shape."""
-        file = self.file_of(weight, shard)
+        """A rank's part of a linear layer's weight, `[in, out]`, memory-mapped."""
+        return self.mapped(self.file_of(weight, shard))
+
+    def mapped(self, file: FtFile) -> NDArray:
+        """The content of a file in the storage type, `file.shape`, memory-mapped for reading."""
         dtype = STORAGE_TYPES[self.storage_type]
         return np.memmap(self.folder / file.name, dtype, "r", shape=file.shape)
 
@@ -152,7 +154,8 @@ def write_ft_checkpoint(
     """
     sharding.require_legal(config, settings.tp_size)
     if settings.int8 is not None:
-        _require_fitting(settings.int8, config)
+        require_calibratable(config, settings.int8.alpha)
+        require_ranges(settings.int8.ranges, config)
     with replace_directory(target) as folder, ThreadPoolExecutor(settings.workers) as pool:
         _write_ini(folder / "config.ini", config, settings)
         source = TensorSource(checkpoint, config, settings.storage_type)
@@ -174,17 +177,6 @@ def total_bytes(
 ) -> int:
     """Bytes of all `.bin` files of a directory."""
     return sum(file.byte_size for file in ft_files(config, tp_size, storage_type, int8_layers))
-
-
-def _require_fitting(int8: Int8Conversion, config: MptConfig) -> None:
-    require_ranges(int8.ranges, config)
-    if int8.alpha is not None:
-        require_alpha(int8.alpha)
-    elif config.qk_ln:
-        raise MptTrtError(
-            "qk_ln = True: the cache holds normalized keys, whose range -kv cannot record; "
-            "calibrate with quantize.py"
-        )
 
 
 def _writing_jobs(

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpt_trt import sharding
+from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_layout import (
     FtFile,
@@ -26,11 +27,12 @@ from mpt_trt.ft_layout import (
 )
 from mpt_trt.ft_streams import FtWriter, TensorSource
 from mpt_trt.numerics import STORAGE_TYPES, convert, is_finite
-from mpt_trt.quantization.ranges import Ranges, range_name
+from mpt_trt.quantization.ranges import ActivationRanges, ranges_of
 from mpt_trt.quantization.smoothquant import (
     Int8Scales,
     int8_scales,
     quantized,
+    require_alpha,
     smoothed_norm,
     smoothed_weight,
     smoothing_factors,
@@ -47,13 +49,24 @@ class Int8Conversion:
     origin: how the ranges were found, recorded in the manifest.
     """
 
-    ranges: Ranges
+    ranges: ActivationRanges
     alpha: float | None
     origin: dict
 
     @property
     def layers(self) -> Int8Layers:
         return Int8Layers.QKV if self.alpha is None else Int8Layers.ALL
+
+
+def require_calibratable(config: MptConfig, alpha: float | None) -> None:
+    """Raises MptTrtError when int8 files of this kind cannot be right for the model."""
+    if alpha is not None:
+        require_alpha(alpha)
+    elif config.qk_ln:
+        raise MptTrtError(
+            "qk_ln = True: the cache holds normalized keys, whose range -kv cannot record; "
+            "calibrate with quantize.py"
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class Int8Writer:
     source: TensorSource
     writer: FtWriter
     tp_size: int
-    ranges: Ranges
+    ranges: ActivationRanges
     alpha: float | None
 
     def write(self, weight: Weight) -> dict[str, str]:
@@ -86,7 +99,7 @@ class Int8Writer:
 
     def _factors(self, weight: Weight) -> NDArray[np.float64]:
         """What each input feature's weights are multiplied by, `[in_features]`."""
-        found = self.ranges[range_name(weight)]
+        found = ranges_of(self.ranges, weight)
         if self.alpha is None:
             return np.ones(found.x.shape)
         blocks = self.source.rows(self._whole(weight))
@@ -94,7 +107,7 @@ class Int8Writer:
         return smoothing_factors(found.x, maxima, self.alpha, self._dtype)
 
     def _scales(self, weight: Weight, factors: NDArray[np.float64]) -> Int8Scales:
-        config, found = self.source.config, self.ranges[range_name(weight)]
+        config, found = self.source.config, ranges_of(self.ranges, weight)
         maxima = np.zeros(weight.shape[0], np.float32)
         for block in self._smoothed(self._whole(weight), factors):
             np.maximum(maxima, _magnitudes(block).max(axis=0), out=maxima)

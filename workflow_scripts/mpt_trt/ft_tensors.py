@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mpt_trt.ft_checkpoint import STORAGE_TYPES, FtCheckpoint
-from mpt_trt.ft_layout import FtFile, files_of, ft_file, held
-from mpt_trt.sharding import Shard
+from mpt_trt.ft_checkpoint import FtCheckpoint
+from mpt_trt.ft_layout import FtFile, held
+from mpt_trt.numerics import STORAGE_TYPES
+from mpt_trt.sharding import Shard, shards
 from mpt_trt.weight_map import Weight
 
 
@@ -21,9 +22,9 @@ class FtTensors:
 
     def tensor(self, weight: Weight) -> NDArray:
         """The whole tensor, `weight.shape`, in the checkpoint's storage type."""
-        files = files_of(self.checkpoint.config, weight, self.checkpoint.tp_size)
+        files = [self.checkpoint.file_of(weight, s) for s in shards(self.checkpoint.tp_size)]
         if files[0].shard is None:
-            return self.mapped(files[0])
+            return self.checkpoint.mapped(files[0])
         whole = np.empty(weight.shape, STORAGE_TYPES[self.checkpoint.storage_type])
         for file in files:
             self._fill_part(whole, file)
@@ -34,24 +35,18 @@ class FtTensors:
 
         Reads nothing else.
         """
-        config = self.checkpoint.config
-        file = ft_file(config, weight, Shard(0, self.checkpoint.tp_size))
-        stored = self.mapped(file)
+        file = self.checkpoint.file_of(weight, Shard(0, self.checkpoint.tp_size))
+        stored = self.checkpoint.mapped(file)
         if file.shard is None:
             return stored[tuple(map(slice, size))]
-        rows, _ = held(config, weight, file.shard)
+        rows, _ = held(self.checkpoint.config, weight, file.shard)
         height = min(len(rows[0]), size[0])
         return stored.T[(slice(height), *map(slice, size[1:]))]
-
-    def mapped(self, file: FtFile) -> NDArray:
-        """The content of one file, `file.shape`, memory-mapped for reading."""
-        dtype = STORAGE_TYPES[self.checkpoint.storage_type]
-        return np.memmap(self.checkpoint.folder / file.name, dtype, "r", shape=file.shape)
 
     def _fill_part(self, whole: NDArray, file: FtFile) -> None:
         """Copies what one rank holds to its place; ranks that replicate K/V heads agree on it."""
         rows, columns = held(self.checkpoint.config, file.weight, file.shard)
-        part = self.mapped(file).T
+        part = self.checkpoint.mapped(file).T
         place = whole[:, columns.start : columns.stop] if file.weight.is_linear else whole
         start = 0
         for row in rows:

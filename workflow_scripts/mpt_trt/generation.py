@@ -283,7 +283,7 @@ class _Driver:
             written = np.full(batch, offset, dtype=np.int64)
             logits[ending] = self.model.step(chunk, written, wanted)
             self.on_step("prefill", int(np.clip(index + 1, 0, chunk.shape[1]).sum()))
-        return _checked(logits)
+        return require_finite(logits)
 
     def decode(
         self, tokens: NDArray[np.int64], num_generated: int, num_live: int
@@ -300,7 +300,7 @@ class _Driver:
         wanted = np.stack([row, np.zeros_like(row)], axis=1)
         logits = self.model.step(np.ascontiguousarray(tokens[:, None]), positions, wanted)
         self.on_step("decode", num_live)
-        return _checked(logits)
+        return require_finite(logits)
 
     def reorder(self, rows: NDArray[np.int64], num_rows: int) -> None:
         """Moves cache rows, unless each of the `num_rows` would stay where it is."""
@@ -308,7 +308,7 @@ class _Driver:
             self.model.reorder(rows)
 
 
-def _checked(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+def require_finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """The logits, if each row has a finite maximum (a NaN anywhere makes the maximum NaN)."""
     bad = np.flatnonzero(~np.isfinite(logits.max(axis=-1)))
     if bad.size:

@@ -155,6 +155,23 @@ def tokenizer_folder(source: str, revision: str = "main") -> Path:
     return local_folder(source, revision, fetch_tokenizer)[0]
 
 
+def tokenizer_folder_of(made: Path, origin: dict, asked: str | None) -> Path:
+    """The folder of the tokenizer for something that was made from a checkpoint.
+
+    origin: of the checkpoint, as the manifest of `made` has it. asked: a folder or hub id that is
+    taken instead, unless None.
+
+    Raises MptTrtError when neither says where the tokenizer is, or it is not there.
+    """
+    source = asked or origin.get("source")
+    if source is None:
+        raise MptTrtError(
+            f"{made}: does not say where its checkpoint came from; give --tokenizer_dir"
+        )
+    revision = origin.get("commit", "main") if source == origin.get("source") else "main"
+    return tokenizer_folder(source, revision)
+
+
 def link_folder(snapshot: Snapshot, target: Path) -> None:
     """Makes `target` a folder of symbolic links to the files of `snapshot`, plus `source.json`.
 

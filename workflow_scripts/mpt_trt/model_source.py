@@ -33,6 +33,7 @@ def open_model(folder: Path) -> ModelSource:
     """
     if is_ft_folder(folder):
         checkpoint = read_ft_checkpoint(folder)
+        checkpoint.require_plain()
         origin = checkpoint.manifest.get("source", {})
         return ModelSource(folder, checkpoint.config, FtTensors(checkpoint), origin)
     config = read_hf_config(folder)

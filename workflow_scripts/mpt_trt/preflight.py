@@ -6,7 +6,6 @@ run can show, such as a driver that is too old for a package, is not found here.
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from mpt_trt.engines import gpus
 from mpt_trt.engines.packages import DISTRIBUTIONS, choose_package, installed_package
 from mpt_trt.errors import MptTrtError
+from mpt_trt.machine import GIB, describe_machine
 from mpt_trt.requirements import GB
 
 
@@ -79,13 +79,14 @@ class Verdict:
 
 def inspect(folder: Path) -> Machine:
     """This machine. folder: where the artifacts will lie."""
-    found = zip(gpus.product_names(), gpus.memory_sizes(), gpus.compute_capabilities(), strict=True)
+    machine = describe_machine()
+    found = zip(gpus.names(), gpus.memory_sizes(), gpus.compute_capabilities(), strict=True)
     tensorrt = {module: installed_package(module) for module in DISTRIBUTIONS}
     versions = {module: package and package.version for module, package in tensorrt.items()}
     return Machine(
         host=platform.node(),
-        cores=len(os.sched_getaffinity(0)),
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        cores=machine.cores,
+        memory=round(machine.memory_gib * GIB),
         free_disk=shutil.disk_usage(folder).free,
         gpus=tuple(Gpu(*fields) for fields in found),
         driver=gpus.driver_version(),

@@ -2,16 +2,19 @@
 
 The blocks are transformers' own where it has the architecture, and `plain_block`'s where it has
 not. They are run one after the other, each with its weights when its turn comes: memory is that of
-one block and of the embedding, so that a 30B model is checked on a laptop.
+one block, or of the embedding, so that a 30B model is checked on a laptop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mpt_trt.config import MptConfig, read_hf_config
@@ -29,11 +32,42 @@ def reference_logits(folder: Path, token_ids: list[int]) -> Tensor:
 
     Raises MptTrtError when the model has learned positions and the sequence is longer.
     """
-    config = read_hf_config(folder)
-    model = ModelTensors(config, HfCheckpoint(folder, weights(config)))
-    make_block = _transformers_block if is_in_transformers(config) else _plain_block
+    hidden = reference_hidden(folder, np.array([token_ids]))[0]
+    return read_head(folder).logits(hidden)
+
+
+def reference_hidden(folder: Path, token_ids: NDArray[np.int64]) -> Tensor:
+    """What the head reads: the last norm's output, float32 `[sequences, seq, hidden]`.
+
+    token_ids: `[sequences, seq]`. Each block is read once and run on all sequences, one at a time.
+
+    Raises MptTrtError when the model has learned positions and the sequences are longer.
+    """
+    model = _open(folder)
+    make_block = _transformers_block if is_in_transformers(model.config) else _plain_block
     with torch.inference_mode():
-        return _forward(model, make_block(config, len(token_ids)), torch.tensor(token_ids))
+        block = make_block(model.config, token_ids.shape[1])
+        return _hidden(model, block, torch.from_numpy(token_ids))
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last product. weight: float32 `[vocab, hidden]`."""
+
+    weight: Tensor
+    scale: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 `[..., vocab]` of hidden `[..., hidden]`."""
+        with torch.inference_mode():
+            return hidden @ self.weight.T * self.scale
+
+
+def read_head(folder: Path) -> Head:
+    """The head of a checkpoint, which with `reference_hidden` makes the reference's logits."""
+    model = _open(folder)
+    name = "wte.weight" if model.config.tie_word_embeddings else "lm_head.weight"
+    return Head(model.tensor(name), model.config.logit_scale)
 
 
 def reference_name(folder: Path) -> str:
@@ -59,16 +93,22 @@ def is_in_transformers(config: MptConfig) -> bool:
     )
 
 
-def _forward(model: ModelTensors, block: Block, token_ids: Tensor) -> Tensor:
+def _open(folder: Path) -> ModelTensors:
+    config = read_hf_config(folder)
+    return ModelTensors(config, HfCheckpoint(folder, weights(config)))
+
+
+def _hidden(model: ModelTensors, block: Block, token_ids: Tensor) -> Tensor:
     config = model.config
-    embedding = model.tensor("wte.weight")
-    hidden = embed(model, embedding, token_ids)
+    hidden = embed(model, model.tensor("wte.weight"), token_ids)
     for layer in range(config.num_layers):
         # Not kept in a variable: this block's weights are freed before the next one's are read.
-        hidden = block(model.tensors(f"blocks.{layer}."), hidden)
-    norm = with_weights(partial(model_norm, config), model.tensors("norm_f."))
-    head = embedding if config.tie_word_embeddings else model.tensor("lm_head.weight")
-    return norm(hidden) @ head.T * config.logit_scale
+        hidden = _of_every_sequence(block, model.tensors(f"blocks.{layer}."), hidden)
+    return with_weights(partial(model_norm, config), model.tensors("norm_f."))(hidden)
+
+
+def _of_every_sequence(block: Block, tensors: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    return torch.stack([block(tensors, sequence) for sequence in hidden])
 
 
 def _plain_block(config: MptConfig, length: int) -> Block:

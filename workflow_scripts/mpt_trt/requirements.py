@@ -27,7 +27,7 @@ from mpt_trt.quantization.scheme import (
     scale_block,
 )
 from mpt_trt.sharding import Shard, VocabularySharding
-from mpt_trt.weight_map import Split, Weight, weights
+from mpt_trt.weight_map import Split, Weight, block_matrices, weights
 
 MIB = 1 << 20
 GB = 10**9
@@ -54,8 +54,19 @@ NETWORK_BASE = 200 * MIB
 # Of quantizing a matrix: itself in float32, its integers and their transpose.
 NETWORK_PER_ELEMENT = 10
 NETWORK_WORKERS = 4
+# A process with PyTorch and ModelOpt; most copies of a matrix or an activation that ModelOpt has at
+# a time; hidden states of all samples: before a block, behind it, and once more of a second run.
+# Measured, pages of mapped files included: 0.83 GB of the demo model, 1.38 GB of blocks of 0.2 GB.
+CALIBRATION_BASE = 700 * MIB
+CALIBRATION_COPIES = 6
+CALIBRATION_STATES = 3
+CALIBRATION_BATCH = 8
 # A rank's process under ONNX Runtime, weights and cache aside. Measured: 0.34 GiB.
 SMOKE_TEST_BASE = 450 * MIB
+# A process with PyTorch and transformers. Measured: 0.43 GiB.
+REFERENCE_BASE = 500 * MIB
+# Logits of a step (see verification.LOGITS_BYTES), and what the network needs to compute them.
+QUALITY_STEP = 1024 * MIB
 
 # Time limits of jobs are allowances for slow machines, not forecasts: a job is ended when its limit
 # is over. What a slow hub or a busy shared file system leaves one job, in bytes a second:
@@ -65,6 +76,10 @@ DISK_RATE = 5 * 10**7
 BUILD_RATE = 2 * 10**7
 # At which a processor reads weights while it generates.
 CPU_RATE = 2 * 10**9
+# Multiplications a second of a slow processor, and of a GPU; how often calibration computes all.
+CPU_PRODUCTS = 10**10
+GPU_PRODUCTS = 10**12
+CALIBRATION_PASSES = 10
 # Starting Python from a shared file system, and all else that does not grow with the model.
 BASE_MINUTES = 10
 
@@ -277,6 +292,22 @@ def conversion_memory(workers: int) -> int:
     return CONVERSION_BASE + workers * CONVERSION_PER_WORKER
 
 
+def calibration_memory(config: MptConfig, num_samples: int, sequence_length: int) -> int:
+    """Of quantize.py on the CPU; an estimate. The number of blocks does not matter.
+
+    A block in float32 with copies of its largest matrix, or the embedding twice; the hidden states
+    of all samples; and what the feed-forward layer makes of a batch of them.
+    """
+    matrices = [math.prod(w.shape) for w in block_matrices(config, 0).values()]
+    block = sum(matrices) + CALIBRATION_COPIES * max(matrices)
+    embedding = 2 * config.vocab_size * config.hidden_size
+    tokens = num_samples * sequence_length
+    states = CALIBRATION_STATES * tokens * config.hidden_size
+    batch = min(num_samples, CALIBRATION_BATCH) * sequence_length
+    wide = CALIBRATION_COPIES * batch * config.intermediate_size
+    return CALIBRATION_BASE + FLOAT32_BYTES * (max(block, embedding) + states + wide)
+
+
 def network_memory(spec: EngineSpec) -> int:
     """Of make_network.py: weights are linked, or quantized one matrix a worker.
 
@@ -301,16 +332,45 @@ def build_memory(spec: EngineSpec) -> int:
 def smoke_test_memory(spec: EngineSpec, num_nodes: int = 1) -> int:
     """Of a smoke test under ONNX Runtime on the CPU, for each of the nodes; an estimate.
 
-    The ranks divide evenly among the nodes. ONNX Runtime computes in float32 there; of bfloat16
-    networks it holds the weights twice, and of quantized ones once more in the order that its
-    kernels want.
+    The ranks divide evenly among the nodes.
+    """
+    ranks = spec.tp_size // num_nodes * _onnx_runtime_memory(spec, 1)
+    return ranks + _reference_memory(spec.config)
+
+
+def reference_memory(config: MptConfig, num_windows: int, window_length: int) -> int:
+    """Of computing the reference on held-out text; an estimate.
+
+    Beside a block: three times what it gives for every token, and of one window the scores of
+    attention and the widest values, three times each.
+    """
+    values = num_windows * window_length * config.hidden_size
+    values += window_length * (config.num_heads * window_length + config.intermediate_size)
+    return REFERENCE_BASE + _reference_memory(config) + 3 * values * FLOAT32_BYTES
+
+
+def quality_memory(spec: EngineSpec, num_windows: int, window_length: int) -> int:
+    """Of measuring an engine's quality under ONNX Runtime, all ranks on one machine; an estimate.
+
+    The first rank has the reference's head, what it reads, and logits of both beside the engine.
+    """
+    hidden = num_windows * window_length * spec.config.hidden_size * FLOAT32_BYTES
+    head = spec.config.vocab_size * spec.config.hidden_size * FLOAT32_BYTES
+    ranks = spec.tp_size * _onnx_runtime_memory(spec, spec.limits.max_batch_size)
+    return ranks + head + hidden + QUALITY_STEP
+
+
+def _onnx_runtime_memory(spec: EngineSpec, rows: int) -> int:
+    """A rank with `rows` rows of its cache.
+
+    ONNX Runtime computes in float32 on the CPU. Of bfloat16 networks it holds the weights twice; of
+    quantized ones, too, the second time in the order that its kernels want.
     """
     in_float32 = replace(spec, dtype="float32")
     is_quantized = spec.quantization.scheme is not None
     copies = 2 if spec.dtype == "bfloat16" or is_quantized else 1
-    row = kv_cache(in_float32) // spec.limits.max_batch_size
-    rank = math.ceil(1.1 * copies * rank_weights(in_float32)) + row + SMOKE_TEST_BASE
-    return spec.tp_size // num_nodes * rank + _reference_memory(spec.config)
+    cache = rows * kv_cache(in_float32) // spec.limits.max_batch_size
+    return math.ceil(1.1 * copies * rank_weights(in_float32)) + cache + SMOKE_TEST_BASE
 
 
 def _reference_memory(config: MptConfig) -> int:
@@ -349,6 +409,30 @@ def build_minutes(spec: EngineSpec) -> int:
 def collect_minutes(spec: EngineSpec) -> int:
     """The files are linked, or copied where a file system cannot link."""
     return _minutes(2 * engine_disk(spec) / DISK_RATE)
+
+
+def calibration_minutes(config: MptConfig, num_tokens: int, on_gpu: bool) -> int:
+    """For a search that runs the model many times over; not measured with large models."""
+    rate = GPU_PRODUCTS if on_gpu else CPU_PRODUCTS
+    reading = _ft_bytes(config, 1, "float32") / DISK_RATE
+    return _minutes(reading + CALIBRATION_PASSES * _products(config) * num_tokens / rate)
+
+
+def forward_minutes(config: MptConfig, num_tokens: int) -> int:
+    """For reading a checkpoint and computing num_tokens positions on the CPU."""
+    reading = _ft_bytes(config, 1, "float32") / DISK_RATE
+    return _minutes(reading + _products(config) * num_tokens / CPU_PRODUCTS)
+
+
+def quality_minutes(spec: EngineSpec, num_tokens: int) -> int:
+    """For loading an engine and computing num_tokens positions on the CPU."""
+    loading = spec.tp_size * rank_weights(spec) / DISK_RATE
+    return _minutes(loading + _products(spec.config) * num_tokens / CPU_PRODUCTS)
+
+
+def _products(config: MptConfig) -> int:
+    """Multiplications of a position: about one a weight."""
+    return _ft_bytes(config, 1, "float32") // FLOAT32_BYTES
 
 
 def smoke_test_minutes(spec: EngineSpec, num_tokens: int) -> int:

@@ -92,6 +92,24 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """See the schema."""
+
+    text: str
+    num_windows: int
+    window_length: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """See the schema. variants: None for all."""
+
+    variants: tuple[str, ...] | None
+    tp_sizes: tuple[int, ...]
+    more_tp_sizes: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
 class Settings:
     """The whole configuration; models and variants by name."""
 
@@ -100,6 +118,8 @@ class Settings:
     calibration: Calibration
     smoke_test: SmokeTest
     site: Site
+    quality: Quality
+    report: Report
     targets: tuple[str, ...]
 
     def model(self, name: str) -> Model:
@@ -109,6 +129,22 @@ class Settings:
     def variant(self, name: str) -> Variant:
         """Raises MptTrtError, with the nearest known name, when there is no such variant."""
         return _entry("variant", self.variants, name)
+
+    def engines_of_report(self) -> list[tuple[str, int]]:
+        """(variant, tp_size) of every engine that a model's report shows, in its order.
+
+        Raises MptTrtError when there is no such variant.
+        """
+        report = self.report
+        listed = tuple(self.variants) if report.variants is None else report.variants
+        found = []
+        for name in dict.fromkeys((*listed, *report.more_tp_sizes)):
+            self.variant(name)
+            usual = report.tp_sizes if name in listed else ()
+            found += [
+                (name, size) for size in sorted({*usual, *report.more_tp_sizes.get(name, ())})
+            ]
+        return found
 
 
 def parse_settings(content: Mapping[str, Any], origin: str = "config.yaml") -> Settings:
@@ -128,6 +164,8 @@ def parse_settings(content: Mapping[str, Any], origin: str = "config.yaml") -> S
         calibration=Calibration(**filled["calibration"]),
         smoke_test=SmokeTest(**filled["smoke_test"]),
         site=Site(**filled["site"]),
+        quality=Quality(**filled["quality"]),
+        report=_report(filled["report"]),
         targets=tuple(filled["targets"]),
     )
 
@@ -182,6 +220,15 @@ def _variant(entry: dict[str, Any]) -> Variant:
         "compute_capabilities": tuple(entry["compute_capabilities"]),
     }
     return Variant(**entry | special)
+
+
+def _report(entry: dict[str, Any]) -> Report:
+    variants, more = entry["variants"], entry["more_tp_sizes"]
+    return Report(
+        variants=None if variants is None else tuple(variants),
+        tp_sizes=tuple(entry["tp_sizes"]),
+        more_tp_sizes={name: tuple(sizes) for name, sizes in more.items()},
+    )
 
 
 def _require_own_options(content: Mapping[str, Any], origin: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +13,9 @@ from numpy.typing import NDArray
 from mpt_trt.engines.loading import LoadedEngine
 from mpt_trt.generation import GenerationConfig, StepModel, generate, log_softmax
 from mpt_trt.settings import Tolerance
+
+# Logits that a step may return; beyond it, larger steps are no faster.
+LOGITS_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,18 @@ class Trial:
     decode_tokens_per_s: float
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Of one sequence, in tokens per second: reading a prompt, and generating behind it."""
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
 def distance(engine: NDArray[np.float32], reference: NDArray[np.float32]) -> Distance:
     """Compares logits `[positions, vocab]`."""
     log_p, log_q = (log_softmax(logits.astype(np.float64)) for logits in (reference, engine))
-    kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
+    kl = divergence(log_p, log_q)
     same = engine.argmax(axis=-1) == reference.argmax(axis=-1)
     return Distance(
         max_abs=float(np.abs(engine.astype(np.float64) - reference).max()),
@@ -63,6 +76,11 @@ def distance(engine: NDArray[np.float32], reference: NDArray[np.float32]) -> Dis
         top1=float(same.mean()),
         positions=len(engine),
     )
+
+
+def divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """KL(p || q) in nats, `[...]`, of natural log-probabilities `[..., vocab]`."""
+    return np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def run_trial(engine: LoadedEngine, prompt: list[int], max_new_tokens: int) -> Trial:
@@ -77,32 +95,78 @@ def run_trial(engine: LoadedEngine, prompt: list[int], max_new_tokens: int) -> T
     recorder = _Recorder(engine.model)
     generated = generate(recorder, [prompt], config)[0][0].tokens
     prompt_logits = all_logits(engine, prompt)[:-1]
-    seconds = np.array(recorder.seconds)
+    speed = recorder.speed(len(prompt), len(generated))
     return Trial(
         tokens=[*prompt, *generated],
         prompt_len=len(prompt),
         logits=np.concatenate([prompt_logits, *recorder.logits]),
-        prefill_tokens_per_s=len(prompt) / max(seconds[: recorder.prefill_steps].sum(), 1e-9),
-        decode_tokens_per_s=(len(generated) - 1)
-        / max(seconds[recorder.prefill_steps :].sum(), 1e-9),
+        prefill_tokens_per_s=speed.prefill_tokens_per_s,
+        decode_tokens_per_s=speed.decode_tokens_per_s,
+    )
+
+
+def measure_speed(
+    engine: LoadedEngine, prompt: list[int], max_new_tokens: int, rounds: int
+) -> Speed:
+    """Continues `prompt` greedily, `rounds` times after a warm-up; the medians."""
+    config = GenerationConfig(max_new_tokens=max_new_tokens, end_id=None, pad_id=0)
+    generate(engine.model, [prompt], config)
+    found = []
+    for _ in range(rounds):
+        recorder = _Recorder(engine.model)
+        generate(recorder, [prompt], config)
+        found.append(recorder.speed(len(prompt), max_new_tokens))
+    return Speed(
+        statistics.median(speed.prefill_tokens_per_s for speed in found),
+        statistics.median(speed.decode_tokens_per_s for speed in found),
     )
 
 
 def all_logits(engine: LoadedEngine, tokens: list[int]) -> NDArray[np.float32]:
-    """Logits of every token of one sequence, `[len(tokens), vocab]`.
+    """Logits of every token of one sequence, `[len(tokens), vocab]`."""
+    sequences = np.array([tokens], np.int64)
+    return np.concatenate([piece.logits[0] for piece in logits_in_pieces(engine, sequences)])
 
-    Fed in pieces as long as the engine's limits allow, token by token at the least.
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of the logits of several sequences.
+
+    sequences, positions: which ones. logits: float32 `[sequences, positions, vocab]`, only read,
+    and not after the next step.
     """
-    piece = engine.model.max_step_tokens
+
+    sequences: slice
+    positions: slice
+    logits: NDArray[np.float32]
+
+
+def logits_in_pieces(engine: LoadedEngine, tokens: NDArray[np.int64]) -> Iterator[Piece]:
+    """Logits of every token of `[sequences, seq]`, in as few steps as the engine's limits allow.
+
+    An engine that returns one row of logits for each row of its cache is fed as many sequences at a
+    time as it has rows, token by token: that many logits come from every step, of the shape that
+    generation is fastest at.
+    """
+    limit = max(1, LOGITS_BYTES // (np.float32().itemsize * engine.model.vocab_size))
     if engine.max_logits is not None:
-        piece = min(piece, engine.max_logits)
-    engine.model.start(1)
-    found = []
-    for start in range(0, len(tokens), piece):
-        part = np.array([tokens[start : start + piece]], np.int64)
-        positions = np.array([(0, index) for index in range(part.shape[1])], np.int64)
-        found.append(engine.model.step(part, np.array([start], np.int64), positions))
-    return np.concatenate(found)
+        limit = min(limit, engine.max_logits)
+    rows = min(len(tokens), engine.model.max_batch_size, limit)
+    length = min(engine.model.max_step_tokens, limit // rows)
+    for first in range(0, len(tokens), rows):
+        batch = slice(first, min(first + rows, len(tokens)))
+        engine.model.start(batch.stop - batch.start)
+        for start in range(0, tokens.shape[1], length):
+            positions = slice(start, min(start + length, tokens.shape[1]))
+            yield Piece(batch, positions, _step(engine.model, tokens[batch, positions], start))
+
+
+def _step(model: StepModel, tokens: NDArray[np.int64], start: int) -> NDArray[np.float32]:
+    """Logits of all tokens of a step that begins at cache position `start` in every row."""
+    rows, length = tokens.shape
+    every_token = np.argwhere(np.ones_like(tokens))
+    logits = model.step(tokens, np.full(rows, start, np.int64), every_token)
+    return logits.reshape(rows, length, -1)
 
 
 @dataclass
@@ -130,3 +194,11 @@ class _Recorder:
             self.prefill_steps += 1
         self.logits += [logits] if len(logits) else []
         return logits
+
+    def speed(self, prompt_len: int, new_tokens: int) -> Speed:
+        """Of the generation that was recorded; prefill gives the first of its new tokens."""
+        prefill, decode = (
+            max(sum(part), 1e-9)
+            for part in (self.seconds[: self.prefill_steps], self.seconds[self.prefill_steps :])
+        )
+        return Speed(prompt_len / prefill, (new_tokens - 1) / decode)

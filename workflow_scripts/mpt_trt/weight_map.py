@@ -68,21 +68,6 @@ def weights(config: MptConfig) -> list[Weight]:
     return found
 
 
-# Layers whose input is the output of a norm, within a block.
-NORM_BEFORE = {
-    "attention.query_key_value": "input_layernorm",
-    "mlp.dense_h_to_4h": "post_attention_layernorm",
-}
-
-
-def preceding_norm(weight: Weight) -> str | None:
-    """FT name of the norm whose output a linear layer's weight is multiplied with, if any is."""
-    for layer, norm in NORM_BEFORE.items():
-        if weight.name.endswith(f".{layer}.weight"):
-            return weight.name.replace(f"{layer}.weight", norm)
-    return None
-
-
 def _layer_weights(config: MptConfig, layer: int) -> list[Weight]:
     ft, hf = f"layers.{layer}", f"blocks.{layer}"
     hidden, intermediate = config.hidden_size, config.intermediate_size
@@ -153,3 +138,18 @@ def block_matrices(config: MptConfig, layer: int) -> dict[str, Weight]:
         for weight in _layer_weights(config, layer)
         if weight.is_linear
     }
+
+
+# Layers whose input is the output of a norm, within a block.
+NORM_BEFORE = {
+    "attention.query_key_value": "input_layernorm",
+    "mlp.dense_h_to_4h": "post_attention_layernorm",
+}
+
+
+def preceding_norm(weight: Weight) -> str | None:
+    """FT name of the norm whose output a linear layer's weight is multiplied with, if any is."""
+    for layer, norm in NORM_BEFORE.items():
+        if weight.name.endswith(f".{layer}.weight"):
+            return weight.name.replace(f"{layer}.weight", norm)
+    return None

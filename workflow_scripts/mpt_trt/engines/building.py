@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpt_trt.engines import manifest, tensorrt
+from mpt_trt.engines import gpus, manifest, tensorrt
 from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.engines.packages import choose_package
 from mpt_trt.engines.tensorrt import BuildOptions
+from mpt_trt.errors import MptTrtError
 from mpt_trt.files import replace_directory
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.quantization.recipe import NOT_QUANTIZED, Recipe
+from mpt_trt.quantization.scheme import Fp8, Quantization
 from mpt_trt.sharding import Shard, VocabularySharding, shards
 
 
@@ -28,6 +30,9 @@ class BuildRequest:
         package = choose_package(self.backend)
         return BuildOptions(package, self.limits, self.compute_capabilities)
 
+
+# The first GPUs with E4M3 arithmetic (Ada).
+FP8_CAPABILITY = (8, 9)
 
 # Adds the plans of tp_size ranks to the folder that has their networks.
 PlanBuilder = Callable[[Path, BuildRequest, int], None]
@@ -81,6 +86,20 @@ def build_engine(
 
 def _build_plan(networks: Path, rank: int, request: BuildRequest, folder: Path) -> None:
     network = networks / manifest.network_name(rank)
+    _require_capable(request, manifest.read_network_quantization(networks, rank))
     plan = folder / manifest.engine_name(rank)
     builder = tensorrt.build_plan(network, request.options(), plan)
     manifest.write_plan_description(plan, manifest.read_network_hash(networks, rank), builder)
+
+
+def _require_capable(request: BuildRequest, quantization: Quantization) -> None:
+    """Raises MptTrtError, naming them, when some of the GPUs to build for have no E4M3."""
+    is_chosen = choose_package(request.backend).module == "tensorrt_rtx"
+    wanted = request.compute_capabilities if is_chosen else gpus.compute_capabilities()[:1]
+    lacking = [c for c in wanted if tuple(map(int, c.split("."))) < FP8_CAPABILITY]
+    uses_fp8 = isinstance(quantization.scheme, Fp8) or quantization.kv_cache == "fp8"
+    if uses_fp8 and lacking:
+        raise MptTrtError(
+            f"compute_capabilities: {', '.join(lacking)} cannot compute with fp8, which takes "
+            f"{'.'.join(map(str, FP8_CAPABILITY))} or newer; leave them out, or choose int8"
+        )

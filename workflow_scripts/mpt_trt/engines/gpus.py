@@ -32,8 +32,8 @@ def memory_sizes() -> tuple[int, ...]:
 
 
 @functools.cache
-def product_names() -> tuple[str, ...]:
-    """What the vendor calls every GPU, in the order of CUDA; empty without a driver."""
+def names() -> tuple[str, ...]:
+    """Product name of every GPU, in the order of CUDA; empty without a driver."""
     import pynvml
 
     return tuple(_of_every_gpu(pynvml.nvmlDeviceGetName))

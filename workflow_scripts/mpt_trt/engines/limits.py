@@ -36,6 +36,15 @@ class EngineLimits:
                 f"{self.max_batch_size}; build it for more, or ask for fewer prompts or beams"
             )
 
+    def require_window(self, length: int) -> None:
+        """Raises MptTrtError when a row of the KV cache cannot hold that many tokens."""
+        if length > self.cache_len:
+            raise MptTrtError(
+                f"window_length = {length}, but a row of the engine's cache holds {self.cache_len} "
+                "tokens (max_input_len + max_output_len); lower quality.window_length or raise the "
+                "limits"
+            )
+
     @property
     def cache_len(self) -> int:
         """Cache positions of a row: its longest prompt in one step and the longest output."""

@@ -151,6 +151,15 @@ def read_network_limits(folder: Path, rank: int) -> EngineLimits:
     return EngineLimits(**read_json(folder / network_description_name(rank))["limits"])
 
 
+def read_network_quantization(folder: Path, rank: int) -> Quantization:
+    """How a rank's network is quantized."""
+    return _quantization(read_json(folder / network_description_name(rank)))
+
+
+def _quantization(content: dict) -> Quantization:
+    return Quantization(make_scheme(**content["quantization"]), content["kv_cache"])
+
+
 def read_network_hash(folder: Path, rank: int) -> str:
     """The content hash of a rank's network."""
     return _network_hash(read_json(folder / network_description_name(rank)))
@@ -297,7 +306,7 @@ def _parse(content: dict) -> Manifest:
     return Manifest(
         model_name=content["model_name"],
         dtype=content["dtype"],
-        quantization=Quantization(make_scheme(**content["quantization"]), content["kv_cache"]),
+        quantization=_quantization(content),
         calibration=content["calibration"],
         tp_size=content["tp_size"],
         source=content["source"],

@@ -1,8 +1,7 @@
 """Runs a rank's TensorRT plan on a GPU that it was built for.
 
-One execution context per optimization profile, both on one scratch buffer. The KV cache is one
-buffer per layer and kind, bound as input and as output, so TensorRT updates it in place. A step of
-one token a row is captured in a CUDA graph when its shapes come a second time.
+One execution context per optimization profile, both on one scratch buffer. A step of one token a
+row is captured in a CUDA graph when its shapes come a second time.
 
 Written to the documented API of TensorRT 11 and TensorRT-RTX 1.7; see docs/engines.md for what has
 been run.
@@ -19,12 +18,16 @@ import numpy as np
 from cuda.bindings import runtime as cudart
 from numpy.typing import NDArray
 
+from mpt_trt.engines.device_buffer import DeviceBuffer, call
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.nccl import join_nccl, set_communicator
 from mpt_trt.engines.tensorrt import CONTEXT_PROFILE, GENERATION_PROFILE
+from mpt_trt.engines.tensorrt_cache import make_device_cache
 from mpt_trt.errors import MptTrtError
+from mpt_trt.kv_cache import cache_names, cache_shape
 from mpt_trt.numerics import STORAGE_TYPES
 from mpt_trt.ranks import Communicator
+from mpt_trt.sharding import Shard
 
 INT64_BYTES = 8
 FLOAT32_BYTES = 4
@@ -43,19 +46,27 @@ class TensorRtEngine:
         self._trt = importlib.import_module(manifest.builder.package)
         if manifest.tp_size > 1:
             # Ranks of one machine take its GPUs in turn.
-            _call(cudart.cudaSetDevice(rank % _call(cudart.cudaGetDeviceCount())))
-        self._stream = _call(cudart.cudaStreamCreate())
+            call(cudart.cudaSetDevice(rank % call(cudart.cudaGetDeviceCount())))
+        self._stream = call(cudart.cudaStreamCreate())
         self._engine = self._deserialize(engine_dir / manifest.ranks[rank].engine)
         self._contexts = self._create_contexts()
-        self._element_bytes = STORAGE_TYPES[manifest.dtype].itemsize
-        self._cache_shapes = self._find_cache()
+        shape = cache_shape(manifest.config, Shard(rank, manifest.tp_size), limits.cache_len)
+        self._cache = make_device_cache(
+            shape,
+            manifest.quantization.kv_cache,
+            STORAGE_TYPES[manifest.dtype].itemsize,
+            self._set_address,
+        )
+        self._row_shape = (shape.num_kv_heads, shape.cache_len, shape.head_dim)
+        self._cache_inputs = cache_names("past", shape.num_layers)
         self._buffers = {
             "input_ids": DeviceBuffer(limits.max_batch_size * limits.max_input_len * INT64_BYTES),
             "write_positions": DeviceBuffer(limits.max_batch_size * INT64_BYTES),
             "logit_positions": DeviceBuffer(limits.max_logits * 2 * INT64_BYTES),
             "logits": DeviceBuffer(limits.max_logits * self.vocab_size * FLOAT32_BYTES),
         }
-        self._cache: dict[str, DeviceBuffer] = {}
+        for name, buffer in self._buffers.items():
+            self._set_address(name, buffer.address)
         self._batch_size = 0
         self._graphs: dict[tuple[int, int], Any] = {}
 
@@ -72,7 +83,8 @@ class TensorRtEngine:
     def start(self, batch_size: int) -> None:
         """An empty cache of `batch_size` rows; raises MptTrtError when the rows do not fit."""
         self._limits.require_rows(batch_size)
-        self._use_cache(self._new_cache(batch_size), batch_size)
+        self._cache.start(batch_size, self._stream)
+        self._use_rows(batch_size)
 
     def step(
         self,
@@ -91,30 +103,22 @@ class TensorRtEngine:
         staged = {name: np.ascontiguousarray(value, np.int64) for name, value in feeds.items()}
         for name, value in staged.items():
             self._buffers[name].copy_from(value, self._stream)
+        self._cache.before_step(input_ids.shape[1])
         if input_ids.shape[1] == 1:
             self._run_captured(staged)
         else:
             self._enqueue(CONTEXT_PROFILE, staged)
+        self._cache.after_step(write_positions, self._stream)
         logits = np.empty((num_logits, self.vocab_size), np.float32)
         self._buffers["logits"].copy_to(logits, self._stream)
-        _call(cudart.cudaStreamSynchronize(self._stream))
+        call(cudart.cudaStreamSynchronize(self._stream))
         return logits
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Cache row i becomes a copy of old row rows[i]."""
-        new = self._new_cache(len(rows))
-        for name, buffer in new.items():
-            row_bytes = self._row_bytes(name)
-            for target, source in enumerate(rows):
-                buffer.copy_part(
-                    target * row_bytes,
-                    self._cache[name],
-                    int(source) * row_bytes,
-                    row_bytes,
-                    self._stream,
-                )
-        _call(cudart.cudaStreamSynchronize(self._stream))
-        self._use_cache(new, len(rows))
+        self._cache.reorder(rows, self._stream)
+        call(cudart.cudaStreamSynchronize(self._stream))
+        self._use_rows(len(rows))
 
     def _deserialize(self, path: Path) -> Any:
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
@@ -141,42 +145,24 @@ class TensorRtEngine:
             context.set_device_memory(self._scratch.address, size)
             context.set_optimization_profile_async(profile, self._stream)
             contexts.append(context)
-        _call(cudart.cudaStreamSynchronize(self._stream))
+        call(cudart.cudaStreamSynchronize(self._stream))
         return contexts
 
-    def _find_cache(self) -> dict[str, tuple[int, ...]]:
-        """Shape of one row of each cache input, `[kv_heads, cache_len, head_dim]`."""
-        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        return {
-            name: tuple(self._engine.get_tensor_shape(name))[1:]
-            for name in names
-            if name.startswith("past_")
-        }
-
-    def _row_bytes(self, name: str) -> int:
-        return int(np.prod(self._cache_shapes[name])) * self._element_bytes
-
-    def _new_cache(self, batch_size: int) -> dict[str, DeviceBuffer]:
-        return {
-            name: DeviceBuffer(batch_size * self._row_bytes(name)) for name in self._cache_shapes
-        }
-
-    def _use_cache(self, cache: dict[str, DeviceBuffer], batch_size: int) -> None:
-        self._cache, self._batch_size = cache, batch_size
-        self._graphs.clear()
+    def _set_address(self, name: str, address: int) -> None:
         for context in self._contexts:
-            for name, buffer in (cache | self._buffers).items():
-                context.set_tensor_address(name, buffer.address)
-            for name, buffer in cache.items():
-                present = name.replace("past_", "present_", 1)
-                context.set_tensor_address(present, buffer.address)
+            context.set_tensor_address(name, address)
+
+    def _use_rows(self, batch_size: int) -> None:
+        """Forgets the graphs that were captured with another cache."""
+        self._batch_size = batch_size
+        self._graphs.clear()
 
     def _enqueue(self, profile: int, feeds: dict[str, NDArray[np.int64]]) -> None:
         context = self._contexts[profile]
         for name, value in feeds.items():
             context.set_input_shape(name, value.shape)
-        for name, shape in self._cache_shapes.items():
-            context.set_input_shape(name, (self._batch_size, *shape))
+        for name in self._cache_inputs:
+            context.set_input_shape(name, (self._batch_size, *self._row_shape))
         if not context.execute_async_v3(self._stream):
             raise MptTrtError(f"{self.description} failed to run a step; see its messages above")
 
@@ -192,50 +178,8 @@ class TensorRtEngine:
             return
         if self._graphs[key] is None:
             mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-            _call(cudart.cudaStreamBeginCapture(self._stream, mode))
+            call(cudart.cudaStreamBeginCapture(self._stream, mode))
             self._enqueue(GENERATION_PROFILE, feeds)
-            graph = _call(cudart.cudaStreamEndCapture(self._stream))
-            self._graphs[key] = _call(cudart.cudaGraphInstantiate(graph, 0))
-        _call(cudart.cudaGraphLaunch(self._graphs[key], self._stream))
-
-
-class DeviceBuffer:
-    """GPU memory, zeroed, freed when no longer referred to. address: as an integer."""
-
-    def __init__(self, size: int):
-        self.size = size
-        self.address = int(_call(cudart.cudaMalloc(size)))
-        _call(cudart.cudaMemset(self.address, 0, size))
-
-    def __del__(self) -> None:
-        cudart.cudaFree(self.address)
-
-    def copy_from(self, source: NDArray, stream: Any) -> None:
-        """Copies a contiguous host array to the start of the buffer."""
-        kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
-        _call(cudart.cudaMemcpyAsync(self.address, source.ctypes.data, source.nbytes, kind, stream))
-
-    def copy_to(self, target: NDArray, stream: Any) -> None:
-        """Fills a contiguous host array from the start of the buffer."""
-        kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        _call(cudart.cudaMemcpyAsync(target.ctypes.data, self.address, target.nbytes, kind, stream))
-
-    def copy_part(
-        self, offset: int, source: DeviceBuffer, source_offset: int, size: int, stream: Any
-    ) -> None:
-        """Copies `size` bytes from another buffer; offsets are in bytes."""
-        kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        _call(
-            cudart.cudaMemcpyAsync(
-                self.address + offset, source.address + source_offset, size, kind, stream
-            )
-        )
-
-
-def _call(result: tuple) -> Any:
-    """The value that a CUDA call returned; raises MptTrtError with CUDA's message if it failed."""
-    status, *values = result
-    if status != cudart.cudaError_t.cudaSuccess:
-        text = cudart.cudaGetErrorString(status)[1].decode()
-        raise MptTrtError(f"CUDA: {text}; free GPU memory or lower the engine's limits")
-    return values[0] if values else None
+            graph = call(cudart.cudaStreamEndCapture(self._stream))
+            self._graphs[key] = call(cudart.cudaGraphInstantiate(graph, 0))
+        call(cudart.cudaGraphLaunch(self._graphs[key], self._stream))

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpt_trt.errors import MptTrtError
 from mpt_trt.model_source import ModelSource
 from mpt_trt.plain_block import PlainBlock
 from mpt_trt.quantization.calibrated import (
@@ -34,6 +34,7 @@ from mpt_trt.quantization.streaming import (
     Computation,
     SampleRun,
     linear_modules,
+    not_finite,
     stream_blocks,
     watched_cache,
 )
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CalibrationPlan:
     """What to calibrate for. group_size: input features that share a scale, for int4_awq."""
 
     quantization_format: QuantizationFormat
@@ -55,7 +56,7 @@ class Recipe:
 def calibrate(
     source: ModelSource,
     samples: Tensor,
-    recipe: Recipe,
+    plan: CalibrationPlan,
     computation: Computation,
     weight_dtype: np.dtype,
     target: Path,
@@ -70,35 +71,41 @@ def calibrate(
     type or weight_dtype cannot hold.
     """
     with calibration_writer(target, source.config, source.reader, weight_dtype) as writer:
-        writer.model(recipe.quantization_format)
+        writer.model(plan.quantization_format)
 
         def visit(layer: int, block: PlainBlock, run: SampleRun) -> None:
             with watched_cache(block) as ranges:
-                quantize_module(block, recipe, run)
+                quantize_module(block, plan, run)
             writer.kv_ranges(layer, ranges())
-            if recipe.quantization_format != "kv_cache":
+            if plan.quantization_format != "kv_cache":
                 for matrix, module in linear_modules(source, layer, block).items():
-                    writer.matrix(layer, matrix, calibrated_matrix(module, recipe))
+                    writer.matrix(layer, matrix, calibrated_matrix(module, plan))
             advance()
 
         stream_blocks(source, samples, computation, visit)
 
 
 def quantize_module(
-    module: nn.Module, recipe: Recipe, forward_loop: Callable[[nn.Module], None]
+    module: nn.Module, plan: CalibrationPlan, forward_loop: Callable[[nn.Module], None]
 ) -> None:
     """Calibrates a module's linear layers in place; of kv_cache only runs the loop."""
-    if recipe.quantization_format == "kv_cache":
+    if plan.quantization_format == "kv_cache":
         forward_loop(module)
         return
     import modelopt.torch.quantization as mtq
 
-    with _quiet():
-        mtq.quantize(module, modelopt_config(recipe), forward_loop)
+    try:
+        with _quiet():
+            mtq.quantize(module, modelopt_config(plan), forward_loop)
+    except AssertionError as error:
+        # ModelOpt asserts that what its calibrators see is finite.
+        if re.search("detected (nan|inf) values", str(error)):
+            raise not_finite() from None
+        raise
 
 
-def modelopt_config(recipe: Recipe) -> dict[str, Any]:
-    """ModelOpt's preset of the format, with the recipe's group size."""
+def modelopt_config(plan: CalibrationPlan) -> dict[str, Any]:
+    """ModelOpt's preset of the format, with the plan's group size."""
     import modelopt.torch.quantization as mtq
 
     presets = {
@@ -106,22 +113,22 @@ def modelopt_config(recipe: Recipe) -> dict[str, Any]:
         "fp8": mtq.FP8_DEFAULT_CFG,
         "int8_sq": mtq.INT8_SMOOTHQUANT_CFG,
     }
-    config = copy.deepcopy(presets[recipe.quantization_format])
-    if recipe.quantization_format == "int8_sq":
+    config = copy.deepcopy(presets[plan.quantization_format])
+    if plan.quantization_format == "int8_sq":
         config["algorithm"] = {"method": "smoothquant", "alpha": SMOOTHQUANT_ALPHA}
     for entry in config["quant_cfg"]:
         if "block_sizes" in (entry.get("cfg") or {}):
-            entry["cfg"]["block_sizes"][-1] = recipe.group_size
+            entry["cfg"]["block_sizes"][-1] = plan.group_size
     return config
 
 
-def calibrated_matrix(module: nn.Module, recipe: Recipe) -> CalibratedMatrix:
+def calibrated_matrix(module: nn.Module, plan: CalibrationPlan) -> CalibratedMatrix:
     """What ModelOpt found for one linear layer."""
     weight, inputs = module.weight_quantizer, module.input_quantizer
-    if recipe.quantization_format == "fp8":
+    if plan.quantization_format == "fp8":
         return Fp8Scales(_scale(weight.amax, FP8_MAX), _scale(inputs.amax, FP8_MAX))
     values, smoothing = _floats(module.weight), _floats(inputs.pre_quant_scale).reshape(-1)
-    if recipe.quantization_format == "int4_awq":
+    if plan.quantization_format == "int4_awq":
         scales = _scales(weight.amax, INT4_MAX).reshape(len(values), -1)
         return AwqMatrix(values, scales, smoothing)
     scales = _scales(weight.amax, INT8_MAX).reshape(-1)
@@ -141,10 +148,7 @@ def _scales(amax: Tensor, largest: int) -> NDArray[np.float32]:
 def _floats(values: Tensor) -> NDArray[np.float32]:
     found = values.detach().float().cpu().numpy()
     if not np.isfinite(found).all():
-        raise MptTrtError(
-            "calibration found NaN or Inf; calibrate in bfloat16 or float32, or check the "
-            "checkpoint"
-        )
+        raise not_finite()
     return found
 
 

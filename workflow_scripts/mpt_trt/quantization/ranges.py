@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,50 +9,48 @@ from numpy.typing import NDArray
 
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
-from mpt_trt.weight_map import Weight, weights
+from mpt_trt.weight_map import Weight, block_matrices
 
 
 @dataclass(frozen=True)
-class LinearRange:
-    """Largest magnitude of every feature of a linear layer's input and output.
-
-    x: float32 `[in_features]`. y: float32 `[out_features]`.
-    """
+class LinearRanges:
+    """Of one linear layer, float32: max|x| `[in_features]` and max|y| `[out_features]`."""
 
     x: NDArray[np.float32]
     y: NDArray[np.float32]
 
 
-Ranges = Mapping[str, LinearRange]
-"""By Hugging Face name without `transformer.` and `.weight`, e.g. `blocks.0.attn.Wqkv`."""
+ActivationRanges = list[dict[str, LinearRanges]]
+"""By layer, then by FT name of the linear layer within it, e.g. `attention.dense`."""
 
 
-def range_name(weight: Weight) -> str:
-    """The key of a linear layer's weight in Ranges."""
-    if weight.hf_name is None:
-        raise ValueError(f"{weight.name} is not stored in Hugging Face checkpoints")
-    return weight.hf_name.removesuffix(".weight")
+def ranges_of(ranges: ActivationRanges, weight: Weight) -> LinearRanges:
+    """The ranges of the layer whose weight it is; raises KeyError or IndexError without them."""
+    _, layer, name = weight.name.removesuffix(".weight").split(".", 2)
+    return ranges[int(layer)][name]
 
 
-def require_ranges(ranges: Ranges, config: MptConfig) -> None:
-    """Raises MptTrtError, naming the layer, when a range is missing, misshapen or not finite."""
-    for weight in weights(config):
-        if not weight.is_linear:
-            continue
-        name = range_name(weight)
-        if name not in ranges:
-            raise MptTrtError(f"no activation range of {name}; calibrate this very model")
-        for kind, values, size in (
-            ("input", ranges[name].x, weight.shape[1]),
-            ("output", ranges[name].y, weight.shape[0]),
-        ):
-            if values.shape != (size,):
+def require_ranges(ranges: ActivationRanges, config: MptConfig) -> None:
+    """Raises MptTrtError, naming the layer, when ranges are missing, misshapen or not finite."""
+    for layer in range(config.num_layers):
+        for name, weight in block_matrices(config, layer).items():
+            if len(ranges) <= layer or name not in ranges[layer]:
                 raise MptTrtError(
-                    f"the {kind} range of {name} has shape {list(values.shape)}, but the layer has "
-                    f"{size} features; calibrate this very model"
+                    f"layers.{layer}.{name} has no activation ranges; calibrate this model"
                 )
-            if not np.isfinite(values).all():
-                raise MptTrtError(
-                    f"the {kind} range of {name} holds {values[~np.isfinite(values)][0]}; the "
-                    "checkpoint computes no finite values on the calibration text"
-                )
+            found = ranges[layer][name]
+            _require_fitting(f"layers.{layer}.{name}: the input range", found.x, weight.shape[1])
+            _require_fitting(f"layers.{layer}.{name}: the output range", found.y, weight.shape[0])
+
+
+def _require_fitting(name: str, values: NDArray[np.float32], size: int) -> None:
+    if values.shape != (size,):
+        raise MptTrtError(
+            f"{name} has shape {list(values.shape)}, but the layer has {size} such features; "
+            "calibrate this model"
+        )
+    if not np.isfinite(values).all():
+        raise MptTrtError(
+            f"{name} holds {values[~np.isfinite(values)][0]}; the model computes no finite values "
+            "on the calibration text"
+        )

@@ -24,6 +24,7 @@ from mpt_trt.model_source import ModelSource, open_model
 from mpt_trt.model_tensors import ModelTensors, embed
 from mpt_trt.plain_block import PlainBlock, causal_bias, with_weights
 from mpt_trt.quantization.calibrated import KvRanges
+from mpt_trt.quantization.ranges import ActivationRanges, LinearRanges
 from mpt_trt.weight_map import block_matrices
 
 BATCH_SIZE = 8
@@ -79,8 +80,13 @@ def stream_blocks(
     for layer in range(config.num_layers):
         run = SampleRun(list(hidden), attention_bias)
         tensors = model.tensors(f"blocks.{layer}.")
-        visit(layer, with_weights(partial(PlainBlock, config), tensors), run)
-        del tensors
+        block = with_weights(partial(PlainBlock, config), tensors)
+        visit(layer, block, run)
+        # ModelOpt leaves reference cycles in what it quantized, which would keep the weights.
+        block.to("meta")
+        del block, tensors
+        if not run.outputs:
+            raise ValueError(f"block {layer} was not run")
         hidden = run.outputs
 
 
@@ -98,6 +104,14 @@ def _require_known_tokens(samples: Tensor, vocab_size: int) -> None:
             f"token {largest} is beyond the model's vocabulary of {vocab_size}; the tokenizer "
             "belongs to another model"
         )
+
+
+def not_finite() -> MptTrtError:
+    """The error for NaN or Inf among activations or weights."""
+    return MptTrtError(
+        "calibration met NaN or Inf: values are beyond the type that is computed in, or the "
+        "checkpoint is damaged; calibrate in bfloat16 or float32, or check the checkpoint"
+    )
 
 
 # --- ranges --------------------------------------------------------------------------------------
@@ -120,11 +134,7 @@ class AbsoluteMaximum:
             raise ValueError("no values were seen")
         found = self._found.float().cpu().numpy()
         if not np.isfinite(found).all():
-            kind = str(self._found.dtype).removeprefix("torch.")
-            raise MptTrtError(
-                f"activations of the model are beyond {kind}, or its weights hold NaN or Inf; "
-                "calibrate in bfloat16 or float32, or check the checkpoint"
-            )
+            raise not_finite()
         return found
 
 
@@ -134,18 +144,6 @@ def watched_cache(block: PlainBlock) -> Iterator[Callable[[], KvRanges]]:
     attention = block.attn
     with _watched_output(attention.key) as key, _watched_output(attention.value) as value:
         yield lambda: KvRanges(*(float(part.by_feature().max()) for part in (key, value)))
-
-
-@dataclass(frozen=True)
-class LinearRanges:
-    """Of one linear layer, float32: max|x| `[in_features]` and max|y| `[out_features]`."""
-
-    x: NDArray[np.float32]
-    y: NDArray[np.float32]
-
-
-ActivationRanges = list[dict[str, LinearRanges]]
-"""By layer, then by FT name of the linear layer within it, e.g. `attention.dense`."""
 
 
 def activation_ranges(

@@ -1,0 +1,224 @@
+"""Calibration against one plain forward pass over the same tokens, in one run.
+
+Makes a random checkpoint, and measures seconds and peak memory of: a forward pass with the whole
+model in memory (its reading not counted); reading the blocks alone, and a forward pass block by
+block, as calibration does it; calibration for each format, its file included; and, with --stock,
+ModelOpt's quantize on the whole of transformers' model. What is done once a process (CUDA's start,
+ModelOpt's kernels) is done on one block before, and counted apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from common import SAMPLE_SECONDS, SCRIPTS, measure, private_mib, script, write_result
+
+sys.path.insert(0, str(SCRIPTS))
+
+import numpy as np
+import torch
+
+from mpt_trt.config import MptConfig
+from mpt_trt.model_source import ModelSource, open_model
+from mpt_trt.model_tensors import ModelTensors, embed
+from mpt_trt.plain_block import PlainBlock, causal_bias, with_weights
+from mpt_trt.quantization.calibration import CalibrationPlan, calibrate, modelopt_config
+from mpt_trt.quantization.scheme import default_group_size
+from mpt_trt.quantization.streaming import Computation, equal_batch_size, stream_blocks
+
+MIB = 1 << 20
+
+
+@dataclass
+class Cost:
+    """peak_gpu_mib: most that PyTorch allocated. peak_private_mib: of host memory, see Measured."""
+
+    seconds: float = 0.0
+    peak_gpu_mib: float | None = None
+    peak_private_mib: float = 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--like", default="mpt-7b", help="shape (default: %(default)s)")
+    add("--layers", type=int, help="blocks (default: the shape's)")
+    add("--model_dir", type=Path, help="a checkpoint to take instead of a random one")
+    add("--formats", nargs="+", default=["int4_awq", "fp8"], help="(default: int4_awq fp8)")
+    add("--samples", type=int, default=32, help="(default: %(default)s)")
+    add("--length", type=int, default=512, help="tokens of a sample (default: %(default)s)")
+    add("--batch_size", type=int, default=8, help="(default: %(default)s)")
+    add("--device", default="cuda", choices=["cuda", "cpu"], help="(default: %(default)s)")
+    add("--dtype", default="float16", help="what a GPU computes in (default: %(default)s)")
+    add("--stock", action="store_true", help="ModelOpt's quantize on the whole model, too")
+    add("--folder", type=Path, default=Path("build/benchmark-calibration"))
+    arguments = parser.parse_args()
+    bench = make_bench(arguments)
+    print(
+        write_result(f"calibration-{arguments.like}-{arguments.device}", bench.figures(arguments))
+    )
+
+
+@dataclass(frozen=True)
+class Bench:
+    source: ModelSource
+    samples: torch.Tensor
+    computation: Computation
+    target: Path
+
+    def figures(self, arguments: argparse.Namespace) -> dict:
+        plans = {name: plan_for(name, self.source.config) for name in arguments.formats}
+        first = dataclasses.replace(self.source.config, num_layers=1)
+        one_block = dataclasses.replace(self.source, config=first)
+        warm_up = {
+            n: asdict(self.cost(partial(self.calibrate, one_block, plans[n]))) for n in plans
+        }
+        runs = {
+            "forward, model in memory": self.forward_in_memory(),
+            "reading blocks": self.cost(self.read_blocks),
+            "forward, block by block": self.cost(self.forward_by_block),
+        }
+        for name, plan in plans.items():
+            runs[f"calibrate {name}"] = self.cost(partial(self.calibrate, self.source, plan))
+            report(f"calibrate {name}", runs[f"calibrate {name}"])
+            if arguments.stock:
+                runs[f"stock {name}"] = self.stock(plan)
+                report(f"stock {name}", runs[f"stock {name}"])
+        forward = runs["forward, model in memory"].seconds
+        by_block = runs["forward, block by block"].seconds
+        is_gpu = self.computation.device == "cuda"
+        return {
+            "shape": arguments.like,
+            "layers": self.source.config.num_layers,
+            "samples": list(self.samples.shape),
+            "batch_size": equal_batch_size(len(self.samples), self.computation.batch_size),
+            "computed_in": str(self.computation.dtype).removeprefix("torch."),
+            "gpu": torch.cuda.get_device_name() if is_gpu else None,
+            "ratio_to_forward": {n: run.seconds / forward for n, run in runs.items()},
+            "ratio_to_forward_by_block": {n: run.seconds / by_block for n, run in runs.items()},
+            "runs": {name: asdict(run) for name, run in runs.items()},
+            "once_a_process": warm_up,
+        }
+
+    def cost(self, work: Callable[[], None]) -> Cost:
+        with measured(self.computation.device) as cost:
+            work()
+        return cost
+
+    def calibrate(self, source: ModelSource, plan: CalibrationPlan) -> None:
+        dtype = np.dtype(np.float16)
+        calibrate(source, self.samples, plan, self.computation, dtype, self.target)
+
+    def read_blocks(self) -> None:
+        model = self.model(self.source.config)
+        for layer in range(self.source.config.num_layers):
+            model.tensors(f"blocks.{layer}.")
+
+    def forward_by_block(self) -> None:
+        stream_blocks(self.source, self.samples, self.computation, lambda _, block, run: run(block))
+
+    def model(self, config: MptConfig) -> ModelTensors:
+        device = torch.device(self.computation.device)
+        return ModelTensors(config, self.source.reader, device, self.computation.dtype)
+
+    @torch.no_grad()
+    def forward_in_memory(self) -> Cost:
+        """All blocks are read, and the pass made once, before the clock starts."""
+        config = self.source.config
+        model = self.model(config)
+        blocks = [
+            with_weights(partial(PlainBlock, config), model.tensors(f"blocks.{layer}."))
+            for layer in range(config.num_layers)
+        ]
+        embedding = model.tensor("wte.weight")
+        length = self.samples.shape[1]
+        bias = causal_bias(config, length).to(model.device, model.dtype)
+        size = equal_batch_size(len(self.samples), self.computation.batch_size)
+
+        def forward() -> None:
+            for batch in self.samples.to(model.device).split(size):
+                hidden = embed(model, embedding, batch)
+                for block in blocks:
+                    hidden = block(hidden, bias)
+
+        forward()
+        return self.cost(forward)
+
+    def stock(self, plan: CalibrationPlan) -> Cost:
+        """mtq.quantize on transformers' model, which is read before the clock starts."""
+        import modelopt.torch.quantization as mtq
+        from transformers import MptForCausalLM
+
+        device, dtype = self.computation.device, self.computation.dtype
+        model = MptForCausalLM.from_pretrained(self.source.folder, dtype=dtype).to(device).eval()
+        size = equal_batch_size(len(self.samples), self.computation.batch_size)
+
+        def read_samples(model: torch.nn.Module) -> None:
+            for batch in self.samples.to(device).split(size):
+                model(batch, use_cache=False)
+
+        return self.cost(lambda: mtq.quantize(model, modelopt_config(plan), read_samples))
+
+
+def make_bench(arguments: argparse.Namespace) -> Bench:
+    folder = arguments.model_dir or arguments.folder / "checkpoint"
+    if not folder.exists():
+        shape = ["--like", arguments.like]
+        shape += [] if arguments.layers is None else ["--layers", str(arguments.layers)]
+        measure(script("make_random_checkpoint.py", *shape, "--output_dir", folder))
+    source = open_model(folder)
+    generator = torch.Generator().manual_seed(0)
+    size = (arguments.samples, arguments.length)
+    samples = torch.randint(source.config.vocab_size, size, generator=generator)
+    is_gpu = arguments.device == "cuda"
+    dtype = getattr(torch, arguments.dtype) if is_gpu else torch.float32
+    computation = Computation(arguments.device, dtype, arguments.batch_size)
+    return Bench(source, samples, computation, arguments.folder / "result.npz")
+
+
+def plan_for(name: str, config: MptConfig) -> CalibrationPlan:
+    return CalibrationPlan(name, default_group_size(config) if name == "int4_awq" else None)
+
+
+@contextlib.contextmanager
+def measured(device: str) -> Iterator[Cost]:
+    cost, done = Cost(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(SAMPLE_SECONDS):
+            cost.peak_private_mib = max(cost.peak_private_mib, private_mib(os.getpid()))
+
+    watcher = threading.Thread(target=watch)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    watcher.start()
+    started = time.perf_counter()
+    try:
+        yield cost
+        if device == "cuda":
+            torch.cuda.synchronize()
+            cost.peak_gpu_mib = torch.cuda.max_memory_allocated() / MIB
+        cost.seconds = time.perf_counter() - started
+    finally:
+        done.set()
+        watcher.join()
+
+
+def report(name: str, cost: Cost) -> None:
+    print(f"{name}: {cost.seconds:.2f} s, GPU {cost.peak_gpu_mib} MiB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

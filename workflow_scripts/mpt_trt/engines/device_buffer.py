@@ -1,0 +1,74 @@
+"""GPU memory, by CUDA's runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cuda.bindings import runtime as cudart
+from numpy.typing import NDArray
+
+from mpt_trt.errors import MptTrtError
+
+DEVICE_TO_DEVICE = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+
+
+class DeviceBuffer:
+    """GPU memory, zeroed, freed when no longer referred to. address: as an integer."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.address = int(call(cudart.cudaMalloc(size)))
+        call(cudart.cudaMemset(self.address, 0, size))
+
+    def __del__(self) -> None:
+        cudart.cudaFree(self.address)
+
+    def copy_from(self, source: NDArray, stream: Any) -> None:
+        """Copies a contiguous host array to the start of the buffer."""
+        kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
+        call(cudart.cudaMemcpyAsync(self.address, source.ctypes.data, source.nbytes, kind, stream))
+
+    def copy_to(self, target: NDArray, stream: Any) -> None:
+        """Fills a contiguous host array from the start of the buffer."""
+        kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        call(cudart.cudaMemcpyAsync(target.ctypes.data, self.address, target.nbytes, kind, stream))
+
+
+def call(result: tuple) -> Any:
+    """The value that a CUDA call returned; raises MptTrtError with CUDA's message if it failed."""
+    status, *values = result
+    if status != cudart.cudaError_t.cudaSuccess:
+        text = cudart.cudaGetErrorString(status)[1].decode()
+        raise MptTrtError(f"CUDA: {text}; free GPU memory or lower the engine's limits")
+    return values[0] if values else None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A box of bytes in a three-dimensional array of bytes `[depth, height, width]`.
+
+    address: of the array. width, height: of the array. start: (z, y, x) of the box's first byte.
+    """
+
+    address: int
+    height: int
+    width: int
+    start: tuple[int, int, int]
+
+
+def copy_block(source: Block, target: Block, extent: tuple[int, int, int], stream: Any) -> None:
+    """Copies a box of `extent` (depth, height, width) bytes from one array to another."""
+    parameters = cudart.cudaMemcpy3DParms()
+    parameters.srcPtr, parameters.srcPos = _pitched(source)
+    parameters.dstPtr, parameters.dstPos = _pitched(target)
+    depth, height, width = extent
+    parameters.extent = cudart.make_cudaExtent(width, height, depth)
+    parameters.kind = DEVICE_TO_DEVICE
+    call(cudart.cudaMemcpy3DAsync(parameters, stream))
+
+
+def _pitched(block: Block) -> tuple[Any, Any]:
+    z, y, x = block.start
+    pointer = cudart.make_cudaPitchedPtr(block.address, block.width, block.width, block.height)
+    return pointer, cudart.make_cudaPos(x, y, z)
