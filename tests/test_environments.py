@@ -11,7 +11,7 @@ import yaml
 from workflow_support import REPOSITORY
 
 ENVIRONMENTS = sorted((REPOSITORY / "envs").glob("*.yaml"))
-OURS = ("base", "quantize", "tensorrt")
+OURS = ("base", "tensorrt")
 
 
 def pins(path: Path) -> dict[str, str]:
