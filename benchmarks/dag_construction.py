@@ -31,13 +31,13 @@ TP_SIZES = (1, 2, 4, 8)
 # Eight ranks are legal for it. All models are alike, so that records can be copied.
 SHAPE = "mpt-7b"
 TREES = ("revisions", "checkpoints", "ft_ckpts", "build/networks", "build/plans", "trt_engines")
-ROUNDS = 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=int, default=50, help="(default: %(default)s)")
     parser.add_argument("--variants", type=int, default=10, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("build/benchmark-dag"))
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
@@ -47,14 +47,14 @@ def main() -> None:
     variants = [f"variant{index:02}" for index in range(arguments.variants)]
     write_config(folder, models, variants)
     figures = {"models": len(models), "variants": len(variants), "tp_sizes": TP_SIZES}
-    figures["nothing_made"] = repeated(folder)
+    figures["nothing_made"] = repeated(folder, arguments.rounds)
     make_stand_ins(folder, models[0], variants)
     write_config(folder, models[:1], variants)
     measure(snakemake(folder, "--touch", "--forceall", "--latency-wait=0"))
     copy_model(folder, models[0], models[1:])
     write_config(folder, models, variants)
     require_nothing_to_do(folder)
-    figures["everything_made"] = repeated(folder)
+    figures["everything_made"] = repeated(folder, arguments.rounds)
     figures["outputs"] = sum(1 for path in (folder / ".snakemake/metadata").iterdir())
     for name in ("nothing_made", "everything_made"):
         runs: list[Planned] = figures[name]
@@ -79,8 +79,8 @@ class Planned:
     cpu_seconds: float
 
 
-def repeated(folder: Path) -> list[Planned]:
-    return [planned(folder) for _ in range(ROUNDS)]
+def repeated(folder: Path, rounds: int) -> list[Planned]:
+    return [planned(folder) for _ in range(rounds)]
 
 
 def planned(folder: Path) -> Planned:

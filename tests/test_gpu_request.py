@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -158,6 +165,40 @@ def test_gpus_are_handed_out_and_another_site_repeats_nothing(workflow: Workflow
     assert "This machine" in output and list((workflow.folder / "logs/preflight").iterdir())
     assert workflow.planned(target) == []
     assert workflow.planned(*site_options(workflow, mpi="srun"), target) == []
+
+
+@pytest.mark.skipif(bool(gpus.identifiers()), reason="a driver knows better")
+def test_two_workflows_wait_for_gpus_and_one_may_be_killed(
+    workflow: Workflow, tmp_path: Path
+) -> None:
+    """Of four GPUs three are taken, and each workflow needs two."""
+    target = "smoke_tests/toy/fp16/2-gpu.json"
+    workflow.make(target)
+    (workflow.folder / target).unlink()
+    other = shutil.copytree(workflow.folder, tmp_path / "other", symlinks=True)
+    scope = f"test-{os.getpid()}"
+    held = device_slots.take(3, device_slots.Devices(("0", "1", "2", "3"), "a test"), scope)
+    environment = os.environ | {"MPT_TRT_GPUS": "4", device_slots.SCOPE: scope}
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", target, "--quiet", "all"]
+    folders = (workflow.folder, other)
+    logs = [folder / "logs/smoke_test/toy/fp16/2-gpu.log" for folder in folders]
+    for log in logs:
+        log.unlink()
+    processes = [
+        subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True)
+        for folder in folders
+    ]
+    deadline = time.monotonic() + 120
+    while not all(log.exists() and "waiting for 2 free GPUs" in log.read_text() for log in logs):
+        assert time.monotonic() < deadline and not any(each.poll() for each in processes)
+        time.sleep(0.05)
+    os.killpg(processes[0].pid, signal.SIGKILL)
+    assert processes[0].wait(10) == -signal.SIGKILL
+    assert processes[1].poll() is None
+    held.release()
+    assert processes[1].wait(120) == 0
+    assert "GPUs of this job" in logs[1].read_text()
+    assert not (workflow.folder / target).exists()
 
 
 def test_every_shipped_model_can_be_planned_for_slurm() -> None:
