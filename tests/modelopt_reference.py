@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,9 @@ def quantize_whole(
         for sample in samples:
             logits_of(model, sample[None])
 
-    with _without_traces():
+    with _without_traces(), warnings.catch_warnings():
+        # Of the head, which is not quantized.
+        warnings.filterwarnings("ignore", ".* is not calibrated, skip smoothing")
         mtq.quantize(model, preset(qformat, group_size, kv_cache, alpha), read_samples)
 
 

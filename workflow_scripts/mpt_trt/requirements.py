@@ -16,6 +16,7 @@ from mpt_trt.config import MptConfig
 from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.ft_layout import ELEMENT_BYTES, ft_file, ft_files
 from mpt_trt.quantization.scheme import (
+    CALIBRATION_BATCH_SIZE,
     UNQUANTIZED,
     Awq,
     Fp8,
@@ -60,7 +61,6 @@ NETWORK_WORKERS = 4
 CALIBRATION_BASE = 700 * MIB
 CALIBRATION_COPIES = 6
 CALIBRATION_STATES = 3
-CALIBRATION_BATCH = 8
 # A rank's process under ONNX Runtime, weights and cache aside. Measured: 0.34 GiB.
 SMOKE_TEST_BASE = 450 * MIB
 # A process with PyTorch and transformers. Measured: 0.43 GiB.
@@ -303,7 +303,7 @@ def calibration_memory(config: MptConfig, num_samples: int, sequence_length: int
     embedding = 2 * config.vocab_size * config.hidden_size
     tokens = num_samples * sequence_length
     states = CALIBRATION_STATES * tokens * config.hidden_size
-    batch = min(num_samples, CALIBRATION_BATCH) * sequence_length
+    batch = min(num_samples, CALIBRATION_BATCH_SIZE) * sequence_length
     wide = CALIBRATION_COPIES * batch * config.intermediate_size
     return CALIBRATION_BASE + FLOAT32_BYTES * (max(block, embedding) + states + wide)
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpt_trt.quantization.scheme import CALIBRATION_BATCH_SIZE
 from mpt_trt.settings import parse_settings
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     add(
         "--batch_size",
         type=int,
-        default=8,
+        default=CALIBRATION_BATCH_SIZE,
         help="pieces read at a time, at most; less takes less memory, and more time on a GPU "
         f"{default}",
     )

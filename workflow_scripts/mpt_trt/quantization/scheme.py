@@ -22,6 +22,9 @@ values alone."""
 KvCacheType = Literal["auto", "int8", "fp8"]
 """How keys and values are stored; `auto`: in the network's own type."""
 
+CALIBRATION_BATCH_SIZE = 8
+"""Samples that calibration computes at a time, at most, unless told otherwise."""
+
 DEFAULT_GROUP_SIZE = 128
 GROUP_SIZES = (128, 64, 32, 16)
 """Input features that may share a scale; both runtimes have kernels for powers of two from 16."""

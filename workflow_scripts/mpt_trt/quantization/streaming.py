@@ -25,9 +25,8 @@ from mpt_trt.model_tensors import ModelTensors, embed
 from mpt_trt.plain_block import PlainBlock, causal_bias, with_weights
 from mpt_trt.quantization.calibrated import KvRanges
 from mpt_trt.quantization.ranges import ActivationRanges, LinearRanges
+from mpt_trt.quantization.scheme import CALIBRATION_BATCH_SIZE
 from mpt_trt.weight_map import block_matrices
-
-BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Computation:
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    batch_size: int = BATCH_SIZE
+    batch_size: int = CALIBRATION_BATCH_SIZE
 
 
 @dataclass
