@@ -35,6 +35,8 @@ class MergedRanks:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(folder)
         )
+        # As mpt_trt.engines.onnx_runtime: products of quantized weights with exact activations.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         merged = merge([model.graph for model in graphs])
         self._session = onnxruntime.InferenceSession(merged.SerializeToString(), options)
         self._tp_size = tp_size
@@ -45,7 +47,11 @@ class MergedRanks:
         self.vocab_size = int(graphs[0].graph.output[0].type.tensor_type.shape.dim[1].dim_value)
 
     def start(self, batch_size: int) -> None:
-        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        types = {
+            "tensor(float)": np.float32,
+            "tensor(float16)": np.float16,
+            "tensor(int8)": np.int8,
+        }
         self._cache = {
             i.name: np.zeros((batch_size, *i.shape[1:]), types[i.type]) for i in self._cache_inputs
         }
@@ -59,7 +65,12 @@ class MergedRanks:
         feeds = dict(zip(SHARED, (input_ids, write_positions, logit_positions), strict=True))
         names = [output.name for output in self._session.get_outputs()]
         found = dict(zip(names, self._session.run(names, feeds | self._cache), strict=True))
-        self._cache = {name: found[name.replace("past_", "present_")] for name in self._cache}
+        for name, old in self._cache.items():
+            if (new := found.get(name.replace("past_", "new_"))) is None:
+                self._cache[name] = found[name.replace("past_", "present_")]
+                continue
+            for row, start in enumerate(write_positions):
+                old[row, :, start : start + new.shape[2]] = new[row]
         logits = [found[f"rank{rank}/logits"] for rank in range(self._tp_size)]
         for other in logits[1:]:
             assert np.array_equal(logits[0], other), "ranks do not agree"

@@ -98,6 +98,9 @@ def preset(
     for entry in config["quant_cfg"]:
         if "block_sizes" in (entry.get("cfg") or {}):
             entry["cfg"]["block_sizes"][-1] = group_size
+    # The presets would round the inputs of layer norms, too, which no exporter of ModelOpt keeps.
+    for name in ("*norm*", "*[qk]_ln*"):
+        config["quant_cfg"].append({"quantizer_name": name, "enable": False})
     if kv_cache != "auto":
         bits = {"num_bits": KV_BITS[kv_cache], "axis": None}
         config["quant_cfg"].append(

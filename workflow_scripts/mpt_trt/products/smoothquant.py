@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
@@ -97,7 +98,10 @@ class SmoothQuantProducts:
         storage_type = self.checkpoint.storage_type
 
         def pieces() -> Iterator[NDArray]:
-            yield convert(1 / self._read(file), STORAGE_TYPES[storage_type])
+            dtype = STORAGE_TYPES[storage_type]
+            # A feature that calibration never saw active has a smoother of 1e-5.
+            most = np.float32(ml_dtypes.finfo(dtype).max)
+            yield convert(np.minimum(1 / self._read(file), most), dtype)
 
         name = f"{file.tensor}.inverse.{self.shard.rank}"
         return made(name, ELEMENT_TYPES[storage_type], file.shape, pieces)
