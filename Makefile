@@ -5,9 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# SLURM's plugin for PMIx looks for the name that Debian has in the package for developers.
+PMIX := /usr/lib/$(shell uname -m)-linux-gnu/pmix2/lib/libpmix.so
+SLURM_PACKAGES := slurm-wlm slurm-client munge libpmix-dev
+INSTALL_SLURM := (apt-get update && apt-get install -y --no-install-recommends $(SLURM_PACKAGES))
+
 DEMO := smoke_tests/mpt-demo/fp16/1-gpu.json
 
-.PHONY: demo test nightly check clean
+.PHONY: demo test test-slurm nightly check clean
 
 demo: $(VENV)/installed
 	$(BIN)/snakemake --cores 2 $(DEMO)
@@ -15,6 +20,11 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The workflow on a real SLURM, which it starts and stops: some 4 minutes. Debian, as root.
+test-slurm: $(VENV)/installed-dev
+	command -v slurmctld munged srun >/dev/null && test -e $(PMIX) || $(INSTALL_SLURM)
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 # Real shapes, cut to two blocks: some 5 minutes, 10 GB of memory and of disk.
 nightly: $(VENV)/installed-dev

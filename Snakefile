@@ -16,12 +16,21 @@ configfile: "config.yaml"
 
 
 include: "rules/common.smk"
+include: "rules/cluster.smk"
+
+
+if settings.site.container:
+
+    container: settings.site.container
+
+
 include: "rules/checkpoint.smk"
 include: "rules/quantize.smk"
 include: "rules/engine.smk"
 include: "rules/trtllm.smk"
 include: "rules/verify.smk"
 include: "rules/report.smk"
+include: "rules/preflight.smk"
 
 
 rule all:

@@ -6,6 +6,7 @@ import datetime
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -40,18 +41,20 @@ class Measured:
 
 def measure(command: list[str | Path]) -> Measured:
     """Runs a command to its end; raises RuntimeError with its messages when it fails."""
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    peak = 0.0
-    while process.poll() is None:
-        peak = max(peak, private_mib(process.pid))
-        time.sleep(SAMPLE_SECONDS)
-    seconds = time.perf_counter() - started
-    output = process.stdout.read() if process.stdout else ""
-    if process.returncode:
-        raise RuntimeError(f"{command} failed:\n{output}")
+    # A pipe that nobody reads before the end would stop a command that says much.
+    with tempfile.TemporaryFile("w+") as output:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [str(word) for word in command], stdout=output, stderr=subprocess.STDOUT
+        )
+        peak = 0.0
+        while process.poll() is None:
+            peak = max(peak, private_mib(process.pid))
+            time.sleep(SAMPLE_SECONDS)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            output.seek(0)
+            raise RuntimeError(f"{command} failed:\n{output.read()}")
     return Measured(seconds, peak)
 
 

@@ -50,6 +50,9 @@ rule fetch_checkpoint:
         "logs/fetch_checkpoint/{model}.tsv"
     conda:
         "../envs/base.yaml"
+    resources:
+        mem_mb=linking_mem_mb,
+        runtime=fetch_runtime,
     params:
         code=version_of("fetch_checkpoint.py"),
     shell:
@@ -81,6 +84,7 @@ rule convert_checkpoint:
     threads: 2
     resources:
         mem_mb=conversion_mem_mb,
+        runtime=conversion_runtime,
     params:
         code=version_of("convert_hf_mpt_to_ft.py"),
         folder=checkpoint_folder,

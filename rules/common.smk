@@ -1,6 +1,7 @@
 """What all stages share: the checked configuration, and the functions that rules take values from."""
 
 import functools
+import gc
 import re
 import sys
 from pathlib import Path
@@ -26,6 +27,10 @@ from mpt_trt.source_files import source_hash
 from mpt_trt.trtllm.sources import trtllm_calibration, trtllm_ft_storage
 
 prefer_this_python()
+
+# Planning makes millions of objects that stay. Python's usual search for garbage among them took a
+# quarter of the time.
+gc.set_threshold(100_000, 50, 50)
 
 
 wildcard_constraints:
@@ -81,8 +86,16 @@ def ranks(wildcards) -> range:
 def stored_config(wildcards) -> MptConfig | None:
     """The model's architecture, where its config.json is on disk already."""
     folder = Path(checkpoint_folder(wildcards))
-    is_there = (folder / "config.json").is_file()
-    return checked(read_hf_config, folder) if is_there else None
+    try:
+        return config_at(folder, (folder / "config.json").stat().st_mtime_ns)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+@functools.cache
+def config_at(folder: Path, mtime_ns: int) -> MptConfig:
+    """Read once, since many jobs ask for it, and again when the file has changed."""
+    return checked(read_hf_config, folder)
 
 
 def planned_config(wildcards) -> MptConfig:
@@ -98,7 +111,15 @@ def planned_config(wildcards) -> MptConfig:
 
 def engine_spec(wildcards) -> EngineSpec:
     """What the jobs of an engine's target are planned for."""
-    variant = variant_of(wildcards)
+    config, tp_size = planned_config(wildcards), int(wildcards.tp)
+    # Possible before the model is fetched; what one rank of one needs is enough for each.
+    legal = tp_size if sharding.is_legal(config, tp_size) else 1
+    return spec_of(config, variant_of(wildcards), legal)
+
+
+@functools.cache
+def spec_of(config: MptConfig, variant: Variant, tp_size: int) -> EngineSpec:
+    """Made once, since many jobs ask for it."""
     limits = EngineLimits(
         variant.max_batch_size,
         variant.max_input_len,
@@ -106,18 +127,14 @@ def engine_spec(wildcards) -> EngineSpec:
         variant.gather_all_token_logits,
     )
     vocabulary = vocabulary_of(variant)
-    config, tp_size = planned_config(wildcards), int(wildcards.tp)
-    if not sharding.is_legal(config, tp_size):
-        # Possible before the model is fetched; what one rank of one needs is enough for each.
-        tp_size = 1
     return checked(
         EngineSpec, config, variant.dtype, tp_size, limits, vocabulary, variant.quantized
     )
 
 
 def megabytes(size: int) -> int:
-    """Bytes, rounded up to the unit of `mem_mb`."""
-    return -(-size // 10**6)
+    """A job's `mem_mb`, from what its command needs in bytes."""
+    return -(-size // 10**6) + settings.site.job_overhead_mb
 
 
 def seal(folder: str) -> str:
@@ -297,18 +314,14 @@ def build_mem_mb(wildcards) -> int:
     return megabytes(requirements.build_memory(engine_spec(wildcards)))
 
 
-# Packages neither come nor go while a run is planned.
-package_for = functools.cache(choose_package)
-
-
 def backend(wildcards) -> str:
     """The package that builds the plan, with `auto` resolved."""
-    return checked(package_for, variant_of(wildcards).backend).module
+    return checked(choose_package, variant_of(wildcards).backend, site_has_gpus()).module
 
 
 def backend_version(wildcards) -> str:
     """Recorded with the plan, so that an upgrade of the package builds it again."""
-    return checked(package_for, variant_of(wildcards).backend).version
+    return checked(choose_package, variant_of(wildcards).backend, site_has_gpus()).version
 
 
 def compute_capabilities(wildcards) -> tuple[str, ...]:
@@ -372,19 +385,6 @@ def gpu_of_every_rank(wildcards) -> int:
 
 
 # verify.smk
-
-
-def smoke_test_mem_mb(wildcards) -> int:
-    return megabytes(requirements.smoke_test_memory(engine_spec(wildcards)))
-
-
-def launcher(wildcards) -> list[str]:
-    """What starts a process a rank; nothing for one rank."""
-    if wildcards.tp == "1":
-        return []
-    # The ranks of a smoke test may share cores, and containers often run as root.
-    options = ["--oversubscribe", "--bind-to", "none", "--allow-run-as-root"]
-    return ["mpirun", "-n", wildcards.tp, *options]
 
 
 def tolerance_options(wildcards) -> list[str]:

@@ -30,6 +30,7 @@ rule make_network:
         "../envs/base.yaml"
     resources:
         mem_mb=network_mem_mb,
+        runtime=network_runtime,
     params:
         code=version_of("make_network.py"),
         limits=limit_options,
@@ -67,15 +68,22 @@ rule build_rank:
     threads: 2
     resources:
         mem_mb=build_mem_mb,
+        runtime=build_runtime,
+        gpu=asking(build_request, "gpu"),
+        gpu_model=asking(build_request, "gpu_model"),
+        gres=asking(build_request, "gres"),
     params:
         code=version_of("build_rank.py"),
         backend=backend,
         backend_version=backend_version,
+        preflight=preflight_for_build,
+        slots=build_slots,
         compute_capabilities=compute_capabilities,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/build_rank.py \
+        {params.preflight:q}
+        {params.slots:q} python workflow_scripts/build_rank.py \
             --network_dir {input.network:q} \
             --rank {wildcards.rank} \
             --backend {params.backend} \
@@ -101,6 +109,9 @@ rule collect_engine:
         variant=other_variants(TENSORRT_LLM_VARIANTS),
     conda:
         "../envs/base.yaml"
+    resources:
+        mem_mb=linking_mem_mb,
+        runtime=collect_runtime,
     params:
         code=version_of("collect_engine.py"),
     shell:

@@ -26,8 +26,13 @@ rule quantize:
     threads: 2
     resources:
         mem_mb=calibration_mem_mb,
+        runtime=calibration_runtime,
+        gpu=asking(calibration_request, "gpu"),
+        gpu_model=asking(calibration_request, "gpu_model"),
+        gres=asking(calibration_request, "gres"),
     params:
         code=version_of("quantize.py"),
+        slots=calibration_slots,
         folder=checkpoint_folder,
         tokenizer=tokenizer_option,
         qformat=calibration_options,
@@ -37,7 +42,7 @@ rule quantize:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/quantize.py \
+        {params.slots:q} python workflow_scripts/quantize.py \
             --model_dir {params.folder:q} \
             {params.tokenizer:q} \
             {params.qformat:q} \

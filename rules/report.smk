@@ -28,6 +28,7 @@ rule compute_reference:
     threads: 2
     resources:
         mem_mb=reference_mem_mb,
+        runtime=reference_runtime,
     params:
         code=version_of("compute_reference.py"),
         folder=checkpoint_folder,
@@ -71,14 +72,26 @@ rule measure_quality:
     threads: 2
     resources:
         mem_mb=quality_mem_mb,
+        runtime=quality_runtime,
+        gpu=asking(ranks_request, "gpu"),
+        gpu_model=asking(ranks_request, "gpu_model"),
+        gres=asking(ranks_request, "gres"),
+        nodes=nodes_of_ranks,
+        tasks=tasks,
+        tasks_per_node=tasks_per_node,
+        tasks_per_gpu=tasks_per_gpu,
+        mpi=mpi,
     params:
         code=version_of("measure_quality.py"),
+        preflight=preflight_for_ranks,
+        slots=slots_of_ranks,
         launcher=launcher,
         folder=checkpoint_folder,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        {params.launcher:q} python workflow_scripts/measure_quality.py \
+        {params.preflight:q}
+        {params.slots:q} {params.launcher:q} python workflow_scripts/measure_quality.py \
             --engine_dir {input.engine:q} \
             --model_dir {params.folder:q} \
             --reference {input.reference:q} \

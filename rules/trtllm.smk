@@ -156,7 +156,13 @@ rule run_trtllm:
         TENSORRT_LLM_CONTAINER
     threads: 2
     resources:
+        mem_mb=smoke_test_mem_mb,
         gpu=gpu_of_every_rank,
+        mpi=mpi,
+        nodes=nodes_of_ranks,
+        tasks=tasks,
+        tasks_per_node=tasks_per_node,
+        tasks_per_gpu=tasks_per_gpu,
     params:
         code=version_of("run_trtllm.py"),
         launcher=launcher,

@@ -33,8 +33,19 @@ rule smoke_test:
     threads: 2
     resources:
         mem_mb=smoke_test_mem_mb,
+        runtime=smoke_test_runtime,
+        gpu=asking(ranks_request, "gpu"),
+        gpu_model=asking(ranks_request, "gpu_model"),
+        gres=asking(ranks_request, "gres"),
+        nodes=nodes_of_ranks,
+        tasks=tasks,
+        tasks_per_node=tasks_per_node,
+        tasks_per_gpu=tasks_per_gpu,
+        mpi=mpi,
     params:
         code=version_of("smoke_test.py"),
+        preflight=preflight_for_ranks,
+        slots=slots_of_ranks,
         launcher=launcher,
         folder=checkpoint_folder,
         tokenizer=tokenizer_option,
@@ -44,7 +55,8 @@ rule smoke_test:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        {params.launcher:q} python workflow_scripts/smoke_test.py \
+        {params.preflight:q}
+        {params.slots:q} {params.launcher:q} python workflow_scripts/smoke_test.py \
             --engine_dir {input.engine:q} \
             --model_dir {params.folder:q} \
             {params.tokenizer:q} \

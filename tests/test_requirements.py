@@ -400,14 +400,19 @@ def planned_memory(workflow: Workflow, target: str) -> dict[str, int]:
     return found
 
 
-def expected_memory(config: MptConfig, dtype: str, tp_size: int) -> dict[str, int]:
+def expected_memory(
+    config: MptConfig, dtype: str, tp_size: int, *, fetched: bool = True
+) -> dict[str, int]:
     spec = EngineSpec(config, dtype, tp_size, EngineLimits(**SMALL), VocabularySharding())
     sizes = {
         "convert_checkpoint": requirements.conversion_memory(2),
         "make_network": requirements.network_memory(spec),
         "build_rank": requirements.build_memory(spec),
+        "collect_engine": requirements.linking_memory(),
         "smoke_test": requirements.smoke_test_memory(spec),
     }
+    if not fetched:
+        sizes["fetch_checkpoint"] = requirements.linking_memory()
     return {rule: math.ceil(size / 1e6) for rule, size in sizes.items()}
 
 
@@ -450,15 +455,15 @@ def test_jobs_ask_for_the_memory_of_the_known_shape_before_it_is_fetched(
     workflow: Workflow,
 ) -> None:
     found = planned_memory(workflow, "smoke_tests/thirty/fp16/4-gpu.json")
-    assert found == expected_memory(known_config("mpt-30b"), "float16", 4)
+    assert found == expected_memory(known_config("mpt-30b"), "float16", 4, fetched=False)
 
 
 def test_unknown_models_count_as_mpt_7b_until_they_are_fetched(workflow: Workflow) -> None:
     found = planned_memory(workflow, "smoke_tests/unknown/fp16/2-gpu.json")
-    assert found == expected_memory(known_config("mpt-7b"), "float16", 2)
+    assert found == expected_memory(known_config("mpt-7b"), "float16", 2, fetched=False)
     # It may have heads for five ranks, which MPT-7B does not.
     found = planned_memory(workflow, "smoke_tests/unknown/fp16/5-gpu.json")
-    assert found == expected_memory(known_config("mpt-7b"), "float16", 1)
+    assert found == expected_memory(known_config("mpt-7b"), "float16", 1, fetched=False)
 
 
 def test_fetched_models_have_a_config_of_their_own(workflow: Workflow) -> None:

@@ -20,6 +20,7 @@ from mpt_trt.settings import (
     Model,
     Quality,
     Report,
+    Site,
     SmokeTest,
     Tolerance,
     Variant,
@@ -135,6 +136,15 @@ class TestDefaults:
             smoke_test=SmokeTest("def fibonacci", 32),
             quality=Quality("resources/mpt-demo/heldout.txt", 16, 512),
             report=Report(None, (1,), {}),
+            site=Site(
+                gpus="auto",
+                gpu_request="gpus",
+                gpu_memory_gb={},
+                gpus_per_node=8,
+                mpi="mpirun --oversubscribe --bind-to none --allow-run-as-root",
+                container=None,
+                job_overhead_mb=0,
+            ),
             targets=(),
         )
 

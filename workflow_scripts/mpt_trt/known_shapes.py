@@ -5,6 +5,7 @@ Nothing that makes or runs an engine reads them; that takes each checkpoint's ow
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from mpt_trt.config import MptConfig, parse_hf_config
@@ -60,6 +61,7 @@ def hub_config(name: str, num_layers: int | None = None, dtype: str = "float16")
     }
 
 
+@functools.cache
 def known_config(name: str) -> MptConfig:
     """The architecture of a key of SHAPES."""
     return parse_hf_config(hub_config(name), Path(name, "config.json"))

@@ -5,6 +5,7 @@ Importing this module does not start MPI; `communicator` does, when there is mor
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import signal
@@ -30,6 +31,8 @@ PATIENCE_SECONDS = float(os.environ.get("MPT_TRT_PATIENCE_SECONDS", "300"))
 # Polls without a pause for this long, since ranks mostly meet within microseconds.
 EAGER_SECONDS = 0.002
 PAUSE_SECONDS = 0.0002
+# From Linux's sys/prctl.h.
+PR_SET_PDEATHSIG = 1
 
 
 class Communicator:
@@ -138,6 +141,7 @@ def communicator(tp_size: int) -> Communicator | None:
     is_launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
     if tp_size == 1 and not is_launched:
         return None
+    _end_with_mpirun()
     from mpi4py import MPI
 
     size = MPI.COMM_WORLD.size
@@ -147,6 +151,15 @@ def communicator(tp_size: int) -> Communicator | None:
             f"use mpirun -n {tp_size} python ..."
         )
     return None if size == 1 else Communicator(MPI.COMM_WORLD)
+
+
+def _end_with_mpirun() -> None:
+    """Makes Linux end this rank when Open MPI's mpirun is killed, which would leave it behind.
+
+    SLURM ends what its jobs leave behind itself.
+    """
+    if sys.platform == "linux" and LAUNCHER_VARIABLES[0] in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def rank_label() -> str:

@@ -1,4 +1,4 @@
-"""What an engine needs, before it is made: disk, host memory and GPU memory, all in bytes.
+"""What an engine needs, before it is made: disk, host memory, GPU memory (all in bytes), and time.
 
 Pure functions of the architecture and of what is to be built. Sizes of files, of weights and of the
 KV cache are exact; what is estimated says so. The measured figures are of
@@ -7,6 +7,7 @@ TensorRT-RTX 1.7, ONNX Runtime 1.32 and PyTorch 2.13 on Linux (docs/models.md).
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -67,6 +68,21 @@ REFERENCE_BASE = 500 * MIB
 # Logits of a step (see verification.LOGITS_BYTES), and what the network needs to compute them.
 QUALITY_STEP = 1024 * MIB
 
+# Time limits of jobs are allowances for slow machines, not forecasts: a job is ended when its limit
+# is over. What a slow hub or a busy shared file system leaves one job, in bytes a second:
+DOWNLOAD_RATE = 10**7
+DISK_RATE = 5 * 10**7
+# Building, beside reading and writing. Measured, of TensorRT-RTX: 4.2 s for 10^9 bytes.
+BUILD_RATE = 2 * 10**7
+# At which a processor reads weights while it generates.
+CPU_RATE = 2 * 10**9
+# Multiplications a second of a slow processor, and of a GPU; how often calibration computes all.
+CPU_PRODUCTS = 10**10
+GPU_PRODUCTS = 10**12
+CALIBRATION_PASSES = 10
+# Starting Python from a shared file system, and all else that does not grow with the model.
+BASE_MINUTES = 10
+
 
 @dataclass(frozen=True)
 class EngineSpec:
@@ -93,6 +109,7 @@ class EngineSpec:
 # --- GPU -----------------------------------------------------------------------------------------
 
 
+@functools.cache
 def rank_weights(spec: EngineSpec) -> int:
     """Weights that a rank's engine holds; exact. No rank holds more than the first."""
     tables = {"wte", "lm_head.weight"}
@@ -253,7 +270,12 @@ def gpu_obstacle(spec: EngineSpec, available: int) -> str | None:
 
 def ft_checkpoint_disk(spec: EngineSpec) -> int:
     """All `.bin` files of the FT checkpoint; exact. config.ini and manifest.json are small."""
-    return sum(file.byte_size for file in ft_files(spec.config, spec.tp_size, spec.dtype))
+    return _ft_bytes(spec.config, spec.tp_size, spec.dtype)
+
+
+@functools.cache
+def _ft_bytes(config: MptConfig, tp_size: int, storage_type: str) -> int:
+    return sum(file.byte_size for file in ft_files(config, tp_size, storage_type))
 
 
 def engine_disk(spec: EngineSpec) -> int:
@@ -297,14 +319,23 @@ def network_memory(spec: EngineSpec) -> int:
     return NETWORK_BASE + NETWORK_WORKERS * NETWORK_PER_ELEMENT * largest
 
 
+def linking_memory() -> int:
+    """Of the tools that fetch or link files."""
+    return NETWORK_BASE
+
+
 def build_memory(spec: EngineSpec) -> int:
     """Of building one rank's plan ahead of time."""
     return math.ceil(BUILD_PER_WEIGHT * rank_weights(spec)) + BUILD_BASE
 
 
-def smoke_test_memory(spec: EngineSpec) -> int:
-    """Of a smoke test under ONNX Runtime on the CPU, all ranks on one machine; an estimate."""
-    return spec.tp_size * _onnx_runtime_memory(spec, 1) + _reference_memory(spec.config)
+def smoke_test_memory(spec: EngineSpec, num_nodes: int = 1) -> int:
+    """Of a smoke test under ONNX Runtime on the CPU, for each of the nodes; an estimate.
+
+    The ranks divide evenly among the nodes.
+    """
+    ranks = spec.tp_size // num_nodes * _onnx_runtime_memory(spec, 1)
+    return ranks + _reference_memory(spec.config)
 
 
 def reference_memory(config: MptConfig, num_windows: int, window_length: int) -> int:
@@ -346,3 +377,71 @@ def _reference_memory(config: MptConfig) -> int:
     """One block, the embedding and the head, in float32; see mpt_trt.reference."""
     block = sum(math.prod(w.shape) for w in weights(replace(config, num_layers=1)))
     return block * FLOAT32_BYTES
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+def fetch_minutes(config: MptConfig) -> int:
+    """For a download of 16-bit weights."""
+    return _minutes(_ft_bytes(config, 1, "float16") / DOWNLOAD_RATE)
+
+
+def conversion_minutes(config: MptConfig, storage_type: str, tp_size: int) -> int:
+    """For a checkpoint in float32, the largest there is."""
+    read = _ft_bytes(config, 1, "float32")
+    return _minutes((read + _ft_bytes(config, tp_size, storage_type)) / DISK_RATE)
+
+
+def network_minutes(spec: EngineSpec) -> int:
+    """Weights are linked, or read, quantized and written."""
+    if spec.quantization.scheme is None:
+        return BASE_MINUTES
+    return _minutes(2 * _ft_bytes(spec.config, 1, spec.dtype) / spec.tp_size / DISK_RATE)
+
+
+def build_minutes(spec: EngineSpec) -> int:
+    """For one rank's plan."""
+    weights = rank_weights(spec)
+    return _minutes(2 * weights / DISK_RATE + weights / BUILD_RATE)
+
+
+def collect_minutes(spec: EngineSpec) -> int:
+    """The files are linked, or copied where a file system cannot link."""
+    return _minutes(2 * engine_disk(spec) / DISK_RATE)
+
+
+def calibration_minutes(config: MptConfig, num_tokens: int, on_gpu: bool) -> int:
+    """For a search that runs the model many times over; not measured with large models."""
+    rate = GPU_PRODUCTS if on_gpu else CPU_PRODUCTS
+    reading = _ft_bytes(config, 1, "float32") / DISK_RATE
+    return _minutes(reading + CALIBRATION_PASSES * _products(config) * num_tokens / rate)
+
+
+def forward_minutes(config: MptConfig, num_tokens: int) -> int:
+    """For reading a checkpoint and computing num_tokens positions on the CPU."""
+    reading = _ft_bytes(config, 1, "float32") / DISK_RATE
+    return _minutes(reading + _products(config) * num_tokens / CPU_PRODUCTS)
+
+
+def quality_minutes(spec: EngineSpec, num_tokens: int) -> int:
+    """For loading an engine and computing num_tokens positions on the CPU."""
+    loading = spec.tp_size * rank_weights(spec) / DISK_RATE
+    return _minutes(loading + _products(spec.config) * num_tokens / CPU_PRODUCTS)
+
+
+def _products(config: MptConfig) -> int:
+    """Multiplications of a position: about one a weight."""
+    return _ft_bytes(config, 1, "float32") // FLOAT32_BYTES
+
+
+def smoke_test_minutes(spec: EngineSpec, num_tokens: int) -> int:
+    """For loading, num_tokens steps on the CPU, and the reference, which reads all weights."""
+    computed = spec.tp_size * rank_weights(replace(spec, dtype="float32"))
+    reference = _ft_bytes(spec.config, 1, "float32")
+    loading = (spec.tp_size * rank_weights(spec) + reference) / DISK_RATE
+    return _minutes(loading + num_tokens * computed / CPU_RATE)
+
+
+def _minutes(seconds: float) -> int:
+    return BASE_MINUTES + math.ceil(seconds / 60)

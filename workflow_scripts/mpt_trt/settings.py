@@ -82,6 +82,19 @@ class SmokeTest:
 
 
 @dataclass(frozen=True)
+class Site:
+    """See the schema."""
+
+    gpus: str
+    gpu_request: str
+    gpu_memory_gb: dict[str, float]
+    gpus_per_node: int
+    mpi: str
+    container: str | None
+    job_overhead_mb: int
+
+
+@dataclass(frozen=True)
 class Quality:
     """See the schema."""
 
@@ -107,6 +120,7 @@ class Settings:
     variants: dict[str, Variant]
     calibration: Calibration
     smoke_test: SmokeTest
+    site: Site
     quality: Quality
     report: Report
     targets: tuple[str, ...]
@@ -162,6 +176,7 @@ def parse_settings(content: Mapping[str, Any], origin: str = "config.yaml") -> S
         variants={name: _variant(entry) for name, entry in filled["variants"].items()},
         calibration=Calibration(**filled["calibration"]),
         smoke_test=SmokeTest(**filled["smoke_test"]),
+        site=Site(**filled["site"]),
         quality=Quality(**filled["quality"]),
         report=_report(filled["report"]),
         targets=tuple(filled["targets"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -23,6 +24,7 @@ class Package:
     version: str
 
 
+@functools.cache
 def installed_package(module: str) -> Package | None:
     for distribution in DISTRIBUTIONS[module]:
         try:
@@ -32,10 +34,11 @@ def installed_package(module: str) -> Package | None:
     return None
 
 
-def choose_package(backend: str) -> Package:
+def choose_package(backend: str, has_gpu: bool | None = None) -> Package:
     """The package for `backend`: `tensorrt`, `tensorrt_rtx`, or `auto`.
 
-    auto takes `tensorrt` where it is installed and a GPU is there, else `tensorrt_rtx`.
+    auto takes `tensorrt` where it is installed and a GPU is there, else `tensorrt_rtx`. has_gpu:
+    whether the build will find one; None for whether this machine has one.
 
     Raises MptTrtError when the package is not installed, or builds no plans.
     """
@@ -46,7 +49,7 @@ def choose_package(backend: str) -> Package:
         )
     if backend != "auto":
         candidates = [backend]
-    elif gpus.compute_capabilities():
+    elif gpus.compute_capabilities() if has_gpu is None else has_gpu:
         candidates = ["tensorrt", "tensorrt_rtx"]
     else:
         candidates = ["tensorrt_rtx"]

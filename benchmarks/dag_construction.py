@@ -1,0 +1,169 @@
+"""What Snakemake itself takes to plan many engines: nothing made yet, and everything made.
+
+For models x variants x (1, 2, 4, 8) ranks, up to the smoke tests. Artifacts are stand-ins;
+their records are those of Snakemake's own --touch on one model, copied for the other ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+from common import REPOSITORY, SCRIPTS, Measured, measure, write_result
+
+sys.path.insert(0, str(SCRIPTS))
+
+from mpt_trt import seals
+from mpt_trt.artifacts import STORAGES
+from mpt_trt.known_shapes import hub_config
+
+TP_SIZES = (1, 2, 4, 8)
+# Eight ranks are legal for it. All models are alike, so that records can be copied.
+SHAPE = "mpt-7b"
+TREES = ("revisions", "checkpoints", "ft_ckpts", "build/networks", "build/plans", "trt_engines")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", type=int, default=50, help="(default: %(default)s)")
+    parser.add_argument("--variants", type=int, default=10, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("build/benchmark-dag"))
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    models = [f"model{index:03}" for index in range(arguments.models)]
+    variants = [f"variant{index:02}" for index in range(arguments.variants)]
+    write_config(folder, models, variants)
+    figures = {"models": len(models), "variants": len(variants), "tp_sizes": TP_SIZES}
+    figures["nothing_made"] = repeated(folder, arguments.rounds)
+    make_stand_ins(folder, models[0], variants)
+    write_config(folder, models[:1], variants)
+    measure(snakemake(folder, "--touch", "--forceall", "--latency-wait=0"))
+    copy_model(folder, models[0], models[1:])
+    write_config(folder, models, variants)
+    require_nothing_to_do(folder)
+    figures["everything_made"] = repeated(folder, arguments.rounds)
+    figures["outputs"] = sum(1 for path in (folder / ".snakemake/metadata").iterdir())
+    for name in ("nothing_made", "everything_made"):
+        runs: list[Planned] = figures[name]
+        seconds = statistics.median(each.cpu_seconds for each in runs)
+        memory = max(each.run.peak_private_mib for each in runs)
+        figures[f"median_cpu_seconds_{name}"] = seconds
+        figures[name] = [asdict(each) for each in runs]
+        print(f"{name}: {seconds:.1f} s of a core, {memory:.0f} MiB")
+    print(write_result("dag-construction", figures))
+
+
+def snakemake(folder: Path, *options: str) -> list[str | Path]:
+    command = [sys.executable, "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile"]
+    return [*command, "--directory", folder, "--cores", "2", "--quiet", "all", *options]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """cpu_seconds: what a machine with nothing else to do needs."""
+
+    run: Measured
+    cpu_seconds: float
+
+
+def repeated(folder: Path, rounds: int) -> list[Planned]:
+    return [planned(folder) for _ in range(rounds)]
+
+
+def planned(folder: Path) -> Planned:
+    before = children_seconds()
+    run = measure(snakemake(folder, "--dry-run"))
+    return Planned(run, children_seconds() - before)
+
+
+def children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def require_nothing_to_do(folder: Path) -> None:
+    """A dry run that would do something would be no measure of doing nothing."""
+    command = snakemake(folder, "--dry-run")
+    command[command.index("all")] = "rules"
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    output = result.stdout + result.stderr
+    if "Nothing to be done" not in output:
+        raise RuntimeError(f"stand-ins are not taken for results:\n{output[-2000:]}")
+
+
+def write_config(folder: Path, models: list[str], variants: list[str]) -> None:
+    dtypes = list(STORAGES.values())
+    content = {
+        "models": {name: {"source": f"mosaicml/{SHAPE}"} for name in models},
+        "variants": {
+            name: {"dtype": dtypes[index % len(dtypes)], "max_batch_size": 1 + index}
+            for index, name in enumerate(variants)
+        },
+        "targets": [
+            f"smoke_tests/{model}/{variant}/{tp}-gpu.json"
+            for model in models
+            for variant in variants
+            for tp in TP_SIZES
+        ],
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+
+
+def make_stand_ins(folder: Path, model: str, variants: list[str]) -> None:
+    """Empty folders and files in the place of everything that is made for one model."""
+    for path in output_folders(model, variants):
+        (folder / path).mkdir(parents=True)
+        if path == f"checkpoints/{model}":
+            config = json.dumps(hub_config(SHAPE))
+            (folder / path / "config.json").write_text(config)
+        seals.write_seal(folder / path)
+    for variant in variants:
+        for tp in TP_SIZES:
+            result = folder / f"smoke_tests/{model}/{variant}/{tp}-gpu.json"
+            result.parent.mkdir(parents=True, exist_ok=True)
+            result.write_text("{}\n")
+
+
+def output_folders(model: str, variants: list[str]) -> Iterator[str]:
+    yield f"revisions/{model}"
+    yield f"checkpoints/{model}"
+    for tp in TP_SIZES:
+        for storage in STORAGES:
+            yield f"ft_ckpts/{model}/{storage}/{tp}-gpu"
+        for variant in variants:
+            for stage in ("networks", "plans"):
+                for rank in range(tp):
+                    yield f"build/{stage}/{model}/{variant}/{tp}-gpu/rank{rank}"
+            yield f"trt_engines/{model}/{variant}/{tp}-gpu"
+
+
+def copy_model(folder: Path, model: str, others: list[str]) -> None:
+    """What was made for one model, time stamps and Snakemake's records included, for others."""
+    records = {path: path.read_text() for path in (folder / ".snakemake/metadata").iterdir()}
+    for other in others:
+        for tree in (*TREES, "smoke_tests"):
+            shutil.copytree(folder / tree / model, folder / tree / other)
+            seal = folder / seals.seal_path(f"{tree}/{model}")
+            if seal.exists():
+                shutil.copy2(seal, folder / seals.seal_path(f"{tree}/{other}"))
+        for path, text in records.items():
+            name = base64.b64decode(path.name).decode().replace(model, other)
+            copy = path.with_name(base64.b64encode(name.encode()).decode())
+            copy.write_text(text.replace(model, other))
+
+
+if __name__ == "__main__":
+    main()
