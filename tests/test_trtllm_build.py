@@ -414,7 +414,7 @@ def test_dry_runs_show_the_commands(workflow):
         "--output_dir trt_engines/even/llm/2-gpu"
     ) in text
     assert (
-        "mpirun -n 2 --oversubscribe --bind-to none --allow-run-as-root "
+        "mpirun --oversubscribe --bind-to none --allow-run-as-root -n 2 "
         "python workflow_scripts/run_trtllm.py "
         "--engine_dir trt_engines/even/llm/2-gpu "
     ) in text
