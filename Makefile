@@ -12,7 +12,7 @@ INSTALL_SLURM := (apt-get update && apt-get install -y --no-install-recommends $
 
 DEMO := smoke_tests/mpt-demo/fp16/1-gpu.json
 
-.PHONY: demo test test-slurm nightly check clean
+.PHONY: demo test slurm-ready test-slurm nightly check clean
 
 demo: $(VENV)/installed
 	$(BIN)/snakemake --cores 2 $(DEMO)
@@ -21,9 +21,13 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The workflow on a real SLURM, which it starts and stops: some 4 minutes. Debian, as root.
-test-slurm: $(VENV)/installed-dev
+# Whether SLURM can run here: Debian's packages, installed if need be, and root, for device files.
+slurm-ready:
 	command -v slurmctld munged srun >/dev/null && test -e $(PMIX) || $(INSTALL_SLURM)
+	device=$$(mktemp -u) && mknod $$device c 195 0 && rm $$device
+
+# The workflow on a real SLURM, which it starts and stops: some 4 minutes. Debian, as root.
+test-slurm: $(VENV)/installed-dev slurm-ready
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
 # Real shapes, cut to two blocks: some 5 minutes, 10 GB of memory and of disk.

@@ -308,6 +308,24 @@ def test_fp8_is_refused_for_gpus_without_it(name, tmp_path):
     build_rank(folder, 0, only_new, tmp_path / "plan")
 
 
+def test_a_failed_build_says_who_multiplies_integers(tmp_path):
+    """A network that TensorRT cannot parse: it names neither the cause nor a way out itself."""
+    spec = CheckpointSpec(num_layers=1)
+    model = Model(
+        write_checkpoint(tmp_path / "hf", spec), tmp_path, torch.arange(16).reshape(1, 16), 16
+    )
+    request = BuildRequest(LIMITS, "tensorrt_rtx", COMPUTE_CAPABILITIES)
+    for name, is_named in (("sq", True), ("int8_weight_only", False)):
+        quantization = QUANTIZATIONS[name]
+        checkpoint = model.checkpoint(quantization, 1)
+        recipe = model.recipe(quantization, checkpoint)
+        folder = make_network(checkpoint, tmp_path / name, LIMITS, recipe)
+        (folder / "rank0.onnx").write_bytes(b"no network")
+        with pytest.raises(MptTrtError, match="cannot parse the network") as caught:
+            build_rank(folder, 0, request, tmp_path / "plan")
+        assert ("backend: tensorrt_llm" in str(caught.value)) == is_named
+
+
 # --- ONNX Runtime --------------------------------------------------------------------------------
 
 

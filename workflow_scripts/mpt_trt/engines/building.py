@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.files import replace_directory
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.quantization.recipe import NOT_QUANTIZED, Recipe
-from mpt_trt.quantization.scheme import Fp8, Quantization
+from mpt_trt.quantization.scheme import Fp8, Quantization, SmoothQuant
 from mpt_trt.sharding import Shard, VocabularySharding, shards
 
 
@@ -88,7 +89,8 @@ def _build_plan(networks: Path, rank: int, request: BuildRequest, folder: Path) 
     network = networks / manifest.network_name(rank)
     _require_capable(request, manifest.read_network_quantization(networks, rank))
     plan = folder / manifest.engine_name(rank)
-    builder = tensorrt.build_plan(network, request.options(), plan)
+    with _naming_who_has_kernels(manifest.read_network_quantization(networks, rank)):
+        builder = tensorrt.build_plan(network, request.options(), plan)
     manifest.write_plan_description(plan, manifest.read_network_hash(networks, rank), builder)
 
 
@@ -103,3 +105,17 @@ def _require_capable(request: BuildRequest, quantization: Quantization) -> None:
             f"compute_capabilities: {', '.join(lacking)} cannot compute with fp8, which takes "
             f"{'.'.join(map(str, FP8_CAPABILITY))} or newer; leave them out, or choose int8"
         )
+
+
+@contextmanager
+def _naming_who_has_kernels(quantization: Quantization) -> Iterator[None]:
+    """Adds to a failed build's message where its products of 8-bit integers are to be had."""
+    try:
+        yield
+    except MptTrtError as error:
+        if not isinstance(quantization.scheme, SmoothQuant):
+            raise
+        raise MptTrtError(
+            f"{error} (the network multiplies 8-bit integers; if there is no kernel for that here, "
+            "TensorRT-LLM has its own: backend: tensorrt_llm)"
+        ) from None
