@@ -39,6 +39,13 @@ BOUNDS = {
     "fp32": Bounds(excess=1e-5, kl=1e-9, top1=1.0, size=2.01),
     "fp16": Bounds(excess=2e-4, kl=2e-6, top1=0.995, size=1.0),
     "bf16": Bounds(excess=2e-3, kl=2e-4, top1=0.98, size=1.01),
+    "int8_weight_only": Bounds(excess=0.006, kl=2e-3, top1=0.97, size=0.6),
+    "int4_weight_only": Bounds(excess=0.4, kl=0.4, top1=0.7, size=0.4),
+    "int4_awq": Bounds(excess=0.4, kl=0.4, top1=0.7, size=0.4),
+    "sq": Bounds(excess=0.02, kl=0.01, top1=0.93, size=0.6),
+    "fp8": Bounds(excess=0.06, kl=0.06, top1=0.88, size=0.6),
+    "fp8_kv": Bounds(excess=0.06, kl=0.06, top1=0.88, size=0.6),
+    "int8_kv": Bounds(excess=0.004, kl=1e-3, top1=0.97, size=1.0),
 }
 
 
@@ -50,6 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(REPOSITORY / name)
     config = yaml.safe_load((REPOSITORY / "config.yaml").read_text())
     config["quality"] |= {"num_windows": WINDOWS, "window_length": LENGTH}
+    config["calibration"] |= {"num_samples": 4, "sequence_length": 128}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     targets = [f"quality/mpt-demo/{variant}/1-gpu.json" for variant in BOUNDS]
     finished = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -14,7 +15,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 import show_requirements
 from checkpoints import CheckpointSpec, config_dict, write_checkpoint
@@ -24,9 +25,21 @@ from mpt_trt.config import MptConfig, parse_hf_config, read_hf_config
 from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_checkpoint import ConversionSettings, FtCheckpoint, write_ft_checkpoint
+from mpt_trt.ft_layout import Int8Layers
 from mpt_trt.hf_checkpoint import HfCheckpoint
 from mpt_trt.known_shapes import SHAPES, SHIPPED, hub_config, known_config
 from mpt_trt.network import build_network
+from mpt_trt.quantization.calibrated import Fp8Scales, KvRanges
+from mpt_trt.quantization.npz import CalibrationResult
+from mpt_trt.quantization.recipe import Recipe
+from mpt_trt.quantization.scheme import (
+    Awq,
+    Fp8,
+    Quantization,
+    SmoothQuant,
+    WeightOnly,
+    calibration_format,
+)
 from mpt_trt.requirements import GB, EngineSpec
 from mpt_trt.settings import parse_settings
 from mpt_trt.sharding import Shard, VocabularySharding, is_legal
@@ -65,6 +78,80 @@ def held_bytes(graph, element_bytes: int) -> int:
             start, stop = (int(numpy_helper.to_array(found[n])[0]) for n in node.input[1:3])
             elements += (stop - start) * math.prod(found[node.input[0]].dims[1:])
     return element_bytes * elements
+
+
+QUANTIZATIONS = [
+    Quantization(WeightOnly(8)),
+    Quantization(WeightOnly(4)),
+    Quantization(WeightOnly(4, 16)),
+    Quantization(Awq(16)),
+    Quantization(Awq(16), "int8"),
+    *(
+        Quantization(SmoothQuant(0.5, *flags))
+        for flags in itertools.product((True, False), repeat=2)
+    ),
+    Quantization(Fp8()),
+    Quantization(None, "fp8"),
+]
+BITS = {TensorProto.INT4: 4, TensorProto.INT8: 8, TensorProto.FLOAT8E4M3FN: 8}
+
+
+def stored_bytes(graph) -> int:
+    """Of all weights, by their own types."""
+    return sum(
+        math.ceil(
+            math.prod(t.dims)
+            * BITS.get(t.data_type, 32 if t.data_type == TensorProto.FLOAT else 16)
+            / 8
+        )
+        for t in graph.initializer
+        if t.external_data
+    )
+
+
+class Calibrated(CalibrationResult):
+    """Of a model that is only planned: a network asks for nothing else before it is written."""
+
+    def __init__(self, quantization_format: str):
+        self.__dict__ |= {
+            "quantization_format": quantization_format,
+            "group_size": 16 if quantization_format == "int4_awq" else None,
+        }
+
+    def fp8_scales(self, layer: int, matrix: str) -> Fp8Scales:
+        return Fp8Scales(1.0, 1.0)
+
+    def kv_ranges(self, layer: int) -> KvRanges:
+        return KvRanges(1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["multi-head", "grouped-query", "clip_qkv", "biases"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+def test_quantized_rank_weights_are_those_of_the_network(
+    name: str, quantization: Quantization
+) -> None:
+    config = config_of(replace(FEATURES[name], hidden_size=96, vocab_size=96))
+    needed = calibration_format(quantization.scheme, quantization.kv_cache)
+    recipe = Recipe(quantization, None if needed is None else Calibrated(needed))
+    is_smoothed = isinstance(quantization.scheme, SmoothQuant)
+    for tp_size in filter(lambda size: is_legal(config, size), (1, 2)):
+        checkpoint = FtCheckpoint(
+            folder=Path("ft"),
+            config=config,
+            storage_type="float16",
+            tp_size=tp_size,
+            model_name="m",
+            manifest={},
+            smoothing=0.5 if is_smoothed else None,
+            int8_layers=Int8Layers.ALL if is_smoothed else Int8Layers.NONE,
+        )
+        spec = EngineSpec(config, "float16", tp_size, LIMITS, WHOLE, quantization)
+        graph = build_network(checkpoint, Shard(0, tp_size), 32, WHOLE, recipe).model.graph
+        assert requirements.rank_weights(spec) == stored_bytes(graph)
+        cache = requirements.kv_cache(spec) / requirements.kv_cache(
+            EngineSpec(config, "float16", tp_size, LIMITS, WHOLE)
+        )
+        assert cache == (1 if quantization.kv_cache == "auto" else 0.5)
 
 
 @pytest.mark.parametrize("name", FEATURES)
