@@ -405,8 +405,8 @@ def test_table_has_every_model_type_and_legal_number_of_ranks() -> None:
     headings = re.findall(r"^### (.*)$", show_requirements.tables(), re.MULTILINE)
     assert sorted(", ".join(headings).split(", ")) == sorted(SHIPPED)
     cells = [row.split(" | ")[:2] for row in show_requirements.table_rows(known_config("mpt-30b"))]
-    expected = {(storage, tp) for storage in ("fp32", "fp16", "bf16") for tp in "1248"}
-    found = {(s, tp) for storages, tp in cells for s in storages.strip("| ").split(", ")}
+    expected = {(kind, tp) for kind in show_requirements.KINDS for tp in "1248"}
+    found = {(kind, tp) for kinds, tp in cells for kind in kinds.strip("| ").split(", ")}
     assert found == expected
     odd = config_of(CheckpointSpec(num_heads=6))
     assert {row.split(" | ")[1] for row in show_requirements.table_rows(odd)} == {"1", "2"}

@@ -13,19 +13,26 @@ from pathlib import Path
 
 from mpt_trt import arguments as options
 from mpt_trt import requirements
+from mpt_trt.artifacts import STORAGES
 from mpt_trt.config import MptConfig, read_hf_config
 from mpt_trt.console import run_cli
 from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.known_shapes import SHAPES, SHIPPED, known_config
 from mpt_trt.markdown import replace_between_marks
+from mpt_trt.quantization.scheme import UNQUANTIZED, Awq, Fp8, Quantization, WeightOnly
 from mpt_trt.requirements import GB, EngineSpec
 from mpt_trt.settings import variant_choices, variant_default
 from mpt_trt.sharding import VocabularySharding, is_legal
 
 TP_SIZES = (1, 2, 4, 8)
-STORAGES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# The kinds of engine that have rows: type and quantization, by the name in config.yaml.
+KINDS = {name: (dtype, UNQUANTIZED) for name, dtype in STORAGES.items()} | {
+    "int8_weight_only": ("float16", Quantization(WeightOnly(8))),
+    "fp8": ("float16", Quantization(Fp8())),
+    "int4_awq": ("float16", Quantization(Awq())),
+}
 COLUMNS = (
-    "storage",
+    "variant",
     "ranks",
     "FT checkpoint",
     "engine",
@@ -116,12 +123,12 @@ def table_rows(config: MptConfig) -> Iterator[str]:
         variant_default("shard_embedding"), variant_default("shard_head")
     )
     found: dict[tuple[str, ...], list[str]] = {}
-    for storage, dtype in STORAGES.items():
+    for kind, (dtype, quantization) in KINDS.items():
         for tp_size in filter(lambda size: is_legal(config, size), TP_SIZES):
-            spec = EngineSpec(config, dtype, tp_size, limits, vocabulary)
-            found.setdefault(table_cells(spec), []).append(storage)
-    for cells, storages in found.items():
-        yield f"| {' | '.join([', '.join(storages), *cells])} |"
+            spec = EngineSpec(config, dtype, tp_size, limits, vocabulary, quantization)
+            found.setdefault(table_cells(spec), []).append(kind)
+    for cells, kinds in found.items():
+        yield f"| {' | '.join([', '.join(kinds), *cells])} |"
 
 
 def table_cells(spec: EngineSpec) -> tuple[str, ...]:

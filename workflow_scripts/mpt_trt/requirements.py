@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from mpt_trt import sharding
 from mpt_trt.config import MptConfig
 from mpt_trt.engines.limits import EngineLimits
-from mpt_trt.ft_layout import ELEMENT_BYTES, ft_file, ft_files
+from mpt_trt.ft_layout import ELEMENT_BYTES, Int8Layers, ft_file, ft_files
 from mpt_trt.quantization.scheme import (
     CALIBRATION_BATCH_SIZE,
     UNQUANTIZED,
@@ -270,18 +270,29 @@ def gpu_obstacle(spec: EngineSpec, available: int) -> str | None:
 
 def ft_checkpoint_disk(spec: EngineSpec) -> int:
     """All `.bin` files of the FT checkpoint; exact. config.ini and manifest.json are small."""
-    return _ft_bytes(spec.config, spec.tp_size, spec.dtype)
+    is_smoothed = isinstance(spec.quantization.scheme, SmoothQuant)
+    int8_layers = Int8Layers.ALL if is_smoothed else Int8Layers.NONE
+    return _ft_bytes(spec.config, spec.tp_size, spec.dtype, int8_layers)
 
 
 @functools.cache
-def _ft_bytes(config: MptConfig, tp_size: int, storage_type: str) -> int:
-    return sum(file.byte_size for file in ft_files(config, tp_size, storage_type))
+def _ft_bytes(
+    config: MptConfig, tp_size: int, storage_type: str, int8_layers: Int8Layers = Int8Layers.NONE
+) -> int:
+    return sum(file.byte_size for file in ft_files(config, tp_size, storage_type, int8_layers))
 
 
 def engine_disk(spec: EngineSpec) -> int:
-    """What an engine directory adds: the plans. Its weights are links to the FT checkpoint."""
+    """What an engine directory adds: the plans, and the matrices that its network quantizes.
+
+    All other weights are links to the FT checkpoint.
+    """
     plan = rank_weights(spec) + PLAN_BASE + spec.config.num_layers * PLAN_PER_LAYER
-    return spec.tp_size * plan
+    made = 0
+    if isinstance(spec.quantization.scheme, WeightOnly | Awq | Fp8):
+        matrices = (weight for weight in weights(spec.config) if weight.is_linear)
+        made = sum(_matrix_bytes(spec, weight) for weight in matrices)
+    return spec.tp_size * (plan + made)
 
 
 # --- host memory ---------------------------------------------------------------------------------
