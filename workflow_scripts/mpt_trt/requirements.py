@@ -15,6 +15,7 @@ from mpt_trt import sharding
 from mpt_trt.config import MptConfig
 from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.ft_layout import ELEMENT_BYTES, Int8Layers, ft_file, ft_files
+from mpt_trt.products import NETWORK_WORKERS
 from mpt_trt.quantization.scheme import (
     CALIBRATION_BATCH_SIZE,
     UNQUANTIZED,
@@ -54,7 +55,6 @@ CONVERSION_PER_WORKER = 48 * MIB
 NETWORK_BASE = 200 * MIB
 # Of quantizing a matrix: itself in float32, its integers and their transpose.
 NETWORK_PER_ELEMENT = 10
-NETWORK_WORKERS = 4
 # A process with PyTorch and ModelOpt; most copies of a matrix or an activation that ModelOpt has at
 # a time; hidden states of all samples: before a block, behind it, and once more of a second run.
 # Measured, pages of mapped files included: 0.83 GB of the demo model, 1.38 GB of blocks of 0.2 GB.

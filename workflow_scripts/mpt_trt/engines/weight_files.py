@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mpt_trt.files import ContentHash, hard_link, write_in_pieces
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.network import Network
-from mpt_trt.requirements import NETWORK_WORKERS
+from mpt_trt.products import NETWORK_WORKERS
 
 
 def write_weights(network: Network, checkpoint: FtCheckpoint, folder: Path) -> dict[str, str]:
