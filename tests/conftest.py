@@ -11,11 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from checkpoints import CheckpointSpec
 from engines_support import build, make_ft_checkpoint
 from ft_support import CLI
 from mpt_trt.ft_checkpoint import FtCheckpoint, read_ft_checkpoint
+
+# A busy machine says nothing about a property.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture
