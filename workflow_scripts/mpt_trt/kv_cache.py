@@ -15,7 +15,7 @@ from onnx import TensorProto
 from mpt_trt import sharding
 from mpt_trt.config import MptConfig
 from mpt_trt.onnx_graph import GraphBuilder
-from mpt_trt.quantization.npz import KvRanges
+from mpt_trt.quantization.calibrated import FP8_MAX, INT8_MAX, KvRanges
 from mpt_trt.quantization.recipe import Recipe
 from mpt_trt.quantization.scheme import KvCacheType
 from mpt_trt.sharding import Shard
@@ -24,7 +24,7 @@ KINDS = ("key", "value")
 # Greater than any position, and small enough for differences of two.
 NEVER = 1 << 30
 # ONNX's type of a quantized cache, and the largest number that it holds.
-QUANTIZED_TYPES = {"int8": (TensorProto.INT8, 127.0), "fp8": (TensorProto.FLOAT8E4M3FN, 448.0)}
+QUANTIZED_TYPES = {"int8": (TensorProto.INT8, INT8_MAX), "fp8": (TensorProto.FLOAT8E4M3FN, FP8_MAX)}
 
 
 @dataclass(frozen=True)

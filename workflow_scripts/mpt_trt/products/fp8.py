@@ -14,13 +14,14 @@ from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.numerics import convert
 from mpt_trt.onnx_graph import GraphBuilder, StoredTensor
 from mpt_trt.products.base import ft_tensors, linear_weights, made, place
+from mpt_trt.quantization.calibrated import FP8_MAX
 from mpt_trt.quantization.integers import FLOAT32, row_blocks
 from mpt_trt.quantization.npz import CalibrationResult
 from mpt_trt.sharding import Shard
 from mpt_trt.weight_map import Weight
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-LARGEST = np.float32(448)
+LARGEST = np.float32(FP8_MAX)
 
 
 @dataclass(frozen=True)

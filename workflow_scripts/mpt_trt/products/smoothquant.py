@@ -21,10 +21,10 @@ from mpt_trt.ft_layout import FtFile, Int8Files
 from mpt_trt.numerics import STORAGE_TYPES, convert
 from mpt_trt.onnx_graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
 from mpt_trt.products.base import ft_tensors, linear_weights, made, scaled_input
+from mpt_trt.quantization.calibrated import INT8_MAX
 from mpt_trt.quantization.scheme import SmoothQuant
 from mpt_trt.sharding import Shard
 
-LARGEST = 127
 # Smallest row maximum of activations: a row of zeros would be divided by zero.
 SMALLEST_ROW_MAXIMUM = 2.0**-14
 
@@ -142,5 +142,5 @@ def _rounded_by_row(graph: GraphBuilder, value: str, name: str) -> tuple[str, st
     smallest = graph.scalar("smallest_row_maximum", SMALLEST_ROW_MAXIMUM)
     largest = graph.node("Max", [largest, smallest], f"{name}/row_maximum")
     normalized = graph.node("Div", [value, largest], f"{name}/normalized_input")
-    scale = graph.constant("one_127th", 1 / LARGEST, np.float32)
+    scale = graph.constant("one_127th", 1 / INT8_MAX, np.float32)
     return _rounded_to_int8(graph, normalized, scale, name), largest
