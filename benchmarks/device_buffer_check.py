@@ -16,7 +16,7 @@ from cuda.bindings import runtime as cudart
 from numpy.typing import NDArray
 
 from mpt_trt.engines.device_buffer import DeviceBuffer, call
-from mpt_trt.engines.tensorrt_cache import make_device_cache
+from mpt_trt.engines.device_cache import make_device_cache
 from mpt_trt.kv_cache import CacheShape, cache_names
 
 SHAPE = CacheShape(num_layers=3, num_kv_heads=2, cache_len=16, head_dim=6)

@@ -12,10 +12,10 @@ Shapes: `batch` counts prompts, `beams` the hypotheses followed per prompt, `row
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,27 @@ class StepModel(Protocol):
         ...
 
 
+@runtime_checkable
+class GreedyModel(StepModel, Protocol):
+    """A model that also finds the likeliest tokens itself, without waiting for its caller."""
+
+    def likeliest(
+        self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64], count: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Up to `count` steps of one token a row, as many as the caller takes.
+
+        Args:
+            tokens: `[rows]`, those of the first step; each further one takes what the one before
+                it has chosen.
+            write_positions: `[rows]`, of the first step; see `step`.
+
+        Yields:
+            Of each step, the likeliest token of every row and the natural log of its probability,
+            both `[rows]`. A step more than was taken may have been run.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """How to choose tokens.
@@ -128,6 +149,11 @@ class GenerationConfig:
                 f"top_k is {self.top_k} with num_beams {self.num_beams}; it must be 1, because beam"
                 " search does not sample (or set num_beams to 1)"
             )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken as the model has it."""
+        return self.top_k == 1 and self.num_beams == 1 and self.repetition_penalty == 1
 
 
 @dataclass(frozen=True)
@@ -302,6 +328,16 @@ class _Driver:
         self.on_step("decode", num_live)
         return require_finite(logits)
 
+    def likeliest(
+        self, model: GreedyModel, tokens: NDArray[np.int64], count: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Up to `count` steps behind the prompts' first new tokens; see `GreedyModel.likeliest`."""
+        for chosen, log_probs in model.likeliest(tokens, self.prompts.lengths, count):
+            bad = np.flatnonzero(~np.isfinite(log_probs))
+            if bad.size:
+                raise _not_finite(int(bad[0]))
+            yield chosen, log_probs
+
     def reorder(self, rows: NDArray[np.int64], num_rows: int) -> None:
         """Moves cache rows, unless each of the `num_rows` would stay where it is."""
         if not np.array_equal(rows, np.arange(num_rows)):
@@ -312,11 +348,15 @@ def require_finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """The logits, if each row has a finite maximum (a NaN anywhere makes the maximum NaN)."""
     bad = np.flatnonzero(~np.isfinite(logits.max(axis=-1)))
     if bad.size:
-        raise FloatingPointError(
-            f"the logits of row {bad[0]} are not finite; the numbers inside the network overflow"
-            " its data type: build in a wider one (bf16 or fp32)"
-        )
+        raise _not_finite(int(bad[0]))
     return logits
+
+
+def _not_finite(row: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"the logits of row {row} are not finite; the numbers inside the network overflow"
+        " its data type: build in a wider one (bf16 or fp32)"
+    )
 
 
 # Scores
@@ -426,34 +466,91 @@ def _draw(
     return (cumulative <= drawn[:, None]).sum(axis=-1)
 
 
+class _Sequences:
+    """The new tokens of every prompt, one sequence each, as they come."""
+
+    def __init__(self, batch: int, config: GenerationConfig, on_token: OnToken):
+        self.tokens = np.full((batch, config.max_new_tokens), config.pad_id, dtype=np.int64)
+        self._lengths = np.zeros(batch, dtype=np.int64)
+        self._log_probs = np.zeros(batch)
+        self._live = np.ones(batch, dtype=bool)
+        self._config, self._on_token = config, on_token
+        self.count = 0
+
+    @property
+    def num_live(self) -> int:
+        return int(self._live.sum())
+
+    @property
+    def go_on(self) -> bool:
+        """Whether another token is wanted."""
+        return self.count < self._config.max_new_tokens and self.num_live > 0
+
+    def take(self, chosen: NDArray[np.int64], log_probs: NDArray[np.floating]) -> None:
+        """Appends a token to every sequence that has not ended. Both are `[rows]`."""
+        live = self._live
+        self.tokens[live, self.count] = chosen[live]
+        self._lengths += live
+        self._log_probs[live] += log_probs[live]
+        for row in np.flatnonzero(live):
+            self._on_token(int(row), int(chosen[row]))
+        self._live = live & ~_ends(chosen, self._config)
+        self.count += 1
+
+    def generated(self) -> list[list[Generated]]:
+        return [
+            [Generated(tuple(row[:length].tolist()), float(log_prob))]
+            for row, length, log_prob in zip(
+                self.tokens, self._lengths, self._log_probs, strict=True
+            )
+        ]
+
+
 def _single_sequences(
     driver: _Driver, config: GenerationConfig, on_token: OnToken
 ) -> list[list[Generated]]:
+    sequences = _Sequences(len(driver.prompts.ids), config, on_token)
+    model = driver.model
+    if config.is_greedy and isinstance(model, GreedyModel):
+        _let_model_choose(driver, model, sequences, config)
+    else:
+        _choose(driver, sequences, config)
+    return sequences.generated()
+
+
+def _choose(driver: _Driver, sequences: _Sequences, config: GenerationConfig) -> None:
     prompt_tokens = driver.prompts.vocabulary()
-    batch = len(prompt_tokens)
-    choose = _chooser(config, batch)
-    tokens = np.full((batch, config.max_new_tokens), config.pad_id, dtype=np.int64)
-    lengths = np.zeros(batch, dtype=np.int64)
-    log_probs = np.zeros(batch)
-    live = np.ones(batch, dtype=bool)
+    choose = _chooser(config, len(prompt_tokens))
     logits = driver.prefill()
-    for step in range(config.max_new_tokens):
-        seen = np.concatenate([prompt_tokens, tokens[:, :step]], axis=1)
+    while True:
+        seen = np.concatenate([prompt_tokens, sequences.tokens[:, : sequences.count]], axis=1)
         chosen = choose(penalize_repetition(logits, seen, config.repetition_penalty))
-        tokens[live, step] = chosen[live]
-        lengths += live
-        gained = np.take_along_axis(log_softmax(logits), chosen[:, None], axis=-1)[:, 0]
-        log_probs[live] += gained[live]
-        for row in np.flatnonzero(live):
-            on_token(int(row), int(chosen[row]))
-        live = live & ~_ends(chosen, config)
-        if step + 1 == config.max_new_tokens or not live.any():
-            break
-        logits = driver.decode(tokens[:, step], step + 1, int(live.sum()))
-    return [
-        [Generated(tuple(row[:length].tolist()), float(log_prob))]
-        for row, length, log_prob in zip(tokens, lengths, log_probs, strict=True)
-    ]
+        sequences.take(chosen, _log_probs_of(chosen, logits))
+        if not sequences.go_on:
+            return
+        step = sequences.count
+        logits = driver.decode(sequences.tokens[:, step - 1], step, sequences.num_live)
+
+
+def _let_model_choose(
+    driver: _Driver, model: GreedyModel, sequences: _Sequences, config: GenerationConfig
+) -> None:
+    logits = driver.prefill()
+    chosen = logits.argmax(axis=-1)
+    sequences.take(chosen, _log_probs_of(chosen, logits))
+    if not sequences.go_on:
+        return
+    steps = driver.likeliest(model, chosen, config.max_new_tokens - 1)
+    for chosen, log_probs in steps:
+        driver.on_step("decode", sequences.num_live)
+        sequences.take(chosen, log_probs)
+        if not sequences.go_on:
+            return
+
+
+def _log_probs_of(chosen: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.floating]:
+    """Natural log-probability of a token of each row, `[rows]`."""
+    return np.take_along_axis(log_softmax(logits), chosen[:, None], axis=-1)[:, 0]
 
 
 # Beam search

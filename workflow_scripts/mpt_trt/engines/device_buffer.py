@@ -1,10 +1,12 @@
-"""GPU memory, by CUDA's runtime."""
+"""GPU memory, and host memory for it, by CUDA's runtime."""
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from cuda.bindings import runtime as cudart
 from numpy.typing import NDArray
 
@@ -29,10 +31,28 @@ class DeviceBuffer:
         kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
         call(cudart.cudaMemcpyAsync(self.address, source.ctypes.data, source.nbytes, kind, stream))
 
+    def copy_from_device(self, source: DeviceBuffer, size: int, stream: Any) -> None:
+        """Copies the first `size` bytes of another buffer."""
+        call(cudart.cudaMemcpyAsync(self.address, source.address, size, DEVICE_TO_DEVICE, stream))
+
     def copy_to(self, target: NDArray, stream: Any) -> None:
         """Fills a contiguous host array from the start of the buffer."""
         kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
         call(cudart.cudaMemcpyAsync(target.ctypes.data, self.address, target.nbytes, kind, stream))
+
+
+class PinnedBuffer:
+    """Host memory that the GPU reads and writes while the host goes on, freed with the object.
+
+    array: uint8 `[size]`, not to be used after the object is gone.
+    """
+
+    def __init__(self, size: int):
+        self._address = int(call(cudart.cudaHostAlloc(size, cudart.cudaHostAllocDefault)))
+        self.array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self._address))
+
+    def __del__(self) -> None:
+        cudart.cudaFreeHost(self._address)
 
 
 def call(result: tuple) -> Any:

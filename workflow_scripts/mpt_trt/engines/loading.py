@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mpt_trt.engines import gpus
 from mpt_trt.engines.manifest import Manifest, check_content, read_manifest
@@ -13,6 +14,10 @@ from mpt_trt.errors import MptTrtError, SharedError
 from mpt_trt.generation import StepModel
 from mpt_trt.ranks import Communicator, communicator
 from mpt_trt.requirements import EngineSpec, gpu_obstacle
+
+if TYPE_CHECKING:
+    from mpt_trt.engines.onnx_cuda import OnnxCudaEngine
+    from mpt_trt.engines.onnx_runtime import OnnxRuntimeEngine
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,22 @@ def _load_rank(
         return LoadedEngine(engine, manifest, engine.max_logits, engine.description, None, ranks)
     if runtime == "tensorrt":
         raise MptTrtError(f"{engine_dir}: TensorRT cannot run this engine here: {obstacle}")
-    from mpt_trt.engines.onnx_runtime import OnnxRuntimeEngine
-
     check_content(engine_dir, files, files.network)
-    stand_in = OnnxRuntimeEngine(engine_dir, manifest, num_threads, ranks)
+    stand_in = _open_network(engine_dir, manifest, num_threads, ranks)
     return LoadedEngine(stand_in, manifest, None, stand_in.description, obstacle, ranks)
+
+
+def _open_network(
+    engine_dir: Path, manifest: Manifest, num_threads: int, ranks: Communicator | None
+) -> OnnxRuntimeEngine | OnnxCudaEngine:
+    from mpt_trt.engines.onnx_runtime import CUDA, OnnxRuntimeEngine, provider
+
+    # Ranks meet in operators that run on the host, which a CUDA graph cannot hold.
+    if ranks is None and provider() == CUDA:
+        from mpt_trt.engines.onnx_cuda import OnnxCudaEngine
+
+        return OnnxCudaEngine(engine_dir, manifest)
+    return OnnxRuntimeEngine(engine_dir, manifest, num_threads, ranks)
 
 
 def tensorrt_obstacle(manifest: Manifest) -> str | None:

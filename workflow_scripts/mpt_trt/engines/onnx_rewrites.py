@@ -7,15 +7,25 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from mpt_trt.errors import MptTrtError
 from mpt_trt.numerics import convert
 
 FLOAT32 = np.dtype(np.float32)
 # Attributes that name the type of what a node computes.
 TYPE_ATTRIBUTES = ("to", "output_dtype")
 QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
+
+
+def read_network(path: Path) -> onnx.ModelProto:
+    """The graph, without its weights; raises MptTrtError when it cannot be read."""
+    try:
+        return onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise MptTrtError(f"{path}: damaged ({error}); build the engine again") from None
 
 
 def compute_in_float32(

@@ -10,16 +10,18 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import TensorProto
 
 from mpt_trt.engines.cpu_collectives import Collectives, replace_collectives
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnx_cache import make_bound_cache
-from mpt_trt.engines.onnx_rewrites import compute_in_float32, spell_out_scale_types
+from mpt_trt.engines.onnx_rewrites import (
+    compute_in_float32,
+    read_network,
+    spell_out_scale_types,
+)
 from mpt_trt.errors import MptTrtError
 from mpt_trt.kv_cache import cache_shape
 from mpt_trt.onnx_graph import ELEMENT_TYPES
@@ -49,7 +51,7 @@ class OnnxRuntimeEngine:
         self.max_batch_size = manifest.limits.max_batch_size
         self.max_step_tokens = manifest.limits.max_input_len
         self.max_logits: int | None = None
-        self._provider = _provider()
+        self._provider = provider()
         self._collectives = None if communicator is None else Collectives(communicator)
         self._session, self._weights = _open_session(path, self._provider, num_threads, manifest)
         self._binding = self._session.io_binding()
@@ -101,7 +103,8 @@ class OnnxRuntimeEngine:
         self._cache.reorder(rows)
 
 
-def _provider() -> str:
+def provider() -> str:
+    """What this installation of ONNX Runtime computes with."""
     available = onnxruntime.get_available_providers()
     return CUDA if CUDA in available else CPU
 
@@ -120,10 +123,7 @@ def _open_session(
     path: Path, provider: str, num_threads: int, manifest: Manifest
 ) -> tuple[onnxruntime.InferenceSession, list[onnxruntime.OrtValue]]:
     """The session, and the converted weights that must live as long as it does."""
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        raise MptTrtError(f"{path}: damaged ({error}); build the engine again") from None
+    model = read_network(path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERROR_SEVERITY
     options.intra_op_num_threads = num_threads

@@ -19,10 +19,10 @@ from cuda.bindings import runtime as cudart
 from numpy.typing import NDArray
 
 from mpt_trt.engines.device_buffer import DeviceBuffer, call
+from mpt_trt.engines.device_cache import make_device_cache
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.nccl import join_nccl, set_communicator
 from mpt_trt.engines.tensorrt import CONTEXT_PROFILE, GENERATION_PROFILE
-from mpt_trt.engines.tensorrt_cache import make_device_cache
 from mpt_trt.errors import MptTrtError
 from mpt_trt.kv_cache import cache_names, cache_shape
 from mpt_trt.numerics import STORAGE_TYPES

@@ -1,4 +1,4 @@
-"""The key-value cache of a TensorRT plan, in GPU memory."""
+"""The key-value cache of an engine, in GPU memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from mpt_trt.kv_cache import CacheShape, cache_names
 from mpt_trt.quantization.scheme import KvCacheType
 
 SetAddress = Callable[[str, int], None]
-"""Tells every execution context where a value of the network lies."""
+"""Tells the runtime where a value of the network lies."""
 
 
 class DeviceCache(Protocol):
-    """A cache whose buffers are bound to the execution contexts."""
+    """A cache whose buffers are bound to the runtime."""
+
+    @property
+    def address(self) -> int:
+        """Where the buffers begin, 0 before the first start."""
+        ...
 
     def start(self, batch_size: int, stream: Any) -> None:
         """Makes it `batch_size` empty rows."""
@@ -74,7 +79,15 @@ class _Buffers:
         self._kept: _Array | None = None
 
     def start(self, batch_size: int, stream: Any) -> None:
-        self._keep(self._array(batch_size, self._shape.cache_len))
+        # What a row held is overwritten before anything sees it. So buffers of as many rows stay,
+        # and with them the graphs that were captured.
+        if self._kept is None or self._kept.rows != batch_size:
+            self._keep(self._array(batch_size, self._shape.cache_len))
+
+    @property
+    def address(self) -> int:
+        """Where the cache begins; another one after every `reorder`, as a rule."""
+        return 0 if self._kept is None else self._kept.buffer.address
 
     def reorder(self, rows: NDArray[np.int64], stream: Any) -> None:
         old, new = self._kept, self._array(len(rows), self._shape.cache_len)

@@ -1,0 +1,223 @@
+"""A network for steps of one token a row: what a GPU does faster then, as ONNX Runtime's operators.
+
+The portable network is the reference: each rewrite computes the same values, and is made in memory
+when the network is loaded. Operators of the domain `com.microsoft` are ONNX Runtime's own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+DOMAIN = "com.microsoft"
+NORMS = {
+    "LayerNormalization": "SkipLayerNormalization",
+    "RMSNormalization": "SkipSimplifiedLayerNormalization",
+}
+# Where a fused norm puts the sum that it has normed.
+SUM_OUTPUT = 3
+
+
+class Graph:
+    """A graph that is being edited: who makes a value, and who reads it."""
+
+    def __init__(self, model: onnx.ModelProto):
+        self._proto = model.graph
+        self.nodes: list[onnx.NodeProto] = list(model.graph.node)
+        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.maker = {output: node for node in self.nodes for output in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in self.nodes:
+            for name in node.input:
+                self.readers[name].append(node)
+
+    def constant(self, name: str, values: list[int]) -> str:
+        """An int64 vector in the graph."""
+        self.initializers[name] = numpy_helper.from_array(np.array(values, np.int64), name)
+        return name
+
+    def replace(self, replaced: dict[str, list[onnx.NodeProto]]) -> None:
+        """Puts nodes in the places of others, which are named."""
+        self.nodes = [new for node in self.nodes for new in replaced.get(node.name, [node])]
+
+    def store(self) -> None:
+        """Writes nodes and initializers back, without what no node reads any more."""
+        used = {name for node in self.nodes for name in node.input}
+        del self._proto.node[:], self._proto.initializer[:]
+        self._proto.node.extend(self.nodes)
+        kept = (tensor for name, tensor in self.initializers.items() if name in used)
+        self._proto.initializer.extend(kept)
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, object]:
+    return {each.name: helper.get_attribute_value(each) for each in node.attribute}
+
+
+def use_own_operators(model: onnx.ModelProto) -> None:
+    """Declares ONNX Runtime's domain in the model."""
+    if all(each.domain != DOMAIN for each in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+
+
+def fuse_residual_norms(model: onnx.ModelProto) -> None:
+    """Adds to the residual stream within the norm that follows: one pass over the hidden states."""
+    graph = Graph(model)
+    replaced: dict[str, list[onnx.NodeProto]] = {}
+    for add in graph.nodes:
+        if add.op_type != "Add" or any(name in graph.initializers for name in add.input):
+            continue
+        norms = [node for node in graph.readers[add.output[0]] if node.op_type in NORMS]
+        if len(norms) != 1:
+            continue
+        [norm] = norms
+        replaced |= {add.name: [], norm.name: [_fused_norm(add, norm)]}
+    graph.replace(replaced)
+    graph.store()
+    use_own_operators(model)
+
+
+def _fused_norm(add: onnx.NodeProto, norm: onnx.NodeProto) -> onnx.NodeProto:
+    outputs = [norm.output[0], "", "", add.output[0]]
+    return helper.make_node(
+        NORMS[norm.op_type],
+        [*add.input, *norm.input[1:]],
+        outputs,
+        name=norm.name,
+        domain=DOMAIN,
+        epsilon=attributes(norm)["epsilon"],
+    )
+
+
+def specialize_for_one_token(model: onnx.ModelProto) -> None:
+    """Makes `seq` 1 and asks for the logits of every row, in order, `[batch, vocab]`.
+
+    There is no input `logit_positions` any more. Then nothing has to be transposed: with one
+    position, `[batch, seq, heads, head_dim]` and `[batch, heads, seq, head_dim]` are one layout.
+    """
+    for value in model.graph.input:
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param == "seq":
+                dimension.dim_value = 1
+    graph = Graph(model)
+    replaced: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.nodes:
+        if node.op_type == "GatherND":
+            shape = graph.constant("every_row", [0, -1])
+            replaced[node.name] = [_reshape(node.input[0], shape, node.output[0])]
+        elif node.op_type == "Transpose" and attributes(node)["perm"] == [0, 2, 1, 3]:
+            replaced |= _without_transpose(graph, node)
+    graph.replace(replaced)
+    graph.store()
+    kept = [value for value in model.graph.input if value.name != "logit_positions"]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    [logits] = [value for value in model.graph.output if value.name == "logits"]
+    logits.type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
+def _without_transpose(graph: Graph, transpose: onnx.NodeProto) -> dict[str, list[onnx.NodeProto]]:
+    """A Reshape and a Transpose, in either order, as one Reshape."""
+    before = graph.maker[transpose.input[0]]
+    if before.op_type == "Reshape":
+        # [batch, 1, heads * head_dim] to [batch, heads, 1, head_dim]
+        [_, _, heads, head_dim] = numpy_helper.to_array(graph.initializers[before.input[1]])
+        shape = graph.constant(f"split_heads_{heads}", [0, int(heads), 1, int(head_dim)])
+        return {
+            before.name: [],
+            transpose.name: [_reshape(before.input[0], shape, transpose.output[0])],
+        }
+    # [batch, heads, 1, head_dim] to [batch, 1, heads * head_dim]
+    [after] = graph.readers[transpose.output[0]]
+    shape = graph.constant("merged_heads_of_one", [0, 1, -1])
+    return {
+        transpose.name: [],
+        after.name: [_reshape(transpose.input[0], shape, after.output[0])],
+    }
+
+
+def _reshape(value: str, shape: str, output: str) -> onnx.NodeProto:
+    return helper.make_node("Reshape", [value, shape], [output], name=output)
+
+
+def write_out_attention(model: onnx.ModelProto) -> None:
+    """Attention of single queries as two products and a softmax.
+
+    For a network that is specialized for one token. The operator works on blocks of queries, of
+    which there is one here, and leaves most of a GPU idle.
+    """
+    graph = Graph(model)
+    heads = _heads_of_caches(model)
+    graph.replace(
+        {
+            node.name: _written_out(graph, node, heads)
+            for node in graph.nodes
+            if node.op_type == "Attention"
+        }
+    )
+    graph.store()
+    use_own_operators(model)
+
+
+def _heads_of_caches(model: onnx.ModelProto) -> int:
+    [cache] = [value for value in model.graph.input if value.name == "past_key.0"]
+    return cache.type.tensor_type.shape.dim[1].dim_value
+
+
+def _written_out(graph: Graph, node: onnx.NodeProto, num_kv_heads: int) -> list[onnx.NodeProto]:
+    """Queries that share keys are rows of one product."""
+    query, keys, values, bias = node.input
+    name, output = node.name, node.output[0]
+    grouped = graph.constant("queries_of_keys", [0, num_kv_heads, -1, 0])
+    by_head = graph.constant("scores_of_heads", [0, -1, 1, 0])
+    by_keys = graph.constant("scores_of_keys", [0, num_kv_heads, -1, 0])
+
+    def step(op_type: str, inputs: list[str], result: str, **options: object) -> onnx.NodeProto:
+        return helper.make_node(op_type, inputs, [result], name=result, **options)
+
+    return [
+        step("Reshape", [query, grouped], f"{name}/grouped"),
+        step(
+            "FusedMatMul",
+            [f"{name}/grouped", keys],
+            f"{name}/products",
+            domain=DOMAIN,
+            transB=1,
+            alpha=attributes(node)["scale"],
+        ),
+        step("Reshape", [f"{name}/products", by_head], f"{name}/products_of_heads"),
+        step("Add", [f"{name}/products_of_heads", bias], f"{name}/scores"),
+        step("Softmax", [f"{name}/scores"], f"{name}/weights_of_heads", axis=-1),
+        step("Reshape", [f"{name}/weights_of_heads", by_keys], f"{name}/weights"),
+        step("MatMul", [f"{name}/weights", values], f"{name}/by_keys"),
+        step("Reshape", [f"{name}/by_keys", by_head], output),
+    ]
+
+
+def choose_likeliest(model: onnx.ModelProto) -> None:
+    """Adds what the next step of greedy decoding takes, and the likelihood of its tokens.
+
+    For a network that is specialized for one token: next_ids int64 `[batch, 1]`, log_probs float32
+    `[batch, 1]`, next_positions int64 `[batch]`.
+    """
+    graph = model.graph
+    one = numpy_helper.from_array(np.array(1, np.int64), "one_position")
+    graph.initializer.append(one)
+    axis = numpy_helper.from_array(np.array([-1], np.int64), "last_axis")
+    graph.initializer.append(axis)
+    operations: tuple[tuple[str, list[str], str, dict[str, int]], ...] = (
+        ("ArgMax", ["logits"], "next_ids", {"axis": -1}),
+        ("LogSoftmax", ["logits"], "all_log_probs", {"axis": -1}),
+        ("ReduceMax", ["all_log_probs", "last_axis"], "log_probs", {}),
+        ("Add", ["write_positions", "one_position"], "next_positions", {}),
+    )
+    for op_type, inputs, output, options in operations:
+        graph.node.append(helper.make_node(op_type, inputs, [output], name=output, **options))
+    for name, element_type, shape in (
+        ("next_ids", TensorProto.INT64, ["batch", 1]),
+        ("log_probs", TensorProto.FLOAT, ["batch", 1]),
+        ("next_positions", TensorProto.INT64, ["batch"]),
+    ):
+        graph.output.append(helper.make_tensor_value_info(name, element_type, shape))

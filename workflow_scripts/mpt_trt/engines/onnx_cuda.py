@@ -1,0 +1,340 @@
+"""Runs a network of one rank under ONNX Runtime's CUDA provider.
+
+Two sessions read one copy of the weights: the network as it is, for prompts, and one that is
+rewritten for steps of one token a row (see decode_rewrites). Such a step is captured in a CUDA
+graph when it comes a second time for the same cache. Weights, cache and what a step takes and gives
+lie in this module's own buffers, and everything happens on one stream.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from cuda.bindings import runtime as cudart
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from mpt_trt.engines import decode_rewrites
+from mpt_trt.engines.device_buffer import DeviceBuffer, PinnedBuffer, call
+from mpt_trt.engines.device_cache import make_device_cache
+from mpt_trt.engines.manifest import Manifest
+from mpt_trt.engines.onnx_rewrites import read_network, spell_out_scale_types
+from mpt_trt.engines.shared_weights import SharedWeight, share_weights
+from mpt_trt.errors import MptTrtError
+from mpt_trt.kv_cache import QUANTIZED_TYPES, cache_shape
+from mpt_trt.numerics import STORAGE_TYPES
+from mpt_trt.onnx_graph import ELEMENT_TYPES
+from mpt_trt.sharding import Shard
+
+PROVIDER = "CUDAExecutionProvider"
+ERROR_SEVERITY = 3
+LOADING_THREADS = 8
+INT64_BYTES = 8
+FLOAT32_BYTES = 4
+# What ONNX Runtime takes for "neither capture nor replay".
+NO_GRAPH = -1
+
+
+class OnnxCudaEngine:
+    """One rank's network, loaded on a GPU; see `mpt_trt.generation.GreedyModel` for the contract."""
+
+    def __init__(self, engine_dir: Path, manifest: Manifest):
+        self._limits = limits = manifest.limits
+        self.vocab_size = manifest.config.vocab_size
+        self.capacity = limits.cache_len
+        self.max_batch_size = limits.max_batch_size
+        self.max_step_tokens = limits.max_input_len
+        self.max_logits: int | None = None
+        self._shape = cache_shape(manifest.config, Shard(0, 1), limits.cache_len)
+        self._cache_type = _cache_type(manifest)
+        self._stream = call(cudart.cudaStreamCreate())
+        self._load(engine_dir / manifest.ranks[0].network, manifest)
+        element_bytes = STORAGE_TYPES[manifest.dtype].itemsize
+        self._cache = make_device_cache(
+            self._shape, manifest.quantization.kv_cache, element_bytes, self._bind_cache
+        )
+        self._rows, self._seq = 0, 0
+        self._state = _StepState(limits.max_batch_size, self.vocab_size)
+        self._prompt_buffers: dict[str, DeviceBuffer] = {}
+        # By rows and address of the cache: the number of the captured graph, None before capture.
+        self._graphs: dict[tuple[int, int], int | None] = {}
+
+    def _load(self, path: Path, manifest: Manifest) -> None:
+        prompt_network = read_network(path)
+        spell_out_scale_types(prompt_network, ELEMENT_TYPES[manifest.dtype])
+        weights = share_weights(prompt_network, path.parent)
+        decode_rewrites.fuse_residual_norms(prompt_network)
+        step_network = _for_steps(prompt_network)
+        self._prompts = _Session(prompt_network, path, self._stream, captures=False)
+        self._steps = _Session(step_network, path, self._stream, captures=True)
+        self._weights = _upload(weights, self._stream)
+        for weight in weights:
+            address = self._weights[weight.name].address
+            for session in (self._prompts, self._steps):
+                session.bind_input(weight.name, weight.element_type, weight.shape, address)
+
+    @property
+    def description(self) -> str:
+        return f"ONNX Runtime {onnxruntime.__version__} ({PROVIDER})"
+
+    def start(self, batch_size: int) -> None:
+        """An empty cache of `batch_size` rows; raises MptTrtError when the rows do not fit."""
+        self._limits.require_rows(batch_size)
+        self._use_rows(batch_size)
+        self._cache.start(batch_size, self._stream)
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        write_positions: NDArray[np.int64],
+        logit_positions: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """One step; see the network's docstring. Returns `[num_logits, vocab]`."""
+        if input_ids.shape[1] == 1:
+            self._state.write(input_ids[:, 0], write_positions, self._stream)
+            self._step_one(write_positions)
+            # Those of every row are there.
+            logits = np.empty((self._rows, self.vocab_size), np.float32)
+            self._state.logits.copy_to(logits, self._stream)
+            call(cudart.cudaStreamSynchronize(self._stream))
+            return logits[logit_positions[:, 0]]
+        return self._read_prompts(input_ids, write_positions, logit_positions)
+
+    def likeliest(
+        self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64], count: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Steps of one token a row, each of which takes the likeliest tokens of the one before.
+
+        The next step runs while the caller looks at the last one's result.
+        """
+        results = [_StepResult(self._rows), _StepResult(self._rows)]
+        self._state.write(tokens, write_positions, self._stream)
+        for index in range(count + 1):
+            if index < count:
+                if index:
+                    self._state.advance(self._stream)
+                self._step_one(write_positions + index)
+                results[index % 2].fetch(self._state, self._stream)
+            if index:
+                yield results[(index - 1) % 2].wait()
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """Cache row i becomes a copy of old row rows[i]."""
+        self._use_rows(len(rows))
+        self._cache.reorder(rows, self._stream)
+        call(cudart.cudaStreamSynchronize(self._stream))
+
+    def _use_rows(self, rows: int) -> None:
+        if rows != self._rows:
+            self._rows = rows
+            self._state.bind(self._steps, rows)
+
+    def _bind_cache(self, name: str, address: int) -> None:
+        """A part of the cache, or of what a step adds to it, of the present rows and tokens."""
+        age, _ = name.split("_", 1)
+        shape = self._shape
+        positions = self._seq if age == "new" else shape.cache_len
+        dimensions = (self._rows, shape.num_kv_heads, positions, shape.head_dim)
+        for session in (self._prompts, self._steps):
+            bind = session.bind_input if age == "past" else session.bind_output
+            bind(name, self._cache_type, dimensions, address)
+
+    def _step_one(self, write_positions: NDArray[np.int64]) -> None:
+        self._before_step(1)
+        self._steps.run(self._graph())
+        self._cache.after_step(write_positions, self._stream)
+
+    def _before_step(self, seq: int) -> None:
+        self._seq = seq
+        self._cache.before_step(seq)
+
+    def _graph(self) -> int:
+        """The graph to replay or, the second time, to capture.
+
+        Not the first time: after beam search has reordered the cache, there may be no second.
+        """
+        key = (self._rows, self._cache.address)
+        if key not in self._graphs:
+            self._graphs[key] = None
+            return NO_GRAPH
+        if self._graphs[key] is None:
+            self._graphs[key] = sum(number is not None for number in self._graphs.values()) + 1
+        return self._graphs[key]
+
+    def _read_prompts(
+        self,
+        input_ids: NDArray[np.int64],
+        write_positions: NDArray[np.int64],
+        logit_positions: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        num_logits = len(logit_positions)
+        feeds = {
+            "input_ids": input_ids,
+            "write_positions": write_positions,
+            # Of no rows, one is computed and dropped.
+            "logit_positions": logit_positions if num_logits else [[0, 0]],
+        }
+        staged = {name: np.ascontiguousarray(value, np.int64) for name, value in feeds.items()}
+        for name, value in staged.items():
+            buffer = self._prompt_buffer(name, value.nbytes)
+            buffer.copy_from(value, self._stream)
+            self._prompts.bind_input(name, TensorProto.INT64, value.shape, buffer.address)
+        shape = (len(staged["logit_positions"]), self.vocab_size)
+        output = self._prompt_buffer("logits", shape[0] * shape[1] * FLOAT32_BYTES)
+        self._prompts.bind_output("logits", TensorProto.FLOAT, shape, output.address)
+        self._before_step(input_ids.shape[1])
+        self._prompts.run(NO_GRAPH)
+        self._cache.after_step(write_positions, self._stream)
+        logits = np.empty((num_logits, self.vocab_size), np.float32)
+        output.copy_to(logits, self._stream)
+        call(cudart.cudaStreamSynchronize(self._stream))
+        return logits
+
+    def _prompt_buffer(self, name: str, size: int) -> DeviceBuffer:
+        """A buffer of at least `size` bytes, the last one's where it is enough."""
+        if name not in self._prompt_buffers or self._prompt_buffers[name].size < size:
+            self._prompt_buffers.pop(name, None)
+            self._prompt_buffers[name] = DeviceBuffer(size)
+        return self._prompt_buffers[name]
+
+
+class _Session:
+    """A network that is loaded, and what its values are bound to."""
+
+    def __init__(self, model: onnx.ModelProto, path: Path, stream: Any, captures: bool):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = ERROR_SEVERITY
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent)
+        )
+        provider = {
+            "user_compute_stream": str(int(stream)),
+            "enable_cuda_graph": str(int(captures)),
+            "arena_extend_strategy": "kSameAsRequested",
+            "use_tf32": "0",
+        }
+        try:
+            self._session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=[(PROVIDER, provider)]
+            )
+        except Exception as error:  # the library raises many types, without a common base
+            raise MptTrtError(f"{path}: ONNX Runtime cannot load the network: {error}") from None
+        self._binding = self._session.io_binding()
+        self._run_options: dict[int, onnxruntime.RunOptions] = {}
+
+    def bind_input(
+        self, name: str, element_type: int, shape: tuple[int, ...], address: int
+    ) -> None:
+        self._binding.bind_input(name, "cuda", 0, element_type, shape, address)
+
+    def bind_output(
+        self, name: str, element_type: int, shape: tuple[int, ...], address: int
+    ) -> None:
+        self._binding.bind_output(name, "cuda", 0, element_type, shape, address)
+
+    def run(self, graph: int) -> None:
+        """Puts a run on the stream, and does not wait for it."""
+        if graph not in self._run_options:
+            options = onnxruntime.RunOptions()
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            options.add_run_config_entry("gpu_graph_id", str(graph))
+            self._run_options[graph] = options
+        self._session.run_with_iobinding(self._binding, self._run_options[graph])
+
+
+class _StepState:
+    """What a step of one token a row takes and gives, for up to `rows` rows.
+
+    A step's tokens and positions lie one behind the other, and so do the next step's, so that one
+    copy is enough between two steps.
+    """
+
+    def __init__(self, rows: int, vocab_size: int):
+        self._vocab_size = vocab_size
+        self._present = DeviceBuffer(2 * rows * INT64_BYTES)
+        self._next = DeviceBuffer(2 * rows * INT64_BYTES)
+        self._log_probs = DeviceBuffer(rows * FLOAT32_BYTES)
+        self.logits = DeviceBuffer(rows * vocab_size * FLOAT32_BYTES)
+        self._rows = rows
+
+    def bind(self, session: _Session, rows: int) -> None:
+        self._rows = rows
+        integer, real, half = TensorProto.INT64, TensorProto.FLOAT, rows * INT64_BYTES
+        present, following = self._present.address, self._next.address
+        session.bind_input("input_ids", integer, (rows, 1), present)
+        session.bind_input("write_positions", integer, (rows,), present + half)
+        session.bind_output("next_ids", integer, (rows, 1), following)
+        session.bind_output("next_positions", integer, (rows,), following + half)
+        session.bind_output("log_probs", real, (rows, 1), self._log_probs.address)
+        session.bind_output("logits", real, (rows, self._vocab_size), self.logits.address)
+
+    def write(
+        self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64], stream: Any
+    ) -> None:
+        self._present.copy_from(np.concatenate([tokens, write_positions]), stream)
+
+    def advance(self, stream: Any) -> None:
+        """The next step's tokens and positions become the present ones."""
+        self._present.copy_from_device(self._next, 2 * self._rows * INT64_BYTES, stream)
+
+    def read_choice(
+        self, tokens: NDArray[np.int64], log_probs: NDArray[np.float32], stream: Any
+    ) -> None:
+        self._next.copy_to(tokens, stream)
+        self._log_probs.copy_to(log_probs, stream)
+
+
+class _StepResult:
+    """The tokens that a step has chosen, on their way to the host."""
+
+    def __init__(self, rows: int):
+        self._buffer = PinnedBuffer(rows * (INT64_BYTES + FLOAT32_BYTES))
+        self._tokens = self._buffer.array[: rows * INT64_BYTES].view(np.int64)
+        self._log_probs = self._buffer.array[rows * INT64_BYTES :].view(np.float32)
+        self._event = call(cudart.cudaEventCreate())
+
+    def fetch(self, state: _StepState, stream: Any) -> None:
+        state.read_choice(self._tokens, self._log_probs, stream)
+        call(cudart.cudaEventRecord(self._event, stream))
+
+    def wait(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Copies, since the buffer is used again."""
+        call(cudart.cudaEventSynchronize(self._event))
+        return self._tokens.copy(), self._log_probs.copy()
+
+
+def _cache_type(manifest: Manifest) -> int:
+    """ONNX's type of the cache."""
+    kv_cache = manifest.quantization.kv_cache
+    return ELEMENT_TYPES[manifest.dtype] if kv_cache == "auto" else QUANTIZED_TYPES[kv_cache][0]
+
+
+def _for_steps(network: onnx.ModelProto) -> onnx.ModelProto:
+    """The network for steps of one token a row."""
+    model = copy.deepcopy(network)
+    decode_rewrites.specialize_for_one_token(model)
+    decode_rewrites.write_out_attention(model)
+    decode_rewrites.choose_likeliest(model)
+    return model
+
+
+def _upload(weights: list[SharedWeight], stream: Any) -> dict[str, DeviceBuffer]:
+    """Puts weights into GPU memory."""
+    buffers = {weight.name: DeviceBuffer(weight.size) for weight in weights}
+
+    def upload(weight: SharedWeight) -> None:
+        content = np.ascontiguousarray(weight.read())
+        buffers[weight.name].copy_from(content, stream)
+        call(cudart.cudaStreamSynchronize(stream))
+
+    with ThreadPoolExecutor(LOADING_THREADS) as pool:
+        for _ in pool.map(upload, weights):
+            pass
+    return buffers
