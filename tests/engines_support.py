@@ -20,21 +20,13 @@ from checkpoints import CheckpointSpec, config_dict, tensors, write_checkpoint
 from mpt_trt import ft_checkpoint, weight_map
 from mpt_trt.config import read_hf_config
 from mpt_trt.engines.building import BuildRequest, build_engine, make_rank_network
-from mpt_trt.engines.manifest import (
-    BuilderInfo,
-    EngineLimits,
-    FileRecord,
-    Manifest,
-    RankFiles,
-    network_description_name,
-)
+from mpt_trt.engines.limits import EngineLimits
+from mpt_trt.engines.manifest import read_network_manifest
 from mpt_trt.engines.onnx_runtime import OnnxRuntimeEngine
-from mpt_trt.files import read_json
 from mpt_trt.ft_checkpoint import ConversionSettings, FtCheckpoint
 from mpt_trt.generation import StepModel
 from mpt_trt.hf_checkpoint import HfCheckpoint
 from mpt_trt.quantization.recipe import NOT_QUANTIZED, Recipe
-from mpt_trt.quantization.scheme import Quantization, make_scheme
 from mpt_trt.sharding import Shard, VocabularySharding
 
 Ids = NDArray[np.int64]
@@ -132,23 +124,7 @@ def build(checkpoint: FtCheckpoint, target: Path, limits: EngineLimits = LIMITS)
 
 def open_network(folder: Path) -> OnnxRuntimeEngine:
     """A network that has no plan, under ONNX Runtime on one thread."""
-    described = read_json(folder / network_description_name(0))
-    config = ft_checkpoint.MptConfig(**described["config"])
-    files = {name: FileRecord(**record) for name, record in described["files"].items()}
-    manifest = Manifest(
-        model_name=described["model_name"],
-        config=config,
-        dtype=described["dtype"],
-        quantization=Quantization(make_scheme(**described["quantization"]), described["kv_cache"]),
-        calibration=described["calibration"],
-        tp_size=1,
-        limits=EngineLimits(**described["limits"]),
-        vocabulary_sharding=VocabularySharding(**described["vocabulary_sharding"]),
-        source={},
-        builder=BuilderInfo("none", "0", ()),
-        ranks=(RankFiles(described["network"], "no plan", files),),
-    )
-    return OnnxRuntimeEngine(folder, manifest, num_threads=1)
+    return OnnxRuntimeEngine(folder, read_network_manifest(folder), num_threads=1)
 
 
 def open_spec(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,9 @@ def write_shards(
     weight_map = {}
     for number, group in enumerate(groups, start=1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_file({_name(w): _random(w, dtype, seed) for w in group}, folder / name)
+        with ThreadPoolExecutor() as pool:
+            values = pool.map(lambda weight: _random(weight, dtype, seed), group)
+            save_file(dict(zip(map(_name, group), values, strict=True)), folder / name)
         weight_map |= {_name(w): name for w in group}
         advance(sum(_byte_size(w, dtype) for w in group))
     index = {"metadata": {}, "weight_map": weight_map}

@@ -99,14 +99,22 @@ def _load_rank(
 def _open_network(
     engine_dir: Path, manifest: Manifest, num_threads: int, ranks: Communicator | None
 ) -> OnnxRuntimeEngine | OnnxCudaEngine:
-    from mpt_trt.engines.onnx_runtime import CUDA, OnnxRuntimeEngine, provider
-
-    # Ranks meet in operators that run on the host, which a CUDA graph cannot hold.
-    if ranks is None and provider() == CUDA:
+    # Ranks meet in operators that run on the host.
+    if ranks is None and _has_cuda_provider():
         from mpt_trt.engines.onnx_cuda import OnnxCudaEngine
 
         return OnnxCudaEngine(engine_dir, manifest)
+    from mpt_trt.engines.onnx_runtime import OnnxRuntimeEngine
+
     return OnnxRuntimeEngine(engine_dir, manifest, num_threads, ranks)
+
+
+def _has_cuda_provider() -> bool:
+    """Whether the ONNX Runtime that is installed computes on GPUs, and there is one."""
+    import onnxruntime
+
+    installed = onnxruntime.get_available_providers()
+    return "CUDAExecutionProvider" in installed and bool(gpus.compute_capabilities())
 
 
 def tensorrt_obstacle(manifest: Manifest) -> str | None:

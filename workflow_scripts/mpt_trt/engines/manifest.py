@@ -146,6 +146,14 @@ def write_rank_network(
     write_json(folder / network_description_name(shard.rank), description)
 
 
+def read_network_manifest(folder: Path) -> Manifest:
+    """That of a folder with the network of the only rank, and no plan."""
+    described = read_json(folder / network_description_name(0))
+    plan = {"engine": engine_name(0), "files": {}}
+    builder = {"package": "none", "version": "0", "compute_capabilities": ()}
+    return _parse(described | {"builder": builder, "ranks": [asdict(_rank_files(described, plan))]})
+
+
 def read_network_limits(folder: Path, rank: int) -> EngineLimits:
     """The limits that a rank's network was made for."""
     return EngineLimits(**read_json(folder / network_description_name(rank))["limits"])

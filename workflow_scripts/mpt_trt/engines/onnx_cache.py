@@ -1,4 +1,4 @@
-"""The key-value cache of a network under ONNX Runtime."""
+"""The key-value cache of a network under ONNX Runtime on a CPU."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class BoundCache(Protocol):
 
 
 class InPlaceCache:
-    """Each buffer is input and output at once, on the session's device."""
+    """Each buffer is input and output at once."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, binding: Binding, device: str):
+    def __init__(self, session: onnxruntime.InferenceSession, binding: Binding):
         types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         self._inputs = {
             i.name: (tuple(i.shape[1:]), types[i.type])
             for i in session.get_inputs()
             if i.name.startswith("past_")
         }
-        self._binding, self._device = binding, device
+        self._binding = binding
         self._buffers: dict[str, onnxruntime.OrtValue] = {}
 
     def start(self, batch_size: int) -> None:
@@ -67,7 +67,7 @@ class InPlaceCache:
 
     def _bind(self, contents: dict[str, NDArray]) -> None:
         self._buffers = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(value, self._device, 0)
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(value)
             for name, value in contents.items()
         }
         for name, value in self._buffers.items():
@@ -76,7 +76,7 @@ class InPlaceCache:
 
 
 class CopiedCache:
-    """A quantized cache in host memory; what a step computes is copied into it afterwards.
+    """A quantized cache; what a step computes is copied into it afterwards.
 
     All layers' keys and values are one array, `[2 * layers, rows, kv_heads, cache_len, head_dim]`,
     and those of a step another, so that a row takes one copy.
@@ -129,10 +129,9 @@ class CopiedCache:
 def make_bound_cache(
     session: onnxruntime.InferenceSession,
     binding: Binding,
-    device: str,
     shape: CacheShape,
     cache_type: KvCacheType,
 ) -> BoundCache:
     if cache_type == "auto":
-        return InPlaceCache(session, binding, device)
+        return InPlaceCache(session, binding)
     return CopiedCache(binding, shape, cache_type)

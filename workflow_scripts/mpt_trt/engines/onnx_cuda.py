@@ -43,7 +43,7 @@ NO_GRAPH = -1
 
 
 class OnnxCudaEngine:
-    """One rank's network, loaded on a GPU; see `mpt_trt.generation.GreedyModel` for the contract."""
+    """A network, loaded on a GPU; see `mpt_trt.generation.GreedyModel` for the contract."""
 
     def __init__(self, engine_dir: Path, manifest: Manifest):
         self._limits = limits = manifest.limits

@@ -1,4 +1,4 @@
-"""Runs a rank's network under ONNX Runtime, on a CPU or a CUDA GPU.
+"""Runs a rank's network under ONNX Runtime, on a CPU.
 
 It stands in where no TensorRT GPU is: same graph, same weights. What it does not take as it is, is
 rewritten when the graph is loaded, in memory only (see onnx_rewrites).
@@ -30,7 +30,7 @@ from mpt_trt.ranks import Communicator
 from mpt_trt.sharding import Shard
 
 ERROR_SEVERITY = 3
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+CPU = "CPUExecutionProvider"
 
 
 class OnnxRuntimeEngine:
@@ -51,14 +51,12 @@ class OnnxRuntimeEngine:
         self.max_batch_size = manifest.limits.max_batch_size
         self.max_step_tokens = manifest.limits.max_input_len
         self.max_logits: int | None = None
-        self._provider = provider()
         self._collectives = None if communicator is None else Collectives(communicator)
-        self._session, self._weights = _open_session(path, self._provider, num_threads, manifest)
+        self._session, self._weights = _open_session(path, num_threads, manifest)
         self._binding = self._session.io_binding()
         self._cache = make_bound_cache(
             self._session,
             self._binding,
-            "cuda" if self._provider == CUDA else "cpu",
             cache_shape(manifest.config, Shard(rank, manifest.tp_size), self.capacity),
             manifest.quantization.kv_cache,
         )
@@ -67,7 +65,7 @@ class OnnxRuntimeEngine:
     def description(self) -> str:
         version = onnxruntime.__version__
         arithmetic = ", float32 arithmetic" if self._weights else ""
-        return f"ONNX Runtime {version} ({self._provider}{arithmetic})"
+        return f"ONNX Runtime {version} ({CPU}{arithmetic})"
 
     def start(self, batch_size: int) -> None:
         """An empty cache of `batch_size` rows; raises MptTrtError when the rows do not fit."""
@@ -103,12 +101,6 @@ class OnnxRuntimeEngine:
         self._cache.reorder(rows)
 
 
-def provider() -> str:
-    """What this installation of ONNX Runtime computes with."""
-    available = onnxruntime.get_available_providers()
-    return CUDA if CUDA in available else CPU
-
-
 def _lacks_kernels(manifest: Manifest) -> bool:
     """Whether ONNX Runtime's CPU provider is no good at the network's type.
 
@@ -120,7 +112,7 @@ def _lacks_kernels(manifest: Manifest) -> bool:
 
 
 def _open_session(
-    path: Path, provider: str, num_threads: int, manifest: Manifest
+    path: Path, num_threads: int, manifest: Manifest
 ) -> tuple[onnxruntime.InferenceSession, list[onnxruntime.OrtValue]]:
     """The session, and the converted weights that must live as long as it does."""
     model = read_network(path)
@@ -134,16 +126,14 @@ def _open_session(
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     weights = []
     element_type = ELEMENT_TYPES[manifest.dtype]
-    if provider == CPU and _lacks_kernels(manifest):
+    if _lacks_kernels(manifest):
         weights = compute_in_float32(model, element_type, path.parent, options)
         element_type = TensorProto.FLOAT
     spell_out_scale_types(model, element_type)
     if manifest.tp_size > 1:
         replace_collectives(model, options)
     try:
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=[provider]
-        )
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[CPU])
     except Exception as error:  # the library raises many types, without a common base
         raise MptTrtError(f"{path}: ONNX Runtime cannot load the network: {error}") from None
     return session, weights

@@ -1,4 +1,4 @@
-"""Takes large weights out of a network: they become inputs, which several sessions read in one place.
+"""Takes large weights out of a network: inputs, which several sessions read in one place.
 
 ONNX Runtime would load them once for every session that it opens on a network.
 """
@@ -113,7 +113,7 @@ def _fuse_integer_products(model: onnx.ModelProto, folder: Path) -> list[SharedW
 
 
 def _is_fusible(node: onnx.NodeProto, integers: TensorProto, readers: list[str]) -> bool:
-    """Whether the matrix `[in_features, out_features]` has scales by blocks of rows, or by column."""
+    """Whether the matrix, `[in_features, out_features]`, has scales by rows or by column."""
     if readers != ["MatMul"] or integers.data_type not in INTEGER_BITS or len(node.input) > 2:
         return False
     found = attributes(node)

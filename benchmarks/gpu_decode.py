@@ -1,0 +1,178 @@
+"""Greedy decoding of one model shape on a GPU, under ONNX Runtime as run.py uses it.
+
+Random weights. For each variant, batch and cache length: milliseconds a step of one token a row,
+and of reading a prompt; seconds and GPU memory of loading. In the same run: how fast the GPU reads,
+and a plain PyTorch MPT, compiled, whose step is a CUDA graph (float16, batch 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import SCRIPTS, write_result
+from networks import network_without_plan, random_ft_checkpoint
+
+sys.path.insert(0, str(SCRIPTS))
+
+import numpy as np
+
+from mpt_trt.engines.limits import EngineLimits
+from mpt_trt.ft_checkpoint import FtCheckpoint
+from mpt_trt.generation import GenerationConfig, StepModel, generate
+from mpt_trt.quantization.recipe import Recipe
+from mpt_trt.quantization.scheme import Quantization, WeightOnly
+
+RECIPES = {
+    "fp16": Recipe(Quantization(None, "auto"), None),
+    "int8_weight_only": Recipe(Quantization(WeightOnly(8), "auto"), None),
+    "int4_weight_only-g128": Recipe(Quantization(WeightOnly(4, 128), "auto"), None),
+}
+# The first steps warm up and capture.
+WARM_UP = 8
+STEPS = 64
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Case:
+    """batches: rows that decode at once. prompts: lengths of prompts of which one is read."""
+
+    recipe: str
+    cache_len: int
+    batches: tuple[int, ...]
+    prompts: tuple[int, ...]
+
+
+CASES = (
+    Case("fp16", 512, (1, 8, 64), ()),
+    Case("fp16", 2304, (1,), (512, 2048)),
+    Case("int4_weight_only-g128", 512, (1, 8, 64), ()),
+    Case("int4_weight_only-g128", 2304, (1,), (512, 2048)),
+    Case("int8_weight_only", 512, (1,), ()),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--like", default="mpt-7b", help="shape (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("build/benchmark-gpu-decode"))
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--no_peer", action="store_true", help="without PyTorch's MPT")
+    arguments = parser.parse_args()
+    checkpoint = random_ft_checkpoint(arguments.folder, arguments.like, "float16")
+    figures: dict = {"shape": arguments.like, "gpu": gpu_name(), "read_gb_per_s": read_rate() / 1e9}
+    print(figures, flush=True)
+    if not arguments.no_peer:
+        from plain_decode import decode_ms
+
+        figures["pytorch_ms"] = decode_ms(checkpoint, cache_len=512, steps=STEPS)
+        print(figures["pytorch_ms"], flush=True)
+    figures["cases"] = [
+        measured(case, checkpoint, arguments.folder / "network")
+        for case in CASES
+        if case.recipe in arguments.recipes
+    ]
+    print(write_result(f"gpu-decode-{arguments.like}", figures))
+
+
+def measured(case: Case, checkpoint: FtCheckpoint, folder: Path) -> dict:
+    from mpt_trt.engines.onnx_cuda import OnnxCudaEngine
+
+    longest = max(case.prompts, default=case.cache_len // 2)
+    limits = EngineLimits(max(case.batches), longest, case.cache_len - longest)
+    shutil.rmtree(folder, ignore_errors=True)
+    manifest = network_without_plan(checkpoint, folder, limits, RECIPES[case.recipe])
+    before, started = gpu_memory_used(), time.perf_counter()
+    model = OnnxCudaEngine(folder, manifest)
+    result = {
+        "variant": case.recipe,
+        "cache_len": case.cache_len,
+        "weights_gb": weight_bytes(folder) / 1e9,
+        "load_seconds": time.perf_counter() - started,
+        "gpu_memory_gb": (gpu_memory_used() - before) / 1e9,
+        "decode_ms": {batch: step_ms(model, batch) for batch in case.batches},
+        "prompt_ms": {length: prompt_ms(model, length) for length in case.prompts},
+        "gpu_memory_gb_at_work": (gpu_memory_used() - before) / 1e9,
+    }
+    print(result, flush=True)
+    return result
+
+
+def step_ms(model: StepModel, batch: int) -> float:
+    """Of greedy decoding: median of the time between two tokens."""
+    prompts = [list(range(100, 116)) for _ in range(batch)]
+    config = GenerationConfig(max_new_tokens=WARM_UP + STEPS, end_id=None, pad_id=0)
+    times: list[float] = []
+
+    def note(phase: str, _: int) -> None:
+        if phase == "decode":
+            times.append(time.perf_counter())
+
+    generate(model, prompts, config, on_step=note)
+    return 1e3 * (times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP)
+
+
+def prompt_ms(model: StepModel, length: int) -> float:
+    """Of reading one prompt up to its last token's logits, median of five after one."""
+    ids = np.arange(length, dtype=np.int64)[None] % 1000 + 100
+    last = np.array([[0, length - 1]])
+    zero = np.zeros(1, np.int64)
+    model.start(1)
+    seconds = [timed(lambda: model.step(ids, zero, last)) for _ in range(6)]
+    return 1e3 * statistics.median(seconds[1:])
+
+
+def timed(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes that a step of one token reads, without the cache: every weight once."""
+    return sum(path.stat().st_size for path in (folder / "weights").iterdir())
+
+
+def gpu_name() -> str:
+    from mpt_trt.engines import gpus
+
+    return gpus.names()[0]
+
+
+def gpu_memory_used() -> int:
+    from cuda.bindings import runtime as cudart
+
+    free, total = call_all(cudart.cudaMemGetInfo())
+    return total - free
+
+
+def call_all(result: tuple) -> tuple:
+    from mpt_trt.engines.device_buffer import call
+
+    call(result[:1])
+    return result[1:]
+
+
+def read_rate() -> float:
+    """Bytes a second at which 4 GiB are read: PyTorch's sum of float32, best of 10."""
+    import torch
+
+    values = torch.ones(GIB, device="cuda")
+
+    def read() -> None:
+        values.sum()
+        torch.cuda.synchronize()
+
+    read()
+    return values.nbytes / min(timed(read) for _ in range(10))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Networks without plans, for benchmarks of ONNX Runtime on a GPU that TensorRT does not take."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from common import SCRIPTS, measure, script
+
+sys.path.insert(0, str(SCRIPTS))
+
+from mpt_trt.engines.limits import EngineLimits
+from mpt_trt.engines.manifest import Manifest, read_network_manifest, write_rank_network
+from mpt_trt.ft_checkpoint import FtCheckpoint, read_ft_checkpoint
+from mpt_trt.quantization.recipe import Recipe
+from mpt_trt.sharding import Shard, VocabularySharding
+
+
+def random_ft_checkpoint(folder: Path, like: str, dtype: str) -> FtCheckpoint:
+    """The FT checkpoint of a random model, for one rank; made once. The model's own is deleted."""
+    ft = folder / "ft" / "1-gpu"
+    if not ft.exists():
+        model_dir = folder / "checkpoint"
+        shape = ("--like", like, "--dtype", dtype)
+        measure(script("make_random_checkpoint.py", *shape, "--output_dir", model_dir))
+        options = ("-i", model_dir, "-o", ft.parent, "-t", dtype, "-p", "8")
+        measure(script("convert_hf_mpt_to_ft.py", *options))
+    return read_ft_checkpoint(ft)
+
+
+def network_without_plan(
+    checkpoint: FtCheckpoint, folder: Path, limits: EngineLimits, recipe: Recipe
+) -> Manifest:
+    """Puts the network of the only rank into `folder`, and returns what describes it."""
+    folder.mkdir(parents=True)
+    write_rank_network(checkpoint, Shard(0, 1), limits, folder, VocabularySharding(), recipe)
+    return read_network_manifest(folder)

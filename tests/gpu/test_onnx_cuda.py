@@ -1,0 +1,103 @@
+"""Networks under ONNX Runtime's CUDA provider, against the same networks on the CPU.
+
+Bounds are multiples of the logits' standard deviation; they are those of test_network.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from checkpoints import CheckpointSpec
+from engines_support import (
+    FEATURES,
+    LIMITS,
+    deviation,
+    make_ft_checkpoint,
+    make_network,
+    open_network,
+    random_ids,
+    step,
+)
+from mpt_trt.engines.manifest import read_network_manifest
+from mpt_trt.generation import GenerationConfig, StepModel, generate
+from mpt_trt.quantization.recipe import NOT_QUANTIZED, Recipe
+from mpt_trt.quantization.scheme import Quantization, WeightOnly
+
+pytestmark = pytest.mark.gpu
+
+BOUNDS = {"float32": 5e-5, "float16": 3e-2, "bfloat16": 0.3}
+WIDE = CheckpointSpec(hidden_size=256, num_heads=4, num_layers=2, vocab_size=301)
+WEIGHT_ONLY = [WeightOnly(4, 64), WeightOnly(4), WeightOnly(8)]
+
+
+def open_both(folder, spec, storage_type, recipe=NOT_QUANTIZED) -> tuple[StepModel, StepModel]:
+    """On the GPU, and on the CPU."""
+    from mpt_trt.engines.onnx_cuda import OnnxCudaEngine
+
+    checkpoint = make_ft_checkpoint(folder, spec, storage_type)
+    network = make_network(checkpoint, folder / "network", LIMITS, recipe)
+    return OnnxCudaEngine(network, read_network_manifest(network)), open_network(network)
+
+
+def require_alike(spec: CheckpointSpec, ours: StepModel, theirs: StepModel, bound: float) -> None:
+    """A prompt in pieces, of which one is a token; tokens one by one; the same after reordering."""
+    ids = random_ids(spec, 4, 12)
+    for model in (ours, theirs):
+        model.start(3)
+
+    def compare(part: slice, position: list[int]) -> None:
+        fed = ids[: len(position), part]
+        found, expected = (step(model, fed, position) for model in (ours, theirs))
+        assert deviation(found, expected) <= bound, part
+
+    compare(slice(0, 5), [0] * 3)
+    # One by one: as it is, captured, replayed.
+    for position in range(5, 9):
+        compare(slice(position, position + 1), [position] * 3)
+    compare(slice(9, 11), [9] * 3)
+    # Rows at positions of their own.
+    compare(slice(11, 12), [4, 11, 7])
+    for rows in ([2, 2, 0, 1], [3, 0]):
+        for model in (ours, theirs):
+            model.reorder(np.array(rows))
+        compare(
+            slice(11, 12), [12] * len(rows), slice(0, len(rows)) if len(rows) < 3 else [0, 1, 2, 0]
+        )
+
+
+def require_same_text(spec: CheckpointSpec, ours: StepModel, theirs: StepModel) -> None:
+    """Greedy decoding of prompts of different lengths, and beam search, twice."""
+    long, short = random_ids(spec, 2, 9).tolist()
+    prompts = [long, short[:4]]
+    for beams in (1, 2, 1):
+        config = GenerationConfig(16, end_id=7, pad_id=0, num_beams=beams)
+        found, expected = generate(ours, prompts, config), generate(theirs, prompts, config)
+        for mine, other in zip(found, expected, strict=True):
+            assert [each.tokens for each in mine] == [each.tokens for each in other]
+            for a, b in zip(mine, other, strict=True):
+                assert a.cumulative_log_prob == pytest.approx(b.cumulative_log_prob, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_float32_networks(name, tmp_path):
+    spec = FEATURES[name]
+    ours, theirs = open_both(tmp_path, spec, "float32")
+    require_alike(spec, ours, theirs, BOUNDS["float32"])
+    require_same_text(spec, ours, theirs)
+
+
+@pytest.mark.parametrize("storage_type", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["multi-head", "grouped-query", "rmsnorm", "biases", "clip_qkv"])
+def test_networks_of_16_bits(name, storage_type, tmp_path):
+    spec = FEATURES[name]
+    ours, theirs = open_both(tmp_path, spec, storage_type)
+    require_alike(spec, ours, theirs, BOUNDS[storage_type])
+
+
+@pytest.mark.parametrize("storage_type", BOUNDS)
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
+def test_integer_weights(scheme, storage_type, tmp_path):
+    recipe = Recipe(Quantization(scheme, "auto"), None)
+    ours, theirs = open_both(tmp_path, WIDE, storage_type, recipe)
+    require_alike(WIDE, ours, theirs, BOUNDS[storage_type])
