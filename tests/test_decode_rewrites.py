@@ -75,10 +75,12 @@ def network_of(folder: Path) -> onnx.ModelProto:
     return onnx.load(folder / network_name(0), load_external_data=False)
 
 
-def for_steps(network: onnx.ModelProto) -> onnx.ModelProto:
+def for_steps(network: onnx.ModelProto, has_fused_attention: bool = True) -> onnx.ModelProto:
     model = copy.deepcopy(network)
     decode_rewrites.specialize_for_one_token(model)
-    decode_rewrites.write_out_attention(model)
+    decode_rewrites.fuse_residual_norms(model)
+    decode_rewrites.norm_with_fast_kernels(model)
+    decode_rewrites.compute_attention_of_one_query(model, has_fused_attention)
     decode_rewrites.choose_likeliest(model)
     return model
 
@@ -113,15 +115,17 @@ def step_feeds(vocab_size: int) -> dict[str, NDArray]:
     return {"input_ids": ids, "write_positions": LENGTHS.astype(np.int64)}
 
 
-def require_equal(checkpoint: FtCheckpoint, folder: Path) -> tuple[int, onnx.ModelProto]:
+def require_equal(
+    checkpoint: FtCheckpoint, folder: Path, has_fused_attention: bool = True
+) -> tuple[int, onnx.ModelProto]:
     """A prompt and a step of the network in `folder`, as it is and rewritten.
 
     Returns the number of weights that became inputs, and the network for steps.
     """
     original, rewritten = network_of(folder), network_of(folder)
     weights = share_weights(rewritten, folder)
+    steps = for_steps(rewritten, has_fused_attention)
     decode_rewrites.fuse_residual_norms(rewritten)
-    steps = for_steps(rewritten)
     if any(tensor.data_type == onnx.TensorProto.INT4 for tensor in original.graph.initializer):
         spell_out_scale_types(original, FLOAT)
     plain = load(original, folder, [])
@@ -150,12 +154,17 @@ def require_close(expected: dict[str, NDArray], found: dict[str, NDArray]) -> No
         np.testing.assert_allclose(found[name], value, atol=bound, rtol=0, err_msg=name)
 
 
+@pytest.mark.parametrize("has_fused_attention", [True, False])
 @pytest.mark.parametrize("name", FEATURES)
-def test_a_rewritten_network_computes_the_same(name, tmp_path):
+def test_a_rewritten_network_computes_the_same(name, has_fused_attention, tmp_path):
     checkpoint = make_ft_checkpoint(tmp_path, FEATURES[name])
-    _, steps = require_equal(checkpoint, make_network(checkpoint, tmp_path / "network"))
+    folder = make_network(checkpoint, tmp_path / "network")
+    _, steps = require_equal(checkpoint, folder, has_fused_attention)
+    config = checkpoint.config
     operators = {node.op_type for node in steps.graph.node}
-    assert not operators & {"Attention", "Transpose", "GatherND"}
+    assert not operators & {"Attention", "Transpose", "GatherND", "Shape"}
+    is_fused = has_fused_attention and config.num_kv_heads == config.num_heads
+    assert count(steps, "MultiHeadAttention") == (config.num_layers if is_fused else 0)
 
 
 def count(model: onnx.ModelProto, *op_types: str) -> int:
@@ -163,16 +172,16 @@ def count(model: onnx.ModelProto, *op_types: str) -> int:
 
 
 @pytest.mark.parametrize("name", ["multi-head", "rmsnorm", "grouped-query", "learned positions"])
-def test_the_norms_of_blocks_take_in_the_residual(name, tmp_path):
+def test_norms_take_in_the_residual(name, tmp_path):
     spec = FEATURES[name]
     checkpoint = make_ft_checkpoint(tmp_path, spec)
     _, steps = require_equal(checkpoint, make_network(checkpoint, tmp_path / "network"))
-    fused = count(steps, *decode_rewrites.NORMS.values())
-    # All but the first, which norms the embedding, unless positions are added to that; the last
-    # one norms chosen rows.
-    first = 0 if spec.alibi else 1
-    assert fused == 2 * spec.num_layers - 1 + first
-    assert count(steps, *decode_rewrites.NORMS) == 2 * spec.num_layers + 1 - fused
+    norms = [node for node in steps.graph.node if node.op_type in decode_rewrites.NORMS.values()]
+    assert len(norms) == 2 * spec.num_layers + 1
+    # The first norms the embedding, to which only learned positions have been added.
+    residuals = [not name.startswith("zeros") for node in norms for name in node.input[1:2]]
+    assert residuals == [not spec.alibi] + [True] * (2 * spec.num_layers)
+    assert count(steps, *decode_rewrites.NORMS) == 0
 
 
 WIDE = CheckpointSpec(hidden_size=256, num_heads=4, num_layers=2, vocab_size=301)

@@ -102,13 +102,18 @@ def specialize_for_one_token(model: onnx.ModelProto) -> None:
             if dimension.dim_param == "seq":
                 dimension.dim_value = 1
     graph = Graph(model)
+    sizes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
     replaced: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.nodes:
         if node.op_type == "GatherND":
-            shape = graph.constant("every_row", [0, -1])
-            replaced[node.name] = [_reshape(node.input[0], shape, node.output[0])]
+            replaced |= _with_every_row(graph, node)
         elif node.op_type == "Transpose" and attributes(node)["perm"] == [0, 2, 1, 3]:
             replaced |= _without_transpose(graph, node)
+        elif node.op_type == "Shape" and node.input[0] in sizes:
+            found = attributes(node)
+            part = sizes[node.input[0]][found["start"] : found["end"]]
+            graph.constant(node.output[0], [size.dim_value for size in part])
+            replaced[node.name] = []
     graph.replace(replaced)
     graph.store()
     kept = [value for value in model.graph.input if value.name != "logit_positions"]
@@ -116,6 +121,17 @@ def specialize_for_one_token(model: onnx.ModelProto) -> None:
     model.graph.input.extend(kept)
     [logits] = [value for value in model.graph.output if value.name == "logits"]
     logits.type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
+def _with_every_row(graph: Graph, gather: onnx.NodeProto) -> dict[str, list[onnx.NodeProto]]:
+    """The norm that reads chosen rows `[num_logits, hidden]` reads all `[batch, 1, hidden]`."""
+    [norm] = graph.readers[gather.output[0]]
+    every = onnx.NodeProto()
+    every.CopyFrom(norm)
+    every.input[0] = gather.input[0]
+    every.name = every.output[0] = f"{norm.output[0]}/every"
+    rows = _reshape(every.output[0], graph.constant("every_row", [0, -1]), norm.output[0])
+    return {gather.name: [], norm.name: [every, rows]}
 
 
 def _without_transpose(graph: Graph, transpose: onnx.NodeProto) -> dict[str, list[onnx.NodeProto]]:
@@ -142,28 +158,50 @@ def _reshape(value: str, shape: str, output: str) -> onnx.NodeProto:
     return helper.make_node("Reshape", [value, shape], [output], name=output)
 
 
-def write_out_attention(model: onnx.ModelProto) -> None:
-    """Attention of single queries as two products and a softmax.
+def compute_attention_of_one_query(model: onnx.ModelProto, has_fused_operator: bool) -> None:
+    """Attention in a form that suits single queries.
 
-    For a network that is specialized for one token. The operator works on blocks of queries, of
-    which there is one here, and leaves most of a GPU idle.
+    For a network that is specialized for one token. The portable operator works on blocks of
+    queries, of which there is one here, and leaves most of a GPU idle.
+
+    has_fused_operator: whether ONNX Runtime's own operator takes the network's type. It wants as
+    many heads of keys as of queries; otherwise, attention becomes two products and a softmax.
     """
     graph = Graph(model)
-    heads = _heads_of_caches(model)
-    graph.replace(
-        {
-            node.name: _written_out(graph, node, heads)
-            for node in graph.nodes
-            if node.op_type == "Attention"
-        }
-    )
+    replaced: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.nodes:
+        if node.op_type != "Attention":
+            continue
+        split = graph.maker[node.input[0]]
+        num_heads, num_kv_heads, _ = numpy_helper.to_array(graph.initializers[split.input[1]])
+        if has_fused_operator and num_heads == num_kv_heads:
+            replaced[node.name] = _fused_attention(graph, node, int(num_heads))
+        else:
+            replaced[node.name] = _written_out(graph, node, int(num_kv_heads))
+    graph.replace(replaced)
     graph.store()
     use_own_operators(model)
 
 
-def _heads_of_caches(model: onnx.ModelProto) -> int:
-    [cache] = [value for value in model.graph.input if value.name == "past_key.0"]
-    return cache.type.tensor_type.shape.dim[1].dim_value
+def _fused_attention(graph: Graph, node: onnx.NodeProto, num_heads: int) -> list[onnx.NodeProto]:
+    """Keys and values are given as those of another sequence, since the cache has them already.
+
+    The result is `[batch, 1, heads * head_dim]`, which what reads it does not tell from
+    `[batch, heads, 1, head_dim]`.
+    """
+    query, keys, values, bias = node.input
+    name = f"{node.name}/merged_query"
+    merged = graph.constant("merged_heads_of_one", [0, 1, -1])
+    attention = helper.make_node(
+        "MultiHeadAttention",
+        [name, keys, values, "", "", bias],
+        list(node.output),
+        name=node.name,
+        domain=DOMAIN,
+        num_heads=num_heads,
+        scale=attributes(node)["scale"],
+    )
+    return [_reshape(query, merged, name), attention]
 
 
 def _written_out(graph: Graph, node: onnx.NodeProto, num_kv_heads: int) -> list[onnx.NodeProto]:
@@ -196,6 +234,36 @@ def _written_out(graph: Graph, node: onnx.NodeProto, num_kv_heads: int) -> list[
     ]
 
 
+def norm_with_fast_kernels(model: onnx.ModelProto) -> None:
+    """Norms without a residual as those that have one: zeros.
+
+    For a network that is specialized for one token. ONNX Runtime's kernel for a plain norm takes
+    three times as long.
+    """
+    graph = Graph(model)
+    replaced: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.nodes:
+        if node.op_type not in NORMS:
+            continue
+        weight = graph.initializers[node.input[1]]
+        width = weight.dims[0]
+        nothing = f"zeros_{width}"
+        if nothing not in graph.initializers:
+            zeros = helper.make_tensor(nothing, weight.data_type, [1, 1, width], np.zeros(width))
+            graph.initializers[nothing] = zeros
+        fused = helper.make_node(
+            NORMS[node.op_type],
+            [node.input[0], nothing, *node.input[1:]],
+            list(node.output),
+            name=node.name,
+            domain=DOMAIN,
+            epsilon=attributes(node)["epsilon"],
+        )
+        replaced[node.name] = [fused]
+    graph.replace(replaced)
+    graph.store()
+
+
 def choose_likeliest(model: onnx.ModelProto) -> None:
     """Adds what the next step of greedy decoding takes, and the likelihood of its tokens.
 
@@ -207,10 +275,15 @@ def choose_likeliest(model: onnx.ModelProto) -> None:
     graph.initializer.append(one)
     axis = numpy_helper.from_array(np.array([-1], np.int64), "last_axis")
     graph.initializer.append(axis)
+    # Not LogSoftmax: its kernel reads a whole row with one of the GPU's processors.
     operations: tuple[tuple[str, list[str], str, dict[str, int]], ...] = (
         ("ArgMax", ["logits"], "next_ids", {"axis": -1}),
-        ("LogSoftmax", ["logits"], "all_log_probs", {"axis": -1}),
-        ("ReduceMax", ["all_log_probs", "last_axis"], "log_probs", {}),
+        ("GatherElements", ["logits", "next_ids"], "likeliest/logit", {"axis": -1}),
+        ("Sub", ["logits", "likeliest/logit"], "likeliest/distance", {}),
+        ("Exp", ["likeliest/distance"], "likeliest/odds", {}),
+        ("ReduceSum", ["likeliest/odds", "last_axis"], "likeliest/sum", {}),
+        ("Log", ["likeliest/sum"], "likeliest/loss", {}),
+        ("Neg", ["likeliest/loss"], "log_probs", {}),
         ("Add", ["write_positions", "one_position"], "next_positions", {}),
     )
     for op_type, inputs, output, options in operations:

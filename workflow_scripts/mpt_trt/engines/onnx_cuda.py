@@ -28,7 +28,7 @@ from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnx_rewrites import read_network, spell_out_scale_types
 from mpt_trt.engines.shared_weights import SharedWeight, share_weights
 from mpt_trt.errors import MptTrtError
-from mpt_trt.kv_cache import QUANTIZED_TYPES, cache_shape
+from mpt_trt.kv_cache import QUANTIZED_TYPES, CacheShape, cache_shape
 from mpt_trt.numerics import STORAGE_TYPES
 from mpt_trt.onnx_graph import ELEMENT_TYPES
 from mpt_trt.sharding import Shard
@@ -38,6 +38,8 @@ ERROR_SEVERITY = 3
 LOADING_THREADS = 8
 INT64_BYTES = 8
 FLOAT32_BYTES = 4
+# For which ONNX Runtime's CUDA provider has MultiHeadAttention.
+FUSED_ATTENTION_TYPES = ("float32", "float16")
 # What ONNX Runtime takes for "neither capture nor replay".
 NO_GRAPH = -1
 
@@ -52,15 +54,15 @@ class OnnxCudaEngine:
         self.max_batch_size = limits.max_batch_size
         self.max_step_tokens = limits.max_input_len
         self.max_logits: int | None = None
-        self._shape = cache_shape(manifest.config, Shard(0, 1), limits.cache_len)
-        self._cache_type = _cache_type(manifest)
         self._stream = call(cudart.cudaStreamCreate())
         self._load(engine_dir / manifest.ranks[0].network, manifest)
+        shape = cache_shape(manifest.config, Shard(0, 1), limits.cache_len)
+        self._binder = _CacheBinder((self._prompts, self._steps), shape, _cache_type(manifest))
         element_bytes = STORAGE_TYPES[manifest.dtype].itemsize
         self._cache = make_device_cache(
-            self._shape, manifest.quantization.kv_cache, element_bytes, self._bind_cache
+            shape, manifest.quantization.kv_cache, element_bytes, self._binder.bind
         )
-        self._rows, self._seq = 0, 0
+        self._rows = 0
         self._state = _StepState(limits.max_batch_size, self.vocab_size)
         self._prompt_buffers: dict[str, DeviceBuffer] = {}
         # By rows and address of the cache: the number of the captured graph, None before capture.
@@ -70,8 +72,8 @@ class OnnxCudaEngine:
         prompt_network = read_network(path)
         spell_out_scale_types(prompt_network, ELEMENT_TYPES[manifest.dtype])
         weights = share_weights(prompt_network, path.parent)
+        step_network = _for_steps(prompt_network, manifest.dtype)
         decode_rewrites.fuse_residual_norms(prompt_network)
-        step_network = _for_steps(prompt_network)
         self._prompts = _Session(prompt_network, path, self._stream, captures=False)
         self._steps = _Session(step_network, path, self._stream, captures=True)
         self._weights = _upload(weights, self._stream)
@@ -133,18 +135,8 @@ class OnnxCudaEngine:
 
     def _use_rows(self, rows: int) -> None:
         if rows != self._rows:
-            self._rows = rows
+            self._rows = self._binder.rows = rows
             self._state.bind(self._steps, rows)
-
-    def _bind_cache(self, name: str, address: int) -> None:
-        """A part of the cache, or of what a step adds to it, of the present rows and tokens."""
-        age, _ = name.split("_", 1)
-        shape = self._shape
-        positions = self._seq if age == "new" else shape.cache_len
-        dimensions = (self._rows, shape.num_kv_heads, positions, shape.head_dim)
-        for session in (self._prompts, self._steps):
-            bind = session.bind_input if age == "past" else session.bind_output
-            bind(name, self._cache_type, dimensions, address)
 
     def _step_one(self, write_positions: NDArray[np.int64]) -> None:
         self._before_step(1)
@@ -152,7 +144,7 @@ class OnnxCudaEngine:
         self._cache.after_step(write_positions, self._stream)
 
     def _before_step(self, seq: int) -> None:
-        self._seq = seq
+        self._binder.seq = seq
         self._cache.before_step(seq)
 
     def _graph(self) -> int:
@@ -249,6 +241,23 @@ class _Session:
         self._session.run_with_iobinding(self._binding, self._run_options[graph])
 
 
+class _CacheBinder:
+    """Binds parts of the cache, or of what a step adds to it, for `rows` rows and `seq` tokens."""
+
+    def __init__(self, sessions: tuple[_Session, ...], shape: CacheShape, element_type: int):
+        self._sessions, self._shape, self._element_type = sessions, shape, element_type
+        self.rows = self.seq = 0
+
+    def bind(self, name: str, address: int) -> None:
+        age, _ = name.split("_", 1)
+        shape = self._shape
+        positions = self.seq if age == "new" else shape.cache_len
+        dimensions = (self.rows, shape.num_kv_heads, positions, shape.head_dim)
+        for session in self._sessions:
+            bind = session.bind_input if age == "past" else session.bind_output
+            bind(name, self._element_type, dimensions, address)
+
+
 class _StepState:
     """What a step of one token a row takes and gives, for up to `rows` rows.
 
@@ -316,11 +325,14 @@ def _cache_type(manifest: Manifest) -> int:
     return ELEMENT_TYPES[manifest.dtype] if kv_cache == "auto" else QUANTIZED_TYPES[kv_cache][0]
 
 
-def _for_steps(network: onnx.ModelProto) -> onnx.ModelProto:
-    """The network for steps of one token a row."""
+def _for_steps(network: onnx.ModelProto, dtype: str) -> onnx.ModelProto:
+    """The network for steps of one token a row. dtype: the network's own type."""
     model = copy.deepcopy(network)
     decode_rewrites.specialize_for_one_token(model)
-    decode_rewrites.write_out_attention(model)
+    decode_rewrites.fuse_residual_norms(model)
+    decode_rewrites.norm_with_fast_kernels(model)
+    has_fused_operator = dtype in FUSED_ATTENTION_TYPES
+    decode_rewrites.compute_attention_of_one_query(model, has_fused_operator)
     decode_rewrites.choose_likeliest(model)
     return model
 
