@@ -1,7 +1,7 @@
 """Runs a network of one rank under ONNX Runtime's CUDA provider.
 
 Two sessions read one copy of the weights: the network as it is, for prompts, and one that is
-rewritten for steps of one token a row (see decode_rewrites). Such a step is captured in a CUDA
+rewritten for steps of one token a row (see cuda_rewrites). Such a step is captured in a CUDA
 graph when it comes a second time for the same cache. Weights, cache and what a step takes and gives
 lie in this module's own buffers, and everything happens on one stream.
 """
@@ -21,7 +21,7 @@ from cuda.bindings import runtime as cudart
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from mpt_trt.engines import decode_rewrites
+from mpt_trt.engines import cuda_rewrites
 from mpt_trt.engines.device_buffer import DeviceBuffer, PinnedBuffer, call
 from mpt_trt.engines.device_cache import make_device_cache
 from mpt_trt.engines.manifest import Manifest
@@ -73,7 +73,8 @@ class OnnxCudaEngine:
         spell_out_scale_types(prompt_network, ELEMENT_TYPES[manifest.dtype])
         weights = share_weights(prompt_network, path.parent)
         step_network = _for_steps(prompt_network, manifest.dtype)
-        decode_rewrites.fuse_residual_norms(prompt_network)
+        cuda_rewrites.choose_rows_by_number(prompt_network)
+        cuda_rewrites.fuse_residual_norms(prompt_network)
         self._prompts = _Session(prompt_network, path, self._stream, captures=False)
         self._steps = _Session(step_network, path, self._stream, captures=True)
         self._weights = _upload(weights, self._stream)
@@ -167,18 +168,19 @@ class OnnxCudaEngine:
         logit_positions: NDArray[np.int64],
     ) -> NDArray[np.float32]:
         num_logits = len(logit_positions)
+        logit_rows = logit_positions @ [input_ids.shape[1], 1]
         feeds = {
             "input_ids": input_ids,
             "write_positions": write_positions,
             # Of no rows, one is computed and dropped.
-            "logit_positions": logit_positions if num_logits else [[0, 0]],
+            "logit_rows": logit_rows if num_logits else [0],
         }
         staged = {name: np.ascontiguousarray(value, np.int64) for name, value in feeds.items()}
         for name, value in staged.items():
             buffer = self._prompt_buffer(name, value.nbytes)
             buffer.copy_from(value, self._stream)
             self._prompts.bind_input(name, TensorProto.INT64, value.shape, buffer.address)
-        shape = (len(staged["logit_positions"]), self.vocab_size)
+        shape = (len(staged["logit_rows"]), self.vocab_size)
         output = self._prompt_buffer("logits", shape[0] * shape[1] * FLOAT32_BYTES)
         self._prompts.bind_output("logits", TensorProto.FLOAT, shape, output.address)
         self._before_step(input_ids.shape[1])
@@ -328,12 +330,12 @@ def _cache_type(manifest: Manifest) -> int:
 def _for_steps(network: onnx.ModelProto, dtype: str) -> onnx.ModelProto:
     """The network for steps of one token a row. dtype: the network's own type."""
     model = copy.deepcopy(network)
-    decode_rewrites.specialize_for_one_token(model)
-    decode_rewrites.fuse_residual_norms(model)
-    decode_rewrites.norm_with_fast_kernels(model)
+    cuda_rewrites.specialize_for_one_token(model)
+    cuda_rewrites.fuse_residual_norms(model)
+    cuda_rewrites.norm_with_fast_kernels(model)
     has_fused_operator = dtype in FUSED_ATTENTION_TYPES
-    decode_rewrites.compute_attention_of_one_query(model, has_fused_operator)
-    decode_rewrites.choose_likeliest(model)
+    cuda_rewrites.compute_attention_of_one_query(model, has_fused_operator)
+    cuda_rewrites.choose_likeliest(model)
     return model
 
 

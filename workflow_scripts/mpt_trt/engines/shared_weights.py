@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from mpt_trt.engines.decode_rewrites import DOMAIN, Graph, attributes, use_own_operators
+from mpt_trt.engines.cuda_rewrites import DOMAIN, Graph, attributes, use_own_operators
 from mpt_trt.numerics import transpose
 
 # Smaller tensors stay: norms, biases, and scales of whole columns.

@@ -1,7 +1,7 @@
-"""A network for steps of one token a row: what a GPU does faster then, as ONNX Runtime's operators.
+"""What becomes of a network when ONNX Runtime loads it on a GPU.
 
-The portable network is the reference: each rewrite computes the same values, and is made in memory
-when the network is loaded. Operators of the domain `com.microsoft` are ONNX Runtime's own.
+The portable network is the reference: each rewrite computes the same values, and is made in memory.
+Operators of the domain `com.microsoft` are ONNX Runtime's own.
 """
 
 from __future__ import annotations
@@ -89,6 +89,26 @@ def _fused_norm(add: onnx.NodeProto, norm: onnx.NodeProto) -> onnx.NodeProto:
         domain=DOMAIN,
         epsilon=attributes(norm)["epsilon"],
     )
+
+
+def choose_rows_by_number(model: onnx.ModelProto) -> None:
+    """Takes `logit_rows` int64 `[num_logits]`, row * seq + index, instead of `logit_positions`.
+
+    ONNX Runtime's GatherND copies a table to the GPU at each run, and releases it in a callback in
+    which CUDA does not permit that.
+    """
+    graph = Graph(model)
+    [gather] = [node for node in graph.nodes if node.op_type == "GatherND"]
+    flat = f"{gather.output[0]}/flat"
+    chosen = [
+        helper.make_node("Flatten", [gather.input[0]], [flat], name=flat, axis=2),
+        helper.make_node("Gather", [flat, "logit_rows"], list(gather.output), name=gather.name),
+    ]
+    graph.replace({gather.name: chosen})
+    graph.store()
+    [positions] = [value for value in model.graph.input if value.name == "logit_positions"]
+    positions.name = "logit_rows"
+    del positions.type.tensor_type.shape.dim[1]
 
 
 def specialize_for_one_token(model: onnx.ModelProto) -> None:

@@ -19,7 +19,7 @@ from onnx import helper
 
 from checkpoints import CheckpointSpec
 from engines_support import FEATURES, LIMITS, make_ft_checkpoint, make_network
-from mpt_trt.engines import decode_rewrites
+from mpt_trt.engines import cuda_rewrites
 from mpt_trt.engines.manifest import network_name
 from mpt_trt.engines.onnx_rewrites import spell_out_scale_types
 from mpt_trt.engines.shared_weights import SharedWeight, share_weights
@@ -77,11 +77,11 @@ def network_of(folder: Path) -> onnx.ModelProto:
 
 def for_steps(network: onnx.ModelProto, has_fused_attention: bool = True) -> onnx.ModelProto:
     model = copy.deepcopy(network)
-    decode_rewrites.specialize_for_one_token(model)
-    decode_rewrites.fuse_residual_norms(model)
-    decode_rewrites.norm_with_fast_kernels(model)
-    decode_rewrites.compute_attention_of_one_query(model, has_fused_attention)
-    decode_rewrites.choose_likeliest(model)
+    cuda_rewrites.specialize_for_one_token(model)
+    cuda_rewrites.fuse_residual_norms(model)
+    cuda_rewrites.norm_with_fast_kernels(model)
+    cuda_rewrites.compute_attention_of_one_query(model, has_fused_attention)
+    cuda_rewrites.choose_likeliest(model)
     return model
 
 
@@ -125,14 +125,17 @@ def require_equal(
     original, rewritten = network_of(folder), network_of(folder)
     weights = share_weights(rewritten, folder)
     steps = for_steps(rewritten, has_fused_attention)
-    decode_rewrites.fuse_residual_norms(rewritten)
+    cuda_rewrites.choose_rows_by_number(rewritten)
+    cuda_rewrites.fuse_residual_norms(rewritten)
     if any(tensor.data_type == onnx.TensorProto.INT4 for tensor in original.graph.initializer):
         spell_out_scale_types(original, FLOAT)
     plain = load(original, folder, [])
     prompts, single = load(rewritten, folder, weights), load(steps, folder, weights)
     vocab_size = checkpoint.config.vocab_size
     feeds = prompt_feeds(vocab_size) | empty_cache(original)
-    expected, found = plain.run(feeds), prompts.run(feeds)
+    expected = plain.run(feeds)
+    chosen = feeds.pop("logit_positions")
+    found = prompts.run(feeds | {"logit_rows": chosen @ [LENGTHS.max(), 1]})
     require_close(expected, found)
     feeds = step_feeds(vocab_size)
     every_row = np.stack([np.arange(BATCH), np.zeros(BATCH, np.int64)], axis=1)
@@ -176,12 +179,12 @@ def test_norms_take_in_the_residual(name, tmp_path):
     spec = FEATURES[name]
     checkpoint = make_ft_checkpoint(tmp_path, spec)
     _, steps = require_equal(checkpoint, make_network(checkpoint, tmp_path / "network"))
-    norms = [node for node in steps.graph.node if node.op_type in decode_rewrites.NORMS.values()]
+    norms = [node for node in steps.graph.node if node.op_type in cuda_rewrites.NORMS.values()]
     assert len(norms) == 2 * spec.num_layers + 1
     # The first norms the embedding, to which only learned positions have been added.
     residuals = [not name.startswith("zeros") for node in norms for name in node.input[1:2]]
     assert residuals == [not spec.alibi] + [True] * (2 * spec.num_layers)
-    assert count(steps, *decode_rewrites.NORMS) == 0
+    assert count(steps, *cuda_rewrites.NORMS) == 0
 
 
 WIDE = CheckpointSpec(hidden_size=256, num_heads=4, num_layers=2, vocab_size=301)
