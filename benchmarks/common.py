@@ -23,7 +23,15 @@ from mpt_trt.machine import describe_machine  # noqa: E402
 wait_without_spinning()
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "nvidia_modelopt", "onnxruntime", "tensorrt_rtx_cu13", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "nvidia_modelopt",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt_rtx_cu13",
+    "numpy",
+)
 SAMPLE_SECONDS = 0.02
 
 

@@ -6,7 +6,6 @@ another order of sums (float32), in multiples of the logits' standard deviation.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,16 +74,6 @@ def network_of(folder: Path) -> onnx.ModelProto:
     return onnx.load(folder / network_name(0), load_external_data=False)
 
 
-def for_steps(network: onnx.ModelProto, has_fused_attention: bool = True) -> onnx.ModelProto:
-    model = copy.deepcopy(network)
-    cuda_rewrites.specialize_for_one_token(model)
-    cuda_rewrites.fuse_residual_norms(model)
-    cuda_rewrites.norm_with_fast_kernels(model)
-    cuda_rewrites.compute_attention_of_one_query(model, has_fused_attention)
-    cuda_rewrites.choose_likeliest(model)
-    return model
-
-
 def empty_cache(model: onnx.ModelProto) -> dict[str, NDArray]:
     caches = [value for value in model.graph.input if value.name.startswith("past_")]
     return {
@@ -115,27 +104,24 @@ def step_feeds(vocab_size: int) -> dict[str, NDArray]:
     return {"input_ids": ids, "write_positions": LENGTHS.astype(np.int64)}
 
 
-def require_equal(
-    checkpoint: FtCheckpoint, folder: Path, has_fused_attention: bool = True
-) -> tuple[int, onnx.ModelProto]:
+def require_equal(checkpoint: FtCheckpoint, folder: Path) -> tuple[int, onnx.ModelProto]:
     """A prompt and a step of the network in `folder`, as it is and rewritten.
 
     Returns the number of weights that became inputs, and the network for steps.
     """
-    original, rewritten = network_of(folder), network_of(folder)
-    weights = share_weights(rewritten, folder)
-    steps = for_steps(rewritten, has_fused_attention)
-    cuda_rewrites.choose_rows_by_number(rewritten)
-    cuda_rewrites.fuse_residual_norms(rewritten)
+    original, shared = network_of(folder), network_of(folder)
+    weights = share_weights(shared, folder)
+    reading, steps = cuda_rewrites.for_prompts(shared), cuda_rewrites.for_steps(shared)
     if any(tensor.data_type == onnx.TensorProto.INT4 for tensor in original.graph.initializer):
         spell_out_scale_types(original, FLOAT)
     plain = load(original, folder, [])
-    prompts, single = load(rewritten, folder, weights), load(steps, folder, weights)
+    prompts, single = load(reading, folder, weights), load(steps, folder, weights)
     vocab_size = checkpoint.config.vocab_size
     feeds = prompt_feeds(vocab_size) | empty_cache(original)
     expected = plain.run(feeds)
     chosen = feeds.pop("logit_positions")
-    found = prompts.run(feeds | {"logit_rows": chosen @ [LENGTHS.max(), 1]})
+    own = {"logit_rows": chosen @ [LENGTHS.max(), 1], "key_length": LENGTHS.max(keepdims=True)}
+    found = prompts.run(feeds | own)
     require_close(expected, found)
     feeds = step_feeds(vocab_size)
     every_row = np.stack([np.arange(BATCH), np.zeros(BATCH, np.int64)], axis=1)
@@ -146,7 +132,7 @@ def require_equal(
     logits = found["logits"].astype(np.float64)
     assert found["next_ids"].ravel().tolist() == logits.argmax(axis=-1).tolist()
     likelihood = logits.max(axis=-1) - np.log(np.exp(logits).sum(axis=-1))
-    np.testing.assert_allclose(found["log_probs"].ravel(), likelihood, atol=1e-5)
+    np.testing.assert_allclose(-np.log(found["total_odds"].ravel()), likelihood, atol=1e-5)
     assert found["next_positions"].tolist() == (LENGTHS + 1).tolist()
     return len(weights), steps
 
@@ -157,16 +143,14 @@ def require_close(expected: dict[str, NDArray], found: dict[str, NDArray]) -> No
         np.testing.assert_allclose(found[name], value, atol=bound, rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize("has_fused_attention", [True, False])
 @pytest.mark.parametrize("name", FEATURES)
-def test_a_rewritten_network_computes_the_same(name, has_fused_attention, tmp_path):
+def test_a_rewritten_network_computes_the_same(name, tmp_path):
     checkpoint = make_ft_checkpoint(tmp_path, FEATURES[name])
-    folder = make_network(checkpoint, tmp_path / "network")
-    _, steps = require_equal(checkpoint, folder, has_fused_attention)
+    _, steps = require_equal(checkpoint, make_network(checkpoint, tmp_path / "network"))
     config = checkpoint.config
     operators = {node.op_type for node in steps.graph.node}
     assert not operators & {"Attention", "Transpose", "GatherND", "Shape"}
-    is_fused = has_fused_attention and config.num_kv_heads == config.num_heads
+    is_fused = config.num_kv_heads == config.num_heads
     assert count(steps, "MultiHeadAttention") == (config.num_layers if is_fused else 0)
 
 

@@ -6,6 +6,7 @@ Operators of the domain `com.microsoft` are ONNX Runtime's own.
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 
 import numpy as np
@@ -17,8 +18,6 @@ NORMS = {
     "LayerNormalization": "SkipLayerNormalization",
     "RMSNormalization": "SkipSimplifiedLayerNormalization",
 }
-# Where a fused norm puts the sum that it has normed.
-SUM_OUTPUT = 3
 
 
 class Graph:
@@ -60,6 +59,27 @@ def use_own_operators(model: onnx.ModelProto) -> None:
     """Declares ONNX Runtime's domain in the model."""
     if all(each.domain != DOMAIN for each in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+
+
+def for_prompts(network: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of the network that reads prompts."""
+    model = copy.deepcopy(network)
+    choose_rows_by_number(model)
+    fuse_residual_norms(model)
+    attend_to_filled_cache(model)
+    fuse_attention(model)
+    return model
+
+
+def for_steps(network: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of the network for steps of one token a row, which chooses the likeliest tokens."""
+    model = copy.deepcopy(network)
+    specialize_for_one_token(model)
+    fuse_residual_norms(model)
+    norm_with_fast_kernels(model)
+    compute_attention_of_one_query(model)
+    choose_likeliest(model)
+    return model
 
 
 def fuse_residual_norms(model: onnx.ModelProto) -> None:
@@ -111,6 +131,93 @@ def choose_rows_by_number(model: onnx.ModelProto) -> None:
     del positions.type.tensor_type.shape.dim[1]
 
 
+def attend_to_filled_cache(model: onnx.ModelProto) -> None:
+    """Attention reads the first `key_length` positions of the cache, not all that it has room for.
+
+    key_length: an input, int64 `[1]`, in host memory. A quantized cache is left as it is.
+    """
+    graph = Graph(model)
+    replaced: dict[str, list[onnx.NodeProto]] = {}
+    start, axis = graph.constant("first_key", [0]), graph.constant("axis_of_keys", [2])
+    for node in graph.nodes:
+        if node.op_type == "Shape" and node.input[0] == "past_key.0":
+            length = node
+        if node.op_type != "Attention":
+            continue
+        if any(graph.maker[name].op_type != "TensorScatter" for name in node.input[1:3]):
+            return
+        slices = [
+            helper.make_node(
+                "Slice",
+                [whole, start, "key_length", axis],
+                [f"{whole}/filled"],
+                name=f"{whole}/filled",
+            )
+            for whole in node.input[1:3]
+        ]
+        attention = onnx.NodeProto()
+        attention.CopyFrom(node)
+        attention.input[1], attention.input[2] = (each.output[0] for each in slices)
+        replaced[node.name] = [*slices, attention]
+    [reader] = graph.readers[length.output[0]]
+    replaced[length.name] = []
+    reader.input[0] = "key_length"
+    graph.replace(replaced)
+    graph.store()
+    value = helper.make_tensor_value_info("key_length", TensorProto.INT64, [1])
+    model.graph.input.append(value)
+
+
+def fuse_attention(model: onnx.ModelProto) -> None:
+    """ONNX Runtime's own attention, where keys have as many heads as queries.
+
+    It takes queries as they come from their product, so that only keys and values are transposed.
+    """
+    graph = Graph(model)
+    replaced: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.nodes:
+        if node.op_type != "Attention":
+            continue
+        num_heads, num_kv_heads = _heads(graph, node)
+        if num_heads != num_kv_heads:
+            return
+        replaced |= _with_flat_queries(graph, node, num_heads)
+    graph.replace(replaced)
+    graph.store()
+    use_own_operators(model)
+
+
+def _with_flat_queries(
+    graph: Graph, attention: onnx.NodeProto, num_heads: int
+) -> dict[str, list[onnx.NodeProto]]:
+    split = graph.maker[attention.input[0]]
+    transpose = graph.maker[split.input[0]]
+    reshape = graph.maker[transpose.input[0]]
+    [behind] = graph.readers[attention.output[0]]
+    [merge] = graph.readers[behind.output[0]]
+    head_dim = int(numpy_helper.to_array(graph.initializers[reshape.input[1]])[-1])
+    sizes = graph.constant("sizes_of_flat_parts", [num_heads * head_dim] * 3)
+    heads = graph.constant(f"heads_{num_heads}", [0, 0, num_heads, head_dim])
+    flat = [f"{part}/flat" for part in split.output]
+    nodes = [
+        helper.make_node("Split", [reshape.input[0], sizes], flat, name=split.name, axis=2),
+    ]
+    for part, name in zip(split.output[1:], flat[1:], strict=True):
+        nodes += [
+            _reshape(name, heads, f"{part}/heads"),
+            helper.make_node("Transpose", [f"{part}/heads"], [part], name=part, perm=[0, 2, 1, 3]),
+        ]
+    fused = _multi_head_attention(attention, flat[0], num_heads, merge.output[0])
+    return {
+        reshape.name: [],
+        transpose.name: [],
+        split.name: nodes,
+        attention.name: [fused],
+        behind.name: [],
+        merge.name: [],
+    }
+
+
 def specialize_for_one_token(model: onnx.ModelProto) -> None:
     """Makes `seq` 1 and asks for the logits of every row, in order, `[batch, vocab]`.
 
@@ -129,6 +236,10 @@ def specialize_for_one_token(model: onnx.ModelProto) -> None:
             replaced |= _with_every_row(graph, node)
         elif node.op_type == "Transpose" and attributes(node)["perm"] == [0, 2, 1, 3]:
             replaced |= _without_transpose(graph, node)
+        elif node.name == "positions/query":
+            # The only token of a row is at offset 0.
+            first = helper.make_node("Identity", node.input[:1], node.output, name=node.name)
+            replaced[node.name] = [first]
         elif node.op_type == "Shape" and node.input[0] in sizes:
             found = attributes(node)
             part = sizes[node.input[0]][found["start"] : found["end"]]
@@ -178,29 +289,33 @@ def _reshape(value: str, shape: str, output: str) -> onnx.NodeProto:
     return helper.make_node("Reshape", [value, shape], [output], name=output)
 
 
-def compute_attention_of_one_query(model: onnx.ModelProto, has_fused_operator: bool) -> None:
+def compute_attention_of_one_query(model: onnx.ModelProto) -> None:
     """Attention in a form that suits single queries.
 
     For a network that is specialized for one token. The portable operator works on blocks of
-    queries, of which there is one here, and leaves most of a GPU idle.
-
-    has_fused_operator: whether ONNX Runtime's own operator takes the network's type. It wants as
-    many heads of keys as of queries; otherwise, attention becomes two products and a softmax.
+    queries, of which there is one here, and leaves most of a GPU idle. ONNX Runtime's own operator
+    wants as many heads of keys as of queries; otherwise, there are two products and a softmax.
     """
     graph = Graph(model)
     replaced: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.nodes:
         if node.op_type != "Attention":
             continue
-        split = graph.maker[node.input[0]]
-        num_heads, num_kv_heads, _ = numpy_helper.to_array(graph.initializers[split.input[1]])
-        if has_fused_operator and num_heads == num_kv_heads:
-            replaced[node.name] = _fused_attention(graph, node, int(num_heads))
+        num_heads, num_kv_heads = _heads(graph, node)
+        if num_heads == num_kv_heads:
+            replaced[node.name] = _fused_attention(graph, node, num_heads)
         else:
-            replaced[node.name] = _written_out(graph, node, int(num_kv_heads))
+            replaced[node.name] = _written_out(graph, node, num_kv_heads)
     graph.replace(replaced)
     graph.store()
     use_own_operators(model)
+
+
+def _heads(graph: Graph, attention: onnx.NodeProto) -> tuple[int, int]:
+    """Heads of queries, and of keys."""
+    split = graph.maker[attention.input[0]]
+    num_heads, num_kv_heads, _ = numpy_helper.to_array(graph.initializers[split.input[1]])
+    return int(num_heads), int(num_kv_heads)
 
 
 def _fused_attention(graph: Graph, node: onnx.NodeProto, num_heads: int) -> list[onnx.NodeProto]:
@@ -209,19 +324,26 @@ def _fused_attention(graph: Graph, node: onnx.NodeProto, num_heads: int) -> list
     The result is `[batch, 1, heads * head_dim]`, which what reads it does not tell from
     `[batch, heads, 1, head_dim]`.
     """
-    query, keys, values, bias = node.input
     name = f"{node.name}/merged_query"
     merged = graph.constant("merged_heads_of_one", [0, 1, -1])
-    attention = helper.make_node(
+    attention = _multi_head_attention(node, name, num_heads, node.output[0])
+    return [_reshape(node.input[0], merged, name), attention]
+
+
+def _multi_head_attention(
+    node: onnx.NodeProto, query: str, num_heads: int, output: str
+) -> onnx.NodeProto:
+    """For an Attention node. query, output: `[batch, seq, heads * head_dim]`."""
+    _, keys, values, bias = node.input
+    return helper.make_node(
         "MultiHeadAttention",
-        [name, keys, values, "", "", bias],
-        list(node.output),
+        [query, keys, values, "", "", bias],
+        [output],
         name=node.name,
         domain=DOMAIN,
         num_heads=num_heads,
         scale=attributes(node)["scale"],
     )
-    return [_reshape(query, merged, name), attention]
 
 
 def _written_out(graph: Graph, node: onnx.NodeProto, num_kv_heads: int) -> list[onnx.NodeProto]:
@@ -287,8 +409,9 @@ def norm_with_fast_kernels(model: onnx.ModelProto) -> None:
 def choose_likeliest(model: onnx.ModelProto) -> None:
     """Adds what the next step of greedy decoding takes, and the likelihood of its tokens.
 
-    For a network that is specialized for one token: next_ids int64 `[batch, 1]`, log_probs float32
-    `[batch, 1]`, next_positions int64 `[batch]`.
+    For a network that is specialized for one token: next_ids int64 `[batch, 1]`,
+    next_positions int64 `[batch]`, and total_odds float32 `[batch, 1]`: the sum over all tokens of
+    their probability divided by that of the likeliest one.
     """
     graph = model.graph
     one = numpy_helper.from_array(np.array(1, np.int64), "one_position")
@@ -301,16 +424,14 @@ def choose_likeliest(model: onnx.ModelProto) -> None:
         ("GatherElements", ["logits", "next_ids"], "likeliest/logit", {"axis": -1}),
         ("Sub", ["logits", "likeliest/logit"], "likeliest/distance", {}),
         ("Exp", ["likeliest/distance"], "likeliest/odds", {}),
-        ("ReduceSum", ["likeliest/odds", "last_axis"], "likeliest/sum", {}),
-        ("Log", ["likeliest/sum"], "likeliest/loss", {}),
-        ("Neg", ["likeliest/loss"], "log_probs", {}),
+        ("ReduceSum", ["likeliest/odds", "last_axis"], "total_odds", {}),
         ("Add", ["write_positions", "one_position"], "next_positions", {}),
     )
     for op_type, inputs, output, options in operations:
         graph.node.append(helper.make_node(op_type, inputs, [output], name=output, **options))
     for name, element_type, shape in (
         ("next_ids", TensorProto.INT64, ["batch", 1]),
-        ("log_probs", TensorProto.FLOAT, ["batch", 1]),
+        ("total_odds", TensorProto.FLOAT, ["batch", 1]),
         ("next_positions", TensorProto.INT64, ["batch"]),
     ):
         graph.output.append(helper.make_tensor_value_info(name, element_type, shape))

@@ -8,7 +8,6 @@ lie in this module's own buffers, and everything happens on one stream.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,8 +37,8 @@ ERROR_SEVERITY = 3
 LOADING_THREADS = 8
 INT64_BYTES = 8
 FLOAT32_BYTES = 4
-# For which ONNX Runtime's CUDA provider has MultiHeadAttention.
-FUSED_ATTENTION_TYPES = ("float32", "float16")
+# Of a step's result, a row: the token, its position, and a number.
+RESULT_BYTES = 2 * INT64_BYTES + FLOAT32_BYTES
 # What ONNX Runtime takes for "neither capture nor replay".
 NO_GRAPH = -1
 
@@ -69,14 +68,12 @@ class OnnxCudaEngine:
         self._graphs: dict[tuple[int, int], int | None] = {}
 
     def _load(self, path: Path, manifest: Manifest) -> None:
-        prompt_network = read_network(path)
-        spell_out_scale_types(prompt_network, ELEMENT_TYPES[manifest.dtype])
-        weights = share_weights(prompt_network, path.parent)
-        step_network = _for_steps(prompt_network, manifest.dtype)
-        cuda_rewrites.choose_rows_by_number(prompt_network)
-        cuda_rewrites.fuse_residual_norms(prompt_network)
-        self._prompts = _Session(prompt_network, path, self._stream, captures=False)
-        self._steps = _Session(step_network, path, self._stream, captures=True)
+        network = read_network(path)
+        spell_out_scale_types(network, ELEMENT_TYPES[manifest.dtype])
+        weights = share_weights(network, path.parent)
+        prompts, steps = cuda_rewrites.for_prompts(network), cuda_rewrites.for_steps(network)
+        self._prompts = _Session(prompts, path, self._stream, captures=False)
+        self._steps = _Session(steps, path, self._stream, captures=True)
         self._weights = _upload(weights, self._stream)
         for weight in weights:
             address = self._weights[weight.name].address
@@ -180,6 +177,9 @@ class OnnxCudaEngine:
             buffer = self._prompt_buffer(name, value.nbytes)
             buffer.copy_from(value, self._stream)
             self._prompts.bind_input(name, TensorProto.INT64, value.shape, buffer.address)
+        if self._prompts.has_input("key_length"):
+            key_length = int(write_positions.max()) + input_ids.shape[1]
+            self._prompts.bind_host_input("key_length", np.array([key_length]))
         shape = (len(staged["logit_rows"]), self.vocab_size)
         output = self._prompt_buffer("logits", shape[0] * shape[1] * FLOAT32_BYTES)
         self._prompts.bind_output("logits", TensorProto.FLOAT, shape, output.address)
@@ -221,7 +221,8 @@ class _Session:
         except Exception as error:  # the library raises many types, without a common base
             raise MptTrtError(f"{path}: ONNX Runtime cannot load the network: {error}") from None
         self._binding = self._session.io_binding()
-        self._run_options: dict[int, onnxruntime.RunOptions] = {}
+        self._inputs = {value.name for value in self._session.get_inputs()}
+        self._captured: dict[int, onnxruntime.RunOptions] = {}
 
     def bind_input(
         self, name: str, element_type: int, shape: tuple[int, ...], address: int
@@ -233,14 +234,34 @@ class _Session:
     ) -> None:
         self._binding.bind_output(name, "cuda", 0, element_type, shape, address)
 
+    def has_input(self, name: str) -> bool:
+        return name in self._inputs
+
+    def bind_host_input(self, name: str, value: NDArray) -> None:
+        """In host memory, copied."""
+        self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+
     def run(self, graph: int) -> None:
-        """Puts a run on the stream, and does not wait for it."""
-        if graph not in self._run_options:
-            options = onnxruntime.RunOptions()
-            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-            options.add_run_config_entry("gpu_graph_id", str(graph))
-            self._run_options[graph] = options
-        self._session.run_with_iobinding(self._binding, self._run_options[graph])
+        """Puts a run on the stream. Where a captured graph is replayed, it does not wait for it.
+
+        Otherwise it must wait: what ONNX Runtime releases after such a run, it would release in a
+        callback of the stream, from where CUDA does not permit that.
+        """
+        if graph in self._captured:
+            self._session.run_with_iobinding(self._binding, self._captured[graph])
+            return
+        self._session.run_with_iobinding(self._binding, _run_options(graph))
+        if graph != NO_GRAPH:
+            self._captured[graph] = _run_options(graph)
+            self._captured[graph].add_run_config_entry(
+                "disable_synchronize_execution_providers", "1"
+            )
+
+
+def _run_options(graph: int) -> onnxruntime.RunOptions:
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    return options
 
 
 class _CacheBinder:
@@ -263,27 +284,26 @@ class _CacheBinder:
 class _StepState:
     """What a step of one token a row takes and gives, for up to `rows` rows.
 
-    A step's tokens and positions lie one behind the other, and so do the next step's, so that one
-    copy is enough between two steps.
+    A step's tokens and positions lie one behind the other, and so do the next step's, with what
+    the host wants to know behind them: one copy between two steps, and one to the host.
     """
 
     def __init__(self, rows: int, vocab_size: int):
         self._vocab_size = vocab_size
         self._present = DeviceBuffer(2 * rows * INT64_BYTES)
-        self._next = DeviceBuffer(2 * rows * INT64_BYTES)
-        self._log_probs = DeviceBuffer(rows * FLOAT32_BYTES)
+        self._next = DeviceBuffer(rows * RESULT_BYTES)
         self.logits = DeviceBuffer(rows * vocab_size * FLOAT32_BYTES)
         self._rows = rows
 
     def bind(self, session: _Session, rows: int) -> None:
         self._rows = rows
-        integer, real, half = TensorProto.INT64, TensorProto.FLOAT, rows * INT64_BYTES
+        integer, real, size = TensorProto.INT64, TensorProto.FLOAT, rows * INT64_BYTES
         present, following = self._present.address, self._next.address
         session.bind_input("input_ids", integer, (rows, 1), present)
-        session.bind_input("write_positions", integer, (rows,), present + half)
+        session.bind_input("write_positions", integer, (rows,), present + size)
         session.bind_output("next_ids", integer, (rows, 1), following)
-        session.bind_output("next_positions", integer, (rows,), following + half)
-        session.bind_output("log_probs", real, (rows, 1), self._log_probs.address)
+        session.bind_output("next_positions", integer, (rows,), following + size)
+        session.bind_output("total_odds", real, (rows, 1), following + 2 * size)
         session.bind_output("logits", real, (rows, self._vocab_size), self.logits.address)
 
     def write(
@@ -295,48 +315,34 @@ class _StepState:
         """The next step's tokens and positions become the present ones."""
         self._present.copy_from_device(self._next, 2 * self._rows * INT64_BYTES, stream)
 
-    def read_choice(
-        self, tokens: NDArray[np.int64], log_probs: NDArray[np.float32], stream: Any
-    ) -> None:
-        self._next.copy_to(tokens, stream)
-        self._log_probs.copy_to(log_probs, stream)
+    def read_result(self, target: NDArray[np.uint8], stream: Any) -> None:
+        """target: `[rows * RESULT_BYTES]`."""
+        self._next.copy_to(target, stream)
 
 
 class _StepResult:
     """The tokens that a step has chosen, on their way to the host."""
 
     def __init__(self, rows: int):
-        self._buffer = PinnedBuffer(rows * (INT64_BYTES + FLOAT32_BYTES))
+        self._buffer = PinnedBuffer(rows * RESULT_BYTES)
         self._tokens = self._buffer.array[: rows * INT64_BYTES].view(np.int64)
-        self._log_probs = self._buffer.array[rows * INT64_BYTES :].view(np.float32)
+        self._total_odds = self._buffer.array[2 * rows * INT64_BYTES :].view(np.float32)
         self._event = call(cudart.cudaEventCreate())
 
     def fetch(self, state: _StepState, stream: Any) -> None:
-        state.read_choice(self._tokens, self._log_probs, stream)
+        state.read_result(self._buffer.array, stream)
         call(cudart.cudaEventRecord(self._event, stream))
 
     def wait(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Copies, since the buffer is used again."""
+        """Tokens and their log-probabilities. Copies, since the buffer is used again."""
         call(cudart.cudaEventSynchronize(self._event))
-        return self._tokens.copy(), self._log_probs.copy()
+        return self._tokens.copy(), -np.log(self._total_odds)
 
 
 def _cache_type(manifest: Manifest) -> int:
     """ONNX's type of the cache."""
     kv_cache = manifest.quantization.kv_cache
     return ELEMENT_TYPES[manifest.dtype] if kv_cache == "auto" else QUANTIZED_TYPES[kv_cache][0]
-
-
-def _for_steps(network: onnx.ModelProto, dtype: str) -> onnx.ModelProto:
-    """The network for steps of one token a row. dtype: the network's own type."""
-    model = copy.deepcopy(network)
-    cuda_rewrites.specialize_for_one_token(model)
-    cuda_rewrites.fuse_residual_norms(model)
-    cuda_rewrites.norm_with_fast_kernels(model)
-    has_fused_operator = dtype in FUSED_ATTENTION_TYPES
-    cuda_rewrites.compute_attention_of_one_query(model, has_fused_operator)
-    cuda_rewrites.choose_likeliest(model)
-    return model
 
 
 def _upload(weights: list[SharedWeight], stream: Any) -> dict[str, DeviceBuffer]:
