@@ -64,6 +64,7 @@ def use_own_operators(model: onnx.ModelProto) -> None:
 def for_prompts(network: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the network that reads prompts."""
     model = copy.deepcopy(network)
+    clip_in_float32(model)
     choose_rows_by_number(model)
     fuse_residual_norms(model)
     attend_to_filled_cache(model)
@@ -74,12 +75,37 @@ def for_prompts(network: onnx.ModelProto) -> onnx.ModelProto:
 def for_steps(network: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the network for steps of one token a row, which chooses the likeliest tokens."""
     model = copy.deepcopy(network)
+    clip_in_float32(model)
     specialize_for_one_token(model)
     fuse_residual_norms(model)
     norm_with_fast_kernels(model)
     compute_attention_of_one_query(model)
     choose_likeliest(model)
     return model
+
+
+def clip_in_float32(model: onnx.ModelProto) -> None:
+    """ONNX Runtime has no kernel that clips bfloat16; to clip it as float32 is exact."""
+    graph = Graph(model)
+    replaced: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.nodes:
+        if node.op_type != "Clip":
+            continue
+        value, *bounds = node.input
+        if graph.initializers[bounds[0]].data_type != TensorProto.BFLOAT16:
+            return
+        wide, clipped = f"{node.name}/wide", f"{node.name}/wide_clipped"
+        wide_bounds = [f"{bound}/wide" for bound in bounds]
+        for bound, name in zip(bounds, wide_bounds, strict=True):
+            number = numpy_helper.to_array(graph.initializers[bound]).astype(np.float32)
+            graph.initializers[name] = numpy_helper.from_array(number, name)
+        replaced[node.name] = [
+            _cast(value, wide, TensorProto.FLOAT),
+            helper.make_node("Clip", [wide, *wide_bounds], [clipped], name=clipped),
+            _cast(clipped, node.output[0], TensorProto.BFLOAT16),
+        ]
+    graph.replace(replaced)
+    graph.store()
 
 
 def fuse_residual_norms(model: onnx.ModelProto) -> None:
@@ -283,6 +309,10 @@ def _without_transpose(graph: Graph, transpose: onnx.NodeProto) -> dict[str, lis
         transpose.name: [],
         after.name: [_reshape(transpose.input[0], shape, after.output[0])],
     }
+
+
+def _cast(value: str, output: str, element_type: int) -> onnx.NodeProto:
+    return helper.make_node("Cast", [value], [output], name=output, to=element_type)
 
 
 def _reshape(value: str, shape: str, output: str) -> onnx.NodeProto:

@@ -2,8 +2,9 @@
 
 Two sessions read one copy of the weights: the network as it is, for prompts, and one that is
 rewritten for steps of one token a row (see cuda_rewrites). Such a step is captured in a CUDA
-graph when it comes a second time for the same cache. Weights, cache and what a step takes and gives
-lie in this module's own buffers, and everything happens on one stream.
+graph when it comes a second time for the same cache. (ONNX Runtime has graphs of its own, but waits
+after each.) Weights, cache and what a step takes and gives lie in this module's own buffers, and
+everything happens on one stream.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mpt_trt.engines.device_cache import make_device_cache
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnx_rewrites import read_network, spell_out_scale_types
 from mpt_trt.engines.shared_weights import SharedWeight, share_weights
+from mpt_trt.engines.step_graphs import StepGraphs
 from mpt_trt.errors import MptTrtError
 from mpt_trt.kv_cache import QUANTIZED_TYPES, CacheShape, cache_shape
 from mpt_trt.numerics import STORAGE_TYPES
@@ -39,8 +41,6 @@ INT64_BYTES = 8
 FLOAT32_BYTES = 4
 # Of a step's result, a row: the token, its position, and a number.
 RESULT_BYTES = 2 * INT64_BYTES + FLOAT32_BYTES
-# What ONNX Runtime takes for "neither capture nor replay".
-NO_GRAPH = -1
 
 
 class OnnxCudaEngine:
@@ -64,16 +64,15 @@ class OnnxCudaEngine:
         self._rows = 0
         self._state = _StepState(limits.max_batch_size, self.vocab_size)
         self._prompt_buffers: dict[str, DeviceBuffer] = {}
-        # By rows and address of the cache: the number of the captured graph, None before capture.
-        self._graphs: dict[tuple[int, int], int | None] = {}
+        self._graphs = StepGraphs(self._stream)
 
     def _load(self, path: Path, manifest: Manifest) -> None:
         network = read_network(path)
         spell_out_scale_types(network, ELEMENT_TYPES[manifest.dtype])
         weights = share_weights(network, path.parent)
         prompts, steps = cuda_rewrites.for_prompts(network), cuda_rewrites.for_steps(network)
-        self._prompts = _Session(prompts, path, self._stream, captures=False)
-        self._steps = _Session(steps, path, self._stream, captures=True)
+        self._prompts = _Session(prompts, path, self._stream)
+        self._steps = _Session(steps, path, self._stream)
         self._weights = _upload(weights, self._stream)
         for weight in weights:
             address = self._weights[weight.name].address
@@ -138,25 +137,13 @@ class OnnxCudaEngine:
 
     def _step_one(self, write_positions: NDArray[np.int64]) -> None:
         self._before_step(1)
-        self._steps.run(self._graph())
+        key = (self._rows, self._cache.address)
+        self._graphs.run(key, self._steps.run, self._steps.enqueue)
         self._cache.after_step(write_positions, self._stream)
 
     def _before_step(self, seq: int) -> None:
         self._binder.seq = seq
         self._cache.before_step(seq)
-
-    def _graph(self) -> int:
-        """The graph to replay or, the second time, to capture.
-
-        Not the first time: after beam search has reordered the cache, there may be no second.
-        """
-        key = (self._rows, self._cache.address)
-        if key not in self._graphs:
-            self._graphs[key] = None
-            return NO_GRAPH
-        if self._graphs[key] is None:
-            self._graphs[key] = sum(number is not None for number in self._graphs.values()) + 1
-        return self._graphs[key]
 
     def _read_prompts(
         self,
@@ -184,7 +171,7 @@ class OnnxCudaEngine:
         output = self._prompt_buffer("logits", shape[0] * shape[1] * FLOAT32_BYTES)
         self._prompts.bind_output("logits", TensorProto.FLOAT, shape, output.address)
         self._before_step(input_ids.shape[1])
-        self._prompts.run(NO_GRAPH)
+        self._prompts.run()
         self._cache.after_step(write_positions, self._stream)
         logits = np.empty((num_logits, self.vocab_size), np.float32)
         output.copy_to(logits, self._stream)
@@ -202,7 +189,7 @@ class OnnxCudaEngine:
 class _Session:
     """A network that is loaded, and what its values are bound to."""
 
-    def __init__(self, model: onnx.ModelProto, path: Path, stream: Any, captures: bool):
+    def __init__(self, model: onnx.ModelProto, path: Path, stream: Any):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = ERROR_SEVERITY
         options.add_session_config_entry(
@@ -210,7 +197,6 @@ class _Session:
         )
         provider = {
             "user_compute_stream": str(int(stream)),
-            "enable_cuda_graph": str(int(captures)),
             "arena_extend_strategy": "kSameAsRequested",
             "use_tf32": "0",
         }
@@ -222,7 +208,8 @@ class _Session:
             raise MptTrtError(f"{path}: ONNX Runtime cannot load the network: {error}") from None
         self._binding = self._session.io_binding()
         self._inputs = {value.name for value in self._session.get_inputs()}
-        self._captured: dict[int, onnxruntime.RunOptions] = {}
+        self._without_waiting = onnxruntime.RunOptions()
+        self._without_waiting.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def bind_input(
         self, name: str, element_type: int, shape: tuple[int, ...], address: int
@@ -241,27 +228,17 @@ class _Session:
         """In host memory, copied."""
         self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
 
-    def run(self, graph: int) -> None:
-        """Puts a run on the stream. Where a captured graph is replayed, it does not wait for it.
+    def run(self) -> None:
+        """Runs, and waits for the end."""
+        self._session.run_with_iobinding(self._binding)
 
-        Otherwise it must wait: what ONNX Runtime releases after such a run, it would release in a
-        callback of the stream, from where CUDA does not permit that.
+    def enqueue(self) -> None:
+        """Puts a run on the stream, to be captured.
+
+        Outside of a capture that would not be safe: what some operators need on the host, ONNX
+        Runtime releases in a callback of the stream, from where CUDA does not permit that.
         """
-        if graph in self._captured:
-            self._session.run_with_iobinding(self._binding, self._captured[graph])
-            return
-        self._session.run_with_iobinding(self._binding, _run_options(graph))
-        if graph != NO_GRAPH:
-            self._captured[graph] = _run_options(graph)
-            self._captured[graph].add_run_config_entry(
-                "disable_synchronize_execution_providers", "1"
-            )
-
-
-def _run_options(graph: int) -> onnxruntime.RunOptions:
-    options = onnxruntime.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", str(graph))
-    return options
+        self._session.run_with_iobinding(self._binding, self._without_waiting)
 
 
 class _CacheBinder:

@@ -22,6 +22,7 @@ from mpt_trt.engines.device_buffer import DeviceBuffer, call
 from mpt_trt.engines.device_cache import make_device_cache
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.nccl import join_nccl, set_communicator
+from mpt_trt.engines.step_graphs import StepGraphs
 from mpt_trt.engines.tensorrt import CONTEXT_PROFILE, GENERATION_PROFILE
 from mpt_trt.errors import MptTrtError
 from mpt_trt.kv_cache import cache_names, cache_shape
@@ -68,7 +69,7 @@ class TensorRtEngine:
         for name, buffer in self._buffers.items():
             self._set_address(name, buffer.address)
         self._batch_size = 0
-        self._graphs: dict[tuple[int, int], Any] = {}
+        self._graphs = StepGraphs(self._stream)
 
     def join(self, communicator: Communicator) -> None:
         """Connects the engine to those of the other ranks, which must all be loaded."""
@@ -84,7 +85,7 @@ class TensorRtEngine:
         """An empty cache of `batch_size` rows; raises MptTrtError when the rows do not fit."""
         self._limits.require_rows(batch_size)
         self._cache.start(batch_size, self._stream)
-        self._use_rows(batch_size)
+        self._batch_size = batch_size
 
     def step(
         self,
@@ -105,7 +106,12 @@ class TensorRtEngine:
             self._buffers[name].copy_from(value, self._stream)
         self._cache.before_step(input_ids.shape[1])
         if input_ids.shape[1] == 1:
-            self._run_captured(staged)
+            key = (self._batch_size, len(staged["logit_positions"]), self._cache.address)
+
+            def enqueue() -> None:
+                self._enqueue(GENERATION_PROFILE, staged)
+
+            self._graphs.run(key, enqueue, enqueue)
         else:
             self._enqueue(CONTEXT_PROFILE, staged)
         self._cache.after_step(write_positions, self._stream)
@@ -118,7 +124,7 @@ class TensorRtEngine:
         """Cache row i becomes a copy of old row rows[i]."""
         self._cache.reorder(rows, self._stream)
         call(cudart.cudaStreamSynchronize(self._stream))
-        self._use_rows(len(rows))
+        self._batch_size = len(rows)
 
     def _deserialize(self, path: Path) -> Any:
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
@@ -152,11 +158,6 @@ class TensorRtEngine:
         for context in self._contexts:
             context.set_tensor_address(name, address)
 
-    def _use_rows(self, batch_size: int) -> None:
-        """Forgets the graphs that were captured with another cache."""
-        self._batch_size = batch_size
-        self._graphs.clear()
-
     def _enqueue(self, profile: int, feeds: dict[str, NDArray[np.int64]]) -> None:
         context = self._contexts[profile]
         for name, value in feeds.items():
@@ -165,21 +166,3 @@ class TensorRtEngine:
             context.set_input_shape(name, (self._batch_size, *self._row_shape))
         if not context.execute_async_v3(self._stream):
             raise MptTrtError(f"{self.description} failed to run a step; see its messages above")
-
-    def _run_captured(self, feeds: dict[str, NDArray[np.int64]]) -> None:
-        """Runs a one-token step; from the second time on by replaying its CUDA graph.
-
-        The first time must not be captured: TensorRT finishes its set-up for new shapes then.
-        """
-        key = (len(feeds["input_ids"]), len(feeds["logit_positions"]))
-        if key not in self._graphs:
-            self._enqueue(GENERATION_PROFILE, feeds)
-            self._graphs[key] = None
-            return
-        if self._graphs[key] is None:
-            mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-            call(cudart.cudaStreamBeginCapture(self._stream, mode))
-            self._enqueue(GENERATION_PROFILE, feeds)
-            graph = call(cudart.cudaStreamEndCapture(self._stream))
-            self._graphs[key] = call(cudart.cudaGraphInstantiate(graph, 0))
-        call(cudart.cudaGraphLaunch(self._graphs[key], self._stream))

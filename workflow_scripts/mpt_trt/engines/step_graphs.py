@@ -1,0 +1,47 @@
+"""CUDA graphs of steps that come again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from cuda.bindings import runtime as cudart
+
+from mpt_trt.engines.device_buffer import call
+
+
+class StepGraphs:
+    """Captures what is put on a stream when it comes a second time, and replays it from then on.
+
+    Not the first time: runtimes finish their set-up for new shapes then, and after beam search has
+    moved the cache there may be no second.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self._graphs: dict[Hashable, Any] = {}
+
+    def run(
+        self, key: Hashable, enqueue: Callable[[], None], enqueue_captured: Callable[[], None]
+    ) -> None:
+        """key: all that decides which kernels run, and on which memory.
+
+        enqueue_captured: does what enqueue does, and nothing that must not be captured, such as
+        waiting for the stream.
+        """
+        if key not in self._graphs:
+            enqueue()
+            self._graphs[key] = None
+            return
+        if self._graphs[key] is None:
+            self._graphs[key] = self._capture(enqueue_captured)
+        call(cudart.cudaGraphLaunch(self._graphs[key], self._stream))
+
+    def _capture(self, enqueue: Callable[[], None]) -> Any:
+        mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        call(cudart.cudaStreamBeginCapture(self._stream, mode))
+        try:
+            enqueue()
+        finally:
+            graph = call(cudart.cudaStreamEndCapture(self._stream))
+        return call(cudart.cudaGraphInstantiate(graph, 0))
