@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,6 +159,24 @@ def test_what_was_written_is_read(
         for matrix in MATRICES if qformat != "kv_cache" else ():
             expected = values_for(source, layer, matrix, qformat)
             assert_same(read_matrix(result, layer, matrix), expected, weight_dtype)
+
+
+def test_threads_read_side_by_side(made: Path, checkpoint: FtCheckpoint) -> None:
+    """As networks are made. Python 3.12's zipfile mixes up the places of one archive's readers."""
+    result = read_calibration(made / "int4_awq.npz", checkpoint)
+    places = [
+        (layer, matrix) for layer in range(checkpoint.config.num_layers) for matrix in MATRICES
+    ]
+    expected = {place: result.awq_matrix(*place) for place in places}
+
+    def read(number: int) -> None:
+        place = places[number % len(places)]
+        found = result.awq_matrix(*place)
+        np.testing.assert_array_equal(found.weight, expected[place].weight)
+        np.testing.assert_array_equal(found.scales, expected[place].scales)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read, range(400)))
 
 
 @pytest.mark.parametrize("qformat", FORMATS)

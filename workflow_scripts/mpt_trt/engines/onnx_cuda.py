@@ -192,6 +192,8 @@ class _Session:
     def __init__(self, model: onnx.ModelProto, path: Path, stream: Any):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = ERROR_SEVERITY
+        # Planned memory is allocated in a second run, which for steps is the one to be captured.
+        options.enable_mem_pattern = False
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent)
         )

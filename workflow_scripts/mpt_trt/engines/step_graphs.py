@@ -38,10 +38,13 @@ class StepGraphs:
         call(cudart.cudaGraphLaunch(self._graphs[key], self._stream))
 
     def _capture(self, enqueue: Callable[[], None]) -> Any:
-        mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        # Runtimes may still allocate memory of their own, which other modes forbid.
+        mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         call(cudart.cudaStreamBeginCapture(self._stream, mode))
         try:
             enqueue()
-        finally:
-            graph = call(cudart.cudaStreamEndCapture(self._stream))
-        return call(cudart.cudaGraphInstantiate(graph, 0))
+        except BaseException:
+            # What went wrong says more than that the capture is of no use then.
+            cudart.cudaStreamEndCapture(self._stream)
+            raise
+        return call(cudart.cudaGraphInstantiate(call(cudart.cudaStreamEndCapture(self._stream)), 0))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -203,13 +204,20 @@ class NpzFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self._of_thread = threading.local()
         try:
-            self._archive = zipfile.ZipFile(path)
+            names = self._archive().namelist()
         except FileNotFoundError:
             raise MptTrtError(f"{path}: no such file; quantize.py makes {FILE_NAME}") from None
         except (zipfile.BadZipFile, OSError) as error:
             raise self.refused(f"cannot be read as an npz archive ({error})") from None
-        self.keys = frozenset(name.removesuffix(".npy") for name in self._archive.namelist())
+        self.keys = frozenset(name.removesuffix(".npy") for name in names)
+
+    def _archive(self) -> zipfile.ZipFile:
+        """One a thread: Python 3.12 opens an entry at a wrong place while another one is read."""
+        if not hasattr(self._of_thread, "archive"):
+            self._of_thread.archive = zipfile.ZipFile(self.path)
+        return self._of_thread.archive
 
     def array(self, key: str) -> NDArray:
         """Raises MptTrtError when there is no such array, or it is damaged."""
@@ -243,7 +251,7 @@ class NpzFile:
         if key not in self.keys:
             raise self.refused(f"{key} is missing")
         try:
-            with self._archive.open(f"{key}.npy") as stream:
+            with self._archive().open(f"{key}.npy") as stream:
                 yield stream
         except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
             raise self.refused(f"{key} is damaged ({error})") from None
