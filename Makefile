@@ -12,7 +12,7 @@ INSTALL_SLURM := (apt-get update && apt-get install -y --no-install-recommends $
 
 DEMO := smoke_tests/mpt-demo/fp16/1-gpu.json
 
-.PHONY: demo test slurm-ready test-slurm nightly check clean
+.PHONY: demo test slurm-ready test-slurm test-gpu nightly check clean
 
 demo: $(VENV)/installed
 	$(BIN)/snakemake --cores 2 $(DEMO)
@@ -29,6 +29,12 @@ slurm-ready:
 # The workflow on a real SLURM, which it starts and stops: some 4 minutes. Debian, as root.
 test-slurm: $(VENV)/installed-dev slurm-ready
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+# ONNX Runtime on a CUDA GPU, for which onnxruntime-gpu takes the place of onnxruntime in .venv.
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
+	$(PIP) install --quiet "onnxruntime-gpu[cuda,cudnn]==1.31.1"
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 # Real shapes, cut to two blocks: some 5 minutes, 10 GB of memory and of disk.
 nightly: $(VENV)/installed-dev

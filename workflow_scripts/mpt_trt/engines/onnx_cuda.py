@@ -2,7 +2,7 @@
 
 Two sessions read one copy of the weights: the network as it is, for prompts, and one that is
 rewritten for steps of one token a row (see cuda_rewrites). Such a step is captured in a CUDA
-graph when it comes a second time for the same cache. (ONNX Runtime has graphs of its own, but waits
+graph when it has come twice for the same cache. (ONNX Runtime has graphs of its own, but waits
 after each.) Weights, cache and what a step takes and gives lie in this module's own buffers, and
 everything happens on one stream.
 """
@@ -53,6 +53,8 @@ class OnnxCudaEngine:
         self.max_batch_size = limits.max_batch_size
         self.max_step_tokens = limits.max_input_len
         self.max_logits: int | None = None
+        # CUDA's libraries from Python packages, where they are not the system's.
+        onnxruntime.preload_dlls()
         self._stream = call(cudart.cudaStreamCreate())
         self._load(engine_dir / manifest.ranks[0].network, manifest)
         shape = cache_shape(manifest.config, Shard(0, 1), limits.cache_len)
@@ -208,6 +210,12 @@ class _Session:
             )
         except Exception as error:  # the library raises many types, without a common base
             raise MptTrtError(f"{path}: ONNX Runtime cannot load the network: {error}") from None
+        if PROVIDER not in self._session.get_providers():
+            raise MptTrtError(
+                f"ONNX Runtime {onnxruntime.__version__} finds the GPU, but not the libraries that it "
+                "was built for; install onnxruntime-gpu[cuda,cudnn], or hide the GPU from it with "
+                "CUDA_VISIBLE_DEVICES="
+            )
         self._binding = self._session.io_binding()
         self._inputs = {value.name for value in self._session.get_inputs()}
         self._without_waiting = onnxruntime.RunOptions()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -9,16 +10,19 @@ from cuda.bindings import runtime as cudart
 
 from mpt_trt.engines.device_buffer import call
 
+# What runtimes set up for new shapes, they have set up after as many runs.
+PLAIN_RUNS = 2
+
 
 class StepGraphs:
-    """Captures what is put on a stream when it comes a second time, and replays it from then on.
+    """Captures what is put on a stream when it has come PLAIN_RUNS times, and replays it from then.
 
-    Not the first time: runtimes finish their set-up for new shapes then, and after beam search has
-    moved the cache there may be no second.
+    Not before: after beam search has moved the cache there may be no other time.
     """
 
     def __init__(self, stream: Any):
         self._stream = stream
+        self._plain_runs: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, Any] = {}
 
     def run(
@@ -29,11 +33,11 @@ class StepGraphs:
         enqueue_captured: does what enqueue does, and nothing that must not be captured, such as
         waiting for the stream.
         """
-        if key not in self._graphs:
+        if self._plain_runs[key] < PLAIN_RUNS:
+            self._plain_runs[key] += 1
             enqueue()
-            self._graphs[key] = None
             return
-        if self._graphs[key] is None:
+        if key not in self._graphs:
             self._graphs[key] = self._capture(enqueue_captured)
         call(cudart.cudaGraphLaunch(self._graphs[key], self._stream))
 

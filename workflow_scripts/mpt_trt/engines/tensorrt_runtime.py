@@ -1,7 +1,7 @@
 """Runs a rank's TensorRT plan on a GPU that it was built for.
 
 One execution context per optimization profile, both on one scratch buffer. A step of one token a
-row is captured in a CUDA graph when its shapes come a second time.
+row is captured in a CUDA graph (see step_graphs).
 
 Written to the documented API of TensorRT 11 and TensorRT-RTX 1.7; see docs/engines.md for what has
 been run.
