@@ -6,147 +6,27 @@ another order of sums (float32), in multiples of the logits' standard deviation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-from numpy.typing import NDArray
-from onnx import helper
 
 from checkpoints import CheckpointSpec
+from cuda_support import network_of, require_same
 from engines_support import FEATURES, LIMITS, make_ft_checkpoint, make_network
 from mpt_trt.engines import cuda_rewrites
-from mpt_trt.engines.manifest import network_name
-from mpt_trt.engines.onnx_rewrites import spell_out_scale_types
-from mpt_trt.engines.shared_weights import SharedWeight, share_weights
-from mpt_trt.ft_checkpoint import FtCheckpoint
+from mpt_trt.engines.shared_weights import share_weights
 from mpt_trt.quantization.recipe import Recipe
 from mpt_trt.quantization.scheme import Quantization, WeightOnly
 
-BOUND = 2e-5
-# Rows of different lengths, one of a single token.
-LENGTHS = np.array([5, 1, 9])
-BATCH = len(LENGTHS)
-FLOAT = onnx.TensorProto.FLOAT
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A session with the weights that it takes as inputs, by name."""
-
-    session: onnxruntime.InferenceSession
-    weights: dict[str, onnxruntime.OrtValue]
-
-    def run(self, feeds: dict[str, NDArray]) -> dict[str, NDArray]:
-        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(v) for name, v in feeds.items()}
-        names = [output.name for output in self.session.get_outputs()]
-        found = self.session.run_with_ort_values(names, values | self.weights)
-        return {name: value.numpy() for name, value in zip(names, found, strict=True)}
-
-
-def load(model: onnx.ModelProto, folder: Path, weights: list[SharedWeight]) -> Loaded:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    entries = {
-        "session.model_external_initializers_file_folder_path": str(folder),
-        "session.qdq_matmulnbits_accuracy_level": "1",
-    }
-    for key, value in entries.items():
-        options.add_session_config_entry(key, value)
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return Loaded(session, {weight.name: as_value(weight) for weight in weights})
-
-
-def as_value(weight: SharedWeight) -> onnxruntime.OrtValue:
-    dtype = helper.tensor_dtype_to_np_dtype(weight.element_type)
-    content = weight.read().reshape(-1).view(dtype).reshape(weight.shape)
-    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(content, weight.element_type)
-
-
-def network_of(folder: Path) -> onnx.ModelProto:
-    return onnx.load(folder / network_name(0), load_external_data=False)
-
-
-def empty_cache(model: onnx.ModelProto) -> dict[str, NDArray]:
-    caches = [value for value in model.graph.input if value.name.startswith("past_")]
-    return {
-        value.name: np.zeros(
-            (BATCH, *(d.dim_value for d in value.type.tensor_type.shape.dim[1:])),
-            helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type),
-        )
-        for value in caches
-    }
-
-
-def as_past(outputs: dict[str, NDArray]) -> dict[str, NDArray]:
-    kept = {name: value for name, value in outputs.items() if name.startswith("present_")}
-    return {name.replace("present_", "past_"): value for name, value in kept.items()}
-
-
-def prompt_feeds(vocab_size: int) -> dict[str, NDArray]:
-    ids = np.random.default_rng(0).integers(0, vocab_size, (BATCH, LENGTHS.max()))
-    return {
-        "input_ids": ids,
-        "write_positions": np.zeros(BATCH, np.int64),
-        "logit_positions": np.stack([np.arange(BATCH), LENGTHS - 1], axis=1),
-    }
-
-
-def step_feeds(vocab_size: int) -> dict[str, NDArray]:
-    ids = np.random.default_rng(1).integers(0, vocab_size, (BATCH, 1))
-    return {"input_ids": ids, "write_positions": LENGTHS.astype(np.int64)}
-
-
-def require_equal(checkpoint: FtCheckpoint, folder: Path) -> tuple[int, onnx.ModelProto]:
-    """A prompt and a step of the network in `folder`, as it is and rewritten.
-
-    Returns the number of weights that became inputs, and the network for steps.
-    """
-    original, shared = network_of(folder), network_of(folder)
-    weights = share_weights(shared, folder)
-    reading, steps = cuda_rewrites.for_prompts(shared), cuda_rewrites.for_steps(shared)
-    if any(tensor.data_type == onnx.TensorProto.INT4 for tensor in original.graph.initializer):
-        spell_out_scale_types(original, FLOAT)
-    plain = load(original, folder, [])
-    prompts, single = load(reading, folder, weights), load(steps, folder, weights)
-    vocab_size = checkpoint.config.vocab_size
-    feeds = prompt_feeds(vocab_size) | empty_cache(original)
-    expected = plain.run(feeds)
-    chosen = feeds.pop("logit_positions")
-    own = {"logit_rows": chosen @ [LENGTHS.max(), 1], "key_length": LENGTHS.max(keepdims=True)}
-    found = prompts.run(feeds | own)
-    require_close(expected, found)
-    feeds = step_feeds(vocab_size)
-    every_row = np.stack([np.arange(BATCH), np.zeros(BATCH, np.int64)], axis=1)
-    past = as_past(expected)
-    expected = plain.run(feeds | past | {"logit_positions": every_row})
-    found = single.run(feeds | past)
-    require_close(expected, found)
-    logits = found["logits"].astype(np.float64)
-    assert found["next_ids"].ravel().tolist() == logits.argmax(axis=-1).tolist()
-    likelihood = logits.max(axis=-1) - np.log(np.exp(logits).sum(axis=-1))
-    np.testing.assert_allclose(-np.log(found["total_odds"].ravel()), likelihood, atol=1e-5)
-    assert found["next_positions"].tolist() == (LENGTHS + 1).tolist()
-    return len(weights), steps
-
-
-def require_close(expected: dict[str, NDArray], found: dict[str, NDArray]) -> None:
-    bound = BOUND * expected["logits"].std()
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, atol=bound, rtol=0, err_msg=name)
 
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_a_rewritten_network_computes_the_same(name, tmp_path):
     checkpoint = make_ft_checkpoint(tmp_path, FEATURES[name])
-    _, steps = require_equal(checkpoint, make_network(checkpoint, tmp_path / "network"))
+    _, steps = require_same(
+        make_network(checkpoint, tmp_path / "network"), checkpoint.config.vocab_size
+    )
     config = checkpoint.config
     operators = {node.op_type for node in steps.graph.node}
     assert not operators & {"Attention", "Transpose", "GatherND", "Shape"}
@@ -162,7 +42,9 @@ def count(model: onnx.ModelProto, *op_types: str) -> int:
 def test_norms_take_in_the_residual(name, tmp_path):
     spec = FEATURES[name]
     checkpoint = make_ft_checkpoint(tmp_path, spec)
-    _, steps = require_equal(checkpoint, make_network(checkpoint, tmp_path / "network"))
+    _, steps = require_same(
+        make_network(checkpoint, tmp_path / "network"), checkpoint.config.vocab_size
+    )
     norms = [node for node in steps.graph.node if node.op_type in cuda_rewrites.NORMS.values()]
     assert len(norms) == 2 * spec.num_layers + 1
     # The first norms the embedding, to which only learned positions have been added.
@@ -179,7 +61,7 @@ def test_weights_become_inputs(scheme, tmp_path):
     checkpoint = make_ft_checkpoint(tmp_path, WIDE)
     recipe = Recipe(Quantization(scheme, "auto"), None)
     folder = make_network(checkpoint, tmp_path / "network", LIMITS, recipe)
-    num_shared, steps = require_equal(checkpoint, folder)
+    num_shared, steps = require_same(folder, checkpoint.config.vocab_size)
     num_matrices = 4 * WIDE.num_layers
     if scheme is None:
         # Of a layer, all but attention.dense are large enough; and the embedding.

@@ -212,9 +212,8 @@ class _Session:
             raise MptTrtError(f"{path}: ONNX Runtime cannot load the network: {error}") from None
         if PROVIDER not in self._session.get_providers():
             raise MptTrtError(
-                f"ONNX Runtime {onnxruntime.__version__} finds the GPU, but not the libraries that it "
-                "was built for; install onnxruntime-gpu[cuda,cudnn], or hide the GPU from it with "
-                "CUDA_VISIBLE_DEVICES="
+                f"ONNX Runtime {onnxruntime.__version__} does not find CUDA's libraries; install "
+                "onnxruntime-gpu[cuda,cudnn], or hide the GPU with CUDA_VISIBLE_DEVICES="
             )
         self._binding = self._session.io_binding()
         self._inputs = {value.name for value in self._session.get_inputs()}
