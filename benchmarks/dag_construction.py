@@ -145,8 +145,7 @@ def output_folders(model: str, variants: list[str]) -> Iterator[str]:
             yield f"ft_ckpts/{model}/{storage}/{tp}-gpu"
         for variant in variants:
             for stage in ("networks", "plans"):
-                for rank in range(tp):
-                    yield f"build/{stage}/{model}/{variant}/{tp}-gpu/rank{rank}"
+                yield f"build/{stage}/{model}/{variant}/{tp}-gpu"
             yield f"trt_engines/{model}/{variant}/{tp}-gpu"
 
 

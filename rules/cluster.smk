@@ -65,8 +65,21 @@ def network_runtime(wildcards) -> int:
     return requirements.network_minutes(engine_spec(wildcards))
 
 
+def ranks_at_once(wildcards) -> int:
+    """How many ranks of an engine are built at a time; of those that need one, a GPU for each."""
+    most = min(int(wildcards.tp), settings.site.plans_at_once)
+    if backend(wildcards) != "tensorrt":
+        return most
+    return max(1, min(most, gpu_request.most_gpus(settings.site)))
+
+
+def build_threads(wildcards) -> int:
+    return 2 * ranks_at_once(wildcards)
+
+
 def build_runtime(wildcards) -> int:
-    return requirements.build_minutes(engine_spec(wildcards))
+    rounds = -(-int(wildcards.tp) // ranks_at_once(wildcards))
+    return requirements.build_minutes(engine_spec(wildcards), rounds)
 
 
 def collect_runtime(wildcards) -> int:
@@ -75,7 +88,7 @@ def collect_runtime(wildcards) -> int:
 
 def build_gpus(wildcards) -> int:
     """`tensorrt` builds on a GPU, `tensorrt_rtx` needs none."""
-    return int(backend(wildcards) == "tensorrt")
+    return ranks_at_once(wildcards) if backend(wildcards) == "tensorrt" else 0
 
 
 def build_request(wildcards) -> GpuRequest:
@@ -186,6 +199,10 @@ def build_slots(wildcards, output) -> list[str]:
     return with_gpus(count) if count else []
 
 
+def plans_at_once(wildcards, output) -> int:
+    return ranks_at_once(wildcards)
+
+
 def preflight_for_build(wildcards, output) -> list[str]:
     return preflight_once(wildcards) if build_gpus(wildcards) else []
 
@@ -226,7 +243,7 @@ def needs_of(target: str, wildcards) -> Needs:
         compute_capabilities=variant.compute_capabilities,
         ranks=int(wildcards.tp),
         gpu_memory=requirements.gpu_memory(spec),
-        build_memory=requirements.build_memory(spec),
+        build_memory=ranks_at_once(wildcards) * requirements.build_memory(spec),
         run_memory=requirements.smoke_test_memory(spec),
         disk=requirements.ft_checkpoint_disk(spec) + requirements.engine_disk(spec),
         is_calibrated=bool(calibration_of_variant(wildcards)),

@@ -39,7 +39,6 @@ wildcard_constraints:
     storage="[^/]+",
     qformat="[^/]+",
     tp="[1-9][0-9]*",
-    rank="[0-9]+",
 
 
 def checked(function, *arguments):
@@ -74,13 +73,9 @@ def other_variants(names: tuple[str, ...]) -> str:
     return f"(?!(?:{only_variants(names)})/)[^/]+"
 
 
-def version_of(script: str) -> str:
-    """Hash of a script and the library modules behind it: an edit makes its outputs anew."""
-    return source_hash(SCRIPTS / script)
-
-
-def ranks(wildcards) -> range:
-    return range(int(wildcards.tp))
+def version_of(*scripts: str) -> str:
+    """Hash of scripts and the library modules behind them: an edit makes their outputs anew."""
+    return "-".join(source_hash(SCRIPTS / script) for script in scripts)
 
 
 def stored_config(wildcards) -> MptConfig | None:
@@ -311,7 +306,7 @@ def network_mem_mb(wildcards) -> int:
 
 
 def build_mem_mb(wildcards) -> int:
-    return megabytes(requirements.build_memory(engine_spec(wildcards)))
+    return megabytes(ranks_at_once(wildcards) * requirements.build_memory(engine_spec(wildcards)))
 
 
 def backend(wildcards) -> str:
@@ -326,17 +321,6 @@ def backend_version(wildcards) -> str:
 
 def compute_capabilities(wildcards) -> tuple[str, ...]:
     return variant_of(wildcards).compute_capabilities
-
-
-def of_every_rank(stage: str):
-    """An input function: the folders of one stage, in the order of ranks."""
-
-    def folders(wildcards) -> list[str]:
-        variant_of(wildcards)
-        folder = f"build/{stage}/{wildcards.model}/{wildcards.variant}/{wildcards.tp}-gpu"
-        return [f"{folder}/rank{rank}" for rank in ranks(wildcards)]
-
-    return folders
 
 
 # trtllm.smk
@@ -382,6 +366,11 @@ def tokenizer_folder(wildcards) -> str:
 
 def gpu_of_every_rank(wildcards) -> int:
     return int(wildcards.tp)
+
+
+def trtllm_build_mem_mb(wildcards) -> int:
+    """Of all ranks, which it builds at the same time."""
+    return megabytes(int(wildcards.tp) * requirements.build_memory(engine_spec(wildcards)))
 
 
 # verify.smk
