@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import os
 import re
 import sys
 from pathlib import Path
@@ -80,17 +81,17 @@ def version_of(*scripts: str) -> str:
 
 def stored_config(wildcards) -> MptConfig | None:
     """The model's architecture, where its config.json is on disk already."""
-    folder = Path(checkpoint_folder(wildcards))
+    folder = checkpoint_folder(wildcards)
     try:
-        return config_at(folder, (folder / "config.json").stat().st_mtime_ns)
+        return config_at(folder, os.stat(f"{folder}/config.json").st_mtime_ns)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 @functools.cache
-def config_at(folder: Path, mtime_ns: int) -> MptConfig:
+def config_at(folder: str, mtime_ns: int) -> MptConfig:
     """Read once, since many jobs ask for it, and again when the file has changed."""
-    return checked(read_hf_config, folder)
+    return checked(read_hf_config, Path(folder))
 
 
 def planned_config(wildcards) -> MptConfig:

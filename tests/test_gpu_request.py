@@ -29,7 +29,7 @@ from workflow_support import REPOSITORY, Workflow
 
 Resources = dict[str, dict[str, str]]
 
-CLUSTER = Site("scheduler", "gpus", {"a100": 80.0, "l4": 24.0, "t4": 16.0}, 4, "srun", None, 0)
+CLUSTER = Site("scheduler", "gpus", {"a100": 80.0, "l4": 24.0, "t4": 16.0}, 4, "srun", None, 0, 1)
 
 
 # --- of a cluster --------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def site_options(workflow: Workflow, **site: object) -> tuple[str, ...]:
 def test_only_smoke_tests_ask_a_scheduler_for_gpus(workflow: Workflow) -> None:
     options = site_options(workflow, gpu_memory_gb={"l4": 24, "a100": 80}, gpus_per_node=2)
     found = planned_resources(workflow, *options, "smoke_tests/thirty/fp16/4-gpu.json")
-    for rule in ("convert_checkpoint", "make_network", "build_rank", "collect_engine"):
+    for rule in ("convert_checkpoint", "make_networks", "build_plans", "collect_engine"):
         assert not {"gpu", "gpu_model", "gres"} & found[rule].keys()
         assert int(found[rule]["mem_mb"]) > 0 and int(found[rule]["runtime"]) > 0
     asked = found["smoke_test"]

@@ -31,6 +31,7 @@ SITE = {
     "gpus_per_node": GPUS_PER_NODE,
     "gpu_memory_gb": {GPU_MODEL: 40},
     "mpi": "srun --mpi=pmix",
+    "plans_at_once": 2,
     "job_overhead_mb": 500,
 }
 # No slurmdbd is there for sacct, and the jobs take seconds.
@@ -132,15 +133,17 @@ def of_rule(project: Project, rule: str) -> list[Job]:
 
 
 def test_every_step_is_a_job_that_asks_for_what_it_needs(made: Project) -> None:
-    counts = {"convert_checkpoint": 1, "make_network": 2, "build_rank": 2, "collect_engine": 1}
-    for rule, count in counts.items():
-        jobs = of_rule(made, rule)
-        assert len(jobs) == count
-        for job in jobs:
-            assert job.fields["JobState"] == "COMPLETED"
-            assert (job.gpus_asked_for, job.gpus_given) == ("", "")
-            assert job.fields["TimeLimit"] != "1-00:00:00"
-            assert int(job.fields["MinMemoryNode"].removesuffix("M")) > SITE["job_overhead_mb"]
+    for rule in ("convert_checkpoint", "make_networks", "build_plans", "collect_engine"):
+        (job,) = of_rule(made, rule)
+        assert job.fields["JobState"] == "COMPLETED"
+        assert (job.gpus_asked_for, job.gpus_given) == ("", "")
+        assert job.fields["TimeLimit"] != "1-00:00:00"
+        assert int(job.fields["MinMemoryNode"].removesuffix("M")) > SITE["job_overhead_mb"]
+
+
+def test_a_build_asks_for_all_ranks_that_it_builds_side_by_side(made: Project) -> None:
+    (job,) = of_rule(made, "build_plans")
+    assert (job.fields["NumNodes"], job.fields["CPUs/Task"]) == ("1", "4")
 
 
 def test_calibration_asks_for_one_gpu_and_gets_it(made: Project) -> None:
@@ -182,7 +185,7 @@ def test_a_lost_node_changes_nothing(made: Project, cluster: ToyCluster, tmp_pat
     process = project.start(ENGINE)
 
     def running() -> list[Job]:
-        jobs = of_rule(project, "build_rank")
+        jobs = of_rule(project, "build_plans")
         return [job for job in jobs if job.fields["JobState"] == "RUNNING"]
 
     wait_until(running, RUN_SECONDS)

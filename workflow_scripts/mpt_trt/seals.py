@@ -40,11 +40,19 @@ def break_if_damaged(folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
+    # Folders of large models have a thousand files, and Snakemake looks at all of them whenever it
+    # plans: names relative to an open folder take a third of the time of paths.
     try:
         sealed = json.loads(Path(seal_path(str(folder))).read_text())
-        return all((folder / name).stat().st_size == size for name, size in sealed.items())
-    except (OSError, ValueError, AttributeError):
+        opened = os.open(folder, os.O_RDONLY)
+    except (OSError, ValueError):
         return False
+    try:
+        return all(os.stat(n, dir_fd=opened).st_size == size for n, size in sealed.items())
+    except (OSError, AttributeError):
+        return False
+    finally:
+        os.close(opened)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
