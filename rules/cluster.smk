@@ -20,6 +20,12 @@ def site_has_gpus() -> bool:
     return checked(gpu_request.has_gpus, settings.site)
 
 
+@functools.cache
+def most_gpus() -> int:
+    """Of this machine or of a node of the cluster."""
+    return gpu_request.most_gpus(settings.site)
+
+
 def with_gpus(count: int) -> list[str]:
     """What gives a command `count` GPUs of its own, or hides all from it."""
     return ["python", "workflow_scripts/with_gpus.py", f"--gpus={count}", "--"]
@@ -65,12 +71,21 @@ def network_runtime(wildcards) -> int:
     return requirements.network_minutes(engine_spec(wildcards))
 
 
+def most_at_once(wildcards) -> int:
+    """How many ranks of an engine are built at a time, if there are GPUs for them."""
+    # TensorRT-LLM builds all.
+    is_limited = variant_of(wildcards).backend != TENSORRT_LLM
+    return min(int(wildcards.tp), settings.site.plans_at_once) if is_limited else int(wildcards.tp)
+
+
 def ranks_at_once(wildcards) -> int:
-    """How many ranks of an engine are built at a time; of those that need one, a GPU for each."""
-    most = min(int(wildcards.tp), settings.site.plans_at_once)
-    if backend(wildcards) != "tensorrt":
-        return most
-    return max(1, min(most, gpu_request.most_gpus(settings.site)))
+    most = most_at_once(wildcards)
+    return min(most, max(1, most_gpus())) if builds_on_gpu(wildcards) else most
+
+
+def builds_on_gpu(wildcards) -> bool:
+    """One that the rank has to itself: `tensorrt` does, `tensorrt_rtx` needs none."""
+    return variant_of(wildcards).backend != TENSORRT_LLM and backend(wildcards) == "tensorrt"
 
 
 def build_threads(wildcards) -> int:
@@ -87,8 +102,7 @@ def collect_runtime(wildcards) -> int:
 
 
 def build_gpus(wildcards) -> int:
-    """`tensorrt` builds on a GPU, `tensorrt_rtx` needs none."""
-    return ranks_at_once(wildcards) if backend(wildcards) == "tensorrt" else 0
+    return ranks_at_once(wildcards) if builds_on_gpu(wildcards) else 0
 
 
 def build_request(wildcards) -> GpuRequest:
@@ -243,7 +257,7 @@ def needs_of(target: str, wildcards) -> Needs:
         compute_capabilities=variant.compute_capabilities,
         ranks=int(wildcards.tp),
         gpu_memory=requirements.gpu_memory(spec),
-        build_memory=ranks_at_once(wildcards) * requirements.build_memory(spec),
+        build_memory=most_at_once(wildcards) * requirements.build_memory(spec),
         run_memory=requirements.smoke_test_memory(spec),
         disk=requirements.ft_checkpoint_disk(spec) + requirements.engine_disk(spec),
         is_calibrated=bool(calibration_of_variant(wildcards)),

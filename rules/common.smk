@@ -369,11 +369,6 @@ def gpu_of_every_rank(wildcards) -> int:
     return int(wildcards.tp)
 
 
-def trtllm_build_mem_mb(wildcards) -> int:
-    """Of all ranks, which it builds at the same time."""
-    return megabytes(int(wildcards.tp) * requirements.build_memory(engine_spec(wildcards)))
-
-
 # verify.smk
 
 

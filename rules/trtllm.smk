@@ -96,7 +96,7 @@ rule build_trtllm_engine:
         TENSORRT_LLM_CONTAINER
     threads: 2
     resources:
-        mem_mb=trtllm_build_mem_mb,
+        mem_mb=build_mem_mb,
         gpu=gpu_of_every_rank,
     params:
         code=version_of("build_trtllm.py"),
