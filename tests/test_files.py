@@ -361,7 +361,27 @@ class TestSeals:
         damage(folder)
         assert not self.is_sealed(folder)
 
-    @pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"config.ini": "6"}'])
+    def test_linked_files(self, folder: Path) -> None:
+        """Their sizes are those that the folder in which they were made is sealed with."""
+        other = folder.parent / "other"
+        other.mkdir()
+        (other / "own.bin").write_text("12")
+        for name in ("config.ini", "weights/wte.bin"):
+            os.link(folder / name, other / Path(name).name)
+        seals.write_seal(other)
+        assert self.is_sealed(other) and self.is_sealed(folder)
+        os.truncate(other / "wte.bin", 3)
+        assert self.is_sealed(other) and not self.is_sealed(folder)
+        (other / "wte.bin").unlink()
+        assert not self.is_sealed(other)
+        seals.write_seal(other)
+        os.truncate(other / "own.bin", 1)
+        assert not self.is_sealed(other)
+
+    @pytest.mark.parametrize(
+        "content",
+        ["", "{", "[]", "7", '{"config.ini": "6"}', '{".": {"config.ini": "6"}}', '{".": []}'],
+    )
     def test_a_damaged_seal_is_a_broken_one(self, folder: Path, content: str) -> None:
         (folder.parent / ".1-gpu.seal").write_text(content)
         assert not self.is_sealed(folder)

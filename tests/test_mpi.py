@@ -133,7 +133,7 @@ def write_empty_plans(folder: Path, request: BuildRequest, tp_size: int) -> None
     for rank in range(tp_size):
         plan = folder / engine_name(rank)
         plan.write_bytes(b"")
-        write_plan_description(plan, read_network_hash(folder, rank), builder)
+        write_plan_description(plan, read_network_hash(folder, rank), builder, {})
 
 
 @pytest.fixture(scope="module")

@@ -26,12 +26,19 @@ def seal_path(folder: str) -> str:
 
 
 def write_seal(folder: Path) -> None:
-    """Seals a finished folder: lists every file in it with its size in bytes."""
-    write_json(Path(seal_path(str(folder))), _sizes(folder))
+    """Seals a finished folder: lists every file in it, by folder, with its size in bytes.
+
+    The size of a file with several hard links is null: what it holds was sealed where it was made.
+    """
+    write_json(Path(seal_path(str(folder))), _content(folder))
 
 
 def break_if_damaged(folder: Path) -> None:
-    """Breaks the seal of a folder in which a file is missing or has another size than sealed."""
+    """Breaks the seal of a folder in which a file is missing or has another size than sealed.
+
+    Whenever Snakemake plans, it is called for every folder that there is. Sizes take most of the
+    time, above all on file systems of a network, where each is asked for by itself.
+    """
     if not folder.is_dir() or _is_whole(folder):
         return
     seal = Path(seal_path(str(folder)))
@@ -40,25 +47,31 @@ def break_if_damaged(folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    # Folders of large models have a thousand files, and Snakemake looks at all of them whenever it
-    # plans: names relative to an open folder take a third of the time of paths.
     try:
         sealed = json.loads(Path(seal_path(str(folder))).read_text())
-        opened = os.open(folder, os.O_RDONLY)
-    except (OSError, ValueError):
+        return all(_has(f"{folder}/{name}", files) for name, files in sealed.items())
+    except (OSError, ValueError, AttributeError, TypeError):
         return False
-    try:
-        return all(os.stat(n, dir_fd=opened).st_size == size for n, size in sealed.items())
-    except (OSError, AttributeError):
-        return False
-    finally:
-        os.close(opened)
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    paths = sorted(Path(root, name) for root, _, names in os.walk(folder) for name in names)
+def _has(folder: str, files: dict[str, int | None]) -> bool:
+    """Whether the files are in the folder, in the sizes that are given."""
+    sizes = ((name, size) for name, size in files.items() if size is not None)
+    return files.keys() <= set(os.listdir(folder)) and all(
+        os.stat(f"{folder}/{name}").st_size == size for name, size in sizes
+    )
+
+
+def _content(folder: Path) -> dict[str, dict[str, int | None]]:
     return {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in paths
-        if path.name != SNAKEMAKE_TIMESTAMP
+        os.path.relpath(root, folder): {
+            name: _size(os.stat(f"{root}/{name}"))
+            for name in sorted(names)
+            if name != SNAKEMAKE_TIMESTAMP
+        }
+        for root, _, names in sorted(os.walk(folder))
     }
+
+
+def _size(file: os.stat_result) -> int | None:
+    return file.st_size if file.st_nlink == 1 else None
