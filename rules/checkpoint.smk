@@ -43,7 +43,6 @@ rule fetch_checkpoint:
         revision="revisions/{model}",
     output:
         folder=directory("checkpoints/{model}"),
-        seal=seal("checkpoints/{model}"),
     log:
         "logs/fetch_checkpoint/{model}.log",
     benchmark:
@@ -72,7 +71,6 @@ rule convert_checkpoint:
         checkpoint=checkpoint_inputs,
     output:
         folder=directory("ft_ckpts/{model}/{storage}/{tp}-gpu"),
-        seal=seal("ft_ckpts/{model}/{storage}/{tp}-gpu"),
     log:
         "logs/convert_checkpoint/{model}/{storage}/{tp}-gpu.log",
     benchmark:
@@ -111,7 +109,6 @@ rule smooth_checkpoint:
         text=settings.calibration.text,
     output:
         folder=directory("ft_ckpts/{model}/{storage}/{tp}-gpu"),
-        seal=seal("ft_ckpts/{model}/{storage}/{tp}-gpu"),
     log:
         "logs/smooth_checkpoint/{model}/{storage}/{tp}-gpu.log",
     benchmark:

@@ -41,6 +41,7 @@ def request(wildcards, count: int) -> GpuRequest:
 def asking(request_of, name: str):
     """A resource: one field of the request that `request_of` makes for a job."""
 
+    @readable
     def field(wildcards):
         return getattr(request_of(wildcards), name)
 

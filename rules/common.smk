@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import inspect
 import os
 import re
 import sys
@@ -40,6 +41,12 @@ wildcard_constraints:
     storage="[^/]+",
     qformat="[^/]+",
     tp="[1-9][0-9]*",
+
+
+def readable(function):
+    """Reads its parameters once, instead of whenever Snakemake calls it."""
+    function.__signature__ = inspect.signature(function)
+    return function
 
 
 def checked(function, *arguments):
@@ -133,18 +140,15 @@ def megabytes(size: int) -> int:
     return -(-size // 10**6) + settings.site.job_overhead_mb
 
 
-def seal(folder: str) -> str:
-    """The output that seals the directory output `folder`; see mpt_trt.seals."""
-    return seals.seal_path(folder)
-
-
 def intact(folder: str):
     """An input function that adds no input, but has the folder made again when it is damaged.
 
-    There must be a folder among the job's inputs: of small files Snakemake compares the content, and
-    unchanged ones do not make an output anew, however old its seal.
+    The rule seals what it has made; see mpt_trt.seals. There must be a folder among the job's
+    inputs: of small files Snakemake compares the content, and unchanged ones do not make an output
+    anew, however old it is.
     """
 
+    @readable
     def break_seal_if_damaged(wildcards) -> list[str]:
         seals.break_if_damaged(Path(folder.format(**wildcards)))
         return []
@@ -423,6 +427,7 @@ def variants_of_report(wildcards) -> list[str]:
 def results_of_report(folder: str):
     """An input function: a result in `folder` of each engine that a report shows."""
 
+    @readable
     def files(wildcards) -> list[str]:
         return [
             f"{folder}/{wildcards.model}/{variant}/{tp_size}-gpu.json"

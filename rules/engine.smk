@@ -21,7 +21,6 @@ rule make_networks:
         ft_checkpoint=ft_checkpoint_of_variant,
     output:
         folder=directory("build/networks/{model}/{variant}/{tp}-gpu"),
-        seal=seal("build/networks/{model}/{variant}/{tp}-gpu"),
     log:
         "logs/make_networks/{model}/{variant}/{tp}-gpu.log",
     benchmark:
@@ -57,7 +56,6 @@ rule build_plans:
         networks="build/networks/{model}/{variant}/{tp}-gpu",
     output:
         folder=directory("build/plans/{model}/{variant}/{tp}-gpu"),
-        seal=seal("build/plans/{model}/{variant}/{tp}-gpu"),
     log:
         "logs/build_plans/{model}/{variant}/{tp}-gpu.log",
     benchmark:
@@ -101,7 +99,6 @@ rule collect_engine:
         plans="build/plans/{model}/{variant}/{tp}-gpu",
     output:
         folder=directory("trt_engines/{model}/{variant}/{tp}-gpu"),
-        seal=seal("trt_engines/{model}/{variant}/{tp}-gpu"),
     log:
         "logs/collect_engine/{model}/{variant}/{tp}-gpu.log",
     benchmark:

@@ -24,7 +24,6 @@ rule convert_to_trtllm:
         ft_checkpoint=ft_checkpoint_for_trtllm,
     output:
         folder=directory("trtllm_ckpts/{model}/{variant}/{tp}-gpu"),
-        seal=seal("trtllm_ckpts/{model}/{variant}/{tp}-gpu"),
     log:
         "logs/convert_to_trtllm/{model}/{variant}/{tp}-gpu.log",
     benchmark:
@@ -83,7 +82,6 @@ rule build_trtllm_engine:
         checkpoint="trtllm_ckpts/{model}/{variant}/{tp}-gpu",
     output:
         folder=directory("trt_engines/{model}/{variant}/{tp}-gpu"),
-        seal=seal("trt_engines/{model}/{variant}/{tp}-gpu"),
     log:
         "logs/build_trtllm_engine/{model}/{variant}/{tp}-gpu.log",
     benchmark:
