@@ -20,7 +20,7 @@ rule make_networks:
         calibration_of_variant,
         ft_checkpoint=ft_checkpoint_of_variant,
     output:
-        folder=directory("build/networks/{model}/{variant}/{tp}-gpu"),
+        directory("build/networks/{model}/{variant}/{tp}-gpu"),
     log:
         "logs/make_networks/{model}/{variant}/{tp}-gpu.log",
     benchmark:
@@ -45,8 +45,8 @@ rule make_networks:
             {params.vocabulary:q} \
             {params.quantization:q} \
             {params.calibration:q} \
-            --output_dir {output.folder:q}
-        python workflow_scripts/seal.py {output.folder:q}
+            --output_dir {output:q}
+        python workflow_scripts/seal.py {output:q}
         """
 
 
@@ -55,7 +55,7 @@ rule build_plans:
         intact("build/plans/{model}/{variant}/{tp}-gpu"),
         networks="build/networks/{model}/{variant}/{tp}-gpu",
     output:
-        folder=directory("build/plans/{model}/{variant}/{tp}-gpu"),
+        directory("build/plans/{model}/{variant}/{tp}-gpu"),
     log:
         "logs/build_plans/{model}/{variant}/{tp}-gpu.log",
     benchmark:
@@ -87,8 +87,8 @@ rule build_plans:
             --at_once {params.at_once} \
             --backend {params.backend} \
             --compute_capabilities {params.compute_capabilities} \
-            --output_dir {output.folder:q}
-        python workflow_scripts/seal.py {output.folder:q}
+            --output_dir {output:q}
+        python workflow_scripts/seal.py {output:q}
         """
 
 
@@ -98,7 +98,7 @@ rule collect_engine:
         networks="build/networks/{model}/{variant}/{tp}-gpu",
         plans="build/plans/{model}/{variant}/{tp}-gpu",
     output:
-        folder=directory("trt_engines/{model}/{variant}/{tp}-gpu"),
+        directory("trt_engines/{model}/{variant}/{tp}-gpu"),
     log:
         "logs/collect_engine/{model}/{variant}/{tp}-gpu.log",
     benchmark:
@@ -118,6 +118,6 @@ rule collect_engine:
         python workflow_scripts/collect_engine.py \
             --network_dir {input.networks:q} \
             --plan_dir {input.plans:q} \
-            --output_dir {output.folder:q}
-        python workflow_scripts/seal.py {output.folder:q}
+            --output_dir {output:q}
+        python workflow_scripts/seal.py {output:q}
         """

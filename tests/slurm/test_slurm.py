@@ -16,6 +16,7 @@ import yaml
 from toy_cluster import GPU_MODEL, GPUS_PER_NODE, Job, ToyCluster, toy_cluster, wait_until
 
 from mpt_trt.files import content_hash
+from mpt_trt.requirements import BUILD_BASE
 from workflow_support import LINKED, REPOSITORY
 
 pytestmark = pytest.mark.slurm
@@ -41,6 +42,8 @@ QUICK = (
     "--latency-wait=10",
     "--slurm-no-account",
 )
+# Jobs never have more threads than Snakemake has cores where it submits them.
+CORES = "--cores=8"
 RUN_SECONDS = 400
 # The whole text would take most of the time.
 SMALL_CALIBRATION = {"calibration": {"num_samples": 4, "sequence_length": 64}}
@@ -69,7 +72,7 @@ class Project:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         command = [
-            sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", *QUICK,
+            sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", CORES, *QUICK,
             "--configfile", "site.yaml", "--", *arguments,
         ]  # fmt: skip
         with (self.folder / "output.txt").open("w") as output:
@@ -144,6 +147,8 @@ def test_every_step_is_a_job_that_asks_for_what_it_needs(made: Project) -> None:
 def test_a_build_asks_for_all_ranks_that_it_builds_side_by_side(made: Project) -> None:
     (job,) = of_rule(made, "build_plans")
     assert (job.fields["NumNodes"], job.fields["CPUs/Task"]) == ("1", "4")
+    memory = int(job.fields["MinMemoryNode"].removesuffix("M"))
+    assert memory > SITE["job_overhead_mb"] + 2 * BUILD_BASE / 1e6
 
 
 def test_calibration_asks_for_one_gpu_and_gets_it(made: Project) -> None:

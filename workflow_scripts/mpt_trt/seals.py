@@ -12,6 +12,9 @@ a folder below that has nothing else is known to be whole by its own time stamp,
 that comes or goes changes.
 """
 
+# Millions of files: pathlib takes twice the time.
+# ruff: noqa: PTH116, PTH208
+
 from __future__ import annotations
 
 import json
