@@ -33,6 +33,10 @@ include: "rules/report.smk"
 include: "rules/preflight.smk"
 
 
+for function in filter(inspect.isfunction, list(globals().values())):
+    readable(function)
+
+
 rule all:
     default_target: True
     input:

@@ -1,21 +1,24 @@
 """What Snakemake itself takes to plan many engines: nothing made yet, and everything made.
 
-For models x variants x (1, 2, 4, 8) ranks, up to the smoke tests. Artifacts are stand-ins;
-their records are those of Snakemake's own --touch on one model, copied for the other ones.
+For models x variants x (1, 2, 4, 8) ranks, up to the smoke tests. Artifacts are stand-ins: empty
+files, as many as MPT-7B has, linked as its are. Their records are those of Snakemake's own --touch
+on one model, copied for the other ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import json
+import os
 import resource
 import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
@@ -25,7 +28,9 @@ sys.path.insert(0, str(SCRIPTS))
 
 from mpt_trt import seals
 from mpt_trt.artifacts import STORAGES
-from mpt_trt.known_shapes import hub_config
+from mpt_trt.ft_layout import FtFile, ft_files
+from mpt_trt.known_shapes import hub_config, known_config
+from mpt_trt.onnx_graph import WEIGHTS_FOLDER
 
 TP_SIZES = (1, 2, 4, 8)
 # Eight ranks are legal for it. All models are alike, so that records can be copied.
@@ -56,6 +61,9 @@ def main() -> None:
     require_nothing_to_do(folder)
     figures["everything_made"] = repeated(folder, arguments.rounds)
     figures["outputs"] = sum(1 for path in (folder / ".snakemake/metadata").iterdir())
+    made = outputs(models[0], variants)
+    files = sum(len(output.files) + len(output.links) for output in made)
+    figures["files"] = len(models) * files
     for name in ("nothing_made", "everything_made"):
         runs: list[Planned] = figures[name]
         seconds = statistics.median(each.cpu_seconds for each in runs)
@@ -105,11 +113,10 @@ def require_nothing_to_do(folder: Path) -> None:
 
 
 def write_config(folder: Path, models: list[str], variants: list[str]) -> None:
-    dtypes = list(STORAGES.values())
     content = {
         "models": {name: {"source": f"mosaicml/{SHAPE}"} for name in models},
         "variants": {
-            name: {"dtype": dtypes[index % len(dtypes)], "max_batch_size": 1 + index}
+            name: {"dtype": STORAGES[storage_of(variants, name)], "max_batch_size": 1 + index}
             for index, name in enumerate(variants)
         },
         "targets": [
@@ -124,12 +131,17 @@ def write_config(folder: Path, models: list[str], variants: list[str]) -> None:
 
 def make_stand_ins(folder: Path, model: str, variants: list[str]) -> None:
     """Empty folders and files in the place of everything that is made for one model."""
-    for path in output_folders(model, variants):
-        (folder / path).mkdir(parents=True)
-        if path == f"checkpoints/{model}":
-            config = json.dumps(hub_config(SHAPE))
-            (folder / path / "config.json").write_text(config)
-        seals.write_seal(folder / path)
+    for output in outputs(model, variants):
+        target = folder / output.folder
+        for path in output.files:
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            (target / path).touch()
+        for path, source in output.links.items():
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            os.link(folder / source, target / path)
+        if output.folder == f"checkpoints/{model}":
+            (target / "config.json").write_text(json.dumps(hub_config(SHAPE)))
+        seals.write_seal(target)
     for variant in variants:
         for tp in TP_SIZES:
             result = folder / f"smoke_tests/{model}/{variant}/{tp}-gpu.json"
@@ -137,17 +149,52 @@ def make_stand_ins(folder: Path, model: str, variants: list[str]) -> None:
             result.write_text("{}\n")
 
 
-def output_folders(model: str, variants: list[str]) -> Iterator[str]:
-    yield f"revisions/{model}"
-    yield f"checkpoints/{model}"
+@dataclass(frozen=True)
+class Output:
+    """A folder, the names of files that are made in it, and what others are links to."""
+
+    folder: str
+    files: list[str]
+    links: dict[str, str] = field(default_factory=dict)
+
+
+def outputs(model: str, variants: list[str]) -> Iterator[Output]:
+    yield Output(f"revisions/{model}", ["revision.json"])
+    yield Output(f"checkpoints/{model}", ["config.json"])
     for tp in TP_SIZES:
         for storage in STORAGES:
-            yield f"ft_ckpts/{model}/{storage}/{tp}-gpu"
+            names = [file.name for file in weight_files(storage, tp)]
+            yield Output(f"ft_ckpts/{model}/{storage}/{tp}-gpu", names)
         for variant in variants:
-            for stage in ("networks", "plans"):
-                for rank in range(tp):
-                    yield f"build/{stage}/{model}/{variant}/{tp}-gpu/rank{rank}"
-            yield f"trt_engines/{model}/{variant}/{tp}-gpu"
+            yield from outputs_of_engine(model, variant, storage_of(variants, variant), tp)
+
+
+def outputs_of_engine(model: str, variant: str, storage: str, tp: int) -> Iterator[Output]:
+    networks, plans, engine = (
+        f"{stage}/{model}/{variant}/{tp}-gpu"
+        for stage in ("build/networks", "build/plans", "trt_engines")
+    )
+    weights = {
+        f"{WEIGHTS_FOLDER}/{file.name}": f"ft_ckpts/{model}/{storage}/{tp}-gpu/{file.name}"
+        for file in weight_files(storage, tp)
+        if file.weight.hf_name is not None
+    }
+    graphs = [f"rank{rank}.onnx" for rank in range(tp)]
+    built = [f"rank{rank}.engine" for rank in range(tp)]
+    yield Output(networks, [*graphs, *(f"rank{rank}.network.json" for rank in range(tp))], weights)
+    yield Output(plans, [*built, *(f"rank{rank}.engine.json" for rank in range(tp))])
+    links = {name: f"{networks}/{name}" for name in graphs}
+    links |= {name: f"{plans}/{name}" for name in built}
+    yield Output(engine, ["config.json"], weights | links)
+
+
+@functools.cache
+def weight_files(storage: str, tp: int) -> tuple[FtFile, ...]:
+    return tuple(ft_files(known_config(SHAPE), tp, STORAGES[storage]))
+
+
+def storage_of(variants: list[str], variant: str) -> str:
+    return list(STORAGES)[variants.index(variant) % len(STORAGES)]
 
 
 def copy_model(folder: Path, model: str, others: list[str]) -> None:
@@ -155,7 +202,9 @@ def copy_model(folder: Path, model: str, others: list[str]) -> None:
     records = {path: path.read_text() for path in (folder / ".snakemake/metadata").iterdir()}
     for other in others:
         for tree in (*TREES, "smoke_tests"):
-            shutil.copytree(folder / tree / model, folder / tree / other)
+            # Links: the files of all models are alike, and there are millions.
+            command = ["cp", "--archive", "--link", folder / tree / model, folder / tree / other]
+            subprocess.run(command, check=True)
             seal = folder / seals.seal_path(f"{tree}/{model}")
             if seal.exists():
                 shutil.copy2(seal, folder / seals.seal_path(f"{tree}/{other}"))

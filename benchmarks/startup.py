@@ -127,7 +127,7 @@ def settings() -> dict:
 
 def starts(scratch: Path) -> dict[str, Command]:
     """What loads no model, on what the demo model's report was made of."""
-    networks, plans = (Path("build", kind, ENGINE, "rank0") for kind in ("networks", "plans"))
+    networks, plans = (Path("build", kind, ENGINE) for kind in ("networks", "plans"))
     smoke_test = Path("smoke_tests", f"{ENGINE}.json")
     quality = Path("quality", f"{ENGINE}.json")
     engine = ["--engine_dir", Path("trt_engines", ENGINE), "--max_output_len", "8"]
@@ -136,11 +136,11 @@ def starts(scratch: Path) -> dict[str, Command]:
         "show_requirements.py": script("show_requirements.py", "--like", "mpt-7b"),
         "show_smoke_test.py": script("show_smoke_test.py", smoke_test),
         "collect_engine.py": script(
-            "collect_engine.py", "--network_dirs", networks, "--plan_dirs", plans,
+            "collect_engine.py", "--network_dir", networks, "--plan_dir", plans,
             "--output_dir", scratch / "engine",
         ),
-        "make_network.py": script(
-            "make_network.py", "--model_dir", "ft_ckpts/mpt-demo/fp16/1-gpu",
+        "make_networks.py": script(
+            "make_networks.py", "--model_dir", "ft_ckpts/mpt-demo/fp16/1-gpu",
             "--output_dir", scratch / "network",
         ),
         "make_report.py": script(

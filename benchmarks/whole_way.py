@@ -25,8 +25,8 @@ RESOURCES = REPOSITORY / "resources"
 OUTPUTS = {
     "convert_checkpoint": "ft_ckpts",
     "quantize": "quantized",
-    "make_network": "build/networks",
-    "build_rank": "build/plans",
+    "make_networks": "build/networks",
+    "build_plans": "build/plans",
     "collect_engine": "trt_engines",
 }
 

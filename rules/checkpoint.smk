@@ -42,8 +42,7 @@ rule fetch_checkpoint:
         intact("checkpoints/{model}"),
         revision="revisions/{model}",
     output:
-        folder=directory("checkpoints/{model}"),
-        seal=seal("checkpoints/{model}"),
+        directory("checkpoints/{model}"),
     log:
         "logs/fetch_checkpoint/{model}.log",
     benchmark:
@@ -60,8 +59,8 @@ rule fetch_checkpoint:
         exec > >(tee {log:q}) 2>&1
         python workflow_scripts/fetch_checkpoint.py fetch \
             --revision_file {input.revision:q}/revision.json \
-            --output_dir {output.folder:q}
-        python workflow_scripts/seal.py {output.folder:q}
+            --output_dir {output:q}
+        python workflow_scripts/seal.py {output:q}
         """
 
 
@@ -71,8 +70,7 @@ rule convert_checkpoint:
         legal_tp,
         checkpoint=checkpoint_inputs,
     output:
-        folder=directory("ft_ckpts/{model}/{storage}/{tp}-gpu"),
-        seal=seal("ft_ckpts/{model}/{storage}/{tp}-gpu"),
+        directory("ft_ckpts/{model}/{storage}/{tp}-gpu"),
     log:
         "logs/convert_checkpoint/{model}/{storage}/{tp}-gpu.log",
     benchmark:
@@ -98,7 +96,7 @@ rule convert_checkpoint:
             --tensor_parallelism {wildcards.tp} \
             --storage_type {params.storage_type} \
             --processes {threads}
-        python workflow_scripts/seal.py {output.folder:q}
+        python workflow_scripts/seal.py {output:q}
         """
 
 
@@ -110,8 +108,7 @@ rule smooth_checkpoint:
         checkpoint=checkpoint_inputs,
         text=settings.calibration.text,
     output:
-        folder=directory("ft_ckpts/{model}/{storage}/{tp}-gpu"),
-        seal=seal("ft_ckpts/{model}/{storage}/{tp}-gpu"),
+        directory("ft_ckpts/{model}/{storage}/{tp}-gpu"),
     log:
         "logs/smooth_checkpoint/{model}/{storage}/{tp}-gpu.log",
     benchmark:
@@ -147,5 +144,5 @@ rule smooth_checkpoint:
             --calib_max_seq_length {params.sequence_length} \
             --device {params.device} \
             {params.tokenizer:q}
-        python workflow_scripts/seal.py {output.folder:q}
+        python workflow_scripts/seal.py {output:q}
         """

@@ -20,6 +20,12 @@ def site_has_gpus() -> bool:
     return checked(gpu_request.has_gpus, settings.site)
 
 
+@functools.cache
+def most_gpus() -> int:
+    """Of this machine or of a node of the cluster."""
+    return gpu_request.most_gpus(settings.site)
+
+
 def with_gpus(count: int) -> list[str]:
     """What gives a command `count` GPUs of its own, or hides all from it."""
     return ["python", "workflow_scripts/with_gpus.py", f"--gpus={count}", "--"]
@@ -35,6 +41,7 @@ def request(wildcards, count: int) -> GpuRequest:
 def asking(request_of, name: str):
     """A resource: one field of the request that `request_of` makes for a job."""
 
+    @readable
     def field(wildcards):
         return getattr(request_of(wildcards), name)
 
@@ -65,8 +72,30 @@ def network_runtime(wildcards) -> int:
     return requirements.network_minutes(engine_spec(wildcards))
 
 
+def most_at_once(wildcards) -> int:
+    """How many ranks of an engine are built at a time, if there are GPUs for them."""
+    # TensorRT-LLM builds all.
+    is_limited = variant_of(wildcards).backend != TENSORRT_LLM
+    return min(int(wildcards.tp), settings.site.plans_at_once) if is_limited else int(wildcards.tp)
+
+
+def ranks_at_once(wildcards) -> int:
+    most = most_at_once(wildcards)
+    return min(most, max(1, most_gpus())) if builds_on_gpu(wildcards) else most
+
+
+def builds_on_gpu(wildcards) -> bool:
+    """One that the rank has to itself: `tensorrt` does, `tensorrt_rtx` needs none."""
+    return variant_of(wildcards).backend != TENSORRT_LLM and backend(wildcards) == "tensorrt"
+
+
+def build_threads(wildcards) -> int:
+    return 2 * ranks_at_once(wildcards)
+
+
 def build_runtime(wildcards) -> int:
-    return requirements.build_minutes(engine_spec(wildcards))
+    rounds = -(-int(wildcards.tp) // ranks_at_once(wildcards))
+    return requirements.build_minutes(engine_spec(wildcards), rounds)
 
 
 def collect_runtime(wildcards) -> int:
@@ -74,8 +103,7 @@ def collect_runtime(wildcards) -> int:
 
 
 def build_gpus(wildcards) -> int:
-    """`tensorrt` builds on a GPU, `tensorrt_rtx` needs none."""
-    return int(backend(wildcards) == "tensorrt")
+    return ranks_at_once(wildcards) if builds_on_gpu(wildcards) else 0
 
 
 def build_request(wildcards) -> GpuRequest:
@@ -186,6 +214,10 @@ def build_slots(wildcards, output) -> list[str]:
     return with_gpus(count) if count else []
 
 
+def plans_at_once(wildcards, output) -> int:
+    return ranks_at_once(wildcards)
+
+
 def preflight_for_build(wildcards, output) -> list[str]:
     return preflight_once(wildcards) if build_gpus(wildcards) else []
 
@@ -226,7 +258,7 @@ def needs_of(target: str, wildcards) -> Needs:
         compute_capabilities=variant.compute_capabilities,
         ranks=int(wildcards.tp),
         gpu_memory=requirements.gpu_memory(spec),
-        build_memory=requirements.build_memory(spec),
+        build_memory=most_at_once(wildcards) * requirements.build_memory(spec),
         run_memory=requirements.smoke_test_memory(spec),
         disk=requirements.ft_checkpoint_disk(spec) + requirements.engine_disk(spec),
         is_calibrated=bool(calibration_of_variant(wildcards)),

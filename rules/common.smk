@@ -2,6 +2,8 @@
 
 import functools
 import gc
+import inspect
+import os
 import re
 import sys
 from pathlib import Path
@@ -39,7 +41,12 @@ wildcard_constraints:
     storage="[^/]+",
     qformat="[^/]+",
     tp="[1-9][0-9]*",
-    rank="[0-9]+",
+
+
+def readable(function):
+    """Reads its parameters once, instead of whenever Snakemake calls it."""
+    function.__signature__ = inspect.signature(function)
+    return function
 
 
 def checked(function, *arguments):
@@ -74,28 +81,24 @@ def other_variants(names: tuple[str, ...]) -> str:
     return f"(?!(?:{only_variants(names)})/)[^/]+"
 
 
-def version_of(script: str) -> str:
-    """Hash of a script and the library modules behind it: an edit makes its outputs anew."""
-    return source_hash(SCRIPTS / script)
-
-
-def ranks(wildcards) -> range:
-    return range(int(wildcards.tp))
+def version_of(*scripts: str) -> str:
+    """Hash of scripts and the library modules behind them: an edit makes their outputs anew."""
+    return "-".join(source_hash(SCRIPTS / script) for script in scripts)
 
 
 def stored_config(wildcards) -> MptConfig | None:
     """The model's architecture, where its config.json is on disk already."""
-    folder = Path(checkpoint_folder(wildcards))
+    folder = checkpoint_folder(wildcards)
     try:
-        return config_at(folder, (folder / "config.json").stat().st_mtime_ns)
+        return config_at(folder, os.stat(f"{folder}/config.json").st_mtime_ns)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 @functools.cache
-def config_at(folder: Path, mtime_ns: int) -> MptConfig:
+def config_at(folder: str, mtime_ns: int) -> MptConfig:
     """Read once, since many jobs ask for it, and again when the file has changed."""
-    return checked(read_hf_config, folder)
+    return checked(read_hf_config, Path(folder))
 
 
 def planned_config(wildcards) -> MptConfig:
@@ -137,18 +140,15 @@ def megabytes(size: int) -> int:
     return -(-size // 10**6) + settings.site.job_overhead_mb
 
 
-def seal(folder: str) -> str:
-    """The output that seals the directory output `folder`; see mpt_trt.seals."""
-    return seals.seal_path(folder)
-
-
 def intact(folder: str):
     """An input function that adds no input, but has the folder made again when it is damaged.
 
-    There must be a folder among the job's inputs: of small files Snakemake compares the content, and
-    unchanged ones do not make an output anew, however old its seal.
+    The rule seals what it has made; see mpt_trt.seals. There must be a folder among the job's
+    inputs: of small files Snakemake compares the content, and unchanged ones do not make an output
+    anew, however old it is.
     """
 
+    @readable
     def break_seal_if_damaged(wildcards) -> list[str]:
         seals.break_if_damaged(Path(folder.format(**wildcards)))
         return []
@@ -311,7 +311,7 @@ def network_mem_mb(wildcards) -> int:
 
 
 def build_mem_mb(wildcards) -> int:
-    return megabytes(requirements.build_memory(engine_spec(wildcards)))
+    return megabytes(ranks_at_once(wildcards) * requirements.build_memory(engine_spec(wildcards)))
 
 
 def backend(wildcards) -> str:
@@ -326,17 +326,6 @@ def backend_version(wildcards) -> str:
 
 def compute_capabilities(wildcards) -> tuple[str, ...]:
     return variant_of(wildcards).compute_capabilities
-
-
-def of_every_rank(stage: str):
-    """An input function: the folders of one stage, in the order of ranks."""
-
-    def folders(wildcards) -> list[str]:
-        variant_of(wildcards)
-        folder = f"build/{stage}/{wildcards.model}/{wildcards.variant}/{wildcards.tp}-gpu"
-        return [f"{folder}/rank{rank}" for rank in ranks(wildcards)]
-
-    return folders
 
 
 # trtllm.smk
@@ -438,6 +427,7 @@ def variants_of_report(wildcards) -> list[str]:
 def results_of_report(folder: str):
     """An input function: a result in `folder` of each engine that a report shows."""
 
+    @readable
     def files(wildcards) -> list[str]:
         return [
             f"{folder}/{wildcards.model}/{variant}/{tp_size}-gpu.json"

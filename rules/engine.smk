@@ -5,34 +5,33 @@ inputs:
     quantized/{model}/{qformat}/mpt_tp1_rank0.npz           of variants that need calibration
     Engines of variants with backend tensorrt_llm are made by trtllm.smk.
 outputs:
-    build/networks/{model}/{variant}/{tp}-gpu/rank{rank}    the network of one rank
-    build/plans/{model}/{variant}/{tp}-gpu/rank{rank}       the TensorRT plan of one rank
-    trt_engines/{model}/{variant}/{tp}-gpu                  all ranks' networks and plans, config.json
+    build/networks/{model}/{variant}/{tp}-gpu               the networks of all ranks
+    build/plans/{model}/{variant}/{tp}-gpu                  the TensorRT plans of all ranks
+    trt_engines/{model}/{variant}/{tp}-gpu                  both together, and config.json
 steps:
-    make_network (a job a rank) -> build_rank (a job a rank) -> collect_engine
+    make_networks -> build_plans -> collect_engine
 """
 
 
-rule make_network:
+rule make_networks:
     input:
-        intact("build/networks/{model}/{variant}/{tp}-gpu/rank{rank}"),
+        intact("build/networks/{model}/{variant}/{tp}-gpu"),
         fitting_groups,
         calibration_of_variant,
         ft_checkpoint=ft_checkpoint_of_variant,
     output:
-        folder=directory("build/networks/{model}/{variant}/{tp}-gpu/rank{rank}"),
-        seal=seal("build/networks/{model}/{variant}/{tp}-gpu/rank{rank}"),
+        directory("build/networks/{model}/{variant}/{tp}-gpu"),
     log:
-        "logs/make_network/{model}/{variant}/{tp}-gpu/rank{rank}.log",
+        "logs/make_networks/{model}/{variant}/{tp}-gpu.log",
     benchmark:
-        "logs/make_network/{model}/{variant}/{tp}-gpu/rank{rank}.tsv"
+        "logs/make_networks/{model}/{variant}/{tp}-gpu.tsv"
     conda:
         "../envs/base.yaml"
     resources:
         mem_mb=network_mem_mb,
         runtime=network_runtime,
     params:
-        code=version_of("make_network.py"),
+        code=version_of("make_networks.py"),
         limits=limit_options,
         vocabulary=vocabulary_options,
         quantization=quantization_options,
@@ -40,67 +39,66 @@ rule make_network:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/make_network.py \
+        python workflow_scripts/make_networks.py \
             --model_dir {input.ft_checkpoint:q} \
-            --rank {wildcards.rank} \
             {params.limits:q} \
             {params.vocabulary:q} \
             {params.quantization:q} \
             {params.calibration:q} \
-            --output_dir {output.folder:q}
-        python workflow_scripts/seal.py {output.folder:q}
+            --output_dir {output:q}
+        python workflow_scripts/seal.py {output:q}
         """
 
 
-rule build_rank:
+rule build_plans:
     input:
-        intact("build/plans/{model}/{variant}/{tp}-gpu/rank{rank}"),
-        network="build/networks/{model}/{variant}/{tp}-gpu/rank{rank}",
+        intact("build/plans/{model}/{variant}/{tp}-gpu"),
+        networks="build/networks/{model}/{variant}/{tp}-gpu",
     output:
-        folder=directory("build/plans/{model}/{variant}/{tp}-gpu/rank{rank}"),
-        seal=seal("build/plans/{model}/{variant}/{tp}-gpu/rank{rank}"),
+        directory("build/plans/{model}/{variant}/{tp}-gpu"),
     log:
-        "logs/build_rank/{model}/{variant}/{tp}-gpu/rank{rank}.log",
+        "logs/build_plans/{model}/{variant}/{tp}-gpu.log",
     benchmark:
-        "logs/build_rank/{model}/{variant}/{tp}-gpu/rank{rank}.tsv"
+        "logs/build_plans/{model}/{variant}/{tp}-gpu.tsv"
     conda:
         "../envs/base.yaml"
-    threads: 2
+    threads: build_threads
     resources:
         mem_mb=build_mem_mb,
         runtime=build_runtime,
         gpu=asking(build_request, "gpu"),
         gpu_model=asking(build_request, "gpu_model"),
         gres=asking(build_request, "gres"),
+        nodes=1,
     params:
-        code=version_of("build_rank.py"),
+        code=version_of("build_plans.py", "build_rank.py"),
         backend=backend,
         backend_version=backend_version,
         preflight=preflight_for_build,
         slots=build_slots,
+        at_once=plans_at_once,
         compute_capabilities=compute_capabilities,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
         {params.preflight:q}
-        {params.slots:q} python workflow_scripts/build_rank.py \
-            --network_dir {input.network:q} \
-            --rank {wildcards.rank} \
+        {params.slots:q} python workflow_scripts/build_plans.py \
+            --network_dir {input.networks:q} \
+            --at_once {params.at_once} \
             --backend {params.backend} \
             --compute_capabilities {params.compute_capabilities} \
-            --output_dir {output.folder:q}
-        python workflow_scripts/seal.py {output.folder:q}
+            --output_dir {output:q}
+        python workflow_scripts/seal.py {output:q}
         """
 
 
 rule collect_engine:
     input:
         intact("trt_engines/{model}/{variant}/{tp}-gpu"),
-        networks=of_every_rank("networks"),
-        plans=of_every_rank("plans"),
+        networks="build/networks/{model}/{variant}/{tp}-gpu",
+        plans="build/plans/{model}/{variant}/{tp}-gpu",
     output:
-        folder=directory("trt_engines/{model}/{variant}/{tp}-gpu"),
-        seal=seal("trt_engines/{model}/{variant}/{tp}-gpu"),
+        directory("trt_engines/{model}/{variant}/{tp}-gpu"),
     log:
         "logs/collect_engine/{model}/{variant}/{tp}-gpu.log",
     benchmark:
@@ -118,8 +116,8 @@ rule collect_engine:
         r"""
         exec > >(tee {log:q}) 2>&1
         python workflow_scripts/collect_engine.py \
-            --network_dirs {input.networks:q} \
-            --plan_dirs {input.plans:q} \
-            --output_dir {output.folder:q}
-        python workflow_scripts/seal.py {output.folder:q}
+            --network_dir {input.networks:q} \
+            --plan_dir {input.plans:q} \
+            --output_dir {output:q}
+        python workflow_scripts/seal.py {output:q}
         """

@@ -23,8 +23,7 @@ rule convert_to_trtllm:
         calibration_for_trtllm,
         ft_checkpoint=ft_checkpoint_for_trtllm,
     output:
-        folder=directory("trtllm_ckpts/{model}/{variant}/{tp}-gpu"),
-        seal=seal("trtllm_ckpts/{model}/{variant}/{tp}-gpu"),
+        directory("trtllm_ckpts/{model}/{variant}/{tp}-gpu"),
     log:
         "logs/convert_to_trtllm/{model}/{variant}/{tp}-gpu.log",
     benchmark:
@@ -46,8 +45,8 @@ rule convert_to_trtllm:
             {params.vocabulary:q} \
             {params.quantization:q} \
             {params.calibration:q} \
-            --output_dir {output.folder:q}
-        python workflow_scripts/seal.py {output.folder:q}
+            --output_dir {output:q}
+        python workflow_scripts/seal.py {output:q}
         """
 
 
@@ -82,8 +81,7 @@ rule build_trtllm_engine:
         "build/tensorrt_llm/version.json",
         checkpoint="trtllm_ckpts/{model}/{variant}/{tp}-gpu",
     output:
-        folder=directory("trt_engines/{model}/{variant}/{tp}-gpu"),
-        seal=seal("trt_engines/{model}/{variant}/{tp}-gpu"),
+        directory("trt_engines/{model}/{variant}/{tp}-gpu"),
     log:
         "logs/build_trtllm_engine/{model}/{variant}/{tp}-gpu.log",
     benchmark:
@@ -108,8 +106,8 @@ rule build_trtllm_engine:
             --checkpoint_dir {input.checkpoint:q} \
             {params.limits:q} \
             --workers {wildcards.tp} \
-            --output_dir {output.folder:q}
-        python workflow_scripts/seal.py {output.folder:q}
+            --output_dir {output:q}
+        python workflow_scripts/seal.py {output:q}
         """
 
 

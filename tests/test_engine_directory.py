@@ -358,9 +358,10 @@ def test_collecting_an_incomplete_rank_names_the_file(parts, removed, tmp_path):
 
 def test_step_by_step_tools_make_an_engine_directory(built: Built, tmp_path):
     network, plan, engine = (tmp_path / name for name in ("network", "plan", "engine"))
-    call_tool("make_network.py", f"--model_dir={built.ft}", *LIMIT_FLAGS, f"--output_dir={network}")
-    call_tool("build_rank.py", f"--network_dir={network}", f"--output_dir={plan}")
-    folders = ("--network_dirs", network, "--plan_dirs", plan, "--output_dir", engine)
+    options = (f"--model_dir={built.ft}", *LIMIT_FLAGS, f"--output_dir={network}")
+    call_tool("make_networks.py", *options)
+    call_tool("build_plans.py", f"--network_dir={network}", f"--output_dir={plan}")
+    folders = ("--network_dir", network, "--plan_dir", plan, "--output_dir", engine)
     call_tool("collect_engine.py", *folders)
     manifest = read_manifest(engine)
     assert manifest.limits == LIMITS
@@ -370,16 +371,11 @@ def test_step_by_step_tools_make_an_engine_directory(built: Built, tmp_path):
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("make_network.py", ("--model_dir={ft}", "--rank=1"), "--rank = 1: .* has ranks 0 to 0"),
-        ("make_network.py", ("--model_dir={ft}", "--rank=-1"), "--rank = -1"),
-        ("make_network.py", ("--model_dir={ft}", "--max_input_len=0"), "max_input_len = 0: at le"),
+        ("make_networks.py", ("--model_dir={ft}", "--max_input_len=0"), "max_input_len = 0: at le"),
         ("build_rank.py", ("--network_dir={ft}",), r"rank0\.network\.json: no such file"),
-        (
-            "collect_engine.py",
-            ("--network_dirs", "a", "b", "--plan_dirs", "c"),
-            "2 --network_dirs but 1 --plan_dirs",
-        ),
-        ("collect_engine.py", ("--network_dirs", "a", "--plan_dirs", "b"), "no such file"),
+        ("build_plans.py", ("--network_dir={ft}",), r"rank0\.network\.json: no such file"),
+        ("build_plans.py", ("--network_dir={ft}", "--at_once=0"), "at_once = 0: at least 1"),
+        ("collect_engine.py", ("--network_dir", "a", "--plan_dir", "b"), "no such file"),
     ],
 )
 def test_step_by_step_tools_refuse(built: Built, script, arguments, message, tmp_path):

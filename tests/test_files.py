@@ -1,4 +1,4 @@
-"""Files that are complete or absent, seals on folders, and what a script's outcome depends on."""
+"""Files that are complete or absent, seals of folders, and what a script's outcome depends on."""
 
 from __future__ import annotations
 
@@ -307,17 +307,19 @@ class TestSeals:
         return folder
 
     def is_sealed(self, folder: Path) -> bool:
-        """Whether the seal is, after a check, no older than what the folder was made from."""
+        """Whether the folder is, after a check, no older than what it was made from."""
         seals.break_if_damaged(folder)
-        seal = folder.parent / f".{folder.name}.seal"
+        timestamp = folder / ".snakemake_timestamp"
+        if not timestamp.exists():
+            return True
         # Snakemake takes 0 for "no time stamp".
-        assert seal.stat().st_mtime > 0
-        return seal.stat().st_mtime > INPUT_TIME
+        assert timestamp.stat().st_mtime > 0
+        return timestamp.stat().st_mtime > INPUT_TIME
 
     def test_intact(self, folder: Path) -> None:
-        before = (folder.parent / ".1-gpu.seal").stat().st_mtime_ns
+        before = (folder / ".snakemake_timestamp").stat().st_mtime_ns
         assert self.is_sealed(folder)
-        assert (folder.parent / ".1-gpu.seal").stat().st_mtime_ns == before
+        assert (folder / ".snakemake_timestamp").stat().st_mtime_ns == before
 
     @pytest.mark.parametrize(
         "harmless",
@@ -361,7 +363,50 @@ class TestSeals:
         damage(folder)
         assert not self.is_sealed(folder)
 
-    @pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"config.ini": "6"}'])
+    def test_linked_files(self, folder: Path) -> None:
+        """Their sizes are those that the folder in which they were made is sealed with."""
+        other = folder.parent / "other"
+        other.mkdir()
+        (other / "own.bin").write_text("12")
+        for name in ("config.ini", "weights/wte.bin"):
+            os.link(folder / name, other / Path(name).name)
+        seals.write_seal(other)
+        assert self.is_sealed(other) and self.is_sealed(folder)
+        os.truncate(other / "wte.bin", 3)
+        assert self.is_sealed(other) and not self.is_sealed(folder)
+        (other / "wte.bin").unlink()
+        assert not self.is_sealed(other)
+        (other / ".snakemake_timestamp").unlink()
+        seals.write_seal(other)
+        os.truncate(other / "own.bin", 1)
+        assert not self.is_sealed(other)
+
+    @pytest.mark.parametrize(
+        ("change", "is_whole"),
+        [
+            (lambda weights: (weights / "new").touch(), True),
+            (lambda weights: (weights / "1.bin").unlink(), False),
+            (lambda weights: (weights / "1.bin").rename(weights / "2.bin"), False),
+            (lambda weights: shutil.rmtree(weights), False),
+        ],
+        ids=["another file", "missing", "renamed", "missing folder"],
+    )
+    def test_a_folder_of_links_below(
+        self, folder: Path, change: Callable[[Path], None], is_whole: bool
+    ) -> None:
+        weights = folder.parent / "other" / "weights"
+        weights.mkdir(parents=True)
+        for index in range(2):
+            os.link(folder / "config.ini", weights / f"{index}.bin")
+        seals.write_seal(weights.parent)
+        assert self.is_sealed(weights.parent)
+        change(weights)
+        assert self.is_sealed(weights.parent) == is_whole
+
+    @pytest.mark.parametrize(
+        "content",
+        ["", "{", "[]", "7", '{"config.ini": "6"}', '{".": {"config.ini": "6"}}', '{".": []}'],
+    )
     def test_a_damaged_seal_is_a_broken_one(self, folder: Path, content: str) -> None:
         (folder.parent / ".1-gpu.seal").write_text(content)
         assert not self.is_sealed(folder)

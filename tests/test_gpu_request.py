@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -17,19 +18,21 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpt_trt import gpu_request
+from mpt_trt import gpu_request, requirements
 from mpt_trt.engines import device_slots, gpus
+from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.gpu_request import GpuRequest
 from mpt_trt.known_shapes import SHIPPED, known_config
-from mpt_trt.requirements import GB
+from mpt_trt.quantization.scheme import Quantization, WeightOnly
+from mpt_trt.requirements import GB, EngineSpec
 from mpt_trt.settings import Site, parse_settings
-from mpt_trt.sharding import is_legal
+from mpt_trt.sharding import VocabularySharding, is_legal
 from workflow_support import REPOSITORY, Workflow
 
 Resources = dict[str, dict[str, str]]
 
-CLUSTER = Site("scheduler", "gpus", {"a100": 80.0, "l4": 24.0, "t4": 16.0}, 4, "srun", None, 0)
+CLUSTER = Site("scheduler", "gpus", {"a100": 80.0, "l4": 24.0, "t4": 16.0}, 4, "srun", None, 0, 1)
 
 
 # --- of a cluster --------------------------------------------------------------------------------
@@ -98,6 +101,7 @@ def test_a_machine_is_one_node_and_its_gpus_are_of_no_named_kind() -> None:
 def workflow(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
     """With a model of the hub that is not on disk. Nothing is made in it."""
     made = Workflow.create(tmp_path_factory.mktemp("workflow") / "project")
+    made.configure(int4={"quantization": {"method": "int4_weight_only"}})
     path = made.folder / "config.yaml"
     content = yaml.safe_load(path.read_text())
     content["models"]["thirty"] = {"source": "mosaicml/mpt-30b"}
@@ -106,7 +110,7 @@ def workflow(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
 
 
 def planned_resources(workflow: Workflow, *arguments: str, **environment: str) -> Resources:
-    """What Snakemake says of resources, by rule and name."""
+    """What Snakemake says of threads, if more than one, and resources, by rule and name."""
     result = workflow.run("--dry-run", *arguments, **environment)
     output = result.stdout + result.stderr
     assert result.returncode == 0, output
@@ -115,8 +119,11 @@ def planned_resources(workflow: Workflow, *arguments: str, **environment: str) -
     for line in output.splitlines():
         if match := re.match(r"(?:local)?rule (\w+):", line):
             rule = match[1]
+        elif match := re.match(r" +threads: (.*)", line):
+            found[rule] = {"threads": match[1]}
         elif match := re.match(r" +resources: (.*)", line):
-            found[rule] = dict(pair.split("=", 1) for pair in match[1].split(", "))
+            pairs = dict(pair.split("=", 1) for pair in match[1].split(", "))
+            found[rule] = found.get(rule, {}) | pairs
     return found
 
 
@@ -129,7 +136,7 @@ def site_options(workflow: Workflow, **site: object) -> tuple[str, ...]:
 def test_only_smoke_tests_ask_a_scheduler_for_gpus(workflow: Workflow) -> None:
     options = site_options(workflow, gpu_memory_gb={"l4": 24, "a100": 80}, gpus_per_node=2)
     found = planned_resources(workflow, *options, "smoke_tests/thirty/fp16/4-gpu.json")
-    for rule in ("convert_checkpoint", "make_network", "build_rank", "collect_engine"):
+    for rule in ("convert_checkpoint", "make_networks", "build_plans", "collect_engine"):
         assert not {"gpu", "gpu_model", "gres"} & found[rule].keys()
         assert int(found[rule]["mem_mb"]) > 0 and int(found[rule]["runtime"]) > 0
     asked = found["smoke_test"]
@@ -143,6 +150,45 @@ def test_one_rank_a_node_is_said_by_tasks(workflow: Workflow) -> None:
     asked = found["smoke_test"]
     assert (asked["tasks"], asked["nodes"], asked["mpi"]) == ("2", "2", "srun --mpi=pmix")
     assert "tasks_per_node" not in asked
+
+
+def tensorrt_for_data_centres(workflow: Workflow) -> dict[str, str]:
+    """The environment in which it is installed, of which planning looks at metadata alone."""
+    fake = workflow.folder / "installed" / "tensorrt_cu13-11.0.dist-info"
+    fake.mkdir(parents=True, exist_ok=True)
+    (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: tensorrt_cu13\nVersion: 11.0\n")
+    return {"PYTHONPATH": str(fake.parent)}
+
+
+@pytest.mark.parametrize(
+    ("tp", "gpus_per_node", "at_once"), [(4, 8, 3), (2, 8, 2), (1, 8, 1), (4, 2, 2)]
+)
+def test_a_build_asks_for_all_that_its_ranks_need_side_by_side(
+    workflow: Workflow, tp: int, gpus_per_node: int, at_once: int
+) -> None:
+    site = {"gpu_memory_gb": {"a100": 80}, "gpus_per_node": gpus_per_node, "plans_at_once": 3}
+    options = site_options(workflow, **site)
+    command = ("--cores", "64", *options, f"trt_engines/thirty/int4/{tp}-gpu")
+    environment = tensorrt_for_data_centres(workflow)
+    asked = planned_resources(workflow, *command, **environment)["build_plans"]
+    assert (asked["gpu"], asked["gpu_model"], asked["nodes"]) == (str(at_once), "a100", "1")
+    config, limits = known_config("mpt-30b"), EngineLimits(8, 512, 64)
+    quantization = Quantization(WeightOnly(4))
+    spec = EngineSpec(config, "float16", tp, limits, VocabularySharding(), quantization)
+    memory = at_once * requirements.build_memory(spec)
+    assert int(asked["mem_mb"]) == math.ceil(memory / 1e6)
+    rounds = math.ceil(tp / at_once)
+    assert int(asked["runtime"]) == requirements.build_minutes(spec, rounds)
+    assert int(asked["threads"]) == 2 * at_once
+
+
+@pytest.mark.skipif(bool(gpus.identifiers()), reason="a driver knows better")
+def test_a_build_on_this_machine_takes_no_more_gpus_than_there_are(workflow: Workflow) -> None:
+    environment = tensorrt_for_data_centres(workflow) | {"MPT_TRT_GPUS": "2"}
+    options = site_options(workflow, gpus="auto", plans_at_once=4)
+    command = (*options, "trt_engines/toy/fp16/3-gpu")
+    asked = planned_resources(workflow, *command, **environment)["build_plans"]
+    assert asked["gpu"] == "2"
 
 
 @pytest.mark.skipif(bool(gpus.identifiers()), reason="a driver knows better")

@@ -493,8 +493,8 @@ def expected_memory(
     spec = EngineSpec(config, dtype, tp_size, EngineLimits(**SMALL), VocabularySharding())
     sizes = {
         "convert_checkpoint": requirements.conversion_memory(2),
-        "make_network": requirements.network_memory(spec),
-        "build_rank": requirements.build_memory(spec),
+        "make_networks": requirements.network_memory(spec),
+        "build_plans": requirements.build_memory(spec),
         "collect_engine": requirements.linking_memory(),
         "smoke_test": requirements.smoke_test_memory(spec),
     }

@@ -373,7 +373,8 @@ ENGINE = "trt_engines/toy/{}/1-gpu"
 
 
 def test_the_backend_decides_about_the_rules(workflow):
-    own = {"convert_checkpoint fp16", "make_network fp16", "build_rank fp16", "collect_engine fp16"}
+    rules = ("convert_checkpoint", "make_networks", "build_plans", "collect_engine")
+    own = {f"{rule} fp16" for rule in rules}
     assert set(workflow.planned(ENGINE.format("fp16"))) == own
     llm = {"convert_checkpoint fp16", "convert_to_trtllm llm", "check_trtllm"}
     assert set(workflow.planned(ENGINE.format("llm"))) == llm | {"build_trtllm_engine llm"}
@@ -446,7 +447,7 @@ def test_the_whole_way_to_the_call_of_trtllm_build(workflow, tmp_path):
         ("trtllm_ckpts/toy/odd/2-gpu", "shard_head = False: backend tensorrt_llm"),
         ("trtllm_ckpts/toy/llm/2-gpu", "vocab_size = 131: backend tensorrt_llm"),
         ("quality/toy/llm/1-gpu.json", "under backend tensorrt_llm there are smoke tests alone"),
-        ("build/plans/toy/llm/1-gpu/rank0", "backend = tensorrt_llm: builds no plans"),
+        ("build/plans/toy/llm/1-gpu", "backend = tensorrt_llm: builds no plans"),
         (CHECKPOINT.format("lllm"), "no variant named 'lllm'; did you mean 'llm'"),
         (ENGINE.format("lllm"), "no variant named 'lllm'; did you mean 'llm'"),
     ],
@@ -466,7 +467,7 @@ def test_reports_leave_the_backend_out() -> None:
 
 
 def test_our_own_tools_do_not_offer_the_backend(tmp_path):
-    result = run_tool("build_rank.py", "--backend=tensorrt_llm")
+    result = run_tool("build_plans.py", "--backend=tensorrt_llm")
     assert result.returncode == 2 and "invalid choice: 'tensorrt_llm'" in result.stderr
 
 

@@ -16,7 +16,7 @@ from mpt_trt.ft_checkpoint import read_ft_checkpoint
 from workflow_support import SMALL, Workflow
 
 SMOKE_TEST = "smoke_tests/toy/{}/1-gpu.json"
-CHAIN = ["convert_checkpoint", "make_network", "build_rank", "collect_engine", "smoke_test"]
+CHAIN = ["convert_checkpoint", "make_networks", "build_plans", "collect_engine", "smoke_test"]
 
 
 def chain(variant: str) -> list[str]:
@@ -79,15 +79,15 @@ def test_a_new_variant_shares_the_ft_checkpoint(made: Workflow) -> None:
         planned = made.planned("trt_engines/toy/wide/1-gpu")
     finally:
         made.configure()
-    assert planned == ["make_network wide", "build_rank wide", "collect_engine wide"]
+    assert planned == ["make_networks wide", "build_plans wide", "collect_engine wide"]
 
 
 @pytest.mark.parametrize(
     ("module", "first"),
     [
         ("ft_checkpoint.py", "convert_checkpoint"),
-        ("network.py", "make_network"),
-        ("engines/tensorrt.py", "make_network"),
+        ("network.py", "make_networks"),
+        ("engines/tensorrt.py", "make_networks"),
         ("verification.py", "smoke_test"),
     ],
 )
@@ -157,9 +157,9 @@ def test_another_builder_version_makes_the_engine_again(made: Workflow) -> None:
         "--dry-run", "trt_engines/toy/fp32/1-gpu", PYTHONPATH=str(made.folder / "newer")
     )
     output = result.stdout + result.stderr
-    assert "build_rank" in output
+    assert "build_plans" in output
     assert "Params have changed" in output
-    assert "make_network" not in output
+    assert "make_networks" not in output
 
 
 def test_wrong_engines_fail_and_leave_no_result(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    network = workflow.folder / "build/networks/toy/fp32/1-gpu/.rank0.seal"
+    network = workflow.folder / "build/networks/toy/fp32/.1-gpu.seal"
     deadline = time.monotonic() + 60
     while not network.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -259,7 +259,7 @@ def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert not (workflow.folder / SMOKE_TEST.format("fp32")).exists()
     assert list(workflow.folder.rglob(".*partial*")) == []
     jobs = workflow.make(SMOKE_TEST.format("fp32"))
-    assert jobs[0] in ("make_network fp32", "build_rank fp32", "collect_engine fp32")
+    assert jobs[0] in ("make_networks fp32", "build_plans fp32", "collect_engine fp32")
     assert jobs[-1] == "smoke_test fp32"
 
 

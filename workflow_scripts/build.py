@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,7 +137,7 @@ def main() -> None:
             f"{checkpoint.storage_type}; convert with -t {arguments.dtype}"
         )
     request = options.build_request(arguments, options.limits(arguments))
-    build_plans = build_side_by_side if arguments.parallel_build else build_one_by_one
+    build_plans = build_all_at_once if arguments.parallel_build else build_one_by_one
     vocabulary = options.vocabulary(arguments)
     recipe = _recipe(arguments, checkpoint)
     build_engine(checkpoint, request, vocabulary, arguments.output_dir, build_plans, recipe)
@@ -189,40 +187,16 @@ def _scheme(arguments: argparse.Namespace, alpha: float | None) -> Scheme | None
     return WeightOnly(4, arguments.group_size if arguments.per_group else None)
 
 
-def build_side_by_side(folder: Path, request: BuildRequest, tp_size: int) -> None:
+def build_all_at_once(folder: Path, request: BuildRequest, tp_size: int) -> None:
     """Adds the plans of all ranks to the folder that has their networks, a process a rank."""
-    from mpt_trt.errors import MptTrtError
+    from mpt_trt.engines.side_by_side import build_side_by_side
 
-    plans = [folder / f"plan{rank}" for rank in range(tp_size)]
-    processes = [
-        subprocess.Popen(_rank_command(folder, rank, request, plan))
-        for rank, plan in enumerate(plans)
-    ]
-    try:
-        failed = [rank for rank, process in enumerate(processes) if process.wait() != 0]
-    finally:
-        for process in processes:
-            process.terminate()
-            process.wait()
-    if failed:
-        raise MptTrtError(f"rank {failed[0]} could not be built; its own message is above")
-    for plan in plans:
+    plans = {rank: folder / f"plan{rank}" for rank in range(tp_size)}
+    build_side_by_side(folder, request, plans, at_once=tp_size)
+    for plan in plans.values():
         for path in plan.iterdir():
             path.rename(folder / path.name)
         plan.rmdir()
-
-
-def _rank_command(folder: Path, rank: int, request: BuildRequest, target: Path) -> list[str]:
-    return [
-        sys.executable,
-        str(Path(__file__).with_name("build_rank.py")),
-        f"--network_dir={folder}",
-        f"--rank={rank}",
-        f"--backend={request.backend}",
-        f"--output_dir={target}",
-        "--compute_capabilities",
-        *request.compute_capabilities,
-    ]
 
 
 if __name__ == "__main__":

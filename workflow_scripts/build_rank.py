@@ -13,7 +13,7 @@ from mpt_trt.console import run_cli
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--network_dir", type=Path, required=True, help="folder that make_network.py made"
+        "--network_dir", type=Path, required=True, help="folder that make_networks.py made"
     )
     parser.add_argument("--rank", type=int, default=0, help="which rank (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the result")

@@ -12,10 +12,10 @@ from mpt_trt.console import run_cli
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--network_dirs", type=Path, nargs="+", required=True, help="one a rank, in order"
+        "--network_dir", type=Path, required=True, help="folder that make_networks.py made"
     )
     parser.add_argument(
-        "--plan_dirs", type=Path, nargs="+", required=True, help="one a rank, in order"
+        "--plan_dir", type=Path, required=True, help="folder that build_plans.py made"
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="the engine directory")
     return parser.parse_args()
@@ -23,13 +23,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from mpt_trt.engines.manifest import collect
-    from mpt_trt.errors import MptTrtError
+    from mpt_trt.engines.manifest import collect, read_network_tp_size
 
-    networks, plans = arguments.network_dirs, arguments.plan_dirs
-    if len(networks) != len(plans):
-        raise MptTrtError(f"{len(networks)} --network_dirs but {len(plans)} --plan_dirs")
-    collect(list(zip(networks, plans, strict=True)), arguments.output_dir)
+    tp_size = read_network_tp_size(arguments.network_dir)
+    collect([(arguments.network_dir, arguments.plan_dir)] * tp_size, arguments.output_dir)
 
 
 if __name__ == "__main__":

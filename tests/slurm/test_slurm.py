@@ -16,6 +16,7 @@ import yaml
 from toy_cluster import GPU_MODEL, GPUS_PER_NODE, Job, ToyCluster, toy_cluster, wait_until
 
 from mpt_trt.files import content_hash
+from mpt_trt.requirements import BUILD_BASE
 from workflow_support import LINKED, REPOSITORY
 
 pytestmark = pytest.mark.slurm
@@ -31,6 +32,7 @@ SITE = {
     "gpus_per_node": GPUS_PER_NODE,
     "gpu_memory_gb": {GPU_MODEL: 40},
     "mpi": "srun --mpi=pmix",
+    "plans_at_once": 2,
     "job_overhead_mb": 500,
 }
 # No slurmdbd is there for sacct, and the jobs take seconds.
@@ -40,6 +42,8 @@ QUICK = (
     "--latency-wait=10",
     "--slurm-no-account",
 )
+# Jobs never have more threads than Snakemake has cores where it submits them.
+CORES = "--cores=8"
 RUN_SECONDS = 400
 # The whole text would take most of the time.
 SMALL_CALIBRATION = {"calibration": {"num_samples": 4, "sequence_length": 64}}
@@ -68,7 +72,7 @@ class Project:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         command = [
-            sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", *QUICK,
+            sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", CORES, *QUICK,
             "--configfile", "site.yaml", "--", *arguments,
         ]  # fmt: skip
         with (self.folder / "output.txt").open("w") as output:
@@ -132,15 +136,19 @@ def of_rule(project: Project, rule: str) -> list[Job]:
 
 
 def test_every_step_is_a_job_that_asks_for_what_it_needs(made: Project) -> None:
-    counts = {"convert_checkpoint": 1, "make_network": 2, "build_rank": 2, "collect_engine": 1}
-    for rule, count in counts.items():
-        jobs = of_rule(made, rule)
-        assert len(jobs) == count
-        for job in jobs:
-            assert job.fields["JobState"] == "COMPLETED"
-            assert (job.gpus_asked_for, job.gpus_given) == ("", "")
-            assert job.fields["TimeLimit"] != "1-00:00:00"
-            assert int(job.fields["MinMemoryNode"].removesuffix("M")) > SITE["job_overhead_mb"]
+    for rule in ("convert_checkpoint", "make_networks", "build_plans", "collect_engine"):
+        (job,) = of_rule(made, rule)
+        assert job.fields["JobState"] == "COMPLETED"
+        assert (job.gpus_asked_for, job.gpus_given) == ("", "")
+        assert job.fields["TimeLimit"] != "1-00:00:00"
+        assert int(job.fields["MinMemoryNode"].removesuffix("M")) > SITE["job_overhead_mb"]
+
+
+def test_a_build_asks_for_all_ranks_that_it_builds_side_by_side(made: Project) -> None:
+    (job,) = of_rule(made, "build_plans")
+    assert (job.fields["NumNodes"], job.fields["CPUs/Task"]) == ("1", "4")
+    memory = int(job.fields["MinMemoryNode"].removesuffix("M"))
+    assert memory > SITE["job_overhead_mb"] + 2 * BUILD_BASE / 1e6
 
 
 def test_calibration_asks_for_one_gpu_and_gets_it(made: Project) -> None:
@@ -182,7 +190,7 @@ def test_a_lost_node_changes_nothing(made: Project, cluster: ToyCluster, tmp_pat
     process = project.start(ENGINE)
 
     def running() -> list[Job]:
-        jobs = of_rule(project, "build_rank")
+        jobs = of_rule(project, "build_plans")
         return [job for job in jobs if job.fields["JobState"] == "RUNNING"]
 
     wait_until(running, RUN_SECONDS)

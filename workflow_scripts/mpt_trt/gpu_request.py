@@ -46,6 +46,11 @@ def require_gpus(site: Site, count: int) -> None:
         device_slots.require(count, local_devices(site))
 
 
+def most_gpus(site: Site) -> int:
+    """GPUs of this machine or, if jobs run elsewhere, of a node of the cluster."""
+    return site.gpus_per_node if site.gpus == "scheduler" else len(local_devices(site).names)
+
+
 def num_nodes(site: Site, num_ranks: int) -> int:
     """The fewest nodes that the ranks divide evenly among, a GPU a rank.
 

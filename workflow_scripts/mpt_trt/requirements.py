@@ -320,7 +320,7 @@ def calibration_memory(config: MptConfig, num_samples: int, sequence_length: int
 
 
 def network_memory(spec: EngineSpec) -> int:
-    """Of make_network.py: weights are linked, or quantized one matrix a worker.
+    """Of make_networks.py: weights are linked, or quantized one matrix a worker.
 
     SmoothQuant's integers are linked, too.
     """
@@ -405,15 +405,24 @@ def conversion_minutes(config: MptConfig, storage_type: str, tp_size: int) -> in
 
 
 def network_minutes(spec: EngineSpec) -> int:
-    """Weights are linked, or read, quantized and written."""
-    if spec.quantization.scheme is None:
+    """For all ranks. Weights are linked, or read, quantized and written.
+
+    A rank of an integer type without groups reads the whole of each matrix of which it holds rows.
+    """
+    scheme = spec.quantization.scheme
+    if scheme is None:
         return BASE_MINUTES
-    return _minutes(2 * _ft_bytes(spec.config, 1, spec.dtype) / spec.tp_size / DISK_RATE)
+    size = 2 * _ft_bytes(spec.config, 1, spec.dtype)
+    if isinstance(scheme, WeightOnly) and scheme.group_size is None:
+        rows = [w for w in weights(spec.config) if w.is_linear and w.split is Split.ROWS]
+        elements = sum(math.prod(weight.shape) for weight in rows)
+        size += (spec.tp_size - 1) * elements * spec.element_bytes
+    return _minutes(size / DISK_RATE)
 
 
-def build_minutes(spec: EngineSpec) -> int:
-    """For one rank's plan."""
-    weights = rank_weights(spec)
+def build_minutes(spec: EngineSpec, rounds: int) -> int:
+    """For the plans of as many ranks one after the other."""
+    weights = rounds * rank_weights(spec)
     return _minutes(2 * weights / DISK_RATE + weights / BUILD_RATE)
 
 

@@ -92,6 +92,7 @@ class Site:
     mpi: str
     container: str | None
     job_overhead_mb: int
+    plans_at_once: int
 
 
 @dataclass(frozen=True)

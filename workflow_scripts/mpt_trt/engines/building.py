@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mpt_trt.engines import gpus, manifest, tensorrt
@@ -12,11 +12,12 @@ from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.engines.packages import choose_package
 from mpt_trt.engines.tensorrt import BuildOptions
 from mpt_trt.errors import MptTrtError
-from mpt_trt.files import replace_directory
+from mpt_trt.files import content_hash, replace_directory
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.quantization.recipe import NOT_QUANTIZED, Recipe
 from mpt_trt.quantization.scheme import Fp8, Quantization, SmoothQuant
 from mpt_trt.sharding import Shard, VocabularySharding, shards
+from mpt_trt.source_files import source_hash
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class BuildRequest:
 # The first GPUs with E4M3 arithmetic (Ada).
 FP8_CAPABILITY = (8, 9)
 
+# The tool that builds one rank's plan.
+RANK_TOOL = Path(__file__).parents[2] / "build_rank.py"
+
 # Adds the plans of tp_size ranks to the folder that has their networks.
 PlanBuilder = Callable[[Path, BuildRequest, int], None]
 
@@ -49,6 +53,29 @@ def make_rank_network(
 ) -> None:
     """Makes the folder `target` with one rank's network and the description of it."""
     with replace_directory(target) as folder:
+        manifest.write_rank_network(checkpoint, shard, limits, folder, vocabulary, recipe)
+
+
+def make_networks(
+    checkpoint: FtCheckpoint,
+    limits: EngineLimits,
+    target: Path,
+    vocabulary: VocabularySharding,
+    recipe: Recipe = NOT_QUANTIZED,
+) -> None:
+    """Makes the folder `target` with the networks of all ranks and the descriptions of them."""
+    with replace_directory(target) as folder:
+        _write_networks(checkpoint, limits, folder, vocabulary, recipe)
+
+
+def _write_networks(
+    checkpoint: FtCheckpoint,
+    limits: EngineLimits,
+    folder: Path,
+    vocabulary: VocabularySharding,
+    recipe: Recipe,
+) -> None:
+    for shard in shards(checkpoint.tp_size):
         manifest.write_rank_network(checkpoint, shard, limits, folder, vocabulary, recipe)
 
 
@@ -74,13 +101,9 @@ def build_engine(
 ) -> None:
     """Makes the engine directory `target` of all ranks."""
     with replace_directory(target) as folder:
-        ranks = shards(checkpoint.tp_size)
-        for shard in ranks:
-            manifest.write_rank_network(
-                checkpoint, shard, request.limits, folder, vocabulary, recipe
-            )
-        build_plans(folder, request, len(ranks))
-        manifest.write_manifest(folder, [(folder, folder)] * len(ranks))
+        _write_networks(checkpoint, request.limits, folder, vocabulary, recipe)
+        build_plans(folder, request, checkpoint.tp_size)
+        manifest.write_manifest(folder, [(folder, folder)] * checkpoint.tp_size)
         for description in folder.glob("rank*.json"):
             description.unlink()
 
@@ -91,14 +114,32 @@ def _build_plan(networks: Path, rank: int, request: BuildRequest, folder: Path) 
     plan = folder / manifest.engine_name(rank)
     with _naming_who_has_kernels(manifest.read_network_quantization(networks, rank)):
         builder = tensorrt.build_plan(network, request.options(), plan)
-    manifest.write_plan_description(plan, manifest.read_network_hash(networks, rank), builder)
+    network_hash = manifest.read_network_hash(networks, rank)
+    origin = plan_origin(networks, rank, request)
+    manifest.write_plan_description(plan, network_hash, builder, origin)
+
+
+def plan_origin(networks: Path, rank: int, request: BuildRequest) -> dict:
+    """All that a rank's plan depends on, as JSON: plans of the same origin are interchangeable."""
+    return {
+        # It has the hashes of all weights.
+        "network": content_hash(networks / manifest.network_description_name(rank)),
+        "package": asdict(choose_package(request.backend)),
+        "limits": asdict(request.limits),
+        "compute_capabilities": list(_capabilities(request)),
+        "code": source_hash(RANK_TOOL),
+    }
+
+
+def _capabilities(request: BuildRequest) -> tuple[str, ...]:
+    """The GPUs to build for; only tensorrt_rtx can choose."""
+    is_chosen = choose_package(request.backend).module == "tensorrt_rtx"
+    return request.compute_capabilities if is_chosen else gpus.compute_capabilities()[:1]
 
 
 def _require_capable(request: BuildRequest, quantization: Quantization) -> None:
     """Raises MptTrtError, naming them, when some of the GPUs to build for have no E4M3."""
-    is_chosen = choose_package(request.backend).module == "tensorrt_rtx"
-    wanted = request.compute_capabilities if is_chosen else gpus.compute_capabilities()[:1]
-    lacking = [c for c in wanted if tuple(map(int, c.split("."))) < FP8_CAPABILITY]
+    lacking = [c for c in _capabilities(request) if tuple(map(int, c.split("."))) < FP8_CAPABILITY]
     uses_fp8 = isinstance(quantization.scheme, Fp8) or quantization.kv_cache == "fp8"
     if uses_fp8 and lacking:
         raise MptTrtError(

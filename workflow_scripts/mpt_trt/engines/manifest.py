@@ -154,6 +154,11 @@ def read_network_manifest(folder: Path) -> Manifest:
     return _parse(described | {"builder": builder, "ranks": [asdict(_rank_files(described, plan))]})
 
 
+def read_network_tp_size(folder: Path) -> int:
+    """The number of ranks that networks were made for; the first one must be in the folder."""
+    return read_json(folder / network_description_name(0))["tp_size"]
+
+
 def read_network_limits(folder: Path, rank: int) -> EngineLimits:
     """The limits that a rank's network was made for."""
     return EngineLimits(**read_json(folder / network_description_name(rank))["limits"])
@@ -185,15 +190,30 @@ def _records(folder: Path, hashes: dict[str, str]) -> dict[str, dict]:
     }
 
 
-def write_plan_description(engine: Path, network_hash: str, builder: BuilderInfo) -> None:
-    """Writes `rank{r}.engine.json` beside a plan."""
+def write_plan_description(
+    engine: Path, network_hash: str, builder: BuilderInfo, origin: dict
+) -> None:
+    """Writes `rank{r}.engine.json` beside a plan. origin: JSON that says what it was made from."""
     description = {
         "engine": engine.name,
         "files": _records(engine.parent, {engine.name: content_hash(engine)}),
         "network_hash": network_hash,
         "builder": asdict(builder),
+        "origin": origin,
     }
     write_json(engine.with_name(f"{engine.name}.json"), description)
+
+
+def is_plan_of(origin: dict, folder: Path, rank: int) -> bool:
+    """Whether the folder has the whole plan of a rank, made from what `origin` says."""
+    try:
+        description = read_json(folder / plan_description_name(rank))
+        files = description["files"].items()
+        return description["origin"] == origin and all(
+            content_hash(folder / name) == record["hash"] for name, record in files
+        )
+    except (MptTrtError, OSError, KeyError):
+        return False
 
 
 def collect(rank_folders: list[tuple[Path, Path]], target: Path) -> None:

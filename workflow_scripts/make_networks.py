@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the network of one rank: rank{r}.onnx and its weights.
+"""Makes the networks of all ranks: rank{r}.onnx of each, and their weights.
 
 Unquantized weights are hard links to the FT files; quantized ones are made here.
 """
@@ -18,7 +18,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model_dir", type=Path, required=True, help="a {tp_size}-gpu folder of an FT checkpoint"
     )
-    parser.add_argument("--rank", type=int, default=0, help="which rank (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the result")
     options.add_limits(parser)
     options.add_vocabulary(parser)
@@ -28,21 +27,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from mpt_trt.engines.building import make_rank_network
-    from mpt_trt.errors import MptTrtError
+    from mpt_trt.engines.building import make_networks
     from mpt_trt.ft_checkpoint import read_ft_checkpoint
-    from mpt_trt.sharding import Shard
 
     checkpoint = read_ft_checkpoint(arguments.model_dir)
-    if not 0 <= arguments.rank < checkpoint.tp_size:
-        raise MptTrtError(
-            f"--rank = {arguments.rank}: {arguments.model_dir} has ranks 0 to "
-            f"{checkpoint.tp_size - 1}"
-        )
-    shard = Shard(arguments.rank, checkpoint.tp_size)
-    make_rank_network(
+    make_networks(
         checkpoint,
-        shard,
         options.limits(arguments),
         arguments.output_dir,
         options.vocabulary(arguments),
