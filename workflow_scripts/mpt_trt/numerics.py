@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # The types in which weights are stored.
@@ -28,19 +28,19 @@ EXPONENTS = {
     np.dtype(np.float32): np.uint32(0x7F800000),
     np.dtype(np.float64): np.uint64(0x7FF0000000000000),
 }
-UNSIGNED = {
-    1: TensorProto.UINT8,
-    2: TensorProto.UINT16,
-    4: TensorProto.UINT32,
-    8: TensorProto.UINT64,
-}
 OPSET, IR_VERSION = 21, 10
 
 
 def is_finite(values: NDArray) -> bool:
-    """Whether no element is a NaN or an infinity."""
+    """Whether no element is a NaN or an infinity.
+
+    Their bits, as integers, are above those of all finite values of the same sign: two maxima need
+    no temporary array.
+    """
     exponent = EXPONENTS[values.dtype]
-    return bool((values.view(exponent.dtype) & exponent).max(initial=0) != exponent)
+    sign = exponent.dtype.type(1 << (8 * exponent.itemsize - 1))
+    signed = values.view(f"i{exponent.itemsize}").max(initial=0)
+    return bool(signed < exponent and values.view(exponent.dtype).max(initial=0) < sign | exponent)
 
 
 def convert(values: NDArray, dtype: np.dtype) -> NDArray:
@@ -50,23 +50,17 @@ def convert(values: NDArray, dtype: np.dtype) -> NDArray:
     """
     if values.dtype == dtype:
         return values
-    if values.dtype == BFLOAT16:
-        wide = values.view(np.uint16).astype(np.uint32)
-        wide <<= np.uint32(16)
-        return convert(wide.view(np.float32), dtype)
-    with np.errstate(over="ignore"):
-        if dtype != BFLOAT16:
+    if values.dtype == np.float64:
+        with np.errstate(over="ignore"):
             return values.astype(dtype)
-        if values.dtype == np.float64:
-            return values.astype(BFLOAT16)
-        bits = values.astype(np.float32, copy=False).view(np.uint32)
-    # The upper half, after adding what carries into it when the lower half is above its middle, or
-    # at the middle with an odd upper half.
-    carry = (bits >> np.uint32(16)) & np.uint32(1)
-    carry += np.uint32(0x7FFF)
-    carry += bits
-    carry >>= np.uint32(16)
-    return carry.astype(np.uint16).view(BFLOAT16)
+    if values.dtype != np.float32 and dtype != np.float32:
+        # Each step has a vectorized kernel, the way from one half type to the other has none.
+        values = convert(values, np.dtype(np.float32))
+    converted = np.empty(values.shape, dtype)
+    if values.size:
+        source = np.ascontiguousarray(values).reshape(-1)
+        _run(_caster(values.dtype, dtype), source, converted.reshape(-1))
+    return converted
 
 
 def transpose(block: NDArray, target: NDArray) -> None:
@@ -74,26 +68,47 @@ def transpose(block: NDArray, target: NDArray) -> None:
 
     ONNX Runtime's kernel does it several times faster than NumPy's copy.
     """
-    session = _transposer(block.itemsize)
-    binding = session.io_binding()
     unsigned = np.dtype(f"u{block.itemsize}")
-    of = onnxruntime.OrtValue.ortvalue_from_numpy
-    binding.bind_ortvalue_input("block", of(block.view(unsigned)))
-    binding.bind_ortvalue_output("transposed", of(target.view(unsigned)))
+    _run(_transposer(unsigned), block.view(unsigned), target.view(unsigned))
+
+
+def _run(session: onnxruntime.InferenceSession, source: NDArray, target: NDArray) -> None:
+    """Computes `target` from `source`, both contiguous."""
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("source", _as_runtime_value(source))
+    binding.bind_ortvalue_output("target", _as_runtime_value(target))
     session.run_with_iobinding(binding)
 
 
+def _as_runtime_value(values: NDArray) -> onnxruntime.OrtValue:
+    of = onnxruntime.OrtValue
+    if values.dtype != BFLOAT16:
+        return of.ortvalue_from_numpy(values)
+    return of.ortvalue_from_numpy_with_onnx_type(values.view(np.uint16), TensorProto.BFLOAT16)
+
+
 @functools.cache
-def _transposer(itemsize: int) -> onnxruntime.InferenceSession:
-    """A network that transposes; each caller's thread computes by itself."""
-    node = helper.make_node("Transpose", ["block"], ["transposed"], perm=[1, 0])
-    element_type = UNSIGNED[itemsize]
-    graph = helper.make_graph(
-        [node],
-        "transpose",
-        [helper.make_tensor_value_info("block", element_type, ["a", "b"])],
-        [helper.make_tensor_value_info("transposed", element_type, ["b", "a"])],
-    )
+def _transposer(dtype: np.dtype) -> onnxruntime.InferenceSession:
+    node = helper.make_node("Transpose", ["source"], ["target"], perm=[1, 0])
+    return _session(node, (dtype, ["a", "b"]), (dtype, ["b", "a"]))
+
+
+@functools.cache
+def _caster(source: np.dtype, target: np.dtype) -> onnxruntime.InferenceSession:
+    to = helper.np_dtype_to_tensor_dtype(target)
+    node = helper.make_node("Cast", ["source"], ["target"], to=to)
+    return _session(node, (source, ["a"]), (target, ["a"]))
+
+
+def _session(
+    node: NodeProto, source: tuple[np.dtype, list[str]], target: tuple[np.dtype, list[str]]
+) -> onnxruntime.InferenceSession:
+    """A network of one node; each caller's thread computes by itself."""
+
+    def value(name: str, dtype: np.dtype, shape: list[str]) -> ValueInfoProto:
+        return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), shape)
+
+    graph = helper.make_graph([node], "step", [value("source", *source)], [value("target", *target)])
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
     )
