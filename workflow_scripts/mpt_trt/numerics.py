@@ -7,6 +7,7 @@ cache and lets other Python threads run meanwhile.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -59,7 +60,7 @@ def convert(values: NDArray, dtype: np.dtype) -> NDArray:
     converted = np.empty(values.shape, dtype)
     if values.size:
         source = np.ascontiguousarray(values).reshape(-1)
-        _run(_caster(values.dtype, dtype), source, converted.reshape(-1))
+        _bound(_caster(values.dtype, dtype), source, converted.reshape(-1))()
     return converted
 
 
@@ -68,16 +69,23 @@ def transpose(block: NDArray, target: NDArray) -> None:
 
     ONNX Runtime's kernel does it several times faster than NumPy's copy.
     """
+    transposition(block, target)()
+
+
+def transposition(block: NDArray, target: NDArray) -> Callable[[], None]:
+    """A function that does `transpose` with what `block` holds when it is called."""
     unsigned = np.dtype(f"u{block.itemsize}")
-    _run(_transposer(unsigned), block.view(unsigned), target.view(unsigned))
+    return _bound(_transposer(unsigned), block.view(unsigned), target.view(unsigned))
 
 
-def _run(session: onnxruntime.InferenceSession, source: NDArray, target: NDArray) -> None:
-    """Computes `target` from `source`, both contiguous."""
+def _bound(
+    session: onnxruntime.InferenceSession, source: NDArray, target: NDArray
+) -> Callable[[], None]:
+    """A function that computes `target` from `source`, both contiguous."""
     binding = session.io_binding()
     binding.bind_ortvalue_input("source", _as_runtime_value(source))
     binding.bind_ortvalue_output("target", _as_runtime_value(target))
-    session.run_with_iobinding(binding)
+    return functools.partial(session.run_with_iobinding, binding)
 
 
 def _as_runtime_value(values: NDArray) -> onnxruntime.OrtValue:
