@@ -8,6 +8,7 @@ import errno
 import functools
 import glob
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -88,11 +89,26 @@ def reserve(stream: BinaryIO, size: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
+def unmap_pages(mapped: NDArray) -> None:
+    """Takes whole pages of a memory-mapped, read-only file out of the process; lets threads run.
+
+    They are mapped again, from the page cache, when someone reads them.
+    """
+    if sys.platform != "linux":
+        return
+    address = mapped.__array_interface__["data"][0]
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (address + mapped.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if size > 0:
+        _libc().madvise(start, size, mmap.MADV_DONTNEED)
+
+
 @functools.cache
 def _libc() -> ctypes.CDLL:
     library = ctypes.CDLL(None, use_errno=True)
     offset = ctypes.c_int64
     library.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, offset, offset)
+    library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return library
 
 

@@ -203,6 +203,7 @@ def _write_plain(
     hashes: dict[str, str] = {}
     for file in files_of(source.config, weight, tp_size, source.storage_type):
         hashes |= writer.write(file, source.values(file))
+    source.release(weight)
     return hashes
 
 

@@ -95,6 +95,7 @@ class Int8Writer:
             for file, values in self._vectors(weight, shard, files, factors, scales):
                 if file.name not in hashes:
                     hashes |= self.writer.write(file, [values.astype(np.float32)])
+        self.source.release(weight)
         return hashes
 
     def _factors(self, weight: Weight) -> NDArray[np.float64]:

@@ -47,6 +47,11 @@ class TensorSource:
         """For messages."""
         return weight.name if weight.hf_name is None else self.checkpoint.describe(weight)
 
+    def release(self, weight: Weight) -> None:
+        """Says that a tensor is not needed for now."""
+        if weight.hf_name is not None:
+            self.checkpoint.unmap(weight)
+
     def values(self, file: FtFile) -> Iterator[NDArray]:
         """Pieces of what a tensor's own file holds, flat."""
         weight = file.weight
