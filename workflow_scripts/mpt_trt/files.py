@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 HASH_CHUNK_BYTES = 1 << 22
 WRITE_BYTES = 1 << 18
+MADV_POPULATE_READ = 22
 
 
 @contextlib.contextmanager
@@ -89,10 +90,10 @@ def reserve(stream: BinaryIO, size: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def unmap_pages(mapped: NDArray) -> None:
-    """Takes whole pages of a memory-mapped, read-only file out of the process; lets threads run.
+def map_pages(mapped: NDArray) -> None:
+    """Reads a part of a memory-mapped file, in its order, and lets other threads run meanwhile.
 
-    They are mapped again, from the page cache, when someone reads them.
+    Linux before 5.14 leaves it to those who use the pages.
     """
     if sys.platform != "linux":
         return
@@ -100,7 +101,7 @@ def unmap_pages(mapped: NDArray) -> None:
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (address + mapped.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
     if size > 0:
-        _libc().madvise(start, size, mmap.MADV_DONTNEED)
+        _libc().madvise(start, size, MADV_POPULATE_READ)
 
 
 @functools.cache

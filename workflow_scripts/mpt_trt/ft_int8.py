@@ -86,6 +86,7 @@ class Int8Writer:
 
         Raises MptTrtError when smoothing takes a value beyond the storage type's range.
         """
+        self.source.prefetch(weight)
         factors = self._factors(weight)
         scales = self._scales(weight, factors)
         hashes = self._write_norm(weight, factors)
@@ -95,7 +96,6 @@ class Int8Writer:
             for file, values in self._vectors(weight, shard, files, factors, scales):
                 if file.name not in hashes:
                     hashes |= self.writer.write(file, [values.astype(np.float32)])
-        self.source.release(weight)
         return hashes
 
     def _factors(self, weight: Weight) -> NDArray[np.float64]:

@@ -47,10 +47,10 @@ class TensorSource:
         """For messages."""
         return weight.name if weight.hf_name is None else self.checkpoint.describe(weight)
 
-    def release(self, weight: Weight) -> None:
-        """Says that a tensor is not needed for now."""
+    def prefetch(self, weight: Weight) -> None:
+        """Says that all of a tensor will be read."""
         if weight.hf_name is not None:
-            self.checkpoint.unmap(weight)
+            self.checkpoint.prefetch(weight)
 
     def values(self, file: FtFile) -> Iterator[NDArray]:
         """Pieces of what a tensor's own file holds, flat."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.files import unmap_pages
+from mpt_trt.files import map_pages
 from mpt_trt.hf_files import weight_files
 from mpt_trt.numerics import BFLOAT16, is_finite
 from mpt_trt.weight_map import Weight
@@ -44,7 +44,7 @@ class Shard(Protocol):
 
     def tensor(self, name: str) -> NDArray: ...
 
-    def unmap(self, name: str) -> None: ...
+    def prefetch(self, name: str) -> None: ...
 
 
 class SafetensorsShard:
@@ -74,9 +74,9 @@ class SafetensorsShard:
         data = self._data[start:stop].view(SAFETENSORS_TYPES[entry["dtype"]])
         return data.reshape(entry["shape"])
 
-    def unmap(self, name: str) -> None:
+    def prefetch(self, name: str) -> None:
         start, stop = self._header[name]["data_offsets"]
-        unmap_pages(self._data[start:stop])
+        map_pages(self._data[start:stop])
 
 
 class PickleShard:
@@ -119,7 +119,7 @@ class PickleShard:
             raise _not_float(self.path, name, str(tensor.dtype).removeprefix("torch."))
         return tensor.numpy()
 
-    def unmap(self, name: str) -> None:
+    def prefetch(self, name: str) -> None:
         pass  # PyTorch maps the file
 
 
@@ -146,13 +146,10 @@ class HfCheckpoint:
         shard, name = self._location[_hf_name(weight)]
         return shard.tensor(name)
 
-    def unmap(self, weight: Weight) -> None:
-        """Takes a tensor's pages out of the process's memory until it is read again.
-
-        They would all be when the checkpoint is closed: by one thread, 0.03 s a gigabyte.
-        """
+    def prefetch(self, weight: Weight) -> None:
+        """Reads a tensor in the order of the file, before parts of it are read from here and there."""
         shard, name = self._location[_hf_name(weight)]
-        shard.unmap(name)
+        shard.prefetch(name)
 
     def describe(self, weight: Weight) -> str:
         """`file: tensor name`, for messages."""
