@@ -45,6 +45,7 @@ from mpt_trt.engines.manifest import EngineLimits
 from mpt_trt.engines.packages import installed_package
 from mpt_trt.engines.tensorrt import BuildOptions
 from mpt_trt.errors import MptTrtError
+from mpt_trt.files import content_hash
 from mpt_trt.network import VocabularySharding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,7 +122,9 @@ def test_builder_says_what_it_is(tmp_path):
     checkpoint = make_ft_checkpoint(tmp_path, CheckpointSpec(num_layers=1))
     network = make_network(checkpoint, tmp_path / "network")
     several = replace(options(), compute_capabilities=("8.0", "12.0"))
-    info = tensorrt.build_plan(network / "rank0.onnx", several, tmp_path / "plan")
+    built = tensorrt.build_plan(network / "rank0.onnx", several, tmp_path / "plan")
+    assert built.hash == content_hash(tmp_path / "plan")
+    info = built.builder
     assert info.package == "tensorrt_rtx"
     assert info.version == metadata.version("tensorrt_rtx_cu13")
     assert info.compute_capabilities == ("8.0", "12.0")

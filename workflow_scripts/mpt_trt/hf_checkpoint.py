@@ -147,7 +147,7 @@ class HfCheckpoint:
         return shard.tensor(name)
 
     def prefetch(self, weight: Weight) -> None:
-        """Reads a tensor in the order of the file, before parts of it are read from here and there."""
+        """Reads a tensor in the order of its file, before parts are read from here and there."""
         shard, name = self._location[_hf_name(weight)]
         shard.prefetch(name)
 
