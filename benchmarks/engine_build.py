@@ -1,4 +1,4 @@
-"""Ahead-of-time build of one rank's engine without a GPU: time, memory and disk against the weights.
+"""Build of one rank's engine without a GPU: time, memory and disk against the weights.
 
 The weights are random. So is what calibration would find for int4_awq: a scale of 1 for the inputs,
 and of each group what its largest weight asks for. What it is made from, and in which steps, is the
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 from common import Measured, measure, script, write_result
+
 from mpt_trt.config import read_hf_config
 from mpt_trt.hf_checkpoint import HfCheckpoint
 from mpt_trt.numerics import convert
 from mpt_trt.quantization.calibrated import AwqMatrix, KvRanges
 from mpt_trt.quantization.npz import FILE_NAME, calibration_writer
-from mpt_trt.quantization.scheme import default_group_size
 from mpt_trt.weight_map import block_matrices, weights
 
 QUANTIZATIONS = ("none", "int8_weight_only", "int4_weight_only", "int4_awq")
