@@ -29,6 +29,7 @@ QUANTIZATIONS = ("none", "int8_weight_only", "int4_weight_only", "int4_awq")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--like", default="bench-1.3b", help="shape (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="blocks (default: the shape's)")
     parser.add_argument("--dtype", default="float16", help="(default: %(default)s)")
     parser.add_argument("--tp", type=int, default=1, help="ranks (default: %(default)s)")
     parser.add_argument(
@@ -52,6 +53,7 @@ def main() -> None:
     print(", ".join(f"{name} {figures[name]:.2f}" for name in figures if "ratio" in name))
     print(f"{figures['seconds']:.0f} s")
     name = f"{arguments.like}-{arguments.dtype}-{arguments.quantization}-tp{arguments.tp}"
+    name += "" if arguments.layers is None else f"-{arguments.layers}-layers"
     print(write_result(f"engine-build-{name}", figures))
 
 
@@ -62,6 +64,7 @@ def make_sources(arguments: argparse.Namespace, ft: Path) -> None:
     if (ft / f"{arguments.tp}-gpu").exists() and (calibration.exists() or not is_awq):
         return
     shape = ("--like", arguments.like, "--dtype", arguments.dtype)
+    shape += () if arguments.layers is None else ("--layers", str(arguments.layers))
     if not checkpoint.exists():
         measure(script("make_random_checkpoint.py", *shape, "--output_dir", checkpoint))
     words = ("-i", checkpoint, "-o", ft, "-t", arguments.dtype, "-tp", str(arguments.tp))
@@ -113,6 +116,7 @@ def describe(
     disk = int(subprocess.check_output(["du", "-sbc", *folders]).split()[-2])
     return {
         "shape": arguments.like,
+        "layers": arguments.layers,
         "dtype": arguments.dtype,
         "quantization": arguments.quantization,
         "tp": arguments.tp,

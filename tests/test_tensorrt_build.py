@@ -398,7 +398,8 @@ def test_build_needs_little_more_memory_than_the_weights(large, tmp_path):
 
     The tiny model has the same layers: Python, PyTorch, TensorRT and its kernels cost the same.
     TensorRT's working buffers do not; over weights of 0.2 to 1.2 GB they were measured as about
-    100 MiB, and the rest as 1.02 to 1.1 times the weights. So 64 MiB are allowed on top of the 1.3.
+    100 MiB, and the rest as 1.02 to 1.1 times the weights. A piece of the plan, 64 MiB, is written
+    while the next one is packed. So 192 MiB are allowed on top of the 1.3.
     A build that is serialized in memory before it is written would take twice the weights.
     """
     checkpoint, weight_bytes = large
@@ -406,7 +407,7 @@ def test_build_needs_little_more_memory_than_the_weights(large, tmp_path):
     base = peak_memory(start_build(tiny, tmp_path / "tiny_engine"))
     peak = peak_memory(start_build(checkpoint, tmp_path / "engine"))
     assert weight_bytes > 400e6
-    assert peak - base <= 1.3 * weight_bytes + 64 * MIB
+    assert peak - base <= 1.3 * weight_bytes + 192 * MIB
     assert peak - base >= 0.5 * weight_bytes, "too good to be true: is it measured right?"
 
 
