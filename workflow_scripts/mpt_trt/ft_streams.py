@@ -19,9 +19,11 @@ from mpt_trt.numerics import STORAGE_TYPES, convert, is_finite, transposition
 from mpt_trt.sharding import Range, Shard
 from mpt_trt.weight_map import Weight
 
-# What a worker takes of each row of a matrix at a time: few enough bytes for the gathered block to
-# stay in the processor's cache while it is transposed, checked, hashed and written.
+# What a worker takes of each row of a matrix at a time, at least: few enough bytes for the gathered
+# block to stay in the processor's cache while it is transposed, checked, hashed and written.
 SLAB_ROW_BYTES = 256
+# Of few rows it takes more, until the block is worth the calls that handle it.
+SLAB_BLOCK_BYTES = 512 << 10
 # What it takes of a tensor that is not transposed.
 SLAB_BYTES = 4 << 20
 # Bytes after which progress is reported.
@@ -166,7 +168,9 @@ def _flat_slabs(source: NDArray) -> Iterator[NDArray]:
 
 def _transposed_slabs(parts: list[NDArray], columns: Range) -> Iterator[NDArray]:
     """Row blocks of `[len(columns), sum of part rows]`, flat."""
-    height = SLAB_ROW_BYTES // parts[0].itemsize
+    width = sum(len(part) for part in parts)
+    row_bytes = SLAB_ROW_BYTES * max(1, SLAB_BLOCK_BYTES // (SLAB_ROW_BYTES * width))
+    height = min(len(columns), row_bytes // parts[0].itemsize)
     rest = columns.stop - len(columns) % height
     yield from _equal_slabs(parts, Range(columns.start, rest), height)
     yield from _equal_slabs(parts, Range(rest, columns.stop), columns.stop - rest)

@@ -44,8 +44,9 @@ GPU_OVERHEAD = 1024 * MIB
 # What a plan holds beside the weights. Measured: 4 to 21 MiB with 4 to 24 layers.
 PLAN_BASE = 4 * MIB
 PLAN_PER_LAYER = MIB
-# Measured: 1.17 x the weights at 2.6 GB and 1.04 x at 13 GB; of 0.2 GB, 0.6 GB in all. Two pieces of
-# 64 MiB of the plan are held at a time. TensorRT unpacks 4-bit weights: 8.5 GB for MPT-7B, 2.4 GB for 1.3B.
+# Measured: 1.17 x the weights at 2.6 GB and 1.04 x at 13 GB; of 0.2 GB, 0.6 GB in all. Two pieces
+# of the plan, 64 MiB each, are held at a time. TensorRT unpacks 4-bit weights: 8.5 GB in all of
+# MPT-7B, 2.4 GB of 1.3B.
 BUILD_PER_WEIGHT = 1.2
 BUILD_BASE = 700 * MIB
 # A Python process, with PyTorch where it reads .bin files, and what a conversion worker holds.
