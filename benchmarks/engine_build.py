@@ -8,6 +8,7 @@ same as behind a true calibration.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def main() -> None:
     options = _quantization(arguments)
     words = ("--model_dir", model, "--output_dir", network, *options)
     steps = {
-        "network": measure(script("make_network.py", *words)),
+        "network": measure(script("make_networks.py", *words)),
         "plan": measure(script("build_rank.py", "--network_dir", network, "--output_dir", plan)),
     }
     figures = describe(arguments, steps, (ft, network, plan))
@@ -98,7 +99,7 @@ def _group_scales(weight: np.ndarray, group_size: int = 128, rows: int = 64) -> 
 
 
 def _quantization(arguments: argparse.Namespace) -> tuple[str | Path, ...]:
-    """Options of make_network.py."""
+    """Options of make_networks.py."""
     if arguments.quantization == "none":
         return ()
     options: tuple[str | Path, ...] = ("--quantization", arguments.quantization)
@@ -111,7 +112,9 @@ def describe(
     arguments: argparse.Namespace, steps: dict[str, Measured], folders: tuple[Path, ...]
 ) -> dict:
     network = folders[1]
-    weight_bytes = sum(path.stat().st_size for path in (network / "weights").iterdir())
+    # Of the rank that is built; the networks of all ranks are there.
+    files = json.loads((network / "rank0.network.json").read_text())["files"]
+    weight_bytes = sum(entry["bytes"] for name, entry in files.items() if "/" in name)
     peak = max(run.peak_private_mib for run in steps.values())
     disk = int(subprocess.check_output(["du", "-sbc", *folders]).split()[-2])
     return {
