@@ -1,7 +1,7 @@
 """Conversion to an FT checkpoint against `cp` of the same bytes, in one run.
 
-Makes a random checkpoint, then alternates cp and conversion, and compares medians. The files are in
-the page cache before the first measured run.
+Makes a random checkpoint of each source type, then alternates cp and conversion, and compares
+medians. The files are in the page cache before the first measured run, if they fit.
 """
 
 from __future__ import annotations
@@ -21,29 +21,42 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 4], help="(default: 1 4)")
     parser.add_argument(
-        "--types", nargs="+", default=["float16"], help="storage types (default: float16)"
+        "--types",
+        nargs="+",
+        default=["float16"],
+        help="storage types, or source:storage where the checkpoint's differs (default: float16)",
     )
     parser.add_argument("--folder", type=Path, default=Path("build/benchmark"))
     arguments = parser.parse_args()
-    source, target = arguments.folder / "checkpoint", arguments.folder / "output"
-    shape = ["--like", arguments.like]
-    shape += [] if arguments.layers is None else ["--layers", str(arguments.layers)]
-    if not source.exists():
-        measure(script("make_random_checkpoint.py", *shape, "--output_dir", source))
-    figures = {"shape": arguments.like, "bytes": _size(source), "runs": {}}
-    for storage_type in arguments.types:
+    figures: dict = {"shape": arguments.like, "runs": {}}
+    for types in arguments.types:
+        source_type, _, storage_type = types.rpartition(":")
+        source = make_checkpoint(arguments, source_type or storage_type)
         for tp in arguments.tp:
-            name = f"{storage_type} tp{tp}"
-            figures["runs"][name] = compare(source, target, storage_type, tp, arguments.repeats)
-            ratio, peak = figures["runs"][name]["ratio"], figures["runs"][name]["peak_private_mib"]
-            print(f"{name}: {ratio:.2f} x cp, {peak:.0f} MiB")
+            target = arguments.folder / "output"
+            found = compare(source, target, storage_type, tp, arguments.repeats)
+            figures["runs"][f"{types} tp{tp}"] = found
+            print(f"{types} tp{tp}: {found['ratio']:.2f} x cp, {found['peak_private_mib']:.0f} MiB")
     print(write_result(f"conversion-{arguments.like}", figures))
+
+
+def make_checkpoint(arguments: argparse.Namespace, dtype: str) -> Path:
+    """The random checkpoint of that type; those of other types are removed."""
+    folder = arguments.folder / f"checkpoint-{dtype}"
+    for other in arguments.folder.glob("checkpoint-*"):
+        if other != folder:
+            shutil.rmtree(other)
+    if not folder.exists():
+        words = ["--like", arguments.like, "--dtype", dtype, "--output_dir", folder]
+        words += [] if arguments.layers is None else ["--layers", str(arguments.layers)]
+        measure(script("make_random_checkpoint.py", *words))
+    return folder
 
 
 def compare(source: Path, target: Path, storage_type: str, tp: int, repeats: int) -> dict:
     """Alternates cp and conversion.
 
-    ratio is of the medians, per byte written: float32 output is twice the bytes of the source.
+    ratio is of the medians, per byte written, where a conversion may write more than cp or less.
     """
     command = script(
         "convert_hf_mpt_to_ft.py", "-i", source, "-o", target, "-t", storage_type, "-tp", str(tp)
@@ -60,6 +73,7 @@ def compare(source: Path, target: Path, storage_type: str, tp: int, repeats: int
     copy, conversion = (_median(runs[1:]) for runs in (copies, conversions))
     return {
         "ratio": (conversion / written) / (copy / _size(source)),
+        "bytes_read": _size(source),
         "cp_seconds": copy,
         "conversion_seconds": conversion,
         "bytes_written": written,

@@ -1,47 +1,135 @@
-"""Ahead-of-time build of an engine without a GPU: time, memory and disk against the weights."""
+"""Build of one rank's engine without a GPU: time, memory and disk against the weights.
+
+The weights are random. So is what calibration would find for int4_awq: a scale of 1 for the inputs,
+and of each group what its largest weight asks for. What it is made from, and in which steps, is the
+same as behind a true calibration.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
-from common import measure, script, write_result
+import numpy as np
+from common import Measured, measure, script, write_result
+
+from mpt_trt.config import read_hf_config
+from mpt_trt.hf_checkpoint import HfCheckpoint
+from mpt_trt.numerics import convert
+from mpt_trt.quantization.calibrated import AwqMatrix, KvRanges
+from mpt_trt.quantization.npz import FILE_NAME, calibration_writer
+from mpt_trt.weight_map import block_matrices, weights
+
+QUANTIZATIONS = ("none", "int8_weight_only", "int4_weight_only", "int4_awq")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--like", default="bench-1.3b", help="shape (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="blocks (default: the shape's)")
     parser.add_argument("--dtype", default="float16", help="(default: %(default)s)")
+    parser.add_argument("--tp", type=int, default=1, help="ranks (default: %(default)s)")
+    parser.add_argument(
+        "--quantization", choices=QUANTIZATIONS, default="none", help="(default: %(default)s)"
+    )
     parser.add_argument("--folder", type=Path, default=Path("build/benchmark-build"))
     arguments = parser.parse_args()
-    model_dir, ft = arguments.folder / "checkpoint", arguments.folder / "ft"
-    engine_dir = arguments.folder / "engine"
-    if not ft.exists():
-        shape = ("--like", arguments.like, "--dtype", arguments.dtype)
-        measure(script("make_random_checkpoint.py", *shape, "--output_dir", model_dir))
-        storage = ("-t", arguments.dtype)
-        measure(script("convert_hf_mpt_to_ft.py", "-i", model_dir, "-o", ft, *storage))
-        shutil.rmtree(model_dir)
-    shutil.rmtree(engine_dir, ignore_errors=True)
-    run = measure(script("build.py", "--model_dir", ft / "1-gpu", "--output_dir", engine_dir))
-    weights = sum(path.stat().st_size for path in (engine_dir / "weights").iterdir())
-    disk = int(subprocess.check_output(["du", "-sb", arguments.folder]).split()[0])
-    figures = {
-        "shape": arguments.like,
-        "dtype": arguments.dtype,
-        "weight_bytes": weights,
-        "seconds": run.seconds,
-        "peak_private_mib": run.peak_private_mib,
-        "ratio_private_memory_to_weights": run.peak_private_mib * 2**20 / weights,
-        "ratio_disk_to_weights": disk / weights,
+    ft, network = arguments.folder / "ft", arguments.folder / "network"
+    plan = arguments.folder / "plan"
+    make_sources(arguments, ft)
+    for folder in (network, plan):
+        shutil.rmtree(folder, ignore_errors=True)
+    model = ft / f"{arguments.tp}-gpu"
+    options = _quantization(arguments)
+    words = ("--model_dir", model, "--output_dir", network, *options)
+    steps = {
+        "network": measure(script("make_networks.py", *words)),
+        "plan": measure(script("build_rank.py", "--network_dir", network, "--output_dir", plan)),
     }
-    print(
-        f"{run.seconds:.0f} s; memory {figures['ratio_private_memory_to_weights']:.2f} x and disk "
-        f"{figures['ratio_disk_to_weights']:.2f} x the weights"
-    )
-    print(write_result(f"engine-build-{arguments.like}-{arguments.dtype}", figures))
+    figures = describe(arguments, steps, (ft, network, plan))
+    print(", ".join(f"{name} {figures[name]:.2f}" for name in figures if "ratio" in name))
+    print(f"{figures['seconds']:.0f} s")
+    name = f"{arguments.like}-{arguments.dtype}-{arguments.quantization}-tp{arguments.tp}"
+    name += "" if arguments.layers is None else f"-{arguments.layers}-layers"
+    print(write_result(f"engine-build-{name}", figures))
+
+
+def make_sources(arguments: argparse.Namespace, ft: Path) -> None:
+    """The FT checkpoint and, for int4_awq, the calibration result, unless they are there."""
+    checkpoint, calibration = arguments.folder / "checkpoint", arguments.folder / FILE_NAME
+    is_awq = arguments.quantization == "int4_awq"
+    if (ft / f"{arguments.tp}-gpu").exists() and (calibration.exists() or not is_awq):
+        return
+    shape = ("--like", arguments.like, "--dtype", arguments.dtype)
+    shape += () if arguments.layers is None else ("--layers", str(arguments.layers))
+    if not checkpoint.exists():
+        measure(script("make_random_checkpoint.py", *shape, "--output_dir", checkpoint))
+    words = ("-i", checkpoint, "-o", ft, "-t", arguments.dtype, "-tp", str(arguments.tp))
+    measure(script("convert_hf_mpt_to_ft.py", *words))
+    if is_awq:
+        write_calibration(checkpoint, calibration)
+    shutil.rmtree(checkpoint)
+
+
+def write_calibration(folder: Path, target: Path) -> None:
+    """An int4_awq result with the weights as they are and inputs that are not scaled."""
+    config = read_hf_config(folder)
+    found = HfCheckpoint(folder, weights(config))
+    with calibration_writer(target, config, found, np.dtype(np.float16)) as writer:
+        writer.model("int4_awq")
+        for layer in range(config.num_layers):
+            matrices = block_matrices(config, layer)
+            made = {name: _unscaled(found.tensor(w)) for name, w in matrices.items()}
+            writer.block(layer, KvRanges(1.0, 1.0), made)
+
+
+def _unscaled(weight: np.ndarray) -> AwqMatrix:
+    scales = np.concatenate(list(_group_scales(weight))).astype(np.float32)
+    return AwqMatrix(weight, scales, np.ones(weight.shape[1], np.float32))
+
+
+def _group_scales(weight: np.ndarray, group_size: int = 128, rows: int = 64) -> Iterator:
+    for start in range(0, len(weight), rows):
+        block = convert(np.ascontiguousarray(weight[start : start + rows]), np.dtype(np.float32))
+        yield np.abs(block).reshape(len(block), -1, group_size).max(axis=2) / 7
+
+
+def _quantization(arguments: argparse.Namespace) -> tuple[str | Path, ...]:
+    """Options of make_networks.py."""
+    if arguments.quantization == "none":
+        return ()
+    options: tuple[str | Path, ...] = ("--quantization", arguments.quantization)
+    if arguments.quantization == "int4_awq":
+        options += ("--calibration", arguments.folder / FILE_NAME)
+    return options
+
+
+def describe(
+    arguments: argparse.Namespace, steps: dict[str, Measured], folders: tuple[Path, ...]
+) -> dict:
+    network = folders[1]
+    # Of the rank that is built; the networks of all ranks are there.
+    files = json.loads((network / "rank0.network.json").read_text())["files"]
+    weight_bytes = sum(entry["bytes"] for name, entry in files.items() if "/" in name)
+    peak = max(run.peak_private_mib for run in steps.values())
+    disk = int(subprocess.check_output(["du", "-sbc", *folders]).split()[-2])
+    return {
+        "shape": arguments.like,
+        "layers": arguments.layers,
+        "dtype": arguments.dtype,
+        "quantization": arguments.quantization,
+        "tp": arguments.tp,
+        "weight_bytes": weight_bytes,
+        "seconds": sum(run.seconds for run in steps.values()),
+        "steps": steps,
+        "peak_private_mib": peak,
+        "ratio_private_memory_to_weights": peak * 2**20 / weight_bytes,
+        "ratio_disk_to_weights": disk / weight_bytes,
+    }
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import ast
 import errno
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import gettempdir
 
+import numpy as np
 import pytest
 import xxhash
 
@@ -546,3 +548,31 @@ class TestSourceHash:
         for path in SCRIPTS.rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 assert not (isinstance(node, ast.ImportFrom) and node.level), path
+
+
+def test_reserved_file_holds_what_is_written(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as stream:
+        files.reserve(stream, 3)
+        assert (tmp_path / "file").stat().st_size in (0, 3)  # 0 where nothing can be reserved
+        stream.write(b"abc")
+    assert (tmp_path / "file").read_bytes() == b"abc"
+
+
+def test_reserving_more_than_a_file_may_have_is_an_error(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with (tmp_path / "file").open("wb") as stream, pytest.raises(OSError) as caught:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+        try:
+            files.reserve(stream, 1 << 21)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+
+
+@pytest.mark.parametrize("start", [0, 1, 5000])
+def test_mapped_pages_stay_what_they_are(start: int, tmp_path: Path) -> None:
+    content = np.random.default_rng(0).integers(0, 255, 20_000, np.uint8)
+    content.tofile(tmp_path / "file")
+    mapped = np.memmap(tmp_path / "file", np.uint8, "r")[start:]
+    files.map_pages(mapped)
+    assert np.array_equal(mapped, content[start:])

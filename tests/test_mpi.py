@@ -31,6 +31,7 @@ from mpt_trt.engines.manifest import (
     read_network_hash,
     write_plan_description,
 )
+from mpt_trt.files import content_hash
 from mpt_trt.ft_checkpoint import ConversionSettings, read_ft_checkpoint, write_ft_checkpoint
 from mpt_trt.hf_checkpoint import HfCheckpoint
 from mpt_trt.quality_result import read_quality
@@ -133,7 +134,9 @@ def write_empty_plans(folder: Path, request: BuildRequest, tp_size: int) -> None
     for rank in range(tp_size):
         plan = folder / engine_name(rank)
         plan.write_bytes(b"")
-        write_plan_description(plan, read_network_hash(folder, rank), builder, {})
+        known = content_hash(plan)
+        network_hash = read_network_hash(folder, rank)
+        write_plan_description(plan, known, network_hash, builder, {})
 
 
 @pytest.fixture(scope="module")

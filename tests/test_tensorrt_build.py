@@ -45,6 +45,7 @@ from mpt_trt.engines.manifest import EngineLimits
 from mpt_trt.engines.packages import installed_package
 from mpt_trt.engines.tensorrt import BuildOptions
 from mpt_trt.errors import MptTrtError
+from mpt_trt.files import content_hash
 from mpt_trt.network import VocabularySharding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,7 +122,9 @@ def test_builder_says_what_it_is(tmp_path):
     checkpoint = make_ft_checkpoint(tmp_path, CheckpointSpec(num_layers=1))
     network = make_network(checkpoint, tmp_path / "network")
     several = replace(options(), compute_capabilities=("8.0", "12.0"))
-    info = tensorrt.build_plan(network / "rank0.onnx", several, tmp_path / "plan")
+    built = tensorrt.build_plan(network / "rank0.onnx", several, tmp_path / "plan")
+    assert built.hash == content_hash(tmp_path / "plan")
+    info = built.builder
     assert info.package == "tensorrt_rtx"
     assert info.version == metadata.version("tensorrt_rtx_cu13")
     assert info.compute_capabilities == ("8.0", "12.0")
@@ -395,7 +398,8 @@ def test_build_needs_little_more_memory_than_the_weights(large, tmp_path):
 
     The tiny model has the same layers: Python, PyTorch, TensorRT and its kernels cost the same.
     TensorRT's working buffers do not; over weights of 0.2 to 1.2 GB they were measured as about
-    100 MiB, and the rest as 1.02 to 1.1 times the weights. So 64 MiB are allowed on top of the 1.3.
+    100 MiB, and the rest as 1.02 to 1.1 times the weights. A piece of the plan, 64 MiB, is written
+    while the next one is packed. So 192 MiB are allowed on top of the 1.3.
     A build that is serialized in memory before it is written would take twice the weights.
     """
     checkpoint, weight_bytes = large
@@ -403,7 +407,7 @@ def test_build_needs_little_more_memory_than_the_weights(large, tmp_path):
     base = peak_memory(start_build(tiny, tmp_path / "tiny_engine"))
     peak = peak_memory(start_build(checkpoint, tmp_path / "engine"))
     assert weight_bytes > 400e6
-    assert peak - base <= 1.3 * weight_bytes + 64 * MIB
+    assert peak - base <= 1.3 * weight_bytes + 192 * MIB
     assert peak - base >= 0.5 * weight_bytes, "too good to be true: is it measured right?"
 
 

@@ -17,9 +17,11 @@ def prefer_this_python() -> None:
 
 
 def wait_without_spinning() -> None:
-    """PyTorch's threads sleep while they wait for each other, unless told otherwise outside.
+    """PyTorch's and NumPy's threads sleep while they wait, unless told otherwise outside.
 
     By default they spin, on cores that other work needs: beside one busy process, calibration of
-    the demo model on two cores took thrice as long or more. It counts until PyTorch is imported.
+    the demo model on two cores took thrice as long or more. It counts until they are imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # OpenBLAS: 2**4 cycles, the fewest. Its threads spin from NumPy's import on.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")

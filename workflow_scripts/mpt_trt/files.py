@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import glob
 import json
+import mmap
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
 HASH_CHUNK_BYTES = 1 << 22
 WRITE_BYTES = 1 << 18
+MADV_POPULATE_READ = 22
 
 
 @contextlib.contextmanager
@@ -70,6 +75,42 @@ def write_in_pieces(stream: BinaryIO, content: bytes | memoryview | NDArray) -> 
     view = memoryview(content).cast("B")
     for start in range(0, len(view), WRITE_BYTES):
         stream.write(view[start : start + WRITE_BYTES])
+
+
+def reserve(stream: BinaryIO, size: int) -> None:
+    """Makes the file system set `size` bytes aside for a new file, where it can.
+
+    Pages of reserved blocks take a third less time to write (ext4), and a full disk shows at once.
+    Not `os.posix_fallocate`, which writes the file where the file system has no such call.
+    """
+    if sys.platform != "linux" or size == 0:
+        return
+    failed = _libc().fallocate(stream.fileno(), 0, 0, size)
+    if failed and (code := ctypes.get_errno()) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise OSError(code, os.strerror(code))
+
+
+def map_pages(mapped: NDArray) -> None:
+    """Reads a part of a memory-mapped file, in its order, and lets other threads run meanwhile.
+
+    Linux before 5.14 leaves it to those who use the pages.
+    """
+    if sys.platform != "linux":
+        return
+    address = mapped.__array_interface__["data"][0]
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (address + mapped.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if size > 0:
+        _libc().madvise(start, size, MADV_POPULATE_READ)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None, use_errno=True)
+    offset = ctypes.c_int64
+    library.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, offset, offset)
+    library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return library
 
 
 def write_json(target: Path, content: object) -> None:

@@ -201,6 +201,7 @@ def _write_plain(
 ) -> dict[str, str]:
     """Writes one tensor for all ranks."""
     hashes: dict[str, str] = {}
+    source.prefetch(weight)
     for file in files_of(source.config, weight, tp_size, source.storage_type):
         hashes |= writer.write(file, source.values(file))
     return hashes

@@ -86,6 +86,7 @@ class Int8Writer:
 
         Raises MptTrtError when smoothing takes a value beyond the storage type's range.
         """
+        self.source.prefetch(weight)
         factors = self._factors(weight)
         scales = self._scales(weight, factors)
         hashes = self._write_norm(weight, factors)

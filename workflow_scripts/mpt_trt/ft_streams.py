@@ -12,18 +12,22 @@ from numpy.typing import NDArray
 
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
-from mpt_trt.files import ContentHash, write_in_pieces
+from mpt_trt.files import ContentHash, reserve, write_in_pieces
 from mpt_trt.ft_layout import FtFile, held
 from mpt_trt.hf_checkpoint import HfCheckpoint, not_finite
-from mpt_trt.numerics import STORAGE_TYPES, convert, is_finite, transpose
+from mpt_trt.numerics import STORAGE_TYPES, convert, is_finite, transposition
 from mpt_trt.sharding import Range, Shard
 from mpt_trt.weight_map import Weight
 
-# What a worker takes of each row of a matrix at a time: few enough bytes for the gathered block to
-# stay in the processor's cache while it is transposed, checked, hashed and written.
-SLAB_ROW_BYTES = 512
+# What a worker takes of each row of a matrix at a time, at least: few enough bytes for the gathered
+# block to stay in the processor's cache while it is transposed, checked, hashed and written.
+SLAB_ROW_BYTES = 256
+# Of few rows it takes more, until the block is worth the calls that handle it.
+SLAB_BLOCK_BYTES = 512 << 10
 # What it takes of a tensor that is not transposed.
 SLAB_BYTES = 4 << 20
+# Bytes after which progress is reported.
+REPORTED_BYTES = 16 << 20
 
 Advance = Callable[[int], None]
 
@@ -44,6 +48,11 @@ class TensorSource:
     def describe(self, weight: Weight) -> str:
         """For messages."""
         return weight.name if weight.hf_name is None else self.checkpoint.describe(weight)
+
+    def prefetch(self, weight: Weight) -> None:
+        """Says that all of a tensor will be read."""
+        if weight.hf_name is not None:
+            self.checkpoint.prefetch(weight)
 
     def values(self, file: FtFile) -> Iterator[NDArray]:
         """Pieces of what a tensor's own file holds, flat."""
@@ -102,20 +111,29 @@ class FtOutput:
         self.name = file.name
         self._digest = ContentHash()
         self._advance = advance
+        self._unreported = 0
         self._stream: BinaryIO = (folder / file.name).open("wb")
+        reserve(self._stream, file.byte_size)
 
     def __enter__(self) -> FtOutput:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stream.close()
+        self._report()
 
     def write(self, values: NDArray) -> None:
         """Appends values, contiguous, in the file's type."""
         content = values.view(np.uint8)
         write_in_pieces(self._stream, content)
         self._digest.update(content)
-        self._advance(content.nbytes)
+        self._unreported += content.nbytes
+        if self._unreported >= REPORTED_BYTES:
+            self._report()
+
+    def _report(self) -> None:
+        self._advance(self._unreported)
+        self._unreported = 0
 
     @property
     def hash(self) -> str:
@@ -149,17 +167,25 @@ def _flat_slabs(source: NDArray) -> Iterator[NDArray]:
 
 
 def _transposed_slabs(parts: list[NDArray], columns: Range) -> Iterator[NDArray]:
-    """Row blocks of `[len(columns), sum of part rows]`, flat, through reused buffers."""
+    """Row blocks of `[len(columns), sum of part rows]`, flat."""
     width = sum(len(part) for part in parts)
-    dtype = parts[0].dtype
-    height = min(len(columns), SLAB_ROW_BYTES // dtype.itemsize)
-    gathered = np.empty(width * height, dtype)
-    transposed = np.empty(height * width, dtype)
+    row_bytes = SLAB_ROW_BYTES * max(1, SLAB_BLOCK_BYTES // (SLAB_ROW_BYTES * width))
+    height = min(len(columns), row_bytes // parts[0].itemsize)
+    rest = columns.stop - len(columns) % height
+    yield from _equal_slabs(parts, Range(columns.start, rest), height)
+    yield from _equal_slabs(parts, Range(rest, columns.stop), columns.stop - rest)
+
+
+def _equal_slabs(parts: list[NDArray], columns: Range, height: int) -> Iterator[NDArray]:
+    """Row blocks of `height` rows, flat, through reused buffers."""
+    if len(columns) == 0:
+        return
+    width = sum(len(part) for part in parts)
+    # Only a contiguous block is transposed fast; so its columns are gathered first.
+    gathered = np.empty((width, height), parts[0].dtype)
+    transposed = np.empty((height, width), parts[0].dtype)
+    transpose = transposition(gathered, transposed)
     for start in range(columns.start, columns.stop, height):
-        stop = min(start + height, columns.stop)
-        size = width * (stop - start)
-        # Only a contiguous block is transposed fast; so its columns are gathered first.
-        block = gathered[:size].reshape(width, stop - start)
-        np.concatenate([part[:, start:stop] for part in parts], out=block)
-        transpose(block, transposed[:size].reshape(stop - start, width))
-        yield transposed[:size]
+        np.concatenate([part[:, start : start + height] for part in parts], out=gathered)
+        transpose()
+        yield transposed.reshape(-1)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mpt_trt.errors import MptTrtError
+from mpt_trt.files import map_pages
 from mpt_trt.hf_files import weight_files
 from mpt_trt.numerics import BFLOAT16, is_finite
 from mpt_trt.weight_map import Weight
@@ -42,6 +43,8 @@ class Shard(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def tensor(self, name: str) -> NDArray: ...
+
+    def prefetch(self, name: str) -> None: ...
 
 
 class SafetensorsShard:
@@ -70,6 +73,10 @@ class SafetensorsShard:
         start, stop = entry["data_offsets"]
         data = self._data[start:stop].view(SAFETENSORS_TYPES[entry["dtype"]])
         return data.reshape(entry["shape"])
+
+    def prefetch(self, name: str) -> None:
+        start, stop = self._header[name]["data_offsets"]
+        map_pages(self._data[start:stop])
 
 
 class PickleShard:
@@ -112,6 +119,9 @@ class PickleShard:
             raise _not_float(self.path, name, str(tensor.dtype).removeprefix("torch."))
         return tensor.numpy()
 
+    def prefetch(self, name: str) -> None:
+        pass  # PyTorch maps the file
+
 
 class HfCheckpoint:
     """The tensors of a checkpoint whose names, shapes and types have been checked.
@@ -135,6 +145,11 @@ class HfCheckpoint:
         """The tensor as stored: `weight.shape`, float (EXPONENTS' types); memory-mapped."""
         shard, name = self._location[_hf_name(weight)]
         return shard.tensor(name)
+
+    def prefetch(self, weight: Weight) -> None:
+        """Reads a tensor in the order of its file, before parts are read from here and there."""
+        shard, name = self._location[_hf_name(weight)]
+        shard.prefetch(name)
 
     def describe(self, weight: Weight) -> str:
         """`file: tensor name`, for messages."""

@@ -7,12 +7,12 @@ cache and lets other Python threads run meanwhile.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # The types in which weights are stored.
@@ -28,19 +28,30 @@ EXPONENTS = {
     np.dtype(np.float32): np.uint32(0x7F800000),
     np.dtype(np.float64): np.uint64(0x7FF0000000000000),
 }
-UNSIGNED = {
-    1: TensorProto.UINT8,
-    2: TensorProto.UINT16,
-    4: TensorProto.UINT32,
-    8: TensorProto.UINT64,
+# ONNX's numbers of types.
+ELEMENT_TYPES = {
+    np.dtype(np.float32): 1,
+    np.dtype(np.uint8): 2,
+    np.dtype(np.uint16): 4,
+    np.dtype(np.float16): 10,
+    np.dtype(np.float64): 11,
+    np.dtype(np.uint32): 12,
+    np.dtype(np.uint64): 13,
+    BFLOAT16: 16,
 }
 OPSET, IR_VERSION = 21, 10
 
 
 def is_finite(values: NDArray) -> bool:
-    """Whether no element is a NaN or an infinity."""
+    """Whether no element is a NaN or an infinity.
+
+    Their bits, as integers, are above those of all finite values of the same sign: two maxima need
+    no temporary array.
+    """
     exponent = EXPONENTS[values.dtype]
-    return bool((values.view(exponent.dtype) & exponent).max(initial=0) != exponent)
+    sign = exponent.dtype.type(1 << (8 * exponent.itemsize - 1))
+    signed = values.view(f"i{exponent.itemsize}").max(initial=0)
+    return bool(signed < exponent and values.view(exponent.dtype).max(initial=0) < sign | exponent)
 
 
 def convert(values: NDArray, dtype: np.dtype) -> NDArray:
@@ -50,23 +61,17 @@ def convert(values: NDArray, dtype: np.dtype) -> NDArray:
     """
     if values.dtype == dtype:
         return values
-    if values.dtype == BFLOAT16:
-        wide = values.view(np.uint16).astype(np.uint32)
-        wide <<= np.uint32(16)
-        return convert(wide.view(np.float32), dtype)
-    with np.errstate(over="ignore"):
-        if dtype != BFLOAT16:
+    if values.dtype == np.float64:
+        with np.errstate(over="ignore"):
             return values.astype(dtype)
-        if values.dtype == np.float64:
-            return values.astype(BFLOAT16)
-        bits = values.astype(np.float32, copy=False).view(np.uint32)
-    # The upper half, after adding what carries into it when the lower half is above its middle, or
-    # at the middle with an odd upper half.
-    carry = (bits >> np.uint32(16)) & np.uint32(1)
-    carry += np.uint32(0x7FFF)
-    carry += bits
-    carry >>= np.uint32(16)
-    return carry.astype(np.uint16).view(BFLOAT16)
+    if values.dtype != np.float32 and dtype != np.float32:
+        # Each step has a vectorized kernel, the way from one half type to the other has none.
+        values = convert(values, np.dtype(np.float32))
+    converted = np.empty(values.shape, dtype)
+    if values.size:
+        source = np.ascontiguousarray(values).reshape(-1)
+        _bound(_caster(values.dtype, dtype), source, converted.reshape(-1))()
+    return converted
 
 
 def transpose(block: NDArray, target: NDArray) -> None:
@@ -74,29 +79,78 @@ def transpose(block: NDArray, target: NDArray) -> None:
 
     ONNX Runtime's kernel does it several times faster than NumPy's copy.
     """
-    session = _transposer(block.itemsize)
-    binding = session.io_binding()
+    transposition(block, target)()
+
+
+def transposition(block: NDArray, target: NDArray) -> Callable[[], None]:
+    """A function that does `transpose` with what `block` holds when it is called."""
     unsigned = np.dtype(f"u{block.itemsize}")
-    of = onnxruntime.OrtValue.ortvalue_from_numpy
-    binding.bind_ortvalue_input("block", of(block.view(unsigned)))
-    binding.bind_ortvalue_output("transposed", of(target.view(unsigned)))
-    session.run_with_iobinding(binding)
+    return _bound(_transposer(unsigned), block.view(unsigned), target.view(unsigned))
+
+
+def _bound(
+    session: onnxruntime.InferenceSession, source: NDArray, target: NDArray
+) -> Callable[[], None]:
+    """A function that computes `target` from `source`, both contiguous."""
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("source", _as_runtime_value(source))
+    binding.bind_ortvalue_output("target", _as_runtime_value(target))
+    return functools.partial(session.run_with_iobinding, binding)
+
+
+def _as_runtime_value(values: NDArray) -> onnxruntime.OrtValue:
+    of = onnxruntime.OrtValue
+    if values.dtype != BFLOAT16:
+        return of.ortvalue_from_numpy(values)
+    return of.ortvalue_from_numpy_with_onnx_type(values.view(np.uint16), ELEMENT_TYPES[BFLOAT16])
 
 
 @functools.cache
-def _transposer(itemsize: int) -> onnxruntime.InferenceSession:
-    """A network that transposes; each caller's thread computes by itself."""
-    node = helper.make_node("Transpose", ["block"], ["transposed"], perm=[1, 0])
-    element_type = UNSIGNED[itemsize]
-    graph = helper.make_graph(
-        [node],
-        "transpose",
-        [helper.make_tensor_value_info("block", element_type, ["a", "b"])],
-        [helper.make_tensor_value_info("transposed", element_type, ["b", "a"])],
-    )
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
-    )
+def _transposer(dtype: np.dtype) -> onnxruntime.InferenceSession:
+    permutation = _field(5, _field(1, b"perm") + _field(8, 1) + _field(8, 0) + _field(20, 7))
+    return _session(b"Transpose", permutation, (dtype, b"ab"), (dtype, b"ba"))
+
+
+@functools.cache
+def _caster(source: np.dtype, target: np.dtype) -> onnxruntime.InferenceSession:
+    to = _field(5, _field(1, b"to") + _field(3, ELEMENT_TYPES[target]) + _field(20, 2))
+    return _session(b"Cast", to, (source, b"a"), (target, b"a"))
+
+
+def _session(
+    operator: bytes,
+    attribute: bytes,
+    source: tuple[np.dtype, bytes],
+    target: tuple[np.dtype, bytes],
+) -> onnxruntime.InferenceSession:
+    """A network of one node; each caller's thread computes by itself.
+
+    source, target: type, and a letter for each dimension. Put together by hand (field numbers:
+    onnx.proto3), since importing `onnx` takes as long as converting 0.1 GB.
+    """
+    node = _field(1, b"source") + _field(2, b"target") + _field(4, operator) + attribute
+    inputs, outputs = _value(b"source", *source), _value(b"target", *target)
+    graph = _field(1, node) + _field(2, b"step") + _field(11, inputs) + _field(12, outputs)
+    model = _field(1, IR_VERSION) + _field(7, graph) + _field(8, _field(2, OPSET))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+    return onnxruntime.InferenceSession(model, options)
+
+
+def _value(name: bytes, dtype: np.dtype, dimensions: bytes) -> bytes:
+    """A ValueInfoProto."""
+    shape = b"".join(_field(1, _field(2, bytes([letter]))) for letter in dimensions)
+    tensor_type = _field(1, ELEMENT_TYPES[dtype]) + _field(2, shape)
+    return _field(1, name) + _field(2, _field(1, tensor_type))
+
+
+def _field(number: int, content: int | bytes) -> bytes:
+    """A field of a protobuf message: a number, or bytes with their length."""
+    if isinstance(content, int):
+        return _varint(number << 3) + _varint(content)
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+    low, high = value & 0x7F, value >> 7
+    return bytes([low | 0x80, *_varint(high)]) if high else bytes([low])

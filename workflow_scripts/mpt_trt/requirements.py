@@ -44,9 +44,11 @@ GPU_OVERHEAD = 1024 * MIB
 # What a plan holds beside the weights. Measured: 4 to 21 MiB with 4 to 24 layers.
 PLAN_BASE = 4 * MIB
 PLAN_PER_LAYER = MIB
-# Measured: 1.22 x the weights at 2.6 GB and 1.24 x at 13 GB; of 0.2 GB, 0.6 GB in all.
-BUILD_PER_WEIGHT = 1.3
-BUILD_BASE = 400 * MIB
+# Measured: 1.17 x the weights at 2.6 GB and 1.04 x at 13 GB; of 0.2 GB, 0.6 GB in all. Two pieces
+# of the plan, 64 MiB each, are held at a time. TensorRT unpacks 4-bit weights: 8.5 GB in all of
+# MPT-7B, 2.4 GB of 1.3B.
+BUILD_PER_WEIGHT = 1.2
+BUILD_BASE = 700 * MIB
 # A Python process, with PyTorch where it reads .bin files, and what a conversion worker holds.
 # Measured with two workers: 50 to 70 MiB without PyTorch, which takes 140 MiB more.
 CONVERSION_BASE = 200 * MIB
@@ -337,7 +339,17 @@ def linking_memory() -> int:
 
 def build_memory(spec: EngineSpec) -> int:
     """Of building one rank's plan ahead of time."""
-    return math.ceil(BUILD_PER_WEIGHT * rank_weights(spec)) + BUILD_BASE
+    unpacked = rank_weights(spec) + _unpacked_bytes(spec)
+    return math.ceil(BUILD_PER_WEIGHT * unpacked) + BUILD_BASE
+
+
+def _unpacked_bytes(spec: EngineSpec) -> int:
+    """What 4-bit weights take beyond their packed size when each has a byte."""
+    match spec.quantization.scheme:
+        case Awq() | WeightOnly(bits=4):
+            matrices = (weight for weight in weights(spec.config) if weight.is_linear)
+            return sum(math.prod(_rank_shape(spec, weight)) // 2 for weight in matrices)
+    return 0
 
 
 def smoke_test_memory(spec: EngineSpec, num_nodes: int = 1) -> int:

@@ -7,13 +7,15 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import jsonschema
 import yaml
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.quantization.scheme import METHODS, KvCacheType, Quantization, Scheme, make_scheme
+
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
 
 Entry = TypeVar("Entry")
 
@@ -166,6 +168,8 @@ def parse_settings(content: Mapping[str, Any], origin: str = "config.yaml") -> S
 
     Raises MptTrtError that names the key, its value and, for a misspelt key, the nearest known one.
     """
+    import jsonschema  # tools need defaults alone
+
     schema = _schema()
     errors = jsonschema.Draft202012Validator(schema).iter_errors(content)
     if error := next(iter(sorted(errors, key=lambda e: list(map(str, e.absolute_path)))), None):
@@ -206,6 +210,11 @@ def quantization_choices(key: str) -> list[Any]:
 
 def _quantization_schema() -> dict[str, Any]:
     return _schema()["$defs"]["variant"]["properties"]["quantization"]["properties"]
+
+
+def default_calibration() -> Calibration:
+    """How to calibrate where nothing is said."""
+    return Calibration(**_with_defaults({}, _schema())["calibration"])
 
 
 def default_tolerance() -> Tolerance:
@@ -262,7 +271,9 @@ def _require_own_options(content: Mapping[str, Any], origin: str) -> None:
 
 @functools.cache
 def _schema() -> dict[str, Any]:
-    return yaml.safe_load(SCHEMA.read_text())
+    # libyaml, where PyYAML has it, reads the schema in a tenth of the time.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(SCHEMA.read_text(), loader)
 
 
 def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
@@ -281,7 +292,7 @@ def _with_defaults(value: Any, schema: dict[str, Any]) -> Any:
     return {k: _with_defaults(v, known.get(k, others)) for k, v in {**missing, **value}.items()}
 
 
-def _explain(error: jsonschema.ValidationError) -> str:
+def _explain(error: ValidationError) -> str:
     place = ".".join(map(str, error.absolute_path)) or "top level"
     if error.validator == "additionalProperties":
         known = error.schema.get("properties", {})

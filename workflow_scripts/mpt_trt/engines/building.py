@@ -113,10 +113,10 @@ def _build_plan(networks: Path, rank: int, request: BuildRequest, folder: Path) 
     _require_capable(request, manifest.read_network_quantization(networks, rank))
     plan = folder / manifest.engine_name(rank)
     with _naming_who_has_kernels(manifest.read_network_quantization(networks, rank)):
-        builder = tensorrt.build_plan(network, request.options(), plan)
+        built = tensorrt.build_plan(network, request.options(), plan)
     network_hash = manifest.read_network_hash(networks, rank)
     origin = plan_origin(networks, rank, request)
-    manifest.write_plan_description(plan, network_hash, builder, origin)
+    manifest.write_plan_description(plan, built.hash, network_hash, built.builder, origin)
 
 
 def plan_origin(networks: Path, rank: int, request: BuildRequest) -> dict:

@@ -191,12 +191,15 @@ def _records(folder: Path, hashes: dict[str, str]) -> dict[str, dict]:
 
 
 def write_plan_description(
-    engine: Path, network_hash: str, builder: BuilderInfo, origin: dict
+    engine: Path, content: str, network_hash: str, builder: BuilderInfo, origin: dict
 ) -> None:
-    """Writes `rank{r}.engine.json` beside a plan. origin: JSON that says what it was made from."""
+    """Writes `rank{r}.engine.json` beside a plan.
+
+    content: the plan's content hash. origin: JSON that says what it was made from.
+    """
     description = {
         "engine": engine.name,
-        "files": _records(engine.parent, {engine.name: content_hash(engine)}),
+        "files": _records(engine.parent, {engine.name: content}),
         "network_hash": network_hash,
         "builder": asdict(builder),
         "origin": origin,

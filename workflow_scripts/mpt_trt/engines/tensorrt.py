@@ -8,24 +8,27 @@ whole cache in every layer.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mpt_trt.background import Background, background
 from mpt_trt.engines import gpus
 from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.engines.manifest import BuilderInfo
 from mpt_trt.engines.packages import Package
 from mpt_trt.errors import MptTrtError
-from mpt_trt.files import replace_file, write_in_pieces
+from mpt_trt.files import ContentHash, replace_file, write_in_pieces
 
 CONTEXT_PROFILE, GENERATION_PROFILE = 0, 1
 
@@ -39,10 +42,19 @@ class BuildOptions:
     compute_capabilities: tuple[str, ...]
 
 
-def build_plan(network_path: Path, options: BuildOptions, target: Path) -> BuilderInfo:
+@dataclass(frozen=True)
+class BuiltPlan:
+    """builder: what built it. hash: ContentHash of its file."""
+
+    builder: BuilderInfo
+    hash: str
+
+
+def build_plan(network_path: Path, options: BuildOptions, target: Path) -> BuiltPlan:
     """Builds the TensorRT plan of one rank and writes it to `target`, atomically.
 
-    The plan is streamed to the file; weights stay memory-mapped until they are packed.
+    The plan is streamed to the file and hashed on the way; weights stay memory-mapped until they
+    are packed.
 
     Raises MptTrtError with TensorRT's own messages when parsing or building fails, and
     KeyboardInterrupt when interrupted.
@@ -50,6 +62,7 @@ def build_plan(network_path: Path, options: BuildOptions, target: Path) -> Build
     trt = importlib.import_module(options.package.module)
     logger = _make_logger(trt)
     builder = trt.Builder(logger)
+    builder.max_threads = os.cpu_count() or 1
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(network_path)):
@@ -60,8 +73,9 @@ def build_plan(network_path: Path, options: BuildOptions, target: Path) -> Build
         config.add_optimization_profile(_profile(builder, network, options.limits, tokens))
     capabilities = _set_compute_capabilities(trt, config, options)
     with replace_file(target) as partial:
-        _stream_plan(trt, builder, network, config, partial, logger, options, network_path)
-    return BuilderInfo(options.package.module, options.package.version, capabilities)
+        digest = _stream_plan(trt, builder, network, config, partial, logger, options, network_path)
+    builder_info = BuilderInfo(options.package.module, options.package.version, capabilities)
+    return BuiltPlan(builder_info, str(digest))
 
 
 def _stream_plan(
@@ -73,10 +87,10 @@ def _stream_plan(
     logger: Any,
     options: BuildOptions,
     network_path: Path,
-) -> None:
-    with partial.open("wb") as stream, _progress(trt) as (monitor, was_interrupted):
-        config.progress_monitor = monitor
-        writer = _make_writer(trt, stream)
+) -> ContentHash:
+    with partial.open("wb") as stream, background() as work, _progress(trt) as shown:
+        config.progress_monitor, was_interrupted = shown
+        writer = _make_writer(trt, stream, work)
         is_built = builder.build_serialized_network_to_stream(network, config, writer)
         if was_interrupted():
             raise KeyboardInterrupt
@@ -84,6 +98,7 @@ def _stream_plan(
             raise writer.error
         if not is_built:
             raise _failure(trt, options, network_path, "build", logger)
+    return writer.digest
 
 
 def _failure(
@@ -112,20 +127,30 @@ def _make_logger(trt: ModuleType) -> Any:
     return Logger()
 
 
-def _make_writer(trt: ModuleType, stream: Any) -> Any:
+def _make_writer(trt: ModuleType, stream: BinaryIO, work: Background) -> Any:
+    """What TensorRT hands its plan to: `error` that stopped it, `digest` of what was written.
+
+    A piece is written while TensorRT packs the next one.
+    """
+
     class Writer(trt.IStreamWriter):
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
             self.error: OSError | None = None
+            self.digest = ContentHash()
 
         def write(self, data: bytes) -> int:
             # An exception must not cross TensorRT's frames; a short count makes it stop.
             try:
-                write_in_pieces(stream, data)
+                work.start(functools.partial(self._store, data))
             except OSError as error:
                 self.error = error
                 return 0
             return len(data)
+
+        def _store(self, data: bytes) -> None:
+            write_in_pieces(stream, data)
+            self.digest.update(data)
 
     return Writer()
 

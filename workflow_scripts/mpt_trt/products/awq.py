@@ -23,7 +23,7 @@ from mpt_trt import sharding
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.ft_layout import held
-from mpt_trt.numerics import STORAGE_TYPES, convert
+from mpt_trt.numerics import STORAGE_TYPES, convert, transpose
 from mpt_trt.onnx_graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
 from mpt_trt.products.base import (
     dequantized,
@@ -116,12 +116,15 @@ class AwqProducts:
             )
             for part in rows
         ]
-        yield integers.pack_int4(np.ascontiguousarray(np.concatenate(parts).T))
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        transposed = np.empty(joined.shape[::-1], np.int8)
+        transpose(joined, transposed)
+        yield integers.pack_int4(transposed)
 
     def _scales(self, name: str, weight: Weight) -> Iterator[NDArray]:
         rows, columns = held(self._checkpoint.config, weight, self._shard)
         groups = self._groups(columns)
-        whole = self._calibration.awq_matrix(*place(name)).scales
+        whole = self._calibration.awq_scales(*place(name))
         found = np.concatenate([whole[part.start : part.stop, groups] for part in rows]).T
         if name.endswith(QKV) and self._folds_into_values:
             found = found * self._factor_of_qkv(name.replace(QKV, DENSE))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpt_trt.quantization.scheme import CALIBRATION_BATCH_SIZE
-from mpt_trt.settings import parse_settings
+from mpt_trt.settings import default_calibration
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Adds the options from which `computation` and `calibration_samples` are read."""
-    usual = parse_settings({}).calibration
+    usual = default_calibration()
     group = parser.add_argument_group("calibration")
     add, default = group.add_argument, "(default: %(default)s)"
     add(

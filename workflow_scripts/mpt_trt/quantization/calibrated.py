@@ -13,26 +13,27 @@ INT4_MAX, INT8_MAX, FP8_MAX = 7, 127, 448
 
 @dataclass(frozen=True)
 class AwqMatrix:
-    """A matrix for 4-bit groups, float32; `x W^T` is `(x * pre_quant_scale) weight^T`.
+    """A matrix for 4-bit groups; `x W^T` is `(x * pre_quant_scale) weight^T`.
 
     weight: `[out, in]`, already divided by pre_quant_scale. scales: `[out, in / group_size]`, a
-    group's largest magnitude over 7. pre_quant_scale: `[in]`.
+    group's largest magnitude over 7. pre_quant_scale: `[in]`. All float32; of a matrix that was
+    read from a file, weight has the type in which it is stored.
     """
 
-    weight: NDArray[np.float32]
+    weight: NDArray
     scales: NDArray[np.float32]
     pre_quant_scale: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class SmoothQuantMatrix:
-    """A matrix for 8-bit weights and activations, float32; pre_quant_scale as in AwqMatrix.
+    """A matrix for 8-bit weights and activations; types and pre_quant_scale as in AwqMatrix.
 
     weight: `[out, in]`. scales: `[out]`, a row's largest magnitude over 127. pre_quant_scale:
     `[in]`. activation_scale: the largest magnitude of `x * pre_quant_scale` over 127.
     """
 
-    weight: NDArray[np.float32]
+    weight: NDArray
     scales: NDArray[np.float32]
     pre_quant_scale: NDArray[np.float32]
     activation_scale: float

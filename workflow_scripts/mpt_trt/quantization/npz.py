@@ -28,7 +28,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.files import WRITE_BYTES, replace_file, write_in_pieces
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.ft_tensors import FtTensors
-from mpt_trt.numerics import convert, is_finite
+from mpt_trt.numerics import EXPONENTS, convert, is_finite
 from mpt_trt.quantization.calibrated import (
     AwqMatrix,
     CalibratedMatrix,
@@ -226,8 +226,14 @@ class NpzFile:
 
     def floats(self, key: str) -> NDArray[np.float32]:
         """The array in float32; raises MptTrtError also when it holds NaN or Inf."""
-        found = self.array(key).astype(np.float32)
-        if not np.isfinite(found).all():
+        return convert(self.numbers(key), np.dtype(np.float32))
+
+    def numbers(self, key: str) -> NDArray:
+        """The array as it is stored; raises MptTrtError also when it holds NaN or Inf."""
+        found = self.array(key)
+        if found.dtype not in EXPONENTS:
+            found = found.astype(np.float32)
+        if not is_finite(found):
             raise self.refused(f"{key} holds NaN or Inf")
         return found
 
@@ -291,7 +297,7 @@ class CalibrationResult:
 
     def awq_matrix(self, layer: int, matrix: str) -> AwqMatrix:
         self._require_format("int4_awq")
-        weight, scales = self._joined(layer, matrix, WEIGHT), self.awq_scales(layer, matrix)
+        weight, scales = self._weight(layer, matrix), self.awq_scales(layer, matrix)
         return AwqMatrix(weight, scales, self._smoothing(layer, matrix))
 
     def awq_scales(self, layer: int, matrix: str) -> NDArray[np.float32]:
@@ -307,7 +313,7 @@ class CalibrationResult:
     def smoothquant_matrix(self, layer: int, matrix: str) -> SmoothQuantMatrix:
         self._require_format("int8_sq")
         return SmoothQuantMatrix(
-            self._joined(layer, matrix, WEIGHT),
+            self._weight(layer, matrix),
             *self.smoothquant_scales(layer, matrix),
         )
 
@@ -346,10 +352,16 @@ class CalibrationResult:
                 f"needed; calibrate with --qformat {asked}"
             )
 
+    def _weight(self, layer: int, matrix: str) -> NDArray:
+        """Q, K and V one below the other, in the type in which they are stored."""
+        keys = _matrix_keys(layer, matrix)
+        parts = [self.file.numbers(f"{key}:{WEIGHT}") for key in keys]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
     def _joined(self, layer: int, matrix: str, name: str) -> NDArray[np.float32]:
-        """Q, K and V one below the other; scales flat."""
+        """Scales of Q, K and V one after the other, flat."""
         parts = [self.file.floats(f"{key}:{name}") for key in _matrix_keys(layer, matrix)]
-        return np.concatenate(parts if name == WEIGHT else [part.reshape(-1) for part in parts])
+        return np.concatenate([part.reshape(-1) for part in parts])
 
     def _smoothing(self, layer: int, matrix: str) -> NDArray[np.float32]:
         keys = _matrix_keys(layer, matrix)
