@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from mpt_trt.engines.cpu_collectives import Collectives, replace_collectives
 from mpt_trt.engines.manifest import Manifest
-from mpt_trt.engines.onnx_cache import make_bound_cache
+from mpt_trt.engines.onnx_cache import make_bound_cache, take_any_cache_length
 from mpt_trt.engines.onnx_rewrites import (
     compute_in_float32,
     read_network,
@@ -55,10 +55,10 @@ class OnnxRuntimeEngine:
         self._session, self._weights = _open_session(path, num_threads, manifest)
         self._binding = self._session.io_binding()
         self._cache = make_bound_cache(
-            self._session,
             self._binding,
             cache_shape(manifest.config, Shard(rank, manifest.tp_size), self.capacity),
             manifest.quantization.kv_cache,
+            _computing_type(manifest),
         )
 
     @property
@@ -90,7 +90,7 @@ class OnnxRuntimeEngine:
         self._binding.bind_ortvalue_output(
             "logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits)
         )
-        self._cache.before_step(input_ids.shape[1])
+        self._cache.before_step(input_ids.shape[1], write_positions)
         with nullcontext() if self._collectives is None else self._collectives.step():
             self._session.run_with_iobinding(self._binding)
         self._cache.after_step(write_positions)
@@ -111,6 +111,11 @@ def _lacks_kernels(manifest: Manifest) -> bool:
     return manifest.dtype == "bfloat16" or (is_half and quantizes_activations)
 
 
+def _computing_type(manifest: Manifest) -> int:
+    """ONNX's type of what the session computes, and of a cache that is not quantized."""
+    return TensorProto.FLOAT if _lacks_kernels(manifest) else ELEMENT_TYPES[manifest.dtype]
+
+
 def _open_session(
     path: Path, num_threads: int, manifest: Manifest
 ) -> tuple[onnxruntime.InferenceSession, list[onnxruntime.OrtValue]]:
@@ -125,11 +130,11 @@ def _open_session(
     # Products of quantized weights would also round activations to 8 bits by default.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     weights = []
-    element_type = ELEMENT_TYPES[manifest.dtype]
     if _lacks_kernels(manifest):
-        weights = compute_in_float32(model, element_type, path.parent, options)
-        element_type = TensorProto.FLOAT
-    spell_out_scale_types(model, element_type)
+        stored_type = ELEMENT_TYPES[manifest.dtype]
+        weights = compute_in_float32(model, stored_type, path.parent, options)
+    spell_out_scale_types(model, _computing_type(manifest))
+    take_any_cache_length(model)
     if manifest.tp_size > 1:
         replace_collectives(model, options)
     try:
