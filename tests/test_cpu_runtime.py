@@ -144,6 +144,7 @@ def test_huge_pages_are_asked_for_where_they_are_offered(offer, asked, expected,
     environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     if asked is not None:
         environment["GLIBC_TUNABLES"] = asked
-    command = [sys.executable, "-c", SHOW, setting, "an argument"]
-    found = subprocess.check_output(command, text=True, cwd=SCRIPTS, env=environment)
-    assert found == f"{expected} an argument\n"
+    for argument, found in (("an argument", expected), ("--help", asked)):
+        command = [sys.executable, "-c", SHOW, setting, argument]
+        shown = subprocess.check_output(command, text=True, cwd=SCRIPTS, env=environment)
+        assert shown == f"{found} {argument}\n"

@@ -34,11 +34,13 @@ def restart_with_huge_pages(offer: Path = HUGE_PAGES) -> None:
     Weights that ONNX Runtime holds are then loaded and read faster (see docs/performance.md). C's
     allocator asks for such pages when GLIBC_TUNABLES says so at a program's start, and at no other
     time; C libraries other than glibc ignore that. Returns where the system gives huge pages to all
-    or to none, or GLIBC_TUNABLES has an answer already.
+    or to none, where GLIBC_TUNABLES has an answer already, and where only --help is asked for.
 
     offer: the system's setting.
     """
     asked = os.environ.get("GLIBC_TUNABLES", "")
+    if {"-h", "--help"}.intersection(sys.argv):
+        return
     if TUNABLE in asked or not offer.exists() or "[madvise]" not in offer.read_text():
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [asked, f"{TUNABLE}=1"]))
