@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -161,7 +162,7 @@ def show(figures: dict) -> None:
 
 
 def make_networks(folder: Path, arguments: argparse.Namespace) -> None:
-    """The checkpoint and both networks, without plans; made once."""
+    """The checkpoint, made once, and both networks, without plans, for these prompts."""
     from networks import network_without_plan
 
     from mpt_trt.engines.limits import EngineLimits
@@ -187,11 +188,11 @@ def make_networks(folder: Path, arguments: argparse.Namespace) -> None:
     limits = EngineLimits(1, max(arguments.prompts), arguments.tokens)
     for contender in (Contender(), Contender(is_quantized=True)):
         target = folder / network_name(contender)
-        if not target.exists():
-            recipe = Recipe(Quantization(None))
-            if contender.is_quantized:
-                recipe = Recipe(Quantization(Awq()), read_calibration(calibration, made))
-            network_without_plan(made, target, limits, recipe)
+        shutil.rmtree(target, ignore_errors=True)
+        recipe = Recipe(Quantization(None))
+        if contender.is_quantized:
+            recipe = Recipe(Quantization(Awq()), read_calibration(calibration, made))
+        network_without_plan(made, target, limits, recipe)
 
 
 def network_name(contender: Contender) -> str:
