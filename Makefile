@@ -40,7 +40,7 @@ test-gpu: $(VENV)/installed-dev
 nightly: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m nightly tests/nightly
 
-# Ratios of speed and memory on small models, beside those last recorded: some 3 minutes, 8 GB of disk.
+# Ratios of speed and memory on small models, beside those last recorded: 1 to 3 minutes, 4 GB of disk.
 # To record them anew: make bench BENCH=--record
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/regressions.py $(BENCH)
