@@ -12,7 +12,7 @@ INSTALL_SLURM := (apt-get update && apt-get install -y --no-install-recommends $
 
 DEMO := smoke_tests/mpt-demo/fp16/1-gpu.json
 
-.PHONY: demo test slurm-ready test-slurm test-gpu nightly check clean
+.PHONY: demo test slurm-ready test-slurm test-gpu nightly bench check clean
 
 demo: $(VENV)/installed
 	$(BIN)/snakemake --cores 2 $(DEMO)
@@ -39,6 +39,11 @@ test-gpu: $(VENV)/installed-dev
 # Real shapes, cut to two blocks: some 5 minutes, 10 GB of memory and of disk.
 nightly: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m nightly tests/nightly
+
+# Ratios of speed and memory on small models, beside those last recorded: 1 to 3 minutes, 4 GB of disk.
+# To record them anew: make bench BENCH=--record
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/regressions.py $(BENCH)
 
 # Formatting and lint of Python and Snakemake files.
 check: $(VENV)/installed-dev

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,8 @@ from mpt_trt.machine import describe_machine  # noqa: E402
 # As the tools do; benchmarks import PyTorch after this module.
 wait_without_spinning()
 
-RESULTS = Path(__file__).parent / "results"
+# Where results go, if not to those that are kept.
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 PACKAGES = (
     "torch",
     "transformers",
@@ -73,18 +75,22 @@ def script(name: str, *arguments: str | Path) -> list[str | Path]:
 
 def write_result(name: str, figures: dict) -> Path:
     """Writes `results/{date}-{name}.json` with the machine, the versions and the command."""
-    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    date = today()
     content = {
-        "date": today,
+        "date": date,
         "command": " ".join(["python", *sys.argv]),
         "machine": asdict(describe_machine()),
         "versions": {package: _version(package) for package in PACKAGES},
         **figures,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{today}-{name}.json"
+    path = RESULTS / f"{date}-{name}.json"
     path.write_text(json.dumps(content, indent=2, default=_plain) + "\n")
     return path
+
+
+def today() -> str:
+    return datetime.datetime.now(tz=datetime.UTC).date().isoformat()
 
 
 def _plain(value: object) -> object:

@@ -1,139 +1,287 @@
-"""Greedy decoding on the CPU: the network under ONNX Runtime against transformers, in one run.
+"""Greedy decoding on the CPU: networks under ONNX Runtime against transformers, in one run.
 
-Both run the same random model in float32 with the same number of threads, from the same prompt, in
-alternation; the figure is the ratio of the medians. The limit is the rate at which the weights can
-be read, measured in the same run.
+All run one random model with the same number of threads, transformers in float32: the float32
+network, which has to give the same tokens; int4_awq with exact activations; and with activations
+rounded to 8 bits. Timed in alternation: reading prompts of several lengths up to the first new
+token, and decoding. The rate of decoding is that of the tokens behind the first. The limit is the
+rate at which a network's weights can be read, measured in the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import os
+import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from common import SCRIPTS, measure, script, write_result
+from common import REPOSITORY, SCRIPTS, measure, private_mib, script, write_result
 
 sys.path.insert(0, str(SCRIPTS))
 
-PROMPT = list(range(100, 116))
+from mpt_trt.environment import restart_with_huge_pages
+
+PROMPT = 16
+READS = 3
+
+
+@dataclass(frozen=True)
+class Contender:
+    """is_quantized: int4_awq. activations: see mpt_trt.engines.cpu_settings."""
+
+    is_quantized: bool = False
+    activations: str = "exact"
+
+
+CONTENDERS = {
+    "float32": Contender(),
+    "int4_awq": Contender(is_quantized=True),
+    "int4_awq, int8 activations": Contender(is_quantized=True, activations="int8"),
+}
+
+
+class Generator(Protocol):
+    def tokens(self, length: int, count: int) -> list[int]:
+        """`count` new tokens behind a prompt of `length`."""
+        ...
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--like", default="bench-354m", help="shape (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=48, help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path("build/benchmark-decode"))
+    add = parser.add_argument
+    add("--like", default="bench-354m", help="shape (default: %(default)s)")
+    add("--layers", type=int, help="blocks (default: the shape's)")
+    add("--threads", type=int, default=1, help="(default: %(default)s)")
+    add("--tokens", type=int, default=48, help="new ones (default: %(default)s)")
+    add("--prompts", type=int, nargs="+", default=[64, 512], help="lengths (default: 64 512)")
+    add("--repeats", type=int, default=5, help="(default: %(default)s)")
+    add("--folder", type=Path, default=Path("build/benchmark-decode"))
     arguments = parser.parse_args()
-    engine_dir, model_dir = make_engine(arguments.folder, arguments.like)
-    ours = OurRuntime(engine_dir, arguments.threads, arguments.tokens)
-    peer = Peer(model_dir, arguments.threads, arguments.tokens)
-    assert ours.tokens() == peer.tokens(), "the two do not agree"
-    rates: dict[str, list[float]] = {"network": [], "transformers": []}
-    for _ in range(arguments.repeats):
-        rates["network"].append(arguments.tokens / timed(ours.tokens))
-        rates["transformers"].append(arguments.tokens / timed(peer.tokens))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    bandwidth = read_bandwidth(arguments.threads)
-    limit = bandwidth / weight_bytes(engine_dir)
-    figures = {
-        "shape": arguments.like,
-        "threads": arguments.threads,
-        "new_tokens": arguments.tokens,
-        "ratio_to_transformers": medians["network"] / medians["transformers"],
-        "ratio_to_read_limit": medians["network"] / limit,
-        "tokens_per_s": medians,
-        "read_limit_tokens_per_s": limit,
-        "read_bandwidth_gb_per_s": bandwidth / 1e9,
-        "all_tokens_per_s": rates,
-    }
-    print(
-        f"{medians['network']:.1f} tokens/s: "
-        f"{figures['ratio_to_transformers']:.2f} x transformers, "
-        f"{figures['ratio_to_read_limit']:.0%} of the read limit"
-    )
-    print(write_result(f"cpu-decode-{arguments.like}", figures))
-
-
-def make_engine(folder: Path, like: str) -> tuple[Path, Path]:
-    """The float32 engine directory and the checkpoint it was made from; made once."""
-    model_dir, ft, engine_dir = folder / "checkpoint", folder / "ft", folder / "engine"
-    if not engine_dir.exists():
-        shape = ("--like", like, "--dtype", "float32")
-        measure(script("make_random_checkpoint.py", *shape, "--output_dir", model_dir))
-        measure(script("convert_hf_mpt_to_ft.py", "-i", model_dir, "-o", ft, "-t", "float32"))
-        limits = ("--max_input_len", "64", "--max_output_len", "64", "--max_batch_size", "1")
-        measure(
-            script("build.py", "--model_dir", ft / "1-gpu", "--output_dir", engine_dir, *limits)
+    name = arguments.like + ("" if arguments.layers is None else f"-{arguments.layers}-layers")
+    folder = arguments.folder / name
+    make_networks(folder, arguments)
+    loaded, load_costs = {}, {}
+    for label, contender in CONTENDERS.items():
+        loaded[label], load_costs[label] = load(
+            lambda contender=contender: OurRuntime(folder, contender, arguments.threads)
         )
-    return engine_dir, model_dir
+    loaded["transformers"], load_costs["transformers"] = load(
+        lambda: Peer(folder / "checkpoint", arguments.threads)
+    )
+    expected = loaded["transformers"].tokens(PROMPT, arguments.tokens)
+    if loaded["float32"].tokens(PROMPT, arguments.tokens) != expected:
+        raise SystemExit("the float32 network and transformers do not give the same tokens")
+    seconds = timings(loaded, arguments)
+    figures = {
+        "shape": name,
+        "threads": arguments.threads,
+        "prompt": PROMPT,
+        "new_tokens": arguments.tokens,
+        **summary(seconds, folder, arguments),
+        "loading": load_costs,
+        "huge_pages": os.environ.get("GLIBC_TUNABLES", ""),
+        "all_seconds": {str(key): values for key, values in seconds.items()},
+    }
+    show(figures)
+    print(write_result(f"cpu-decode-{name}", figures))
 
 
-def timed(function) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
+# What each round times: (who, prompt's length, new tokens), and "read" alone.
+Seconds = dict[tuple[str, int, int] | str, list[float]]
+
+
+def timings(loaded: dict[str, Generator], arguments: argparse.Namespace) -> Seconds:
+    """Seconds of every round, of which the first is dropped."""
+    read = reader(arguments.threads)
+    cases = [(PROMPT, 1), (PROMPT, arguments.tokens), *((n, 1) for n in arguments.prompts)]
+    seconds: Seconds = {"read": []}
+    for round_ in range(arguments.repeats + 1):
+        for name, model in loaded.items():
+            for length, count in cases:
+                spent = timed(lambda m=model, n=length, c=count: m.tokens(n, c))
+                if round_:
+                    seconds.setdefault((name, length, count), []).append(spent)
+            if round_:
+                seconds["read"] += [timed(read) for _ in range(READS)]
+    return seconds
+
+
+def summary(seconds: Seconds, folder: Path, arguments: argparse.Namespace) -> dict:
+    """Medians and their ratios; a ratio above 1 is in the network's favour."""
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    names = [*CONTENDERS, "transformers"]
+    count = arguments.tokens
+    decode = {n: (count - 1) / (median[n, PROMPT, count] - median[n, PROMPT, 1]) for n in names}
+    whole = {n: count / median[n, PROMPT, count] for n in names}
+    bandwidth = READ_BYTES / median["read"]
+    peer = "transformers"
+    return {
+        "read_bandwidth_gb_per_s": bandwidth / 1e9,
+        "networks": {
+            name: {
+                "weight_gb": weight_bytes(folder / network_name(contender)) / 1e9,
+                "decode_ratio_to_transformers": decode[name] / decode[peer],
+                "decode_ratio_to_read_limit": decode[name]
+                * weight_bytes(folder / network_name(contender))
+                / bandwidth,
+                "whole_ratio_to_transformers": whole[name] / whole[peer],
+                "prompt_ratio_to_transformers": {
+                    n: median[peer, n, 1] / median[name, n, 1] for n in arguments.prompts
+                },
+            }
+            for name, contender in CONTENDERS.items()
+        },
+        "decode_tokens_per_s": decode,
+        "prompt_and_decode_tokens_per_s": whole,
+        "prompt_ms": {
+            name: {n: 1e3 * median[name, n, 1] for n in (PROMPT, *arguments.prompts)}
+            for name in names
+        },
+    }
+
+
+def show(figures: dict) -> None:
+    for name, found in figures["networks"].items():
+        prompts = ", ".join(
+            f"{ratio:.2f} x at {n}" for n, ratio in found["prompt_ratio_to_transformers"].items()
+        )
+        print(
+            f"{name}: {figures['decode_tokens_per_s'][name]:.1f} tokens/s, "
+            f"{found['decode_ratio_to_transformers']:.2f} x transformers, "
+            f"{found['decode_ratio_to_read_limit']:.0%} of the read limit; prompts {prompts}"
+        )
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def make_networks(folder: Path, arguments: argparse.Namespace) -> None:
+    """The checkpoint, made once, and both networks, without plans, for these prompts."""
+    from networks import network_without_plan
+
+    from mpt_trt.engines.limits import EngineLimits
+    from mpt_trt.ft_checkpoint import read_ft_checkpoint
+    from mpt_trt.quantization.npz import read_calibration
+    from mpt_trt.quantization.recipe import Recipe
+    from mpt_trt.quantization.scheme import Awq, Quantization
+
+    ft, calibration = folder / "ft" / "1-gpu", folder / "awq" / "mpt_tp1_rank0.npz"
+    if not calibration.exists():
+        shape = ["--like", arguments.like, "--dtype", "float32"]
+        shape += [] if arguments.layers is None else ["--layers", str(arguments.layers)]
+        checkpoint = folder / "checkpoint"
+        measure(script("make_random_checkpoint.py", *shape, "--output_dir", checkpoint))
+        options = ("-i", checkpoint, "-o", ft.parent, "-t", "float32")
+        measure(script("convert_hf_mpt_to_ft.py", *options))
+        # Of random weights any calibration will do.
+        size = ("--calib_size", "1", "--calib_max_seq_length", "32")
+        tokenizer = ("--tokenizer_dir", REPOSITORY / "resources" / "mpt-demo")
+        source = ("--model_dir", ft, "--qformat", "int4_awq", *size, *tokenizer)
+        measure(script("quantize.py", *source, "--export_path", calibration.parent))
+    made = read_ft_checkpoint(ft)
+    limits = EngineLimits(1, max(arguments.prompts), arguments.tokens)
+    for contender in (Contender(), Contender(is_quantized=True)):
+        target = folder / network_name(contender)
+        shutil.rmtree(target, ignore_errors=True)
+        recipe = Recipe(Quantization(None))
+        if contender.is_quantized:
+            recipe = Recipe(Quantization(Awq()), read_calibration(calibration, made))
+        network_without_plan(made, target, limits, recipe)
+
+
+def network_name(contender: Contender) -> str:
+    return "int4_awq" if contender.is_quantized else "float32"
+
+
+def load(make: Callable[[], Generator]) -> tuple[Generator, dict[str, float]]:
+    """What `make` loads; its seconds, and the memory that cannot be reclaimed (RssAnon)."""
+    gc.collect()
+    before, started = private_mib(os.getpid()), time.perf_counter()
+    made = make()
+    spent = time.perf_counter() - started
+    made.tokens(PROMPT, 1)
+    return made, {"seconds": spent, "private_mib": private_mib(os.getpid()) - before}
 
 
 class OurRuntime:
-    def __init__(self, engine_dir: Path, threads: int, count: int):
-        from mpt_trt.engines.loading import load_engine
-        from mpt_trt.generation import GenerationConfig
+    def __init__(self, folder: Path, contender: Contender, threads: int):
+        from mpt_trt.engines.cpu_settings import CpuSettings
+        from mpt_trt.engines.manifest import read_network_manifest
+        from mpt_trt.engines.onnx_runtime import OnnxRuntimeEngine
 
-        self.model = load_engine(engine_dir, "onnxruntime", threads).model
-        self.config = GenerationConfig(max_new_tokens=count, end_id=None, pad_id=0)
+        path = folder / network_name(contender)
+        cpu = CpuSettings(threads, contender.activations)
+        self.model = OnnxRuntimeEngine(path, read_network_manifest(path), cpu)
 
-    def tokens(self) -> list[int]:
-        from mpt_trt.generation import generate
+    def tokens(self, length: int, count: int) -> list[int]:
+        from mpt_trt.generation import GenerationConfig, generate
 
-        return list(generate(self.model, [PROMPT], self.config)[0][0].tokens)
+        config = GenerationConfig(max_new_tokens=count, end_id=None, pad_id=0)
+        return list(generate(self.model, [prompt(length)], config)[0][0].tokens)
 
 
 class Peer:
     """transformers' own generate, with its KV cache on (its MPT configuration has it off)."""
 
-    def __init__(self, model_dir: Path, threads: int, count: int):
+    def __init__(self, model_dir: Path, threads: int):
         import torch
         from transformers import MptForCausalLM
 
         torch.set_num_threads(threads)
-        self.count = count
         self.model = MptForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
 
-    def tokens(self) -> list[int]:
+    def tokens(self, length: int, count: int) -> list[int]:
         import torch
 
-        prompt = torch.tensor([PROMPT])
+        ids = torch.tensor([prompt(length)])
         with torch.inference_mode():
             output = self.model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=self.count,
-                min_new_tokens=self.count,
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                min_new_tokens=count,
                 do_sample=False,
                 use_cache=True,
                 eos_token_id=None,
                 pad_token_id=0,
             )
-        return output[0, len(PROMPT) :].tolist()
+        return output[0, length:].tolist()
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second at which a matrix larger than the caches is read: torch's sum, best of 10."""
+def prompt(length: int) -> list[int]:
+    return list(range(100, 100 + length))
+
+
+# --- the limit -----------------------------------------------------------------------------------
+
+READ_BYTES = 1 << 30
+
+
+def reader(threads: int) -> Callable[[], object]:
+    """Reads a GiB, many times what the caches hold: PyTorch's sum."""
     import torch
 
     torch.set_num_threads(threads)
-    values = torch.ones(1 << 28)
-    return values.nbytes / min(timed(values.sum) for _ in range(10))
+    return torch.ones(READ_BYTES // 4).sum
 
 
-def weight_bytes(engine_dir: Path) -> int:
+def timed(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def weight_bytes(folder: Path) -> int:
     """Bytes that one token reads: every weight once (of the embedding, the head's use)."""
-    return sum(path.stat().st_size for path in (engine_dir / "weights").iterdir())
+    return sum(path.stat().st_size for path in (folder / "weights").iterdir())
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main()

@@ -20,6 +20,7 @@ from checkpoints import CheckpointSpec, config_dict, tensors, write_checkpoint
 from mpt_trt import ft_checkpoint, weight_map
 from mpt_trt.config import read_hf_config
 from mpt_trt.engines.building import BuildRequest, build_engine, make_rank_network
+from mpt_trt.engines.cpu_settings import CpuSettings
 from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.engines.manifest import read_network_manifest
 from mpt_trt.engines.onnx_runtime import OnnxRuntimeEngine
@@ -36,6 +37,7 @@ SCRIPTS = Path(__file__).parents[1] / "workflow_scripts"
 LIMITS = EngineLimits(max_batch_size=4, max_input_len=16, max_output_len=16)
 COMPUTE_CAPABILITIES = ("8.6",)
 ONLY_RANK = Shard(0, 1)
+ONE_THREAD = CpuSettings(num_threads=1)
 
 # One checkpoint for every feature that changes the network.
 FEATURES = {
@@ -122,9 +124,9 @@ def build(checkpoint: FtCheckpoint, target: Path, limits: EngineLimits = LIMITS)
     return target
 
 
-def open_network(folder: Path) -> OnnxRuntimeEngine:
+def open_network(folder: Path, cpu: CpuSettings = ONE_THREAD) -> OnnxRuntimeEngine:
     """A network that has no plan, under ONNX Runtime on one thread."""
-    return OnnxRuntimeEngine(folder, read_network_manifest(folder), num_threads=1)
+    return OnnxRuntimeEngine(folder, read_network_manifest(folder), cpu)
 
 
 def open_spec(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from mpt_trt import arguments as options
 from mpt_trt.console import run_cli
+from mpt_trt.environment import restart_with_huge_pages
 
 if TYPE_CHECKING:
     from mpt_trt.engines.loading import LoadedEngine
@@ -44,7 +45,9 @@ def main() -> None:
     from mpt_trt.verification import measure_speed
 
     heldout = read_heldout(arguments.reference)
-    engine = load_engine(arguments.engine_dir, arguments.runtime, arguments.num_threads)
+    engine = load_engine(
+        arguments.engine_dir, arguments.runtime, arguments.num_threads, arguments.activations
+    )
     window_length = heldout.inputs.shape[1]
     engine.manifest.limits.require_window(window_length)
     new_tokens = min(SPEED_NEW_TOKENS, engine.model.capacity // 2)
@@ -107,4 +110,5 @@ def peak_memory_of_ranks(engine: LoadedEngine) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     run_cli(main)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mpt_trt import arguments as options
 from mpt_trt.console import run_cli, set_up_logging
+from mpt_trt.environment import restart_with_huge_pages
 
 if TYPE_CHECKING:
     from mpt_trt.engines.loading import LoadedEngine
@@ -95,7 +96,9 @@ def main() -> None:
     manifest = read_manifest(arguments.engine_dir)
     tokenizer = _tokenizer(arguments, manifest.source)
     prompts = _prompts(arguments, tokenizer)
-    engine = load_engine(arguments.engine_dir, arguments.runtime, arguments.num_threads)
+    engine = load_engine(
+        arguments.engine_dir, arguments.runtime, arguments.num_threads, arguments.activations
+    )
     if engine.is_first_rank:
         _say_what_runs(engine)
     config = _generation_config(arguments, engine, tokenizer)
@@ -229,4 +232,5 @@ def _save(arguments: argparse.Namespace, outputs: list[list[Generated]], pad_id:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     run_cli(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mpt_trt import arguments as options
 from mpt_trt.console import run_cli
+from mpt_trt.environment import restart_with_huge_pages
 from mpt_trt.settings import parse_settings
 
 
@@ -48,7 +49,9 @@ def main() -> None:
     tokenizer = read_tokenizer(
         folder if tokenizer_dir is None else hub.tokenizer_folder(tokenizer_dir, "main")
     )
-    engine = load_engine(arguments.engine_dir, arguments.runtime, arguments.num_threads)
+    engine = load_engine(
+        arguments.engine_dir, arguments.runtime, arguments.num_threads, arguments.activations
+    )
     prompt = tokenizer.encode(arguments.prompt)
     trial = verification.run_trial(engine, prompt, arguments.max_new_tokens)
     if not engine.is_first_rank:
@@ -74,4 +77,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     run_cli(main)

@@ -202,3 +202,10 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="CPU threads of ONNX Runtime; 0 for one a core (default: %(default)s)",
     )
+    group.add_argument(
+        "--activations",
+        choices=["exact", "int8"],
+        default="exact",
+        help="int8: ONNX Runtime on a CPU rounds what 4- and 8-bit weights are multiplied by to 8 "
+        "bits, which is faster and less exact (default: %(default)s)",
+    )

@@ -6,6 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+TUNABLE = "glibc.malloc.hugetlb"
+
 
 def prefer_this_python() -> None:
     """Makes jobs run the Python that runs now, although its environment is not activated.
@@ -25,3 +28,22 @@ def wait_without_spinning() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # OpenBLAS: 2**4 cycles, the fewest. Its threads spin from NumPy's import on.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+
+
+def restart_with_huge_pages(offer: Path = HUGE_PAGES) -> None:
+    """Starts this program anew with large blocks of memory in huge pages, where one has to ask.
+
+    Weights that ONNX Runtime holds are then loaded and read faster (see docs/performance.md). C's
+    allocator asks for such pages when GLIBC_TUNABLES says so at a program's start, and at no other
+    time; C libraries other than glibc ignore that. Returns where the system gives huge pages to all
+    or to none, where GLIBC_TUNABLES has an answer already, and where only --help is asked for.
+
+    offer: the system's setting.
+    """
+    asked = os.environ.get("GLIBC_TUNABLES", "")
+    if {"-h", "--help"}.intersection(sys.argv):
+        return
+    if TUNABLE in asked or not offer.exists() or "[madvise]" not in offer.read_text():
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [asked, f"{TUNABLE}=1"]))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

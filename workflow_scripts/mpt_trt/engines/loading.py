@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpt_trt.engines import gpus
+from mpt_trt.engines.cpu_settings import Activations, CpuSettings
 from mpt_trt.engines.manifest import Manifest, check_content, read_manifest
 from mpt_trt.engines.packages import installed_package
 from mpt_trt.errors import MptTrtError, SharedError
@@ -41,12 +42,18 @@ class LoadedEngine:
         return self.communicator is None or self.communicator.rank == 0
 
 
-def load_engine(engine_dir: Path, runtime: str = "auto", num_threads: int = 0) -> LoadedEngine:
+def load_engine(
+    engine_dir: Path,
+    runtime: str = "auto",
+    num_threads: int = 0,
+    activations: Activations = "exact",
+) -> LoadedEngine:
     """Loads an engine directory; with several ranks, this process's rank of it.
 
     runtime: `tensorrt` runs the plan, or fails saying why it cannot; `onnxruntime` runs the network
     that lies beside it; `auto` falls back from the first to the second.
     num_threads: CPU threads of ONNX Runtime, 0 for all cores, which the ranks share.
+    activations: of ONNX Runtime on a CPU; see `Activations`.
 
     Raises MptTrtError, on all ranks if on one, when the directory is incomplete, the runtime cannot
     load it, or another number of processes was started than the engine has ranks.
@@ -55,9 +62,10 @@ def load_engine(engine_dir: Path, runtime: str = "auto", num_threads: int = 0) -
     ranks = communicator(manifest.tp_size)
     if ranks is not None and num_threads == 0:
         num_threads = ranks.num_cores()
+    cpu = CpuSettings(num_threads, activations)
 
     def load() -> LoadedEngine:
-        return _load_rank(engine_dir, manifest, runtime, num_threads, ranks)
+        return _load_rank(engine_dir, manifest, runtime, cpu, ranks)
 
     return load() if ranks is None else _load_together(load, ranks)
 
@@ -78,7 +86,7 @@ def _load_rank(
     engine_dir: Path,
     manifest: Manifest,
     runtime: str,
-    num_threads: int,
+    cpu: CpuSettings,
     ranks: Communicator | None,
 ) -> LoadedEngine:
     files = manifest.ranks[0 if ranks is None else ranks.rank]
@@ -92,12 +100,12 @@ def _load_rank(
     if runtime == "tensorrt":
         raise MptTrtError(f"{engine_dir}: TensorRT cannot run this engine here: {obstacle}")
     check_content(engine_dir, files, files.network)
-    stand_in = _open_network(engine_dir, manifest, num_threads, ranks)
+    stand_in = _open_network(engine_dir, manifest, cpu, ranks)
     return LoadedEngine(stand_in, manifest, None, stand_in.description, obstacle, ranks)
 
 
 def _open_network(
-    engine_dir: Path, manifest: Manifest, num_threads: int, ranks: Communicator | None
+    engine_dir: Path, manifest: Manifest, cpu: CpuSettings, ranks: Communicator | None
 ) -> OnnxRuntimeEngine | OnnxCudaEngine:
     # Ranks meet in operators that run on the host.
     if ranks is None and _has_cuda_provider():
@@ -106,7 +114,7 @@ def _open_network(
         return OnnxCudaEngine(engine_dir, manifest)
     from mpt_trt.engines.onnx_runtime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(engine_dir, manifest, num_threads, ranks)
+    return OnnxRuntimeEngine(engine_dir, manifest, cpu, ranks)
 
 
 def _has_cuda_provider() -> bool:

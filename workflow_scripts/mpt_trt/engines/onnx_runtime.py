@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from mpt_trt.engines.cpu_collectives import Collectives, replace_collectives
+from mpt_trt.engines.cpu_settings import CpuSettings
 from mpt_trt.engines.manifest import Manifest
-from mpt_trt.engines.onnx_cache import make_bound_cache
+from mpt_trt.engines.onnx_cache import make_bound_cache, take_any_cache_length
 from mpt_trt.engines.onnx_rewrites import (
     compute_in_float32,
     read_network,
@@ -25,12 +26,14 @@ from mpt_trt.engines.onnx_rewrites import (
 from mpt_trt.errors import MptTrtError
 from mpt_trt.kv_cache import cache_shape
 from mpt_trt.onnx_graph import ELEMENT_TYPES
-from mpt_trt.quantization.scheme import Fp8, SmoothQuant
+from mpt_trt.quantization.scheme import Awq, Fp8, SmoothQuant, WeightOnly
 from mpt_trt.ranks import Communicator
 from mpt_trt.sharding import Shard
 
 ERROR_SEVERITY = 3
 CPU = "CPUExecutionProvider"
+# ONNX Runtime's names of what integer weights are multiplied by: float32, int8.
+ACCURACY_LEVELS = {"exact": "1", "int8": "4"}
 
 
 class OnnxRuntimeEngine:
@@ -40,32 +43,36 @@ class OnnxRuntimeEngine:
         self,
         engine_dir: Path,
         manifest: Manifest,
-        num_threads: int = 0,
+        cpu: CpuSettings,
         communicator: Communicator | None = None,
     ):
         rank = 0 if communicator is None else communicator.rank
         path = engine_dir / manifest.ranks[rank].network
         self._limits = manifest.limits
+        self._rounds_activations = cpu.activations == "int8"
+        if self._rounds_activations:
+            _require_integer_weights(engine_dir, manifest)
         self.vocab_size = manifest.config.vocab_size
         self.capacity = manifest.limits.cache_len
         self.max_batch_size = manifest.limits.max_batch_size
         self.max_step_tokens = manifest.limits.max_input_len
         self.max_logits: int | None = None
         self._collectives = None if communicator is None else Collectives(communicator)
-        self._session, self._weights = _open_session(path, num_threads, manifest)
+        self._session, self._weights = _open_session(path, cpu, manifest)
         self._binding = self._session.io_binding()
         self._cache = make_bound_cache(
-            self._session,
             self._binding,
             cache_shape(manifest.config, Shard(rank, manifest.tp_size), self.capacity),
             manifest.quantization.kv_cache,
+            _computing_type(manifest),
         )
 
     @property
     def description(self) -> str:
         version = onnxruntime.__version__
         arithmetic = ", float32 arithmetic" if self._weights else ""
-        return f"ONNX Runtime {version} ({CPU}{arithmetic})"
+        rounding = ", int8 activations" if self._rounds_activations else ""
+        return f"ONNX Runtime {version} ({CPU}{arithmetic}{rounding})"
 
     def start(self, batch_size: int) -> None:
         """An empty cache of `batch_size` rows; raises MptTrtError when the rows do not fit."""
@@ -90,7 +97,7 @@ class OnnxRuntimeEngine:
         self._binding.bind_ortvalue_output(
             "logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits)
         )
-        self._cache.before_step(input_ids.shape[1])
+        self._cache.before_step(input_ids.shape[1], write_positions)
         with nullcontext() if self._collectives is None else self._collectives.step():
             self._session.run_with_iobinding(self._binding)
         self._cache.after_step(write_positions)
@@ -111,25 +118,39 @@ def _lacks_kernels(manifest: Manifest) -> bool:
     return manifest.dtype == "bfloat16" or (is_half and quantizes_activations)
 
 
+def _require_integer_weights(engine_dir: Path, manifest: Manifest) -> None:
+    if not isinstance(manifest.quantization.scheme, WeightOnly | Awq):
+        raise MptTrtError(
+            f"{engine_dir}: its weights are no 4- or 8-bit integers with exact activations, so "
+            "activations = int8 is not for it; leave it out"
+        )
+
+
+def _computing_type(manifest: Manifest) -> int:
+    """ONNX's type of what the session computes, and of a cache that is not quantized."""
+    return TensorProto.FLOAT if _lacks_kernels(manifest) else ELEMENT_TYPES[manifest.dtype]
+
+
 def _open_session(
-    path: Path, num_threads: int, manifest: Manifest
+    path: Path, cpu: CpuSettings, manifest: Manifest
 ) -> tuple[onnxruntime.InferenceSession, list[onnxruntime.OrtValue]]:
     """The session, and the converted weights that must live as long as it does."""
     model = read_network(path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERROR_SEVERITY
-    options.intra_op_num_threads = num_threads
+    options.intra_op_num_threads = cpu.num_threads
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent)
     )
-    # Products of quantized weights would also round activations to 8 bits by default.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # By default, products of quantized weights would round activations to 8 bits.
+    level = ACCURACY_LEVELS[cpu.activations]
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
     weights = []
-    element_type = ELEMENT_TYPES[manifest.dtype]
     if _lacks_kernels(manifest):
-        weights = compute_in_float32(model, element_type, path.parent, options)
-        element_type = TensorProto.FLOAT
-    spell_out_scale_types(model, element_type)
+        stored_type = ELEMENT_TYPES[manifest.dtype]
+        weights = compute_in_float32(model, stored_type, path.parent, options)
+    spell_out_scale_types(model, _computing_type(manifest))
+    take_any_cache_length(model)
     if manifest.tp_size > 1:
         replace_collectives(model, options)
     try:
