@@ -117,14 +117,18 @@ class OnnxCudaEngine:
         """
         results = [_StepResult(self._rows), _StepResult(self._rows)]
         self._state.write(tokens, write_positions, self._stream)
-        for index in range(count + 1):
-            if index < count:
+        try:
+            for index in range(count + 1):
+                if index < count:
+                    if index:
+                        self._state.advance(self._stream)
+                    self._step_one(write_positions + index)
+                    results[index % 2].fetch(self._state, self._stream)
                 if index:
-                    self._state.advance(self._stream)
-                self._step_one(write_positions + index)
-                results[index % 2].fetch(self._state, self._stream)
-            if index:
-                yield results[(index - 1) % 2].wait()
+                    yield results[(index - 1) % 2].wait()
+        finally:
+            # A step that nobody waits for still writes to a result.
+            call(cudart.cudaStreamSynchronize(self._stream))
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Cache row i becomes a copy of old row rows[i]."""
