@@ -33,6 +33,7 @@ from mpt_trt.generation import (
     generate,
     keep_top_k,
     keep_top_p,
+    log_softmax,
     penalize_repetition,
 )
 
@@ -151,6 +152,24 @@ class NetworkModel:
         self.ids = self.ids[rows]
 
 
+class ChoosingModel(NetworkModel):
+    """A GreedyModel over the same, which has always run the next step when it gives a result."""
+
+    def likeliest(self, tokens, write_positions, count):
+        rows = np.arange(len(tokens))
+        where = np.stack([rows, np.zeros_like(rows)], axis=1)
+        waiting = None
+        for index in range(count):
+            logits = self.step(tokens[:, None].copy(), write_positions + index, where)
+            tokens = logits.argmax(axis=-1)
+            gained = log_softmax(logits)[rows, tokens]
+            if waiting is not None:
+                yield waiting
+            waiting = tokens, gained
+        if waiting is not None:
+            yield waiting
+
+
 class TableModel:
     """A StepModel whose next token depends on the last one alone: `table[token]` are the logits."""
 
@@ -256,6 +275,54 @@ def test_greedy_is_that_of_transformers(num_heads: int, end_id: int | None) -> N
     network = NETWORKS[num_heads]
     ours = generate(NetworkModel(network), PROMPTS, config)
     assert_same(ours, transformers_generate(network, PROMPTS, config))
+
+
+@pytest.mark.parametrize("end_id", [None, END, 20])
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 14])
+def test_a_model_that_chooses_itself_gives_the_same(end_id, max_new_tokens) -> None:
+    config = greedy(end_id=end_id, max_new_tokens=max_new_tokens)
+    told: dict[str, list] = {"plain": [], "choosing": []}
+    found = {}
+    for name, kind in (("plain", NetworkModel), ("choosing", ChoosingModel)):
+        found[name] = generate(
+            kind(NETWORKS[2]),
+            PROMPTS,
+            config,
+            on_token=lambda *token, name=name: told[name].append(token),
+            on_step=lambda *step, name=name: told[name].append(step),
+        )
+    assert token_lists(found["choosing"]) == token_lists(found["plain"])
+    for ours, expected in zip(found["choosing"], found["plain"], strict=True):
+        assert ours[0].cumulative_log_prob == pytest.approx(expected[0].cumulative_log_prob)
+    assert told["choosing"] == told["plain"]
+
+
+def test_a_model_that_chooses_itself_is_stopped_one_step_behind_the_end() -> None:
+    prompts = [prompt for prompt in PROMPTS if ends_within(prompt, 14)]
+    model = ChoosingModel(NETWORKS[2], capacity=64)
+    output = token_lists(generate(model, prompts, greedy(max_new_tokens=40)))
+    assert len(model.steps) == max(map(len, output)) + 1
+
+
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.2}, {"top_k": 4}, {"num_beams": 2}])
+def test_a_model_chooses_itself_only_what_is_likeliest(options) -> None:
+    class Refusing(NetworkModel):
+        def likeliest(self, tokens, write_positions, count):
+            raise AssertionError("asked to choose")
+
+    expected = generate(NetworkModel(NETWORKS[2]), PROMPTS, greedy(**options))
+    assert token_lists(generate(Refusing(NETWORKS[2]), PROMPTS, greedy(**options))) == token_lists(
+        expected
+    )
+
+
+def test_a_choice_among_numbers_that_are_none_is_refused() -> None:
+    class Overflowing(ChoosingModel):
+        def likeliest(self, tokens, write_positions, count):
+            yield tokens, np.array([0.0, np.nan], np.float32)
+
+    with pytest.raises(FloatingPointError, match="row 1 are not finite"):
+        generate(Overflowing(NETWORKS[2]), PROMPTS[:2], greedy(end_id=None))
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.2, 1.5, 3.0])
