@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from mpt_trt.engines.onnx_rewrites import cast
+
 DOMAIN = "com.microsoft"
 NORMS = {
     "LayerNormalization": "SkipLayerNormalization",
@@ -100,9 +102,9 @@ def clip_in_float32(model: onnx.ModelProto) -> None:
             number = numpy_helper.to_array(graph.initializers[bound]).astype(np.float32)
             graph.initializers[name] = numpy_helper.from_array(number, name)
         replaced[node.name] = [
-            _cast(value, wide, TensorProto.FLOAT),
+            cast(value, wide, TensorProto.FLOAT),
             helper.make_node("Clip", [wide, *wide_bounds], [clipped], name=clipped),
-            _cast(clipped, node.output[0], TensorProto.BFLOAT16),
+            cast(clipped, node.output[0], TensorProto.BFLOAT16),
         ]
     graph.replace(replaced)
     graph.store()
@@ -309,10 +311,6 @@ def _without_transpose(graph: Graph, transpose: onnx.NodeProto) -> dict[str, lis
         transpose.name: [],
         after.name: [_reshape(transpose.input[0], shape, after.output[0])],
     }
-
-
-def _cast(value: str, output: str, element_type: int) -> onnx.NodeProto:
-    return helper.make_node("Cast", [value], [output], name=output, to=element_type)
 
 
 def _reshape(value: str, shape: str, output: str) -> onnx.NodeProto:

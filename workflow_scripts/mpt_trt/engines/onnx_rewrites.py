@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
-from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from mpt_trt.engines.external_data import map_tensor
 from mpt_trt.errors import MptTrtError
 from mpt_trt.numerics import convert
 
@@ -48,7 +48,7 @@ def compute_in_float32(
         if tensor.data_type != element_type:
             continue
         if tensor.data_location == TensorProto.EXTERNAL:
-            external[tensor.name] = _read(tensor, folder)
+            external[tensor.name] = convert(map_tensor(tensor, folder), FLOAT32)
             tensor.data_type = TensorProto.FLOAT
         else:
             value = numpy_helper.to_array(tensor).astype(np.float32)
@@ -56,18 +56,6 @@ def compute_in_float32(
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in external.values()]
     options.add_external_initializers(list(external), values)
     return values
-
-
-def _read(tensor: TensorProto, folder: Path) -> NDArray[np.float32]:
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    stored = np.memmap(
-        folder / place["location"],
-        helper.tensor_dtype_to_np_dtype(tensor.data_type),
-        "r",
-        offset=int(place.get("offset", 0)),
-        shape=tuple(tensor.dims),
-    )
-    return convert(stored, FLOAT32)
 
 
 def spell_out_scale_types(model: onnx.ModelProto, element_type: int) -> None:
@@ -83,7 +71,7 @@ def spell_out_scale_types(model: onnx.ModelProto, element_type: int) -> None:
         if scale_type in (None, element_type):
             nodes.append(node)
         elif node.op_type == "QuantizeLinear":
-            nodes += [_cast(node.input[0], f"{node.output[0]}/cast", scale_type), node]
+            nodes += [cast(node.input[0], f"{node.output[0]}/cast", scale_type), node]
             node.input[0] = f"{node.output[0]}/cast"
         else:
             output = node.output[0]
@@ -91,10 +79,11 @@ def spell_out_scale_types(model: onnx.ModelProto, element_type: int) -> None:
             kept = [attribute for attribute in node.attribute if attribute.name != "output_dtype"]
             del node.attribute[:]
             node.attribute.extend(kept)
-            nodes += [node, _cast(node.output[0], output, element_type)]
+            nodes += [node, cast(node.output[0], output, element_type)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
 
 
-def _cast(value: str, output: str, element_type: int) -> onnx.NodeProto:
-    return helper.make_node("Cast", [value], [output], to=element_type)
+def cast(value: str, output: str, element_type: int) -> onnx.NodeProto:
+    """A node that makes `output` of `value`, in another type."""
+    return helper.make_node("Cast", [value], [output], name=f"{output}/cast", to=element_type)

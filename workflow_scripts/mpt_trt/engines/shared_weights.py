@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from mpt_trt.engines.cuda_rewrites import DOMAIN, Graph, attributes, use_own_operators
+from mpt_trt.engines.external_data import StoredBytes, stored_bytes
 from mpt_trt.numerics import transpose
 
 # Smaller tensors stay: norms, biases, and scales of whole columns.
@@ -25,18 +26,6 @@ SIGN_BITS = {4: np.uint8(0x88), 8: np.uint8(0x80)}
 # Rows of a column that share a stored scale, where the network has one scale for all of it.
 BLOCK_OF_COLUMN = 128
 INTEGER_BITS = {TensorProto.INT4: 4, TensorProto.INT8: 8}
-
-
-@dataclass(frozen=True)
-class StoredBytes:
-    """A part of a file."""
-
-    path: Path
-    offset: int
-    size: int
-
-    def read(self) -> NDArray[np.uint8]:
-        return np.fromfile(self.path, np.uint8, self.size, offset=self.offset)
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,7 @@ def share_weights(model: onnx.ModelProto, folder: Path) -> list[SharedWeight]:
     for tensor in list(graph.initializers.values()):
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
-        stored = _place(tensor, folder)
+        stored = stored_bytes(tensor, folder)
         if stored.size >= LEAST_BYTES and tensor.data_type != TensorProto.INT4:
             weights.append(SharedWeight(tensor.name, tensor.data_type, tuple(tensor.dims), stored))
             del graph.initializers[tensor.name]
@@ -81,13 +70,6 @@ def share_weights(model: onnx.ModelProto, folder: Path) -> list[SharedWeight]:
         value = helper.make_tensor_value_info(weight.name, weight.element_type, weight.shape)
         model.graph.input.append(value)
     return weights
-
-
-def _place(tensor: TensorProto, folder: Path) -> StoredBytes:
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    path = folder / place["location"]
-    offset = int(place.get("offset", 0))
-    return StoredBytes(path, offset, int(place.get("length", path.stat().st_size - offset)))
 
 
 def _fuse_integer_products(model: onnx.ModelProto, folder: Path) -> list[SharedWeight]:
@@ -176,7 +158,7 @@ class _IntegerMatrix:
 
     def _columns(self) -> NDArray[np.uint8]:
         height, width = self.integers.dims
-        stored = _place(self.integers, self.folder).read() ^ SIGN_BITS[self.bits]
+        stored = stored_bytes(self.integers, self.folder).read() ^ SIGN_BITS[self.bits]
         if self.bits == 8:
             return _transposed(stored.reshape(height, width))
         pairs = stored.reshape(height // 2, 2, width // 2)
@@ -188,7 +170,7 @@ class _IntegerMatrix:
 
     def _scales_of_columns(self) -> NDArray:
         dtype = helper.tensor_dtype_to_np_dtype(self.scales.data_type)
-        stored = _place(self.scales, self.folder).read().view(dtype)
+        stored = stored_bytes(self.scales, self.folder).read().view(dtype)
         width = self.integers.dims[1]
         by_block = np.broadcast_to(stored.reshape(-1, width), (self.blocks, width))
         return np.ascontiguousarray(by_block.T)
