@@ -14,7 +14,7 @@ from transformers import MptConfig as TransformersConfig
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from checkpoints import CheckpointSpec, config_dict
-from mpt_trt.config import MptConfig, alibi_slopes, read_hf_config, read_token_ids
+from mpt_trt.config import MptConfig, alibi_slopes, read_hf_config
 from mpt_trt.errors import MptTrtError
 
 # config.json of mosaicml/mpt-7b, as on the hub.
@@ -229,10 +229,6 @@ class TestFields:
     def test_sizes_that_follow(self) -> None:
         config = replace(MPT_7B_EXPECTED, num_kv_heads=8)
         assert (config.head_dim, config.kv_size, config.qkv_size) == (128, 1024, 6144)
-
-    def test_token_ids(self, tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text('{"bos_token_id": [3, 4], "eos_token_id": null}')
-        assert read_token_ids(tmp_path) == (3, None)
 
 
 class TestRefusals:

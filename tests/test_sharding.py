@@ -76,16 +76,8 @@ class TestParts:
         ranks = sharding.shards(tp_size)
         queries = [sharding.qkv_columns(config, rank)[0] for rank in ranks]
         assert gathered(queries) == list(range(config.hidden_size))
-        rows = [sharding.attention_rows(config, rank) for rank in ranks]
-        assert gathered(rows) == list(range(config.hidden_size))
         columns = [sharding.feed_forward_columns(config, rank) for rank in ranks]
         assert gathered(columns) == list(range(config.intermediate_size))
-
-    @given(divisible_models())
-    def test_output_projection_takes_what_the_rank_computes(self, model) -> None:
-        config, tp_size = model
-        for rank in sharding.shards(tp_size):
-            assert sharding.attention_rows(config, rank) == sharding.qkv_columns(config, rank)[0]
 
     @given(divisible_models())
     def test_kv_heads_are_those_of_the_query_heads(self, model: tuple[MptConfig, int]) -> None:

@@ -103,12 +103,6 @@ def parse_hf_config(content: dict, path: Path) -> MptConfig:
     return _Reader(path, content).config()
 
 
-def read_token_ids(folder: Path) -> tuple[int | None, int | None]:
-    """(bos, eos) ids as the checkpoint's `config.json` gives them, None where absent or null."""
-    content = read_json(folder / "config.json")
-    return _token_id(content.get("bos_token_id")), _token_id(content.get("eos_token_id"))
-
-
 def _token_id(value: object) -> int | None:
     first = value[0] if isinstance(value, list) and value else value
     return first if isinstance(first, int) else None

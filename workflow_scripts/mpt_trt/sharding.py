@@ -122,11 +122,6 @@ def qkv_columns(config: MptConfig, shard: Shard) -> tuple[Range, Range, Range]:
     )
 
 
-def attention_rows(config: MptConfig, shard: Shard) -> Range:
-    """This rank's input rows of the attention output projection, `[hidden_size]`."""
-    return shard.part(config.hidden_size)
-
-
 def feed_forward_columns(config: MptConfig, shard: Shard) -> Range:
     """This rank's feed-forward units: columns of the first matrix, rows of the second."""
     return shard.part(config.intermediate_size)
