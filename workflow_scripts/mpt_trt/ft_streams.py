@@ -91,7 +91,7 @@ class TensorSource:
             start += len(block)
 
     def _slabs(self, files: list[FtFile], source: NDArray) -> Iterator[tuple[NDArray, NDArray]]:
-        """What `pieces` are made of: of all files, as in the checkpoint and as stored."""
+        """What `pieces` are made of, of all files: in the checkpoint's type and as stored."""
         weight = files[0].weight
         if files[0].shard is None:
             slabs = _flat_slabs(source)
@@ -196,10 +196,10 @@ def _flat_slabs(source: NDArray) -> Iterator[NDArray]:
 def _transposed_slabs(
     parts: list[list[NDArray]], dtype: np.dtype
 ) -> Iterator[tuple[NDArray, NDArray]]:
-    """Blocks of columns, gathered, and the same as rows, transposed, in another type.
+    """Blocks of columns as rows, in the type of the parts and in another.
 
     parts: of each file, `[some of its out, in]`, one under the other. All files have one shape.
-    Blocks: `[files, out, columns]` and `[files, columns, out]`.
+    Blocks: `[files, some of in, out]`.
     """
     joined = [part for of_file in parts for part in of_file]
     width, length = sum(map(len, joined)), joined[0].shape[1]
