@@ -30,8 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path("build/benchmark"))
     arguments = parser.parse_args()
-    for leftover in arguments.folder.glob("*-tp*"):
-        shutil.rmtree(leftover)
+    remove_outputs(arguments.folder)
     figures: dict = {"shape": arguments.like, "runs": {}}
     for types in arguments.types:
         source_type, _, storage_type = types.rpartition(":")
@@ -42,7 +41,13 @@ def main() -> None:
             found = compare(source, target, storage_type, tp, arguments.repeats)
             figures["runs"][f"{types} tp{tp}"] = found
             print(f"{types} tp{tp}: {found['ratio']:.2f} x cp, {found['peak_private_mib']:.0f} MiB")
+    remove_outputs(arguments.folder)
     print(write_result(f"conversion-{arguments.like}", figures))
+
+
+def remove_outputs(folder: Path) -> None:
+    for outputs in folder.glob("*-tp*"):
+        shutil.rmtree(outputs)
 
 
 def make_checkpoint(arguments: argparse.Namespace, dtype: str) -> Path:
