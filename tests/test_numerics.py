@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from checkpoints import as_numpy
-from mpt_trt.numerics import convert, is_finite, transpose
+from mpt_trt.numerics import (
+    TWO_STEP_VALUES,
+    conversion,
+    convert,
+    is_finite,
+    transpose,
+    transposition,
+)
 
 TYPES = {
     "float16": (np.dtype(np.float16), torch.float16),
@@ -74,3 +81,26 @@ def test_transposed_is_transposed(dtype: type, data: st.DataObject) -> None:
     target = np.empty(block.shape[::-1], dtype)
     transpose(block, target)
     assert np.array_equal(target, block.T)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+def test_several_blocks_are_transposed_one_by_one(dtype: type) -> None:
+    blocks = np.arange(3 * 33 * 70, dtype=dtype).reshape(3, 33, 70)
+    targets = np.empty((3, 70, 33), dtype)
+    transposition(blocks, targets)()
+    assert np.array_equal(targets, blocks.transpose(0, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(source, target) for source in TYPES for target in list(TYPES)[:3] if source != target],
+)
+def test_a_conversion_takes_what_its_source_holds_by_then(source: str, target: str) -> None:
+    size = TWO_STEP_VALUES * 2 + 5
+    values, found = np.zeros(size, TYPES[source][0]), np.empty(size, TYPES[target][0])
+    convert_again = conversion(values, found)
+    drawn = torch.randn(size, generator=torch.Generator().manual_seed(3)) * 1e-4
+    values[:] = as_numpy(drawn.to(TYPES[source][1]))
+    convert_again()
+    expected = as_numpy(drawn.to(TYPES[source][1]).to(TYPES[target][1]))
+    assert found.tobytes() == expected.tobytes()

@@ -200,11 +200,9 @@ def _write_plain(
     source: TensorSource, writer: FtWriter, tp_size: int, weight: Weight
 ) -> dict[str, str]:
     """Writes one tensor for all ranks."""
-    hashes: dict[str, str] = {}
     source.prefetch(weight)
-    for file in files_of(source.config, weight, tp_size, source.storage_type):
-        hashes |= writer.write(file, source.values(file))
-    return hashes
+    files = files_of(source.config, weight, tp_size, source.storage_type)
+    return writer.write_all(files, source.pieces(files))
 
 
 def _write_ini(path: Path, config: MptConfig, settings: ConversionSettings) -> None:

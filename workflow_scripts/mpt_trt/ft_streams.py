@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,8 +16,8 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.files import ContentHash, reserve, write_in_pieces
 from mpt_trt.ft_layout import FtFile, held
 from mpt_trt.hf_checkpoint import HfCheckpoint, not_finite
-from mpt_trt.numerics import STORAGE_TYPES, convert, is_finite, transposition
-from mpt_trt.sharding import Range, Shard
+from mpt_trt.numerics import STORAGE_TYPES, conversion, convert, is_finite, transposition
+from mpt_trt.sharding import Range
 from mpt_trt.weight_map import Weight
 
 # What a worker takes of each row of a matrix at a time, at least: few enough bytes for the gathered
@@ -54,17 +55,27 @@ class TensorSource:
         if weight.hf_name is not None:
             self.checkpoint.prefetch(weight)
 
-    def values(self, file: FtFile) -> Iterator[NDArray]:
-        """Pieces of what a tensor's own file holds, flat."""
-        weight = file.weight
+    def pieces(self, files: list[FtFile]) -> Iterator[list[NDArray]]:
+        """Pieces of what a tensor's files hold, flat: one of each file at a time.
+
+        files: as files_of has them, or one of those.
+        """
+        weight = files[0].weight
         if weight.hf_name is None:
-            yield np.zeros(weight.shape, STORAGE_TYPES[self.storage_type])
+            yield [np.zeros(weight.shape, self._dtype)]
             return
         source = self.checkpoint.tensor(weight)
-        for slab in self._slabs(weight, file.shard, source):
+        for slab, converted in self._slabs(files, source):
             if not is_finite(slab):
                 raise not_finite(source, self.describe(weight))
-            yield stored(slab, self.storage_type, self.describe(weight))
+            if converted.dtype != slab.dtype and not is_finite(converted):
+                raise self._overflow(slab, weight)
+            yield list(converted.reshape(len(files), -1))
+
+    def values(self, file: FtFile) -> Iterator[NDArray]:
+        """Pieces of what one file holds, flat."""
+        for (piece,) in self.pieces([file]):
+            yield piece
 
     def rows(self, file: FtFile) -> Iterator[tuple[Range, NDArray]]:
         """Blocks of rows of a linear layer's weight, `[some of in, out]`, and which rows they are.
@@ -79,29 +90,39 @@ class TensorSource:
             yield Range(start, start + len(block)), block
             start += len(block)
 
-    def _slabs(self, weight: Weight, shard: Shard | None, source: NDArray) -> Iterator[NDArray]:
-        """Pieces of a file's content in order, flat, in the checkpoint's type."""
-        if shard is None:
-            yield from _flat_slabs(source)
+    def _slabs(self, files: list[FtFile], source: NDArray) -> Iterator[tuple[NDArray, NDArray]]:
+        """What `pieces` are made of, of all files: in the checkpoint's type and as stored."""
+        weight = files[0].weight
+        if files[0].shard is None:
+            slabs = _flat_slabs(source)
+        elif weight.is_linear:
+            parts = [self._parts(file, source) for file in files]
+            yield from _transposed_slabs(parts, self._dtype)
             return
-        rows, columns = held(self.config, weight, shard)
-        parts = [source[r.start : r.stop] for r in rows]
-        if weight.is_linear:
-            yield from _transposed_slabs(parts, columns)
         else:
-            yield np.concatenate(parts)
+            slabs = iter([np.concatenate([p for f in files for p in self._parts(f, source)])])
+        for slab in slabs:
+            yield slab, convert(slab, self._dtype)
 
+    def _parts(self, file: FtFile, source: NDArray) -> list[NDArray]:
+        """The parts of a tensor that a file holds, one under the other."""
+        assert file.shard is not None
+        rows, columns = held(self.config, file.weight, file.shard)
+        parts = [source[r.start : r.stop] for r in rows]
+        if file.weight.is_linear:
+            return [part[:, columns.start : columns.stop] for part in parts]
+        return parts
 
-def stored(values: NDArray, storage_type: str, description: str) -> NDArray:
-    """`values`, which are finite, in the storage type; raises MptTrtError where it overflows."""
-    converted = convert(values, STORAGE_TYPES[storage_type])
-    if converted.dtype != values.dtype and not is_finite(converted):
+    def _overflow(self, values: NDArray, weight: Weight) -> MptTrtError:
         largest = np.abs(values.astype(np.float64)).max()
-        raise MptTrtError(
-            f"{description} holds {largest:g}, which {storage_type} cannot hold; "
+        return MptTrtError(
+            f"{self.describe(weight)} holds {largest:g}, which {self.storage_type} cannot hold; "
             "choose storage type bfloat16 or float32"
         )
-    return converted
+
+    @property
+    def _dtype(self) -> np.dtype:
+        return STORAGE_TYPES[self.storage_type]
 
 
 class FtOutput:
@@ -153,10 +174,16 @@ class FtWriter:
 
     def write(self, file: FtFile, pieces: Iterable[NDArray]) -> dict[str, str]:
         """Writes a whole file; returns its content hash by its name."""
-        with self.open(file) as output:
-            for piece in pieces:
-                output.write(piece)
-        return {output.name: output.hash}
+        return self.write_all([file], ([piece] for piece in pieces))
+
+    def write_all(self, files: list[FtFile], pieces: Iterable[list[NDArray]]) -> dict[str, str]:
+        """Writes whole files, of which pieces come together; returns content hashes by name."""
+        with ExitStack() as stack:
+            outputs = [stack.enter_context(self.open(file)) for file in files]
+            for together in pieces:
+                for output, piece in zip(outputs, together, strict=True):
+                    output.write(piece)
+        return {output.name: output.hash for output in outputs}
 
 
 def _flat_slabs(source: NDArray) -> Iterator[NDArray]:
@@ -166,26 +193,41 @@ def _flat_slabs(source: NDArray) -> Iterator[NDArray]:
         yield flat[start : start + step]
 
 
-def _transposed_slabs(parts: list[NDArray], columns: Range) -> Iterator[NDArray]:
-    """Row blocks of `[len(columns), sum of part rows]`, flat."""
-    width = sum(len(part) for part in parts)
+def _transposed_slabs(
+    parts: list[list[NDArray]], dtype: np.dtype
+) -> Iterator[tuple[NDArray, NDArray]]:
+    """Blocks of columns as rows, in the type of the parts and in another.
+
+    parts: of each file, `[some of its out, in]`, one under the other. All files have one shape.
+    Blocks: `[files, some of in, out]`.
+    """
+    joined = [part for of_file in parts for part in of_file]
+    width, length = sum(map(len, joined)), joined[0].shape[1]
     row_bytes = SLAB_ROW_BYTES * max(1, SLAB_BLOCK_BYTES // (SLAB_ROW_BYTES * width))
-    height = min(len(columns), row_bytes // parts[0].itemsize)
-    rest = columns.stop - len(columns) % height
-    yield from _equal_slabs(parts, Range(columns.start, rest), height)
-    yield from _equal_slabs(parts, Range(rest, columns.stop), columns.stop - rest)
+    height = min(length, row_bytes // joined[0].itemsize)
+    rest = length - length % height
+    for columns, step in ((Range(0, rest), height), (Range(rest, length), length - rest)):
+        yield from _equal_slabs(joined, len(parts), columns, step, dtype)
 
 
-def _equal_slabs(parts: list[NDArray], columns: Range, height: int) -> Iterator[NDArray]:
-    """Row blocks of `height` rows, flat, through reused buffers."""
+def _equal_slabs(
+    parts: list[NDArray], num_files: int, columns: Range, height: int, dtype: np.dtype
+) -> Iterator[tuple[NDArray, NDArray]]:
+    """Blocks of `height` columns, through reused buffers."""
     if len(columns) == 0:
         return
-    width = sum(len(part) for part in parts)
+    width = sum(map(len, parts))
     # Only a contiguous block is transposed fast; so its columns are gathered first.
     gathered = np.empty((width, height), parts[0].dtype)
-    transposed = np.empty((height, width), parts[0].dtype)
-    transpose = transposition(gathered, transposed)
+    transposed = np.empty((num_files, height, width // num_files), gathered.dtype)
+    transpose = transposition(gathered.reshape(num_files, -1, height), transposed)
+    stored, store = transposed, None
+    if dtype != transposed.dtype:
+        stored = np.empty(transposed.shape, dtype)
+        store = conversion(transposed, stored)
     for start in range(columns.start, columns.stop, height):
         np.concatenate([part[:, start : start + height] for part in parts], out=gathered)
         transpose()
-        yield transposed.reshape(-1)
+        if store is not None:
+            store()
+        yield transposed, stored

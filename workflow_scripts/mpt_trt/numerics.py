@@ -40,6 +40,8 @@ ELEMENT_TYPES = {
     BFLOAT16: 16,
 }
 OPSET, IR_VERSION = 21, 10
+# Values that are rounded at a time where it takes two steps: what is between stays in the cache.
+TWO_STEP_VALUES = 1 << 17
 
 
 def is_finite(values: NDArray) -> bool:
@@ -61,17 +63,41 @@ def convert(values: NDArray, dtype: np.dtype) -> NDArray:
     """
     if values.dtype == dtype:
         return values
-    if values.dtype == np.float64:
-        with np.errstate(over="ignore"):
-            return values.astype(dtype)
-    if values.dtype != np.float32 and dtype != np.float32:
-        # Each step has a vectorized kernel, the way from one half type to the other has none.
-        values = convert(values, np.dtype(np.float32))
     converted = np.empty(values.shape, dtype)
     if values.size:
-        source = np.ascontiguousarray(values).reshape(-1)
-        _bound(_caster(values.dtype, dtype), source, converted.reshape(-1))()
+        conversion(np.ascontiguousarray(values), converted)()
     return converted
+
+
+def conversion(source: NDArray, target: NDArray) -> Callable[[], None]:
+    """A function that fills `target` with what `source` holds by then, rounded as by `convert`.
+
+    Both are contiguous, of one shape and of two types.
+    """
+    values, rounded = source.reshape(-1), target.reshape(-1)
+    if values.dtype == np.float64:
+        return functools.partial(_round_doubles, values, rounded)
+    if np.float32 in (values.dtype, rounded.dtype):
+        return _bound(_caster(values.dtype, rounded.dtype), values, rounded)
+    # Each step has a vectorized kernel, the way from one half type to the other has none.
+    between = np.empty(min(values.size, TWO_STEP_VALUES), np.float32)
+    steps: list[Callable[[], None]] = []
+    for start in range(0, values.size, len(between)):
+        part = values[start : start + len(between)]
+        floats = between[: len(part)]
+        steps.append(conversion(part, floats))
+        steps.append(conversion(floats, rounded[start : start + len(between)]))
+    return functools.partial(_in_turn, steps)
+
+
+def _round_doubles(values: NDArray, rounded: NDArray) -> None:
+    with np.errstate(over="ignore"):
+        rounded[...] = values.astype(rounded.dtype)
+
+
+def _in_turn(steps: list[Callable[[], None]]) -> None:
+    for step in steps:
+        step()
 
 
 def transpose(block: NDArray, target: NDArray) -> None:
@@ -79,13 +105,16 @@ def transpose(block: NDArray, target: NDArray) -> None:
 
     ONNX Runtime's kernel does it several times faster than NumPy's copy.
     """
-    transposition(block, target)()
+    transposition(block[None], target[None])()
 
 
-def transposition(block: NDArray, target: NDArray) -> Callable[[], None]:
-    """A function that does `transpose` with what `block` holds when it is called."""
-    unsigned = np.dtype(f"u{block.itemsize}")
-    return _bound(_transposer(unsigned), block.view(unsigned), target.view(unsigned))
+def transposition(blocks: NDArray, targets: NDArray) -> Callable[[], None]:
+    """A function that fills `targets` `[n, b, a]` with what `blocks` `[n, a, b]` holds by then.
+
+    Both are contiguous.
+    """
+    unsigned = np.dtype(f"u{blocks.itemsize}")
+    return _bound(_transposer(unsigned), blocks.view(unsigned), targets.view(unsigned))
 
 
 def _bound(
@@ -107,8 +136,9 @@ def _as_runtime_value(values: NDArray) -> onnxruntime.OrtValue:
 
 @functools.cache
 def _transposer(dtype: np.dtype) -> onnxruntime.InferenceSession:
-    permutation = _field(5, _field(1, b"perm") + _field(8, 1) + _field(8, 0) + _field(20, 7))
-    return _session(b"Transpose", permutation, (dtype, b"ab"), (dtype, b"ba"))
+    axes = b"".join(_field(8, axis) for axis in (0, 2, 1))
+    permutation = _field(5, _field(1, b"perm") + axes + _field(20, 7))
+    return _session(b"Transpose", permutation, (dtype, b"nab"), (dtype, b"nba"))
 
 
 @functools.cache
