@@ -153,7 +153,7 @@ def test_many_blocks_are_quantized_as_one(monkeypatch: pytest.MonkeyPatch) -> No
     whole_by_column = np.concatenate(list(integers.quantize(matrix, by_column, 8)))
     monkeypatch.setattr(integers, "BLOCK_ELEMENTS", 150)
     blocks = list(integers.quantize(matrix, scales, 4))
-    assert len(blocks) == 6
+    assert len(blocks) > 6 and all(len(block) % 2 == 0 for block in blocks)
     np.testing.assert_array_equal(np.concatenate(blocks), whole)
     blocks = list(integers.quantize(matrix, by_column, 8))
     assert len(blocks) > 6 and all(len(block) % 2 == 0 for block in blocks[:-1])
