@@ -109,14 +109,11 @@ class AwqProducts:
 
     def _integers(self, name: str, weight: Weight) -> Iterator[NDArray]:
         rows, columns = held(self._checkpoint.config, weight, self._shard)
-        whole = self._calibration.awq_scales(*place(name))[:, self._groups(columns)]
-        scales = np.concatenate([whole[part.start : part.stop] for part in rows])
-        blocks = self._calibration.awq_rows(*place(name), BLOCK_ROWS)
-        packed = np.empty((len(columns), len(scales) // 2), np.uint8)
+        packed = np.empty((len(columns), sum(map(len, rows)) // 2), np.uint8)
         start = 0
-        for block in _joined(_held_parts(blocks, rows, columns), BLOCK_ROWS):
-            stop = start + len(block)
-            _quantize_into(packed[:, start // 2 : stop // 2], block, scales[start:stop])
+        for block, scales in held_blocks(self._calibration, name, rows, columns):
+            stop = start + len(block) // 2
+            _quantize_into(packed[:, start:stop], block, scales)
             start = stop
         yield packed
 
@@ -182,6 +179,24 @@ class AwqProducts:
         return np.concatenate([ones, self._pre_quant_scale(dense)])
 
 
+def held_blocks(
+    calibration: CalibrationResult, name: str, rows: list[sharding.Range], columns: sharding.Range
+) -> Iterator[tuple[NDArray, NDArray[np.float32]]]:
+    """A rank's part of the matrix of layer `name`, BLOCK_ROWS rows at a time, and their scales.
+
+    Each block is valid until the next one is asked for.
+    """
+    group_size = calibration.group_size
+    groups = slice(columns.start // group_size, columns.stop // group_size)
+    whole = calibration.awq_scales(*place(name))
+    scales = np.concatenate([whole[part.start : part.stop, groups] for part in rows])
+    parts = _held_parts(calibration.awq_rows(*place(name), BLOCK_ROWS), rows, columns)
+    start = 0
+    for block in _joined(parts, BLOCK_ROWS):
+        yield block, scales[start : start + len(block)]
+        start += len(block)
+
+
 def _held_parts(
     blocks: Iterator[NDArray], rows: list[sharding.Range], columns: sharding.Range
 ) -> Iterator[NDArray]:
@@ -208,7 +223,8 @@ def _joined(parts: Iterator[NDArray], number: int) -> Iterator[NDArray]:
             if filled == number:
                 yield block
                 filled = 0
-    yield block[:filled]
+    if filled:
+        yield block[:filled]
 
 
 def _quantize_into(target: NDArray[np.uint8], rows: NDArray, scales: NDArray[np.float32]) -> None:
