@@ -32,7 +32,12 @@ from mpt_trt.quantization.calibrated import (
     KvRanges,
     SmoothQuantMatrix,
 )
-from mpt_trt.quantization.npz import CalibrationResult, calibration_writer, read_calibration
+from mpt_trt.quantization.npz import (
+    CalibrationResult,
+    NpzFile,
+    calibration_writer,
+    read_calibration,
+)
 from mpt_trt.quantization.scheme import QuantizationFormat
 from mpt_trt.weight_map import block_matrices, weights
 
@@ -484,3 +489,31 @@ def test_other_archives_and_missing_files(
         read_calibration(tmp_path / "other.npz", checkpoint)
     with pytest.raises(MptTrtError, match=r"none\.npz: no such file; quantize.py makes"):
         read_calibration(tmp_path / "none.npz", checkpoint)
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("dtype", [FLOAT16, FLOAT32])
+def test_rows_come_as_the_whole(tmp_path: Path, dtype: np.dtype, by_column: bool) -> None:
+    values = np.random.default_rng(0).standard_normal((13, 5)).astype(dtype)
+    np.savez(tmp_path / "x.npz", m=np.asfortranarray(values) if by_column else values)
+    blocks = list(NpzFile(tmp_path / "x.npz").rows("m", 4))
+    assert [len(block) for block in blocks] == [4, 4, 4, 1]
+    np.testing.assert_array_equal(np.concatenate(blocks), values, strict=True)
+
+
+def test_damage_shows_when_all_rows_are_read(tmp_path: Path) -> None:
+    values = np.ones((300, 64), np.float32)
+    np.savez(tmp_path / "x.npz", m=values)
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(MptTrtError, match="m is damaged"):
+        list(NpzFile(tmp_path / "x.npz").rows("m", 128))
+
+
+def test_rows_with_nan_are_refused(tmp_path: Path) -> None:
+    values = np.ones((30, 64), np.float32)
+    values[20, 3] = np.nan
+    np.savez(tmp_path / "x.npz", m=values)
+    with pytest.raises(MptTrtError, match="m holds NaN or Inf"):
+        list(NpzFile(tmp_path / "x.npz").rows("m", 8))

@@ -208,12 +208,19 @@ def test_measured_builds_stay_within_what_is_computed(path: Path) -> None:
     schemes = {"none": None, "int4_awq": Awq(None), "int4_weight_only": WeightOnly(4)}
     scheme = schemes[measured.get("quantization", "none")]
     spec = replace(spec, quantization=Quantization(scheme, "auto"))
-    assert requirements.rank_weights(spec) == measured["weight_bytes"]
+    # A rank's part of a tied head is stored once more in the plan, and lies in no file of its own.
+    files = replace(spec, vocabulary=WHOLE)
+    assert requirements.rank_weights(files) == measured["weight_bytes"]
     peak = measured["peak_private_mib"] * requirements.MIB
-    assert peak <= requirements.build_memory(spec) <= 1.3 * peak
-    # The benchmark's folder holds the FT checkpoint, its links once more, and the plan.
+    assert peak <= requirements.build_memory(spec) <= 1.35 * peak
+    if "steps" in measured:
+        networks = measured["steps"]["network"]["peak_private_mib"] * requirements.MIB
+        assert networks <= requirements.network_memory(spec)
+    # The benchmark's folder holds the FT checkpoint, the networks of all ranks, and one plan.
     disk = measured["ratio_disk_to_weights"] * measured["weight_bytes"]
-    computed = requirements.engine_disk(spec) / spec.tp_size
+    beside_weights = requirements.PLAN_BASE + spec.config.num_layers * requirements.PLAN_PER_LAYER
+    plans_not_made = (spec.tp_size - 1) * (requirements.rank_weights(spec) + beside_weights)
+    computed = requirements.engine_disk(spec) - plans_not_made
     computed += requirements.ft_checkpoint_disk(spec)
     assert disk <= computed <= 1.01 * disk
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,7 @@ def write_weights(network: Network, checkpoint: FtCheckpoint, folder: Path) -> d
     for name, source in linked.items():
         if not (folder / name).exists():
             hard_link(source, folder / name)
-    with ThreadPoolExecutor(NETWORK_WORKERS) as pool:
+    with ThreadPoolExecutor(min(NETWORK_WORKERS, os.cpu_count() or 1)) as pool:
         written = {
             name: pool.submit(_write, folder / name, pieces)
             for name, pieces in network.files.items()

@@ -34,15 +34,15 @@ from mpt_trt.products.base import (
     scaled_input,
 )
 from mpt_trt.quantization import integers
-from mpt_trt.quantization.integers import FLOAT32
+from mpt_trt.quantization.integers import BLOCK_ELEMENTS, FLOAT32
 from mpt_trt.quantization.npz import CalibrationResult
 from mpt_trt.quantization.scheme import KvCacheType, folds_into_values, require_fitting_groups
 from mpt_trt.sharding import Shard
 from mpt_trt.weight_map import Weight, preceding_norm
 
 QKV, DENSE = "attention.query_key_value", "attention.dense"
-# Rows of a matrix that are quantized at a time.
-BLOCK_ROWS = 64
+# Rows of a matrix that are packed at a time: a cache line of each column's integers.
+BLOCK_ROWS = 128
 
 Factor = Callable[[], NDArray[np.float32]]
 """A vector that is read from the calibration result when a file is written."""
@@ -64,6 +64,8 @@ class AwqProducts:
         config, group_size = checkpoint.config, calibration.group_size
         if group_size is None:
             raise ValueError(f"{calibration.path}: no result of int4_awq")
+        if group_size % 2:
+            raise calibration.file.refused(f"groups of {group_size} are not of an even size")
         try:
             require_fitting_groups(config, shard.tp_size, group_size)
         except MptTrtError as error:
@@ -107,19 +109,13 @@ class AwqProducts:
 
     def _integers(self, name: str, weight: Weight) -> Iterator[NDArray]:
         rows, columns = held(self._checkpoint.config, weight, self._shard)
-        groups = self._groups(columns)
-        whole = self._calibration.awq_matrix(*place(name))
-        parts = [
-            quantized_rows(
-                whole.weight[part.start : part.stop, columns.start : columns.stop],
-                whole.scales[part.start : part.stop, groups],
-            )
-            for part in rows
-        ]
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        transposed = np.empty(joined.shape[::-1], np.int8)
-        transpose(joined, transposed)
-        yield integers.pack_int4(transposed)
+        packed = np.empty((len(columns), sum(map(len, rows)) // 2), np.uint8)
+        start = 0
+        for block, scales in held_blocks(self._calibration, name, rows, columns):
+            stop = start + len(block) // 2
+            _quantize_into(packed[:, start:stop], block, scales)
+            start = stop
+        yield packed
 
     def _scales(self, name: str, weight: Weight) -> Iterator[NDArray]:
         rows, columns = held(self._checkpoint.config, weight, self._shard)
@@ -183,6 +179,70 @@ class AwqProducts:
         return np.concatenate([ones, self._pre_quant_scale(dense)])
 
 
+def held_blocks(
+    calibration: CalibrationResult, name: str, rows: list[sharding.Range], columns: sharding.Range
+) -> Iterator[tuple[NDArray, NDArray[np.float32]]]:
+    """A rank's part of the matrix of layer `name`, BLOCK_ROWS rows at a time, and their scales.
+
+    Each block is valid until the next one is asked for.
+    """
+    group_size = calibration.group_size
+    groups = slice(columns.start // group_size, columns.stop // group_size)
+    whole = calibration.awq_scales(*place(name))
+    scales = np.concatenate([whole[part.start : part.stop, groups] for part in rows])
+    parts = _held_parts(calibration.awq_rows(*place(name), BLOCK_ROWS), rows, columns)
+    start = 0
+    for block in _joined(parts, BLOCK_ROWS):
+        yield block, scales[start : start + len(block)]
+        start += len(block)
+
+
+def _held_parts(
+    blocks: Iterator[NDArray], rows: list[sharding.Range], columns: sharding.Range
+) -> Iterator[NDArray]:
+    """What a rank holds of successive rows of a matrix. rows: in ascending order."""
+    start = 0
+    for block in blocks:
+        for part in rows:
+            held_rows = block[max(part.start - start, 0) : max(part.stop - start, 0)]
+            yield held_rows[:, columns.start : columns.stop]
+        start += len(block)
+
+
+def _joined(parts: Iterator[NDArray], number: int) -> Iterator[NDArray]:
+    """The same rows, so many at a time, in memory that is used again."""
+    block, filled = np.empty((0, 0)), 0
+    for part in parts:
+        rest = part
+        while len(rest):
+            if not block.size:
+                block = np.empty((number, rest.shape[1]), rest.dtype)
+            taken = rest[: number - filled]
+            np.copyto(block[filled : filled + len(taken)], taken, casting="safe")
+            filled, rest = filled + len(taken), rest[len(taken) :]
+            if filled == number:
+                yield block
+                filled = 0
+    if filled:
+        yield block[:filled]
+
+
+def _quantize_into(target: NDArray[np.uint8], rows: NDArray, scales: NDArray[np.float32]) -> None:
+    """Fills `target` `[in, out / 2]` with the integers of an even number of rows `[out, in]`.
+
+    scales: as in `quantized_rows`. Pairs are packed before they are transposed: half the bytes.
+    """
+    group_size = rows.shape[1] // scales.shape[1]
+    groups = max(1, BLOCK_ELEMENTS // (BLOCK_ROWS * group_size))
+    for start in range(0, scales.shape[1], groups):
+        part = slice(start * group_size, (start + groups) * group_size)
+        integers_of_part = quantized_rows(rows[:, part], scales[:, start : start + groups])
+        pairs = integers.pack_int4_rows(integers_of_part)
+        transposed = np.empty(pairs.shape[::-1], np.uint8)
+        transpose(pairs, transposed)
+        target[part] = transposed
+
+
 def quantized_rows(weight: NDArray, scales: NDArray[np.float32]) -> NDArray[np.int8]:
     """round(weight / scale), halves to even, in -8..7.
 
@@ -190,10 +250,12 @@ def quantized_rows(weight: NDArray, scales: NDArray[np.float32]) -> NDArray[np.i
     """
     nonzero = np.where(scales == 0, np.float32(1), scales)
     found = np.empty(weight.shape, np.int8)
-    for start in range(0, len(weight), BLOCK_ROWS):
-        part = slice(start, start + BLOCK_ROWS)
+    step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
         rows = convert(np.ascontiguousarray(weight[part]), FLOAT32)
-        by_group = rows.reshape(*nonzero[part].shape, -1)
-        rounded = np.rint(by_group / nonzero[part, :, None])
-        found[part] = np.clip(rounded, -8, 7).reshape(rows.shape)
+        quotients = rows.reshape(*nonzero[part].shape, -1) / nonzero[part, :, None]
+        np.rint(quotients, out=quotients)
+        np.clip(quotients, -8, 7, out=quotients)
+        found[part] = quotients.reshape(rows.shape)
     return found

@@ -16,6 +16,8 @@ from mpt_trt.numerics import convert
 FLOAT32 = np.dtype(np.float32)
 # Elements of a block: few enough for its temporaries to stay in the processor's cache.
 BLOCK_ELEMENTS = 1 << 18
+# The bits of the largest float32 below 0.5, and of the sign.
+BELOW_HALF, SIGN = np.uint32(0x3EFFFFFF), np.uint32(0x80000000)
 
 
 def row_blocks(matrix: NDArray, multiple: int = 1) -> Iterator[NDArray]:
@@ -29,7 +31,10 @@ def column_amax(matrix: NDArray) -> NDArray[np.float32]:
     """Largest magnitude of each column, float32 `[out_features]`."""
     found = np.zeros(matrix.shape[1], np.float32)
     for block in row_blocks(matrix):
-        np.maximum(found, np.abs(_float32(block)).max(axis=0), out=found)
+        # Without their sign, bits are in the order of magnitudes.
+        bits = np.ascontiguousarray(block).view(f"u{block.itemsize}")
+        largest = (bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)).max(axis=0)
+        np.maximum(found, _float32(largest.view(matrix.dtype)), out=found)
     return found
 
 
@@ -38,19 +43,13 @@ def group_amax(matrix: NDArray, group_size: int) -> NDArray[np.float32]:
 
     float32 `[in_features / group_size, out_features]`.
     """
-    return np.concatenate(
-        [
-            np.abs(_float32(block)).reshape(-1, group_size, matrix.shape[1]).max(axis=1)
-            for block in row_blocks(matrix, group_size)
-        ]
-    )
+    starts = range(0, len(matrix), group_size)
+    return np.stack([column_amax(matrix[start : start + group_size]) for start in starts])
 
 
 def round_half_away(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Nearest integers, halves away from zero, as C's `roundf`."""
-    whole = np.trunc(values)
-    whole += np.copysign(np.abs(values - whole) >= 0.5, values)
-    return whole
+    return np.trunc(_past_halves(values))
 
 
 def quantize(matrix: NDArray, scales: NDArray[np.float32], bits: int) -> Iterator[NDArray[np.int8]]:
@@ -58,18 +57,28 @@ def quantize(matrix: NDArray, scales: NDArray[np.float32], bits: int) -> Iterato
 
     scales: float32 `[groups, out_features]`, each for in_features / groups rows; columns of zeros
     may have scale 0. Halves are rounded away from zero (ft_checkpoint, section 5). All blocks but
-    the last have an even number of rows.
+    the last have an even number of rows, where groups have.
     """
     limit = 1 << (bits - 1)
     nonzero = np.where(scales == 0, np.float32(1), scales)
     group_size = len(matrix) // len(scales)
-    start = 0
-    for block in row_blocks(matrix, group_size if len(scales) > 1 else 2):
-        groups = nonzero[start // group_size :][: max(1, len(block) // group_size)]
-        start += len(block)
-        by_group = _float32(block).reshape(len(groups), -1, block.shape[1])
-        rounded = round_half_away(by_group / groups[:, None])
-        yield np.clip(rounded, -limit, limit - 1).astype(np.int8).reshape(block.shape)
+    for group, scale in enumerate(nonzero):
+        rows = matrix[group * group_size :][:group_size]
+        for block in row_blocks(rows, 2):
+            shifted = _past_halves(_float32(block) / scale)
+            # The conversion cuts off what is behind the point.
+            yield np.clip(shifted, -limit, limit - 1, out=shifted).astype(np.int8)
+
+
+def _past_halves(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`values` moved away from zero so that, cut off, they are rounded, halves away from zero.
+
+    By the largest number below a half: what is just below a half must not get to the next integer.
+    """
+    moves = values.view(np.uint32) & SIGN
+    moves |= BELOW_HALF
+    found = moves.view(np.float32)
+    return np.add(found, values, out=found)
 
 
 def packed(blocks: Iterator[NDArray[np.int8]]) -> Iterator[NDArray[np.uint8]]:
@@ -83,10 +92,21 @@ def pack_int4(values: NDArray[np.int8]) -> NDArray[np.uint8]:
     The layout of ONNX's INT4 and of FT's weight-only files; of an odd number of values, the last
     high nibble is 0.
     """
-    flat = values.reshape(-1).view(np.uint8) & np.uint8(0xF)
+    flat = values.reshape(-1)
     if flat.size % 2:
-        flat = np.append(flat, np.uint8(0))
-    return flat[0::2] | (flat[1::2] << np.uint8(4))
+        flat = np.append(flat, np.int8(0))
+    pairs = flat.view("<u2")
+    high = (pairs >> np.uint16(4)) & np.uint16(0xF0)
+    return ((pairs & np.uint16(0xF)) | high).astype(np.uint8)
+
+
+def pack_int4_rows(values: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Two values a byte down each column, of an even number of rows: the even row's is low.
+
+    The transpose is `pack_int4` of the transposed values.
+    """
+    nibbles = values.view(np.uint8)
+    return (nibbles[0::2] & np.uint8(0xF)) | (nibbles[1::2] << np.uint8(4))
 
 
 def stored_scales(scales: NDArray[np.float32], dtype: np.dtype) -> NDArray:

@@ -237,12 +237,35 @@ class NpzFile:
             raise self.refused(f"{key} holds NaN or Inf")
         return found
 
+    def rows(self, key: str, number: int) -> Iterator[NDArray]:
+        """`numbers` of a matrix, so many rows at a time; what is damaged shows at the end."""
+        with self._stream(key) as stream:
+            shape, is_by_column, dtype = _read_header(stream)
+            if not is_by_column and dtype in EXPONENTS:
+                yield from self._rows(key, stream, shape, dtype, number)
+                return
+        whole = self.numbers(key)
+        for start in range(0, len(whole), number):
+            yield whole[start : start + number]
+
+    def _rows(
+        self, key: str, stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, number: int
+    ) -> Iterator[NDArray]:
+        height, width = shape
+        for start in range(0, height, number):
+            count = min(number, height - start) * width
+            content = stream.read(count * dtype.itemsize)
+            if len(content) != count * dtype.itemsize:
+                raise self.refused(f"{key} is damaged (it ends in row {start} or later)")
+            found = np.frombuffer(content, dtype).reshape(-1, width)
+            if not is_finite(found):
+                raise self.refused(f"{key} holds NaN or Inf")
+            yield found
+
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape alone, without reading the data."""
         with self._stream(key) as stream:
-            old = npy.read_magic(stream) == (1, 0)
-            read = npy.read_array_header_1_0 if old else npy.read_array_header_2_0
-            return read(stream)[0]
+            return _read_header(stream)[0]
 
     def refused(self, what: str) -> MptTrtError:
         return MptTrtError(f"{self.path}: {what}; calibrate the model again with quantize.py")
@@ -261,6 +284,13 @@ class NpzFile:
                 yield stream
         except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
             raise self.refused(f"{key} is damaged ({error})") from None
+
+
+def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether columns lie one after the other, and type."""
+    old = npy.read_magic(stream) == (1, 0)
+    read = npy.read_array_header_1_0 if old else npy.read_array_header_2_0
+    return read(stream)
 
 
 @dataclass(frozen=True)
@@ -299,6 +329,12 @@ class CalibrationResult:
         self._require_format("int4_awq")
         weight, scales = self._weight(layer, matrix), self.awq_scales(layer, matrix)
         return AwqMatrix(weight, scales, self._smoothing(layer, matrix))
+
+    def awq_rows(self, layer: int, matrix: str, number: int) -> Iterator[NDArray]:
+        """The weight of `awq_matrix`, at most so many rows at a time."""
+        self._require_format("int4_awq")
+        for key in _matrix_keys(layer, matrix):
+            yield from self.file.rows(f"{key}:{WEIGHT}", number)
 
     def awq_scales(self, layer: int, matrix: str) -> NDArray[np.float32]:
         """`[out, in / group_size]`, without reading the matrix."""

@@ -18,11 +18,12 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.ft_layout import FtFile, held, linear_name
 from mpt_trt.numerics import STORAGE_TYPES, convert, transpose
-from mpt_trt.products.awq import quantized_rows
+from mpt_trt.products.awq import held_blocks, quantized_rows
 from mpt_trt.products.base import place
 from mpt_trt.products.fp8 import quantized_block
 from mpt_trt.products.smoothquant import require_smoothed
 from mpt_trt.quantization.calibrated import INT8_MAX
+from mpt_trt.quantization.integers import pack_int4_rows
 from mpt_trt.quantization.npz import CalibrationResult
 from mpt_trt.quantization.recipe import Recipe
 from mpt_trt.quantization.scheme import Awq, Fp8, SmoothQuant, WeightOnly
@@ -180,8 +181,8 @@ class AwqForm:
             return part_of(self.calibration.awq_scales(*place(name)), rows, groups)
 
         def integers() -> Iterator[NDArray]:
-            whole = self.calibration.awq_matrix(*place(name)).weight
-            yield packed_rows(quantized_rows(part_of(whole, rows, columns), scales()))
+            for block, block_scales in held_blocks(self.calibration, name, rows, columns):
+                yield pack_int4_rows(quantized_rows(block, block_scales)).view(np.int8)
 
         return {
             f"{module}.weight": StreamedTensor(INT8, (height // 2, width), integers),
@@ -280,9 +281,3 @@ def part_of(whole: NDArray, rows: list[Range], columns: Range) -> NDArray:
 def column_of(whole: NDArray, rows: list[Range]) -> NDArray:
     """Some elements of a vector, `[rows, 1]`."""
     return part_of(whole[:, None], rows, Range(0, 1))
-
-
-def packed_rows(values: NDArray[np.int8]) -> NDArray[np.int8]:
-    """`[out, in]` to `[out / 2, in]`: rows 2j and 2j + 1 in the low and the high half of byte j."""
-    bits = values.view(np.uint8) & np.uint8(0xF)
-    return (bits[0::2] | (bits[1::2] << np.uint8(4))).view(np.int8)
