@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -26,7 +28,7 @@ class Graph:
     """A graph that is being edited: who makes a value, and who reads it."""
 
     def __init__(self, model: onnx.ModelProto):
-        self._proto = model.graph
+        self._model = model
         self.nodes: list[onnx.NodeProto] = list(model.graph.node)
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self.maker = {output: node for node in self.nodes for output in node.output}
@@ -40,27 +42,24 @@ class Graph:
         self.initializers[name] = numpy_helper.from_array(np.array(values, np.int64), name)
         return name
 
-    def replace(self, replaced: dict[str, list[onnx.NodeProto]]) -> None:
-        """Puts nodes in the places of others, which are named."""
-        self.nodes = [new for node in self.nodes for new in replaced.get(node.name, [node])]
+    def store(self, replaced: Mapping[str, list[onnx.NodeProto]] = MappingProxyType({})) -> None:
+        """Writes the graph back, without initializers that no node reads any more.
 
-    def store(self) -> None:
-        """Writes nodes and initializers back, without what no node reads any more."""
-        used = {name for node in self.nodes for name in node.input}
-        del self._proto.node[:], self._proto.initializer[:]
-        self._proto.node.extend(self.nodes)
-        kept = (tensor for name, tensor in self.initializers.items() if name in used)
-        self._proto.initializer.extend(kept)
+        replaced: nodes in the places of others, which are named.
+        """
+        nodes = [new for node in self.nodes for new in replaced.get(node.name, [node])]
+        used = {name for node in nodes for name in node.input}
+        kept = [tensor for name, tensor in self.initializers.items() if name in used]
+        del self._model.graph.node[:], self._model.graph.initializer[:]
+        self._model.graph.node.extend(nodes)
+        self._model.graph.initializer.extend(kept)
+        declared = {each.domain for each in self._model.opset_import}
+        if any(node.domain == DOMAIN for node in nodes) and DOMAIN not in declared:
+            self._model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, object]:
     return {each.name: helper.get_attribute_value(each) for each in node.attribute}
-
-
-def use_own_operators(model: onnx.ModelProto) -> None:
-    """Declares ONNX Runtime's domain in the model."""
-    if all(each.domain != DOMAIN for each in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
 
 
 def for_prompts(network: onnx.ModelProto) -> onnx.ModelProto:
@@ -106,8 +105,7 @@ def clip_in_float32(model: onnx.ModelProto) -> None:
             helper.make_node("Clip", [wide, *wide_bounds], [clipped], name=clipped),
             cast(clipped, node.output[0], TensorProto.BFLOAT16),
         ]
-    graph.replace(replaced)
-    graph.store()
+    graph.store(replaced)
 
 
 def fuse_residual_norms(model: onnx.ModelProto) -> None:
@@ -121,17 +119,18 @@ def fuse_residual_norms(model: onnx.ModelProto) -> None:
         if len(norms) != 1:
             continue
         [norm] = norms
-        replaced |= {add.name: [], norm.name: [_fused_norm(add, norm)]}
-    graph.replace(replaced)
-    graph.store()
-    use_own_operators(model)
+        outputs = [norm.output[0], "", "", add.output[0]]
+        replaced |= {add.name: [], norm.name: [_norm_of_sum(norm, add.input, outputs)]}
+    graph.store(replaced)
 
 
-def _fused_norm(add: onnx.NodeProto, norm: onnx.NodeProto) -> onnx.NodeProto:
-    outputs = [norm.output[0], "", "", add.output[0]]
+def _norm_of_sum(
+    norm: onnx.NodeProto, terms: Sequence[str], outputs: Sequence[str]
+) -> onnx.NodeProto:
+    """In the place of `norm`: it norms the sum of two values, and its fourth output is the sum."""
     return helper.make_node(
         NORMS[norm.op_type],
-        [*add.input, *norm.input[1:]],
+        [*terms, *norm.input[1:]],
         outputs,
         name=norm.name,
         domain=DOMAIN,
@@ -152,8 +151,7 @@ def choose_rows_by_number(model: onnx.ModelProto) -> None:
         helper.make_node("Flatten", [gather.input[0]], [flat], name=flat, axis=2),
         helper.make_node("Gather", [flat, "logit_rows"], list(gather.output), name=gather.name),
     ]
-    graph.replace({gather.name: chosen})
-    graph.store()
+    graph.store({gather.name: chosen})
     [positions] = [value for value in model.graph.input if value.name == "logit_positions"]
     positions.name = "logit_rows"
     del positions.type.tensor_type.shape.dim[1]
@@ -190,8 +188,7 @@ def attend_to_filled_cache(model: onnx.ModelProto) -> None:
     [reader] = graph.readers[length.output[0]]
     replaced[length.name] = []
     reader.input[0] = "key_length"
-    graph.replace(replaced)
-    graph.store()
+    graph.store(replaced)
     value = helper.make_tensor_value_info("key_length", TensorProto.INT64, [1])
     model.graph.input.append(value)
 
@@ -210,9 +207,7 @@ def fuse_attention(model: onnx.ModelProto) -> None:
         if num_heads != num_kv_heads:
             return
         replaced |= _with_flat_queries(graph, node, num_heads)
-    graph.replace(replaced)
-    graph.store()
-    use_own_operators(model)
+    graph.store(replaced)
 
 
 def _with_flat_queries(
@@ -273,8 +268,7 @@ def specialize_for_one_token(model: onnx.ModelProto) -> None:
             part = sizes[node.input[0]][found["start"] : found["end"]]
             graph.constant(node.output[0], [size.dim_value for size in part])
             replaced[node.name] = []
-    graph.replace(replaced)
-    graph.store()
+    graph.store(replaced)
     kept = [value for value in model.graph.input if value.name != "logit_positions"]
     del model.graph.input[:]
     model.graph.input.extend(kept)
@@ -334,9 +328,7 @@ def compute_attention_of_one_query(model: onnx.ModelProto) -> None:
             replaced[node.name] = _fused_attention(graph, node, num_heads)
         else:
             replaced[node.name] = _written_out(graph, node, num_kv_heads)
-    graph.replace(replaced)
-    graph.store()
-    use_own_operators(model)
+    graph.store(replaced)
 
 
 def _heads(graph: Graph, attention: onnx.NodeProto) -> tuple[int, int]:
@@ -421,17 +413,8 @@ def norm_with_fast_kernels(model: onnx.ModelProto) -> None:
         if nothing not in graph.initializers:
             zeros = helper.make_tensor(nothing, weight.data_type, [1, 1, width], np.zeros(width))
             graph.initializers[nothing] = zeros
-        fused = helper.make_node(
-            NORMS[node.op_type],
-            [node.input[0], nothing, *node.input[1:]],
-            list(node.output),
-            name=node.name,
-            domain=DOMAIN,
-            epsilon=attributes(node)["epsilon"],
-        )
-        replaced[node.name] = [fused]
-    graph.replace(replaced)
-    graph.store()
+        replaced[node.name] = [_norm_of_sum(node, [node.input[0], nothing], node.output)]
+    graph.store(replaced)
 
 
 def choose_likeliest(model: onnx.ModelProto) -> None:

@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from mpt_trt.engines.cuda_rewrites import DOMAIN, Graph, attributes, use_own_operators
+from mpt_trt.engines.cuda_rewrites import DOMAIN, Graph, attributes
 from mpt_trt.engines.external_data import StoredBytes, stored_bytes
 from mpt_trt.numerics import transpose
 
@@ -88,9 +88,7 @@ def _fuse_integer_products(model: onnx.ModelProto, folder: Path) -> list[SharedW
         weights += matrix.weights()
         del graph.initializers[integers.name], graph.initializers[scales.name]
         replaced |= {node.name: [], product.name: [matrix.product(product)]}
-    graph.replace(replaced)
-    graph.store()
-    use_own_operators(model)
+    graph.store(replaced)
     return weights
 
 
