@@ -22,7 +22,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from common import SAMPLE_SECONDS, SCRIPTS, measure, private_mib, script, write_result
+from common import (
+    SAMPLE_SECONDS,
+    SCRIPTS,
+    make_random_checkpoint,
+    private_mib,
+    write_result,
+)
 
 sys.path.insert(0, str(SCRIPTS))
 
@@ -195,9 +201,7 @@ class Bench:
 def make_bench(arguments: argparse.Namespace) -> Bench:
     folder = arguments.model_dir or arguments.folder / "checkpoint"
     if not folder.exists():
-        shape = ["--like", arguments.like]
-        shape += [] if arguments.layers is None else ["--layers", str(arguments.layers)]
-        measure(script("make_random_checkpoint.py", *shape, "--output_dir", folder))
+        make_random_checkpoint(folder, arguments.like, layers=arguments.layers)
     source = open_model(folder)
     generator = torch.Generator().manual_seed(0)
     size = (arguments.samples, arguments.length)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -71,6 +72,30 @@ def measure(command: list[str | Path]) -> Measured:
 def script(name: str, *arguments: str | Path) -> list[str | Path]:
     """The command line of one of our own tools."""
     return [sys.executable, SCRIPTS / name, *arguments]
+
+
+def make_random_checkpoint(
+    target: Path, like: str, dtype: str = "float16", layers: int | None = None
+) -> None:
+    """layers: number of blocks, None for the shape's own."""
+    words: list[str | Path] = ["--like", like, "--dtype", dtype, "--output_dir", target]
+    words += [] if layers is None else ["--layers", str(layers)]
+    measure(script("make_random_checkpoint.py", *words))
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of weights that a step of one token reads of the network in `folder`.
+
+    Every weight once; of the embedding, the head's use.
+    """
+    return sum(path.stat().st_size for path in (folder / "weights").iterdir())
 
 
 def write_result(name: str, figures: dict) -> Path:

@@ -13,7 +13,7 @@ import shutil
 import statistics
 from pathlib import Path
 
-from common import Measured, measure, script, write_result
+from common import Measured, make_random_checkpoint, measure, script, write_result
 
 
 def main() -> None:
@@ -57,9 +57,7 @@ def make_checkpoint(arguments: argparse.Namespace, dtype: str) -> Path:
         if other != folder:
             shutil.rmtree(other)
     if not folder.exists():
-        words = ["--like", arguments.like, "--dtype", dtype, "--output_dir", folder]
-        words += [] if arguments.layers is None else ["--layers", str(arguments.layers)]
-        measure(script("make_random_checkpoint.py", *words))
+        make_random_checkpoint(folder, arguments.like, dtype, arguments.layers)
     return folder
 
 

@@ -21,7 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from common import REPOSITORY, SCRIPTS, measure, private_mib, script, write_result
+from common import (
+    REPOSITORY,
+    SCRIPTS,
+    make_random_checkpoint,
+    measure,
+    private_mib,
+    script,
+    timed,
+    weight_bytes,
+    write_result,
+)
 
 sys.path.insert(0, str(SCRIPTS))
 
@@ -173,10 +183,8 @@ def make_networks(folder: Path, arguments: argparse.Namespace) -> None:
 
     ft, calibration = folder / "ft" / "1-gpu", folder / "awq" / "mpt_tp1_rank0.npz"
     if not calibration.exists():
-        shape = ["--like", arguments.like, "--dtype", "float32"]
-        shape += [] if arguments.layers is None else ["--layers", str(arguments.layers)]
         checkpoint = folder / "checkpoint"
-        measure(script("make_random_checkpoint.py", *shape, "--output_dir", checkpoint))
+        make_random_checkpoint(checkpoint, arguments.like, "float32", arguments.layers)
         options = ("-i", checkpoint, "-o", ft.parent, "-t", "float32")
         measure(script("convert_hf_mpt_to_ft.py", *options))
         # Of random weights any calibration will do.
@@ -269,17 +277,6 @@ def reader(threads: int) -> Callable[[], object]:
 
     torch.set_num_threads(threads)
     return torch.ones(READ_BYTES // 4).sum
-
-
-def timed(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes that one token reads: every weight once (of the embedding, the head's use)."""
-    return sum(path.stat().st_size for path in (folder / "weights").iterdir())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from common import Measured, measure, script, write_result
+from common import Measured, make_random_checkpoint, measure, script, write_result
 
 from mpt_trt.config import read_hf_config
 from mpt_trt.hf_checkpoint import HfCheckpoint
@@ -64,10 +64,8 @@ def make_sources(arguments: argparse.Namespace, ft: Path) -> None:
     is_awq = arguments.quantization == "int4_awq"
     if (ft / f"{arguments.tp}-gpu").exists() and (calibration.exists() or not is_awq):
         return
-    shape = ("--like", arguments.like, "--dtype", arguments.dtype)
-    shape += () if arguments.layers is None else ("--layers", str(arguments.layers))
     if not checkpoint.exists():
-        measure(script("make_random_checkpoint.py", *shape, "--output_dir", checkpoint))
+        make_random_checkpoint(checkpoint, arguments.like, arguments.dtype, arguments.layers)
     words = ("-i", checkpoint, "-o", ft, "-t", arguments.dtype, "-tp", str(arguments.tp))
     measure(script("convert_hf_mpt_to_ft.py", *words))
     if is_awq:

@@ -12,11 +12,10 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import SCRIPTS, write_result
+from common import SCRIPTS, timed, weight_bytes, write_result
 from networks import network_without_plan, random_ft_checkpoint
 
 sys.path.insert(0, str(SCRIPTS))
@@ -129,17 +128,6 @@ def prompt_ms(model: StepModel, length: int) -> float:
     return 1e3 * statistics.median(seconds[1:])
 
 
-def timed(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes that a step of one token reads, without the cache: every weight once."""
-    return sum(path.stat().st_size for path in (folder / "weights").iterdir())
-
-
 def gpu_name() -> str:
     from mpt_trt.engines import gpus
 
@@ -149,15 +137,9 @@ def gpu_name() -> str:
 def gpu_memory_used() -> int:
     from cuda.bindings import runtime as cudart
 
-    free, total = call_all(cudart.cudaMemGetInfo())
+    status, free, total = cudart.cudaMemGetInfo()
+    assert status == cudart.cudaError_t.cudaSuccess, status
     return total - free
-
-
-def call_all(result: tuple) -> tuple:
-    from mpt_trt.engines.device_buffer import call
-
-    call(result[:1])
-    return result[1:]
 
 
 def read_rate() -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from common import SCRIPTS, measure, script
+from common import SCRIPTS, make_random_checkpoint, measure, script
 
 sys.path.insert(0, str(SCRIPTS))
 
@@ -17,12 +17,11 @@ from mpt_trt.sharding import Shard, VocabularySharding
 
 
 def random_ft_checkpoint(folder: Path, like: str, dtype: str) -> FtCheckpoint:
-    """The FT checkpoint of a random model, for one rank; made once. The model's own is deleted."""
+    """The FT checkpoint of a random model, for one rank; made once."""
     ft = folder / "ft" / "1-gpu"
     if not ft.exists():
         model_dir = folder / "checkpoint"
-        shape = ("--like", like, "--dtype", dtype)
-        measure(script("make_random_checkpoint.py", *shape, "--output_dir", model_dir))
+        make_random_checkpoint(model_dir, like, dtype)
         options = ("-i", model_dir, "-o", ft.parent, "-t", dtype, "-p", "8")
         measure(script("convert_hf_mpt_to_ft.py", *options))
     return read_ft_checkpoint(ft)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import yaml
-from common import REPOSITORY, SCRIPTS, measure, script, write_result
+from common import REPOSITORY, SCRIPTS, make_random_checkpoint, write_result
 
 MODEL = "random"
 RESOURCES = REPOSITORY / "resources"
@@ -44,9 +44,7 @@ def main() -> None:
     folder = arguments.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
     checkpoint = folder / "checkpoint"
-    shape = ["--like", arguments.like]
-    shape += [] if arguments.layers is None else ["--layers", str(arguments.layers)]
-    measure(script("make_random_checkpoint.py", *shape, "--output_dir", checkpoint))
+    make_random_checkpoint(checkpoint, arguments.like, layers=arguments.layers)
     write_config(folder, checkpoint, arguments.samples)
     target = f"smoke_tests/{MODEL}/{arguments.variant}/{arguments.tp}-gpu.json"
     started = time.perf_counter()
