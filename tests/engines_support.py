@@ -19,11 +19,12 @@ import plain_mpt
 from checkpoints import CheckpointSpec, config_dict, tensors, write_checkpoint
 from mpt_trt import ft_checkpoint, weight_map
 from mpt_trt.config import read_hf_config
-from mpt_trt.engines.building import BuildRequest, build_engine, make_rank_network
+from mpt_trt.engines.building import BuildRequest, build_engine
 from mpt_trt.engines.cpu_settings import CpuSettings
 from mpt_trt.engines.limits import EngineLimits
-from mpt_trt.engines.manifest import read_network_manifest
+from mpt_trt.engines.manifest import read_network_manifest, write_rank_network
 from mpt_trt.engines.onnx_runtime import OnnxRuntimeEngine
+from mpt_trt.files import replace_directory
 from mpt_trt.ft_checkpoint import ConversionSettings, FtCheckpoint
 from mpt_trt.generation import StepModel
 from mpt_trt.hf_checkpoint import HfCheckpoint
@@ -104,6 +105,19 @@ def make_ft_checkpoint(
     """`folder/hf`, the checkpoint of `spec`, and from it `folder/ft/1-gpu`, which is returned."""
     hf_folder = write_checkpoint(folder / "hf", spec)
     return convert(hf_folder, folder / "ft" / "1-gpu", storage_type)
+
+
+def make_rank_network(
+    checkpoint: FtCheckpoint,
+    shard: Shard,
+    limits: EngineLimits,
+    target: Path,
+    vocabulary: VocabularySharding,
+    recipe: Recipe = NOT_QUANTIZED,
+) -> None:
+    """Makes the folder `target` with the network of one rank alone, and its description."""
+    with replace_directory(target) as folder:
+        write_rank_network(checkpoint, shard, limits, folder, vocabulary, recipe)
 
 
 def make_network(

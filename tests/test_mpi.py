@@ -21,9 +21,16 @@ import pytest
 
 import mpi_driver
 from checkpoints import CheckpointSpec, write_checkpoint
-from engines_support import COMPUTE_CAPABILITIES, LIMITS, SCRIPTS, call_tool, one_line_error
+from engines_support import (
+    COMPUTE_CAPABILITIES,
+    LIMITS,
+    SCRIPTS,
+    call_tool,
+    make_rank_network,
+    one_line_error,
+)
 from mpt_trt.config import read_hf_config
-from mpt_trt.engines.building import BuildRequest, build_engine, make_rank_network
+from mpt_trt.engines.building import BuildRequest, build_engine
 from mpt_trt.engines.loading import load_engine
 from mpt_trt.engines.manifest import (
     BuilderInfo,

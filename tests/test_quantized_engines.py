@@ -30,6 +30,7 @@ from engines_support import (
     deviation,
     feed,
     make_network,
+    make_rank_network,
     open_network,
     random_ids,
 )
@@ -37,7 +38,7 @@ from merged_ranks import MergedRanks
 from modelopt_reference import fake_quantized_logits
 from mpt_trt import ft_checkpoint, weight_map
 from mpt_trt.config import read_hf_config
-from mpt_trt.engines.building import BuildRequest, build_rank, make_rank_network
+from mpt_trt.engines.building import BuildRequest, build_rank, make_networks
 from mpt_trt.engines.limits import EngineLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_checkpoint import ConversionSettings, FtCheckpoint
@@ -134,14 +135,7 @@ class Model:
         """The float32 networks of all ranks in one folder."""
         checkpoint = self.checkpoint(quantization, tp_size)
         recipe = self.recipe(quantization, checkpoint)
-        for shard in shards(tp_size):
-            folder = target / f"rank{shard.rank}"
-            make_rank_network(checkpoint, shard, LIMITS, folder, VocabularySharding(), recipe)
-            for path in (*folder.glob("*.onnx"), *folder.glob("weights/*")):
-                place = target / path.relative_to(folder)
-                place.parent.mkdir(exist_ok=True)
-                if not place.exists():
-                    place.hardlink_to(path)
+        make_networks(checkpoint, LIMITS, target, VocabularySharding(), recipe)
         return target
 
 

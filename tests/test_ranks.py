@@ -29,6 +29,7 @@ from engines_support import (
     call_tool,
     deviation,
     feed,
+    make_rank_network,
     one_line_error,
     random_ids,
     reference,
@@ -39,7 +40,7 @@ from merged_ranks import MergedRanks
 from mpt_trt import sharding
 from mpt_trt.config import MptConfig, read_hf_config
 from mpt_trt.engines import tensorrt
-from mpt_trt.engines.building import BuildRequest, build_rank, make_rank_network
+from mpt_trt.engines.building import BuildRequest, build_rank
 from mpt_trt.engines.manifest import check_content, collect, read_manifest, write_rank_network
 from mpt_trt.engines.packages import installed_package
 from mpt_trt.engines.tensorrt import BuildOptions

@@ -16,7 +16,7 @@ from mpt_trt.files import content_hash, replace_directory
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.quantization.recipe import NOT_QUANTIZED, Recipe
 from mpt_trt.quantization.scheme import Fp8, Quantization, SmoothQuant
-from mpt_trt.sharding import Shard, VocabularySharding, shards
+from mpt_trt.sharding import VocabularySharding, shards
 from mpt_trt.source_files import source_hash
 
 
@@ -41,19 +41,6 @@ RANK_TOOL = Path(__file__).parents[2] / "build_rank.py"
 
 # Adds the plans of tp_size ranks to the folder that has their networks.
 PlanBuilder = Callable[[Path, BuildRequest, int], None]
-
-
-def make_rank_network(
-    checkpoint: FtCheckpoint,
-    shard: Shard,
-    limits: EngineLimits,
-    target: Path,
-    vocabulary: VocabularySharding,
-    recipe: Recipe = NOT_QUANTIZED,
-) -> None:
-    """Makes the folder `target` with one rank's network and the description of it."""
-    with replace_directory(target) as folder:
-        manifest.write_rank_network(checkpoint, shard, limits, folder, vocabulary, recipe)
 
 
 def make_networks(
