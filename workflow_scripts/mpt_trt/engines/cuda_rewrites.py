@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from mpt_trt.engines.onnx_rewrites import cast
+from mpt_trt.engines.onnx_rewrites import cast, take_any_cache_length
 
 DOMAIN = "com.microsoft"
 NORMS = {
@@ -65,6 +65,7 @@ def attributes(node: onnx.NodeProto) -> dict[str, object]:
 def for_prompts(network: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the network that reads prompts."""
     model = copy.deepcopy(network)
+    take_any_cache_length(model)
     clip_in_float32(model)
     choose_rows_by_number(model)
     fuse_residual_norms(model)
@@ -76,7 +77,9 @@ def for_prompts(network: onnx.ModelProto) -> onnx.ModelProto:
 def for_steps(network: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the network for steps of one token a row, which chooses the likeliest tokens."""
     model = copy.deepcopy(network)
+    take_any_cache_length(model)
     clip_in_float32(model)
+    take_key_positions(model)
     specialize_for_one_token(model)
     fuse_residual_norms(model)
     norm_with_fast_kernels(model)
@@ -239,6 +242,22 @@ def _with_flat_queries(
         behind.name: [],
         merge.name: [],
     }
+
+
+def take_key_positions(model: onnx.ModelProto) -> None:
+    """An input, `key_positions` int64 `[cache_len]`, in place of a range up to the cache's length.
+
+    The range would be made at each step, of a number in host memory.
+    """
+    graph = Graph(model)
+    numbers = graph.maker["bias/key_positions"]
+    end = graph.maker[numbers.input[1]]
+    length = graph.maker[end.input[0]]
+    for node in graph.readers[numbers.output[0]]:
+        node.input[list(node.input).index(numbers.output[0])] = "key_positions"
+    graph.store({made.name: [] for made in (numbers, end, length)})
+    value = helper.make_tensor_value_info("key_positions", TensorProto.INT64, ["cache_len"])
+    model.graph.input.append(value)
 
 
 def specialize_for_one_token(model: onnx.ModelProto) -> None:

@@ -17,11 +17,12 @@ from onnx import TensorProto
 from mpt_trt.engines.cpu_collectives import Collectives, replace_collectives
 from mpt_trt.engines.cpu_settings import CpuSettings
 from mpt_trt.engines.manifest import Manifest
-from mpt_trt.engines.onnx_cache import make_bound_cache, take_any_cache_length
+from mpt_trt.engines.onnx_cache import make_bound_cache
 from mpt_trt.engines.onnx_rewrites import (
     compute_in_float32,
     read_network,
     spell_out_scale_types,
+    take_any_cache_length,
 )
 from mpt_trt.errors import MptTrtError
 from mpt_trt.kv_cache import cache_shape
@@ -145,6 +146,10 @@ def _open_session(
     # By default, products of quantized weights would round activations to 8 bits.
     level = ACCURACY_LEVELS[cpu.activations]
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
+    if isinstance(manifest.quantization.scheme, Fp8):
+        # Else weights are dequantized at every step, one by one, and 1.31 even fuses such products
+        # into an operator that takes no fp8.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     weights = []
     if _lacks_kernels(manifest):
         stored_type = ELEMENT_TYPES[manifest.dtype]
