@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from mpt_trt.engines import cuda_rewrites
+from mpt_trt.engines.external_data import SharedWeight
 from mpt_trt.engines.manifest import network_name
-from mpt_trt.engines.shared_weights import SharedWeight, share_weights
+from mpt_trt.engines.shared_weights import share_weights
 
 BOUND = 2e-5
 # Rows of different lengths, one of a single token.
@@ -53,13 +54,7 @@ def load(model: onnx.ModelProto, folder: Path, weights: list[SharedWeight]) -> L
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    return Loaded(session, {weight.name: as_value(weight) for weight in weights})
-
-
-def as_value(weight: SharedWeight) -> onnxruntime.OrtValue:
-    dtype = helper.tensor_dtype_to_np_dtype(weight.element_type)
-    content = weight.read().reshape(-1).view(dtype).reshape(weight.shape)
-    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(content, weight.element_type)
+    return Loaded(session, {weight.name: weight.as_value() for weight in weights})
 
 
 def network_of(folder: Path) -> onnx.ModelProto:
@@ -115,7 +110,7 @@ def require_same(
     inputs, and the network for steps.
     """
     original, shared = network_of(folder), network_of(folder)
-    weights = share_weights(shared, folder)
+    weights = share_weights(shared, folder).inputs
     reading, steps = cuda_rewrites.for_prompts(shared), cuda_rewrites.for_steps(shared)
     plain = load(original, folder, [])
     prompts, single = load(reading, folder, weights), load(steps, folder, weights)

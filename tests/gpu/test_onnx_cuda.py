@@ -5,6 +5,8 @@ Bounds are multiples of the logits' standard deviation; they are those of test_n
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -38,12 +40,14 @@ def least_positions(request, monkeypatch):
     monkeypatch.setattr(device_cache, "LEAST_POSITIONS", request.param)
 
 
-def open_both(folder, spec, storage_type, recipe=NOT_QUANTIZED) -> tuple[StepModel, StepModel]:
+def open_both(
+    folder, spec, storage_type, recipe=NOT_QUANTIZED, limits=LIMITS
+) -> tuple[StepModel, StepModel]:
     """On the GPU, and on the CPU."""
     from mpt_trt.engines.onnx_cuda import OnnxCudaEngine
 
     checkpoint = make_ft_checkpoint(folder, spec, storage_type)
-    network = make_network(checkpoint, folder / "network", LIMITS, recipe)
+    network = make_network(checkpoint, folder / "network", limits, recipe)
     return OnnxCudaEngine(network, read_network_manifest(network)), open_network(network)
 
 
@@ -65,10 +69,10 @@ def require_alike(spec: CheckpointSpec, ours: StepModel, theirs: StepModel, boun
     compare(slice(9, 11), [9] * 3)
     # Rows at positions of their own.
     compare(slice(11, 12), [4, 11, 7])
-    for rows in ([2, 2, 0, 1], [3, 0]):
+    for position, rows in ((11, [2, 2, 0, 1]), (12, [3, 0])):
         for model in (ours, theirs):
             model.reorder(np.array(rows))
-        compare(slice(11, 12), [12] * len(rows))
+        compare(slice(11, 12), [position] * len(rows))
 
 
 def require_same_text(spec: CheckpointSpec, ours: StepModel, theirs: StepModel) -> None:
@@ -100,9 +104,12 @@ def test_networks_of_16_bits(name, storage_type, tmp_path):
     require_alike(spec, ours, theirs, BOUNDS[storage_type])
 
 
+@pytest.mark.parametrize("rows", [LIMITS.max_batch_size, 64])
 @pytest.mark.parametrize("storage_type", BOUNDS)
 @pytest.mark.parametrize("scheme", WEIGHT_ONLY)
-def test_integer_weights(scheme, storage_type, tmp_path):
+def test_integer_weights(scheme, storage_type, rows, tmp_path):
+    """Of engines for more rows, weights are laid out in tiles."""
     recipe = Recipe(Quantization(scheme, "auto"), None)
-    ours, theirs = open_both(tmp_path, WIDE, storage_type, recipe)
+    limits = replace(LIMITS, max_batch_size=rows)
+    ours, theirs = open_both(tmp_path, WIDE, storage_type, recipe, limits)
     require_alike(WIDE, ours, theirs, BOUNDS[storage_type])

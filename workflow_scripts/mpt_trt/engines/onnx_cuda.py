@@ -24,9 +24,10 @@ from onnx import TensorProto
 from mpt_trt.engines import cuda_rewrites
 from mpt_trt.engines.device_buffer import DeviceBuffer, PinnedBuffer, call
 from mpt_trt.engines.device_cache import make_device_cache, positions_in_use
+from mpt_trt.engines.external_data import SharedWeight
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnx_rewrites import read_network, spell_out_scale_types
-from mpt_trt.engines.shared_weights import SharedWeight, share_weights
+from mpt_trt.engines.shared_weights import share_weights
 from mpt_trt.engines.step_graphs import StepGraphs
 from mpt_trt.errors import MptTrtError
 from mpt_trt.kv_cache import QUANTIZED_TYPES, cache_shape
@@ -39,6 +40,12 @@ ERROR_SEVERITY = 3
 LOADING_THREADS = 8
 INT64_BYTES = 8
 FLOAT32_BYTES = 4
+# By bits of weights: of engines for as many rows, products take them in tiles. Fewer rows decode
+# faster by columns, and so are prompts read. See docs/performance.md.
+ROWS_FOR_TILES = {4: 16, 8: 2}
+# What has kernels for tiles.
+TILED_TYPES = ("float16", "bfloat16")
+LEAST_COMPUTE_CAPABILITY = 8
 # Of a step's result, a row: the token, its position, and a number.
 RESULT_BYTES = 2 * INT64_BYTES + FLOAT32_BYTES
 
@@ -76,12 +83,15 @@ class OnnxCudaEngine:
     def _load(self, path: Path, manifest: Manifest) -> None:
         network = read_network(path)
         spell_out_scale_types(network, ELEMENT_TYPES[manifest.dtype])
-        weights = share_weights(network, path.parent)
+        weights = share_weights(network, path.parent, _tiled_bits(manifest))
         prompts, steps = cuda_rewrites.for_prompts(network), cuda_rewrites.for_steps(network)
-        self._prompts = _Session(prompts, path, self._stream)
-        self._steps = _Session(steps, path, self._stream)
-        self._weights = _upload(weights, self._stream)
-        for weight in weights:
+        with ThreadPoolExecutor(LOADING_THREADS) as pool:
+            values = pool.map(SharedWeight.as_value, weights.constants)
+            constants = dict(zip((each.name for each in weights.constants), values, strict=True))
+        self._prompts = _Session(prompts, path, self._stream, constants)
+        self._steps = _Session(steps, path, self._stream, constants)
+        self._weights = _upload(weights.inputs, self._stream)
+        for weight in weights.inputs:
             address = self._weights[weight.name].address
             for session in (self._prompts, self._steps):
                 session.bind_input(weight.name, weight.element_type, weight.shape, address)
@@ -205,14 +215,28 @@ class OnnxCudaEngine:
 class _Session:
     """A network that is loaded, and what its values are bound to."""
 
-    def __init__(self, model: onnx.ModelProto, path: Path, stream: Any):
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        path: Path,
+        stream: Any,
+        constants: dict[str, onnxruntime.OrtValue],
+    ):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = ERROR_SEVERITY
         # Planned memory is allocated in a second run, which for steps is the one to be captured.
         options.enable_mem_pattern = False
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(path.parent)
-        )
+        entries = {
+            "session.model_external_initializers_file_folder_path": str(path.parent),
+            # What operators make of constants replaces them.
+            "session.use_device_allocator_for_initializers": "1",
+            # Constants are scales of tiles. Kernels are chosen when numbers of rows first come.
+            "ep.cuda.fpa_intb_gemm": "1" if constants else "0",
+            "ep.cuda.fpa_intb_profile_m": "1",
+        }
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        options.add_external_initializers(list(constants), list(constants.values()))
         provider = {
             "user_compute_stream": str(int(stream)),
             "arena_extend_strategy": "kSameAsRequested",
@@ -326,6 +350,16 @@ def _cache_type(manifest: Manifest) -> int:
     """ONNX's type of the cache."""
     kv_cache = manifest.quantization.kv_cache
     return ELEMENT_TYPES[manifest.dtype] if kv_cache == "auto" else QUANTIZED_TYPES[kv_cache][0]
+
+
+def _tiled_bits(manifest: Manifest) -> tuple[int, ...]:
+    """Of integers that products take in tiles."""
+    attribute = cudart.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor
+    major = call(cudart.cudaDeviceGetAttribute(attribute, 0))
+    if manifest.dtype not in TILED_TYPES or major < LEAST_COMPUTE_CAPABILITY:
+        return ()
+    rows = manifest.limits.max_batch_size
+    return tuple(bits for bits, least in ROWS_FOR_TILES.items() if rows >= least)
 
 
 def _upload(weights: list[SharedWeight], stream: Any) -> dict[str, DeviceBuffer]:

@@ -5,91 +5,102 @@ ONNX Runtime would load them once for every session that it opens on a network.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from mpt_trt.engines.cuda_rewrites import DOMAIN, Graph, attributes
-from mpt_trt.engines.external_data import StoredBytes, stored_bytes
-from mpt_trt.numerics import transpose
+from mpt_trt.engines.cuda_rewrites import Graph, attributes
+from mpt_trt.engines.external_data import SharedWeight, stored_bytes
+from mpt_trt.engines.integer_products import (
+    BLOCK_OF_COLUMN,
+    INTEGER_BITS,
+    FusedProduct,
+    IntegerMatrix,
+    by_columns,
+    by_tiles,
+)
 
 # Smaller tensors stay: norms, biases, and scales of whole columns.
 LEAST_BYTES = 1 << 18
-# Of two's complement nibbles and bytes: what flips their sign bits, so that 0 becomes 8 and 128.
-SIGN_BITS = {4: np.uint8(0x88), 8: np.uint8(0x80)}
-# Rows of a column that share a stored scale, where the network has one scale for all of it.
-BLOCK_OF_COLUMN = 128
-INTEGER_BITS = {TensorProto.INT4: 4, TensorProto.INT8: 8}
 
 
 @dataclass(frozen=True)
-class SharedWeight:
-    """An input that takes a weight. element_type: ONNX's. content: its bytes, or what makes
-    them.
-    """
+class SharedWeights:
+    """Inputs of the network; and initializers that it leaves to whoever loads it."""
 
-    name: str
-    element_type: int
-    shape: tuple[int, ...]
-    content: StoredBytes | Callable[[], NDArray]
-
-    @property
-    def size(self) -> int:
-        itemsize = helper.tensor_dtype_to_np_dtype(self.element_type).itemsize
-        return math.prod(self.shape) * itemsize
-
-    def read(self) -> NDArray:
-        """The weight's bytes in a contiguous array."""
-        found = self.content
-        return found.read() if isinstance(found, StoredBytes) else found()
+    inputs: list[SharedWeight]
+    constants: list[SharedWeight]
 
 
-def share_weights(model: onnx.ModelProto, folder: Path) -> list[SharedWeight]:
+def share_weights(
+    model: onnx.ModelProto, folder: Path, tiled_bits: Collection[int] = ()
+) -> SharedWeights:
     """Makes inputs of large external weights, and of integers that a product takes dequantized.
 
     folder: that of the network. The nodes that dequantize such a matrix and multiply by it become
-    one operator of ONNX Runtime (MatMulNBits), which reads integers.
+    one operator of ONNX Runtime (MatMulNBits), which reads integers. tiled_bits: of integers that
+    are laid out in tiles, if all of the network's can be; see integer_products.
     """
-    weights = _fuse_integer_products(model, folder)
+    products = _fuse_integer_products(model, folder, tiled_bits)
+    inputs = [weight for product in products for weight in product.inputs]
+    constants = [weight for product in products for weight in product.constants]
     graph = Graph(model)
     for tensor in list(graph.initializers.values()):
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
         stored = stored_bytes(tensor, folder)
         if stored.size >= LEAST_BYTES and tensor.data_type != TensorProto.INT4:
-            weights.append(SharedWeight(tensor.name, tensor.data_type, tuple(tensor.dims), stored))
+            inputs.append(SharedWeight(tensor.name, tensor.data_type, tuple(tensor.dims), stored))
             del graph.initializers[tensor.name]
     graph.store()
-    for weight in weights:
+    for weight in inputs:
         value = helper.make_tensor_value_info(weight.name, weight.element_type, weight.shape)
         model.graph.input.append(value)
-    return weights
+    model.graph.initializer.extend(_left_out(weight) for weight in constants)
+    return SharedWeights(inputs, constants)
 
 
-def _fuse_integer_products(model: onnx.ModelProto, folder: Path) -> list[SharedWeight]:
+def _left_out(weight: SharedWeight) -> TensorProto:
+    """An initializer whose content is not where it says."""
+    tensor = TensorProto(name=weight.name, data_type=weight.element_type, dims=weight.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="given when the network is loaded")
+    return tensor
+
+
+def _fuse_integer_products(
+    model: onnx.ModelProto, folder: Path, tiled_bits: Collection[int]
+) -> list[FusedProduct]:
     graph = Graph(model)
+    found = dict(_integer_products(graph, folder))
+    # All or none: a session's products either use the kernels for tiles or do not.
+    is_tiled = all(each.bits in tiled_bits and each.fits_tiles() for each, _ in found.values())
+    fuse = by_tiles if is_tiled else by_columns
     replaced: dict[str, list[onnx.NodeProto]] = {}
-    weights: list[SharedWeight] = []
+    products: list[FusedProduct] = []
+    for dequantizing, (matrix, node) in found.items():
+        products.append(fuse(matrix, node))
+        del graph.initializers[matrix.integers.name], graph.initializers[matrix.scales.name]
+        replaced |= {dequantizing: [], node.name: [products[-1].node]}
+    graph.store(replaced)
+    return products
+
+
+def _integer_products(
+    graph: Graph, folder: Path
+) -> Iterator[tuple[str, tuple[IntegerMatrix, onnx.NodeProto]]]:
+    """Matrices that a product alone takes, and the product, by the node that dequantizes them."""
     for node in graph.nodes:
         if node.op_type != "DequantizeLinear" or node.input[0] not in graph.initializers:
             continue
         integers, scales = (graph.initializers[name] for name in node.input[:2])
         readers = graph.readers[node.output[0]]
-        if not _is_fusible(node, integers, [reader.op_type for reader in readers]):
-            continue
-        [product] = readers
-        matrix = _IntegerMatrix(integers, scales, attributes(node).get("block_size"), folder)
-        weights += matrix.weights()
-        del graph.initializers[integers.name], graph.initializers[scales.name]
-        replaced |= {node.name: [], product.name: [matrix.product(product)]}
-    graph.store(replaced)
-    return weights
+        if _is_fusible(node, integers, [reader.op_type for reader in readers]):
+            block_size = attributes(node).get("block_size")
+            yield node.name, (IntegerMatrix(integers, scales, block_size, folder), readers[0])
 
 
 def _is_fusible(node: onnx.NodeProto, integers: TensorProto, readers: list[str]) -> bool:
@@ -103,78 +114,3 @@ def _is_fusible(node: onnx.NodeProto, integers: TensorProto, readers: list[str])
     if block_size:
         return found.get("axis", 1) == 0
     return found.get("axis", 1) == 1 and integers.dims[0] % BLOCK_OF_COLUMN == 0
-
-
-@dataclass(frozen=True)
-class _IntegerMatrix:
-    """Integers `[in_features, out_features]`, scales `[blocks, out_features]` or `[out_features]`.
-
-    MatMulNBits has them by column, unsigned: `[out_features, blocks, block_size * bits / 8]`, and
-    scales `[out_features, blocks]`; what stands for 0 is 8, or 128.
-    """
-
-    integers: TensorProto
-    scales: TensorProto
-    block_size: int | None
-    folder: Path
-
-    @property
-    def bits(self) -> int:
-        return INTEGER_BITS[self.integers.data_type]
-
-    @property
-    def rows_of_scale(self) -> int:
-        return self.block_size or BLOCK_OF_COLUMN
-
-    @property
-    def blocks(self) -> int:
-        return self.integers.dims[0] // self.rows_of_scale
-
-    def product(self, node: onnx.NodeProto) -> onnx.NodeProto:
-        """In the place of MatMul."""
-        return helper.make_node(
-            "MatMulNBits",
-            [node.input[0], self.integers.name, self.scales.name],
-            list(node.output),
-            name=node.name,
-            domain=DOMAIN,
-            K=self.integers.dims[0],
-            N=self.integers.dims[1],
-            bits=self.bits,
-            block_size=self.rows_of_scale,
-            # Activations are not rounded.
-            accuracy_level=1,
-        )
-
-    def weights(self) -> Iterator[SharedWeight]:
-        _, width = self.integers.dims
-        bytes_of_block = self.rows_of_scale * self.bits // 8
-        shape = (width, self.blocks, bytes_of_block)
-        yield SharedWeight(self.integers.name, TensorProto.UINT8, shape, self._columns)
-        shape = (width, self.blocks)
-        yield SharedWeight(self.scales.name, self.scales.data_type, shape, self._scales_of_columns)
-
-    def _columns(self) -> NDArray[np.uint8]:
-        height, width = self.integers.dims
-        stored = stored_bytes(self.integers, self.folder).read() ^ SIGN_BITS[self.bits]
-        if self.bits == 8:
-            return _transposed(stored.reshape(height, width))
-        pairs = stored.reshape(height // 2, 2, width // 2)
-        even, odd = pairs[:, 0], pairs[:, 1]
-        columns = np.empty((width // 2, 2, height // 2), np.uint8)
-        columns[:, 0] = _transposed((even & 0x0F) | (odd << 4))
-        columns[:, 1] = _transposed((even >> 4) | (odd & 0xF0))
-        return columns
-
-    def _scales_of_columns(self) -> NDArray:
-        dtype = helper.tensor_dtype_to_np_dtype(self.scales.data_type)
-        stored = stored_bytes(self.scales, self.folder).read().view(dtype)
-        width = self.integers.dims[1]
-        by_block = np.broadcast_to(stored.reshape(-1, width), (self.blocks, width))
-        return np.ascontiguousarray(by_block.T)
-
-
-def _transposed(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    target = np.empty(block.shape[::-1], np.uint8)
-    transpose(block, target)
-    return target
