@@ -1,8 +1,8 @@
 """Greedy decoding of one model shape on a GPU, under ONNX Runtime as run.py uses it.
 
-Random weights. For each variant, batch and cache length: milliseconds a step of one token a row,
-and of reading a prompt; seconds and GPU memory of loading. In the same run: how fast the GPU reads,
-and a plain PyTorch MPT, compiled, whose step is a CUDA graph (float16, batch 1).
+Random weights. For each engine and number of rows: milliseconds a step of one token a row, and of
+reading a prompt; seconds and GPU memory of loading. In the same run: how fast the GPU reads, and a
+plain PyTorch MPT, compiled, whose step is a CUDA graph (float16, batch 1).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RECIPES = {
     "int8_weight_only": Recipe(Quantization(WeightOnly(8), "auto"), None),
     "int4_weight_only-g128": Recipe(Quantization(WeightOnly(4, 128), "auto"), None),
 }
-# The first steps warm up and capture.
+# The first steps of a generation are not counted, and so many are looked at together.
 WARM_UP = 8
 STEPS = 64
 GIB = 1 << 30
@@ -41,20 +41,31 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Case:
-    """batches: rows that decode at once. prompts: lengths of prompts of which one is read."""
+    """An engine, and what is measured of it.
+
+    max_rows: of the engine. batches: rows that decode at once, from prompts of `start` tokens until
+    the cache is full. prompts: lengths of prompts of which one is read.
+    """
 
     recipe: str
-    cache_len: int
-    batches: tuple[int, ...]
-    prompts: tuple[int, ...]
+    max_rows: int
+    cache_len: int = 512
+    batches: tuple[int, ...] = (1,)
+    start: int = 16
+    prompts: tuple[int, ...] = ()
 
 
+INT4 = "int4_weight_only-g128"
+LONG = {"cache_len": 2304, "start": 2048, "prompts": (512, 2048)}
 CASES = (
-    Case("fp16", 512, (1, 8, 64), ()),
-    Case("fp16", 2304, (1,), (512, 2048)),
-    Case("int4_weight_only-g128", 512, (1, 8, 64), ()),
-    Case("int4_weight_only-g128", 2304, (1,), (512, 2048)),
-    Case("int8_weight_only", 512, (1,), ()),
+    Case("fp16", 64, batches=(1, 8, 64)),
+    Case("fp16", 1, **LONG),
+    Case(INT4, 8, batches=(1, 8)),
+    Case(INT4, 64, batches=(1, 8, 64)),
+    Case(INT4, 1, **LONG),
+    Case(INT4, 16, **LONG),
+    Case("int8_weight_only", 1),
+    Case("int8_weight_only", 64, batches=(1, 8, 64)),
 )
 
 
@@ -84,19 +95,21 @@ def main() -> None:
 def measured(case: Case, checkpoint: FtCheckpoint, folder: Path) -> dict:
     from mpt_trt.engines.onnx_cuda import OnnxCudaEngine
 
-    longest = max(case.prompts, default=case.cache_len // 2)
-    limits = EngineLimits(max(case.batches), longest, case.cache_len - longest)
+    longest = max(case.start, *case.prompts, case.cache_len // 2)
+    limits = EngineLimits(case.max_rows, longest, case.cache_len - longest)
     shutil.rmtree(folder, ignore_errors=True)
     manifest = network_without_plan(checkpoint, folder, limits, RECIPES[case.recipe])
     before, started = gpu_memory_used(), time.perf_counter()
     model = OnnxCudaEngine(folder, manifest)
     result = {
         "variant": case.recipe,
+        "max_rows": case.max_rows,
         "cache_len": case.cache_len,
         "weights_gb": weight_bytes(folder) / 1e9,
         "load_seconds": time.perf_counter() - started,
         "gpu_memory_gb": (gpu_memory_used() - before) / 1e9,
-        "decode_ms": {batch: step_ms(model, batch) for batch in case.batches},
+        "decode_from": case.start,
+        "decode_ms": {batch: step_ms(model, batch, case) for batch in case.batches},
         "prompt_ms": {length: prompt_ms(model, length) for length in case.prompts},
         "gpu_memory_gb_at_work": (gpu_memory_used() - before) / 1e9,
     }
@@ -104,18 +117,32 @@ def measured(case: Case, checkpoint: FtCheckpoint, folder: Path) -> dict:
     return result
 
 
-def step_ms(model: StepModel, batch: int) -> float:
-    """Of greedy decoding: median of the time between two tokens."""
-    prompts = [list(range(100, 116)) for _ in range(batch)]
-    config = GenerationConfig(max_new_tokens=WARM_UP + STEPS, end_id=None, pad_id=0)
+def step_ms(model: StepModel, batch: int, case: Case) -> dict[str, float]:
+    """Of greedy decoding until the cache is full: of the first steps, of the last, and of all.
+
+    For the second time; and of all for the first time, in which steps are captured.
+    """
+    prompts = [[100 + index % 1000 for index in range(case.start)] for _ in range(batch)]
+    config = GenerationConfig(case.cache_len - case.start, end_id=None, pad_id=0)
     times: list[float] = []
 
     def note(phase: str, _: int) -> None:
         if phase == "decode":
             times.append(time.perf_counter())
 
+    def mean_ms(first: int, last: int) -> float:
+        return 1e3 * (times[last] - times[first]) / (last - first)
+
     generate(model, prompts, config, on_step=note)
-    return 1e3 * (times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP)
+    found = {"all, the first time": mean_ms(WARM_UP, len(times) - 1)}
+    times.clear()
+    generate(model, prompts, config, on_step=note)
+    last = len(times) - 1
+    return found | {
+        "first": mean_ms(WARM_UP, WARM_UP + STEPS),
+        "last": mean_ms(last - STEPS, last),
+        "all": mean_ms(WARM_UP, last),
+    }
 
 
 def prompt_ms(model: StepModel, length: int) -> float:
