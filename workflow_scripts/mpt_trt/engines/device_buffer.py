@@ -20,6 +20,7 @@ class DeviceBuffer:
 
     def __init__(self, size: int):
         self.size = size
+        self.address = 0
         self.address = int(call(cudart.cudaMalloc(size)))
         call(cudart.cudaMemset(self.address, 0, size))
 
@@ -48,6 +49,7 @@ class PinnedBuffer:
     """
 
     def __init__(self, size: int):
+        self._address = 0
         self._address = int(call(cudart.cudaHostAlloc(size, cudart.cudaHostAllocDefault)))
         self.array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self._address))
 

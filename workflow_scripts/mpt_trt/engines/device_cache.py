@@ -146,6 +146,7 @@ class _Buffers:
         # What a row held is overwritten before anything sees it. So buffers of as many rows stay,
         # and with them the graphs that were captured.
         if self._kept is None or self._kept.rows != batch_size:
+            self._kept = None
             self._kept = self._array(batch_size)
         self._kept.positions = self._positions_for(0, self._shape.cache_len)
         self._bind_kept()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,13 @@ class OnnxCudaEngine:
         self._stream = call(cudart.cudaStreamCreate())
         self._load(engine_dir / manifest.ranks[0].network, manifest)
         shape = cache_shape(manifest.config, Shard(0, 1), limits.cache_len)
-        self._cache_type = _cache_type(manifest)
         self._cache = make_device_cache(
             shape,
             manifest.quantization.kv_cache,
             STORAGE_TYPES[manifest.dtype].itemsize,
             positions_in_use,
-            self._bind_cache,
+            # Not a method: the cache would keep the engine, and with it GPU memory.
+            partial(_bind_cache, (self._prompts, self._steps), _cache_type(manifest)),
         )
         self._key_positions = DeviceBuffer(limits.cache_len * INT64_BYTES)
         self._key_positions.copy_from(np.arange(limits.cache_len), self._stream)
@@ -164,12 +165,6 @@ class OnnxCudaEngine:
         key = (self._rows, cache.address, cache.positions)
         self._graphs.run(key, self._steps.run, self._steps.enqueue)
         cache.after_step(write_positions, self._stream)
-
-    def _bind_cache(self, name: str, address: int, shape: tuple[int, ...]) -> None:
-        """A part of the cache, or of what a step adds to it."""
-        for session in (self._prompts, self._steps):
-            bind = session.bind_input if name.startswith("past_") else session.bind_output
-            bind(name, self._cache_type, shape, address)
 
     def _read_prompts(
         self,
@@ -344,6 +339,19 @@ class _StepResult:
         """Tokens and their log-probabilities. Copies, since the buffer is used again."""
         call(cudart.cudaEventSynchronize(self._event))
         return self._tokens.copy(), -np.log(self._total_odds)
+
+
+def _bind_cache(
+    sessions: tuple[_Session, ...],
+    element_type: int,
+    name: str,
+    address: int,
+    shape: tuple[int, ...],
+) -> None:
+    """A part of the cache, or of what a step adds to it."""
+    for session in sessions:
+        bind = session.bind_input if name.startswith("past_") else session.bind_output
+        bind(name, element_type, shape, address)
 
 
 def _cache_type(manifest: Manifest) -> int:
