@@ -21,7 +21,6 @@ from engines_support import (
     random_ids,
     step,
 )
-from mpt_trt.engines import device_cache
 from mpt_trt.engines.manifest import read_network_manifest
 from mpt_trt.generation import GenerationConfig, StepModel, generate
 from mpt_trt.quantization.recipe import NOT_QUANTIZED, Recipe
@@ -32,12 +31,6 @@ pytestmark = pytest.mark.gpu
 BOUNDS = {"float32": 5e-5, "float16": 3e-2, "bfloat16": 0.3}
 WIDE = CheckpointSpec(hidden_size=256, num_heads=4, num_layers=2, vocab_size=301)
 WEIGHT_ONLY = [WeightOnly(4, 64), WeightOnly(4), WeightOnly(8)]
-
-
-@pytest.fixture(params=[device_cache.LEAST_POSITIONS, 4], autouse=True)
-def least_positions(request, monkeypatch):
-    """With 4, buffers become longer within every test."""
-    monkeypatch.setattr(device_cache, "LEAST_POSITIONS", request.param)
 
 
 def open_both(

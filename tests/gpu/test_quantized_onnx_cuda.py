@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from engines_support import deviation, make_network, open_network, step
-from mpt_trt.engines import device_cache
 from mpt_trt.engines.manifest import read_network_manifest
 from mpt_trt.quantization.scheme import Fp8, SmoothQuant
 from test_quantized_engines import LIMITS, QUANTIZATIONS, WITH_FP8_CACHE, demo, held_out
@@ -26,7 +25,7 @@ ROUNDED_BOUND = 0.5
 
 @pytest.mark.parametrize("storage_type", EXACT_BOUNDS)
 @pytest.mark.parametrize("name", EVERY)
-def test_quantized_networks(name, storage_type, demo, held_out, tmp_path, monkeypatch):
+def test_quantized_networks(name, storage_type, demo, held_out, tmp_path):
     from mpt_trt.engines.onnx_cuda import OnnxCudaEngine
 
     quantization = EVERY[name]
@@ -38,8 +37,6 @@ def test_quantized_networks(name, storage_type, demo, held_out, tmp_path, monkey
     is_rounded = is_rounded or quantization.kv_cache != "auto"
     bound = ROUNDED_BOUND if is_rounded else EXACT_BOUNDS[storage_type]
     ids = np.concatenate([held_out, held_out[:, ::-1]])
-    # So that the cache's buffers become longer, from one step to the next.
-    monkeypatch.setattr(device_cache, "LEAST_POSITIONS", 62)
     for model in models:
         model.start(2)
     for start, stop in ((0, 60), (60, 61), (61, 62), (62, 63), (63, 80)):

@@ -15,9 +15,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from mpt_trt.engines.onnx_rewrites import cast, take_any_cache_length
+from mpt_trt.engines.onnx_rewrites import cast
 
 DOMAIN = "com.microsoft"
+# Inputs of MultiHeadAttention.
+MHA_KEYS, MHA_KEY_COUNTS = 1, 4
 NORMS = {
     "LayerNormalization": "SkipLayerNormalization",
     "RMSNormalization": "SkipSimplifiedLayerNormalization",
@@ -65,7 +67,6 @@ def attributes(node: onnx.NodeProto) -> dict[str, object]:
 def for_prompts(network: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the network that reads prompts."""
     model = copy.deepcopy(network)
-    take_any_cache_length(model)
     clip_in_float32(model)
     choose_rows_by_number(model)
     fuse_residual_norms(model)
@@ -77,13 +78,12 @@ def for_prompts(network: onnx.ModelProto) -> onnx.ModelProto:
 def for_steps(network: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the network for steps of one token a row, which chooses the likeliest tokens."""
     model = copy.deepcopy(network)
-    take_any_cache_length(model)
     clip_in_float32(model)
-    take_key_positions(model)
     specialize_for_one_token(model)
     fuse_residual_norms(model)
     norm_with_fast_kernels(model)
     compute_attention_of_one_query(model)
+    attend_to_keys_in_use(model)
     choose_likeliest(model)
     return model
 
@@ -244,22 +244,6 @@ def _with_flat_queries(
     }
 
 
-def take_key_positions(model: onnx.ModelProto) -> None:
-    """An input, `key_positions` int64 `[cache_len]`, in place of a range up to the cache's length.
-
-    The range would be made at each step, of a number in host memory.
-    """
-    graph = Graph(model)
-    numbers = graph.maker["bias/key_positions"]
-    end = graph.maker[numbers.input[1]]
-    length = graph.maker[end.input[0]]
-    for node in graph.readers[numbers.output[0]]:
-        node.input[list(node.input).index(numbers.output[0])] = "key_positions"
-    graph.store({made.name: [] for made in (numbers, end, length)})
-    value = helper.make_tensor_value_info("key_positions", TensorProto.INT64, ["cache_len"])
-    model.graph.input.append(value)
-
-
 def specialize_for_one_token(model: onnx.ModelProto) -> None:
     """Makes `seq` 1 and asks for the logits of every row, in order, `[batch, vocab]`.
 
@@ -383,6 +367,46 @@ def _multi_head_attention(
         num_heads=num_heads,
         scale=attributes(node)["scale"],
     )
+
+
+def attend_to_keys_in_use(model: onnx.ModelProto) -> None:
+    """ONNX Runtime's own attention is told how many keys each row has, and reads no others.
+
+    For a network that is specialized for one token. A quantized cache is left as it is: there, the
+    step's own key stands behind all of the cache.
+    """
+    graph = Graph(model)
+    fused = [
+        node
+        for node in graph.nodes
+        if node.op_type == "MultiHeadAttention"
+        and graph.maker[node.input[MHA_KEYS]].op_type == "TensorScatter"
+    ]
+    if not fused:
+        return
+    for node in fused:
+        node.input[MHA_KEY_COUNTS] = "keys/count"
+    one = numpy_helper.from_array(np.array(1, np.int32), "one_key")
+    graph.initializers[one.name] = one
+    last = "keys/last"
+    graph.nodes[:0] = [
+        helper.make_node("Cast", ["write_positions"], [last], name=last, to=TensorProto.INT32),
+        helper.make_node("Add", [last, one.name], ["keys/count"], name="keys/count"),
+    ]
+    graph.store(_without_mask(graph))
+
+
+def _without_mask(graph: Graph) -> dict[str, list[onnx.NodeProto]]:
+    """ALiBi's scores alone, where a bias also hides keys behind the query."""
+    masked = graph.maker["bias/masked"]
+    visible, scores, _ = masked.input
+    if scores in graph.initializers:
+        return {}
+    for reader in graph.readers[masked.output[0]]:
+        for index, name in enumerate(reader.input):
+            if name == masked.output[0]:
+                reader.input[index] = scores
+    return {masked.name: [], graph.maker[visible].name: []}
 
 
 def _written_out(graph: Graph, node: onnx.NodeProto, num_kv_heads: int) -> list[onnx.NodeProto]:

@@ -9,17 +9,29 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
+import onnx
 import onnxruntime
 from numpy.typing import DTypeLike, NDArray
 from onnx import helper
 
-from mpt_trt.engines.onnx_rewrites import POSITIONS_AXIS
 from mpt_trt.kv_cache import QUANTIZED_TYPES, CacheShape, cache_names
 from mpt_trt.quantization.scheme import KvCacheType
 
 Binding = onnxruntime.IOBinding
 
 POSITIONS_AT_ONCE = 64
+# The axis of positions in a layer's keys or values.
+POSITIONS_AXIS = 2
+
+
+def take_any_cache_length(model: onnx.ModelProto) -> None:
+    """Lets the network's cache have as many positions as it is given, which were a constant.
+
+    Its graph takes their number from the buffers' shape.
+    """
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past_", "present_")):
+            value.type.tensor_type.shape.dim[POSITIONS_AXIS].dim_param = "cache_len"
 
 
 class BoundCache(Protocol):

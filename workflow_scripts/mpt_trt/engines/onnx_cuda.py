@@ -2,16 +2,15 @@
 
 Two sessions read one copy of the weights: the network as it is, for prompts, and one that is
 rewritten for steps of one token a row (see cuda_rewrites). Such a step is captured in a CUDA
-graph when it has come twice for the same cache, of the same length. (ONNX Runtime has graphs of its
-own, but waits after each.) Weights, cache and what a step takes and gives lie in this module's own
-buffers, and everything happens on one stream.
+graph when it has come twice for the same cache. (ONNX Runtime has graphs of its own, but waits
+after each.) Weights, cache and what a step takes and gives lie in this module's own buffers, and
+everything happens on one stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,14 @@ from onnx import TensorProto
 
 from mpt_trt.engines import cuda_rewrites
 from mpt_trt.engines.device_buffer import DeviceBuffer, PinnedBuffer, call
-from mpt_trt.engines.device_cache import make_device_cache, positions_in_use
+from mpt_trt.engines.device_cache import make_device_cache
 from mpt_trt.engines.external_data import SharedWeight
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnx_rewrites import read_network, spell_out_scale_types
 from mpt_trt.engines.shared_weights import share_weights
 from mpt_trt.engines.step_graphs import StepGraphs
 from mpt_trt.errors import MptTrtError
-from mpt_trt.kv_cache import QUANTIZED_TYPES, cache_shape
+from mpt_trt.kv_cache import QUANTIZED_TYPES, CacheShape, cache_shape
 from mpt_trt.numerics import STORAGE_TYPES
 from mpt_trt.onnx_graph import ELEMENT_TYPES
 from mpt_trt.sharding import Shard
@@ -66,16 +65,11 @@ class OnnxCudaEngine:
         self._stream = call(cudart.cudaStreamCreate())
         self._load(engine_dir / manifest.ranks[0].network, manifest)
         shape = cache_shape(manifest.config, Shard(0, 1), limits.cache_len)
+        self._binder = _CacheBinder((self._prompts, self._steps), shape, _cache_type(manifest))
+        element_bytes = STORAGE_TYPES[manifest.dtype].itemsize
         self._cache = make_device_cache(
-            shape,
-            manifest.quantization.kv_cache,
-            STORAGE_TYPES[manifest.dtype].itemsize,
-            positions_in_use,
-            # Not a method: the cache would keep the engine, and with it GPU memory.
-            partial(_bind_cache, (self._prompts, self._steps), _cache_type(manifest)),
+            shape, manifest.quantization.kv_cache, element_bytes, self._binder.bind
         )
-        self._key_positions = DeviceBuffer(limits.cache_len * INT64_BYTES)
-        self._key_positions.copy_from(np.arange(limits.cache_len), self._stream)
         self._rows = 0
         self._state = _StepState(limits.max_batch_size, self.vocab_size)
         self._prompt_buffers: dict[str, DeviceBuffer] = {}
@@ -136,8 +130,6 @@ class OnnxCudaEngine:
         try:
             for index in range(count + 1):
                 if index < count:
-                    if index:
-                        self._state.advance(self._stream)
                     self._step_one(write_positions + index)
                     results[index % 2].fetch(self._state, self._stream)
                 if index:
@@ -154,17 +146,26 @@ class OnnxCudaEngine:
 
     def _use_rows(self, rows: int) -> None:
         if rows != self._rows:
-            self._rows = rows
+            self._rows = self._binder.rows = rows
             self._state.bind(self._steps, rows)
 
     def _step_one(self, write_positions: NDArray[np.int64]) -> None:
-        cache = self._cache
-        cache.before_step(1, write_positions, self._stream)
-        shape, address = (cache.positions,), self._key_positions.address
-        self._steps.bind_input("key_positions", TensorProto.INT64, shape, address)
-        key = (self._rows, cache.address, cache.positions)
-        self._graphs.run(key, self._steps.run, self._steps.enqueue)
-        cache.after_step(write_positions, self._stream)
+        self._before_step(1)
+        key = (self._rows, self._cache.address)
+        self._graphs.run(key, self._run_step, self._enqueue_step)
+        self._cache.after_step(write_positions, self._stream)
+
+    def _run_step(self) -> None:
+        self._steps.run()
+        self._state.advance(self._stream)
+
+    def _enqueue_step(self) -> None:
+        self._steps.enqueue()
+        self._state.advance(self._stream)
+
+    def _before_step(self, seq: int) -> None:
+        self._binder.seq = seq
+        self._cache.before_step(seq)
 
     def _read_prompts(
         self,
@@ -191,7 +192,7 @@ class OnnxCudaEngine:
         shape = (len(staged["logit_rows"]), self.vocab_size)
         output = self._prompt_buffer("logits", shape[0] * shape[1] * FLOAT32_BYTES)
         self._prompts.bind_output("logits", TensorProto.FLOAT, shape, output.address)
-        self._cache.before_step(input_ids.shape[1], write_positions, self._stream)
+        self._before_step(input_ids.shape[1])
         self._prompts.run()
         self._cache.after_step(write_positions, self._stream)
         logits = np.empty((num_logits, self.vocab_size), np.float32)
@@ -283,6 +284,23 @@ class _Session:
         self._session.run_with_iobinding(self._binding, self._without_waiting)
 
 
+class _CacheBinder:
+    """Binds parts of the cache, or of what a step adds to it, for `rows` rows and `seq` tokens."""
+
+    def __init__(self, sessions: tuple[_Session, ...], shape: CacheShape, element_type: int):
+        self._sessions, self._shape, self._element_type = sessions, shape, element_type
+        self.rows = self.seq = 0
+
+    def bind(self, name: str, address: int) -> None:
+        age, _ = name.split("_", 1)
+        shape = self._shape
+        positions = self.seq if age == "new" else shape.cache_len
+        dimensions = (self.rows, shape.num_kv_heads, positions, shape.head_dim)
+        for session in self._sessions:
+            bind = session.bind_input if age == "past" else session.bind_output
+            bind(name, self._element_type, dimensions, address)
+
+
 class _StepState:
     """What a step of one token a row takes and gives, for up to `rows` rows.
 
@@ -339,19 +357,6 @@ class _StepResult:
         """Tokens and their log-probabilities. Copies, since the buffer is used again."""
         call(cudart.cudaEventSynchronize(self._event))
         return self._tokens.copy(), -np.log(self._total_odds)
-
-
-def _bind_cache(
-    sessions: tuple[_Session, ...],
-    element_type: int,
-    name: str,
-    address: int,
-    shape: tuple[int, ...],
-) -> None:
-    """A part of the cache, or of what a step adds to it."""
-    for session in sessions:
-        bind = session.bind_input if name.startswith("past_") else session.bind_output
-        bind(name, element_type, shape, address)
 
 
 def _cache_type(manifest: Manifest) -> int:

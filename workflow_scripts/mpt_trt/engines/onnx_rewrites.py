@@ -18,8 +18,6 @@ FLOAT32 = np.dtype(np.float32)
 # Attributes that name the type of what a node computes.
 TYPE_ATTRIBUTES = ("to", "output_dtype")
 QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
-# The axis of positions in a layer's keys or values.
-POSITIONS_AXIS = 2
 
 
 def read_network(path: Path) -> onnx.ModelProto:
@@ -84,16 +82,6 @@ def spell_out_scale_types(model: onnx.ModelProto, element_type: int) -> None:
             nodes += [node, cast(node.output[0], output, element_type)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-
-
-def take_any_cache_length(model: onnx.ModelProto) -> None:
-    """Lets the network's cache have as many positions as it is given, which were a constant.
-
-    Its graph takes their number from the buffers' shape.
-    """
-    for value in (*model.graph.input, *model.graph.output):
-        if value.name.startswith(("past_", "present_")):
-            value.type.tensor_type.shape.dim[POSITIONS_AXIS].dim_param = "cache_len"
 
 
 def cast(value: str, output: str, element_type: int) -> onnx.NodeProto:

@@ -17,12 +17,11 @@ from onnx import TensorProto
 from mpt_trt.engines.cpu_collectives import Collectives, replace_collectives
 from mpt_trt.engines.cpu_settings import CpuSettings
 from mpt_trt.engines.manifest import Manifest
-from mpt_trt.engines.onnx_cache import make_bound_cache
+from mpt_trt.engines.onnx_cache import make_bound_cache, take_any_cache_length
 from mpt_trt.engines.onnx_rewrites import (
     compute_in_float32,
     read_network,
     spell_out_scale_types,
-    take_any_cache_length,
 )
 from mpt_trt.errors import MptTrtError
 from mpt_trt.kv_cache import cache_shape

@@ -19,13 +19,13 @@ from cuda.bindings import runtime as cudart
 from numpy.typing import NDArray
 
 from mpt_trt.engines.device_buffer import DeviceBuffer, call
-from mpt_trt.engines.device_cache import all_positions, make_device_cache
+from mpt_trt.engines.device_cache import make_device_cache
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.nccl import join_nccl, set_communicator
 from mpt_trt.engines.step_graphs import StepGraphs
 from mpt_trt.engines.tensorrt import CONTEXT_PROFILE, GENERATION_PROFILE
 from mpt_trt.errors import MptTrtError
-from mpt_trt.kv_cache import cache_shape
+from mpt_trt.kv_cache import cache_names, cache_shape
 from mpt_trt.numerics import STORAGE_TYPES
 from mpt_trt.ranks import Communicator
 from mpt_trt.sharding import Shard
@@ -56,9 +56,10 @@ class TensorRtEngine:
             shape,
             manifest.quantization.kv_cache,
             STORAGE_TYPES[manifest.dtype].itemsize,
-            all_positions,
-            self._bind_cache,
+            self._set_address,
         )
+        self._row_shape = (shape.num_kv_heads, shape.cache_len, shape.head_dim)
+        self._cache_inputs = cache_names("past", shape.num_layers)
         self._buffers = {
             "input_ids": DeviceBuffer(limits.max_batch_size * limits.max_input_len * INT64_BYTES),
             "write_positions": DeviceBuffer(limits.max_batch_size * INT64_BYTES),
@@ -103,7 +104,7 @@ class TensorRtEngine:
         staged = {name: np.ascontiguousarray(value, np.int64) for name, value in feeds.items()}
         for name, value in staged.items():
             self._buffers[name].copy_from(value, self._stream)
-        self._cache.before_step(input_ids.shape[1], write_positions, self._stream)
+        self._cache.before_step(input_ids.shape[1])
         if input_ids.shape[1] == 1:
             key = (self._batch_size, len(staged["logit_positions"]), self._cache.address)
 
@@ -157,16 +158,11 @@ class TensorRtEngine:
         for context in self._contexts:
             context.set_tensor_address(name, address)
 
-    def _bind_cache(self, name: str, address: int, shape: tuple[int, ...]) -> None:
-        """A part of the cache, or of what a step adds to it."""
-        self._set_address(name, address)
-        if name.startswith("past_"):
-            for context in self._contexts:
-                context.set_input_shape(name, shape)
-
     def _enqueue(self, profile: int, feeds: dict[str, NDArray[np.int64]]) -> None:
         context = self._contexts[profile]
         for name, value in feeds.items():
             context.set_input_shape(name, value.shape)
+        for name in self._cache_inputs:
+            context.set_input_shape(name, (self._batch_size, *self._row_shape))
         if not context.execute_async_v3(self._stream):
             raise MptTrtError(f"{self.description} failed to run a step; see its messages above")
