@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 from cuda.bindings import runtime as cudart
 from numpy.typing import NDArray
 from onnx import TensorProto
 
 from mpt_trt.engines import cuda_rewrites
+from mpt_trt.engines.cuda_session import PROVIDER, CudaSession
 from mpt_trt.engines.device_buffer import DeviceBuffer, PinnedBuffer, call
 from mpt_trt.engines.device_cache import make_device_cache
 from mpt_trt.engines.external_data import SharedWeight
@@ -29,14 +29,11 @@ from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnx_rewrites import read_network, spell_out_scale_types
 from mpt_trt.engines.shared_weights import share_weights
 from mpt_trt.engines.step_graphs import StepGraphs
-from mpt_trt.errors import MptTrtError
 from mpt_trt.kv_cache import QUANTIZED_TYPES, CacheShape, cache_shape
 from mpt_trt.numerics import STORAGE_TYPES
 from mpt_trt.onnx_graph import ELEMENT_TYPES
 from mpt_trt.sharding import Shard
 
-PROVIDER = "CUDAExecutionProvider"
-ERROR_SEVERITY = 3
 LOADING_THREADS = 8
 INT64_BYTES = 8
 FLOAT32_BYTES = 4
@@ -83,8 +80,8 @@ class OnnxCudaEngine:
         with ThreadPoolExecutor(LOADING_THREADS) as pool:
             values = pool.map(SharedWeight.as_value, weights.constants)
             constants = dict(zip((each.name for each in weights.constants), values, strict=True))
-        self._prompts = _Session(prompts, path, self._stream, constants)
-        self._steps = _Session(steps, path, self._stream, constants)
+        self._prompts = CudaSession(prompts, path, self._stream, constants)
+        self._steps = CudaSession(steps, path, self._stream, constants)
         self._weights = _upload(weights.inputs, self._stream)
         for weight in weights.inputs:
             address = self._weights[weight.name].address
@@ -208,86 +205,10 @@ class OnnxCudaEngine:
         return self._prompt_buffers[name]
 
 
-class _Session:
-    """A network that is loaded, and what its values are bound to."""
-
-    def __init__(
-        self,
-        model: onnx.ModelProto,
-        path: Path,
-        stream: Any,
-        constants: dict[str, onnxruntime.OrtValue],
-    ):
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = ERROR_SEVERITY
-        # Planned memory is allocated in a second run, which for steps is the one to be captured.
-        options.enable_mem_pattern = False
-        entries = {
-            "session.model_external_initializers_file_folder_path": str(path.parent),
-            # What operators make of constants replaces them.
-            "session.use_device_allocator_for_initializers": "1",
-            # Constants are scales of tiles. Kernels are chosen when numbers of rows first come.
-            "ep.cuda.fpa_intb_gemm": "1" if constants else "0",
-            "ep.cuda.fpa_intb_profile_m": "1",
-        }
-        for key, value in entries.items():
-            options.add_session_config_entry(key, value)
-        options.add_external_initializers(list(constants), list(constants.values()))
-        provider = {
-            "user_compute_stream": str(int(stream)),
-            "arena_extend_strategy": "kSameAsRequested",
-            "use_tf32": "0",
-        }
-        try:
-            self._session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=[(PROVIDER, provider)]
-            )
-        except Exception as error:  # the library raises many types, without a common base
-            raise MptTrtError(f"{path}: ONNX Runtime cannot load the network: {error}") from None
-        if PROVIDER not in self._session.get_providers():
-            raise MptTrtError(
-                f"ONNX Runtime {onnxruntime.__version__} does not find CUDA's libraries; install "
-                "onnxruntime-gpu[cuda,cudnn], or hide the GPU with CUDA_VISIBLE_DEVICES="
-            )
-        self._binding = self._session.io_binding()
-        self._inputs = {value.name for value in self._session.get_inputs()}
-        self._without_waiting = onnxruntime.RunOptions()
-        self._without_waiting.add_run_config_entry("disable_synchronize_execution_providers", "1")
-
-    def bind_input(
-        self, name: str, element_type: int, shape: tuple[int, ...], address: int
-    ) -> None:
-        self._binding.bind_input(name, "cuda", 0, element_type, shape, address)
-
-    def bind_output(
-        self, name: str, element_type: int, shape: tuple[int, ...], address: int
-    ) -> None:
-        self._binding.bind_output(name, "cuda", 0, element_type, shape, address)
-
-    def has_input(self, name: str) -> bool:
-        return name in self._inputs
-
-    def bind_host_input(self, name: str, value: NDArray) -> None:
-        """In host memory, copied."""
-        self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
-
-    def run(self) -> None:
-        """Runs, and waits for the end."""
-        self._session.run_with_iobinding(self._binding)
-
-    def enqueue(self) -> None:
-        """Puts a run on the stream, to be captured.
-
-        Outside of a capture that would not be safe: what some operators need on the host, ONNX
-        Runtime releases in a callback of the stream, from where CUDA does not permit that.
-        """
-        self._session.run_with_iobinding(self._binding, self._without_waiting)
-
-
 class _CacheBinder:
     """Binds parts of the cache, or of what a step adds to it, for `rows` rows and `seq` tokens."""
 
-    def __init__(self, sessions: tuple[_Session, ...], shape: CacheShape, element_type: int):
+    def __init__(self, sessions: tuple[CudaSession, ...], shape: CacheShape, element_type: int):
         self._sessions, self._shape, self._element_type = sessions, shape, element_type
         self.rows = self.seq = 0
 
@@ -315,7 +236,7 @@ class _StepState:
         self.logits = DeviceBuffer(rows * vocab_size * FLOAT32_BYTES)
         self._rows = rows
 
-    def bind(self, session: _Session, rows: int) -> None:
+    def bind(self, session: CudaSession, rows: int) -> None:
         self._rows = rows
         integer, real, size = TensorProto.INT64, TensorProto.FLOAT, rows * INT64_BYTES
         present, following = self._present.address, self._next.address

@@ -1,0 +1,154 @@
+"""Products with 4- and 8-bit weights under ONNX Runtime on a GPU: by columns, and in tiles.
+
+Milliseconds of all products of a model's layers for some numbers of rows, as one CUDA graph; beside
+them, how fast the GPU reads. Random weights; layers are measured until their weights no longer fit
+the GPU's cache, and counted up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+from common import SCRIPTS, timed, write_result
+from gpu_decode import gpu_name, read_rate
+
+sys.path.insert(0, str(SCRIPTS))
+
+import numpy as np
+import onnx
+from cuda.bindings import runtime as cudart
+from onnx import TensorProto, helper
+
+from mpt_trt.engines.cuda_session import CudaSession
+from mpt_trt.engines.device_buffer import DeviceBuffer, call
+from mpt_trt.engines.integer_products import INTEGER_BITS
+from mpt_trt.engines.shared_weights import share_weights
+from mpt_trt.engines.step_graphs import PLAIN_RUNS, StepGraphs
+
+# Of MPT-7B: in and out features of a layer's matrices.
+SHAPES = ((4096, 12288), (4096, 4096), (4096, 16384), (16384, 4096))
+MODEL_LAYERS = 32
+LAYERS = 8
+GROUP_SIZE = 128
+ROWS = (1, 2, 4, 8, 16, 64, 512, 2048)
+REPLAYS = 20
+FLOAT16_BYTES = 2
+TYPES = {bits: element_type for element_type, bits in INTEGER_BITS.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="(default: %(default)s)")
+    arguments = parser.parse_args()
+    figures: dict = {"gpu": gpu_name(), "read_gb_per_s": read_rate() / 1e9, "layers": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for bits in TYPES:
+            for layout, tiled_bits in (("columns", ()), ("tiles", (bits,))):
+                network = Products(Path(folder), bits, tiled_bits)
+                found = {rows: network.milliseconds(rows) for rows in arguments.rows}
+                figures["layers"].append({"bits": bits, "layout": layout, "ms": found})
+                print(figures["layers"][-1], flush=True)
+    print(write_result("gpu-products", figures))
+
+
+class Products:
+    """A network of nothing but products, on the GPU."""
+
+    def __init__(self, folder: Path, bits: int, tiled_bits: Collection[int]):
+        model = integer_network(folder, bits)
+        weights = share_weights(model, folder, tiled_bits)
+        constants = {weight.name: weight.as_value() for weight in weights.constants}
+        self._stream = call(cudart.cudaStreamCreate())
+        self._session = CudaSession(model, folder / "products", self._stream, constants)
+        self._graphs = StepGraphs(self._stream)
+        self._weights = {weight.name: DeviceBuffer(weight.size) for weight in weights.inputs}
+        for weight in weights.inputs:
+            buffer = self._weights[weight.name]
+            buffer.copy_from(weight.read(), self._stream)
+            self._session.bind_input(weight.name, weight.element_type, weight.shape, buffer.address)
+
+    def milliseconds(self, rows: int) -> float:
+        """Of the model's layers, median of several replays."""
+        buffers = []
+        for name, width in (*inputs(), *outputs()):
+            buffers.append(DeviceBuffer(rows * width * FLOAT16_BYTES))
+            bind = self._session.bind_input if name[0] == "x" else self._session.bind_output
+            bind(name, TensorProto.FLOAT16, (rows, width), buffers[-1].address)
+
+        def run() -> None:
+            self._graphs.run(rows, self._session.run, self._session.enqueue)
+            call(cudart.cudaStreamSynchronize(self._stream))
+
+        for _ in range(PLAIN_RUNS + 1):
+            run()
+        seconds = statistics.median(timed(run) for _ in range(REPLAYS))
+        return 1e3 * seconds * MODEL_LAYERS / LAYERS
+
+
+def inputs() -> list[tuple[str, int]]:
+    return [(f"x{height}", height) for height in sorted({height for height, _ in SHAPES})]
+
+
+def outputs() -> list[tuple[str, int]]:
+    return [(f"y{index}", width) for index, (_, width) in enumerate(SHAPES * LAYERS)]
+
+
+def integer_network(folder: Path, bits: int) -> onnx.ModelProto:
+    """Layers of the same random integers, each of which is read on its own."""
+    rng = np.random.default_rng(0)
+    for height, width in SHAPES:
+        content = rng.integers(0, 256, height * width * bits // 8, np.uint8)
+        content.tofile(folder / f"{bits}-{height}x{width}")
+        scales = rng.uniform(0.001, 0.002, scale_shape(bits, height, width))
+        scales.astype(np.float16).tofile(folder / f"{bits}-{height}x{width}.scales")
+    nodes, initializers = [], []
+    for index, (height, width) in enumerate(SHAPES * LAYERS):
+        file = f"{bits}-{height}x{width}"
+        shape = scale_shape(bits, height, width)
+        initializers += [
+            stored(f"w{index}", TYPES[bits], (height, width), file),
+            stored(f"s{index}", TensorProto.FLOAT16, shape, f"{file}.scales"),
+        ]
+        by_group = {"axis": 0, "block_size": GROUP_SIZE} if len(shape) == 2 else {"axis": 1}
+        nodes += [
+            helper.make_node(
+                "DequantizeLinear",
+                [f"w{index}", f"s{index}"],
+                [f"d{index}"],
+                name=f"d{index}",
+                **by_group,
+            ),
+            helper.make_node(
+                "MatMul", [f"x{height}", f"d{index}"], [f"y{index}"], name=f"y{index}"
+            ),
+        ]
+    values = [
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["rows", width])
+            for name, width in part
+        ]
+        for part in (inputs(), outputs())
+    ]
+    graph = helper.make_graph(nodes, "products", *values, initializer=initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+
+
+def scale_shape(bits: int, height: int, width: int) -> tuple[int, ...]:
+    """One for a group of 4-bit weights, one for a column of others."""
+    return (height // GROUP_SIZE, width) if bits == 4 else (width,)
+
+
+def stored(name: str, element_type: int, shape: tuple[int, ...], file: str) -> TensorProto:
+    tensor = TensorProto(name=name, data_type=element_type, dims=shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=file)
+    return tensor
+
+
+if __name__ == "__main__":
+    main()
