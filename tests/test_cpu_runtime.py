@@ -126,11 +126,17 @@ print(os.environ.get("GLIBC_TUNABLES"), *sys.argv[2:])
 """
 
 
+HUGE = "glibc.malloc.hugetlb=1"
+IN_ONE_RANGE = "glibc.malloc.mmap_threshold=33554432"
+OTHER = "glibc.malloc.mmap_threshold=4096"
+
+
 @pytest.mark.parametrize(
     ("offer", "asked", "expected"),
     [
-        ("always [madvise] never", None, "glibc.malloc.hugetlb=1"),
-        ("always [madvise] never", "a.b=0", "a.b=0:glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", None, f"{HUGE}:{IN_ONE_RANGE}"),
+        ("always [madvise] never", "a.b=0", f"a.b=0:{HUGE}:{IN_ONE_RANGE}"),
+        ("always [madvise] never", OTHER, f"{OTHER}:{HUGE}"),
         ("always [madvise] never", "glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
         ("[always] madvise never", None, "None"),
         ("always madvise [never]", None, "None"),
