@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-# Of C's allocator: ask for huge pages, and cut blocks of up to 32 MiB from one range. By default they
-# may get ranges of their own, whose ends lie in ordinary pages: half of a matrix of 4 MiB, an eighth
-# of one of 16.
+# Of C's allocator: ask for huge pages, and cut blocks of up to 32 MiB from one range. By default
+# they may get ranges of their own, whose ends lie in ordinary pages: half of a matrix of 4 MiB, an
+# eighth of one of 16.
 TUNABLES = {"glibc.malloc.hugetlb": 1, "glibc.malloc.mmap_threshold": 32 << 20}
 
 
@@ -39,7 +39,8 @@ def restart_with_huge_pages(offer: Path = HUGE_PAGES) -> None:
     Weights that ONNX Runtime holds are then loaded and read faster (see docs/performance.md). C's
     allocator asks for such pages when GLIBC_TUNABLES says so at a program's start, and at no other
     time; C libraries other than glibc ignore that. Returns where the system gives huge pages to all
-    or to none, where GLIBC_TUNABLES has an answer already, and where only --help is asked for.
+    or to none, where GLIBC_TUNABLES says something about them already, and where only --help is
+    asked for.
 
     offer: the system's setting.
     """

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 HASH_CHUNK_BYTES = 1 << 22
 WRITE_BYTES = 1 << 18
 MADV_POPULATE_READ = 22
+SYNC_FILE_RANGE_WRITE = 2
 
 
 @contextlib.contextmanager
@@ -90,6 +91,17 @@ def reserve(stream: BinaryIO, size: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
+def start_writing(stream: BinaryIO) -> None:
+    """Makes the system begin to write to the disk what it holds of a file, and does not wait.
+
+    By itself it begins when a tenth of the memory is to be written, and from twice that on makes
+    those who write wait.
+    """
+    if sys.platform == "linux":
+        stream.flush()
+        _libc().sync_file_range(stream.fileno(), 0, 0, SYNC_FILE_RANGE_WRITE)
+
+
 def map_pages(mapped: NDArray) -> None:
     """Reads a part of a memory-mapped file, in its order, and lets other threads run meanwhile.
 
@@ -109,6 +121,7 @@ def _libc() -> ctypes.CDLL:
     library = ctypes.CDLL(None, use_errno=True)
     offset = ctypes.c_int64
     library.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, offset, offset)
+    library.sync_file_range.argtypes = (ctypes.c_int, offset, offset, ctypes.c_uint)
     library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return library
 

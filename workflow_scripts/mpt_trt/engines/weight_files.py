@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpt_trt.files import ContentHash, hard_link, write_in_pieces
+from mpt_trt.files import ContentHash, hard_link, start_writing, write_in_pieces
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.network import Network
 from mpt_trt.products import NETWORK_WORKERS
@@ -42,4 +42,5 @@ def _write(path: Path, pieces: Callable[[], Iterator[NDArray]]) -> str:
             content = piece.reshape(-1).view(np.uint8)
             write_in_pieces(stream, content)
             digest.update(content)
+        start_writing(stream)
     return str(digest)

@@ -16,15 +16,16 @@ import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from mpt_trt import sharding
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.ft_layout import held
 from mpt_trt.numerics import STORAGE_TYPES, convert, transpose
-from mpt_trt.onnx_graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
+from mpt_trt.onnx_graph import ELEMENT_TYPES, IR_VERSION, OPSET, GraphBuilder, StoredTensor
 from mpt_trt.products.base import (
     dequantized,
     ft_tensors,
@@ -210,10 +211,13 @@ def _held_parts(
 
 
 def _joined(parts: Iterator[NDArray], number: int) -> Iterator[NDArray]:
-    """The same rows, so many at a time, in memory that is used again."""
+    """The same rows, so many at a time, where need be in memory that is used again."""
     block, filled = np.empty((0, 0)), 0
     for part in parts:
         rest = part
+        if not filled and len(rest) == number:
+            yield rest
+            continue
         while len(rest):
             if not block.size:
                 block = np.empty((number, rest.shape[1]), rest.dtype)
@@ -250,12 +254,35 @@ def quantized_rows(weight: NDArray, scales: NDArray[np.float32]) -> NDArray[np.i
     """
     nonzero = np.where(scales == 0, np.float32(1), scales)
     found = np.empty(weight.shape, np.int8)
+    quantizer = _quantizer(weight.shape[1] // max(1, scales.shape[1]))
     step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, len(weight), step):
         part = slice(start, start + step)
         rows = convert(np.ascontiguousarray(weight[part]), FLOAT32)
-        quotients = rows.reshape(*nonzero[part].shape, -1) / nonzero[part, :, None]
-        np.rint(quotients, out=quotients)
-        np.clip(quotients, -8, 7, out=quotients)
-        found[part] = quotients.reshape(rows.shape)
+        [rounded] = quantizer.run(None, {"weight": rows, "scales": nonzero[part]})
+        np.clip(rounded, -8, 7, out=found[part])
     return found
+
+
+@functools.cache
+def _quantizer(group_size: int) -> onnxruntime.InferenceSession:
+    """round(weight / scale), halves to even, within int8, in one pass over the weights."""
+    node = helper.make_node(
+        "QuantizeLinear",
+        ["weight", "scales"],
+        ["rounded"],
+        axis=1,
+        block_size=group_size,
+        output_dtype=TensorProto.INT8,
+    )
+    floats = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", None])
+        for name in node.input
+    ]
+    rounded = helper.make_tensor_value_info("rounded", TensorProto.INT8, ["rows", None])
+    graph = helper.make_graph([node], "quantizer", floats, [rounded])
+    opset = helper.make_opsetid("", OPSET)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model.SerializeToString(), options)

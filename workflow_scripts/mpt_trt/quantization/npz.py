@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
+import struct
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,6 +71,8 @@ ABSOLUTE_TOLERANCE = 2.0**-24
 
 # The earliest time that a zip archive can name.
 TIME_STAMP = (1980, 1, 1, 0, 0, 0)
+# Of zip, up to the name; it ends with the lengths of name and extra field.
+LOCAL_HEADER_BYTES = 30
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -238,29 +243,45 @@ class NpzFile:
         return found
 
     def rows(self, key: str, number: int) -> Iterator[NDArray]:
-        """`numbers` of a matrix, so many rows at a time; what is damaged shows at the end."""
+        """`numbers` of a matrix, so many rows at a time; what is damaged shows at the end.
+
+        Rows are valid until the next ones are asked for.
+        """
         with self._stream(key) as stream:
             shape, is_by_column, dtype = _read_header(stream)
-            if not is_by_column and dtype in EXPONENTS:
-                yield from self._rows(key, stream, shape, dtype, number)
+            header_bytes = stream.tell()
+            entry = self._archive().getinfo(f"{key}.npy")
+            is_stored = entry.compress_type == zipfile.ZIP_STORED
+            if is_stored and not is_by_column and dtype in EXPONENTS:
+                buffer = np.empty((max(1, min(number, shape[0])), *shape[1:]), dtype)
+                yield from self._rows(key, entry, header_bytes, shape[0], buffer)
                 return
         whole = self.numbers(key)
         for start in range(0, len(whole), number):
             yield whole[start : start + number]
 
     def _rows(
-        self, key: str, stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, number: int
+        self, key: str, entry: zipfile.ZipInfo, header_bytes: int, height: int, buffer: NDArray
     ) -> Iterator[NDArray]:
-        height, width = shape
-        for start in range(0, height, number):
-            count = min(number, height - start) * width
-            content = stream.read(count * dtype.itemsize)
-            if len(content) != count * dtype.itemsize:
+        """Rows of an entry that is not compressed, read into `buffer`.
+
+        Not by way of zipfile, which makes each time an object of their size.
+        """
+        descriptor = self._archive().fp.fileno()
+        place = _content_offset(descriptor, entry)
+        check = zlib.crc32(os.pread(descriptor, header_bytes, place))
+        place += header_bytes
+        for start in range(0, height, len(buffer)):
+            found = buffer[: height - start]
+            if os.preadv(descriptor, [memoryview(found).cast("B")], place) != found.nbytes:
                 raise self.refused(f"{key} is damaged (it ends in row {start} or later)")
-            found = np.frombuffer(content, dtype).reshape(-1, width)
+            check = zlib.crc32(found, check)
+            place += found.nbytes
             if not is_finite(found):
                 raise self.refused(f"{key} holds NaN or Inf")
             yield found
+        if check != entry.CRC:
+            raise self.refused(f"{key} is damaged (its check sum is another)")
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape alone, without reading the data."""
@@ -291,6 +312,12 @@ def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     old = npy.read_magic(stream) == (1, 0)
     read = npy.read_array_header_1_0 if old else npy.read_array_header_2_0
     return read(stream)
+
+
+def _content_offset(descriptor: int, entry: zipfile.ZipInfo) -> int:
+    """Where the bytes of an entry begin: behind its local header, a name and an extra field."""
+    lengths = os.pread(descriptor, 4, entry.header_offset + LOCAL_HEADER_BYTES - 4)
+    return entry.header_offset + LOCAL_HEADER_BYTES + sum(struct.unpack("<HH", lengths))
 
 
 @dataclass(frozen=True)
