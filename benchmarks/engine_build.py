@@ -3,11 +3,16 @@
 The weights are random. So is what calibration would find for int4_awq: a scale of 1 for the inputs,
 and of each group what its largest weight asks for. What it is made from, and in which steps, is the
 same as behind a true calibration.
+
+Where the disk does not hold an FT checkpoint of all blocks, --layers 12 --linked_layers 48 --tp 4
+makes 12, and links the files of the others to theirs, with ranks changed about: so no two blocks of
+a rank are the same. (TensorRT would store those once.)
 """
 
 from __future__ import annotations
 
 import argparse
+import configparser
 import json
 import shutil
 import subprocess
@@ -31,6 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--like", default="bench-1.3b", help="shape (default: %(default)s)")
     parser.add_argument("--layers", type=int, help="blocks (default: the shape's)")
+    parser.add_argument(
+        "--linked_layers", type=int, help="as many blocks, by hard links to those of --layers"
+    )
     parser.add_argument("--dtype", default="float16", help="(default: %(default)s)")
     parser.add_argument("--tp", type=int, default=1, help="ranks (default: %(default)s)")
     parser.add_argument(
@@ -41,6 +49,8 @@ def main() -> None:
     ft, network = arguments.folder / "ft", arguments.folder / "network"
     plan = arguments.folder / "plan"
     make_sources(arguments, ft)
+    if arguments.linked_layers is not None:
+        link_layers(ft / f"{arguments.tp}-gpu", arguments.linked_layers)
     for folder in (network, plan):
         shutil.rmtree(folder, ignore_errors=True)
     model = ft / f"{arguments.tp}-gpu"
@@ -54,7 +64,8 @@ def main() -> None:
     print(", ".join(f"{name} {figures[name]:.2f}" for name in figures if "ratio" in name))
     print(f"{figures['seconds']:.0f} s")
     name = f"{arguments.like}-{arguments.dtype}-{arguments.quantization}-tp{arguments.tp}"
-    name += "" if arguments.layers is None else f"-{arguments.layers}-layers"
+    layers = arguments.linked_layers or arguments.layers
+    name += "" if layers is None else f"-{layers}-layers"
     print(write_result(f"engine-build-{name}", figures))
 
 
@@ -71,6 +82,32 @@ def make_sources(arguments: argparse.Namespace, ft: Path) -> None:
     if is_awq:
         write_calibration(checkpoint, calibration)
     shutil.rmtree(checkpoint)
+
+
+def link_layers(folder: Path, number: int) -> None:
+    """Makes an FT checkpoint one of `number` blocks, by links to the files that it has.
+
+    Block i's files of rank r are those of block i % held and rank (r + i // held) % ranks.
+    """
+    ini = configparser.ConfigParser()
+    ini.read(folder / "config.ini")
+    held, ranks = (ini.getint("gpt", key) for key in ("n_layer", "tensor_parallelism"))
+    if number > held * ranks:
+        raise SystemExit(f"--linked_layers = {number}: at most {held * ranks} differ in a rank")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for layer in range(held, number):
+        prefix = f"model.layers.{layer % held}."
+        for source in folder.glob(f"{prefix}*"):
+            *words, last, suffix = source.name.removeprefix(prefix).split(".")
+            if last.isdigit():
+                last = str((int(last) - layer // held) % ranks)
+            target = folder / ".".join([f"model.layers.{layer}", *words, last, suffix])
+            target.hardlink_to(source)
+            manifest["files"][target.name] = manifest["files"][source.name]
+    ini.set("gpt", "n_layer", str(max(held, number)))
+    with (folder / "config.ini").open("w") as stream:
+        ini.write(stream)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def write_calibration(folder: Path, target: Path) -> None:
@@ -118,6 +155,7 @@ def describe(
     return {
         "shape": arguments.like,
         "layers": arguments.layers,
+        "linked_layers": arguments.linked_layers,
         "dtype": arguments.dtype,
         "quantization": arguments.quantization,
         "tp": arguments.tp,
