@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from ammo_loader import MATRICES as AMMO_MATRICES
@@ -520,3 +524,26 @@ def test_rows_with_nan_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", m=values)
     with pytest.raises(MptTrtError, match="m holds NaN or Inf"):
         list(NpzFile(tmp_path / "x.npz").rows("m", 8))
+
+
+def test_headers_are_parsed_by_one_thread_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.arange(6, dtype=np.float32)
+    np.savez(tmp_path / "x.npz", **{f"m{index}": values for index in range(8)})
+    parse, free, overlaps = npy.read_array_header_1_0, threading.Lock(), []
+
+    def watched(stream: IO[bytes]) -> tuple:
+        alone = free.acquire(blocking=False)
+        overlaps.append(not alone)
+        time.sleep(0.01)
+        if alone:
+            free.release()
+        return parse(stream)
+
+    monkeypatch.setattr(npy, "read_array_header_1_0", watched)
+    file = NpzFile(tmp_path / "x.npz")
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(file.array, sorted(file.keys)):
+            np.testing.assert_array_equal(found, values)
+    assert overlaps == [False] * 8

@@ -210,6 +210,7 @@ class NpzFile:
     def __init__(self, path: Path):
         self.path = path
         self._of_thread = threading.local()
+        self._parsing = threading.Lock()
         try:
             names = self._archive().namelist()
         except FileNotFoundError:
@@ -227,7 +228,9 @@ class NpzFile:
     def array(self, key: str) -> NDArray:
         """Raises MptTrtError when there is no such array, or it is damaged."""
         with self._stream(key) as stream:
-            return npy.read_array(stream, allow_pickle=False)
+            shape, is_by_column, dtype = self._header(stream)
+            order = "F" if is_by_column else "C"
+            return np.frombuffer(stream.read(), dtype).reshape(shape, order=order)
 
     def floats(self, key: str) -> NDArray[np.float32]:
         """The array in float32; raises MptTrtError also when it holds NaN or Inf."""
@@ -248,7 +251,7 @@ class NpzFile:
         Rows are valid until the next ones are asked for.
         """
         with self._stream(key) as stream:
-            shape, is_by_column, dtype = _read_header(stream)
+            shape, is_by_column, dtype = self._header(stream)
             header_bytes = stream.tell()
             entry = self._archive().getinfo(f"{key}.npy")
             is_stored = entry.compress_type == zipfile.ZIP_STORED
@@ -286,7 +289,18 @@ class NpzFile:
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape alone, without reading the data."""
         with self._stream(key) as stream:
-            return _read_header(stream)[0]
+            return self._header(stream)[0]
+
+    def _header(self, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+        """Shape, whether columns lie one after the other, and type.
+
+        By one thread at a time: NumPy has Python parse it, which in CPython 3.11 fails now and then
+        where two threads do that ("AST constructor recursion depth mismatch", gh-106905).
+        """
+        with self._parsing:
+            old = npy.read_magic(stream) == (1, 0)
+            read = npy.read_array_header_1_0 if old else npy.read_array_header_2_0
+            return read(stream)
 
     def refused(self, what: str) -> MptTrtError:
         return MptTrtError(f"{self.path}: {what}; calibrate the model again with quantize.py")
@@ -305,13 +319,6 @@ class NpzFile:
                 yield stream
         except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
             raise self.refused(f"{key} is damaged ({error})") from None
-
-
-def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether columns lie one after the other, and type."""
-    old = npy.read_magic(stream) == (1, 0)
-    read = npy.read_array_header_1_0 if old else npy.read_array_header_2_0
-    return read(stream)
 
 
 def _content_offset(descriptor: int, entry: zipfile.ZipInfo) -> int:
