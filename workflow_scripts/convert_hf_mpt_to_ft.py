@@ -119,6 +119,7 @@ def _int8(arguments: argparse.Namespace, folder: Path, config: MptConfig) -> Int
     alpha = arguments.smoothquant
     if alpha is None and not arguments.calibrate_kv_cache:
         return None
+    options.fill_in(arguments)
     from mpt_trt import hub
     from mpt_trt.files import content_hash
     from mpt_trt.ft_int8 import Int8Conversion, require_calibratable

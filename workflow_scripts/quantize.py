@@ -60,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    options.fill_in(arguments)
     set_up_logging(arguments.log_level)
     import numpy as np
 

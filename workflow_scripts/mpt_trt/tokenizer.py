@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-from tokenizers import Tokenizer as TokenizerFile
+from typing import TYPE_CHECKING
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as TokenizerFile
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise MptTrtError(f"{path}: no such file; name the folder that holds the tokenizer")
+    from tokenizers import Tokenizer as TokenizerFile
+
     try:
         backend = TokenizerFile.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
