@@ -125,12 +125,14 @@ def _plain(value: object) -> object:
 
 
 def private_mib(pid: int) -> float:
+    """RssAnon of a process and of all below it; what those share is counted for each."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return 0.0
     line = next((line for line in status.splitlines() if line.startswith("RssAnon:")), "RssAnon: 0")
-    return int(line.split()[1]) / 1024
+    return int(line.split()[1]) / 1024 + sum(private_mib(int(child)) for child in children)
 
 
 def _version(package: str) -> str:

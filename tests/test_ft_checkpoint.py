@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import pty
 import resource
 import shutil
 import signal
@@ -519,8 +520,21 @@ class TestCommandLine:
         assert hashes_in(tmp_path / "out" / "1-gpu") == NVIDIA["a_float16_tp1"]
         output, progress = capsys.readouterr()
         assert output.startswith("out/1-gpu: ")
-        assert "Converting ckpts/a" in progress
-        assert "KiB" in progress
+        size = sum(path.stat().st_size for path in (tmp_path / "out" / "1-gpu").glob("*.bin"))
+        all_of_it = f"{size / 1024:.1f} KiB"
+        assert f"Converting ckpts/a: {all_of_it} of {all_of_it} in " in progress
+
+    def test_a_terminal_shows_a_bar(self, checkpoint: Path, tmp_path: Path) -> None:
+        screen, terminal = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+        words = command(checkpoint, tmp_path / "out")
+        subprocess.run(words, stderr=terminal, check=True, env=environment)
+        os.close(terminal)
+        shown = os.read(screen, 1 << 16).decode()
+        os.close(screen)
+        assert "Converting" in shown
+        assert "\N{BOX DRAWINGS HEAVY HORIZONTAL}" in shown
+        assert "KiB" in shown
 
     def test_number_of_processes_changes_nothing(self, checkpoint, tmp_path, convert) -> None:
         for processes in (1, 4):
@@ -667,13 +681,25 @@ def one_error(stderr: str) -> str:
     return found[0]
 
 
-def anonymous_kib(process: subprocess.Popen) -> int:
-    """Memory of a running process that the system cannot reclaim; 0 when it is over."""
+def anonymous_kib(pid: int) -> int:
+    """Memory of a process and its workers that the system cannot reclaim; 0 when it is over."""
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
-                return int(line.split()[1])
+                return int(line.split()[1]) + sum(map(anonymous_kib, workers_of(pid)))
     return 0
+
+
+def workers_of(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    return False
 
 
 class TestFullDisk:
@@ -758,7 +784,7 @@ class TestInterruptions:
 
     def start(self, big: Path, out: Path) -> subprocess.Popen:
         return subprocess.Popen(
-            command(big, out),
+            command(big, out, "-p", "2"),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -768,8 +794,15 @@ class TestInterruptions:
         """Sends the signal as soon as a tensor is written; returns what went to stderr."""
         while process.poll() is None and not list(out.glob(".1-gpu.partial*/model.*.bin")):
             time.sleep(0.002)
+        workers = workers_of(process.pid)
+        assert len(workers) == 2
         process.send_signal(number)
-        return process.communicate(timeout=60)[1]
+        errors = process.communicate(timeout=60)[1]
+        ended_by = time.monotonic() + 10
+        while any(map(is_running, workers)):
+            assert time.monotonic() < ended_by, "a worker goes on"
+            time.sleep(0.01)
+        return errors
 
     def require_whole(self, folder: Path) -> None:
         found: FtCheckpoint = read_ft_checkpoint(folder)  # checks the size of every file
@@ -785,6 +818,16 @@ class TestInterruptions:
         assert "Traceback" not in errors
         assert names_in(out) == set()
 
+    def test_a_killed_worker(self, big: Path, out: Path) -> None:
+        process = self.start(big, out)
+        while process.poll() is None and not list(out.glob(".1-gpu.partial*/model.*.bin")):
+            time.sleep(0.002)
+        os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == 1
+        assert "was ended by SIGKILL" in one_error(errors)
+        assert names_in(out) == set()
+
     def test_killed_and_then_run_again(self, big: Path, out: Path) -> None:
         """The next run removes what is left; its memory stays small whatever the model's size."""
         process = self.start(big, out)
@@ -795,7 +838,7 @@ class TestInterruptions:
         again = self.start(big, out)
         most = 0
         while again.poll() is None:
-            most = max(most, anonymous_kib(again))
+            most = max(most, anonymous_kib(again.pid))
             time.sleep(0.01)
         assert again.returncode == 0, again.stderr.read()
         assert names_in(out) == {"1-gpu"}

@@ -14,6 +14,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from checkpoints import as_numpy
 from mpt_trt.numerics import (
+    EXPONENTS,
+    STORAGE_TYPES,
     TWO_STEP_VALUES,
     conversion,
     convert,
@@ -104,3 +106,15 @@ def test_a_conversion_takes_what_its_source_holds_by_then(source: str, target: s
     convert_again()
     expected = as_numpy(drawn.to(TYPES[source][1]).to(TYPES[target][1]))
     assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("target", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("source", ["float16", "bfloat16", "float32"])
+def test_what_is_not_finite_is_not_finite_in_any_type(source: str, target: str) -> None:
+    """NaNs of all kinds: with rounding, the largest would become zeros if taken for numbers."""
+    dtype = STORAGE_TYPES[source]
+    exponent = EXPONENTS[dtype]
+    below = np.arange(1 << 7, dtype=exponent.dtype)
+    bits = np.concatenate([exponent | below, ~exponent.dtype.type(0) - below])
+    for value in bits.view(dtype).reshape(-1, 8):
+        assert not np.isfinite(convert(value, STORAGE_TYPES[target]).astype(np.float32)).any()

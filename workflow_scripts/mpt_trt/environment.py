@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +13,8 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # they may get ranges of their own, whose ends lie in ordinary pages: half of a matrix of 4 MiB, an
 # eighth of one of 16.
 TUNABLES = {"glibc.malloc.hugetlb": 1, "glibc.malloc.mmap_threshold": 32 << 20}
+# From Linux's sys/prctl.h.
+PR_SET_PDEATHSIG = 1
 
 
 def prefer_this_python() -> None:
@@ -52,3 +56,9 @@ def restart_with_huge_pages(offer: Path = HUGE_PAGES) -> None:
     ours = [f"{name}={value}" for name, value in TUNABLES.items() if name not in asked]
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [asked, *ours]))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def end_with_parent() -> None:
+    """Makes Linux end this process when its parent has ended, in whatever way."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import configparser
 import functools
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from mpt_trt import sharding
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import content_hashes, read_json, replace_directory, write_json
-from mpt_trt.ft_int8 import Int8Conversion, Int8Writer, require_calibratable
+from mpt_trt.forked import Advance, Job, run_forked
 from mpt_trt.ft_layout import (
     FtFile,
     Int8Files,
@@ -34,12 +34,14 @@ from mpt_trt.ft_layout import (
     int8_files,
     linear_name,
 )
-from mpt_trt.ft_streams import Advance, FtWriter, TensorSource
+from mpt_trt.ft_streams import FtWriter, TensorSource
 from mpt_trt.hf_checkpoint import HfCheckpoint
 from mpt_trt.numerics import STORAGE_TYPES
-from mpt_trt.quantization.ranges import require_ranges
 from mpt_trt.sharding import Shard
 from mpt_trt.weight_map import Weight, preceding_norm, weights
+
+if TYPE_CHECKING:
+    from mpt_trt.ft_int8 import Int8Conversion
 
 SECTION = "gpt"
 MANIFEST = "manifest.json"
@@ -154,18 +156,13 @@ def write_ft_checkpoint(
     """
     sharding.require_legal(config, settings.tp_size)
     if settings.int8 is not None:
-        require_calibratable(config, settings.int8.alpha)
-        require_ranges(settings.int8.ranges, config)
-    with replace_directory(target) as folder, ThreadPoolExecutor(settings.workers) as pool:
+        settings.int8.require_fitting(config)
+    with replace_directory(target) as folder:
         _write_ini(folder / "config.ini", config, settings)
         source = TensorSource(checkpoint, config, settings.storage_type)
-        writer = FtWriter(folder, advance)
-        jobs = [pool.submit(job) for job in _writing_jobs(source, writer, settings)]
-        try:
-            hashes = dict(pair for job in as_completed(jobs) for pair in job.result().items())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        jobs = list(_writing_jobs(source, folder, settings))
+        found = run_forked(jobs, settings.workers, advance)
+        hashes = {name: found_hash for of_job in found for name, found_hash in of_job.items()}
         _write_manifest(folder, settings, hashes)
 
 
@@ -180,29 +177,41 @@ def total_bytes(
 
 
 def _writing_jobs(
-    source: TensorSource, writer: FtWriter, settings: ConversionSettings
-) -> Iterator[Callable[[], dict[str, str]]]:
+    source: TensorSource, folder: Path, settings: ConversionSettings
+) -> Iterator[Job[dict[str, str]]]:
     """Functions that together write all `.bin` files; each returns content hashes by file name."""
     found = weights(source.config)
     quantized = [weight for weight in found if settings.int8_layers.includes(weight)]
     folded = {preceding_norm(weight) for weight in quantized}
     if settings.int8 is not None:
-        int8 = settings.int8
-        int8_writer = Int8Writer(source, writer, settings.tp_size, int8.ranges, int8.alpha)
         for weight in quantized:
-            yield functools.partial(int8_writer.write, weight)
+            yield functools.partial(
+                _write_int8, source, folder, settings.tp_size, settings.int8, weight
+            )
     for weight in found:
         if weight not in quantized and weight.name.rpartition(".")[0] not in folded:
-            yield functools.partial(_write_plain, source, writer, settings.tp_size, weight)
+            yield functools.partial(_write_plain, source, folder, settings.tp_size, weight)
+
+
+def _write_int8(
+    source: TensorSource,
+    folder: Path,
+    tp_size: int,
+    int8: Int8Conversion,
+    weight: Weight,
+    advance: Advance,
+) -> dict[str, str]:
+    """Writes all files of a linear layer but its bias, for all ranks."""
+    return int8.writer(source, FtWriter(folder, advance), tp_size).write(weight)
 
 
 def _write_plain(
-    source: TensorSource, writer: FtWriter, tp_size: int, weight: Weight
+    source: TensorSource, folder: Path, tp_size: int, weight: Weight, advance: Advance
 ) -> dict[str, str]:
     """Writes one tensor for all ranks."""
     source.prefetch(weight)
     files = files_of(source.config, weight, tp_size, source.storage_type)
-    return writer.write_all(files, source.pieces(files))
+    return FtWriter(folder, advance).write_all(files, source.pieces(files))
 
 
 def _write_ini(path: Path, config: MptConfig, settings: ConversionSettings) -> None:

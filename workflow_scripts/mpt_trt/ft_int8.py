@@ -27,7 +27,7 @@ from mpt_trt.ft_layout import (
 )
 from mpt_trt.ft_streams import FtWriter, TensorSource
 from mpt_trt.numerics import STORAGE_TYPES, convert, is_finite
-from mpt_trt.quantization.ranges import ActivationRanges, ranges_of
+from mpt_trt.quantization.ranges import ActivationRanges, ranges_of, require_ranges
 from mpt_trt.quantization.smoothquant import (
     Int8Scales,
     int8_scales,
@@ -56,6 +56,14 @@ class Int8Conversion:
     @property
     def layers(self) -> Int8Layers:
         return Int8Layers.QKV if self.alpha is None else Int8Layers.ALL
+
+    def require_fitting(self, config: MptConfig) -> None:
+        """Raises MptTrtError when such int8 files, or from such ranges, cannot be right."""
+        require_calibratable(config, self.alpha)
+        require_ranges(self.ranges, config)
+
+    def writer(self, source: TensorSource, writer: FtWriter, tp_size: int) -> Int8Writer:
+        return Int8Writer(source, writer, tp_size, self.ranges, self.alpha)
 
 
 def require_calibratable(config: MptConfig, alpha: float | None) -> None:
@@ -125,7 +133,7 @@ class Int8Writer:
         hashes: dict[str, str] = {}
         for norm in _norm_tensors(self.source, weight):
             (file,) = files_of(self.source.config, norm, self.tp_size, self.source.storage_type)
-            values = np.concatenate(list(self.source.values(file)))
+            values = np.concatenate([piece.copy() for piece in self.source.values(file)])
             smoothed = smoothed_norm(values, factors)
             self._require_finite(smoothed, norm)
             hashes |= self.writer.write(file, [smoothed])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,23 +14,18 @@ from numpy.typing import NDArray
 from mpt_trt.config import MptConfig
 from mpt_trt.errors import MptTrtError
 from mpt_trt.files import ContentHash, reserve, write_in_pieces
+from mpt_trt.forked import Advance
 from mpt_trt.ft_layout import FtFile, held
 from mpt_trt.hf_checkpoint import HfCheckpoint, not_finite
-from mpt_trt.numerics import STORAGE_TYPES, conversion, convert, is_finite, transposition
+from mpt_trt.numerics import STORAGE_TYPES, conversion, convert, is_finite
 from mpt_trt.sharding import Range
+from mpt_trt.transposed_blocks import Buffers, transposed_blocks
 from mpt_trt.weight_map import Weight
 
-# What a worker takes of each row of a matrix at a time, at least: few enough bytes for the gathered
-# block to stay in the processor's cache while it is transposed, checked, hashed and written.
-SLAB_ROW_BYTES = 256
-# Of few rows it takes more, until the block is worth the calls that handle it.
-SLAB_BLOCK_BYTES = 512 << 10
-# What it takes of a tensor that is not transposed.
-SLAB_BYTES = 4 << 20
+# What a worker takes at a time of a tensor that is not transposed.
+SLAB_BYTES = 1 << 20
 # Bytes after which progress is reported.
 REPORTED_BYTES = 16 << 20
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -39,12 +34,13 @@ class TensorSource:
 
     storage_type: a key of STORAGE_TYPES. All methods raise MptTrtError for a NaN or Inf in the
     checkpoint, and for a value that the storage type cannot hold. What they yield may be a buffer
-    that the next piece overwrites.
+    that the next piece overwrites, of whichever tensor.
     """
 
     checkpoint: HfCheckpoint
     config: MptConfig
     storage_type: str
+    _buffers: Buffers = field(default_factory=Buffers)
 
     def describe(self, weight: Weight) -> str:
         """For messages."""
@@ -65,12 +61,11 @@ class TensorSource:
             yield [np.zeros(weight.shape, self._dtype)]
             return
         source = self.checkpoint.tensor(weight)
-        for slab, converted in self._slabs(files, source):
+        for slab in self._slabs(files, source):
+            # What is not finite in the checkpoint is not finite in any type.
             if not is_finite(slab):
-                raise not_finite(source, self.describe(weight))
-            if converted.dtype != slab.dtype and not is_finite(converted):
-                raise self._overflow(slab, weight)
-            yield list(converted.reshape(len(files), -1))
+                raise self._unfit(source, weight)
+            yield list(slab.reshape(len(files), -1))
 
     def values(self, file: FtFile) -> Iterator[NDArray]:
         """Pieces of what one file holds, flat."""
@@ -90,19 +85,15 @@ class TensorSource:
             yield Range(start, start + len(block)), block
             start += len(block)
 
-    def _slabs(self, files: list[FtFile], source: NDArray) -> Iterator[tuple[NDArray, NDArray]]:
-        """What `pieces` are made of, of all files: in the checkpoint's type and as stored."""
-        weight = files[0].weight
+    def _slabs(self, files: list[FtFile], source: NDArray) -> Iterator[NDArray]:
+        """What `pieces` are made of, of all files."""
         if files[0].shard is None:
-            slabs = _flat_slabs(source)
-        elif weight.is_linear:
-            parts = [self._parts(file, source) for file in files]
-            yield from _transposed_slabs(parts, self._dtype)
-            return
-        else:
-            slabs = iter([np.concatenate([p for f in files for p in self._parts(f, source)])])
-        for slab in slabs:
-            yield slab, convert(slab, self._dtype)
+            return _flat_slabs(source, self._dtype, self._buffers)
+        parts = [self._parts(file, source) for file in files]
+        if files[0].weight.is_linear:
+            return transposed_blocks(parts, self._dtype, self._buffers)
+        joined = np.concatenate([part for of_file in parts for part in of_file])
+        return iter([convert(joined, self._dtype)])
 
     def _parts(self, file: FtFile, source: NDArray) -> list[NDArray]:
         """The parts of a tensor that a file holds, one under the other."""
@@ -113,8 +104,12 @@ class TensorSource:
             return [part[:, columns.start : columns.stop] for part in parts]
         return parts
 
-    def _overflow(self, values: NDArray, weight: Weight) -> MptTrtError:
-        largest = np.abs(values.astype(np.float64)).max()
+    def _unfit(self, source: NDArray, weight: Weight) -> MptTrtError:
+        """Why a tensor holds something that is not finite in the storage type."""
+        rows = source if source.ndim > 1 else source[None]
+        if not all(map(is_finite, rows)):
+            return not_finite(source, self.describe(weight))
+        largest = max(np.abs(row.astype(np.float64)).max() for row in rows)
         return MptTrtError(
             f"{self.describe(weight)} holds {largest:g}, which {self.storage_type} cannot hold; "
             "choose storage type bfloat16 or float32"
@@ -186,48 +181,21 @@ class FtWriter:
         return {output.name: output.hash for output in outputs}
 
 
-def _flat_slabs(source: NDArray) -> Iterator[NDArray]:
+def _flat_slabs(source: NDArray, dtype: np.dtype, buffers: Buffers) -> Iterator[NDArray]:
     flat = np.ascontiguousarray(source).reshape(-1)
     step = SLAB_BYTES // source.itemsize
-    for start in range(0, flat.size, step):
-        yield flat[start : start + step]
+    slabs = (flat[start : start + step] for start in range(0, flat.size, step))
+    return slabs if flat.dtype == dtype else _converted(slabs, dtype, buffers)
 
 
-def _transposed_slabs(
-    parts: list[list[NDArray]], dtype: np.dtype
-) -> Iterator[tuple[NDArray, NDArray]]:
-    """Blocks of columns as rows, in the type of the parts and in another.
-
-    parts: of each file, `[some of its out, in]`, one under the other. All files have one shape.
-    Blocks: `[files, some of in, out]`.
-    """
-    joined = [part for of_file in parts for part in of_file]
-    width, length = sum(map(len, joined)), joined[0].shape[1]
-    row_bytes = SLAB_ROW_BYTES * max(1, SLAB_BLOCK_BYTES // (SLAB_ROW_BYTES * width))
-    height = min(length, row_bytes // joined[0].itemsize)
-    rest = length - length % height
-    for columns, step in ((Range(0, rest), height), (Range(rest, length), length - rest)):
-        yield from _equal_slabs(joined, len(parts), columns, step, dtype)
-
-
-def _equal_slabs(
-    parts: list[NDArray], num_files: int, columns: Range, height: int, dtype: np.dtype
-) -> Iterator[tuple[NDArray, NDArray]]:
-    """Blocks of `height` columns, through reused buffers."""
-    if len(columns) == 0:
-        return
-    width = sum(map(len, parts))
-    # Only a contiguous block is transposed fast; so its columns are gathered first.
-    gathered = np.empty((width, height), parts[0].dtype)
-    transposed = np.empty((num_files, height, width // num_files), gathered.dtype)
-    transpose = transposition(gathered.reshape(num_files, -1, height), transposed)
-    stored, store = transposed, None
-    if dtype != transposed.dtype:
-        stored = np.empty(transposed.shape, dtype)
-        store = conversion(transposed, stored)
-    for start in range(columns.start, columns.stop, height):
-        np.concatenate([part[:, start : start + height] for part in parts], out=gathered)
-        transpose()
-        if store is not None:
-            store()
-        yield transposed, stored
+def _converted(slabs: Iterator[NDArray], dtype: np.dtype, buffers: Buffers) -> Iterator[NDArray]:
+    """The same in another type, through reused buffers."""
+    copied = converted = np.empty(0)
+    for slab in slabs:
+        if len(slab) != len(copied):
+            copied = buffers.take("copied", slab.shape, slab.dtype)
+            converted = buffers.take("converted", slab.shape, dtype)
+            convert_copied = conversion(copied, converted)
+        np.copyto(copied, slab)
+        convert_copied()
+        yield converted

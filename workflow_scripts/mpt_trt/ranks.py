@@ -5,7 +5,6 @@ Importing this module does not start MPI; `communicator` does, when there is mor
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
 import signal
@@ -16,6 +15,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from mpt_trt.environment import end_with_parent
 from mpt_trt.errors import MptTrtError, SharedError
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ PATIENCE_SECONDS = float(os.environ.get("MPT_TRT_PATIENCE_SECONDS", "300"))
 # Polls without a pause for this long, since ranks mostly meet within microseconds.
 EAGER_SECONDS = 0.002
 PAUSE_SECONDS = 0.0002
-# From Linux's sys/prctl.h.
-PR_SET_PDEATHSIG = 1
 
 
 class Communicator:
@@ -158,8 +156,8 @@ def _end_with_mpirun() -> None:
 
     SLURM ends what its jobs leave behind itself.
     """
-    if sys.platform == "linux" and LAUNCHER_VARIABLES[0] in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if LAUNCHER_VARIABLES[0] in os.environ:
+        end_with_parent()
 
 
 def rank_label() -> str:

@@ -50,7 +50,8 @@ PLAN_PER_LAYER = MIB
 BUILD_PER_WEIGHT = 1.2
 BUILD_BASE = 700 * MIB
 # A Python process, with PyTorch where it reads .bin files, and what a conversion worker holds.
-# Measured with two workers: 50 to 70 MiB without PyTorch, which takes 140 MiB more.
+# Measured with two workers: 95 MiB without PyTorch, which takes 140 MiB more; what the processes
+# share is counted for each.
 CONVERSION_BASE = 200 * MIB
 CONVERSION_PER_WORKER = 48 * MIB
 # Measured: 163 MiB.
