@@ -108,7 +108,8 @@ class _Line:
             self._done += count
 
     def stop(self) -> None:
-        seconds = time.monotonic() - self._started
+        # Never 0, by which the rate is divided.
+        seconds = max(time.monotonic() - self._started, 1e-9)
         done, total, rate = map(_in_units, (self._done, self._total, self._done / seconds))
         print(f"{self._title}: {done} of {total} in {seconds:.1f} s, {rate}/s", file=sys.stderr)
 
