@@ -29,6 +29,7 @@ from mpt_trt.engines.device_buffer import DeviceBuffer, call
 from mpt_trt.engines.integer_products import INTEGER_BITS
 from mpt_trt.engines.shared_weights import share_weights
 from mpt_trt.engines.step_graphs import PLAIN_RUNS, StepGraphs
+from mpt_trt.onnx_graph import external_tensor
 
 # Of MPT-7B: in and out features of a layer's matrices.
 SHAPES = ((4096, 12288), (4096, 4096), (4096, 16384), (16384, 4096))
@@ -111,8 +112,8 @@ def integer_network(folder: Path, bits: int) -> onnx.ModelProto:
         file = f"{bits}-{height}x{width}"
         shape = scale_shape(bits, height, width)
         initializers += [
-            stored(f"w{index}", TYPES[bits], (height, width), file),
-            stored(f"s{index}", TensorProto.FLOAT16, shape, f"{file}.scales"),
+            external_tensor(f"w{index}", TYPES[bits], (height, width), file),
+            external_tensor(f"s{index}", TensorProto.FLOAT16, shape, f"{file}.scales"),
         ]
         by_group = {"axis": 0, "block_size": GROUP_SIZE} if len(shape) == 2 else {"axis": 1}
         nodes += [
@@ -141,13 +142,6 @@ def integer_network(folder: Path, bits: int) -> onnx.ModelProto:
 def scale_shape(bits: int, height: int, width: int) -> tuple[int, ...]:
     """One for a group of 4-bit weights, one for a column of others."""
     return (height // GROUP_SIZE, width) if bits == 4 else (width,)
-
-
-def stored(name: str, element_type: int, shape: tuple[int, ...], file: str) -> TensorProto:
-    tensor = TensorProto(name=name, data_type=element_type, dims=shape)
-    tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value=file)
-    return tensor
 
 
 if __name__ == "__main__":

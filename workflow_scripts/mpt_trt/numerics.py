@@ -100,12 +100,14 @@ def _in_turn(steps: list[Callable[[], None]]) -> None:
         step()
 
 
-def transpose(block: NDArray, target: NDArray) -> None:
-    """Fills the contiguous `target` `[b, a]` with the contiguous `block` `[a, b]`, transposed.
+def transposed_copy(block: NDArray) -> NDArray:
+    """A contiguous `[b, a]` of the contiguous `block` `[a, b]`.
 
     ONNX Runtime's kernel does it several times faster than NumPy's copy.
     """
+    target = np.empty(block.shape[::-1], block.dtype)
     transposition(block[None], target[None])()
+    return target
 
 
 def transposition(blocks: NDArray, targets: NDArray) -> Callable[[], None]:

@@ -45,6 +45,21 @@ class StoredTensor:
     content: Content
 
 
+def external_tensor(
+    name: str, element_type: int, shape: tuple[int, ...], location: str, **place: int
+) -> TensorProto:
+    """An initializer whose content is a file, or the part of it that `place` says.
+
+    place: `offset` and `length`, in bytes.
+    """
+    tensor = TensorProto(name=name, data_type=element_type, dims=shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    for key, value in place.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
 @dataclass
 class GraphBuilder:
     """Collects nodes, inputs, outputs and initializers; values are referred to by name.
@@ -117,12 +132,10 @@ class GraphBuilder:
         self, name: str, stored: StoredTensor, shape: tuple[int, ...], **place: int
     ) -> str:
         self.used[stored.file_name] = stored.content
-        tensor = TensorProto(name=name, data_type=stored.element_type, dims=shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value=f"{WEIGHTS_FOLDER}/{stored.file_name}")
-        for key, value in place.items():
-            tensor.external_data.add(key=key, value=str(value))
-        self.initializers[name] = tensor
+        location = f"{WEIGHTS_FOLDER}/{stored.file_name}"
+        self.initializers[name] = external_tensor(
+            name, stored.element_type, shape, location, **place
+        )
         return name
 
     def all_reduce(self, value: str, output: str, element_type: int | None = None) -> str:

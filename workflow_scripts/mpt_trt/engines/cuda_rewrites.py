@@ -402,11 +402,8 @@ def _without_mask(graph: Graph) -> dict[str, list[onnx.NodeProto]]:
     visible, scores, _ = masked.input
     if scores in graph.initializers:
         return {}
-    for reader in graph.readers[masked.output[0]]:
-        for index, name in enumerate(reader.input):
-            if name == masked.output[0]:
-                reader.input[index] = scores
-    return {masked.name: [], graph.maker[visible].name: []}
+    alone = helper.make_node("Identity", [scores], masked.output, name=masked.name)
+    return {masked.name: [alone], graph.maker[visible].name: []}
 
 
 def _written_out(graph: Graph, node: onnx.NodeProto, num_kv_heads: int) -> list[onnx.NodeProto]:

@@ -9,10 +9,10 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from mpt_trt.engines.onnx_session import open_session, session_options
 from mpt_trt.errors import MptTrtError
 
 PROVIDER = "CUDAExecutionProvider"
-ERROR_SEVERITY = 3
 
 
 class CudaSession:
@@ -29,12 +29,10 @@ class CudaSession:
 
         Raises MptTrtError when it cannot be loaded.
         """
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = ERROR_SEVERITY
+        options = session_options(path)
         # Planned memory is allocated in a second run, which for steps is the one to be captured.
         options.enable_mem_pattern = False
         entries = {
-            "session.model_external_initializers_file_folder_path": str(path.parent),
             # What operators make of constants replaces them.
             "session.use_device_allocator_for_initializers": "1",
             # Constants are scales of tiles. Kernels are chosen when numbers of rows first come.
@@ -49,12 +47,7 @@ class CudaSession:
             "arena_extend_strategy": "kSameAsRequested",
             "use_tf32": "0",
         }
-        try:
-            self._session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=[(PROVIDER, provider)]
-            )
-        except Exception as error:  # the library raises many types, without a common base
-            raise MptTrtError(f"{path}: ONNX Runtime cannot load the network: {error}") from None
+        self._session = open_session(model, path, options, (PROVIDER, provider))
         if PROVIDER not in self._session.get_providers():
             raise MptTrtError(
                 f"ONNX Runtime {onnxruntime.__version__} does not find CUDA's libraries; install "

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from mpt_trt.engines.cuda_rewrites import DOMAIN
 from mpt_trt.engines.external_data import SharedWeight, stored_bytes
-from mpt_trt.numerics import transpose
+from mpt_trt.numerics import transposed_copy
 
 INTEGER_BITS = {TensorProto.INT4: 4, TensorProto.INT8: 8}
 # Of two's complement nibbles and bytes: what flips their sign bits, so that 0 becomes 8 and 128.
@@ -95,7 +95,7 @@ def by_columns(matrix: IntegerMatrix, node: onnx.NodeProto) -> FusedProduct:
     def columns() -> NDArray[np.uint8]:
         stored = matrix.read_integers()
         if matrix.bits == 8:
-            return _transposed(stored)
+            return transposed_copy(stored)
         pairs = stored.reshape(-1, 2, stored.shape[1])
         return _columns_of_pairs(pairs[:, 0], pairs[:, 1])
 
@@ -116,7 +116,7 @@ def by_tiles(matrix: IntegerMatrix, node: onnx.NodeProto) -> FusedProduct:
     def tiles() -> NDArray[np.uint8]:
         stored = matrix.read_integers()
         if matrix.bits == 8:
-            return _interleaved(_transposed(_alternating(stored)), ROWS_OF_TILE)
+            return _interleaved(transposed_copy(_alternating(stored)), ROWS_OF_TILE)
         width = stored.shape[1]
         halves = stored.reshape(-1, 2, 2, 8, width).transpose(2, 0, 3, 1, 4)
         low, high = halves.reshape(2, -1, width)
@@ -171,8 +171,8 @@ def _columns_of_pairs(low: NDArray[np.uint8], high: NDArray[np.uint8]) -> NDArra
     """Bytes `[width, n]` of a nibble of `low` and one of `high`, both `[n, width / 2]` bytes."""
     height, pairs = low.shape
     columns = np.empty((pairs, 2, height), np.uint8)
-    columns[:, 0] = _transposed((low & 0x0F) | (high << 4))
-    columns[:, 1] = _transposed((low >> 4) | (high & 0xF0))
+    columns[:, 0] = transposed_copy((low & 0x0F) | (high << 4))
+    columns[:, 1] = transposed_copy((low >> 4) | (high & 0xF0))
     return columns.reshape(2 * pairs, height)
 
 
@@ -187,9 +187,3 @@ def _interleaved(columns: NDArray[np.uint8], tile: int) -> NDArray[np.uint8]:
     width = len(columns)
     tiles = columns.reshape(-1, BYTES_TOGETHER // tile, columns.shape[1] // tile, tile)
     return np.ascontiguousarray(tiles.transpose(0, 2, 1, 3)).reshape(width, -1)
-
-
-def _transposed(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    target = np.empty(block.shape[::-1], np.uint8)
-    transpose(block, target)
-    return target

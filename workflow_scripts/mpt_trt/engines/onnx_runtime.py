@@ -23,6 +23,7 @@ from mpt_trt.engines.onnx_rewrites import (
     read_network,
     spell_out_scale_types,
 )
+from mpt_trt.engines.onnx_session import open_session, session_options
 from mpt_trt.errors import MptTrtError
 from mpt_trt.kv_cache import cache_shape
 from mpt_trt.onnx_graph import ELEMENT_TYPES
@@ -30,7 +31,6 @@ from mpt_trt.quantization.scheme import Awq, Fp8, SmoothQuant, WeightOnly
 from mpt_trt.ranks import Communicator
 from mpt_trt.sharding import Shard
 
-ERROR_SEVERITY = 3
 CPU = "CPUExecutionProvider"
 # ONNX Runtime's names of what integer weights are multiplied by: float32, int8.
 ACCURACY_LEVELS = {"exact": "1", "int8": "4"}
@@ -136,12 +136,8 @@ def _open_session(
 ) -> tuple[onnxruntime.InferenceSession, list[onnxruntime.OrtValue]]:
     """The session, and the converted weights that must live as long as it does."""
     model = read_network(path)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = ERROR_SEVERITY
+    options = session_options(path)
     options.intra_op_num_threads = cpu.num_threads
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(path.parent)
-    )
     # By default, products of quantized weights would round activations to 8 bits.
     level = ACCURACY_LEVELS[cpu.activations]
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
@@ -157,8 +153,4 @@ def _open_session(
     take_any_cache_length(model)
     if manifest.tp_size > 1:
         replace_collectives(model, options)
-    try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[CPU])
-    except Exception as error:  # the library raises many types, without a common base
-        raise MptTrtError(f"{path}: ONNX Runtime cannot load the network: {error}") from None
-    return session, weights
+    return open_session(model, path, options, (CPU, {})), weights

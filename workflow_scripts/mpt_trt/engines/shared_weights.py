@@ -22,6 +22,7 @@ from mpt_trt.engines.integer_products import (
     by_columns,
     by_tiles,
 )
+from mpt_trt.onnx_graph import external_tensor
 
 # Smaller tensors stay: norms, biases, and scales of whole columns.
 LEAST_BYTES = 1 << 18
@@ -65,10 +66,8 @@ def share_weights(
 
 def _left_out(weight: SharedWeight) -> TensorProto:
     """An initializer whose content is not where it says."""
-    tensor = TensorProto(name=weight.name, data_type=weight.element_type, dims=weight.shape)
-    tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="given when the network is loaded")
-    return tensor
+    location = "given when the network is loaded"
+    return external_tensor(weight.name, weight.element_type, weight.shape, location)
 
 
 def _fuse_integer_products(

@@ -24,7 +24,7 @@ from mpt_trt import sharding
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.ft_layout import held
-from mpt_trt.numerics import STORAGE_TYPES, convert, transpose
+from mpt_trt.numerics import STORAGE_TYPES, convert, transposed_copy
 from mpt_trt.onnx_graph import ELEMENT_TYPES, IR_VERSION, OPSET, GraphBuilder, StoredTensor
 from mpt_trt.products.base import (
     dequantized,
@@ -241,10 +241,7 @@ def _quantize_into(target: NDArray[np.uint8], rows: NDArray, scales: NDArray[np.
     for start in range(0, scales.shape[1], groups):
         part = slice(start * group_size, (start + groups) * group_size)
         integers_of_part = quantized_rows(rows[:, part], scales[:, start : start + groups])
-        pairs = integers.pack_int4_rows(integers_of_part)
-        transposed = np.empty(pairs.shape[::-1], np.uint8)
-        transpose(pairs, transposed)
-        target[part] = transposed
+        target[part] = transposed_copy(integers.pack_int4_rows(integers_of_part))
 
 
 def quantized_rows(weight: NDArray, scales: NDArray[np.float32]) -> NDArray[np.int8]:

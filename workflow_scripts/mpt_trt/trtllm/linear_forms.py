@@ -17,7 +17,7 @@ from mpt_trt.capabilities import uses_plugin_form
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.ft_layout import FtFile, held, linear_name
-from mpt_trt.numerics import STORAGE_TYPES, convert, transpose
+from mpt_trt.numerics import STORAGE_TYPES, convert, transposed_copy
 from mpt_trt.products.awq import held_blocks, quantized_rows
 from mpt_trt.products.base import place
 from mpt_trt.products.fp8 import quantized_block
@@ -258,9 +258,7 @@ def transposed(
     def blocks() -> Iterator[NDArray]:
         for start in range(0, stored.shape[1], BLOCK_COLUMNS):
             block = change(np.ascontiguousarray(stored[:, start : start + BLOCK_COLUMNS]))
-            target = np.empty(block.shape[::-1], dtype)
-            transpose(block, target)
-            yield target
+            yield transposed_copy(block).view(dtype)
 
     return StreamedTensor(dtype, stored.shape[::-1], blocks)
 

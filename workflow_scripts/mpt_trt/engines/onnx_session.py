@@ -1,0 +1,38 @@
+"""Loads networks into ONNX Runtime, on whatever it computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+
+from mpt_trt.errors import MptTrtError
+
+ERROR_SEVERITY = 3
+
+
+def session_options(path: Path) -> onnxruntime.SessionOptions:
+    """For a network that is, or was made of, the one at `path`, beside which its weights lie."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ERROR_SEVERITY
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent)
+    )
+    return options
+
+
+def open_session(
+    model: onnx.ModelProto,
+    path: Path,
+    options: onnxruntime.SessionOptions,
+    provider: tuple[str, dict[str, Any]],
+) -> onnxruntime.InferenceSession:
+    """provider: its name and its options. Raises MptTrtError when the network cannot be loaded."""
+    try:
+        return onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=[provider]
+        )
+    except Exception as error:  # the library raises many types, without a common base
+        raise MptTrtError(f"{path}: ONNX Runtime cannot load the network: {error}") from None
