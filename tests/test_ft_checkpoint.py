@@ -790,12 +790,18 @@ class TestInterruptions:
             text=True,
         )
 
+    def workers_in_the_middle(self, process: subprocess.Popen, out: Path) -> list[int]:
+        """Waits until both workers run and a tensor is written; one may write before two run."""
+        workers: list[int] = []
+        while len(workers) < 2 or not list(out.glob(".1-gpu.partial*/model.*.bin")):
+            assert process.poll() is None, "it has ended"
+            time.sleep(0.002)
+            workers = workers_of(process.pid)
+        return workers
+
     def stop_in_the_middle(self, process: subprocess.Popen, out: Path, number: int) -> str:
         """Sends the signal as soon as a tensor is written; returns what went to stderr."""
-        while process.poll() is None and not list(out.glob(".1-gpu.partial*/model.*.bin")):
-            time.sleep(0.002)
-        workers = workers_of(process.pid)
-        assert len(workers) == 2
+        workers = self.workers_in_the_middle(process, out)
         process.send_signal(number)
         errors = process.communicate(timeout=60)[1]
         ended_by = time.monotonic() + 10
@@ -820,9 +826,7 @@ class TestInterruptions:
 
     def test_a_killed_worker(self, big: Path, out: Path) -> None:
         process = self.start(big, out)
-        while process.poll() is None and not list(out.glob(".1-gpu.partial*/model.*.bin")):
-            time.sleep(0.002)
-        os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+        os.kill(self.workers_in_the_middle(process, out)[0], signal.SIGKILL)
         errors = process.communicate(timeout=60)[1]
         assert process.returncode == 1
         assert "was ended by SIGKILL" in one_error(errors)

@@ -125,11 +125,14 @@ def _indices(count: int) -> int:
 
 def _forked(jobs: Sequence[Job], indices: int) -> _Worker:
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         # Nothing of what the parent has begun is to be ended here: no `finally`, no exit handler.
         try:
-            _work(jobs, indices, sender)
+            end_with_parent()
+            if os.getppid() == parent:  # else it has ended before
+                _work(jobs, indices, sender)
         finally:
             os._exit(1)
     sender.close()
@@ -138,7 +141,6 @@ def _forked(jobs: Sequence[Job], indices: int) -> _Worker:
 
 def _work(jobs: Sequence[Job], indices: int, sender: socket.socket) -> None:
     """What a process does, until there are no more jobs; ends it."""
-    end_with_parent()
     # The parent decides what an interrupt of all means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
