@@ -49,11 +49,6 @@ def group_amax(matrix: NDArray, group_size: int) -> NDArray[np.float32]:
     return np.stack([column_amax(matrix[start : start + group_size]) for start in starts])
 
 
-def round_half_away(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Nearest integers, halves away from zero, as C's `roundf`."""
-    return np.trunc(_past_halves(values))
-
-
 def quantize(matrix: NDArray, scales: NDArray[np.float32], bits: int) -> Iterator[NDArray[np.int8]]:
     """Blocks of rows of round(matrix / scale), clipped to the signed range of `bits` bits.
 
