@@ -22,6 +22,10 @@ from mpt_trt.ft_checkpoint import FtCheckpoint, read_ft_checkpoint
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
+# Shells let what they start in the background ignore it, and programs that tests interrupt with it
+# would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
