@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 # Set by the launchers of Open MPI, of PMIx (srun --mpi=pmix) and of MPICH.
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK")
-# How long a rank waits for the others before it takes them for dead.
-PATIENCE_SECONDS = float(os.environ.get("MPT_TRT_PATIENCE_SECONDS", "300"))
+# Says how long a rank waits for the others before it takes them for dead.
+PATIENCE = "MPT_TRT_PATIENCE_SECONDS"
+DEFAULT_PATIENCE_SECONDS = 300.0
 # Polls without a pause for this long, since ranks mostly meet within microseconds.
 EAGER_SECONDS = 0.002
 PAUSE_SECONDS = 0.0002
@@ -36,8 +37,9 @@ PAUSE_SECONDS = 0.0002
 class Communicator:
     """What the ranks of an engine say to each other, over MPI. Every call is one of all ranks."""
 
-    def __init__(self, world: Any):
+    def __init__(self, world: Any, patience_seconds: float):
         self._world = world
+        self._patience_seconds = patience_seconds
         self._is_interrupted = False
         self.rank: int = world.rank
         self.size: int = world.size
@@ -122,10 +124,10 @@ class Communicator:
         while not request.Test():
             self._raise_if_interrupted()
             waited = time.monotonic() - started
-            if waited > PATIENCE_SECONDS:
+            if waited > self._patience_seconds:
                 raise MptTrtError(
-                    f"waited {waited:.0f} s for the other ranks; one of them hangs or is gone "
-                    "(MPT_TRT_PATIENCE_SECONDS sets the limit)"
+                    f"waited {self._patience_seconds:g} s for the other ranks; one hangs or is "
+                    f"gone ({PATIENCE} sets the limit)"
                 )
             if waited > EAGER_SECONDS:
                 time.sleep(PAUSE_SECONDS)
@@ -134,7 +136,8 @@ class Communicator:
 def communicator(tp_size: int) -> Communicator | None:
     """The communicator of an engine of tp_size ranks; None for a single process and one rank.
 
-    Raises SharedError when another number of processes was started.
+    Raises SharedError when another number of processes was started, or when
+    MPT_TRT_PATIENCE_SECONDS is no number of seconds.
     """
     is_launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
     if tp_size == 1 and not is_launched:
@@ -148,7 +151,18 @@ def communicator(tp_size: int) -> Communicator | None:
             f"the engine's number of ranks is {tp_size}, but the number of processes is {size}; "
             f"use mpirun -n {tp_size} python ..."
         )
-    return None if size == 1 else Communicator(MPI.COMM_WORLD)
+    return None if size == 1 else Communicator(MPI.COMM_WORLD, _patience_seconds())
+
+
+def _patience_seconds() -> float:
+    text = os.environ.get(PATIENCE, str(DEFAULT_PATIENCE_SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not seconds > 0:
+        raise SharedError(f"{PATIENCE} = {text!r}: give a number of seconds above 0, or unset it")
+    return seconds
 
 
 def _end_with_mpirun() -> None:
