@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import Built
 from engines_support import SCRIPTS
 
 # The quickest of them takes a twentieth of a second, the slowest several.
@@ -62,3 +63,29 @@ def test_threads_that_wait_leave_the_core_unless_asked_otherwise(asked: str | No
     command = [sys.executable, "-c", show]
     found = subprocess.check_output(command, text=True, cwd=SCRIPTS, env=environment)
     assert found.strip() == (asked or "passive")
+
+
+@pytest.mark.parametrize("asked", [None, "0"])
+def test_onnx_runtime_reports_nothing_unless_asked_otherwise(asked: str | None) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    if asked is not None:
+        environment["ORT_DISABLE_TELEMETRY"] = asked
+    show = "import mpt_trt, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    command = [sys.executable, "-c", show]
+    found = subprocess.check_output(command, text=True, cwd=SCRIPTS, env=environment)
+    assert found.strip() == (asked or "1")
+
+
+def test_nothing_is_left_in_the_users_home(built: Built, tmp_path: Path) -> None:
+    """By tools that use ONNX Runtime, for arithmetic and to run an engine."""
+    home = tmp_path / "home"
+    home.mkdir()
+    # What this process has set is not to be inherited.
+    kept = {"PATH", "LD_LIBRARY_PATH", "LANG"} & os.environ.keys()
+    environment = {name: os.environ[name] for name in kept} | {"HOME": str(home)}
+    convert = ["convert_hf_mpt_to_ft.py", f"-i={built.hf}", f"-o={tmp_path / 'ft'}", "-t=bfloat16"]
+    run = ["run.py", f"--engine_dir={built.engine}", f"--tokenizer_dir={built.hf}"]
+    for script, *options in (convert, [*run, "--max_output_len=2", "--input_text=hello"]):
+        command = [sys.executable, SCRIPTS / script, *options]
+        subprocess.run(command, check=True, capture_output=True, env=environment)
+    assert list(home.rglob("*")) == []
