@@ -168,7 +168,10 @@ def test_a_process_whose_parent_dies_before_it_knows_of_it(
     monkeypatch.setattr("mpt_trt.forked.end_with_parent", end_late)
     if (parent := os.fork()) == 0:
         parent = os.getpid()
-        run_forked([wait_for_ever], 1, ignore)
+        try:
+            run_forked([wait_for_ever], 1, ignore)
+        finally:
+            os._exit(1)
     os.close(writing)
     assert os.read(reading, 1) == b"."
     os.kill(parent, signal.SIGKILL)
