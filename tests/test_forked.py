@@ -69,6 +69,12 @@ def test_results_and_progress(num_jobs: int, num_processes: int) -> None:
     assert not any(map(is_running, pids))
 
 
+def test_more_jobs_than_a_pipe_would_hold() -> None:
+    jobs = [functools.partial(square, number) for number in range(20_000)]
+    results = run_forked(jobs, 2, ignore)
+    assert sorted(found for found, _ in results) == [n**2 for n in range(20_000)]
+
+
 def test_jobs_run_side_by_side() -> None:
     """Each waits until all have begun."""
     barrier = multiprocessing.get_context("fork").Barrier(3)

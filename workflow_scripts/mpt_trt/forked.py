@@ -75,6 +75,26 @@ class _Worker:
             raise RuntimeError(f"a process ended with status {found.si_status}, and said nothing")
 
 
+@dataclass(frozen=True)
+class _Turns:
+    """A pipe that holds the number of the next job: who takes it puts the one after it there."""
+
+    reading: int
+    writing: int
+
+    def put(self, number: int) -> None:
+        os.write(self.writing, number.to_bytes(INDEX_BYTES, "little"))
+
+    def take(self) -> int:
+        number = int.from_bytes(os.read(self.reading, INDEX_BYTES), "little")
+        self.put(number + 1)
+        return number
+
+    def close(self) -> None:
+        os.close(self.reading)
+        os.close(self.writing)
+
+
 def run_forked(jobs: Sequence[Job[Result]], num_processes: int, advance: Advance) -> list[Result]:
     """What the jobs return, in any order.
 
@@ -103,27 +123,22 @@ def run_forked(jobs: Sequence[Job[Result]], num_processes: int, advance: Advance
 def _workers(jobs: Sequence[Job], number: int) -> Iterator[list[_Worker]]:
     """Processes that share the jobs; they have ended when the block is left."""
     workers: list[_Worker] = []
-    with open(_indices(len(jobs)), "rb", buffering=0) as indices, ExitStack() as stack:
+    with ExitStack() as stack:
+        turns = _Turns(*os.pipe())
+        stack.callback(turns.close)
+        turns.put(0)
         # An interrupt in between would leave a process that nobody knows of.
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
         try:
             for _ in range(min(number, len(jobs))):
-                workers.append(_forked(jobs, indices.fileno()))
+                workers.append(_forked(jobs, turns))
                 stack.callback(workers[-1].end)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous)
         yield workers
 
 
-def _indices(count: int) -> int:
-    """A pipe that holds the numbers of all jobs: who reads one takes it."""
-    reading, writing = os.pipe()
-    os.write(writing, b"".join(n.to_bytes(INDEX_BYTES, "little") for n in range(count)))
-    os.close(writing)
-    return reading
-
-
-def _forked(jobs: Sequence[Job], indices: int) -> _Worker:
+def _forked(jobs: Sequence[Job], turns: _Turns) -> _Worker:
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent = os.getpid()
     pid = os.fork()
@@ -132,14 +147,14 @@ def _forked(jobs: Sequence[Job], indices: int) -> _Worker:
         try:
             end_with_parent()
             if os.getppid() == parent:  # else it has ended before
-                _work(jobs, indices, sender)
+                _work(jobs, turns, sender)
         finally:
             os._exit(1)
     sender.close()
     return _Worker(pid, receiver)
 
 
-def _work(jobs: Sequence[Job], indices: int, sender: socket.socket) -> None:
+def _work(jobs: Sequence[Job], turns: _Turns, sender: socket.socket) -> None:
     """What a process does, until there are no more jobs; ends it."""
     # The parent decides what an interrupt of all means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -153,8 +168,8 @@ def _work(jobs: Sequence[Job], indices: int, sender: socket.socket) -> None:
         sender.send(pickle.dumps(message))
 
     try:
-        while index := os.read(indices, INDEX_BYTES):
-            send((jobs[int.from_bytes(index, "little")](send),))
+        while (number := turns.take()) < len(jobs):
+            send((jobs[number](send),))
     except BaseException as error:
         error.add_note(f"In one of several processes:\n{traceback.format_exc()}")
         send(error)
