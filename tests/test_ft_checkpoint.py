@@ -42,6 +42,7 @@ from mpt_trt.ft_checkpoint import ConversionSettings, FtCheckpoint, read_ft_chec
 from mpt_trt.hf_checkpoint import HfCheckpoint
 from mpt_trt.sharding import Shard
 from mpt_trt.weight_map import weights
+from processes import require_ended
 
 NVIDIA = json.loads((Path(__file__).parent / "data" / "nvidia_ft_sha256.json").read_text())
 BASE = CheckpointSpec()
@@ -696,12 +697,6 @@ def workers_of(pid: int) -> list[int]:
     return []
 
 
-def is_running(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    return False
-
-
 class TestFullDisk:
     def test_file_size_limit(self, tmp_path: Path) -> None:
         checkpoint = write_seeded_checkpoint(tmp_path / "a", "a")
@@ -804,10 +799,7 @@ class TestInterruptions:
         workers = self.workers_in_the_middle(process, out)
         process.send_signal(number)
         errors = process.communicate(timeout=60)[1]
-        ended_by = time.monotonic() + 10
-        while any(map(is_running, workers)):
-            assert time.monotonic() < ended_by, "a worker goes on"
-            time.sleep(0.01)
+        require_ended(workers, within_s=10)
         return errors
 
     def require_whole(self, folder: Path) -> None:

@@ -44,6 +44,7 @@ from mpt_trt.hf_checkpoint import HfCheckpoint
 from mpt_trt.quality_result import read_quality
 from mpt_trt.sharding import Shard, VocabularySharding
 from mpt_trt.weight_map import weights
+from processes import require_ended
 from workflow_support import SMALL, Workflow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -441,19 +442,8 @@ def interrupted(name: str, engines: Engines, folder: Path, **environment: str) -
     assert "generated to the end" not in finished.stdout
     assert finished.seconds < 60
     pids = [int((folder / f"pid{rank}").read_text()) for rank in (0, 1)]
-    deadline = time.monotonic() + 5  # whoever adopted them takes a moment to bury them
-    while any(is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline, f"still running, of {pids}"
-        time.sleep(0.05)
+    require_ended(pids, within_s=5)
     return finished
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
 
 
 def test_rank_that_is_killed_ends_all(engines, bystander, tmp_path):

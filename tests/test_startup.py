@@ -55,25 +55,23 @@ def test_planning_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("asked", [None, "active"])
 def test_threads_that_wait_leave_the_core_unless_asked_otherwise(asked: str | None) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    if asked is not None:
-        environment["OMP_WAIT_POLICY"] = asked
-    show = "import os; from mpt_trt.console import run_cli; "
-    show += "run_cli(lambda: print(os.environ['OMP_WAIT_POLICY']))"
-    command = [sys.executable, "-c", show]
-    found = subprocess.check_output(command, text=True, cwd=SCRIPTS, env=environment)
-    assert found.strip() == (asked or "passive")
+    show = "from mpt_trt.console import run_cli; run_cli(lambda: {print_it})"
+    assert shown("OMP_WAIT_POLICY", asked, show) == (asked or "passive")
 
 
 @pytest.mark.parametrize("asked", [None, "0"])
 def test_onnx_runtime_reports_nothing_unless_asked_otherwise(asked: str | None) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    assert shown("ORT_DISABLE_TELEMETRY", asked, "import mpt_trt; {print_it}") == (asked or "1")
+
+
+def shown(variable: str, asked: str | None, code: str) -> str:
+    """What `print_it` in `code` prints of an environment variable; asked: its value outside."""
+    environment = {k: v for k, v in os.environ.items() if k != variable}
     if asked is not None:
-        environment["ORT_DISABLE_TELEMETRY"] = asked
-    show = "import mpt_trt, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
-    command = [sys.executable, "-c", show]
-    found = subprocess.check_output(command, text=True, cwd=SCRIPTS, env=environment)
-    assert found.strip() == (asked or "1")
+        environment[variable] = asked
+    code = "import os; " + code.format(print_it=f"print(os.environ[{variable!r}])")
+    command = [sys.executable, "-c", code]
+    return subprocess.check_output(command, text=True, cwd=SCRIPTS, env=environment).strip()
 
 
 def test_nothing_is_left_in_the_users_home(built: Built, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def reserve(stream: BinaryIO, size: int) -> None:
 
 
 def start_writing(stream: BinaryIO) -> None:
-    """Makes the system begin to write to the disk what it holds of a file, and does not wait.
+    """Makes the system begin to write to the disk what it holds of a file; ends before it is there.
 
     By itself it begins when a tenth of the memory is to be written, and from twice that on makes
     those who write wait.

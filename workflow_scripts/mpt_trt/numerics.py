@@ -155,7 +155,7 @@ def _session(
     source: tuple[np.dtype, bytes],
     target: tuple[np.dtype, bytes],
 ) -> onnxruntime.InferenceSession:
-    """A network of one node; each caller's thread computes by itself.
+    """A network of one node.
 
     source, target: type, and a letter for each dimension. Put together by hand (field numbers:
     onnx.proto3), since importing `onnx` takes as long as converting 0.1 GB.
@@ -164,6 +164,11 @@ def _session(
     inputs, outputs = _value(b"source", *source), _value(b"target", *target)
     graph = _field(1, node) + _field(2, b"step") + _field(11, inputs) + _field(12, outputs)
     model = _field(1, IR_VERSION) + _field(7, graph) + _field(8, _field(2, OPSET))
+    return one_thread_session(model)
+
+
+def one_thread_session(model: bytes) -> onnxruntime.InferenceSession:
+    """Runs a serialized network in the thread that calls, however many there are of those."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(model, options)

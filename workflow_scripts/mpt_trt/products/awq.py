@@ -24,7 +24,7 @@ from mpt_trt import sharding
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft_checkpoint import FtCheckpoint
 from mpt_trt.ft_layout import held
-from mpt_trt.numerics import STORAGE_TYPES, convert, transposed_copy
+from mpt_trt.numerics import STORAGE_TYPES, convert, one_thread_session, transposed_copy
 from mpt_trt.onnx_graph import ELEMENT_TYPES, IR_VERSION, OPSET, GraphBuilder, StoredTensor
 from mpt_trt.products.base import (
     dequantized,
@@ -280,6 +280,4 @@ def _quantizer(group_size: int) -> onnxruntime.InferenceSession:
     graph = helper.make_graph([node], "quantizer", floats, [rounded])
     opset = helper.make_opsetid("", OPSET)
     model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+    return one_thread_session(model.SerializeToString())
