@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from common import REPOSITORY, SCRIPTS, measure, script, write_result
+from common import REPOSITORY, measure, script, write_result
 
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(REPOSITORY))
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def make_engines(folder: Path, length: int) -> dict[str, Path]:
 
 
 def open_engine(folder: Path, threads: int):
-    from mpt_trt.engines.loading import load_engine
+    from mpt_trt.engines.load import load_engine
 
     return load_engine(folder, "onnxruntime", threads).model
 

@@ -23,26 +23,26 @@ from functools import partial
 from pathlib import Path
 
 from common import (
+    REPOSITORY,
     SAMPLE_SECONDS,
-    SCRIPTS,
     make_random_checkpoint,
     private_mib,
     write_result,
 )
 
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(REPOSITORY))
 
 import numpy as np
 import torch
 
-from mpt_trt.config import MptConfig
-from mpt_trt.files import write_in_pieces
-from mpt_trt.model_source import ModelSource, open_model
-from mpt_trt.model_tensors import ModelTensors, embed
-from mpt_trt.plain_block import PlainBlock, causal_bias, with_weights
-from mpt_trt.quantization.calibration import CalibrationPlan, calibrate, modelopt_config
-from mpt_trt.quantization.scheme import default_group_size
-from mpt_trt.quantization.streaming import Computation, equal_batch_size, stream_blocks
+from mpt_trt.calibration.block_stream import Computation, equal_batch_size, stream_blocks
+from mpt_trt.calibration.model_source import ModelSource, open_model
+from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate, modelopt_config
+from mpt_trt.model.config import MptConfig
+from mpt_trt.model.torch_block import PlainBlock, causal_bias, with_weights
+from mpt_trt.model.torch_tensors import ModelTensors, embed
+from mpt_trt.quantization.schemes import default_group_size
+from mpt_trt.system.files import write_in_pieces
 
 MIB = 1 << 20
 WRITTEN_AT_ONCE = 64 * MIB

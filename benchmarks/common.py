@@ -16,10 +16,10 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = REPOSITORY / "workflow_scripts"
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(REPOSITORY))
 
-from mpt_trt.environment import wait_without_spinning  # noqa: E402
-from mpt_trt.machine import describe_machine  # noqa: E402
+from mpt_trt.system.machine import describe_machine
+from mpt_trt.system.process import wait_without_spinning
 
 # As the tools do; benchmarks import PyTorch after this module.
 wait_without_spinning()

@@ -23,7 +23,6 @@ from typing import Protocol
 
 from common import (
     REPOSITORY,
-    SCRIPTS,
     make_random_checkpoint,
     measure,
     private_mib,
@@ -33,9 +32,9 @@ from common import (
     write_result,
 )
 
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(REPOSITORY))
 
-from mpt_trt.environment import restart_with_huge_pages
+from mpt_trt.system.process import restart_with_huge_pages
 
 PROMPT = 16
 READS = 3
@@ -43,7 +42,7 @@ READS = 3
 
 @dataclass(frozen=True)
 class Contender:
-    """is_quantized: int4_awq. activations: see mpt_trt.engines.cpu_settings."""
+    """is_quantized: int4_awq. activations: see mpt_trt.engines.onnxruntime.cpu_settings."""
 
     is_quantized: bool = False
     activations: str = "exact"
@@ -175,11 +174,11 @@ def make_networks(folder: Path, arguments: argparse.Namespace) -> None:
     """The checkpoint, made once, and both networks, without plans, for these prompts."""
     from networks import network_without_plan
 
-    from mpt_trt.engines.limits import EngineLimits
-    from mpt_trt.ft_checkpoint import read_ft_checkpoint
-    from mpt_trt.quantization.npz import read_calibration
-    from mpt_trt.quantization.recipe import Recipe
-    from mpt_trt.quantization.scheme import Awq, Quantization
+    from mpt_trt.calibration.npz_file import read_calibration
+    from mpt_trt.calibration.recipe import Recipe
+    from mpt_trt.engines.spec import EngineLimits
+    from mpt_trt.ft.checkpoint import read_ft_checkpoint
+    from mpt_trt.quantization.schemes import Awq, Quantization
 
     ft, calibration = folder / "ft" / "1-gpu", folder / "awq" / "mpt_tp1_rank0.npz"
     if not calibration.exists():
@@ -219,16 +218,16 @@ def load(make: Callable[[], Generator]) -> tuple[Generator, dict[str, float]]:
 
 class OurRuntime:
     def __init__(self, folder: Path, contender: Contender, threads: int):
-        from mpt_trt.engines.cpu_settings import CpuSettings
         from mpt_trt.engines.manifest import read_network_manifest
-        from mpt_trt.engines.onnx_runtime import OnnxRuntimeEngine
+        from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
+        from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
 
         path = folder / network_name(contender)
         cpu = CpuSettings(threads, contender.activations)
         self.model = OnnxRuntimeEngine(path, read_network_manifest(path), cpu)
 
     def tokens(self, length: int, count: int) -> list[int]:
-        from mpt_trt.generation import GenerationConfig, generate
+        from mpt_trt.generation.generate import GenerationConfig, generate
 
         config = GenerationConfig(max_new_tokens=count, end_id=None, pad_id=0)
         return list(generate(self.model, [prompt(length)], config)[0][0].tokens)

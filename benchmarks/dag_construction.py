@@ -22,15 +22,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
-from common import REPOSITORY, SCRIPTS, Measured, measure, write_result
+from common import REPOSITORY, Measured, measure, write_result
 
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(REPOSITORY))
 
-from mpt_trt import seals
-from mpt_trt.artifacts import STORAGES
-from mpt_trt.ft_layout import FtFile, ft_files
-from mpt_trt.known_shapes import hub_config, known_config
-from mpt_trt.onnx_graph import WEIGHTS_FOLDER
+from mpt_trt.checkpoint.known_models import hub_config, known_config
+from mpt_trt.ft.layout import FtFile, ft_files
+from mpt_trt.network.graph import WEIGHTS_FOLDER
+from mpt_trt.workflow import seals
+from mpt_trt.workflow.target_names import STORAGES
 
 TP_SIZES = (1, 2, 4, 8)
 # Eight ranks are legal for it. All models are alike, so that records can be copied.

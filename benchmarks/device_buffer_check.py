@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "workflow_scripts"))
 from cuda.bindings import runtime as cudart
 from numpy.typing import NDArray
 
-from mpt_trt.engines.device_buffer import DeviceBuffer, call
-from mpt_trt.engines.device_cache import make_device_cache
-from mpt_trt.kv_cache import CacheShape, cache_names
+from mpt_trt.engines.cuda.kv_cache import make_device_cache
+from mpt_trt.engines.cuda.memory import DeviceBuffer, call
+from mpt_trt.network.kv_cache import CacheShape, cache_names
 
 SHAPE = CacheShape(num_layers=3, num_kv_heads=2, cache_len=16, head_dim=6)
 HEAD_BYTES = {"auto": 4 * SHAPE.head_dim, "int8": SHAPE.head_dim}

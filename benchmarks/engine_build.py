@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 from common import Measured, make_random_checkpoint, measure, script, write_result
 
-from mpt_trt.config import read_hf_config
-from mpt_trt.hf_checkpoint import HfCheckpoint
-from mpt_trt.numerics import convert
-from mpt_trt.quantization.calibrated import AwqMatrix, KvRanges
-from mpt_trt.quantization.npz import FILE_NAME, calibration_writer
-from mpt_trt.weight_map import block_matrices, weights
+from mpt_trt.arrays.cast import convert
+from mpt_trt.calibration.npz_file import FILE_NAME, calibration_writer
+from mpt_trt.checkpoint.tensors import HfCheckpoint
+from mpt_trt.model.config import read_hf_config
+from mpt_trt.model.tensors import block_matrices, weights
+from mpt_trt.quantization.calibrated_weights import AwqMatrix, KvRanges
 
 QUANTIZATIONS = ("none", "int8_weight_only", "int4_weight_only", "int4_awq")
 

@@ -15,18 +15,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import SCRIPTS, timed, weight_bytes, write_result
+from common import REPOSITORY, timed, weight_bytes, write_result
 from networks import network_without_plan, random_ft_checkpoint
 
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(REPOSITORY))
 
 import numpy as np
 
-from mpt_trt.engines.limits import EngineLimits
-from mpt_trt.ft_checkpoint import FtCheckpoint
-from mpt_trt.generation import GenerationConfig, StepModel, generate
-from mpt_trt.quantization.recipe import Recipe
-from mpt_trt.quantization.scheme import Quantization, WeightOnly
+from mpt_trt.calibration.recipe import Recipe
+from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.ft.checkpoint import FtCheckpoint
+from mpt_trt.generation.generate import GenerationConfig, StepModel, generate
+from mpt_trt.quantization.schemes import Quantization, WeightOnly
 
 RECIPES = {
     "fp16": Recipe(Quantization(None, "auto"), None),
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def measured(case: Case, checkpoint: FtCheckpoint, folder: Path) -> dict:
-    from mpt_trt.engines.onnx_cuda import OnnxCudaEngine
+    from mpt_trt.engines.onnxruntime.cuda.engine import OnnxCudaEngine
 
     longest = max(case.start, *case.prompts, case.cache_len // 2)
     limits = EngineLimits(case.max_rows, longest, case.cache_len - longest)
@@ -156,7 +156,7 @@ def prompt_ms(model: StepModel, length: int) -> float:
 
 
 def gpu_name() -> str:
-    from mpt_trt.engines import gpus
+    from mpt_trt.system import gpus
 
     return gpus.names()[0]
 

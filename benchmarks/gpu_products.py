@@ -14,22 +14,22 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from common import SCRIPTS, timed, write_result
+from common import REPOSITORY, timed, write_result
 from gpu_decode import gpu_name, read_rate
 
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(REPOSITORY))
 
 import numpy as np
 import onnx
 from cuda.bindings import runtime as cudart
 from onnx import TensorProto, helper
 
-from mpt_trt.engines.cuda_session import CudaSession
-from mpt_trt.engines.device_buffer import DeviceBuffer, call
-from mpt_trt.engines.integer_products import INTEGER_BITS
-from mpt_trt.engines.shared_weights import share_weights
-from mpt_trt.engines.step_graphs import PLAIN_RUNS, StepGraphs
-from mpt_trt.onnx_graph import external_tensor
+from mpt_trt.engines.cuda.graphs import PLAIN_RUNS, StepGraphs
+from mpt_trt.engines.cuda.memory import DeviceBuffer, call
+from mpt_trt.engines.onnxruntime.cuda.matmul_nbits import INTEGER_BITS
+from mpt_trt.engines.onnxruntime.cuda.session import CudaSession
+from mpt_trt.engines.onnxruntime.cuda.shared_weights import share_weights
+from mpt_trt.network.graph import external_tensor
 
 # Of MPT-7B: in and out features of a layer's matrices.
 SHAPES = ((4096, 12288), (4096, 4096), (4096, 16384), (16384, 4096))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from common import SCRIPTS, make_random_checkpoint, measure, script
+from common import REPOSITORY, make_random_checkpoint, measure, script
 
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(REPOSITORY))
 
-from mpt_trt.engines.limits import EngineLimits
+from mpt_trt.calibration.recipe import Recipe
 from mpt_trt.engines.manifest import Manifest, read_network_manifest, write_rank_network
-from mpt_trt.ft_checkpoint import FtCheckpoint, read_ft_checkpoint
-from mpt_trt.quantization.recipe import Recipe
-from mpt_trt.sharding import Shard, VocabularySharding
+from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
+from mpt_trt.model.sharding import Shard, VocabularySharding
 
 
 def random_ft_checkpoint(folder: Path, like: str, dtype: str) -> FtCheckpoint:

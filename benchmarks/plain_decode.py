@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from mpt_trt.config import MptConfig, alibi_slopes
-from mpt_trt.ft_checkpoint import FtCheckpoint
-from mpt_trt.sharding import Shard
+from mpt_trt.ft.checkpoint import FtCheckpoint
+from mpt_trt.model.config import MptConfig, alibi_slopes
+from mpt_trt.model.sharding import Shard
 
 LAYERS = (
     "attention.query_key_value",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common import REPOSITORY, SCRIPTS, measure, script, write_result
 
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(REPOSITORY))
 
 import yaml
 

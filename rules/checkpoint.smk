@@ -30,7 +30,7 @@ rule resolve_revision:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/fetch_checkpoint.py resolve \
+        python workflow_scripts/steps/fetch_checkpoint.py resolve \
             --source {params.source:q} \
             --revision {params.revision:q} \
             --output {output:q}/revision.json
@@ -53,14 +53,14 @@ rule fetch_checkpoint:
         mem_mb=linking_mem_mb,
         runtime=fetch_runtime,
     params:
-        code=version_of("fetch_checkpoint.py"),
+        code=version_of("steps/fetch_checkpoint.py"),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/fetch_checkpoint.py fetch \
+        python workflow_scripts/steps/fetch_checkpoint.py fetch \
             --revision_file {input.revision:q}/revision.json \
             --output_dir {output:q}
-        python workflow_scripts/seal.py {output:q}
+        python workflow_scripts/steps/seal.py {output:q}
         """
 
 
@@ -96,7 +96,7 @@ rule convert_checkpoint:
             --tensor_parallelism {wildcards.tp} \
             --storage_type {params.storage_type} \
             --processes {threads}
-        python workflow_scripts/seal.py {output:q}
+        python workflow_scripts/steps/seal.py {output:q}
         """
 
 
@@ -144,5 +144,5 @@ rule smooth_checkpoint:
             --calib_max_seq_length {params.sequence_length} \
             --device {params.device} \
             {params.tokenizer:q}
-        python workflow_scripts/seal.py {output:q}
+        python workflow_scripts/steps/seal.py {output:q}
         """

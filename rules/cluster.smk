@@ -10,9 +10,9 @@ import shlex
 from dataclasses import asdict
 from types import SimpleNamespace
 
-from mpt_trt import gpu_request
-from mpt_trt.gpu_request import GpuRequest
-from mpt_trt.preflight import Needs
+from mpt_trt.workflow import gpu_request
+from mpt_trt.workflow.gpu_request import GpuRequest
+from mpt_trt.workflow.preflight import Needs
 
 
 @functools.cache
@@ -28,14 +28,14 @@ def most_gpus() -> int:
 
 def with_gpus(count: int) -> list[str]:
     """What gives a command `count` GPUs of its own, or hides all from it."""
-    return ["python", "workflow_scripts/with_gpus.py", f"--gpus={count}", "--"]
+    return ["python", "workflow_scripts/steps/with_gpus.py", f"--gpus={count}", "--"]
 
 
 def request(wildcards, count: int) -> GpuRequest:
     """For GPUs that each hold a rank of the engine; refused if there cannot be so many."""
     checked(gpu_request.require_gpus, settings.site, count)
-    memory = requirements.gpu_memory(engine_spec(wildcards))
-    return checked(gpu_request.gpu_request, settings.site, count, memory)
+    needed = memory.gpu_memory(engine_spec(wildcards))
+    return checked(gpu_request.gpu_request, settings.site, count, needed)
 
 
 def asking(request_of, name: str):
@@ -52,24 +52,24 @@ def asking(request_of, name: str):
 
 
 def linking_mem_mb(wildcards) -> int:
-    return megabytes(requirements.linking_memory())
+    return megabytes(memory.linking_memory())
 
 
 def fetch_runtime(wildcards) -> int:
-    return requirements.fetch_minutes(planned_config(wildcards))
+    return memory.fetch_minutes(planned_config(wildcards))
 
 
 def conversion_runtime(wildcards) -> int:
     config, tp_size = planned_config(wildcards), int(wildcards.tp)
     legal = tp_size if sharding.is_legal(config, tp_size) else 1
-    return requirements.conversion_minutes(config, storage_type(wildcards), legal)
+    return memory.conversion_minutes(config, storage_type(wildcards), legal)
 
 
 # engine.smk
 
 
 def network_runtime(wildcards) -> int:
-    return requirements.network_minutes(engine_spec(wildcards))
+    return memory.network_minutes(engine_spec(wildcards))
 
 
 def most_at_once(wildcards) -> int:
@@ -95,11 +95,11 @@ def build_threads(wildcards) -> int:
 
 def build_runtime(wildcards) -> int:
     rounds = -(-int(wildcards.tp) // ranks_at_once(wildcards))
-    return requirements.build_minutes(engine_spec(wildcards), rounds)
+    return memory.build_minutes(engine_spec(wildcards), rounds)
 
 
 def collect_runtime(wildcards) -> int:
-    return requirements.collect_minutes(engine_spec(wildcards))
+    return memory.collect_minutes(engine_spec(wildcards))
 
 
 def build_gpus(wildcards) -> int:
@@ -118,10 +118,10 @@ def calibration_request(wildcards) -> GpuRequest:
     count = calibration_gpus(wildcards)
     checked(gpu_request.require_gpus, settings.site, count)
     calibration, config = settings.calibration, planned_config(wildcards)
-    memory = requirements.calibration_memory(
+    needed = memory.calibration_memory(
         config, calibration.num_samples, calibration.sequence_length
     )
-    return checked(gpu_request.gpu_request, settings.site, count, memory)
+    return checked(gpu_request.gpu_request, settings.site, count, needed)
 
 
 def calibration_gpus(wildcards) -> int:
@@ -132,7 +132,7 @@ def calibration_gpus(wildcards) -> int:
 def calibration_runtime(wildcards) -> int:
     calibration, config = settings.calibration, planned_config(wildcards)
     tokens = calibration.num_samples * calibration.sequence_length
-    return requirements.calibration_minutes(config, tokens, bool(calibration_gpus(wildcards)))
+    return memory.calibration_minutes(config, tokens, bool(calibration_gpus(wildcards)))
 
 
 # verify.smk and report.smk: what the ranks of an engine do together
@@ -150,24 +150,24 @@ def smoke_test_mem_mb(wildcards) -> int:
     """Of each node."""
     spec = engine_spec(wildcards)
     nodes = nodes_of_ranks(wildcards) if spec.tp_size == int(wildcards.tp) else 1
-    return megabytes(requirements.smoke_test_memory(spec, nodes))
+    return megabytes(memory.smoke_test_memory(spec, nodes))
 
 
 def smoke_test_runtime(wildcards) -> int:
     # A character of the prompt is a token at most, but for rare bytes.
     steps = len(settings.smoke_test.prompt) + settings.smoke_test.max_new_tokens
-    return requirements.smoke_test_minutes(engine_spec(wildcards), steps)
+    return memory.smoke_test_minutes(engine_spec(wildcards), steps)
 
 
 def reference_runtime(wildcards) -> int:
     quality, config = settings.quality, planned_config(wildcards)
-    return requirements.forward_minutes(config, quality.num_windows * quality.window_length)
+    return memory.forward_minutes(config, quality.num_windows * quality.window_length)
 
 
 def quality_runtime(wildcards) -> int:
     quality, spec = settings.quality, engine_spec(wildcards)
     tokens = quality.num_windows * quality.window_length
-    return requirements.quality_minutes(spec, tokens)
+    return memory.quality_minutes(spec, tokens)
 
 
 def mpi(wildcards) -> str | None:
@@ -257,9 +257,9 @@ def needs_of(target: str, wildcards) -> Needs:
         backend=variant.backend,
         compute_capabilities=variant.compute_capabilities,
         ranks=int(wildcards.tp),
-        gpu_memory=requirements.gpu_memory(spec),
-        build_memory=most_at_once(wildcards) * requirements.build_memory(spec),
-        run_memory=requirements.smoke_test_memory(spec),
-        disk=requirements.ft_checkpoint_disk(spec) + requirements.engine_disk(spec),
+        gpu_memory=memory.gpu_memory(spec),
+        build_memory=most_at_once(wildcards) * memory.build_memory(spec),
+        run_memory=memory.smoke_test_memory(spec),
+        disk=memory.ft_checkpoint_disk(spec) + memory.engine_disk(spec),
         is_calibrated=bool(calibration_of_variant(wildcards)),
     )

@@ -10,23 +10,27 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
-sys.path.insert(0, str(SCRIPTS))
+REPOSITORY = Path(workflow.basedir)
+SCRIPTS = REPOSITORY / "workflow_scripts"
+sys.path.insert(0, str(REPOSITORY))
 
-from mpt_trt import artifacts, hub, known_shapes, requirements, seals, sharding
-from mpt_trt.capabilities import Request, require_supported
-from mpt_trt.config import MptConfig, read_hf_config
-from mpt_trt.engines.limits import EngineLimits
-from mpt_trt.engines.packages import choose_package
-from mpt_trt.environment import prefer_this_python
+from mpt_trt.workflow import target_names, seals
+from mpt_trt.checkpoint import hub, known_models
+from mpt_trt.engines import memory
+from mpt_trt.model import sharding
+from mpt_trt.engines.backend_support import Request, require_supported
+from mpt_trt.model.config import MptConfig, read_hf_config
+from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.tensorrt.packages import choose_package
+from mpt_trt.system.process import prefer_this_python
 from mpt_trt.errors import MptTrtError
-from mpt_trt.hf_files import checkpoint_files
-from mpt_trt.quantization.scheme import as_mapping, require_fitting_groups
-from mpt_trt.requirements import EngineSpec
-from mpt_trt.settings import TENSORRT_LLM, Model, Variant, parse_settings
-from mpt_trt.sharding import VocabularySharding
-from mpt_trt.source_files import source_hash
-from mpt_trt.trtllm.sources import trtllm_calibration, trtllm_ft_storage
+from mpt_trt.checkpoint.files import checkpoint_files
+from mpt_trt.quantization.schemes import as_mapping, require_fitting_groups
+from mpt_trt.engines.memory import EngineSpec
+from mpt_trt.workflow.settings import TENSORRT_LLM, Model, Variant, parse_settings
+from mpt_trt.model.sharding import VocabularySharding
+from mpt_trt.system.code_version import source_hash
+from mpt_trt.workflow.trtllm_sources import trtllm_calibration, trtllm_ft_storage
 
 prefer_this_python()
 
@@ -109,7 +113,7 @@ def planned_config(wildcards) -> MptConfig:
     if (config := stored_config(wildcards)) is not None:
         return config
     name = Path(model_of(wildcards).source).name
-    return known_shapes.known_config(name if name in known_shapes.SHIPPED else "mpt-7b")
+    return known_models.known_config(name if name in known_models.SHIPPED else "mpt-7b")
 
 
 def engine_spec(wildcards) -> EngineSpec:
@@ -143,7 +147,7 @@ def megabytes(size: int) -> int:
 def intact(folder: str):
     """An input function that adds no input, but has the folder made again when it is damaged.
 
-    The rule seals what it has made; see mpt_trt.seals. There must be a folder among the job's
+    The rule seals what it has made; see mpt_trt.workflow.seals. There must be a folder among the job's
     inputs: of small files Snakemake compares the content, and unchanged ones do not make an output
     anew, however old it is.
     """
@@ -189,7 +193,7 @@ def legal_tp(wildcards) -> list[str]:
 
 
 def conversion_mem_mb(wildcards, threads: int) -> int:
-    return megabytes(requirements.conversion_memory(threads))
+    return megabytes(memory.conversion_memory(threads))
 
 
 def hub_source(wildcards) -> str:
@@ -201,11 +205,11 @@ def hub_revision(wildcards) -> str:
 
 
 def storage_type(wildcards) -> str:
-    return checked(artifacts.ft_storage, wildcards.storage).storage_type
+    return checked(target_names.ft_storage, wildcards.storage).storage_type
 
 
 def smoothing_alpha(wildcards) -> float:
-    return checked(artifacts.ft_storage, wildcards.storage).alpha
+    return checked(target_names.ft_storage, wildcards.storage).alpha
 
 
 # quantize.smk
@@ -220,7 +224,7 @@ def tokenizer_option(wildcards) -> list[str]:
 
 def calibration_options(wildcards) -> list[str]:
     """What to calibrate for, as command-line options."""
-    found = checked(artifacts.calibration_name, wildcards.qformat)
+    found = checked(target_names.calibration_name, wildcards.qformat)
     options = [f"--qformat={found.quantization_format}"]
     # Without a size in the name, it is the model's default, which quantize.py knows.
     if found.group_size is not None:
@@ -231,7 +235,7 @@ def calibration_options(wildcards) -> list[str]:
 def calibration_mem_mb(wildcards) -> int:
     calibration = settings.calibration
     return megabytes(
-        requirements.calibration_memory(
+        memory.calibration_memory(
             planned_config(wildcards), calibration.num_samples, calibration.sequence_length
         )
     )
@@ -244,7 +248,7 @@ LIMITS = ("max_batch_size", "max_input_len", "max_output_len")
 
 def ft_checkpoint_of_variant(wildcards) -> str:
     variant = variant_of(wildcards)
-    name = artifacts.ft_storage_of(variant.dtype, variant.quantization).name
+    name = target_names.ft_storage_of(variant.dtype, variant.quantization).name
     return f"ft_ckpts/{wildcards.model}/{name}/{wildcards.tp}-gpu"
 
 
@@ -271,7 +275,7 @@ def vocabulary_options(wildcards) -> list[str]:
 def calibration_of_variant(wildcards) -> list[str]:
     """The calibration result that the network needs, if any."""
     variant = variant_of(wildcards)
-    found = artifacts.calibration_of(variant.quantization, variant.kv_cache_dtype)
+    found = target_names.calibration_of(variant.quantization, variant.kv_cache_dtype)
     return [] if found is None else [f"quantized/{wildcards.model}/{found.name}/{NPZ_NAME}"]
 
 
@@ -307,11 +311,11 @@ def calibration_option(wildcards) -> list[str]:
 
 
 def network_mem_mb(wildcards) -> int:
-    return megabytes(requirements.network_memory(engine_spec(wildcards)))
+    return megabytes(memory.network_memory(engine_spec(wildcards)))
 
 
 def build_mem_mb(wildcards) -> int:
-    return megabytes(ranks_at_once(wildcards) * requirements.build_memory(engine_spec(wildcards)))
+    return megabytes(ranks_at_once(wildcards) * memory.build_memory(engine_spec(wildcards)))
 
 
 def backend(wildcards) -> str:
@@ -400,14 +404,12 @@ def measurable_variant(wildcards) -> list[str]:
 
 def reference_mem_mb(wildcards) -> int:
     quality, config = settings.quality, planned_config(wildcards)
-    return megabytes(
-        requirements.reference_memory(config, quality.num_windows, quality.window_length)
-    )
+    return megabytes(memory.reference_memory(config, quality.num_windows, quality.window_length))
 
 
 def quality_mem_mb(wildcards) -> int:
     quality, spec = settings.quality, engine_spec(wildcards)
-    return megabytes(requirements.quality_memory(spec, quality.num_windows, quality.window_length))
+    return megabytes(memory.quality_memory(spec, quality.num_windows, quality.window_length))
 
 
 def fitting_window(wildcards) -> list[str]:

@@ -31,7 +31,7 @@ rule make_networks:
         mem_mb=network_mem_mb,
         runtime=network_runtime,
     params:
-        code=version_of("make_networks.py"),
+        code=version_of("steps/make_networks.py"),
         limits=limit_options,
         vocabulary=vocabulary_options,
         quantization=quantization_options,
@@ -39,14 +39,14 @@ rule make_networks:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/make_networks.py \
+        python workflow_scripts/steps/make_networks.py \
             --model_dir {input.ft_checkpoint:q} \
             {params.limits:q} \
             {params.vocabulary:q} \
             {params.quantization:q} \
             {params.calibration:q} \
             --output_dir {output:q}
-        python workflow_scripts/seal.py {output:q}
+        python workflow_scripts/steps/seal.py {output:q}
         """
 
 
@@ -71,7 +71,7 @@ rule build_plans:
         gres=asking(build_request, "gres"),
         nodes=1,
     params:
-        code=version_of("build_plans.py", "build_rank.py"),
+        code=version_of("steps/build_plans.py", "steps/build_rank.py"),
         backend=backend,
         backend_version=backend_version,
         preflight=preflight_for_build,
@@ -82,13 +82,13 @@ rule build_plans:
         r"""
         exec > >(tee {log:q}) 2>&1
         {params.preflight:q}
-        {params.slots:q} python workflow_scripts/build_plans.py \
+        {params.slots:q} python workflow_scripts/steps/build_plans.py \
             --network_dir {input.networks:q} \
             --at_once {params.at_once} \
             --backend {params.backend} \
             --compute_capabilities {params.compute_capabilities} \
             --output_dir {output:q}
-        python workflow_scripts/seal.py {output:q}
+        python workflow_scripts/steps/seal.py {output:q}
         """
 
 
@@ -111,13 +111,13 @@ rule collect_engine:
         mem_mb=linking_mem_mb,
         runtime=collect_runtime,
     params:
-        code=version_of("collect_engine.py"),
+        code=version_of("steps/collect_engine.py"),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/collect_engine.py \
+        python workflow_scripts/steps/collect_engine.py \
             --network_dir {input.networks:q} \
             --plan_dir {input.plans:q} \
             --output_dir {output:q}
-        python workflow_scripts/seal.py {output:q}
+        python workflow_scripts/steps/seal.py {output:q}
         """

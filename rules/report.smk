@@ -30,7 +30,7 @@ rule compute_reference:
         mem_mb=reference_mem_mb,
         runtime=reference_runtime,
     params:
-        code=version_of("compute_reference.py"),
+        code=version_of("steps/compute_reference.py"),
         folder=checkpoint_folder,
         tokenizer=tokenizer_option,
         num_windows=settings.quality.num_windows,
@@ -38,7 +38,7 @@ rule compute_reference:
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/compute_reference.py \
+        python workflow_scripts/steps/compute_reference.py \
             --model_dir {params.folder:q} \
             {params.tokenizer:q} \
             --text {input.text:q} \
@@ -82,7 +82,7 @@ rule measure_quality:
         tasks_per_gpu=tasks_per_gpu,
         mpi=mpi,
     params:
-        code=version_of("measure_quality.py"),
+        code=version_of("steps/measure_quality.py"),
         preflight=preflight_for_ranks,
         slots=slots_of_ranks,
         launcher=launcher,
@@ -91,7 +91,7 @@ rule measure_quality:
         r"""
         exec > >(tee {log:q}) 2>&1
         {params.preflight:q}
-        {params.slots:q} {params.launcher:q} python workflow_scripts/measure_quality.py \
+        {params.slots:q} {params.launcher:q} python workflow_scripts/steps/measure_quality.py \
             --engine_dir {input.engine:q} \
             --model_dir {params.folder:q} \
             --reference {input.reference:q} \
@@ -148,12 +148,12 @@ rule make_report:
     conda:
         "../envs/base.yaml"
     params:
-        code=version_of("make_report.py"),
+        code=version_of("steps/make_report.py"),
         variants=variants_of_report,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/make_report.py \
+        python workflow_scripts/steps/make_report.py \
             --model {wildcards.model:q} \
             --variants {params.variants:q} \
             --quality {input.quality:q} \

@@ -33,20 +33,20 @@ rule convert_to_trtllm:
     resources:
         mem_mb=network_mem_mb,
     params:
-        code=version_of("convert_ft_to_trtllm.py"),
+        code=version_of("steps/convert_ft_to_trtllm.py"),
         vocabulary=vocabulary_options,
         quantization=quantization_options,
         calibration=calibration_option_for_trtllm,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/convert_ft_to_trtllm.py \
+        python workflow_scripts/steps/convert_ft_to_trtllm.py \
             --model_dir {input.ft_checkpoint:q} \
             {params.vocabulary:q} \
             {params.quantization:q} \
             {params.calibration:q} \
             --output_dir {output:q}
-        python workflow_scripts/seal.py {output:q}
+        python workflow_scripts/steps/seal.py {output:q}
         """
 
 
@@ -66,11 +66,11 @@ rule check_trtllm:
         TENSORRT_LLM_CONTAINER
     threads: ALL_CORES
     params:
-        code=version_of("check_trtllm.py"),
+        code=version_of("steps/check_trtllm.py"),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/check_trtllm.py \
+        python workflow_scripts/steps/check_trtllm.py \
             --output {output:q}
         """
 
@@ -97,17 +97,17 @@ rule build_trtllm_engine:
         mem_mb=build_mem_mb,
         gpu=gpu_of_every_rank,
     params:
-        code=version_of("build_trtllm.py"),
+        code=version_of("steps/build_trtllm.py"),
         limits=limit_options,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/build_trtllm.py \
+        python workflow_scripts/steps/build_trtllm.py \
             --checkpoint_dir {input.checkpoint:q} \
             {params.limits:q} \
             --workers {wildcards.tp} \
             --output_dir {output:q}
-        python workflow_scripts/seal.py {output:q}
+        python workflow_scripts/steps/seal.py {output:q}
         """
 
 
@@ -123,13 +123,13 @@ rule encode_prompt:
     conda:
         "../envs/base.yaml"
     params:
-        code=version_of("encode_prompt.py"),
+        code=version_of("steps/encode_prompt.py"),
         folder=tokenizer_folder,
         prompt=settings.smoke_test.prompt,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/encode_prompt.py \
+        python workflow_scripts/steps/encode_prompt.py \
             --tokenizer_dir {params.folder:q} \
             --prompt {params.prompt:q} \
             --output {output:q}
@@ -162,13 +162,13 @@ rule run_trtllm:
         tasks_per_node=tasks_per_node,
         tasks_per_gpu=tasks_per_gpu,
     params:
-        code=version_of("run_trtllm.py"),
+        code=version_of("steps/run_trtllm.py"),
         launcher=launcher,
         max_new_tokens=settings.smoke_test.max_new_tokens,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        {params.launcher:q} python workflow_scripts/run_trtllm.py \
+        {params.launcher:q} python workflow_scripts/steps/run_trtllm.py \
             --engine_dir {input.engine:q} \
             --prompt {input.prompt:q} \
             --max_output_len {params.max_new_tokens} \
@@ -201,14 +201,14 @@ rule judge_trtllm:
     resources:
         mem_mb=smoke_test_mem_mb,
     params:
-        code=version_of("judge_trtllm.py"),
+        code=version_of("steps/judge_trtllm.py"),
         folder=checkpoint_folder,
         tokenizer=tokenizer_option,
         tolerance=tolerance_options,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/judge_trtllm.py \
+        python workflow_scripts/steps/judge_trtllm.py \
             --engine_dir {input.engine:q} \
             --trial {input.trial:q} \
             --model_dir {params.folder:q} \

@@ -43,7 +43,7 @@ rule smoke_test:
         tasks_per_gpu=tasks_per_gpu,
         mpi=mpi,
     params:
-        code=version_of("smoke_test.py"),
+        code=version_of("steps/smoke_test.py"),
         preflight=preflight_for_ranks,
         slots=slots_of_ranks,
         launcher=launcher,
@@ -56,7 +56,7 @@ rule smoke_test:
         r"""
         exec > >(tee {log:q}) 2>&1
         {params.preflight:q}
-        {params.slots:q} {params.launcher:q} python workflow_scripts/smoke_test.py \
+        {params.slots:q} {params.launcher:q} python workflow_scripts/steps/smoke_test.py \
             --engine_dir {input.engine:q} \
             --model_dir {params.folder:q} \
             {params.tokenizer:q} \

@@ -6,17 +6,15 @@ import runpy
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
-from checkpoints import CheckpointSpec
-from engines_support import build, make_ft_checkpoint
-from ft_support import CLI
-from mpt_trt.ft_checkpoint import FtCheckpoint, read_ft_checkpoint
+from support.built import Built
+from support.checkpoints import CheckpointSpec
+from support.engines import build, make_ft_checkpoint
+from support.ft import CLI
 
 # A busy machine says nothing about a property.
 settings.register_profile("any machine", deadline=None)
@@ -47,20 +45,6 @@ def convert(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     yield run
     signal.signal(signal.SIGTERM, handler)
-
-
-@dataclass(frozen=True)
-class Built:
-    """A small model on its way: its spec, and the folders that it became. Not to be changed."""
-
-    spec: CheckpointSpec
-    hf: Path
-    ft: Path
-    engine: Path
-
-    @property
-    def checkpoint(self) -> FtCheckpoint:
-        return read_ft_checkpoint(self.ft)
 
 
 @pytest.fixture(scope="session")

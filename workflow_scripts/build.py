@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpt_trt import arguments as options
-from mpt_trt.console import run_cli, set_up_logging
-from mpt_trt.quantization.scheme import GROUP_SIZES
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpt_trt.cli import options as options
+from mpt_trt.cli.console import run_cli, set_up_logging
+from mpt_trt.quantization.schemes import GROUP_SIZES
 
 if TYPE_CHECKING:
-    from mpt_trt.engines.building import BuildRequest
-    from mpt_trt.ft_checkpoint import FtCheckpoint
-    from mpt_trt.quantization.recipe import Recipe
-    from mpt_trt.quantization.scheme import Scheme
+    from mpt_trt.calibration.recipe import Recipe
+    from mpt_trt.engines.build.build import BuildRequest
+    from mpt_trt.ft.checkpoint import FtCheckpoint
+    from mpt_trt.quantization.schemes import Scheme
 
 WITHOUT_EFFECT = (
     "use_gpt_attention_plugin",
@@ -118,9 +121,9 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     arguments = parse_arguments()
     set_up_logging(arguments.log_level)
-    from mpt_trt.engines.building import build_engine, build_one_by_one
+    from mpt_trt.engines.build.build import build_engine, build_one_by_one
     from mpt_trt.errors import MptTrtError
-    from mpt_trt.ft_checkpoint import read_ft_checkpoint
+    from mpt_trt.ft.checkpoint import read_ft_checkpoint
 
     ignored = [f"--{name}" for name in WITHOUT_EFFECT if getattr(arguments, name)]
     if ignored:
@@ -152,9 +155,9 @@ def _rank_folder(model_dir: Path, world_size: int) -> Path:
 
 
 def _recipe(arguments: argparse.Namespace, checkpoint: FtCheckpoint) -> Recipe:
-    from mpt_trt.quantization.npz import read_calibration
-    from mpt_trt.quantization.recipe import Recipe
-    from mpt_trt.quantization.scheme import Quantization
+    from mpt_trt.calibration.npz_file import read_calibration
+    from mpt_trt.calibration.recipe import Recipe
+    from mpt_trt.quantization.schemes import Quantization
 
     path = arguments.quant_ckpt_path
     calibration = None if path is None else read_calibration(path, checkpoint)
@@ -165,7 +168,7 @@ def _recipe(arguments: argparse.Namespace, checkpoint: FtCheckpoint) -> Recipe:
 def _scheme(arguments: argparse.Namespace, alpha: float | None) -> Scheme | None:
     """alpha: of the checkpoint, None when it is not smoothed."""
     from mpt_trt.errors import MptTrtError
-    from mpt_trt.quantization.scheme import Awq, Fp8, SmoothQuant, WeightOnly
+    from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
 
     methods = ("use_weight_only", "use_smooth_quant", "enable_fp8")
     chosen = [f"--{name}" for name in methods if getattr(arguments, name)]
@@ -189,7 +192,7 @@ def _scheme(arguments: argparse.Namespace, alpha: float | None) -> Scheme | None
 
 def build_all_at_once(folder: Path, request: BuildRequest, tp_size: int) -> None:
     """Adds the plans of all ranks to the folder that has their networks, a process a rank."""
-    from mpt_trt.engines.side_by_side import build_side_by_side
+    from mpt_trt.engines.build.parallel import build_side_by_side
 
     plans = {rank: folder / f"plan{rank}" for rank in range(tp_size)}
     build_side_by_side(folder, request, plans, at_once=tp_size)

@@ -11,15 +11,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpt_trt.console import bytes_progress, run_cli, steps_progress
-from mpt_trt.quantization import arguments as options
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpt_trt.cli import calibration_options as options
+from mpt_trt.cli.console import bytes_progress, run_cli, steps_progress
 
 if TYPE_CHECKING:
-    from mpt_trt.config import MptConfig
-    from mpt_trt.ft_int8 import Int8Conversion
+    from mpt_trt.ft.int8 import Int8Conversion
+    from mpt_trt.model.config import MptConfig
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,12 +81,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from mpt_trt import ft_checkpoint, hub, sharding
-    from mpt_trt.config import read_hf_config
+    from mpt_trt.checkpoint import hub
+    from mpt_trt.checkpoint.tensors import HfCheckpoint
+    from mpt_trt.checkpoint.tokenizer import special_token_ids
     from mpt_trt.errors import MptTrtError
-    from mpt_trt.hf_checkpoint import HfCheckpoint
-    from mpt_trt.tokenizer import special_token_ids
-    from mpt_trt.weight_map import weights
+    from mpt_trt.ft.checkpoint import ConversionSettings, total_bytes, write_ft_checkpoint
+    from mpt_trt.model import sharding
+    from mpt_trt.model.config import read_hf_config
+    from mpt_trt.model.tensors import weights
 
     if arguments.processes < 1:
         raise MptTrtError(f"--processes = {arguments.processes}: at least 1 is required")
@@ -97,7 +102,7 @@ def main() -> None:
         eos_token_id=eos if config.eos_token_id is None else config.eos_token_id,
     )
     checkpoint = HfCheckpoint(folder, weights(config))
-    settings = ft_checkpoint.ConversionSettings(
+    settings = ConversionSettings(
         storage_type=arguments.storage_type,
         tp_size=arguments.tensor_parallelism,
         workers=arguments.processes,
@@ -106,11 +111,9 @@ def main() -> None:
         int8=_int8(arguments, folder, config),
     )
     target = arguments.out_dir / f"{settings.tp_size}-gpu"
-    total = ft_checkpoint.total_bytes(
-        config, settings.storage_type, settings.tp_size, settings.int8_layers
-    )
+    total = total_bytes(config, settings.storage_type, settings.tp_size, settings.int8_layers)
     with bytes_progress(f"Converting {arguments.in_file}", total) as advance:
-        ft_checkpoint.write_ft_checkpoint(checkpoint, config, settings, target, advance)
+        write_ft_checkpoint(checkpoint, config, settings, target, advance)
     print(f"{target}: {total / 1e9:.2f} GB in {settings.storage_type}")
 
 
@@ -120,11 +123,11 @@ def _int8(arguments: argparse.Namespace, folder: Path, config: MptConfig) -> Int
     if alpha is None and not arguments.calibrate_kv_cache:
         return None
     options.fill_in(arguments)
-    from mpt_trt import hub
-    from mpt_trt.files import content_hash
-    from mpt_trt.ft_int8 import Int8Conversion, require_calibratable
-    from mpt_trt.quantization.streaming import activation_ranges
-    from mpt_trt.tokenizer import read_tokenizer
+    from mpt_trt.calibration.block_stream import activation_ranges
+    from mpt_trt.checkpoint import hub
+    from mpt_trt.checkpoint.tokenizer import read_tokenizer
+    from mpt_trt.ft.int8 import Int8Conversion, require_calibratable
+    from mpt_trt.system.files import content_hash
 
     require_calibratable(config, alpha)
     computation = options.computation(arguments, arguments.storage_type)

@@ -12,18 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpt_trt.console import run_cli
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpt_trt.cli.console import run_cli
 from mpt_trt.errors import MptTrtError
-from mpt_trt.files import write_json
+from mpt_trt.system.files import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mpt_trt.preflight import Machine, Needs, Verdict
+    from mpt_trt.workflow.preflight import Machine, Needs, Verdict
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,7 +50,7 @@ def main() -> None:
         return
     from rich.console import Console
 
-    from mpt_trt import preflight
+    from mpt_trt.workflow import preflight
 
     targets = read_needs(arguments.needs)
     machine = preflight.inspect(Path.cwd())
@@ -63,7 +66,7 @@ def main() -> None:
 
 def read_needs(text: str) -> list[Needs]:
     """Raises MptTrtError when `text` is not what the workflow passes."""
-    from mpt_trt.preflight import Needs
+    from mpt_trt.workflow.preflight import Needs
 
     try:
         entries = [Needs(**entry) for entry in json.loads(text)]
@@ -75,7 +78,7 @@ def read_needs(text: str) -> list[Needs]:
 def show_machine(machine: Machine, console: Console) -> None:
     from rich.table import Table
 
-    from mpt_trt.requirements import GB
+    from mpt_trt.engines.memory import GB
 
     table = Table(title=f"This machine: {machine.host}", show_header=False, title_justify="left")
     table.add_row("processor", f"{machine.cores} cores, {machine.memory / GB:.0f} GB of memory")

@@ -9,17 +9,20 @@ an engine of any number of ranks is made from it.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpt_trt.artifacts import FORMATS
-from mpt_trt.console import run_cli, set_up_logging, steps_progress
-from mpt_trt.quantization import arguments as options
-from mpt_trt.quantization.scheme import GROUP_SIZES
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpt_trt.cli import calibration_options as options
+from mpt_trt.cli.console import run_cli, set_up_logging, steps_progress
+from mpt_trt.quantization.schemes import GROUP_SIZES
+from mpt_trt.workflow.target_names import FORMATS
 
 if TYPE_CHECKING:
-    from mpt_trt.config import MptConfig
-    from mpt_trt.quantization.calibration import CalibrationPlan
+    from mpt_trt.calibration.modelopt import CalibrationPlan
+    from mpt_trt.model.config import MptConfig
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,11 +67,11 @@ def main() -> None:
     set_up_logging(arguments.log_level)
     import numpy as np
 
-    from mpt_trt import hub
-    from mpt_trt.model_source import open_model
-    from mpt_trt.quantization.calibration import calibrate
-    from mpt_trt.quantization.npz import FILE_NAME
-    from mpt_trt.tokenizer import read_tokenizer
+    from mpt_trt.calibration.model_source import open_model
+    from mpt_trt.calibration.modelopt import calibrate
+    from mpt_trt.calibration.npz_file import FILE_NAME
+    from mpt_trt.checkpoint import hub
+    from mpt_trt.checkpoint.tokenizer import read_tokenizer
 
     folder, _ = hub.local_folder(arguments.model_dir, arguments.revision)
     source = open_model(folder)
@@ -86,9 +89,9 @@ def main() -> None:
 
 
 def _plan(arguments: argparse.Namespace, config: MptConfig) -> CalibrationPlan:
+    from mpt_trt.calibration.modelopt import CalibrationPlan
     from mpt_trt.errors import MptTrtError
-    from mpt_trt.quantization.calibration import CalibrationPlan
-    from mpt_trt.quantization.scheme import default_group_size, require_fitting_groups
+    from mpt_trt.quantization.schemes import default_group_size, require_fitting_groups
 
     group_size = arguments.awq_block_size
     if arguments.qformat != "int4_awq":

@@ -10,14 +10,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpt_trt import arguments as options
-from mpt_trt.console import run_cli, set_up_logging
-from mpt_trt.environment import restart_with_huge_pages
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpt_trt.cli import options as options
+from mpt_trt.cli.console import run_cli, set_up_logging
+from mpt_trt.system.process import restart_with_huge_pages
 
 if TYPE_CHECKING:
-    from mpt_trt.engines.loading import LoadedEngine
-    from mpt_trt.generation import Generated, GenerationConfig
-    from mpt_trt.tokenizer import Tokenizer
+    from mpt_trt.checkpoint.tokenizer import Tokenizer
+    from mpt_trt.engines.load import LoadedEngine
+    from mpt_trt.generation.generate import Generated, GenerationConfig
 
 DEFAULT_TEXT = "Born in north-east France, Soyer trained as a"
 
@@ -86,10 +88,10 @@ def _add_choice_of_tokens(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     arguments = parse_arguments()
     set_up_logging(arguments.log_level)
-    from mpt_trt.engines.loading import load_engine
+    from mpt_trt.engines.load import load_engine
     from mpt_trt.engines.manifest import read_manifest
     from mpt_trt.errors import MptTrtError
-    from mpt_trt.generation import generate
+    from mpt_trt.generation.generate import generate
 
     if arguments.streaming and len(arguments.input_text) > 1:
         raise MptTrtError("--streaming prints one prompt's text; give one --input_text")
@@ -118,8 +120,8 @@ def main() -> None:
 
 
 def _tokenizer(arguments: argparse.Namespace, source: dict) -> Tokenizer:
-    from mpt_trt import hub
-    from mpt_trt.tokenizer import read_tokenizer
+    from mpt_trt.checkpoint import hub
+    from mpt_trt.checkpoint.tokenizer import read_tokenizer
 
     asked, made = arguments.tokenizer_dir, arguments.engine_dir
     return read_tokenizer(hub.tokenizer_folder_of(made, source, asked))
@@ -165,7 +167,7 @@ def _say_what_runs(engine: LoadedEngine) -> None:
 def _generation_config(
     arguments: argparse.Namespace, engine: LoadedEngine, tokenizer: Tokenizer
 ) -> GenerationConfig:
-    from mpt_trt.generation import GenerationConfig
+    from mpt_trt.generation.generate import GenerationConfig
 
     candidates = (
         arguments.end_id,
@@ -218,7 +220,7 @@ def _save(arguments: argparse.Namespace, outputs: list[list[Generated]], pad_id:
 
     import numpy as np
 
-    from mpt_trt.files import replace_file
+    from mpt_trt.system.files import replace_file
 
     rows = [list(generated.tokens) for beams in outputs for generated in beams]
     if arguments.output_csv is not None:

@@ -8,21 +8,24 @@ that mark their place.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from mpt_trt import arguments as options
-from mpt_trt import requirements
-from mpt_trt.artifacts import STORAGES
-from mpt_trt.config import MptConfig, read_hf_config
-from mpt_trt.console import run_cli
-from mpt_trt.engines.limits import EngineLimits
-from mpt_trt.known_shapes import SHAPES, SHIPPED, known_config
-from mpt_trt.markdown import replace_between_marks
-from mpt_trt.quantization.scheme import UNQUANTIZED, Awq, Fp8, Quantization, WeightOnly
-from mpt_trt.requirements import GB, EngineSpec
-from mpt_trt.settings import variant_choices, variant_default
-from mpt_trt.sharding import VocabularySharding, is_legal
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpt_trt.checkpoint.known_models import SHAPES, SHIPPED, known_config
+from mpt_trt.cli import options as options
+from mpt_trt.cli.console import run_cli
+from mpt_trt.engines import memory
+from mpt_trt.engines.memory import GB, EngineSpec
+from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.model.config import MptConfig, read_hf_config
+from mpt_trt.model.sharding import VocabularySharding, is_legal
+from mpt_trt.quantization.schemes import UNQUANTIZED, Awq, Fp8, Quantization, WeightOnly
+from mpt_trt.workflow.settings import variant_choices, variant_default
+from mpt_trt.workflow.target_names import STORAGES
+from tools.markdown import replace_between_marks
 
 TP_SIZES = (1, 2, 4, 8)
 # The kinds of engine that have rows: type and quantization, by the name in config.yaml.
@@ -78,9 +81,7 @@ def main() -> None:
         options.limits(arguments),
         VocabularySharding(arguments.shard_embedding, arguments.shard_head),
     )
-    print(
-        f"{arguments.like or arguments.model_dir}, {spec.dtype}: {requirements.gpus_in_words(spec)}"
-    )
+    print(f"{arguments.like or arguments.model_dir}, {spec.dtype}: {memory.gpus_in_words(spec)}")
     for name, size in parts(spec).items():
         print(f"  {name:44}{size / GB:9.2f} GB")
 
@@ -88,16 +89,16 @@ def main() -> None:
 def parts(spec: EngineSpec) -> dict[str, int]:
     """Everything that is computed of one engine, in bytes."""
     return {
-        "disk, FT checkpoint": requirements.ft_checkpoint_disk(spec),
-        "disk, engine directory": requirements.engine_disk(spec),
-        f"host memory, conversion ({WORKERS} workers)": requirements.conversion_memory(WORKERS),
-        "host memory, build of a rank": requirements.build_memory(spec),
-        "host memory, smoke test on the CPU": requirements.smoke_test_memory(spec),
-        "GPU memory of a rank": requirements.gpu_memory(spec),
-        "  weights": requirements.rank_weights(spec),
-        "  KV cache": requirements.kv_cache(spec),
-        "  activations (estimate)": requirements.activations(spec),
-        "  CUDA and libraries (allowance)": requirements.GPU_OVERHEAD,
+        "disk, FT checkpoint": memory.ft_checkpoint_disk(spec),
+        "disk, engine directory": memory.engine_disk(spec),
+        f"host memory, conversion ({WORKERS} workers)": memory.conversion_memory(WORKERS),
+        "host memory, build of a rank": memory.build_memory(spec),
+        "host memory, smoke test on the CPU": memory.smoke_test_memory(spec),
+        "GPU memory of a rank": memory.gpu_memory(spec),
+        "  weights": memory.rank_weights(spec),
+        "  KV cache": memory.kv_cache(spec),
+        "  activations (estimate)": memory.activations(spec),
+        "  CUDA and libraries (allowance)": memory.GPU_OVERHEAD,
     }
 
 
@@ -134,14 +135,14 @@ def table_rows(config: MptConfig) -> Iterator[str]:
 def table_cells(spec: EngineSpec) -> tuple[str, ...]:
     """All cells but the first."""
     sizes = (
-        requirements.ft_checkpoint_disk(spec),
-        requirements.engine_disk(spec),
-        requirements.build_memory(spec),
-        requirements.rank_weights(spec),
-        requirements.gpu_memory(spec),
+        memory.ft_checkpoint_disk(spec),
+        memory.engine_disk(spec),
+        memory.build_memory(spec),
+        memory.rank_weights(spec),
+        memory.gpu_memory(spec),
     )
     in_gb = (f"{size / GB:.1f} GB" for size in sizes)
-    return (str(spec.tp_size), *in_gb, requirements.gpus_in_words(spec))
+    return (str(spec.tp_size), *in_gb, memory.gpus_in_words(spec))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from checkpoints import CheckpointSpec
-from engines_support import (
+from mpt_trt.calibration.recipe import NOT_QUANTIZED, Recipe
+from mpt_trt.engines.manifest import read_network_manifest
+from mpt_trt.generation.generate import GenerationConfig, StepModel, generate
+from mpt_trt.quantization.schemes import Quantization, WeightOnly
+from support.checkpoints import CheckpointSpec
+from support.engines import (
     FEATURES,
     LIMITS,
     deviation,
@@ -21,10 +25,6 @@ from engines_support import (
     random_ids,
     step,
 )
-from mpt_trt.engines.manifest import read_network_manifest
-from mpt_trt.generation import GenerationConfig, StepModel, generate
-from mpt_trt.quantization.recipe import NOT_QUANTIZED, Recipe
-from mpt_trt.quantization.scheme import Quantization, WeightOnly
 
 pytestmark = pytest.mark.gpu
 
@@ -37,7 +37,7 @@ def open_both(
     folder, spec, storage_type, recipe=NOT_QUANTIZED, limits=LIMITS
 ) -> tuple[StepModel, StepModel]:
     """On the GPU, and on the CPU."""
-    from mpt_trt.engines.onnx_cuda import OnnxCudaEngine
+    from mpt_trt.engines.onnxruntime.cuda.engine import OnnxCudaEngine
 
     checkpoint = make_ft_checkpoint(folder, spec, storage_type)
     network = make_network(checkpoint, folder / "network", limits, recipe)

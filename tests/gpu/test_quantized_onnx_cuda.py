@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines_support import deviation, make_network, open_network, step
+from engines.test_quantized_engines import LIMITS, QUANTIZATIONS, WITH_FP8_CACHE, demo, held_out
 from mpt_trt.engines.manifest import read_network_manifest
-from mpt_trt.quantization.scheme import Fp8, SmoothQuant
-from test_quantized_engines import LIMITS, QUANTIZATIONS, WITH_FP8_CACHE, demo, held_out
+from mpt_trt.quantization.schemes import Fp8, SmoothQuant
+from support.engines import deviation, make_network, open_network, step
 
 __all__ = ["demo", "held_out"]
 
@@ -26,7 +26,7 @@ ROUNDED_BOUND = 0.5
 @pytest.mark.parametrize("storage_type", EXACT_BOUNDS)
 @pytest.mark.parametrize("name", EVERY)
 def test_quantized_networks(name, storage_type, demo, held_out, tmp_path):
-    from mpt_trt.engines.onnx_cuda import OnnxCudaEngine
+    from mpt_trt.engines.onnxruntime.cuda.engine import OnnxCudaEngine
 
     quantization = EVERY[name]
     checkpoint = demo.checkpoint(quantization, 1, storage_type)

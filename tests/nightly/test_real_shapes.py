@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines_support import call_tool, deviation, feed
-from merged_ranks import MergedRanks
-from mpt_trt import sharding
-from mpt_trt.engines.building import BuildRequest, build_rank
+from mpt_trt.engines.build.build import BuildRequest, build_rank
 from mpt_trt.engines.manifest import EngineLimits, write_rank_network
-from mpt_trt.ft_checkpoint import FtCheckpoint, read_ft_checkpoint
-from mpt_trt.reference import reference_logits
-from mpt_trt.requirements import EngineSpec, rank_weights
-from mpt_trt.sharding import VocabularySharding
+from mpt_trt.engines.memory import EngineSpec, rank_weights
+from mpt_trt.evaluation.reference import reference_logits
+from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
+from mpt_trt.model import sharding
+from mpt_trt.model.sharding import VocabularySharding
+from references.merged_ranks import MergedRanks
+from support.engines import call_tool, deviation, feed
 
 pytestmark = pytest.mark.nightly
 

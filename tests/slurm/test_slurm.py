@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from toy_cluster import GPU_MODEL, GPUS_PER_NODE, Job, ToyCluster, toy_cluster, wait_until
 
-from mpt_trt.files import content_hash
-from mpt_trt.requirements import BUILD_BASE
-from workflow_support import LINKED, REPOSITORY
+from mpt_trt.engines.memory import BUILD_BASE
+from mpt_trt.system.files import content_hash
+from slurm.toy_cluster import GPU_MODEL, GPUS_PER_NODE, Job, ToyCluster, toy_cluster, wait_until
+from support.workflow import LINKED, REPOSITORY
 
 pytestmark = pytest.mark.slurm
 

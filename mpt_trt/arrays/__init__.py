@@ -1,0 +1,1 @@
+"""Casting and transposing blocks of NumPy arrays."""

@@ -1,0 +1,167 @@
+"""Transposes matrices that lie in files, in blocks that stay in the processor's cache.
+
+Columns are gathered and cut into tiles of some rows, and each tile is transposed by itself: the
+kernel reads a few bytes of every row at a time, and the lines of a tile's rows stay in the
+processor's first cache. Then what the tiles have become is put side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpt_trt.arrays.cast import conversion, transposition
+from mpt_trt.model.sharding import Range
+
+# What is gathered of each row at a time, at least.
+ROW_BYTES = 512
+# Of few rows it is more, until a block is worth the calls that handle it.
+BLOCK_BYTES = 512 << 10
+# What is gathered and transposed at a time, at most.
+GROUP_BYTES = 1 << 20
+# Rows of a tile, at most; at least a quarter as many, if the number of rows has such a divisor.
+TILE_ROWS = 256
+# Rows of a power of two bytes would compete for a few lines of the cache.
+PADDING_BYTES = 16
+
+
+class Buffers:
+    """Memory that is used again and again by one thread; new pages would take time."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, NDArray] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
+        """An array of any content, which overlaps with what was taken by this name before."""
+        size = math.prod(shape) * dtype.itemsize
+        if name not in self._memory or self._memory[name].nbytes < size:
+            self._memory[name] = np.empty(size, np.uint8)
+        return self._memory[name][:size].view(dtype).reshape(shape)
+
+
+def transposed_blocks(
+    files: list[list[NDArray]], dtype: np.dtype, buffers: Buffers
+) -> Iterator[NDArray]:
+    """Blocks of columns as rows, `[files, some of in, out]`; each overwrites the one before.
+
+    files: of each the parts, `[some of its out, in]`, one under the other. All files have one
+    shape. dtype: that of the blocks, rounded to by `numerics.convert`.
+    """
+    length, itemsize = files[0][0].shape[1], files[0][0].itemsize
+    width = sum(len(part) for parts in files for part in parts)
+    row_bytes = ROW_BYTES * max(1, BLOCK_BYTES // (ROW_BYTES * width))
+    height = min(length, row_bytes // itemsize)
+    rest = length - length % height
+    for columns, step in ((Range(0, rest), height), (Range(rest, length), length - rest)):
+        if len(columns) > 0:
+            yield from _equal_blocks(files, dtype, columns, step, buffers)
+
+
+def _equal_blocks(
+    files: list[list[NDArray]], dtype: np.dtype, columns: Range, height: int, buffers: Buffers
+) -> Iterator[NDArray]:
+    """Blocks of `height` columns."""
+    width = sum(map(len, files[0]))
+    tile = _tile_rows(width)
+    padded = height + PADDING_BYTES // dtype.itemsize
+    num_tiles = _largest_divisor(width // tile, GROUP_BYTES // (tile * padded * dtype.itemsize))
+    gathered = buffers.take("gathered", (num_tiles, tile, padded), files[0][0].dtype)
+    gathered[..., height:] = 0
+    tiles = buffers.take("tiles", (num_tiles, padded, tile), dtype)
+    block = buffers.take("block", (len(files), height, width), dtype)
+    transpose = _conversion_and_transposition(gathered, tiles, buffers)
+    rows = gathered.reshape(-1, padded)[:, :height]
+    found = _as_items(tiles[:, :height])
+    groups = [
+        _Group(sources, transpose, found, place)
+        for parts, of_file in zip(files, block, strict=True)
+        for sources, place in zip(
+            _in_groups(parts, rows), _places(of_file, num_tiles, tile), strict=True
+        )
+    ]
+    for start in range(columns.start, columns.stop, height):
+        for group in groups:
+            group.fill(Range(start, start + height))
+        yield block
+
+
+def _conversion_and_transposition(
+    gathered: NDArray, tiles: NDArray, buffers: Buffers
+) -> Callable[[], None]:
+    """A function that fills `tiles` with the transposed `gathered`."""
+    if gathered.dtype == tiles.dtype:
+        return transposition(gathered, tiles)
+    rounded = buffers.take("rounded", gathered.shape, tiles.dtype)
+    round_all, transpose = conversion(gathered, rounded), transposition(rounded, tiles)
+
+    def run() -> None:
+        round_all()
+        transpose()
+
+    return run
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Tiles that are gathered and transposed together.
+
+    sources: rows of the matrix, `[some, in]`, and where they are gathered, `[some, height]`.
+    tiles, place: where `transpose` leaves them and where they belong, as items of a tile's rows.
+    """
+
+    sources: list[tuple[NDArray, NDArray]]
+    transpose: Callable[[], None]
+    tiles: NDArray
+    place: NDArray
+
+    def fill(self, columns: Range) -> None:
+        for rows, gathered in self.sources:
+            _copy_rows(rows[:, columns.start : columns.stop], gathered)
+        self.transpose()
+        np.copyto(self.place, self.tiles)
+
+
+def _in_groups(parts: list[NDArray], rows: NDArray) -> Iterator[list[tuple[NDArray, NDArray]]]:
+    """Divides what lies one under the other into groups of as many rows as `rows` has."""
+    group: list[tuple[NDArray, NDArray]] = []
+    filled = 0
+    for part in parts:
+        start = 0
+        while start < len(part):
+            taken = min(len(part) - start, len(rows) - filled)
+            group.append((part[start : start + taken], rows[filled : filled + taken]))
+            start, filled = start + taken, filled + taken
+            if filled == len(rows):
+                yield group
+                group, filled = [], 0
+
+
+def _places(block: NDArray, num_tiles: int, tile: int) -> Iterator[NDArray]:
+    """Of each group, where its tiles belong in `[height, out]`: items `[tiles, height]`."""
+    items = _as_items(block.reshape(len(block), -1, tile)).T
+    for start in range(0, len(items), num_tiles):
+        yield items[start : start + num_tiles]
+
+
+def _copy_rows(source: NDArray, target: NDArray) -> None:
+    if source.strides[-1] == source.itemsize:
+        source, target = _as_items(source), _as_items(target)
+    np.copyto(target, source)
+
+
+def _as_items(values: NDArray) -> NDArray:
+    """What lies along the last axis as one item, which NumPy copies as a whole."""
+    return values.view(f"V{values.shape[-1] * values.itemsize}")[..., 0]
+
+
+def _tile_rows(width: int) -> int:
+    rows = _largest_divisor(width, TILE_ROWS)
+    return rows if rows >= TILE_ROWS // 4 else width
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(size for size in range(max(1, min(number, limit)), 0, -1) if number % size == 0)

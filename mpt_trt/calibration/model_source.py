@@ -1,0 +1,41 @@
+"""A model from whatever folder holds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpt_trt.checkpoint.tensors import HfCheckpoint
+from mpt_trt.ft.checkpoint import read_ft_checkpoint
+from mpt_trt.ft.joined_tensors import FtTensors
+from mpt_trt.model.config import MptConfig, read_hf_config
+from mpt_trt.model.tensors import WeightReader, weights
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on disk. origin: of an FT checkpoint, where its weights came from; {} if unknown."""
+
+    folder: Path
+    config: MptConfig
+    reader: WeightReader
+    origin: dict
+
+
+def is_ft_folder(folder: Path) -> bool:
+    return (folder / "config.ini").is_file()
+
+
+def open_model(folder: Path) -> ModelSource:
+    """Opens a folder in Hugging Face format, or a {tp_size}-gpu folder of an FT checkpoint.
+
+    Raises MptTrtError, naming file and field, when the folder does not hold such a model.
+    """
+    if is_ft_folder(folder):
+        checkpoint = read_ft_checkpoint(folder)
+        checkpoint.require_plain()
+        origin = checkpoint.manifest.get("source", {})
+        return ModelSource(folder, checkpoint.config, FtTensors(checkpoint), origin)
+    config = read_hf_config(folder)
+    reader = HfCheckpoint(folder, weights(config))
+    return ModelSource(folder, config, reader, {"source": str(folder)})

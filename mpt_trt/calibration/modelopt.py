@@ -1,0 +1,179 @@
+"""Calibration of a model by NVIDIA's ModelOpt, one block after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mpt_trt.calibration.block_stream import (
+    Computation,
+    SampleRun,
+    linear_modules,
+    not_finite,
+    stream_blocks,
+    watched_cache,
+)
+from mpt_trt.calibration.model_source import ModelSource
+from mpt_trt.calibration.npz_file import calibration_writer
+from mpt_trt.model.torch_block import PlainBlock
+from mpt_trt.quantization.calibrated_weights import (
+    FP8_MAX,
+    INT4_MAX,
+    INT8_MAX,
+    AwqMatrix,
+    CalibratedMatrix,
+    Fp8Scales,
+    SmoothQuantMatrix,
+)
+from mpt_trt.quantization.schemes import SMOOTHQUANT_ALPHA, QuantizationFormat
+from mpt_trt.system.background import background
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """What to calibrate for. group_size: input features that share a scale, for int4_awq."""
+
+    quantization_format: QuantizationFormat
+    group_size: int | None = None
+
+
+def calibrate(
+    source: ModelSource,
+    samples: Tensor,
+    plan: CalibrationPlan,
+    computation: Computation,
+    weight_dtype: np.dtype,
+    target: Path,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Writes what calibration finds to the npz file `target`, as a whole or not at all.
+
+    samples: token ids, int64 `[number, seq]`. weight_dtype: float16 or float32, of weights in the
+    file. advance is called after each block. A block is written while the next one is calibrated.
+
+    Raises MptTrtError for samples that the model cannot read, and values that the computation's
+    type or weight_dtype cannot hold.
+    """
+    # The writer comes first: when the block is left, nothing is being written any more.
+    with (
+        calibration_writer(target, source.config, source.reader, weight_dtype) as writer,
+        background() as writing,
+    ):
+        writing.start(partial(writer.model, plan.quantization_format))
+
+        def visit(layer: int, block: PlainBlock, run: SampleRun) -> None:
+            with watched_cache(block) as ranges:
+                quantize_module(block, plan, run)
+            cache, modules = ranges(), linear_modules(source, layer, block)
+            if plan.quantization_format == "kv_cache":
+                modules = {}
+            found = {n: calibrated_matrix(m, plan, weight_dtype) for n, m in modules.items()}
+            writing.start(partial(writer.block, layer, cache, found))
+            advance()
+
+        stream_blocks(source, samples, computation, visit)
+
+
+def quantize_module(
+    module: nn.Module, plan: CalibrationPlan, forward_loop: Callable[[nn.Module], None]
+) -> None:
+    """Calibrates a module's linear layers in place; of kv_cache only runs the loop."""
+    if plan.quantization_format == "kv_cache":
+        forward_loop(module)
+        return
+    import modelopt.torch.quantization as mtq
+
+    try:
+        with _quiet():
+            mtq.quantize(module, modelopt_config(plan), forward_loop)
+    except AssertionError as error:
+        # ModelOpt asserts that what its calibrators see is finite.
+        if re.search("detected (nan|inf) values", str(error)):
+            raise not_finite() from None
+        raise
+
+
+def modelopt_config(plan: CalibrationPlan) -> dict[str, Any]:
+    """ModelOpt's preset of the format, with the plan's group size."""
+    import modelopt.torch.quantization as mtq
+
+    presets = {
+        "int4_awq": mtq.INT4_AWQ_CFG,
+        "fp8": mtq.FP8_DEFAULT_CFG,
+        "int8_sq": mtq.INT8_SMOOTHQUANT_CFG,
+    }
+    config = copy.deepcopy(presets[plan.quantization_format])
+    if plan.quantization_format == "int8_sq":
+        config["algorithm"] = {"method": "smoothquant", "alpha": SMOOTHQUANT_ALPHA}
+    for entry in config["quant_cfg"]:
+        if "block_sizes" in (entry.get("cfg") or {}):
+            entry["cfg"]["block_sizes"][-1] = plan.group_size
+    return config
+
+
+def calibrated_matrix(
+    module: nn.Module, plan: CalibrationPlan, weight_dtype: np.dtype
+) -> CalibratedMatrix:
+    """What ModelOpt found for one linear layer, weights rounded to weight_dtype."""
+    weight, inputs = module.weight_quantizer, module.input_quantizer
+    if plan.quantization_format == "fp8":
+        return Fp8Scales(_scale(weight.amax, FP8_MAX), _scale(inputs.amax, FP8_MAX))
+    # Whether weights are finite is seen by their scales, and when they are written.
+    values = _on_host(module.weight.detach().to(getattr(torch, weight_dtype.name)))
+    smoothing = _floats(inputs.pre_quant_scale).reshape(-1)
+    if plan.quantization_format == "int4_awq":
+        scales = _scales(weight.amax, INT4_MAX).reshape(len(values), -1)
+        return AwqMatrix(values, scales, smoothing)
+    scales = _scales(weight.amax, INT8_MAX).reshape(-1)
+    return SmoothQuantMatrix(values, scales, smoothing, _scale(inputs.amax, INT8_MAX))
+
+
+def _on_host(values: Tensor) -> NDArray:
+    """A GPU fills page-locked memory, which PyTorch keeps for the next block, far faster."""
+    if values.device.type == "cpu":
+        return values.numpy()
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values).numpy()
+
+
+def _scale(amax: Tensor, largest: int) -> float:
+    return float(_scales(amax, largest).item())
+
+
+def _scales(amax: Tensor, largest: int) -> NDArray[np.float32]:
+    """1 where all values are 0: any scale serves there, but readers divide by it."""
+    found = _floats(amax) / np.float32(largest)
+    return np.where(found == 0, np.float32(1), found)
+
+
+def _floats(values: Tensor) -> NDArray[np.float32]:
+    found = values.detach().float().cpu().numpy()
+    if not np.isfinite(found).all():
+        raise not_finite()
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What ModelOpt prints and warns of for each block goes to the debug log."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for line in [*said.getvalue().splitlines(), *(str(w.message) for w in caught)]:
+        log.debug("%s", line)

@@ -1,0 +1,41 @@
+"""A quantization together with the calibration result that it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpt_trt.calibration.npz_file import CalibrationResult
+from mpt_trt.errors import MptTrtError
+from mpt_trt.quantization.schemes import UNQUANTIZED, Quantization, calibration_format, method_of
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a network has to know of its quantization.
+
+    Raises MptTrtError when the calibration is missing, or is of another format.
+    """
+
+    quantization: Quantization = UNQUANTIZED
+    calibration: CalibrationResult | None = None
+
+    def __post_init__(self) -> None:
+        needed = calibration_format(self.quantization.scheme, self.quantization.kv_cache)
+        if needed is None:
+            return
+        method, cache = method_of(self.quantization.scheme), self.quantization.kv_cache
+        what = method if needed in ("int4_awq", "fp8") else f"a KV cache of {cache}"
+        if self.calibration is None:
+            raise MptTrtError(
+                f"{what} needs a calibration result: make one with quantize.py --qformat {needed} "
+                "and name it"
+            )
+        found = self.calibration.quantization_format
+        if needed != "kv_cache" and found != needed:
+            raise MptTrtError(
+                f"{self.calibration.path}: a calibration result of {found}, but {what} needs one "
+                f"of {needed}; make it with quantize.py --qformat {needed}"
+            )
+
+
+NOT_QUANTIZED = Recipe()

@@ -1,0 +1,211 @@
+"""Command-line options that several tools share; their defaults are those of config.yaml."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpt_trt.workflow.settings import (
+    TENSORRT_LLM,
+    Tolerance,
+    default_tolerance,
+    quantization_choices,
+    quantization_default,
+    variant_choices,
+    variant_default,
+)
+
+if TYPE_CHECKING:
+    from mpt_trt.calibration.recipe import Recipe
+    from mpt_trt.engines.build.build import BuildRequest
+    from mpt_trt.engines.spec import EngineLimits
+    from mpt_trt.ft.checkpoint import FtCheckpoint
+    from mpt_trt.model.sharding import VocabularySharding
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Adds the options from which `limits` is read."""
+    group = parser.add_argument_group("limits of the engine")
+    helps = {
+        "max_batch_size": "most rows at a time (prompts times beams)",
+        "max_input_len": "most tokens that a row takes in one step",
+        "max_output_len": "cache positions that a row has beyond max_input_len",
+    }
+    for name, text in helps.items():
+        group.add_argument(
+            f"--{name}",
+            type=int,
+            default=variant_default(name),
+            help=f"{text} (default: %(default)s)",
+        )
+    group.add_argument(
+        "--gather_all_token_logits",
+        action="store_true",
+        help="let a step return the logits of every token, not only of one a row",
+    )
+
+
+def add_vocabulary(parser: argparse.ArgumentParser) -> None:
+    """Adds the options from which `vocabulary` is read."""
+    group = parser.add_argument_group("several ranks")
+    group.add_argument(
+        "--shard_embedding",
+        "--use_parallel_embedding",
+        action=argparse.BooleanOptionalAction,
+        default=variant_default("shard_embedding"),
+        help="each rank holds a part of the embedding, not the whole (default: %(default)s)",
+    )
+    group.add_argument(
+        "--shard_head",
+        action=argparse.BooleanOptionalAction,
+        default=variant_default("shard_head"),
+        help="each rank computes a part of the logits, not all (default: %(default)s)",
+    )
+
+
+def vocabulary(arguments: argparse.Namespace) -> VocabularySharding:
+    from mpt_trt.model.sharding import VocabularySharding
+
+    return VocabularySharding(arguments.shard_embedding, arguments.shard_head)
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """Adds the options from which `recipe` is read."""
+    group = parser.add_argument_group("quantization; see config.yaml")
+    group.add_argument(
+        "--quantization",
+        choices=quantization_choices("method"),
+        default=quantization_default("method"),
+        help="how the matrices of the blocks are stored (default: %(default)s)",
+    )
+    group.add_argument(
+        "--group_size",
+        type=int,
+        choices=[size for size in quantization_choices("group_size") if size is not None],
+        help="input features that share a scale, for int4_weight_only (default: all)",
+    )
+    group.add_argument(
+        "--alpha",
+        type=float,
+        default=quantization_default("alpha"),
+        help="of the checkpoint, for smoothquant (default: %(default)s)",
+    )
+    for name, text in (
+        ("per_channel", "a weight scale for every output feature"),
+        ("per_token", "activation scales computed for every token"),
+    ):
+        group.add_argument(
+            f"--{name}",
+            action=argparse.BooleanOptionalAction,
+            default=quantization_default(name),
+            help=f"{text}, for smoothquant (default: %(default)s)",
+        )
+    group.add_argument(
+        "--kv_cache_dtype",
+        choices=variant_choices("kv_cache_dtype"),
+        default=variant_default("kv_cache_dtype"),
+        help="how keys and values are stored (default: %(default)s)",
+    )
+    group.add_argument("--calibration", type=Path, help="npz file that quantize.py made")
+
+
+def recipe(arguments: argparse.Namespace, checkpoint: FtCheckpoint) -> Recipe:
+    """The quantization asked for; the calibration is checked against the checkpoint."""
+    from mpt_trt.calibration.npz_file import read_calibration
+    from mpt_trt.calibration.recipe import Recipe
+    from mpt_trt.quantization.schemes import Quantization, make_scheme
+
+    scheme = make_scheme(
+        arguments.quantization,
+        group_size=arguments.group_size,
+        alpha=arguments.alpha,
+        per_channel=arguments.per_channel,
+        per_token=arguments.per_token,
+    )
+    path = arguments.calibration
+    calibration = None if path is None else read_calibration(path, checkpoint)
+    return Recipe(Quantization(scheme, arguments.kv_cache_dtype), calibration)
+
+
+def add_builder(parser: argparse.ArgumentParser) -> None:
+    """Adds the options from which `build_request` is read, limits aside."""
+    group = parser.add_argument_group("builder")
+    group.add_argument(
+        "--backend",
+        # TensorRT-LLM builds from checkpoints of its own; see build_trtllm.py.
+        choices=[name for name in variant_choices("backend") if name != TENSORRT_LLM],
+        default=variant_default("backend"),
+        help="what builds the engine (default: %(default)s)",
+    )
+    group.add_argument(
+        "--compute_capabilities",
+        nargs="+",
+        type=_compute_capability,
+        default=variant_default("compute_capabilities"),
+        metavar="X.Y",
+        help="GPUs that tensorrt_rtx builds for (default: %(default)s)",
+    )
+
+
+def limits(arguments: argparse.Namespace) -> EngineLimits:
+    from mpt_trt.engines.spec import EngineLimits
+
+    return EngineLimits(
+        max_batch_size=arguments.max_batch_size,
+        max_input_len=arguments.max_input_len,
+        max_output_len=arguments.max_output_len,
+        gather_all_token_logits=arguments.gather_all_token_logits,
+    )
+
+
+def build_request(arguments: argparse.Namespace, engine_limits: EngineLimits) -> BuildRequest:
+    from mpt_trt.engines.build.build import BuildRequest
+
+    return BuildRequest(
+        limits=engine_limits,
+        backend=arguments.backend,
+        compute_capabilities=tuple(arguments.compute_capabilities),
+    )
+
+
+def _compute_capability(text: str) -> str:
+    if not re.fullmatch(r"[0-9]+\.[0-9]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability such as 8.9")
+    return text
+
+
+def add_tolerance(parser: argparse.ArgumentParser) -> None:
+    """Adds the options from which `tolerance` is read."""
+    group = parser.add_argument_group("tolerance; see config.yaml")
+    for name, default in vars(default_tolerance()).items():
+        group.add_argument(f"--{name}", type=float, default=default, help="(default: %(default)s)")
+
+
+def tolerance(arguments: argparse.Namespace) -> Tolerance:
+    return Tolerance(arguments.max_abs, arguments.mean_kl, arguments.min_top1)
+
+
+def add_runtime(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that choose what runs an engine."""
+    group = parser.add_argument_group("runtime")
+    group.add_argument(
+        "--runtime",
+        choices=["auto", "tensorrt", "onnxruntime"],
+        default="auto",
+        help="auto: TensorRT where it can run the engine, else ONNX Runtime (default: %(default)s)",
+    )
+    group.add_argument(
+        "--num_threads",
+        type=int,
+        default=0,
+        help="CPU threads of ONNX Runtime; 0 for one a core (default: %(default)s)",
+    )
+    group.add_argument(
+        "--activations",
+        choices=["exact", "int8"],
+        default="exact",
+        help="int8: ONNX Runtime on a CPU rounds what 4- and 8-bit weights are multiplied by to 8 "
+        "bits, which is faster and less exact (default: %(default)s)",
+    )

@@ -1,0 +1,1 @@
+"""Building and running engines: one sub-package per runtime behind one interface."""

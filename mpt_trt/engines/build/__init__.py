@@ -1,0 +1,1 @@
+"""From an FT checkpoint to an engine directory."""

@@ -1,0 +1,151 @@
+"""From an FT checkpoint to an engine directory: the network, the plan, and both put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mpt_trt.calibration.recipe import NOT_QUANTIZED, Recipe
+from mpt_trt.engines import manifest
+from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.tensorrt import plan_builder
+from mpt_trt.engines.tensorrt.packages import choose_package
+from mpt_trt.engines.tensorrt.plan_builder import BuildOptions
+from mpt_trt.errors import MptTrtError
+from mpt_trt.ft.checkpoint import FtCheckpoint
+from mpt_trt.model.sharding import VocabularySharding, shards
+from mpt_trt.quantization.schemes import Fp8, Quantization, SmoothQuant
+from mpt_trt.system import gpus
+from mpt_trt.system.code_version import source_hash
+from mpt_trt.system.files import content_hash, replace_directory
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build a plan for. backend and compute_capabilities: as in config.yaml."""
+
+    limits: EngineLimits
+    backend: str
+    compute_capabilities: tuple[str, ...]
+
+    def options(self) -> BuildOptions:
+        package = choose_package(self.backend)
+        return BuildOptions(package, self.limits, self.compute_capabilities)
+
+
+# The first GPUs with E4M3 arithmetic (Ada).
+FP8_CAPABILITY = (8, 9)
+
+# The tool that builds one rank's plan.
+RANK_TOOL = Path(__file__).resolve().parents[3] / "workflow_scripts" / "steps" / "build_rank.py"
+
+# Adds the plans of tp_size ranks to the folder that has their networks.
+PlanBuilder = Callable[[Path, BuildRequest, int], None]
+
+
+def make_networks(
+    checkpoint: FtCheckpoint,
+    limits: EngineLimits,
+    target: Path,
+    vocabulary: VocabularySharding,
+    recipe: Recipe = NOT_QUANTIZED,
+) -> None:
+    """Makes the folder `target` with the networks of all ranks and the descriptions of them."""
+    with replace_directory(target) as folder:
+        _write_networks(checkpoint, limits, folder, vocabulary, recipe)
+
+
+def _write_networks(
+    checkpoint: FtCheckpoint,
+    limits: EngineLimits,
+    folder: Path,
+    vocabulary: VocabularySharding,
+    recipe: Recipe,
+) -> None:
+    for shard in shards(checkpoint.tp_size):
+        manifest.write_rank_network(checkpoint, shard, limits, folder, vocabulary, recipe)
+
+
+def build_rank(networks: Path, rank: int, request: BuildRequest, target: Path) -> None:
+    """Makes the folder `target` with one rank's plan, from the folder that has its network."""
+    with replace_directory(target) as folder:
+        _build_plan(networks, rank, request, folder)
+
+
+def build_one_by_one(folder: Path, request: BuildRequest, tp_size: int) -> None:
+    """Adds the plans of all ranks to the folder that has their networks."""
+    for rank in range(tp_size):
+        _build_plan(folder, rank, request, folder)
+
+
+def build_engine(
+    checkpoint: FtCheckpoint,
+    request: BuildRequest,
+    vocabulary: VocabularySharding,
+    target: Path,
+    build_plans: PlanBuilder = build_one_by_one,
+    recipe: Recipe = NOT_QUANTIZED,
+) -> None:
+    """Makes the engine directory `target` of all ranks."""
+    with replace_directory(target) as folder:
+        _write_networks(checkpoint, request.limits, folder, vocabulary, recipe)
+        build_plans(folder, request, checkpoint.tp_size)
+        manifest.write_manifest(folder, [(folder, folder)] * checkpoint.tp_size)
+        for description in folder.glob("rank*.json"):
+            description.unlink()
+
+
+def _build_plan(networks: Path, rank: int, request: BuildRequest, folder: Path) -> None:
+    network = networks / manifest.network_name(rank)
+    _require_capable(request, manifest.read_network_quantization(networks, rank))
+    plan = folder / manifest.engine_name(rank)
+    with _naming_who_has_kernels(manifest.read_network_quantization(networks, rank)):
+        built = plan_builder.build_plan(network, request.options(), plan)
+    network_hash = manifest.read_network_hash(networks, rank)
+    origin = plan_origin(networks, rank, request)
+    manifest.write_plan_description(plan, built.hash, network_hash, built.builder, origin)
+
+
+def plan_origin(networks: Path, rank: int, request: BuildRequest) -> dict:
+    """All that a rank's plan depends on, as JSON: plans of the same origin are interchangeable."""
+    return {
+        # It has the hashes of all weights.
+        "network": content_hash(networks / manifest.network_description_name(rank)),
+        "package": asdict(choose_package(request.backend)),
+        "limits": asdict(request.limits),
+        "compute_capabilities": list(_capabilities(request)),
+        "code": source_hash(RANK_TOOL),
+    }
+
+
+def _capabilities(request: BuildRequest) -> tuple[str, ...]:
+    """The GPUs to build for; only tensorrt_rtx can choose."""
+    is_chosen = choose_package(request.backend).module == "tensorrt_rtx"
+    return request.compute_capabilities if is_chosen else gpus.compute_capabilities()[:1]
+
+
+def _require_capable(request: BuildRequest, quantization: Quantization) -> None:
+    """Raises MptTrtError, naming them, when some of the GPUs to build for have no E4M3."""
+    lacking = [c for c in _capabilities(request) if tuple(map(int, c.split("."))) < FP8_CAPABILITY]
+    uses_fp8 = isinstance(quantization.scheme, Fp8) or quantization.kv_cache == "fp8"
+    if uses_fp8 and lacking:
+        raise MptTrtError(
+            f"compute_capabilities: {', '.join(lacking)} cannot compute with fp8, which takes "
+            f"{'.'.join(map(str, FP8_CAPABILITY))} or newer; leave them out, or choose int8"
+        )
+
+
+@contextmanager
+def _naming_who_has_kernels(quantization: Quantization) -> Iterator[None]:
+    """Adds to a failed build's message where its products of 8-bit integers are to be had."""
+    try:
+        yield
+    except MptTrtError as error:
+        if not isinstance(quantization.scheme, SmoothQuant):
+            raise
+        raise MptTrtError(
+            f"{error} (the network multiplies 8-bit integers; if there is no kernel for that here, "
+            "TensorRT-LLM has its own: backend: tensorrt_llm)"
+        ) from None

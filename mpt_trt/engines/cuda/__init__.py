@@ -1,0 +1,1 @@
+"""GPU memory, graphs and the KV cache, shared by TensorRT and ONNX Runtime."""

@@ -1,0 +1,162 @@
+"""The key-value cache of an engine, in GPU memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpt_trt.engines.cuda.memory import Block, DeviceBuffer, copy_block
+from mpt_trt.network.kv_cache import CacheShape, cache_names
+from mpt_trt.quantization.schemes import KvCacheType
+
+SetAddress = Callable[[str, int], None]
+"""Tells the runtime where a value of the network lies."""
+
+
+class DeviceCache(Protocol):
+    """A cache whose buffers are bound to the runtime."""
+
+    @property
+    def address(self) -> int:
+        """Where the buffers begin, 0 before the first start."""
+        ...
+
+    def start(self, batch_size: int, stream: Any) -> None:
+        """Makes it `batch_size` empty rows."""
+        ...
+
+    def before_step(self, seq: int) -> None:
+        """Prepares for a step of `seq` tokens a row."""
+        ...
+
+    def after_step(self, write_positions: NDArray[np.int64], stream: Any) -> None:
+        """Takes in what the step has computed."""
+        ...
+
+    def reorder(self, rows: NDArray[np.int64], stream: Any) -> None:
+        """Row i becomes a copy of old row rows[i]."""
+        ...
+
+
+class _Array:
+    """Bytes `[2 * layers, rows, kv_heads, positions, head bytes]` in one buffer."""
+
+    def __init__(self, shape: CacheShape, head_bytes: int, rows: int, positions: int):
+        self.parts, self.rows, self.positions = 2 * shape.num_layers, rows, positions
+        self.head_bytes, self.kv_heads = head_bytes, shape.num_kv_heads
+        self.row_bytes = shape.num_kv_heads * positions * head_bytes
+        self.buffer = DeviceBuffer(self.parts * rows * self.row_bytes)
+
+    def bind(self, names: list[str], set_address: SetAddress) -> None:
+        """names: of the parts, in order."""
+        for part, name in enumerate(names):
+            set_address(name, self.buffer.address + part * self.rows * self.row_bytes)
+
+    def block(self, row: int, position: int) -> Block:
+        """The box that begins with a row and a position, as `[parts, rows * heads, bytes]`."""
+        return Block(
+            self.buffer.address,
+            height=self.rows * self.kv_heads,
+            width=self.positions * self.head_bytes,
+            start=(0, row * self.kv_heads, position * self.head_bytes),
+        )
+
+    def copy_row(self, row: int, source: _Array, source_row: int, stream: Any) -> None:
+        """Copies a row of an array of the same number of positions."""
+        extent = (self.parts, self.kv_heads, self.positions * self.head_bytes)
+        copy_block(source.block(source_row, 0), self.block(row, 0), extent, stream)
+
+
+class _Buffers:
+    """What both kinds of cache have: the array of what is kept, and its rows."""
+
+    def __init__(self, shape: CacheShape, element_bytes: int, set_address: SetAddress):
+        self._shape, self._set_address = shape, set_address
+        self._head_bytes = shape.head_dim * element_bytes
+        self._kept: _Array | None = None
+
+    def start(self, batch_size: int, stream: Any) -> None:
+        # What a row held is overwritten before anything sees it. So buffers of as many rows stay,
+        # and with them the graphs that were captured.
+        if self._kept is None or self._kept.rows != batch_size:
+            # Freed before there are others.
+            self._kept = None
+            self._keep(self._array(batch_size, self._shape.cache_len))
+
+    @property
+    def address(self) -> int:
+        """Where the cache begins; another one after every `reorder`, as a rule."""
+        return 0 if self._kept is None else self._kept.buffer.address
+
+    def reorder(self, rows: NDArray[np.int64], stream: Any) -> None:
+        old, new = self._kept, self._array(len(rows), self._shape.cache_len)
+        for target, source in enumerate(rows):
+            new.copy_row(target, old, int(source), stream)
+        self._keep(new)
+
+    def _array(self, rows: int, positions: int) -> _Array:
+        return _Array(self._shape, self._head_bytes, rows, positions)
+
+    def _keep(self, array: _Array) -> None:
+        self._kept = array
+        array.bind(cache_names("past", self._shape.num_layers), self._set_address)
+
+
+class InPlaceDeviceCache(_Buffers):
+    """Each buffer is input and output at once."""
+
+    def before_step(self, seq: int) -> None:
+        pass
+
+    def after_step(self, write_positions: NDArray[np.int64], stream: Any) -> None:
+        pass
+
+    def _keep(self, array: _Array) -> None:
+        super()._keep(array)
+        array.bind(cache_names("present", self._shape.num_layers), self._set_address)
+
+
+class CopiedDeviceCache(_Buffers):
+    """One byte an element; what a step computes is copied into the cache afterwards.
+
+    Keys and values of all layers are one array, so rows that write at one position take one copy,
+    and others one each.
+    """
+
+    def __init__(self, shape: CacheShape, set_address: SetAddress):
+        super().__init__(shape, 1, set_address)
+        # By (rows, seq): a captured step writes where it wrote when it was captured.
+        self._new: dict[tuple[int, int], _Array] = {}
+        self._seq = 0
+
+    def before_step(self, seq: int) -> None:
+        key = (self._kept.rows, seq)
+        if key not in self._new:
+            # One that is not for single tokens is used once, mostly: the pieces of a prompt.
+            self._new = {k: array for k, array in self._new.items() if k[1] == 1}
+            self._new[key] = self._array(*key)
+        self._new[key].bind(cache_names("new", self._shape.num_layers), self._set_address)
+        self._seq = seq
+
+    def after_step(self, write_positions: NDArray[np.int64], stream: Any) -> None:
+        kept, new = self._kept, self._new[self._kept.rows, self._seq]
+        width = self._seq * self._head_bytes
+        if len(set(write_positions.tolist())) == 1:
+            extent = (kept.parts, kept.rows * kept.kv_heads, width)
+            copy_block(new.block(0, 0), kept.block(0, int(write_positions[0])), extent, stream)
+            return
+        for row, position in enumerate(write_positions.tolist()):
+            extent = (kept.parts, kept.kv_heads, width)
+            copy_block(new.block(row, 0), kept.block(row, position), extent, stream)
+
+
+def make_device_cache(
+    shape: CacheShape, cache_type: KvCacheType, element_bytes: int, set_address: SetAddress
+) -> DeviceCache:
+    """element_bytes: of the network's own type."""
+    if cache_type == "auto":
+        return InPlaceDeviceCache(shape, element_bytes, set_address)
+    return CopiedDeviceCache(shape, set_address)

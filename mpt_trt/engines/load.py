@@ -1,0 +1,160 @@
+"""Opens an engine directory with the runtime that fits this machine, and says which and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpt_trt.engines.manifest import Manifest, check_content, read_manifest
+from mpt_trt.engines.memory import EngineSpec, gpu_obstacle
+from mpt_trt.engines.onnxruntime.cpu_settings import Activations, CpuSettings
+from mpt_trt.engines.tensorrt.packages import installed_package
+from mpt_trt.errors import MptTrtError, SharedError
+from mpt_trt.generation.generate import StepModel
+from mpt_trt.system import gpus
+from mpt_trt.system.mpi import Communicator, communicator
+
+if TYPE_CHECKING:
+    from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
+    from mpt_trt.engines.onnxruntime.cuda.engine import OnnxCudaEngine
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """A rank's engine, ready to step.
+
+    max_logits: most logit rows of one step, None for no limit.
+    runtime: what runs it. stood_in_because: why that is not TensorRT; None when it is.
+    """
+
+    model: StepModel
+    manifest: Manifest
+    max_logits: int | None
+    runtime: str
+    stood_in_because: str | None
+    communicator: Communicator | None
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this process speaks for the engine."""
+        return self.communicator is None or self.communicator.rank == 0
+
+
+def load_engine(
+    engine_dir: Path,
+    runtime: str = "auto",
+    num_threads: int = 0,
+    activations: Activations = "exact",
+) -> LoadedEngine:
+    """Loads an engine directory; with several ranks, this process's rank of it.
+
+    runtime: `tensorrt` runs the plan, or fails saying why it cannot; `onnxruntime` runs the network
+    that lies beside it; `auto` falls back from the first to the second.
+    num_threads: CPU threads of ONNX Runtime, 0 for all cores, which the ranks share.
+    activations: of ONNX Runtime on a CPU; see `Activations`.
+
+    Raises MptTrtError, on all ranks if on one, when the directory is incomplete, the runtime cannot
+    load it, or another number of processes was started than the engine has ranks.
+    """
+    manifest = read_manifest(engine_dir)
+    ranks = communicator(manifest.tp_size)
+    if ranks is not None and num_threads == 0:
+        num_threads = ranks.num_cores()
+    cpu = CpuSettings(num_threads, activations)
+
+    def load() -> LoadedEngine:
+        return _load_rank(engine_dir, manifest, runtime, cpu, ranks)
+
+    return load() if ranks is None else _load_together(load, ranks)
+
+
+def _load_together(load: Callable[[], LoadedEngine], ranks: Communicator) -> LoadedEngine:
+    # No rank must wait for another within `load`, where that one may fail.
+    engine = ranks.agree(load)
+    runtimes = ranks.exchange(engine.runtime)
+    if len(set(runtimes)) > 1:
+        found = ", ".join(f"{rank}: {runtime}" for rank, runtime in enumerate(runtimes))
+        raise SharedError(f"the ranks cannot meet, as they have different runtimes ({found})")
+    if engine.stood_in_because is None:
+        ranks.agree(lambda: engine.model.join(ranks))
+    return engine
+
+
+def _load_rank(
+    engine_dir: Path,
+    manifest: Manifest,
+    runtime: str,
+    cpu: CpuSettings,
+    ranks: Communicator | None,
+) -> LoadedEngine:
+    files = manifest.ranks[0 if ranks is None else ranks.rank]
+    obstacle = "asked for" if runtime == "onnxruntime" else tensorrt_obstacle(manifest)
+    if obstacle is None:
+        from mpt_trt.engines.tensorrt.engine import TensorRtEngine
+
+        check_content(engine_dir, files, files.engine)
+        engine = TensorRtEngine(engine_dir, manifest, 0 if ranks is None else ranks.rank)
+        return LoadedEngine(engine, manifest, engine.max_logits, engine.description, None, ranks)
+    if runtime == "tensorrt":
+        raise MptTrtError(f"{engine_dir}: TensorRT cannot run this engine here: {obstacle}")
+    check_content(engine_dir, files, files.network)
+    stand_in = _open_network(engine_dir, manifest, cpu, ranks)
+    return LoadedEngine(stand_in, manifest, None, stand_in.description, obstacle, ranks)
+
+
+def _open_network(
+    engine_dir: Path, manifest: Manifest, cpu: CpuSettings, ranks: Communicator | None
+) -> OnnxRuntimeEngine | OnnxCudaEngine:
+    # Ranks meet in operators that run on the host.
+    if ranks is None and _has_cuda_provider():
+        from mpt_trt.engines.onnxruntime.cuda.engine import OnnxCudaEngine
+
+        return OnnxCudaEngine(engine_dir, manifest)
+    from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(engine_dir, manifest, cpu, ranks)
+
+
+def _has_cuda_provider() -> bool:
+    """Whether the ONNX Runtime that is installed computes on GPUs, and there is one."""
+    import onnxruntime
+
+    installed = onnxruntime.get_available_providers()
+    return "CUDAExecutionProvider" in installed and bool(gpus.compute_capabilities())
+
+
+def tensorrt_obstacle(manifest: Manifest) -> str | None:
+    """Why TensorRT cannot run the plan on this machine; None when nothing speaks against it."""
+    found = gpus.compute_capabilities()
+    wanted = manifest.builder.compute_capabilities
+    if not found:
+        return f"no NVIDIA GPU found; the plan is for compute capability {', '.join(wanted)}"
+    if found[0] not in wanted:
+        return (
+            f"this GPU has compute capability {found[0]}, the plan is for {', '.join(wanted)}; "
+            "add it to compute_capabilities or build here"
+        )
+    package = installed_package(manifest.builder.package)
+    if package is None:
+        return f"{manifest.builder.package} {manifest.builder.version} is not installed"
+    if package.version != manifest.builder.version:
+        return (
+            f"the plan was built by {package.module} {manifest.builder.version}, installed is "
+            f"{package.version}; build the engine again"
+        )
+    return _memory_obstacle(manifest)
+
+
+def _memory_obstacle(manifest: Manifest) -> str | None:
+    spec = EngineSpec(
+        manifest.config,
+        manifest.dtype,
+        manifest.tp_size,
+        manifest.limits,
+        manifest.vocabulary_sharding,
+        manifest.quantization,
+    )
+    sizes = gpus.memory_sizes()
+    return gpu_obstacle(spec, min(sizes)) if sizes else None

@@ -1,0 +1,182 @@
+"""The key-value cache of a network under ONNX Runtime on a CPU.
+
+A step reads all of the buffers that it is given, whatever they hold. So they are as long as what is
+in use, in steps of POSITIONS_AT_ONCE, and the loaded network takes them at any length.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import DTypeLike, NDArray
+from onnx import helper
+
+from mpt_trt.network.kv_cache import QUANTIZED_TYPES, CacheShape, cache_names
+from mpt_trt.quantization.schemes import KvCacheType
+
+Binding = onnxruntime.IOBinding
+
+POSITIONS_AT_ONCE = 64
+# The axis of positions in a layer's keys or values.
+POSITIONS_AXIS = 2
+
+
+def take_any_cache_length(model: onnx.ModelProto) -> None:
+    """Lets the network's cache have as many positions as it is given, which were a constant.
+
+    Its graph takes their number from the buffers' shape.
+    """
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past_", "present_")):
+            value.type.tensor_type.shape.dim[POSITIONS_AXIS].dim_param = "cache_len"
+
+
+class BoundCache(Protocol):
+    """A cache whose buffers are bound to a session."""
+
+    def start(self, batch_size: int) -> None:
+        """Makes it `batch_size` empty rows."""
+        ...
+
+    def before_step(self, seq: int, write_positions: NDArray[np.int64]) -> None:
+        """Prepares for a step of `seq` tokens a row."""
+        ...
+
+    def after_step(self, write_positions: NDArray[np.int64]) -> None:
+        """Takes in what the step has computed."""
+        ...
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """Row i becomes a copy of old row rows[i]."""
+        ...
+
+
+class InPlaceCache:
+    """Each buffer is input and output at once."""
+
+    def __init__(self, binding: Binding, shape: CacheShape, element_type: int):
+        self._binding, self._shape, self._element_type = binding, shape, element_type
+        self._dtype = helper.tensor_dtype_to_np_dtype(element_type)
+        self._buffers = _no_rows(shape, self._dtype)
+
+    def start(self, batch_size: int) -> None:
+        self._buffers = _zeros(self._shape, batch_size, _in_use(self._shape, 0), self._dtype)
+        self._bind()
+
+    def before_step(self, seq: int, write_positions: NDArray[np.int64]) -> None:
+        positions = _in_use(self._shape, int(write_positions.max()) + seq)
+        if positions > _length(self._buffers):
+            self._buffers = _lengthened(self._buffers, positions)
+            self._bind()
+
+    def after_step(self, write_positions: NDArray[np.int64]) -> None:
+        pass
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        self._buffers = np.take(self._buffers, rows, axis=1)
+        self._bind()
+
+    def _bind(self) -> None:
+        past, present = (cache_names(age, self._shape.num_layers) for age in ("past", "present"))
+        parts = _parts(self._buffers, self._element_type)
+        for old, new, part in zip(past, present, parts, strict=True):
+            self._binding.bind_ortvalue_input(old, part)
+            self._binding.bind_ortvalue_output(new, part)
+
+
+class CopiedCache:
+    """A quantized cache; what a step computes is copied into it afterwards.
+
+    A step's keys and values of all layers are one array, as the cache is, so that a row takes one
+    copy.
+    """
+
+    def __init__(self, binding: Binding, shape: CacheShape, cache_type: KvCacheType):
+        self._binding, self._shape = binding, shape
+        self._element_type = QUANTIZED_TYPES[cache_type][0]
+        self._buffers = self._new = _no_rows(shape, np.uint8)
+
+    def start(self, batch_size: int) -> None:
+        self._buffers = _zeros(self._shape, batch_size, _in_use(self._shape, 0), np.uint8)
+        self._bind("past", self._buffers)
+
+    def before_step(self, seq: int, write_positions: NDArray[np.int64]) -> None:
+        rows = self._buffers.shape[1]
+        # A step reads what was there before it.
+        self._lengthen(int(write_positions.max()))
+        if (self._new.shape[1], _length(self._new)) != (rows, seq):
+            self._new = _zeros(self._shape, rows, seq, np.uint8)
+            self._bind("new", self._new)
+
+    def after_step(self, write_positions: NDArray[np.int64]) -> None:
+        seq = _length(self._new)
+        self._lengthen(int(write_positions.max()) + seq)
+        for row, start in enumerate(write_positions):
+            self._buffers[:, row, :, start : start + seq] = self._new[:, row]
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        self._buffers = np.take(self._buffers, rows, axis=1)
+        self._bind("past", self._buffers)
+
+    def _lengthen(self, used: int) -> None:
+        positions = _in_use(self._shape, used)
+        if positions > _length(self._buffers):
+            self._buffers = _lengthened(self._buffers, positions)
+            self._bind("past", self._buffers)
+
+    def _bind(self, age: str, array: NDArray[np.uint8]) -> None:
+        bind = self._binding.bind_ortvalue_input
+        if age == "new":
+            bind = self._binding.bind_ortvalue_output
+        names = cache_names(age, self._shape.num_layers)
+        for name, part in zip(names, _parts(array, self._element_type), strict=True):
+            bind(name, part)
+
+
+def make_bound_cache(
+    binding: Binding, shape: CacheShape, cache_type: KvCacheType, element_type: int
+) -> BoundCache:
+    """element_type: of a cache that is not quantized, the network's."""
+    if cache_type == "auto":
+        return InPlaceCache(binding, shape, element_type)
+    return CopiedCache(binding, shape, cache_type)
+
+
+# All layers' keys and values are one array, `[2 * layers, rows, kv_heads, positions, head_dim]`.
+
+
+def _zeros(shape: CacheShape, rows: int, positions: int, dtype: DTypeLike) -> NDArray:
+    dimensions = (2 * shape.num_layers, rows, shape.num_kv_heads, positions, shape.head_dim)
+    return np.zeros(dimensions, dtype)
+
+
+def _no_rows(shape: CacheShape, dtype: DTypeLike) -> NDArray:
+    return _zeros(shape, 0, 0, dtype)
+
+
+def _length(array: NDArray) -> int:
+    return array.shape[1 + POSITIONS_AXIS]
+
+
+def _in_use(shape: CacheShape, used: int) -> int:
+    """Positions of a buffer that holds `used` ones, never more than the cache may have."""
+    steps = max(-(-used // POSITIONS_AT_ONCE), 1)
+    return min(steps * POSITIONS_AT_ONCE, shape.cache_len)
+
+
+def _lengthened(array: NDArray, positions: int) -> NDArray:
+    """The array with zeros behind its last positions."""
+    dimensions = list(array.shape)
+    dimensions[1 + POSITIONS_AXIS] = positions
+    longer = np.zeros(dimensions, array.dtype)
+    longer[:, :, :, : _length(array)] = array
+    return longer
+
+
+def _parts(array: NDArray, element_type: int) -> list[onnxruntime.OrtValue]:
+    """The keys and values of every layer, in the array's memory."""
+    of = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
+    return [of(part, element_type) for part in array]

@@ -1,0 +1,156 @@
+"""Runs a rank's network under ONNX Runtime, on a CPU.
+
+It stands in where no TensorRT GPU is: same graph, same weights. What it does not take as it is, is
+rewritten when the graph is loaded, in memory only (see onnx_rewrites).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from mpt_trt.engines.manifest import Manifest
+from mpt_trt.engines.onnxruntime.collectives import Collectives, replace_collectives
+from mpt_trt.engines.onnxruntime.cpu_cache import make_bound_cache, take_any_cache_length
+from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
+from mpt_trt.engines.onnxruntime.rewrites import (
+    compute_in_float32,
+    read_network,
+    spell_out_scale_types,
+)
+from mpt_trt.engines.onnxruntime.session import open_session, session_options
+from mpt_trt.errors import MptTrtError
+from mpt_trt.model.sharding import Shard
+from mpt_trt.network.graph import ELEMENT_TYPES
+from mpt_trt.network.kv_cache import cache_shape
+from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
+from mpt_trt.system.mpi import Communicator
+
+CPU = "CPUExecutionProvider"
+# ONNX Runtime's names of what integer weights are multiplied by: float32, int8.
+ACCURACY_LEVELS = {"exact": "1", "int8": "4"}
+
+
+class OnnxRuntimeEngine:
+    """One rank's network, loaded; see `mpt_trt.generation.generate.StepModel` for the contract."""
+
+    def __init__(
+        self,
+        engine_dir: Path,
+        manifest: Manifest,
+        cpu: CpuSettings,
+        communicator: Communicator | None = None,
+    ):
+        rank = 0 if communicator is None else communicator.rank
+        path = engine_dir / manifest.ranks[rank].network
+        self._limits = manifest.limits
+        self._rounds_activations = cpu.activations == "int8"
+        if self._rounds_activations:
+            _require_integer_weights(engine_dir, manifest)
+        self.vocab_size = manifest.config.vocab_size
+        self.capacity = manifest.limits.cache_len
+        self.max_batch_size = manifest.limits.max_batch_size
+        self.max_step_tokens = manifest.limits.max_input_len
+        self.max_logits: int | None = None
+        self._collectives = None if communicator is None else Collectives(communicator)
+        self._session, self._weights = _open_session(path, cpu, manifest)
+        self._binding = self._session.io_binding()
+        self._cache = make_bound_cache(
+            self._binding,
+            cache_shape(manifest.config, Shard(rank, manifest.tp_size), self.capacity),
+            manifest.quantization.kv_cache,
+            _computing_type(manifest),
+        )
+
+    @property
+    def description(self) -> str:
+        version = onnxruntime.__version__
+        arithmetic = ", float32 arithmetic" if self._weights else ""
+        rounding = ", int8 activations" if self._rounds_activations else ""
+        return f"ONNX Runtime {version} ({CPU}{arithmetic}{rounding})"
+
+    def start(self, batch_size: int) -> None:
+        """An empty cache of `batch_size` rows; raises MptTrtError when the rows do not fit."""
+        self._limits.require_rows(batch_size)
+        self._cache.start(batch_size)
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        write_positions: NDArray[np.int64],
+        logit_positions: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """One step; see the network's docstring. Returns `[num_logits, vocab]`."""
+        feeds = (
+            ("input_ids", input_ids),
+            ("write_positions", write_positions),
+            ("logit_positions", logit_positions),
+        )
+        for name, value in feeds:
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(value, np.int64))
+        logits = np.empty((len(logit_positions), self.vocab_size), np.float32)
+        self._binding.bind_ortvalue_output(
+            "logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits)
+        )
+        self._cache.before_step(input_ids.shape[1], write_positions)
+        with nullcontext() if self._collectives is None else self._collectives.step():
+            self._session.run_with_iobinding(self._binding)
+        self._cache.after_step(write_positions)
+        return logits
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """Cache row i becomes a copy of old row rows[i]."""
+        self._cache.reorder(rows)
+
+
+def _lacks_kernels(manifest: Manifest) -> bool:
+    """Whether ONNX Runtime's CPU provider is no good at the network's type.
+
+    It has no bfloat16 kernels, and integer products with float32 results alone.
+    """
+    quantizes_activations = isinstance(manifest.quantization.scheme, SmoothQuant | Fp8)
+    is_half = manifest.dtype == "float16"
+    return manifest.dtype == "bfloat16" or (is_half and quantizes_activations)
+
+
+def _require_integer_weights(engine_dir: Path, manifest: Manifest) -> None:
+    if not isinstance(manifest.quantization.scheme, WeightOnly | Awq):
+        raise MptTrtError(
+            f"{engine_dir}: its weights are no 4- or 8-bit integers with exact activations, so "
+            "activations = int8 is not for it; leave it out"
+        )
+
+
+def _computing_type(manifest: Manifest) -> int:
+    """ONNX's type of what the session computes, and of a cache that is not quantized."""
+    return TensorProto.FLOAT if _lacks_kernels(manifest) else ELEMENT_TYPES[manifest.dtype]
+
+
+def _open_session(
+    path: Path, cpu: CpuSettings, manifest: Manifest
+) -> tuple[onnxruntime.InferenceSession, list[onnxruntime.OrtValue]]:
+    """The session, and the converted weights that must live as long as it does."""
+    model = read_network(path)
+    options = session_options(path)
+    options.intra_op_num_threads = cpu.num_threads
+    # By default, products of quantized weights would round activations to 8 bits.
+    level = ACCURACY_LEVELS[cpu.activations]
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
+    if isinstance(manifest.quantization.scheme, Fp8):
+        # Else weights are dequantized at every step, one by one, and 1.31 even fuses such products
+        # into an operator that takes no fp8.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    weights = []
+    if _lacks_kernels(manifest):
+        stored_type = ELEMENT_TYPES[manifest.dtype]
+        weights = compute_in_float32(model, stored_type, path.parent, options)
+    spell_out_scale_types(model, _computing_type(manifest))
+    take_any_cache_length(model)
+    if manifest.tp_size > 1:
+        replace_collectives(model, options)
+    return open_session(model, path, options, (CPU, {})), weights

@@ -1,0 +1,1 @@
+"""Running a rank's network under ONNX Runtime on a GPU."""

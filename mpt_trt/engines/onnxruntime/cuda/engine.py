@@ -1,0 +1,311 @@
+"""Runs a network of one rank under ONNX Runtime's CUDA provider.
+
+Two sessions read one copy of the weights: the network as it is, for prompts, and one that is
+rewritten for steps of one token a row (see cuda_rewrites). Such a step is captured in a CUDA
+graph when it has come twice for the same cache. (ONNX Runtime has graphs of its own, but waits
+after each.) Weights, cache and what a step takes and gives lie in this module's own buffers, and
+everything happens on one stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from cuda.bindings import runtime as cudart
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from mpt_trt.arrays.cast import STORAGE_TYPES
+from mpt_trt.engines.cuda.graphs import StepGraphs
+from mpt_trt.engines.cuda.kv_cache import make_device_cache
+from mpt_trt.engines.cuda.memory import DeviceBuffer, PinnedBuffer, call
+from mpt_trt.engines.manifest import Manifest
+from mpt_trt.engines.onnxruntime.cuda import rewrites
+from mpt_trt.engines.onnxruntime.cuda.session import PROVIDER, CudaSession
+from mpt_trt.engines.onnxruntime.cuda.shared_weights import share_weights
+from mpt_trt.engines.onnxruntime.external_data import SharedWeight
+from mpt_trt.engines.onnxruntime.rewrites import read_network, spell_out_scale_types
+from mpt_trt.model.sharding import Shard
+from mpt_trt.network.graph import ELEMENT_TYPES
+from mpt_trt.network.kv_cache import QUANTIZED_TYPES, CacheShape, cache_shape
+
+LOADING_THREADS = 8
+INT64_BYTES = 8
+FLOAT32_BYTES = 4
+# By bits of weights: of engines for as many rows, products take them in tiles. Fewer rows decode
+# faster by columns, and so are prompts read. See docs/performance.md.
+ROWS_FOR_TILES = {4: 16, 8: 2}
+# What has kernels for tiles.
+TILED_TYPES = ("float16", "bfloat16")
+LEAST_COMPUTE_CAPABILITY = 8
+# Of a step's result, a row: the token, its position, and a number.
+RESULT_BYTES = 2 * INT64_BYTES + FLOAT32_BYTES
+
+
+class OnnxCudaEngine:
+    """A network, loaded on a GPU; see `GreedyModel` for the contract."""
+
+    def __init__(self, engine_dir: Path, manifest: Manifest):
+        self._limits = limits = manifest.limits
+        self.vocab_size = manifest.config.vocab_size
+        self.capacity = limits.cache_len
+        self.max_batch_size = limits.max_batch_size
+        self.max_step_tokens = limits.max_input_len
+        self.max_logits: int | None = None
+        # CUDA's libraries from Python packages, where they are not the system's.
+        onnxruntime.preload_dlls()
+        self._stream = call(cudart.cudaStreamCreate())
+        self._load(engine_dir / manifest.ranks[0].network, manifest)
+        shape = cache_shape(manifest.config, Shard(0, 1), limits.cache_len)
+        self._binder = _CacheBinder((self._prompts, self._steps), shape, _cache_type(manifest))
+        element_bytes = STORAGE_TYPES[manifest.dtype].itemsize
+        self._cache = make_device_cache(
+            shape, manifest.quantization.kv_cache, element_bytes, self._binder.bind
+        )
+        self._rows = 0
+        self._state = _StepState(limits.max_batch_size, self.vocab_size)
+        self._prompt_buffers: dict[str, DeviceBuffer] = {}
+        self._graphs = StepGraphs(self._stream)
+
+    def _load(self, path: Path, manifest: Manifest) -> None:
+        network = read_network(path)
+        spell_out_scale_types(network, ELEMENT_TYPES[manifest.dtype])
+        weights = share_weights(network, path.parent, _tiled_bits(manifest))
+        prompts, steps = rewrites.for_prompts(network), rewrites.for_steps(network)
+        with ThreadPoolExecutor(LOADING_THREADS) as pool:
+            values = pool.map(SharedWeight.as_value, weights.constants)
+            constants = dict(zip((each.name for each in weights.constants), values, strict=True))
+        self._prompts = CudaSession(prompts, path, self._stream, constants)
+        self._steps = CudaSession(steps, path, self._stream, constants)
+        self._weights = _upload(weights.inputs, self._stream)
+        for weight in weights.inputs:
+            address = self._weights[weight.name].address
+            for session in (self._prompts, self._steps):
+                session.bind_input(weight.name, weight.element_type, weight.shape, address)
+
+    @property
+    def description(self) -> str:
+        return f"ONNX Runtime {onnxruntime.__version__} ({PROVIDER})"
+
+    def start(self, batch_size: int) -> None:
+        """An empty cache of `batch_size` rows; raises MptTrtError when the rows do not fit."""
+        self._limits.require_rows(batch_size)
+        self._use_rows(batch_size)
+        self._cache.start(batch_size, self._stream)
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        write_positions: NDArray[np.int64],
+        logit_positions: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """One step; see the network's docstring. Returns `[num_logits, vocab]`."""
+        if input_ids.shape[1] == 1:
+            self._state.write(input_ids[:, 0], write_positions, self._stream)
+            self._step_one(write_positions)
+            # Those of every row are there.
+            logits = np.empty((self._rows, self.vocab_size), np.float32)
+            self._state.logits.copy_to(logits, self._stream)
+            call(cudart.cudaStreamSynchronize(self._stream))
+            return logits[logit_positions[:, 0]]
+        return self._read_prompts(input_ids, write_positions, logit_positions)
+
+    def likeliest(
+        self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64], count: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Steps of one token a row, each of which takes the likeliest tokens of the one before.
+
+        The next step runs while the caller looks at the last one's result.
+        """
+        results = [_StepResult(self._rows), _StepResult(self._rows)]
+        self._state.write(tokens, write_positions, self._stream)
+        try:
+            for index in range(count + 1):
+                if index < count:
+                    self._step_one(write_positions + index)
+                    results[index % 2].fetch(self._state, self._stream)
+                if index:
+                    yield results[(index - 1) % 2].wait()
+        finally:
+            # A step that nobody waits for still writes to a result.
+            call(cudart.cudaStreamSynchronize(self._stream))
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """Cache row i becomes a copy of old row rows[i]."""
+        self._use_rows(len(rows))
+        self._cache.reorder(rows, self._stream)
+        call(cudart.cudaStreamSynchronize(self._stream))
+
+    def _use_rows(self, rows: int) -> None:
+        if rows != self._rows:
+            self._rows = self._binder.rows = rows
+            self._state.bind(self._steps, rows)
+
+    def _step_one(self, write_positions: NDArray[np.int64]) -> None:
+        self._before_step(1)
+        key = (self._rows, self._cache.address)
+        self._graphs.run(key, self._run_step, self._enqueue_step)
+        self._cache.after_step(write_positions, self._stream)
+
+    def _run_step(self) -> None:
+        self._steps.run()
+        self._state.advance(self._stream)
+
+    def _enqueue_step(self) -> None:
+        self._steps.enqueue()
+        self._state.advance(self._stream)
+
+    def _before_step(self, seq: int) -> None:
+        self._binder.seq = seq
+        self._cache.before_step(seq)
+
+    def _read_prompts(
+        self,
+        input_ids: NDArray[np.int64],
+        write_positions: NDArray[np.int64],
+        logit_positions: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        num_logits = len(logit_positions)
+        logit_rows = logit_positions @ [input_ids.shape[1], 1]
+        feeds = {
+            "input_ids": input_ids,
+            "write_positions": write_positions,
+            # Of no rows, one is computed and dropped.
+            "logit_rows": logit_rows if num_logits else [0],
+        }
+        staged = {name: np.ascontiguousarray(value, np.int64) for name, value in feeds.items()}
+        for name, value in staged.items():
+            buffer = self._prompt_buffer(name, value.nbytes)
+            buffer.copy_from(value, self._stream)
+            self._prompts.bind_input(name, TensorProto.INT64, value.shape, buffer.address)
+        if self._prompts.has_input("key_length"):
+            key_length = int(write_positions.max()) + input_ids.shape[1]
+            self._prompts.bind_host_input("key_length", np.array([key_length]))
+        shape = (len(staged["logit_rows"]), self.vocab_size)
+        output = self._prompt_buffer("logits", shape[0] * shape[1] * FLOAT32_BYTES)
+        self._prompts.bind_output("logits", TensorProto.FLOAT, shape, output.address)
+        self._before_step(input_ids.shape[1])
+        self._prompts.run()
+        self._cache.after_step(write_positions, self._stream)
+        logits = np.empty((num_logits, self.vocab_size), np.float32)
+        output.copy_to(logits, self._stream)
+        call(cudart.cudaStreamSynchronize(self._stream))
+        return logits
+
+    def _prompt_buffer(self, name: str, size: int) -> DeviceBuffer:
+        """A buffer of at least `size` bytes, the last one's where it is enough."""
+        if name not in self._prompt_buffers or self._prompt_buffers[name].size < size:
+            self._prompt_buffers.pop(name, None)
+            self._prompt_buffers[name] = DeviceBuffer(size)
+        return self._prompt_buffers[name]
+
+
+class _CacheBinder:
+    """Binds parts of the cache, or of what a step adds to it, for `rows` rows and `seq` tokens."""
+
+    def __init__(self, sessions: tuple[CudaSession, ...], shape: CacheShape, element_type: int):
+        self._sessions, self._shape, self._element_type = sessions, shape, element_type
+        self.rows = self.seq = 0
+
+    def bind(self, name: str, address: int) -> None:
+        age, _ = name.split("_", 1)
+        shape = self._shape
+        positions = self.seq if age == "new" else shape.cache_len
+        dimensions = (self.rows, shape.num_kv_heads, positions, shape.head_dim)
+        for session in self._sessions:
+            bind = session.bind_input if age == "past" else session.bind_output
+            bind(name, self._element_type, dimensions, address)
+
+
+class _StepState:
+    """What a step of one token a row takes and gives, for up to `rows` rows.
+
+    A step's tokens and positions lie one behind the other, and so do the next step's, with what
+    the host wants to know behind them: one copy between two steps, and one to the host.
+    """
+
+    def __init__(self, rows: int, vocab_size: int):
+        self._vocab_size = vocab_size
+        self._present = DeviceBuffer(2 * rows * INT64_BYTES)
+        self._next = DeviceBuffer(rows * RESULT_BYTES)
+        self.logits = DeviceBuffer(rows * vocab_size * FLOAT32_BYTES)
+        self._rows = rows
+
+    def bind(self, session: CudaSession, rows: int) -> None:
+        self._rows = rows
+        integer, real, size = TensorProto.INT64, TensorProto.FLOAT, rows * INT64_BYTES
+        present, following = self._present.address, self._next.address
+        session.bind_input("input_ids", integer, (rows, 1), present)
+        session.bind_input("write_positions", integer, (rows,), present + size)
+        session.bind_output("next_ids", integer, (rows, 1), following)
+        session.bind_output("next_positions", integer, (rows,), following + size)
+        session.bind_output("total_odds", real, (rows, 1), following + 2 * size)
+        session.bind_output("logits", real, (rows, self._vocab_size), self.logits.address)
+
+    def write(
+        self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64], stream: Any
+    ) -> None:
+        self._present.copy_from(np.concatenate([tokens, write_positions]), stream)
+
+    def advance(self, stream: Any) -> None:
+        """The next step's tokens and positions become the present ones."""
+        self._present.copy_from_device(self._next, 2 * self._rows * INT64_BYTES, stream)
+
+    def read_result(self, target: NDArray[np.uint8], stream: Any) -> None:
+        """target: `[rows * RESULT_BYTES]`."""
+        self._next.copy_to(target, stream)
+
+
+class _StepResult:
+    """The tokens that a step has chosen, on their way to the host."""
+
+    def __init__(self, rows: int):
+        self._buffer = PinnedBuffer(rows * RESULT_BYTES)
+        self._tokens = self._buffer.array[: rows * INT64_BYTES].view(np.int64)
+        self._total_odds = self._buffer.array[2 * rows * INT64_BYTES :].view(np.float32)
+        self._event = call(cudart.cudaEventCreate())
+
+    def fetch(self, state: _StepState, stream: Any) -> None:
+        state.read_result(self._buffer.array, stream)
+        call(cudart.cudaEventRecord(self._event, stream))
+
+    def wait(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Tokens and their log-probabilities. Copies, since the buffer is used again."""
+        call(cudart.cudaEventSynchronize(self._event))
+        return self._tokens.copy(), -np.log(self._total_odds)
+
+
+def _cache_type(manifest: Manifest) -> int:
+    """ONNX's type of the cache."""
+    kv_cache = manifest.quantization.kv_cache
+    return ELEMENT_TYPES[manifest.dtype] if kv_cache == "auto" else QUANTIZED_TYPES[kv_cache][0]
+
+
+def _tiled_bits(manifest: Manifest) -> tuple[int, ...]:
+    """Of integers that products take in tiles."""
+    attribute = cudart.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor
+    major = call(cudart.cudaDeviceGetAttribute(attribute, 0))
+    if manifest.dtype not in TILED_TYPES or major < LEAST_COMPUTE_CAPABILITY:
+        return ()
+    rows = manifest.limits.max_batch_size
+    return tuple(bits for bits, least in ROWS_FOR_TILES.items() if rows >= least)
+
+
+def _upload(weights: list[SharedWeight], stream: Any) -> dict[str, DeviceBuffer]:
+    """Puts weights into GPU memory."""
+    buffers = {weight.name: DeviceBuffer(weight.size) for weight in weights}
+
+    def upload(weight: SharedWeight) -> None:
+        content = np.ascontiguousarray(weight.read())
+        buffers[weight.name].copy_from(content, stream)
+        call(cudart.cudaStreamSynchronize(stream))
+
+    with ThreadPoolExecutor(LOADING_THREADS) as pool:
+        for _ in pool.map(upload, weights):
+            pass
+    return buffers

@@ -1,0 +1,89 @@
+"""What becomes of a network when ONNX Runtime loads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from google.protobuf.message import DecodeError
+from onnx import TensorProto, helper, numpy_helper
+
+from mpt_trt.arrays.cast import convert
+from mpt_trt.engines.onnxruntime.external_data import map_tensor
+from mpt_trt.errors import MptTrtError
+
+FLOAT32 = np.dtype(np.float32)
+# Attributes that name the type of what a node computes.
+TYPE_ATTRIBUTES = ("to", "output_dtype")
+QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
+
+
+def read_network(path: Path) -> onnx.ModelProto:
+    """The graph, without its weights; raises MptTrtError when it cannot be read."""
+    try:
+        return onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise MptTrtError(f"{path}: damaged ({error}); build the engine again") from None
+
+
+def compute_in_float32(
+    model: onnx.ModelProto, element_type: int, folder: Path, options: onnxruntime.SessionOptions
+) -> list[onnxruntime.OrtValue]:
+    """Turns everything of `element_type` in the graph to float32.
+
+    Returns the weights, converted in memory; they must live as long as the session.
+    """
+    graph = model.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if value.type.tensor_type.elem_type == element_type:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name in TYPE_ATTRIBUTES and attribute.i == element_type:
+                attribute.i = TensorProto.FLOAT
+    external = {}
+    for tensor in graph.initializer:
+        if tensor.data_type != element_type:
+            continue
+        if tensor.data_location == TensorProto.EXTERNAL:
+            external[tensor.name] = convert(map_tensor(tensor, folder), FLOAT32)
+            tensor.data_type = TensorProto.FLOAT
+        else:
+            value = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in external.values()]
+    options.add_external_initializers(list(external), values)
+    return values
+
+
+def spell_out_scale_types(model: onnx.ModelProto, element_type: int) -> None:
+    """Puts Casts where a quantization's scale is of another type than the network.
+
+    element_type: the network's. ONNX Runtime 1.32 forgets the difference where it moves such nodes,
+    and then refuses the network (seen with a float16 cache of a single head).
+    """
+    scales = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        scale_type = scales.get(node.input[1]) if node.op_type in QUANTIZING else None
+        if scale_type in (None, element_type):
+            nodes.append(node)
+        elif node.op_type == "QuantizeLinear":
+            nodes += [cast(node.input[0], f"{node.output[0]}/cast", scale_type), node]
+            node.input[0] = f"{node.output[0]}/cast"
+        else:
+            output = node.output[0]
+            node.output[0] = f"{output}/dequantized"
+            kept = [attribute for attribute in node.attribute if attribute.name != "output_dtype"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            nodes += [node, cast(node.output[0], output, element_type)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def cast(value: str, output: str, element_type: int) -> onnx.NodeProto:
+    """A node that makes `output` of `value`, in another type."""
+    return helper.make_node("Cast", [value], [output], name=f"{output}/cast", to=element_type)

@@ -1,0 +1,1 @@
+"""Building and running plans with TensorRT and TensorRT-RTX."""

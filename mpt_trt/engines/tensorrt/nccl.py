@@ -1,0 +1,41 @@
+"""NCCL for TensorRT's collective layers. Ranks find each other over MPI."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.system.mpi import Communicator
+
+CAPSULE_NAME = b"ncclComm_t"
+
+
+def join_nccl(communicator: Communicator) -> Any:
+    """NCCL's communicator of all ranks; it must live as long as the engine.
+
+    Raises MptTrtError when the package nccl4py is not installed.
+    """
+    try:
+        from nccl import core
+    except ImportError:
+        raise MptTrtError(
+            "engines of several ranks need NCCL under TensorRT: pip install nccl4py"
+        ) from None
+    own_id = core.get_unique_id() if communicator.rank == 0 else None
+    unique_id = communicator.exchange(own_id)[0]
+    return core.Communicator.init(
+        nranks=communicator.size, rank=communicator.rank, unique_id=unique_id
+    )
+
+
+def set_communicator(context: Any, nccl: Any) -> None:
+    """Hands NCCL's communicator to an execution context, as a capsule of its pointer.
+
+    Raises MptTrtError when TensorRT does not take it.
+    """
+    new_capsule = ctypes.pythonapi.PyCapsule_New
+    new_capsule.restype = ctypes.py_object
+    new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    if not context.set_communicator(new_capsule(nccl.ptr, CAPSULE_NAME, None)):
+        raise MptTrtError("TensorRT did not take the NCCL communicator; see its messages above")

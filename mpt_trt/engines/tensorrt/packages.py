@@ -1,0 +1,62 @@
+"""Which TensorRT packages are installed, and which of them builds; imports none of them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from importlib import metadata
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.system import gpus
+
+# Distributions that provide each module; the CUDA version is part of their name.
+DISTRIBUTIONS = {
+    "tensorrt": ("tensorrt_cu13", "tensorrt_cu12", "tensorrt"),
+    "tensorrt_rtx": ("tensorrt_rtx_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx"),
+}
+
+
+@dataclass(frozen=True)
+class Package:
+    """An installed TensorRT: its module's name and its version."""
+
+    module: str
+    version: str
+
+
+@functools.cache
+def installed_package(module: str) -> Package | None:
+    for distribution in DISTRIBUTIONS[module]:
+        try:
+            return Package(module, metadata.version(distribution))
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def choose_package(backend: str, has_gpu: bool | None = None) -> Package:
+    """The package for `backend`: `tensorrt`, `tensorrt_rtx`, or `auto`.
+
+    auto takes `tensorrt` where it is installed and a GPU is there, else `tensorrt_rtx`. has_gpu:
+    whether the build will find one; None for whether this machine has one.
+
+    Raises MptTrtError when the package is not installed, or builds no plans.
+    """
+    if backend != "auto" and backend not in DISTRIBUTIONS:
+        raise MptTrtError(
+            f"backend = {backend}: builds no plans, but whole engines; ask for a target "
+            "trt_engines/{model}/{variant}/{tp}-gpu"
+        )
+    if backend != "auto":
+        candidates = [backend]
+    elif gpus.compute_capabilities() if has_gpu is None else has_gpu:
+        candidates = ["tensorrt", "tensorrt_rtx"]
+    else:
+        candidates = ["tensorrt_rtx"]
+    for module in candidates:
+        if package := installed_package(module):
+            return package
+    raise MptTrtError(
+        f"backend = {backend}: none of {', '.join(candidates)} is installed; "
+        "pip install -r requirements.txt brings tensorrt_rtx, which needs no GPU"
+    )

@@ -1,0 +1,248 @@
+"""TensorRT plans: built from a rank's network, and run on the GPUs they were built for.
+
+The same code serves `tensorrt` (data-centre GPUs; builds on the GPU it runs on) and `tensorrt_rtx`
+(builds ahead of time without a GPU): they share one Python API. A plan has two optimization
+profiles, one for prompts and one for single tokens: with one dynamic profile TensorRT copies the
+whole cache in every layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mpt_trt.engines.manifest import BuilderInfo
+from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.tensorrt.packages import Package
+from mpt_trt.errors import MptTrtError
+from mpt_trt.system import gpus
+from mpt_trt.system.background import Background, background
+from mpt_trt.system.files import ContentHash, replace_file, write_in_pieces
+
+CONTEXT_PROFILE, GENERATION_PROFILE = 0, 1
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """compute_capabilities: GPUs to build for, as "8.9"; only tensorrt_rtx can choose."""
+
+    package: Package
+    limits: EngineLimits
+    compute_capabilities: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BuiltPlan:
+    """builder: what built it. hash: ContentHash of its file."""
+
+    builder: BuilderInfo
+    hash: str
+
+
+def build_plan(network_path: Path, options: BuildOptions, target: Path) -> BuiltPlan:
+    """Builds the TensorRT plan of one rank and writes it to `target`, atomically.
+
+    The plan is streamed to the file and hashed on the way; weights stay memory-mapped until they
+    are packed.
+
+    Raises MptTrtError with TensorRT's own messages when parsing or building fails, and
+    KeyboardInterrupt when interrupted.
+    """
+    trt = importlib.import_module(options.package.module)
+    logger = _make_logger(trt)
+    builder = trt.Builder(logger)
+    builder.max_threads = os.cpu_count() or 1
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(network_path)):
+        raise _failure(trt, options, network_path, "parse", logger)
+    _let_attention_decompose(trt, network)
+    config = builder.create_builder_config()
+    for tokens in (options.limits.max_input_len, 1):
+        config.add_optimization_profile(_profile(builder, network, options.limits, tokens))
+    capabilities = _set_compute_capabilities(trt, config, options)
+    with replace_file(target) as partial:
+        digest = _stream_plan(trt, builder, network, config, partial, logger, options, network_path)
+    builder_info = BuilderInfo(options.package.module, options.package.version, capabilities)
+    return BuiltPlan(builder_info, str(digest))
+
+
+def _stream_plan(
+    trt: ModuleType,
+    builder: Any,
+    network: Any,
+    config: Any,
+    partial: Path,
+    logger: Any,
+    options: BuildOptions,
+    network_path: Path,
+) -> ContentHash:
+    with partial.open("wb") as stream, background() as work, _progress(trt) as shown:
+        config.progress_monitor, was_interrupted = shown
+        writer = _make_writer(trt, stream, work)
+        is_built = builder.build_serialized_network_to_stream(network, config, writer)
+        if was_interrupted():
+            raise KeyboardInterrupt
+        if writer.error is not None:
+            raise writer.error
+        if not is_built:
+            raise _failure(trt, options, network_path, "build", logger)
+    return writer.digest
+
+
+def _failure(
+    trt: ModuleType, options: BuildOptions, path: Path, action: str, logger: Any
+) -> MptTrtError:
+    details = "; ".join(dict.fromkeys(logger.errors)) or "no message"
+    package = f"{options.package.module} {options.package.version}"
+    return MptTrtError(f"{path}: {package} cannot {action} the network: {details}")
+
+
+def _make_logger(trt: ModuleType) -> Any:
+    """A logger that keeps errors: TensorRT reports failure as None or False, never by raising."""
+
+    class Logger(trt.ILogger):
+        # Seen on every build without a GPU, and harmless there.
+        EXPECTED = "CUDA driver version is insufficient"
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR and self.EXPECTED not in message:
+                self.errors.append(" ".join(message.split()))
+
+    return Logger()
+
+
+def _make_writer(trt: ModuleType, stream: BinaryIO, work: Background) -> Any:
+    """What TensorRT hands its plan to: `error` that stopped it, `digest` of what was written.
+
+    A piece is written while TensorRT packs the next one.
+    """
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.error: OSError | None = None
+            self.digest = ContentHash()
+
+        def write(self, data: bytes) -> int:
+            # An exception must not cross TensorRT's frames; a short count makes it stop.
+            try:
+                work.start(functools.partial(self._store, data))
+            except OSError as error:
+                self.error = error
+                return 0
+            return len(data)
+
+        def _store(self, data: bytes) -> None:
+            write_in_pieces(stream, data)
+            self.digest.update(data)
+
+    return Writer()
+
+
+@contextmanager
+def _progress(trt: ModuleType) -> Iterator[tuple[Any, Callable[[], bool]]]:
+    """Shows TensorRT's phases as bars; Ctrl-C and SIGTERM make TensorRT stop at the next step.
+
+    Yields the monitor and a function that says whether it was interrupted.
+    """
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    ]
+    interrupted: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {n: signal.signal(n, lambda number, _: interrupted.append(number)) for n in numbers}
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self, progress: Progress) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.progress = progress
+            self.tasks: dict[str, tuple[Any, int]] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            indent = "" if parent_phase is None else "  "
+            task = self.progress.add_task(indent + phase_name, total=num_steps)
+            self.tasks[phase_name] = task, num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self.progress.update(self.tasks[phase_name][0], completed=step + 1)
+            return not interrupted
+
+        def phase_finish(self, phase_name: str) -> None:
+            task, num_steps = self.tasks.pop(phase_name)
+            self.progress.update(task, completed=num_steps)
+            if self.tasks:  # a finished part of a phase that goes on: hundreds of them come
+                self.progress.remove_task(task)
+
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            yield Monitor(progress), lambda: bool(interrupted)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _let_attention_decompose(trt: ModuleType, network: Any) -> None:
+    """Lets TensorRT write attention out where it has no fused kernel (float32, odd head sizes)."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_OUTPUT:
+            layer.__class__ = trt.IAttentionOutputLayer
+            layer.attention.decomposable = True
+
+
+def _profile(builder: Any, network: Any, limits: EngineLimits, tokens: int) -> Any:
+    """Shapes for steps of up to `tokens` tokens a row; tuned for one row, legal for all."""
+    max_logits = min(limits.max_logits, limits.max_batch_size * tokens)
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        smallest, largest = list(tensor.shape), list(tensor.shape)
+        smallest[0], largest[0] = 1, limits.max_batch_size
+        if tensor.name == "input_ids":
+            smallest[1] = 1
+            largest[1] = tokens
+        if tensor.name == "logit_positions":
+            largest[0] = max_logits
+        typical = [1, *largest[1:]]
+        profile.set_shape(tensor.name, smallest, typical, largest)
+    return profile
+
+
+def _set_compute_capabilities(
+    trt: ModuleType, config: Any, options: BuildOptions
+) -> tuple[str, ...]:
+    """Sets the GPUs to build for; returns them as "8.9"."""
+    if not hasattr(config, "num_compute_capabilities"):
+        return gpus.compute_capabilities()[:1]
+    names = [f"SM{capability.replace('.', '')}" for capability in options.compute_capabilities]
+    for name, capability in zip(names, options.compute_capabilities, strict=True):
+        if not hasattr(trt.ComputeCapability, name):
+            known = [n for n in trt.ComputeCapability.__members__ if n.startswith("SM")]
+            raise MptTrtError(
+                f"compute_capabilities = {capability}: {options.package.module} "
+                f"{options.package.version} builds for "
+                f"{', '.join(f'{n[2:-1]}.{n[-1]}' for n in known)} only"
+            )
+    config.num_compute_capabilities = len(names)
+    for index, name in enumerate(names):
+        config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+    return options.compute_capabilities

@@ -1,0 +1,44 @@
+"""The command line of `trtllm-build` for a checkpoint and an engine's limits.
+
+Precision, quantization, ranks and the embedding's sharding are no options: trtllm-build reads them
+from the checkpoint's config.json.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.system.files import read_json
+
+
+def build_command(
+    builder: str, checkpoint: Path, limits: EngineLimits, workers: int, target: Path
+) -> list[str]:
+    """builder: `trtllm-build`. workers: ranks that are built at a time, a GPU each.
+
+    A row of ours is a request of one beam.
+    """
+    config = read_json(checkpoint / "config.json")
+    dtype = config["dtype"]
+    # TensorRT's own products are recommended for FP8; the plugin's are for single requests.
+    is_fp8 = config["quantization"]["quant_algo"] == "FP8"
+    # Fused attention exists for float16 and bfloat16.
+    is_fused = dtype != "float32"
+    options = {
+        "checkpoint_dir": checkpoint,
+        "output_dir": target,
+        "max_batch_size": limits.max_batch_size,
+        "max_input_len": limits.max_input_len,
+        "max_seq_len": limits.max_input_len + limits.max_output_len,
+        "max_beam_width": 1,
+        "max_num_tokens": limits.max_batch_size * limits.max_input_len,
+        "gpt_attention_plugin": dtype,
+        "gemm_plugin": "disable" if is_fp8 else dtype,
+        "context_fmha": "enable" if is_fused else "disable",
+        "remove_input_padding": "enable",
+        "kv_cache_type": "paged",
+        "workers": workers,
+    }
+    flags = ["--gather_context_logits"] * limits.gather_all_token_logits
+    return [builder, *(f"--{name}={value}" for name, value in options.items()), *flags]

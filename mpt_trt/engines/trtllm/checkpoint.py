@@ -1,0 +1,232 @@
+"""TensorRT-LLM's unified checkpoint: `config.json` and `rank{r}.safetensors`.
+
+Made from an FT checkpoint of as many ranks and, where the quantization needs one, a calibration
+result. docs/backends.md says what is in it; the tests hold it against ModelOpt's own export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpt_trt.calibration.recipe import Recipe
+from mpt_trt.engines.backend_support import (
+    TENSORRT_LLM,
+    Request,
+    require_supported,
+    uses_modelopt_form,
+    uses_plugin_form,
+)
+from mpt_trt.engines.trtllm.linear_tensors import LinearForm, Tensors, choose_form, vector
+from mpt_trt.engines.trtllm.names import EMBEDDING, HEAD, module_name
+from mpt_trt.engines.trtllm.safetensors_file import StreamedTensor, write_safetensors
+from mpt_trt.errors import MptTrtError
+from mpt_trt.ft.checkpoint import FtCheckpoint
+from mpt_trt.ft.layout import FtFile
+from mpt_trt.model.config import MptConfig
+from mpt_trt.model.sharding import Shard, VocabularySharding, shards
+from mpt_trt.model.tensors import weights
+from mpt_trt.quantization.calibrated_weights import FP8_MAX, INT8_MAX
+from mpt_trt.quantization.integers import row_blocks
+from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
+from mpt_trt.system.files import replace_directory, write_json
+
+KV_CACHE_ALGORITHMS = {"auto": None, "int8": "INT8", "fp8": "FP8"}
+KV_CACHE_MAX = {"int8": INT8_MAX, "fp8": FP8_MAX}
+# By (per_channel, per_token).
+PLUGIN_ALGORITHMS = {
+    (True, True): "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN",
+    (True, False): "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN",
+    (False, True): "W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN",
+    (False, False): "W8A8_SQ_PER_TENSOR_PLUGIN",
+}
+
+
+@dataclass(frozen=True)
+class TrtllmConversion:
+    """What to make of an FT checkpoint, for as many ranks as it has.
+
+    Raises MptTrtError, before any work, when TensorRT-LLM's MPT model cannot express it, or a
+    calibration result is missing or of another format.
+    """
+
+    checkpoint: FtCheckpoint
+    recipe: Recipe
+    vocabulary: VocabularySharding
+
+    def __post_init__(self) -> None:
+        scheme, cache = self.recipe.quantization.scheme, self.recipe.quantization.kv_cache
+        if isinstance(scheme, Awq):
+            scheme = Awq(self.recipe.calibration.group_size)
+        require_supported(
+            Request(
+                self.config,
+                self.checkpoint.storage_type,
+                replace(self.recipe.quantization, scheme=scheme),
+                self.checkpoint.tp_size,
+                self.vocabulary,
+            ),
+            TENSORRT_LLM,
+        )
+        if uses_modelopt_form(scheme):
+            self._require_int8_sq()
+        if cache != "auto":
+            # Raises for a result without ranges.
+            self.recipe.calibration.kv_ranges(0)
+        # Raises for a checkpoint that is smoothed or plain and should not be.
+        self.linear_form(Shard(0, self.checkpoint.tp_size))
+
+    @property
+    def config(self) -> MptConfig:
+        return self.checkpoint.config
+
+    def linear_form(self, shard: Shard) -> LinearForm:
+        return choose_form(self.checkpoint, shard, self.recipe)
+
+    def _require_int8_sq(self) -> None:
+        found = self.recipe.calibration
+        if found is None or found.quantization_format != "int8_sq":
+            what = "there is none" if found is None else f"{found.path} is one of another format"
+            raise MptTrtError(
+                "smoothquant with per_channel and without per_token needs a calibration result of "
+                f"int8_sq, but {what}; make it with quantize.py --qformat int8_sq"
+            )
+
+
+def write_trtllm_checkpoint(conversion: TrtllmConversion, target: Path, workers: int = 1) -> None:
+    """Writes the folder `target` as a whole or not at all.
+
+    Tensors are streamed: memory is that of a matrix for each of `workers` ranks at a time.
+    """
+    with replace_directory(target) as folder, ThreadPoolExecutor(workers) as pool:
+        write_json(folder / "config.json", config_content(conversion))
+
+        def write(shard: Shard) -> None:
+            path = folder / f"rank{shard.rank}.safetensors"
+            write_safetensors(path, rank_tensors(conversion, shard))
+
+        list(pool.map(write, shards(conversion.checkpoint.tp_size)))
+
+
+# --- config.json ---------------------------------------------------------------------------------
+
+
+def config_content(conversion: TrtllmConversion) -> dict:
+    """The content of config.json."""
+    config, tp_size = conversion.config, conversion.checkpoint.tp_size
+    return {
+        "architecture": "MPTForCausalLM",
+        "dtype": conversion.checkpoint.storage_type,
+        "logits_dtype": "float32",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_size": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": "gelu",
+        "norm_epsilon": config.layer_norm_epsilon,
+        "position_embedding_type": "alibi",
+        "max_position_embeddings": config.max_seq_len,
+        "bias": config.bias,
+        "clip_qkv": config.clip_qkv,
+        "alibi_bias_max": config.alibi_bias_max,
+        "use_parallel_embedding": conversion.vocabulary.embedding,
+        "embedding_sharding_dim": 0,
+        "mapping": {"world_size": tp_size, "tp_size": tp_size, "pp_size": 1},
+        "quantization": _quantization_content(conversion.recipe),
+    }
+
+
+def _quantization_content(recipe: Recipe) -> dict:
+    """Known keys alone: TensorRT-LLM refuses others.
+
+    Without exclude_modules, its own list counts, in which head and embedding are.
+    """
+    cache = {"kv_cache_quant_algo": KV_CACHE_ALGORITHMS[recipe.quantization.kv_cache]}
+    excluded = {"exclude_modules": ["lm_head"]}
+    match recipe.quantization.scheme:
+        case None:
+            return {"quant_algo": None, **cache}
+        case WeightOnly(bits=bits):
+            return {"quant_algo": f"W{bits}A16", **cache}
+        case Awq():
+            return {
+                "quant_algo": "W4A16_AWQ",
+                **cache,
+                "group_size": recipe.calibration.group_size,
+                "has_zero_point": False,
+                "pre_quant_scale": True,
+                **excluded,
+            }
+        case Fp8():
+            return {"quant_algo": "FP8", **cache, **excluded}
+        case SmoothQuant() as scheme if uses_plugin_form(scheme):
+            algorithm = PLUGIN_ALGORITHMS[scheme.per_channel, scheme.per_token]
+            return {"quant_algo": algorithm, **cache, "smoothquant_val": scheme.alpha}
+        case SmoothQuant():
+            return {"quant_algo": "W8A8_SQ_PER_CHANNEL", **cache, **excluded}
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+
+def rank_tensors(conversion: TrtllmConversion, shard: Shard) -> Tensors:
+    """Everything in one rank's file, by name."""
+    checkpoint = conversion.checkpoint
+    linear_form = conversion.linear_form(shard)
+    found = _vocabulary_tensors(conversion, shard)
+    for weight in weights(checkpoint.config):
+        if weight.is_linear:
+            found |= linear_form.tensors(weight)
+        # Norms; FT has zeros where they have no bias.
+        elif len(weight.shape) == 1 and weight.hf_name is not None:
+            module, _, kind = weight.name.rpartition(".")
+            stored = checkpoint.mapped(checkpoint.file_of(weight, shard))
+            found[f"{module_name(module)}.{kind}"] = _whole(stored)
+    return found | _cache_tensors(conversion)
+
+
+def _vocabulary_tensors(conversion: TrtllmConversion, shard: Shard) -> Tensors:
+    """The embedding, and the head, which TensorRT-LLM stores in any case."""
+    checkpoint, config = conversion.checkpoint, conversion.config
+    files = {name: file for name, file in checkpoint.rank_files(shard).items() if _is_table(file)}
+    embedding = checkpoint.mapped(files["wte"])
+    head = embedding if config.tie_word_embeddings else checkpoint.mapped(files["lm_head.weight"])
+    part = shard.part(config.vocab_size)
+    own = slice(part.start, part.stop)
+    is_sharded = conversion.vocabulary.embedding
+    return {EMBEDDING: _whole(embedding[own] if is_sharded else embedding), HEAD: _whole(head[own])}
+
+
+def _is_table(file: FtFile) -> bool:
+    return file.weight.name in ("wte", "lm_head.weight")
+
+
+def _cache_tensors(conversion: TrtllmConversion) -> Tensors:
+    """The scale of each layer's cache: keys and values share one."""
+    cache = conversion.recipe.quantization.kv_cache
+    if cache == "auto":
+        return {}
+    found = {}
+    for layer in range(conversion.config.num_layers):
+        ranges = conversion.recipe.calibration.kv_ranges(layer)
+        scale = max(ranges.key, ranges.value) / KV_CACHE_MAX[cache]
+        name = f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"
+        found[name] = vector([scale or 1.0])
+    return found
+
+
+def _whole(stored: NDArray) -> StreamedTensor:
+    """An array as it is, some rows at a time."""
+
+    def blocks() -> Iterator[NDArray]:
+        yield from row_blocks(np.atleast_2d(stored))
+
+    return StreamedTensor(stored.dtype, stored.shape, blocks)

@@ -1,0 +1,115 @@
+"""One generation by TensorRT-LLM's C++ runtime, recorded as an npz file.
+
+Not run where this was written: TensorRT-LLM was read, not installed. So it calls as little of it as
+possible: ModelRunnerCpp.from_dir and generate, as they are in 0.20 to 1.2.1.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.system.files import replace_file
+
+NO_END_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class RecordedTrial:
+    """What is compared with the reference.
+
+    tokens: prompt and continuation. logits: float32 `[len(tokens) - prompt_len, vocab]`, those
+    that each token of the continuation was chosen by. version: of TensorRT-LLM.
+    compute_capability: of the first rank's GPU. Speeds in tokens per second.
+    """
+
+    tokens: list[int]
+    prompt_len: int
+    logits: NDArray[np.float32]
+    version: str
+    compute_capability: str
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+def record_trial(
+    engine_dir: Path, prompt: list[int], max_new_tokens: int, version: str, target: Path
+) -> None:
+    """Continues `prompt` greedily on every rank; the first one writes the file `target`.
+
+    Prefill's speed is that of the first token, and decoding's that of the others.
+    """
+    import tensorrt_llm
+    import torch
+    from tensorrt_llm.runtime import ModelRunnerCpp
+
+    rank = tensorrt_llm.mpi_rank()
+    runner = ModelRunnerCpp.from_dir(str(engine_dir), rank=rank, gather_generation_logits=True)
+    token_ids = [torch.tensor(prompt, dtype=torch.int32)]
+
+    def generate(new_tokens: int) -> tuple[dict, float]:
+        started = time.perf_counter()
+        found = runner.generate(
+            token_ids,
+            max_new_tokens=new_tokens,
+            top_k=1,
+            end_id=NO_END_TOKEN,
+            pad_id=0,
+            return_dict=True,
+            output_sequence_lengths=True,
+            output_generation_logits=True,
+        )
+        torch.cuda.synchronize()
+        return found, time.perf_counter() - started
+
+    generate(max_new_tokens)  # warm-up: first-time set-up is no part of the speed
+    _, first = generate(1)
+    found, whole = generate(max_new_tokens)
+    if rank == 0:
+        major, minor = torch.cuda.get_device_capability()
+        origin = {"version": version, "compute_capability": f"{major}.{minor}"}
+        _write(found, prompt, (first, whole - first), origin, target)
+
+
+def _write(
+    found: dict,
+    prompt: list[int],
+    seconds: tuple[float, float],
+    origin: dict[str, str],
+    target: Path,
+) -> None:
+    length = int(found["sequence_lengths"][0, 0])
+    new_tokens = length - len(prompt)
+    prefill, decode = seconds
+    with replace_file(target) as partial, partial.open("wb") as stream:
+        np.savez(
+            stream,
+            tokens=found["output_ids"][0, 0, :length].cpu().numpy(),
+            prompt_len=len(prompt),
+            logits=found["generation_logits"][0, 0, :new_tokens].float().cpu().numpy(),
+            **origin,
+            prefill_tokens_per_s=len(prompt) / prefill,
+            decode_tokens_per_s=(new_tokens - 1) / max(decode, 1e-9),
+        )
+
+
+def read_trial(path: Path) -> RecordedTrial:
+    """Raises MptTrtError when the file is none that `record_trial` wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return RecordedTrial(
+                tokens=stored["tokens"].tolist(),
+                prompt_len=int(stored["prompt_len"]),
+                logits=stored["logits"],
+                version=str(stored["version"]),
+                compute_capability=str(stored["compute_capability"]),
+                prefill_tokens_per_s=float(stored["prefill_tokens_per_s"]),
+                decode_tokens_per_s=float(stored["decode_tokens_per_s"]),
+            )
+    except (OSError, KeyError, ValueError) as error:
+        raise MptTrtError(f"{path}: no result of run_trtllm.py ({error}); run it again") from None

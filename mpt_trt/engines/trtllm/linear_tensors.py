@@ -1,0 +1,281 @@
+"""What TensorRT-LLM's checkpoint holds of a linear layer, for each way to quantize it.
+
+Matrices are `[out_features, in_features]` there; FT files, and what our own networks store, are
+`[in_features, out_features]`. Integers and E4M3 values are the same as in those networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpt_trt.arrays.cast import STORAGE_TYPES, convert, transposed_copy
+from mpt_trt.calibration.npz_file import CalibrationResult
+from mpt_trt.calibration.recipe import Recipe
+from mpt_trt.engines.backend_support import uses_plugin_form
+from mpt_trt.engines.trtllm.names import module_name
+from mpt_trt.engines.trtllm.safetensors_file import E4M3, StreamedTensor
+from mpt_trt.errors import MptTrtError
+from mpt_trt.ft.checkpoint import FtCheckpoint
+from mpt_trt.ft.layout import FtFile, held, linear_name
+from mpt_trt.model.sharding import Range, Shard
+from mpt_trt.model.tensors import Weight, preceding_norm
+from mpt_trt.network.linear.awq import held_blocks, quantized_rows
+from mpt_trt.network.linear.base import place
+from mpt_trt.network.linear.fp8 import quantized_block
+from mpt_trt.network.linear.smoothquant import require_smoothed
+from mpt_trt.quantization.calibrated_weights import INT8_MAX
+from mpt_trt.quantization.integers import pack_int4_rows
+from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
+
+FLOAT32, INT8 = np.dtype(np.float32), np.dtype(np.int8)
+# Columns of an FT file that are transposed at a time: few enough for a small block of memory, and
+# enough for reading the file in long pieces.
+BLOCK_COLUMNS = 256
+
+Tensors = dict[str, StreamedTensor]
+
+
+class LinearForm(Protocol):
+    """One rank's linear layers in the checkpoint."""
+
+    def tensors(self, weight: Weight) -> Tensors:
+        """Everything that the checkpoint holds for the layer of `weight`, by full name."""
+        ...
+
+
+def choose_form(checkpoint: FtCheckpoint, shard: Shard, recipe: Recipe) -> LinearForm:
+    """Raises MptTrtError when the checkpoint is smoothed and should not be, or the reverse."""
+    scheme, calibration = recipe.quantization.scheme, recipe.calibration
+    if isinstance(scheme, SmoothQuant) and uses_plugin_form(scheme):
+        return PluginSmoothQuantForm(checkpoint, shard, scheme)
+    checkpoint.require_plain()
+    match scheme:
+        case Awq():
+            return AwqForm(checkpoint, shard, calibration)
+        case Fp8():
+            return Fp8Form(checkpoint, shard, calibration)
+        case SmoothQuant():
+            return ModelOptSmoothQuantForm(checkpoint, shard, calibration)
+        case WeightOnly() | None:
+            return PlainForm(checkpoint, shard)
+
+
+# --- from FT files -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlainForm:
+    """Matrices as they are. `trtllm-build` quantizes those of weight-only variants itself."""
+
+    checkpoint: FtCheckpoint
+    shard: Shard
+
+    def tensors(self, weight: Weight) -> Tensors:
+        stored = self.checkpoint.matrix(weight, self.shard)
+        return {f"{module_name(linear_name(weight))}.weight": transposed(stored, stored.dtype)}
+
+
+@dataclass(frozen=True)
+class Fp8Form:
+    """E4M3 matrices; one scale a matrix, and one of what it is multiplied with."""
+
+    checkpoint: FtCheckpoint
+    shard: Shard
+    calibration: CalibrationResult
+
+    def tensors(self, weight: Weight) -> Tensors:
+        module = module_name(linear_name(weight))
+        scales = self.calibration.fp8_scales(*place(linear_name(weight)))
+        scale = scales.weight or 1.0
+        stored = self.checkpoint.matrix(weight, self.shard)
+        return {
+            f"{module}.weight": transposed(
+                stored, E4M3, lambda block: quantized_block(block, scale)
+            ),
+            f"{module}.weights_scaling_factor": vector([scale]),
+            f"{module}.activation_scaling_factor": vector([scales.activation or 1.0]),
+        }
+
+
+@dataclass(frozen=True)
+class PluginSmoothQuantForm:
+    """int8 matrices of a smoothed FT checkpoint, for TensorRT-LLM's SmoothQuant plugins.
+
+    QKV and the first feed-forward matrix follow a norm, which has taken the smoothing over and
+    quantizes (`scale_to_int`); before the others, the input is divided by `smoother`.
+
+    Raises MptTrtError when the checkpoint is a plain one, or was smoothed by another alpha.
+    """
+
+    checkpoint: FtCheckpoint
+    shard: Shard
+    scheme: SmoothQuant
+
+    def __post_init__(self) -> None:
+        require_smoothed(self.checkpoint, self.scheme.alpha)
+
+    def tensors(self, weight: Weight) -> Tensors:
+        name = linear_name(weight)
+        module = module_name(name)
+        files = self.checkpoint.rank_int8_files(self.shard)[name]
+        by_column, by_token = self.scheme.per_channel, self.scheme.per_token
+        matrix = self._read(files.weight_col if by_column else files.weight)
+        if by_token:
+            scale = files.scale_w_quant_orig_col if by_column else files.scale_w_quant_orig
+        else:
+            scale = files.scale_y_accum_quant_col if by_column else files.scale_y_accum_quant
+        found = {
+            f"{module}.weight": transposed(matrix, INT8),
+            # Of QKV, there is one a column in any case.
+            f"{module}.per_channel_scale": vector(self._read(scale), (1, *scale.shape)),
+        }
+        input_scale = self._read(files.scale_x_orig_quant)
+        if (norm := preceding_norm(weight)) is not None:
+            # The norm computes its scales itself where they are per token.
+            of_norm = np.ones(1, np.float32) if by_token else input_scale
+            found[f"{module_name(norm)}.scale_to_int"] = vector(of_norm)
+        else:
+            smoother = self._read(files.smoother)
+            found[f"{module}.smoother"] = vector(smoother, (1, *smoother.shape))
+        if not by_token:
+            found[f"{module}.act_scale"] = vector(self._read(files.scale_y_quant_orig), (1, 1))
+            if norm is None:
+                parent = module.rpartition(".")[0]
+                found[f"{parent}.quantization_scaling_factor"] = vector(input_scale)
+        return found
+
+    def _read(self, file: FtFile) -> NDArray:
+        dtype = {"int8": INT8, "float32": FLOAT32}[file.dtype]
+        return np.memmap(self.checkpoint.folder / file.name, dtype, "r", shape=file.shape)
+
+
+# --- from calibration results --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AwqForm:
+    """4-bit integers in groups, two rows a byte; the input is multiplied by the pre-quant scale.
+
+    Byte j of column c holds row 2j in its low half and row 2j + 1 in its high half.
+
+    Raises MptTrtError when the result is not one of int4_awq.
+    """
+
+    checkpoint: FtCheckpoint
+    shard: Shard
+    calibration: CalibrationResult
+
+    def tensors(self, weight: Weight) -> Tensors:
+        name = linear_name(weight)
+        module, group_size = module_name(name), self.calibration.group_size
+        rows, columns = held(self.checkpoint.config, weight, self.shard)
+        height, width = sum(map(len, rows)), len(columns)
+
+        def scales() -> NDArray[np.float32]:
+            groups = Range(columns.start // group_size, columns.stop // group_size)
+            return part_of(self.calibration.awq_scales(*place(name)), rows, groups)
+
+        def integers() -> Iterator[NDArray]:
+            for block, block_scales in held_blocks(self.calibration, name, rows, columns):
+                yield pack_int4_rows(quantized_rows(block, block_scales)).view(np.int8)
+
+        return {
+            f"{module}.weight": StreamedTensor(INT8, (height // 2, width), integers),
+            f"{module}.weights_scaling_factor": StreamedTensor(
+                FLOAT32, (height, width // group_size), lambda: iter([scales()])
+            ),
+            f"{module}.prequant_scaling_factor": _pre_quant_scale(self, name, columns),
+        }
+
+
+@dataclass(frozen=True)
+class ModelOptSmoothQuantForm:
+    """int8 matrices with a scale a row; one scale of the input after the pre-quant scale."""
+
+    checkpoint: FtCheckpoint
+    shard: Shard
+    calibration: CalibrationResult
+
+    def tensors(self, weight: Weight) -> Tensors:
+        name = linear_name(weight)
+        module = module_name(name)
+        rows, columns = held(self.checkpoint.config, weight, self.shard)
+        height, width = sum(map(len, rows)), len(columns)
+
+        def integers() -> Iterator[NDArray]:
+            whole = self.calibration.smoothquant_matrix(*place(name))
+            rounded = np.rint(part_of(whole.weight, rows, columns) / column_of(whole.scales, rows))
+            yield rounded.clip(-INT8_MAX - 1, INT8_MAX).astype(np.int8)
+
+        def scales() -> Iterator[NDArray]:
+            yield column_of(self.calibration.smoothquant_scales(*place(name))[0], rows)
+
+        def input_scale() -> Iterator[NDArray]:
+            _, _, found = self.calibration.smoothquant_scales(*place(name))
+            yield np.array([found], np.float32)
+
+        return {
+            f"{module}.weight": StreamedTensor(INT8, (height, width), integers),
+            f"{module}.weights_scaling_factor": StreamedTensor(FLOAT32, (height,), scales),
+            f"{module}.activation_scaling_factor": StreamedTensor(FLOAT32, (1,), input_scale),
+            f"{module}.prequant_scaling_factor": _pre_quant_scale(self, name, columns),
+        }
+
+
+def _pre_quant_scale(
+    form: AwqForm | ModelOptSmoothQuantForm, name: str, columns: Range
+) -> StreamedTensor:
+    dtype = STORAGE_TYPES[form.checkpoint.storage_type]
+
+    def values() -> Iterator[NDArray]:
+        whole = form.calibration.pre_quant_scale(*place(name))
+        stored = convert(np.ascontiguousarray(whole[columns.start : columns.stop]), dtype)
+        if not np.isfinite(stored.astype(np.float32)).all():
+            raise MptTrtError(
+                f"{form.calibration.path}: pre-quant scales of {name} are beyond {dtype}; choose "
+                "dtype bfloat16"
+            )
+        yield stored
+
+    return StreamedTensor(dtype, (len(columns),), values)
+
+
+# --- arrays --------------------------------------------------------------------------------------
+
+
+def transposed(
+    stored: NDArray,
+    dtype: np.dtype,
+    change: Callable[[NDArray], NDArray] = lambda block: block,
+) -> StreamedTensor:
+    """An array `[in, out]`, maybe memory-mapped, as `[out, in]`, after `change` of its blocks."""
+
+    def blocks() -> Iterator[NDArray]:
+        for start in range(0, stored.shape[1], BLOCK_COLUMNS):
+            block = change(np.ascontiguousarray(stored[:, start : start + BLOCK_COLUMNS]))
+            yield transposed_copy(block).view(dtype)
+
+    return StreamedTensor(dtype, stored.shape[::-1], blocks)
+
+
+def vector(values: NDArray | list[float], shape: tuple[int, ...] | None = None) -> StreamedTensor:
+    """Few float32 values. shape: one dimension unless given."""
+    stored = np.asarray(values, np.float32)
+    return StreamedTensor(FLOAT32, stored.shape if shape is None else shape, lambda: iter([stored]))
+
+
+def part_of(whole: NDArray, rows: list[Range], columns: Range) -> NDArray:
+    """Some rows and columns of a matrix."""
+    return np.concatenate(
+        [whole[row.start : row.stop, columns.start : columns.stop] for row in rows]
+    )
+
+
+def column_of(whole: NDArray, rows: list[Range]) -> NDArray:
+    """Some elements of a vector, `[rows, 1]`."""
+    return part_of(whole[:, None], rows, Range(0, 1))

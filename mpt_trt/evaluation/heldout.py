@@ -1,0 +1,102 @@
+"""Held-out text in windows, and what the float32 reference makes of it.
+
+The reference is the same for every engine of a model, so it is computed once. What is stored is
+what its head reads, a token's `hidden` values instead of its `vocab` logits: of MPT-7B 16 kB
+instead of 200 kB a token, without any rounding. The head's product gives the logits back.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.system.files import replace_file
+
+METADATA_KEY = "mpt_trt"
+TEXT_KEYS = ("text", "text_hash", "reference")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Windows of a text, and the reference on them.
+
+    tokens: int64 `[windows, length + 1]`; the model reads all but the last token of a window and
+    predicts all but the first. hidden: float32 `[windows, length, hidden]`, what the reference's
+    head reads. text: name of the file. text_hash: its content hash. reference: what computed it.
+    """
+
+    tokens: NDArray[np.int64]
+    hidden: NDArray[np.float32]
+    text: str
+    text_hash: str
+    reference: str
+
+    @property
+    def inputs(self) -> NDArray[np.int64]:
+        """`[windows, length]`"""
+        return self.tokens[:, :-1]
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """`[windows, length]`: the token that follows each input."""
+        return self.tokens[:, 1:]
+
+
+def read_text(path: Path) -> str:
+    """The text, byte by byte: line ends are left as they are."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise MptTrtError(f"{path}: no such file; set quality.text in config.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise MptTrtError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+
+
+def windows(tokens: list[int], num_windows: int, length: int) -> NDArray[np.int64]:
+    """At most `num_windows` windows that do not overlap, evenly spread over the text.
+
+    Returns `[windows, length + 1]`; each window's last token is the next one's first.
+
+    Raises MptTrtError when the text is shorter than one window.
+    """
+    available = (len(tokens) - 1) // length
+    if available < 1:
+        raise MptTrtError(
+            f"the text has {len(tokens)} tokens, but a window of window_length = {length} needs "
+            f"{length + 1}; take a longer text or shorter windows"
+        )
+    chosen = np.linspace(0, available - 1, min(num_windows, available)).round().astype(np.int64)
+    return np.array(tokens, np.int64)[chosen[:, None] * length + np.arange(length + 1)]
+
+
+def write_heldout(heldout: HeldOut, target: Path) -> None:
+    """Writes a safetensors file, atomically."""
+    tensors = {"tokens": heldout.tokens, "hidden": heldout.hidden}
+    texts = {key: getattr(heldout, key) for key in TEXT_KEYS}
+    # One entry, since safetensors writes several in an order of chance.
+    metadata = {METADATA_KEY: json.dumps(texts)}
+    with replace_file(target) as partial:
+        # Not by save_file, which makes a file that only its owner may read.
+        partial.write_bytes(save(tensors, metadata))
+
+
+def read_heldout(path: Path) -> HeldOut:
+    """Reads what `write_heldout` wrote; raises MptTrtError when it is something else."""
+    try:
+        with safe_open(path, framework="np") as file:
+            stored = json.loads(file.metadata()[METADATA_KEY])
+            texts = {key: stored[key] for key in TEXT_KEYS}
+            return HeldOut(file.get_tensor("tokens"), file.get_tensor("hidden"), **texts)
+    except FileNotFoundError:
+        raise MptTrtError(f"{path}: no such file; make it with compute_reference.py") from None
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise MptTrtError(
+            f"{path}: not written by compute_reference.py, or damaged ({error}); make it again"
+        ) from None

@@ -1,0 +1,136 @@
+"""How good an engine's predictions of held-out text are, beside those of the float32 reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpt_trt.engines.load import LoadedEngine
+from mpt_trt.engines.manifest import Manifest
+from mpt_trt.errors import MptTrtError
+from mpt_trt.evaluation.distance import divergence, logits_in_pieces
+from mpt_trt.evaluation.heldout import HeldOut
+from mpt_trt.evaluation.quality_result import Estimate, Figures, Size
+from mpt_trt.evaluation.reference import Head
+from mpt_trt.generation.generate import log_softmax, require_finite
+
+# Values of float64 log-probabilities that are held at a time.
+CHUNK_VALUES = 1 << 21
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What is kept of each position, `[windows, length]` each."""
+
+    nats: NDArray[np.float64]
+    reference_nats: NDArray[np.float64]
+    kl: NDArray[np.float64]
+    is_same: NDArray[np.bool_]
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...]) -> Predictions:
+        return cls(*(np.empty(shape) for _ in range(3)), np.empty(shape, np.bool_))
+
+    def figures(self) -> Figures:
+        nats, reference_nats = estimate(self.nats), estimate(self.reference_nats)
+        return Figures(
+            nats_per_token=nats,
+            perplexity=math.exp(nats.mean),
+            reference_nats_per_token=reference_nats,
+            reference_perplexity=math.exp(reference_nats.mean),
+            excess=estimate(self.nats - self.reference_nats),
+            kl=estimate(self.kl),
+            top1=estimate(self.is_same),
+            windows=len(self.nats),
+            tokens=self.nats.size,
+        )
+
+
+def estimate(values: NDArray) -> Estimate:
+    """The mean of `[windows, length]`, with windows as the independent samples.
+
+    Tokens of one window are not independent of each other; windows nearly are.
+    """
+    means = values.mean(axis=1, dtype=np.float64)
+    error = None if len(means) < 2 else float(means.std(ddof=1) / math.sqrt(len(means)))
+    return Estimate(float(means.mean()), error)
+
+
+def measure(engine: LoadedEngine, heldout: HeldOut, head: Head | None) -> Figures | None:
+    """Reads the windows with the engine and compares.
+
+    Every rank takes part; the first, which alone needs the reference's head, gets the figures.
+
+    Raises FloatingPointError when a logit is not finite.
+    """
+    predictions = Predictions.empty(heldout.inputs.shape)
+    numbers = np.arange(heldout.inputs.size).reshape(heldout.inputs.shape)
+    for piece in logits_in_pieces(engine, heldout.inputs):
+        if head is not None:
+            places = numbers[piece.sequences, piece.positions].ravel()
+            logits = piece.logits.reshape(len(places), -1)
+            for part in _chunks(*logits.shape):
+                _compare(logits[part], places[part], heldout, head, predictions)
+    return None if head is None else predictions.figures()
+
+
+def _chunks(num_positions: int, vocab_size: int) -> Iterator[slice]:
+    size = max(1, CHUNK_VALUES // vocab_size)
+    return (slice(start, start + size) for start in range(0, num_positions, size))
+
+
+def _compare(
+    logits: NDArray[np.float32],
+    places: NDArray[np.int64],
+    heldout: HeldOut,
+    head: Head,
+    predictions: Predictions,
+) -> None:
+    """Fills in some predictions; logits `[positions, vocab]`, places: which ones, `[positions]`."""
+    hidden = heldout.hidden.reshape(-1, heldout.hidden.shape[-1])[places]
+    reference = head.logits(torch.from_numpy(hidden)).numpy()
+    log_q = log_softmax(require_finite(logits).astype(np.float64))
+    log_p = log_softmax(reference.astype(np.float64))
+    target = np.arange(len(places)), heldout.targets.reshape(-1)[places]
+    predictions.nats.flat[places] = -log_q[target]
+    predictions.reference_nats.flat[places] = -log_p[target]
+    predictions.kl.flat[places] = divergence(log_p, log_q)
+    predictions.is_same.flat[places] = logits.argmax(axis=-1) == reference.argmax(axis=-1)
+
+
+# --- the engine itself ---------------------------------------------------------------------------
+
+
+def engine_size(engine_dir: Path, manifest: Manifest) -> Size:
+    plans = {rank.engine for rank in manifest.ranks}
+    named = {name for rank in manifest.ranks for name in rank.files}
+    everything = {str(path.relative_to(engine_dir)) for path in engine_dir.rglob("*")}
+    return Size(
+        plans=_disk(engine_dir, plans),
+        networks=_disk(engine_dir, named - plans),
+        total=_disk(engine_dir, everything),
+    )
+
+
+def _disk(folder: Path, names: set[str]) -> int:
+    """Bytes of the files of these names, directories left out, each file once."""
+    paths = [folder / name for name in names]
+    found = [path.stat() for path in paths if path.is_file()]
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in found}.values())
+
+
+def require_same_model(engine_dir: Path, manifest: Manifest, heldout: HeldOut, head: Head) -> None:
+    """Raises MptTrtError when the engine and its reference are not of one architecture."""
+    wanted = manifest.config.vocab_size, manifest.config.hidden_size
+    found = head.weight.shape[0], heldout.hidden.shape[-1]
+    if found != wanted or head.weight.shape[1] != wanted[1]:
+        raise MptTrtError(
+            f"{engine_dir}: vocabulary and hidden size are {wanted}, but those of the checkpoint "
+            f"and its reference are {found}; they are of different models"
+        )

@@ -1,0 +1,150 @@
+"""float32 logits straight from a Hugging Face checkpoint, computed without any code of the engines.
+
+The blocks are transformers' own where it has the architecture, and `plain_block`'s where it has
+not. They are run one after the other, each with its weights when its turn comes: memory is that of
+one block, or of the embedding, so that a 30B model is checked on a laptop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpt_trt.checkpoint.tensors import HfCheckpoint
+from mpt_trt.model.config import MptConfig, read_hf_config
+from mpt_trt.model.tensors import weights
+from mpt_trt.model.torch_block import PlainBlock, causal_bias, model_norm, with_weights
+from mpt_trt.model.torch_tensors import ModelTensors, embed
+
+# (tensors by name within the block, hidden `[seq, hidden]`) -> hidden `[seq, hidden]`
+Block = Callable[[dict[str, Tensor], Tensor], Tensor]
+
+
+def reference_logits(folder: Path, token_ids: list[int]) -> Tensor:
+    """Logits of every token of one sequence, float32 `[len(token_ids), vocab]`.
+
+    Raises MptTrtError when the model has learned positions and the sequence is longer.
+    """
+    hidden = reference_hidden(folder, np.array([token_ids]))[0]
+    return read_head(folder).logits(hidden)
+
+
+def reference_hidden(folder: Path, token_ids: NDArray[np.int64]) -> Tensor:
+    """What the head reads: the last norm's output, float32 `[sequences, seq, hidden]`.
+
+    token_ids: `[sequences, seq]`. Each block is read once and run on all sequences, one at a time.
+
+    Raises MptTrtError when the model has learned positions and the sequences are longer.
+    """
+    model = _open(folder)
+    make_block = _transformers_block if is_in_transformers(model.config) else _plain_block
+    with torch.inference_mode():
+        block = make_block(model.config, token_ids.shape[1])
+        return _hidden(model, block, torch.from_numpy(token_ids))
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last product. weight: float32 `[vocab, hidden]`."""
+
+    weight: Tensor
+    scale: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 `[..., vocab]` of hidden `[..., hidden]`."""
+        with torch.inference_mode():
+            return hidden @ self.weight.T * self.scale
+
+
+def read_head(folder: Path) -> Head:
+    """The head of a checkpoint, which with `reference_hidden` makes the reference's logits."""
+    model = _open(folder)
+    name = "wte.weight" if model.config.tie_word_embeddings else "lm_head.weight"
+    return Head(model.tensor(name), model.config.logit_scale)
+
+
+def reference_name(folder: Path) -> str:
+    """What computes the reference of a checkpoint, for reports."""
+    if not is_in_transformers(read_hf_config(folder)):
+        # Without what follows the `+`, which says for what hardware PyTorch was built.
+        return f"plain PyTorch {torch.__version__.split('+')[0]}, float32"
+    import transformers
+
+    return f"transformers {transformers.__version__}, float32"
+
+
+def is_in_transformers(config: MptConfig) -> bool:
+    """Whether transformers' MPT has every feature of the architecture."""
+    return (
+        config.num_kv_heads == config.num_heads
+        and config.intermediate_size == 4 * config.hidden_size
+        and config.position_embedding == "alibi"
+        and config.norm_type == "layernorm"
+        and config.logit_scale == 1.0
+        and not config.qk_ln
+        and not config.bias
+    )
+
+
+def _open(folder: Path) -> ModelTensors:
+    config = read_hf_config(folder)
+    return ModelTensors(config, HfCheckpoint(folder, weights(config)))
+
+
+def _hidden(model: ModelTensors, block: Block, token_ids: Tensor) -> Tensor:
+    config = model.config
+    hidden = embed(model, model.tensor("wte.weight"), token_ids)
+    for layer in range(config.num_layers):
+        # Not kept in a variable: this block's weights are freed before the next one's are read.
+        hidden = _of_every_sequence(block, model.tensors(f"blocks.{layer}."), hidden)
+    return with_weights(partial(model_norm, config), model.tensors("norm_f."))(hidden)
+
+
+def _of_every_sequence(block: Block, tensors: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    return torch.stack([block(tensors, sequence) for sequence in hidden])
+
+
+def _plain_block(config: MptConfig, length: int) -> Block:
+    attention_bias = causal_bias(config, length)
+
+    def run(tensors: dict[str, Tensor], hidden: Tensor) -> Tensor:
+        block = with_weights(partial(PlainBlock, config), tensors)
+        return block(hidden[None], attention_bias)[0]
+
+    return run
+
+
+def _transformers_block(config: MptConfig, length: int) -> Block:
+    from transformers.models.mpt.modeling_mpt import MptBlock, build_mpt_alibi_tensor
+
+    # transformers' whole model would leave alibi_bias_max at 8 whatever the checkpoint says.
+    alibi = build_mpt_alibi_tensor(config.num_heads, length, config.alibi_bias_max)
+    is_hidden = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+    settings = _transformers_config(config)
+
+    def run(tensors: dict[str, Tensor], hidden: Tensor) -> Tensor:
+        block = with_weights(partial(MptBlock, settings), tensors)
+        return block(hidden[None], position_bias=alibi, attention_mask=is_hidden)[0][0]
+
+    return run
+
+
+def _transformers_config(config: MptConfig):
+    from transformers import MptConfig as TransformersConfig
+
+    return TransformersConfig(
+        d_model=config.hidden_size,
+        n_heads=config.num_heads,
+        n_layers=config.num_layers,
+        max_seq_len=config.max_seq_len,
+        vocab_size=config.vocab_size,
+        layer_norm_epsilon=config.layer_norm_epsilon,
+        attn_config={"clip_qkv": config.clip_qkv, "softmax_scale": config.softmax_scale},
+    )

@@ -1,0 +1,1 @@
+"""FasterTransformer checkpoints: layout, reading, writing."""

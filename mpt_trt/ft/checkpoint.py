@@ -1,0 +1,426 @@
+"""The FasterTransformer (FT) checkpoint directory: `config.ini` and raw `.bin` tensors, by rank.
+
+Files have no header: C order, little endian. Linear weights are transposed to
+`[in_features, out_features]`, which is what a MatMul wants. Names, splits and keys are those of
+NVIDIA's convert_hf_mpt_to_ft.py; docs/ft_differences.md lists where that is wrong and ours is not.
+`manifest.json` is our addition: where the weights came from and a hash of every file.
+"""
+
+from __future__ import annotations
+
+import configparser
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpt_trt.arrays.cast import STORAGE_TYPES
+from mpt_trt.checkpoint.tensors import HfCheckpoint
+from mpt_trt.errors import MptTrtError
+from mpt_trt.ft.layout import (
+    FtFile,
+    Int8Files,
+    Int8Layers,
+    files_of,
+    ft_file,
+    ft_files,
+    int8_files,
+    linear_name,
+)
+from mpt_trt.ft.streams import FtWriter, TensorSource
+from mpt_trt.model import sharding
+from mpt_trt.model.config import MptConfig
+from mpt_trt.model.sharding import Shard
+from mpt_trt.model.tensors import Weight, preceding_norm, weights
+from mpt_trt.system.files import content_hashes, read_json, replace_directory, write_json
+from mpt_trt.system.process_pool import Advance, Job, run_forked
+
+if TYPE_CHECKING:
+    from mpt_trt.ft.int8 import Int8Conversion
+
+SECTION = "gpt"
+MANIFEST = "manifest.json"
+# Beside a plain checkpoint, there are int8 files of QKV if this one is there.
+KV_SCALE = "model.layers.0.attention.query_key_value.scale_y_quant_orig.bin"
+
+
+@dataclass(frozen=True)
+class FtCheckpoint:
+    """A checked FT directory.
+
+    storage_type: a key of STORAGE_TYPES. manifest: {} when absent. smoothing: SmoothQuant's alpha,
+    if the weights and norms are smoothed; such a directory is no plain checkpoint. int8_layers: of
+    which linear layers there are int8 weights and scales.
+    """
+
+    folder: Path
+    config: MptConfig
+    storage_type: str
+    tp_size: int
+    model_name: str
+    manifest: dict
+    smoothing: float | None = None
+    int8_layers: Int8Layers = Int8Layers.NONE
+
+    def rank_files(self, shard: Shard) -> dict[str, FtFile]:
+        """The files that one rank reads in the storage type, by FT weight name."""
+        return {
+            weight.name: ft_file(self.config, weight, shard, self.storage_type)
+            for weight in weights(self.config)
+        }
+
+    def rank_int8_files(self, shard: Shard) -> dict[str, Int8Files]:
+        """What one rank reads for 8-bit products, by FT layer name: `layers.0.attention.dense`."""
+        return {
+            linear_name(weight): int8_files(self.config, weight, shard)
+            for weight in weights(self.config)
+            if self.int8_layers.includes(weight)
+        }
+
+    def require_plain(self) -> None:
+        """Raises MptTrtError when the weights are smoothed: the network would compute nonsense."""
+        if self.smoothing is not None:
+            raise MptTrtError(
+                f"{self.folder}/config.ini: smoothquant = {self.smoothing:g}: smoothed for int8, "
+                "not a full-precision checkpoint; convert again without -sq"
+            )
+
+    def file_of(self, weight: Weight, shard: Shard) -> FtFile:
+        """The file from which a rank reads a tensor."""
+        return ft_file(self.config, weight, shard, self.storage_type)
+
+    def matrix(self, weight: Weight, shard: Shard) -> NDArray:
+        """A rank's part of a linear layer's weight, `[in, out]`, memory-mapped."""
+        return self.mapped(self.file_of(weight, shard))
+
+    def mapped(self, file: FtFile) -> NDArray:
+        """The content of a file in the storage type, `file.shape`, memory-mapped for reading."""
+        dtype = STORAGE_TYPES[self.storage_type]
+        return np.memmap(self.folder / file.name, dtype, "r", shape=file.shape)
+
+    def hashes(self, names: list[str]) -> dict[str, str]:
+        """Content hash of each named file; read from the manifest where it has one."""
+        known = {name: entry["hash"] for name, entry in self.manifest.get("files", {}).items()}
+        unknown = {name: self.folder / name for name in names if name not in known}
+        known.update(content_hashes(unknown))
+        return {name: known[name] for name in names}
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """How to write a directory.
+
+    model_name: recorded in config.ini as FT's converter does (its `-i` argument).
+    source: where the weights came from, recorded in the manifest.
+    int8: what int8 weights and scales are made from; None for a plain checkpoint.
+    """
+
+    storage_type: str
+    tp_size: int
+    workers: int
+    model_name: str
+    source: dict
+    int8: Int8Conversion | None = None
+
+    @property
+    def alpha(self) -> float | None:
+        return None if self.int8 is None else self.int8.alpha
+
+    @property
+    def int8_layers(self) -> Int8Layers:
+        return Int8Layers.NONE if self.int8 is None else self.int8.layers
+
+
+def write_ft_checkpoint(
+    checkpoint: HfCheckpoint,
+    config: MptConfig,
+    settings: ConversionSettings,
+    target: Path,
+    advance: Advance = lambda _: None,
+) -> None:
+    """Writes `target` (a `{tp_size}-gpu` folder) as a whole or not at all.
+
+    Tensors are streamed through small slabs, so memory does not grow with the model. `advance`
+    is called with the number of bytes written.
+
+    Raises MptTrtError for an illegal tp_size, a NaN or Inf in the checkpoint, a value that the
+    storage type cannot hold, a full disk, and activation ranges that do not fit the model.
+    """
+    sharding.require_legal(config, settings.tp_size)
+    if settings.int8 is not None:
+        settings.int8.require_fitting(config)
+    with replace_directory(target) as folder:
+        _write_ini(folder / "config.ini", config, settings)
+        source = TensorSource(checkpoint, config, settings.storage_type)
+        jobs = list(_writing_jobs(source, folder, settings))
+        found = run_forked(jobs, settings.workers, advance)
+        hashes = {name: found_hash for of_job in found for name, found_hash in of_job.items()}
+        _write_manifest(folder, settings, hashes)
+
+
+def total_bytes(
+    config: MptConfig,
+    storage_type: str,
+    tp_size: int,
+    int8_layers: Int8Layers = Int8Layers.NONE,
+) -> int:
+    """Bytes of all `.bin` files of a directory."""
+    return sum(file.byte_size for file in ft_files(config, tp_size, storage_type, int8_layers))
+
+
+def _writing_jobs(
+    source: TensorSource, folder: Path, settings: ConversionSettings
+) -> Iterator[Job[dict[str, str]]]:
+    """Functions that together write all `.bin` files; each returns content hashes by file name."""
+    found = weights(source.config)
+    quantized = [weight for weight in found if settings.int8_layers.includes(weight)]
+    folded = {preceding_norm(weight) for weight in quantized}
+    if settings.int8 is not None:
+        for weight in quantized:
+            yield functools.partial(
+                _write_int8, source, folder, settings.tp_size, settings.int8, weight
+            )
+    for weight in found:
+        if weight not in quantized and weight.name.rpartition(".")[0] not in folded:
+            yield functools.partial(_write_plain, source, folder, settings.tp_size, weight)
+
+
+def _write_int8(
+    source: TensorSource,
+    folder: Path,
+    tp_size: int,
+    int8: Int8Conversion,
+    weight: Weight,
+    advance: Advance,
+) -> dict[str, str]:
+    """Writes all files of a linear layer but its bias, for all ranks."""
+    return int8.writer(source, FtWriter(folder, advance), tp_size).write(weight)
+
+
+def _write_plain(
+    source: TensorSource, folder: Path, tp_size: int, weight: Weight, advance: Advance
+) -> dict[str, str]:
+    """Writes one tensor for all ranks."""
+    source.prefetch(weight)
+    files = files_of(source.config, weight, tp_size, source.storage_type)
+    return FtWriter(folder, advance).write_all(files, source.pieces(files))
+
+
+def _write_ini(path: Path, config: MptConfig, settings: ConversionSettings) -> None:
+    values: dict[str, object] = {
+        "model_name": settings.model_name or "mpt",
+        "n_head": config.num_heads,
+        "n_embd": config.hidden_size,
+        "n_inner": config.intermediate_size,
+        "n_positions": config.max_seq_len,
+        "n_layer": config.num_layers,
+        "vocab_size": config.vocab_size,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "storage_dtype": settings.storage_type,
+        "tensor_parallelism": settings.tp_size,
+        "activation_function": "gelu",
+        "calibrate_kv_cache": False,
+        "smoothquant": settings.alpha,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+    }
+    if config.position_embedding == "alibi":
+        values["position_embedding_type"] = "alibi"
+    if config.num_kv_heads != config.num_heads:
+        values["n_kv_head"] = config.num_kv_heads
+    if not config.bias:
+        values["bias"] = False
+    values |= _keys_beyond_ft(config)
+    parser = configparser.ConfigParser(interpolation=None)
+    parser[SECTION] = {key: str(value) for key, value in values.items()}
+    with path.open("w") as stream:
+        parser.write(stream)
+
+
+def _keys_beyond_ft(config: MptConfig) -> dict[str, object]:
+    """What FT's config.ini has no key for; written only when it differs from what FT assumes."""
+    usual_scale = 1.0 / math.sqrt(config.head_dim)
+    found = {
+        "position_embedding_type": "learned_absolute"
+        if config.position_embedding == "learned"
+        else None,
+        "alibi_bias_max": config.alibi_bias_max if config.alibi_bias_max != 8 else None,
+        "clip_qkv": config.clip_qkv,
+        "qk_ln": True if config.qk_ln else None,
+        "qk_ln_epsilon": config.qk_ln_epsilon if config.qk_ln_epsilon != 1e-5 else None,
+        "softmax_scale": config.softmax_scale if config.softmax_scale != usual_scale else None,
+        "logit_scale": config.logit_scale if config.logit_scale != 1.0 else None,
+        "norm_type": config.norm_type if config.norm_type != "layernorm" else None,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _write_manifest(folder: Path, settings: ConversionSettings, hashes: dict[str, str]) -> None:
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "hash": hashes[name]}
+        for name in sorted(hashes)
+    }
+    content: dict[str, object] = {"source": settings.source}
+    if settings.int8 is not None:
+        content["calibration"] = settings.int8.origin
+    content["files"] = files
+    write_json(folder / MANIFEST, content)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_ft_checkpoint(folder: Path) -> FtCheckpoint:
+    """Opens a directory written by us or by NVIDIA's converter.
+
+    Raises MptTrtError, naming file and field, when config.ini is missing or malformed, or a tensor
+    file is missing or of the wrong size.
+    """
+    path = folder / "config.ini"
+    ini = _Ini(path)
+    storage_type = ini.text("storage_dtype", "float32")
+    if storage_type not in STORAGE_TYPES:
+        known = ", ".join(STORAGE_TYPES)
+        raise ini.refused("storage_dtype", storage_type, f"known types are {known}")
+    smoothing = ini.optional_number("smoothquant")
+    if smoothing is not None and not 0 <= smoothing <= 1:
+        raise ini.refused("smoothquant", smoothing, "alpha is a number from 0 to 1")
+    manifest_path = folder / MANIFEST
+    checkpoint = FtCheckpoint(
+        folder=folder,
+        config=_config_from_ini(ini, folder),
+        storage_type=storage_type,
+        tp_size=ini.integer("tensor_parallelism", 1),
+        model_name=ini.text("model_name", "mpt"),
+        manifest=read_json(manifest_path) if manifest_path.is_file() else {},
+        smoothing=smoothing,
+        int8_layers=_int8_layers(folder, smoothing),
+    )
+    sharding.require_legal(checkpoint.config, checkpoint.tp_size)
+    _check_sizes(checkpoint)
+    return checkpoint
+
+
+def _int8_layers(folder: Path, smoothing: float | None) -> Int8Layers:
+    if smoothing is not None:
+        return Int8Layers.ALL
+    # NVIDIA's config.ini says `calibrate_kv_cache = False` in any case.
+    has_kv_scale = (folder / KV_SCALE).is_file()
+    return Int8Layers.QKV if has_kv_scale else Int8Layers.NONE
+
+
+def _check_sizes(checkpoint: FtCheckpoint) -> None:
+    for file in ft_files(
+        checkpoint.config, checkpoint.tp_size, checkpoint.storage_type, checkpoint.int8_layers
+    ):
+        path = checkpoint.folder / file.name
+        if not path.is_file():
+            raise MptTrtError(f"{path}: tensor file is missing; convert the checkpoint again")
+        found = path.stat().st_size
+        if found != file.byte_size:
+            raise MptTrtError(
+                f"{path}: has {found} bytes, but {list(file.shape)} of {file.dtype} "
+                f"are {file.byte_size}; convert the checkpoint again"
+            )
+
+
+class _Ini:
+    """The [gpt] section of a config.ini; keeps the path for error messages."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        parser = configparser.ConfigParser(interpolation=None)
+        try:
+            with path.open() as stream:
+                parser.read_file(stream)
+            self.values = dict(parser[SECTION])
+        except FileNotFoundError:
+            raise MptTrtError(
+                f"{path}: no such file; give a {{tp_size}}-gpu folder of an FT checkpoint"
+            ) from None
+        except (OSError, configparser.Error, KeyError, UnicodeDecodeError) as error:
+            raise MptTrtError(f"{path}: not an FT config.ini ({error})") from None
+
+    def text(self, key: str, default: str) -> str:
+        return self.values.get(key, default)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        raw = self.values.get(key)
+        if raw in (None, "None"):
+            if default is None:
+                raise MptTrtError(f"{self.path}: {key} is missing; convert the checkpoint again")
+            return default
+        try:
+            value = float(raw)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise self.refused(key, raw, "a number is required")
+        return value
+
+    def refused(self, key: str, value: object, why: str) -> MptTrtError:
+        return MptTrtError(f"{self.path}: {key} = {value}: {why}")
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        # NVIDIA's converter writes n_inner = 256.0 where expansion_ratio is a float.
+        value = self.number(key, default)
+        if value < 1 or value != int(value):
+            raise self.refused(key, self.values.get(key), "a positive integer is required")
+        return int(value)
+
+    def divisor(self, key: str, whole: int, default: int | None = None) -> int:
+        value = self.integer(key, default)
+        if whole % value:
+            raise self.refused(key, value, f"it must divide {whole}")
+        return value
+
+    def optional_number(self, key: str) -> float | None:
+        return self.number(key) if self.values.get(key) not in (None, "None") else None
+
+    def optional_integer(self, key: str) -> int | None:
+        value = self.optional_number(key)
+        return None if value is None else int(value)
+
+    def flag(self, key: str, default: str) -> bool:
+        value = self.values.get(key, default).lower()
+        if value not in configparser.ConfigParser.BOOLEAN_STATES:
+            raise self.refused(key, value, "True or False is required")
+        return configparser.ConfigParser.BOOLEAN_STATES[value]
+
+
+def _config_from_ini(ini: _Ini, folder: Path) -> MptConfig:
+    hidden_size = ini.integer("n_embd")
+    num_heads = ini.divisor("n_head", hidden_size)
+    usual_scale = 1.0 / math.sqrt(hidden_size // num_heads)
+    # NVIDIA's converter writes wpe.bin without saying so in config.ini.
+    learned = (folder / "model.wpe.bin").is_file()
+    return MptConfig(
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=ini.divisor("n_kv_head", num_heads, default=num_heads),
+        num_layers=ini.integer("n_layer"),
+        intermediate_size=ini.integer("n_inner", 4 * hidden_size),
+        vocab_size=ini.integer("vocab_size"),
+        max_seq_len=ini.integer("n_positions"),
+        softmax_scale=ini.number("softmax_scale", usual_scale),
+        position_embedding="learned" if learned else "alibi",
+        alibi_bias_max=ini.integer("alibi_bias_max", 8),
+        clip_qkv=ini.optional_number("clip_qkv"),
+        qk_ln=ini.flag("qk_ln", "false"),
+        logit_scale=ini.number("logit_scale", 1.0),
+        norm_type="rmsnorm" if ini.text("norm_type", "") == "rmsnorm" else "layernorm",
+        layer_norm_epsilon=ini.number("layer_norm_epsilon", 1e-5),
+        qk_ln_epsilon=ini.number("qk_ln_epsilon", 1e-5),
+        bias=ini.flag("bias", "true"),
+        tie_word_embeddings=not (folder / "model.lm_head.weight.bin").is_file(),
+        bos_token_id=ini.optional_integer("bos_token_id"),
+        eos_token_id=ini.optional_integer("eos_token_id"),
+    )

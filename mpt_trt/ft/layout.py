@@ -1,0 +1,173 @@
+"""Which files an FT checkpoint has, and which part of a tensor each holds: pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from mpt_trt.model import sharding
+from mpt_trt.model.config import MptConfig
+from mpt_trt.model.sharding import Range, Shard
+from mpt_trt.model.tensors import Split, Weight, weights
+
+ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class FtFile:
+    """One `.bin` file.
+
+    tensor: FT name without `model.` and rank. weight: the tensor that it holds or belongs to.
+    shard: None for a file that all ranks read. dtype: a key of ELEMENT_BYTES.
+    """
+
+    tensor: str
+    weight: Weight
+    shard: Shard | None
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        rank = "" if self.shard is None else f".{self.shard.rank}"
+        return f"model.{self.tensor}{rank}.bin"
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def byte_size(self) -> int:
+        return self.num_elements * ELEMENT_BYTES[self.dtype]
+
+
+class Int8Layers(Enum):
+    """Of which linear layers a directory holds int8 weights and scales.
+
+    NONE: a plain checkpoint. QKV: with `-kv`, beside a plain checkpoint. ALL: with `-sq`, where
+    the plain files hold smoothed values.
+    """
+
+    NONE = "none"
+    QKV = "qkv"
+    ALL = "all"
+
+    def includes(self, weight: Weight) -> bool:
+        if self is Int8Layers.QKV:
+            return weight.is_linear and weight.split is Split.QKV
+        return weight.is_linear and self is Int8Layers.ALL
+
+
+@dataclass(frozen=True)
+class Int8Files:
+    """The files of one linear layer that a rank reads for 8-bit products.
+
+    weight, weight_col: int8 `[in, out]`; quantized with a scale for the matrix (one each for Q, K
+    and V), and with one for each output feature.
+
+    All others are float32. integer = value * orig_quant, value = integer * quant_orig:
+
+    scale_x_orig_quant: of the layer's input (divided by the smoother, if any), `[1]`.
+    scale_y_quant_orig: of the layer's output, `[1]`.
+    scale_w_quant_orig: of weight, `[1]`, or `[out]` of QKV. scale_w_quant_orig_col: of weight_col,
+        `[out]`.
+    scale_y_accum_quant(_col): from the sum of integer products to the output's integer; shapes as
+        of scale_w_quant_orig(_col).
+    smoother: what the layer's input is divided by, `[in]`; None where a norm has taken it over.
+    """
+
+    weight: FtFile
+    weight_col: FtFile
+    scale_x_orig_quant: FtFile
+    scale_y_quant_orig: FtFile
+    scale_w_quant_orig: FtFile
+    scale_w_quant_orig_col: FtFile
+    scale_y_accum_quant: FtFile
+    scale_y_accum_quant_col: FtFile
+    smoother: FtFile | None
+
+    def __iter__(self) -> Iterator[FtFile]:
+        files = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return (file for file in files if file is not None)
+
+
+def ft_file(config: MptConfig, weight: Weight, shard: Shard, dtype: str) -> FtFile:
+    """The file from which rank `shard.rank` reads `weight`."""
+    if weight.split is Split.WHOLE:
+        return FtFile(weight.name, weight, None, weight.shape, dtype)
+    rows, columns = held(config, weight, shard)
+    out_features = sum(map(len, rows))
+    shape = (len(columns), out_features) if weight.is_linear else (out_features,)
+    return FtFile(weight.name, weight, shard, shape, dtype)
+
+
+def int8_files(config: MptConfig, weight: Weight, shard: Shard) -> Int8Files:
+    """What rank `shard.rank` reads of a linear layer beside its plain files."""
+    rows, columns = held(config, weight, shard)
+    out_features, in_features = sum(map(len, rows)), len(columns)
+    layer = linear_name(weight)
+    # Every rank has all outputs of a layer that is cut by input rows.
+    by_output = None if weight.split is Split.ROWS else shard
+
+    def scale(name: str, size: int = 1, of: Shard | None = None) -> FtFile:
+        return FtFile(f"{layer}.{name}", weight, of, (size,), "float32")
+
+    def per_tensor(name: str) -> FtFile:
+        is_packed = weight.split is Split.QKV
+        return scale(name, out_features, shard) if is_packed else scale(name)
+
+    def matrix(suffix: str) -> FtFile:
+        shape = (in_features, out_features)
+        return FtFile(f"{weight.name}.{suffix}", weight, shard, shape, "int8")
+
+    return Int8Files(
+        weight=matrix("int8"),
+        weight_col=matrix("int8.col"),
+        scale_x_orig_quant=scale("scale_x_orig_quant"),
+        scale_y_quant_orig=scale("scale_y_quant_orig"),
+        scale_w_quant_orig=per_tensor("scale_w_quant_orig"),
+        scale_w_quant_orig_col=scale("scale_w_quant_orig.col", out_features, by_output),
+        scale_y_accum_quant=per_tensor("scale_y_accum_quant"),
+        scale_y_accum_quant_col=scale("scale_y_accum_quant.col", out_features, by_output),
+        smoother=scale("smoother", in_features, shard) if weight.split is Split.ROWS else None,
+    )
+
+
+def linear_name(weight: Weight) -> str:
+    """FT name of the layer whose weight it is: `layers.0.attention.dense`."""
+    return weight.name.removesuffix(".weight")
+
+
+def ft_files(
+    config: MptConfig, tp_size: int, dtype: str, int8_layers: Int8Layers = Int8Layers.NONE
+) -> list[FtFile]:
+    """Every `.bin` file of a directory for tp_size ranks."""
+    found: dict[str, FtFile] = {}
+    for weight in weights(config):
+        files = files_of(config, weight, tp_size, dtype)
+        if int8_layers.includes(weight):
+            for shard in sharding.shards(tp_size):
+                files += int8_files(config, weight, shard)
+        # Ranks share some of them.
+        found |= {file.name: file for file in files}
+    return list(found.values())
+
+
+def files_of(config: MptConfig, weight: Weight, tp_size: int, dtype: str) -> list[FtFile]:
+    """The files of one tensor: one for all ranks, or one a rank."""
+    if weight.split is Split.WHOLE:
+        return [FtFile(weight.name, weight, None, weight.shape, dtype)]
+    return [ft_file(config, weight, shard, dtype) for shard in sharding.shards(tp_size)]
+
+
+def held(config: MptConfig, weight: Weight, shard: Shard) -> tuple[list[Range], Range]:
+    """Rows and columns of the Hugging Face tensor `[out, in]` (or `[out]`) that a rank holds."""
+    every_input = Range(0, weight.shape[-1])
+    if weight.split is Split.QKV:
+        return list(sharding.qkv_columns(config, shard)), every_input
+    if weight.split is Split.COLUMNS:
+        return [sharding.feed_forward_columns(config, shard)], every_input
+    return [Range(0, weight.shape[0])], shard.part(weight.shape[1])

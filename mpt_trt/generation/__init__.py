@@ -1,0 +1,1 @@
+"""Choosing tokens over anything that steps: greedy, sampling, beam search."""

@@ -1,0 +1,127 @@
+"""Which part of each matrix a tensor-parallel rank holds: pure functions over index ranges.
+
+Attention heads and feed-forward columns are divided among ranks; a matrix that feeds them is cut by
+output columns, one that gathers them by input rows (Shoeybi et al. 2019, arXiv:1909.08053).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.model.config import MptConfig
+
+MAX_TP_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Range:
+    """The half-open index range [start, stop)."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def shifted(self, offset: int) -> Range:
+        return Range(self.start + offset, self.stop + offset)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank of a tensor-parallel group."""
+
+    rank: int
+    tp_size: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.tp_size:
+            raise ValueError(f"rank {self.rank} is outside 0..{self.tp_size - 1}")
+
+    def part(self, size: int) -> Range:
+        """This rank's equal part of `size` items; `size` must be a multiple of tp_size."""
+        if size % self.tp_size:
+            raise ValueError(f"{size} is not a multiple of tp_size {self.tp_size}")
+        width = size // self.tp_size
+        return Range(self.rank * width, (self.rank + 1) * width)
+
+
+@dataclass(frozen=True)
+class VocabularySharding:
+    """Which of the vocabulary's matrices ranks share, instead of each holding the whole."""
+
+    embedding: bool = False
+    head: bool = True
+
+
+def shards(tp_size: int) -> list[Shard]:
+    return [Shard(rank, tp_size) for rank in range(tp_size)]
+
+
+def is_legal(config: MptConfig, tp_size: int) -> bool:
+    """Whether every rank gets whole attention heads and equal feed-forward columns.
+
+    K/V heads are divided among ranks, or each is replicated on tp_size / num_kv_heads ranks.
+    """
+    kv_fits = config.num_kv_heads % tp_size == 0 or tp_size % config.num_kv_heads == 0
+    return config.num_heads % tp_size == 0 and config.intermediate_size % tp_size == 0 and kv_fits
+
+
+def require_legal(config: MptConfig, tp_size: int) -> None:
+    """Raises MptTrtError, listing the legal sizes, when a model cannot be cut in tp_size parts."""
+    if tp_size >= 1 and is_legal(config, tp_size):
+        return
+    legal = [str(size) for size in range(1, MAX_TP_SIZE + 1) if is_legal(config, size)]
+    raise MptTrtError(
+        f"tensor parallelism of {tp_size} does not fit a model with {config.num_heads} heads, "
+        f"{config.num_kv_heads} K/V heads and {config.intermediate_size} feed-forward columns; "
+        f"legal sizes are {', '.join(legal)}"
+    )
+
+
+def vocabulary_rows(config: MptConfig, shard: Shard) -> Range:
+    """The tokens whose row of a sharded embedding or head this rank holds.
+
+    Every rank has as many rows but the last ones, which may hold fewer or none; the network pads
+    what they lack (`vocabulary_width`), and drops the padding where ranks meet.
+    """
+    width = vocabulary_width(config, shard.tp_size)
+    start = min(shard.rank * width, config.vocab_size)
+    return Range(start, min(start + width, config.vocab_size))
+
+
+def vocabulary_width(config: MptConfig, tp_size: int) -> int:
+    """Rows of a rank's part of the vocabulary, padding included."""
+    return -(-config.vocab_size // tp_size)
+
+
+def query_heads(config: MptConfig, shard: Shard) -> Range:
+    """Global indices of this rank's query heads."""
+    return shard.part(config.num_heads)
+
+
+def kv_heads(config: MptConfig, shard: Shard) -> Range:
+    """Global indices of the K/V heads that this rank's query heads use."""
+    group = config.num_heads // config.num_kv_heads
+    heads = query_heads(config, shard)
+    return Range(heads.start // group, (heads.stop - 1) // group + 1)
+
+
+def qkv_columns(config: MptConfig, shard: Shard) -> tuple[Range, Range, Range]:
+    """This rank's Q, K and V columns within the whole projection Q | K | V, `[qkv_size]`."""
+
+    def columns(heads: Range) -> Range:
+        return Range(heads.start * config.head_dim, heads.stop * config.head_dim)
+
+    kv_columns = columns(kv_heads(config, shard))
+    return (
+        columns(query_heads(config, shard)),
+        kv_columns.shifted(config.hidden_size),
+        kv_columns.shifted(config.hidden_size + config.kv_size),
+    )
+
+
+def feed_forward_columns(config: MptConfig, shard: Shard) -> Range:
+    """This rank's feed-forward units: columns of the first matrix, rows of the second."""
+    return shard.part(config.intermediate_size)

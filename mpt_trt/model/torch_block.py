@@ -1,0 +1,118 @@
+"""One MPT block in plain PyTorch: the mathematics that the reference and calibration share.
+
+Its source is llm-foundry's definition of MPT (`models/layers/{attention,blocks,ffn,norm}.py`):
+pre-norm; `Wqkv` has rows Q | K | V; its output is clamped before `q_ln` and `k_ln`, which span all
+heads, see it; query head i reads key-value head `i // (num_heads / num_kv_heads)`; exact GELU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mpt_trt.model.config import MptConfig, alibi_slopes
+
+Tensors = Mapping[str, Tensor]
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class PlainBlock(nn.Module):
+    """A block over whole sequences; submodules have the names that llm-foundry gives them."""
+
+    def __init__(self, config: MptConfig):
+        super().__init__()
+        self.norm_1 = model_norm(config)
+        self.attn = PlainAttention(config)
+        self.norm_2 = model_norm(config)
+        self.ffn = PlainFeedForward(config)
+
+    def forward(self, hidden: Tensor, attention_bias: Tensor) -> Tensor:
+        """`[batch, seq, hidden]` to `[batch, seq, hidden]`; attention_bias: see `causal_bias`."""
+        hidden = hidden + self.attn(self.norm_1(hidden), attention_bias)
+        return hidden + self.ffn(self.norm_2(hidden))
+
+
+class PlainAttention(nn.Module):
+    """Self-attention. What leaves `key` and `value` is what a KV cache would take."""
+
+    def __init__(self, config: MptConfig):
+        super().__init__()
+        self.config = config
+        hidden, kv_size = config.hidden_size, config.kv_size
+        self.Wqkv = nn.Linear(hidden, config.qkv_size, bias=config.bias)
+        self.q_ln = _qk_norm(config, hidden)
+        self.k_ln = _qk_norm(config, kv_size)
+        self.key, self.value = nn.Identity(), nn.Identity()
+        self.out_proj = nn.Linear(hidden, hidden, bias=config.bias)
+
+    def forward(self, normed: Tensor, attention_bias: Tensor) -> Tensor:
+        config = self.config
+        packed = self.Wqkv(normed)
+        if config.clip_qkv is not None:
+            packed = packed.clamp(-config.clip_qkv, config.clip_qkv)
+        sizes = [config.hidden_size, config.kv_size, config.kv_size]
+        query, key, value = packed.split(sizes, dim=-1)
+        query, key, value = self.q_ln(query), self.key(self.k_ln(key)), self.value(value)
+        context = functional.scaled_dot_product_attention(
+            *(self._by_head(part) for part in (query, key, value)),
+            attn_mask=attention_bias[None],
+            scale=config.softmax_scale,
+            enable_gqa=True,
+        )
+        return self.out_proj(context.transpose(1, 2).flatten(2))
+
+    def _by_head(self, features: Tensor) -> Tensor:
+        """`[batch, seq, heads * head_dim]` to `[batch, heads, seq, head_dim]`."""
+        return features.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+
+class PlainFeedForward(nn.Module):
+    def __init__(self, config: MptConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, normed: Tensor) -> Tensor:
+        return self.down_proj(functional.gelu(self.up_proj(normed)))
+
+
+def model_norm(config: MptConfig) -> nn.Module:
+    """The model's kind of norm over the hidden features."""
+    size, epsilon = config.hidden_size, config.layer_norm_epsilon
+    if config.norm_type == "layernorm":
+        return nn.LayerNorm(size, epsilon, bias=config.bias)
+    return nn.RMSNorm(size, epsilon)
+
+
+def _qk_norm(config: MptConfig, size: int) -> nn.Module:
+    if not config.qk_ln:
+        return nn.Identity()
+    return nn.LayerNorm(size, config.qk_ln_epsilon, bias=config.bias)
+
+
+def causal_bias(config: MptConfig, length: int) -> Tensor:
+    """What is added to the scores: ALiBi where the model has it, -inf for keys after the query.
+
+    float32 `[num_heads, length, length]`, or `[1, length, length]` without ALiBi.
+    """
+    positions = torch.arange(length)
+    distance = positions[None, :] - positions[:, None]
+    slopes = torch.zeros(1)
+    if config.position_embedding == "alibi":
+        slopes = torch.tensor(alibi_slopes(config.num_heads, config.alibi_bias_max))
+    return (slopes[:, None, None] * distance).masked_fill(distance > 0, -torch.inf)
+
+
+def with_weights(make: Callable[[], Module], tensors: Tensors) -> Module:
+    """The module that `make` makes, with `tensors` themselves as its weights, for inference.
+
+    tensors: by name within the module, e.g. `attn.Wqkv.weight`; neither more nor fewer.
+    """
+    with torch.device("meta"):
+        module = make()
+    module.load_state_dict(dict(tensors), strict=True, assign=True)
+    return module.requires_grad_(False).eval()

@@ -1,0 +1,1 @@
+"""The ONNX graph of one rank and the content of its weights."""

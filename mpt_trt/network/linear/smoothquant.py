@@ -1,0 +1,146 @@
+"""Products of 8-bit weights and 8-bit activations, from a SmoothQuant FT checkpoint.
+
+The integers are the checkpoint's own files. What a layer multiplies is divided by its smoother,
+where no norm has taken that over, and quantized with the calibrated scale or, per token, with one
+that the network computes. TensorRT multiplies the integers where it has a kernel for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from mpt_trt.arrays.cast import STORAGE_TYPES, convert
+from mpt_trt.errors import MptTrtError
+from mpt_trt.ft.checkpoint import FtCheckpoint
+from mpt_trt.ft.layout import FtFile, Int8Files
+from mpt_trt.model.sharding import Shard
+from mpt_trt.network.graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
+from mpt_trt.network.linear.base import ft_tensors, linear_weights, made, scaled_input
+from mpt_trt.quantization.calibrated_weights import INT8_MAX
+from mpt_trt.quantization.schemes import SmoothQuant
+
+# Smallest row maximum of activations: a row of zeros would be divided by zero.
+SMALLEST_ROW_MAXIMUM = 2.0**-14
+
+
+@dataclass(frozen=True)
+class SmoothQuantProducts:
+    """See `Products`.
+
+    Raises MptTrtError when the checkpoint is a plain one, or was smoothed by another alpha.
+    """
+
+    checkpoint: FtCheckpoint
+    shard: Shard
+    scheme: SmoothQuant
+
+    def __post_init__(self) -> None:
+        require_smoothed(self.checkpoint, self.scheme.alpha)
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        found = ft_tensors(self.checkpoint, self.shard)
+        int8_files = self.checkpoint.rank_int8_files(self.shard)
+        for name, weight in linear_weights(self.checkpoint.config).items():
+            del found[weight.name]
+            found |= self._layer(name, int8_files[name])
+        return found
+
+    def emit(self, graph: GraphBuilder, name: str, value: str) -> str:
+        value = scaled_input(graph, name, value)
+        stored = graph.weight(f"{name}.weight.quantized")
+        scale = graph.weight(f"{name}.weight.scale")
+        is_scalar = graph.weights[f"{name}.weight.scale"].shape == ()
+        weight = graph.node(
+            "DequantizeLinear",
+            [stored, scale],
+            f"{name}/weight",
+            output_dtype=graph.element_type,
+            **({} if is_scalar else {"axis": 1}),
+        )
+        if not self.scheme.per_token:
+            scale = graph.weight(f"{name}.input_scale")
+            value = _rounded_to_int8(graph, value, scale, name)
+            return graph.node("MatMul", [value, weight], name)
+        value, row_maximum = _rounded_by_row(graph, value, name)
+        product = graph.node("MatMul", [value, weight], f"{name}/product")
+        return graph.node("Mul", [product, row_maximum], name)
+
+    def _layer(self, name: str, files: Int8Files) -> dict[str, StoredTensor]:
+        by_column = self.scheme.per_channel
+        weight = files.weight_col if by_column else files.weight
+        scale = files.scale_w_quant_orig_col if by_column else files.scale_w_quant_orig
+        # A scale of the whole matrix is a scalar of ONNX.
+        shape = scale.shape if scale.shape != (1,) else ()
+        found = {
+            f"{name}.weight.quantized": self._linked(weight, TensorProto.INT8, weight.shape),
+            f"{name}.weight.scale": self._linked(scale, TensorProto.FLOAT, shape),
+        }
+        if files.smoother is not None:
+            found[f"{name}.pre_quant_scale"] = self._inverse_smoother(files.smoother)
+        if not self.scheme.per_token:
+            found[f"{name}.input_scale"] = self._input_scale(files.scale_x_orig_quant)
+        return found
+
+    def _linked(self, file: FtFile, element_type: int, shape: tuple[int, ...]) -> StoredTensor:
+        return StoredTensor(file.name, element_type, shape, self.checkpoint.folder / file.name)
+
+    def _inverse_smoother(self, file: FtFile) -> StoredTensor:
+        storage_type = self.checkpoint.storage_type
+
+        def pieces() -> Iterator[NDArray]:
+            dtype = STORAGE_TYPES[storage_type]
+            # A feature that calibration never saw active has a smoother of 1e-5.
+            most = np.float32(ml_dtypes.finfo(dtype).max)
+            yield convert(np.minimum(1 / self._read(file), most), dtype)
+
+        name = f"{file.tensor}.inverse.{self.shard.rank}"
+        return made(name, ELEMENT_TYPES[storage_type], file.shape, pieces)
+
+    def _input_scale(self, file: FtFile) -> StoredTensor:
+        def pieces() -> Iterator[NDArray]:
+            yield 1 / self._read(file)
+
+        return made(f"{file.tensor}.inverse", TensorProto.FLOAT, (), pieces)
+
+    def _read(self, file: FtFile) -> NDArray[np.float32]:
+        return np.fromfile(self.checkpoint.folder / file.name, np.float32)
+
+
+def require_smoothed(checkpoint: FtCheckpoint, alpha: float) -> None:
+    """Raises MptTrtError when the checkpoint is a plain one, or was smoothed by another alpha."""
+    if checkpoint.smoothing != alpha:
+        raise MptTrtError(
+            f"{checkpoint.folder}/config.ini: smoothquant = {checkpoint.smoothing}, but "
+            f"{alpha:g} is needed; convert again with -sq {alpha:g}"
+        )
+
+
+def _rounded_to_int8(graph: GraphBuilder, value: str, scale: str, name: str) -> str:
+    """`value` to integers and back, in steps of `scale`, a float32 scalar."""
+    quantized = graph.node(
+        "QuantizeLinear", [value, scale], f"{name}/int8_input", output_dtype=TensorProto.INT8
+    )
+    return graph.node(
+        "DequantizeLinear", [quantized, scale], f"{name}/input", output_dtype=graph.element_type
+    )
+
+
+def _rounded_by_row(graph: GraphBuilder, value: str, name: str) -> tuple[str, str]:
+    """Each row over its largest magnitude, in steps of 1/127; and those magnitudes `[..., 1]`.
+
+    Runtimes do not take a scale that is computed; so the row is brought to -1..1 instead.
+    """
+    magnitude = graph.node("Abs", [value], f"{name}/magnitude")
+    axis = graph.constant("last_axis", [-1], np.int64)
+    largest = graph.node("ReduceMax", [magnitude, axis], f"{name}/largest", keepdims=1)
+    smallest = graph.scalar("smallest_row_maximum", SMALLEST_ROW_MAXIMUM)
+    largest = graph.node("Max", [largest, smallest], f"{name}/row_maximum")
+    normalized = graph.node("Div", [value, largest], f"{name}/normalized_input")
+    scale = graph.constant("one_127th", 1 / INT8_MAX, np.float32)
+    return _rounded_to_int8(graph, normalized, scale, name), largest

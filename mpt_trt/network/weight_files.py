@@ -1,0 +1,46 @@
+"""The files of a network's weights: linked from the FT checkpoint, or computed while written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpt_trt.ft.checkpoint import FtCheckpoint
+from mpt_trt.network.decoder import Network
+from mpt_trt.network.linear import NETWORK_WORKERS
+from mpt_trt.system.files import ContentHash, hard_link, start_writing, write_in_pieces
+
+
+def write_weights(network: Network, checkpoint: FtCheckpoint, folder: Path) -> dict[str, str]:
+    """Puts the network's weights into `folder`; returns the content hash of each file by name.
+
+    A file that another rank has put there already is left as it is.
+    """
+    folder.mkdir(exist_ok=True)
+    linked = {name: source for name, source in network.files.items() if isinstance(source, Path)}
+    for name, source in linked.items():
+        if not (folder / name).exists():
+            hard_link(source, folder / name)
+    with ThreadPoolExecutor(min(NETWORK_WORKERS, os.cpu_count() or 1)) as pool:
+        written = {
+            name: pool.submit(_write, folder / name, pieces)
+            for name, pieces in network.files.items()
+            if name not in linked
+        }
+    return checkpoint.hashes(sorted(linked)) | {name: job.result() for name, job in written.items()}
+
+
+def _write(path: Path, pieces: Callable[[], Iterator[NDArray]]) -> str:
+    digest = ContentHash()
+    with path.open("wb") as stream:
+        for piece in pieces():
+            content = piece.reshape(-1).view(np.uint8)
+            write_in_pieces(stream, content)
+            digest.update(content)
+        start_writing(stream)
+    return str(digest)

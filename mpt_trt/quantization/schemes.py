@@ -1,0 +1,185 @@
+"""How a variant stores its block matrices and its KV cache, and what calibration that takes.
+
+A scheme is a dataclass of its own, so that no code has to know which options belong together. The
+embedding, the head, norms and biases stay in the network's own type.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.model.config import MptConfig
+from mpt_trt.model.sharding import is_legal
+
+QuantizationFormat = Literal["int4_awq", "fp8", "int8_sq", "kv_cache"]
+"""What calibration is made for; the first three are AMMO's names. `kv_cache`: ranges of keys and
+values alone."""
+
+KvCacheType = Literal["auto", "int8", "fp8"]
+"""How keys and values are stored; `auto`: in the network's own type."""
+
+CALIBRATION_BATCH_SIZE = 8
+"""Samples that calibration computes at a time, at most, unless told otherwise."""
+
+SMOOTHQUANT_ALPHA = 0.5
+"""Of calibration results of int8_sq, as AMMO had it; ModelOpt's own default, 1, moves all of the
+activations' range into the weights."""
+
+DEFAULT_GROUP_SIZE = 128
+GROUP_SIZES = (128, 64, 32, 16)
+"""Input features that may share a scale; both runtimes have kernels for powers of two from 16."""
+
+
+@dataclass(frozen=True)
+class WeightOnly:
+    """Integer weights, rounded to nearest, and activations in the network's own type.
+
+    bits: 4 or 8. group_size: input features that share a scale; None: all of an output feature.
+    """
+
+    bits: int
+    group_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Awq:
+    """4-bit weights in groups, after activation-aware scaling (Lin et al., arXiv:2306.00978).
+
+    group_size: input features that share a scale; None: see `default_group_size`.
+    """
+
+    group_size: int | None = None
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """8-bit weights and activations (Xiao et al., arXiv:2211.10438).
+
+    alpha: how much of the activations' range the weights take over, 0 to 1. per_channel: a scale
+    for each output feature instead of one a matrix. per_token: activation scales are computed for
+    every token instead of calibrated.
+    """
+
+    alpha: float = 0.5
+    per_channel: bool = True
+    per_token: bool = True
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """E4M3 weights and activations, a calibrated scale for each matrix and each of its inputs."""
+
+
+Scheme = WeightOnly | Awq | SmoothQuant | Fp8
+
+# What each method of config.yaml makes a scheme of, and which options it has.
+METHODS: dict[str, tuple[Callable[..., Scheme], frozenset[str]]] = {
+    "int8_weight_only": (functools.partial(WeightOnly, 8), frozenset()),
+    "int4_weight_only": (functools.partial(WeightOnly, 4), frozenset({"group_size"})),
+    "int4_awq": (Awq, frozenset({"group_size"})),
+    "smoothquant": (SmoothQuant, frozenset({"alpha", "per_channel", "per_token"})),
+    "fp8": (Fp8, frozenset()),
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What of an engine is quantized, and how. scheme: of the blocks' matrices."""
+
+    scheme: Scheme | None = None
+    kv_cache: KvCacheType = "auto"
+
+
+UNQUANTIZED = Quantization()
+
+
+def make_scheme(method: str, **options: Any) -> Scheme | None:
+    """The scheme of a `quantization` mapping; options of other methods change nothing."""
+    if method == "none":
+        return None
+    make, known = METHODS[method]
+    return make(**{name: value for name, value in options.items() if name in known})
+
+
+def method_of(scheme: Scheme | None) -> str:
+    """The method that a scheme is of, as config.yaml calls it."""
+    if scheme is None:
+        return "none"
+    if isinstance(scheme, WeightOnly):
+        return f"int{scheme.bits}_weight_only"
+    return {Awq: "int4_awq", SmoothQuant: "smoothquant", Fp8: "fp8"}[type(scheme)]
+
+
+def as_mapping(scheme: Scheme | None) -> dict[str, Any]:
+    """What `make_scheme` makes the scheme of again."""
+    method = method_of(scheme)
+    known = METHODS[method][1] if scheme else ()
+    return {"method": method, **{name: getattr(scheme, name) for name in sorted(known)}}
+
+
+def calibration_format(scheme: Scheme | None, kv_cache: KvCacheType) -> QuantizationFormat | None:
+    """What must be calibrated before an engine's network is made; None when nothing has to.
+
+    Every calibration result has the ranges of keys and values in it.
+    """
+    if isinstance(scheme, Awq):
+        return "int4_awq"
+    if isinstance(scheme, Fp8):
+        return "fp8"
+    return None if kv_cache == "auto" else "kv_cache"
+
+
+def scale_block(scheme: WeightOnly, in_features: int) -> int | None:
+    """Input features of a rank's matrix that share a stored scale; None: all of them.
+
+    A 4-bit scale of a whole column is stored once a block: the runtimes' 4-bit kernels want that.
+    """
+    if scheme.bits == 8 or scheme.group_size is not None:
+        return scheme.group_size
+    return next((size for size in GROUP_SIZES if in_features % size == 0), None)
+
+
+def folds_into_values(config: MptConfig, kv_cache: KvCacheType) -> bool:
+    """Whether V's columns can take the pre-quant scale of the layer behind attention.
+
+    Each column must have one use, and nothing may depend on its range: no clipping, no scale of a
+    quantized cache.
+    """
+    has_one_use = config.num_kv_heads == config.num_heads
+    return has_one_use and config.clip_qkv is None and kv_cache == "auto"
+
+
+def default_group_size(config: MptConfig) -> int:
+    """128, or less for models so narrow that their ranks would get parts of a group.
+
+    It depends on the model alone: every number of ranks up to 8 is cut from the same groups.
+    """
+    narrowest = [
+        size // tp_size
+        for tp_size in range(1, 9)
+        if is_legal(config, tp_size)
+        for size in (config.hidden_size, config.intermediate_size)
+    ]
+    fitting = (g for g in GROUP_SIZES if all(size % g == 0 for size in narrowest))
+    return next(fitting, GROUP_SIZES[-1])
+
+
+def require_fitting_groups(config: MptConfig, tp_size: int, group_size: int) -> None:
+    """Raises MptTrtError, with the legal sizes, when a group would lie across two ranks."""
+    inputs = (
+        config.hidden_size,
+        config.hidden_size // tp_size,
+        config.intermediate_size // tp_size,
+    )
+    if all(size % group_size == 0 for size in inputs):
+        return
+    legal = [str(g) for g in GROUP_SIZES if all(size % g == 0 for size in inputs)]
+    raise MptTrtError(
+        f"group_size = {group_size}: layers with {', '.join(map(str, sorted(set(inputs))))} input "
+        f"features on each of {tp_size} ranks are no multiples of it; legal sizes are "
+        f"{', '.join(legal) or 'none'}"
+    )

@@ -1,0 +1,326 @@
+"""A model's engines side by side: `reports/{model}.html`, and its table and plots as files.
+
+The page needs nothing but itself: styles and plots are inside, there are no scripts.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.evaluation.quality_result import Estimate, QualityResult, read_quality
+from mpt_trt.report.numbers import TIMES, number, with_error
+from mpt_trt.report.plots import Plot, draw_divergence, draw_size, draw_speed
+from mpt_trt.system.files import read_json, replace_file
+from mpt_trt.system.machine import Machine
+
+# The variant whose size others are compared with.
+BASE_VARIANT = "fp16"
+# How much worse than the reference's perplexity counts as nearly as good.
+NEARLY = 0.01
+TABLE = "table.csv"
+MISSING = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One engine of a report. max_abs: of its smoke test, and allowed_max_abs what was allowed."""
+
+    variant: str
+    quality: QualityResult
+    max_abs: float
+    allowed_max_abs: float
+
+    @property
+    def label(self) -> str:
+        ranks = self.quality.ranks
+        return self.variant if ranks == 1 else f"{self.variant}, {ranks} ranks"
+
+    @property
+    def perplexity_change(self) -> Estimate:
+        """Relative to the reference; the error by the exponential's derivative."""
+        excess = self.quality.figures.excess
+        change, error = math.expm1(excess.mean), excess.standard_error
+        return Estimate(change, None if error is None else error * (1 + change))
+
+
+def read_entry(variant: str, quality: Path, smoke_test: Path) -> Entry:
+    """Raises MptTrtError when a file is not what it should be."""
+    result, smoke = read_quality(quality), read_json(smoke_test)
+    try:
+        found, allowed = smoke["distance"]["max_abs"], smoke["tolerance"]["max_abs"]
+    except (KeyError, TypeError) as error:
+        raise MptTrtError(
+            f"{smoke_test}: no result of a smoke test ({error!r}); make it again"
+        ) from None
+    return Entry(variant, result, found, allowed)
+
+
+def require_comparable(entries: list[Entry]) -> None:
+    """Raises MptTrtError when engines were measured on different text or windows."""
+    if not entries:
+        raise MptTrtError("a report needs at least one engine; see report in config.yaml")
+    first = entries[0].quality
+    for entry in entries:
+        found = entry.quality
+        if (found.text_hash, found.window_length, found.figures.tokens) != (
+            first.text_hash,
+            first.window_length,
+            first.figures.tokens,
+        ):
+            raise MptTrtError(
+                f"{entries[0].label} and {entry.label} were measured on different text; "
+                "measure both again"
+            )
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """name, unit: of the header. values: a cell for each engine, ready to be read."""
+
+    name: str
+    unit: str
+    values: list[str]
+    is_text: bool = False
+
+
+def column_groups(entries: list[Entry]) -> dict[str, list[Column]]:
+    """All columns behind the engine's name, by what they are about."""
+    return {
+        "Size on disk": _size_columns(entries),
+        "Held-out text": _text_columns(entries),
+        "Speed": _speed_columns(entries),
+        "Run": _run_columns(entries),
+    }
+
+
+def _size_columns(entries: list[Entry]) -> list[Column]:
+    networks = [entry.quality.size.networks for entry in entries]
+    plans = [entry.quality.size.plans for entry in entries]
+    unit, divisor = ("GB", 1e9) if max(networks) >= 1e10 else ("MB", 1e6)
+    return [
+        column
+        for name, sizes in (("Weights", networks), ("Plan", plans))
+        for column in (
+            Column(name, unit, [number(size / divisor) for size in sizes]),
+            Column(f"{TIMES} {BASE_VARIANT}", "", _multiples(entries, sizes)),
+        )
+    ]
+
+
+def _text_columns(entries: list[Entry]) -> list[Column]:
+    figures = [entry.quality.figures for entry in entries]
+    changes = [entry.perplexity_change for entry in entries]
+    return [
+        Column("Perplexity", "", [number(found.perplexity, 5) for found in figures]),
+        Column("Change", "%", [with_error(change, 100, show_sign=True) for change in changes]),
+        Column("Mean KL", "nats", [with_error(found.kl) for found in figures]),
+        Column("Same top token", "%", [with_error(found.top1, 100) for found in figures]),
+    ]
+
+
+def _speed_columns(entries: list[Entry]) -> list[Column]:
+    speeds = [entry.quality.speed for entry in entries]
+    rates = {
+        "Generating": [speed.decode_tokens_per_s for speed in speeds],
+        "Prompt": [speed.prefill_tokens_per_s for speed in speeds],
+    }
+    return [Column(name, "tokens/s", list(map(number, found))) for name, found in rates.items()]
+
+
+def _run_columns(entries: list[Entry]) -> list[Column]:
+    distances = [
+        f"{number(entry.max_abs, 2)} of {number(entry.allowed_max_abs, 2)}" for entry in entries
+    ]
+    memory = [number(entry.quality.peak_memory / 1e6) for entry in entries]
+    return [
+        Column("Logit distance", "of allowed", distances),
+        Column("Host memory", "MB", memory),
+        Column("Runtime", "", [entry.quality.runtime for entry in entries], is_text=True),
+    ]
+
+
+def _multiples(entries: list[Entry], sizes: list[int]) -> list[str]:
+    """Each size as a multiple of the base variant's on the fewest ranks; dashes without one."""
+    bases = [
+        (entry.quality.ranks, size)
+        for entry, size in zip(entries, sizes, strict=True)
+        if entry.variant == BASE_VARIANT
+    ]
+    if not bases:
+        return [MISSING] * len(sizes)
+    base = min(bases)[1]
+    return [f"{size / base:.2f}" for size in sizes]
+
+
+def table_csv(entries: list[Entry]) -> str:
+    """The figures in full precision, a line an engine."""
+    stream = io.StringIO()
+    rows = [_csv_row(entry) for entry in entries]
+    writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def _csv_row(entry: Entry) -> dict[str, object]:
+    result, figures = entry.quality, entry.quality.figures
+    return {
+        "variant": entry.variant,
+        "ranks": result.ranks,
+        "weights_bytes": result.size.networks,
+        "plan_bytes": result.size.plans,
+        "perplexity": figures.perplexity,
+        "reference_perplexity": figures.reference_perplexity,
+        "excess_nats_per_token": figures.excess.mean,
+        "excess_standard_error": figures.excess.standard_error,
+        "mean_kl_nats": figures.kl.mean,
+        "mean_kl_standard_error": figures.kl.standard_error,
+        "top1": figures.top1.mean,
+        "top1_standard_error": figures.top1.standard_error,
+        "decode_tokens_per_s": result.speed.decode_tokens_per_s,
+        "prefill_tokens_per_s": result.speed.prefill_tokens_per_s,
+        "smoke_test_max_abs": entry.max_abs,
+        "peak_memory_bytes": result.peak_memory,
+        "runtime": result.runtime,
+    }
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def plots(entries: list[Entry]) -> list[Plot]:
+    results = [entry.quality for entry in entries]
+    labels = [entry.label for entry in entries]
+    # One point a variant: more ranks share the same weights.
+    fewest = {entry.variant: entry for entry in reversed(entries)}
+    single = [entry for entry in entries if fewest[entry.variant] is entry]
+    return [
+        draw_size(
+            [entry.variant for entry in single],
+            [entry.quality.size.networks / 1e6 for entry in single],
+            [entry.quality.figures.perplexity for entry in single],
+            results[0].figures.reference_perplexity,
+        ),
+        draw_divergence(labels, [result.figures.kl for result in results]),
+        draw_speed(
+            labels,
+            [result.speed for result in results],
+            [result.runtime for result in results],
+        ),
+    ]
+
+
+def findings(entries: list[Entry]) -> list[str]:
+    """What the table says, in sentences."""
+    by_size = sorted(entries, key=lambda entry: (entry.quality.size.networks, entry.quality.ranks))
+    good = [entry for entry in by_size if entry.perplexity_change.mean <= NEARLY]
+    fastest = max(entries, key=lambda entry: entry.quality.speed.decode_tokens_per_s)
+    found = []
+    if good:
+        size = good[0].quality.size.networks / 1e6
+        found.append(
+            f"Smallest weights within {NEARLY:.0%} of the reference's perplexity: "
+            f"{good[0].label}, {number(size)} MB."
+        )
+    else:
+        found.append(f"No engine is within {NEARLY:.0%} of the reference's perplexity.")
+    rate = number(fastest.quality.speed.decode_tokens_per_s)
+    found.append(f"Fastest here: {fastest.label}, {rate} tokens/s for one sequence.")
+    return found
+
+
+def conditions(entries: list[Entry]) -> dict[str, list[str]]:
+    """Where and by what the figures were obtained, each thing once."""
+    results = [entry.quality for entry in entries]
+    return {
+        "Variants": _distinct(f"{entry.variant}: {_made_of(entry.quality)}" for entry in entries),
+        "Machine": _distinct(_machine_text(result.machine) for result in results),
+        "Run by": _distinct(result.runtime for result in results),
+        "Not by TensorRT": _distinct(
+            result.stood_in_because for result in results if result.stood_in_because is not None
+        ),
+        "Plans built by": _distinct(
+            f"{r.builder.package} {r.builder.version} for GPUs of compute capability "
+            f"{', '.join(r.builder.compute_capabilities)}"
+            for r in results
+        ),
+        "Reference": _distinct(result.reference for result in results),
+        "Text": _distinct(
+            f"{result.text}, {result.figures.windows} windows of {result.window_length} tokens"
+            for result in results
+        ),
+        "Measured": _distinct(result.date for result in results),
+    }
+
+
+def _made_of(result: QualityResult) -> str:
+    """What an engine computes in and stores, in words."""
+    options = dict(result.quantization)
+    method = options.pop("method")
+    given = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
+    matrices = "" if method == "none" else f", matrices of the blocks {method}"
+    cache = "" if result.kv_cache == "auto" else f", KV cache {result.kv_cache}"
+    return f"{result.dtype}{matrices}{f' ({given})' if given else ''}{cache}"
+
+
+def _distinct(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
+
+
+def _machine_text(machine: Machine) -> str:
+    gpus = ", ".join(machine.gpus) or "no GPU"
+    cores = "1 core" if machine.cores == 1 else f"{machine.cores} cores"
+    return (
+        f"{machine.processor}, {cores}, {number(machine.memory_gib)} GiB, {gpus}; "
+        f"{machine.system}, Python {machine.python}"
+    )
+
+
+def page(model: str, entries: list[Entry], template: Path, drawn: list[Plot]) -> str:
+    """The report as HTML."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template.parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template.name).render(
+        model=model,
+        entries=entries,
+        groups=column_groups(entries),
+        plots=drawn,
+        findings=findings(entries),
+        conditions={name: texts for name, texts in conditions(entries).items() if texts},
+        first=entries[0].quality,
+        reference_perplexity=number(entries[0].quality.figures.reference_perplexity, 5),
+        base=BASE_VARIANT,
+    )
+
+
+def write_report(
+    model: str, entries: list[Entry], template: Path, target: Path, items: Path
+) -> None:
+    """Writes the page `target`, and its table and plots into the folder `items`."""
+    require_comparable(entries)
+    drawn = plots(entries)
+    contents = {
+        items / TABLE: table_csv(entries),
+        **{items / f"{plot.name}.svg": plot.svg for plot in drawn},
+        target: page(model, entries, template, drawn),
+    }
+    for path, content in contents.items():
+        with replace_file(path) as partial:
+            partial.write_text(content, encoding="utf-8")

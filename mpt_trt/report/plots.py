@@ -1,0 +1,311 @@
+"""The plots of a report, as SVG that takes its colours from the page and its text from the reader.
+
+Nothing is told by colour alone: every point and bar has its name beside it. Text stays text, so
+that it can be searched, read aloud and scaled.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from mpt_trt.evaluation.distance import Speed
+from mpt_trt.evaluation.quality_result import Estimate
+from mpt_trt.report.numbers import number
+
+# What is drawn, the page's variable that it becomes, and its value where there is no page. Blue and
+# orange of Okabe and Ito's palette, which colour-blind people can tell apart.
+COLOURS = {
+    "#000001": "var(--ink, #1b1f24)",
+    "#000002": "var(--faint, #6a737d)",
+    "#000003": "var(--grid, #d8dee4)",
+    "#000004": "var(--series-1, #0072b2)",
+    "#000005": "var(--series-2, #d55e00)",
+    "#000006": "var(--series-3, #009e73)",
+}
+INK, FAINT, GRID, *SERIES = COLOURS
+HATCHES = ("", "////", "....")
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "hatch.linewidth": 0.8,
+    "legend.frameon": False,
+}
+WIDTH = 4.7  # inches: at a phone's width, text comes out at its own size
+ROW = 0.27
+# KL below this is drawn at the edge: float32 logits do not resolve it.
+LEAST_KL = 1e-13
+# The axis of perplexity spans at least this share of the reference's.
+LEAST_SPAN = 0.02
+
+
+@dataclass(frozen=True)
+class Plot:
+    """name: of its file. caption: what is to be seen. svg: a whole SVG element."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+
+def draw_size(
+    labels: Sequence[str], megabytes: Sequence[float], perplexities: Sequence[float], base: float
+) -> Plot:
+    """Perplexity over the size of the weights; `base` is the reference's perplexity."""
+    with _figure(max(3.0, ROW * len(labels) + 0.9)) as figure:
+        axes = figure.subplots()
+        figure.subplots_adjust(left=0.15, right=0.62, bottom=0.16, top=0.97)
+        axes.axhline(base, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
+        axes.plot(megabytes, perplexities, "o", color=SERIES[0], markersize=6)
+        axes.set_xlim(0, max(megabytes) * 1.08)
+        axes.set_ylim(*_span([*perplexities, base], base))
+        axes.set_xlabel("weights, MB")
+        axes.set_ylabel("perplexity")
+        axes.grid(True)
+        axes.set_axisbelow(True)
+        points = [*zip(megabytes, perplexities, labels, strict=True)]
+        _label_at_the_side(axes, points)
+        told = ", ".join(f"{label} {number(size)} MB {number(y, 5)}" for size, y, label in points)
+        return _plot(
+            figure,
+            "size",
+            "Size against quality",
+            "Perplexity on held-out text (lower is better) over the size of the weights on disk. "
+            "The dashed line is the float32 reference. One point a variant.",
+            f"Reference {number(base, 5)}. {told}.",
+        )
+
+
+def draw_divergence(labels: Sequence[str], divergences: Sequence[Estimate]) -> Plot:
+    """Mean KL of each engine, on a logarithmic axis."""
+    with _figure(ROW * len(labels) + 0.85) as figure:
+        axes = _row_axes(figure, labels)
+        means = [max(divergence.mean, LEAST_KL) for divergence in divergences]
+        errors = [divergence.standard_error or 0 for divergence in divergences]
+        # Not below a tenth of the mean, where the logarithm has no use for it.
+        lower = [min(error, 0.9 * mean) for mean, error in zip(means, errors, strict=True)]
+        axes.set_xscale("log")
+        axes.errorbar(
+            means,
+            range(len(labels)),
+            xerr=[lower, errors],
+            fmt="o",
+            color=SERIES[0],
+            markersize=6,
+            capsize=3,
+            linewidth=1.2,
+        )
+        # Room for the numbers at the points' right.
+        axes.set_xlim(min(means) / 10, max(means) * 10 ** (1 + 0.3 * _decades(means)))
+        axes.xaxis.set_major_locator(LogLocator(numticks=5))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
+        axes.set_xlabel("mean KL(reference || engine), nats")
+        told = [number(divergence.mean, 2) for divergence in divergences]
+        for row, (mean, text) in enumerate(zip(means, told, strict=True)):
+            _beside(axes, mean, row, text, 8)
+        return _plot(
+            figure,
+            "divergence",
+            "Distance from the reference",
+            "Mean KL divergence of the next-token distributions, on a logarithmic scale (further "
+            "left is better), with standard errors.",
+            ", ".join(f"{label} {text}" for label, text in zip(labels, told, strict=True)) + ".",
+        )
+
+
+def draw_speed(labels: Sequence[str], speeds: Sequence[Speed], runtimes: Sequence[str]) -> Plot:
+    """Bars of tokens/s, for generating and for reading a prompt."""
+    kinds = list(dict.fromkeys(runtimes))
+    panels = {
+        "generating, tokens/s": [speed.decode_tokens_per_s for speed in speeds],
+        "reading a prompt, tokens/s": [speed.prefill_tokens_per_s for speed in speeds],
+    }
+    legend = 0.22 * len(kinds) if len(kinds) > 1 else 0
+    with _figure(2 * (ROW * len(labels) + 0.75) + legend) as figure:
+        pair = figure.subplots(2, 1)
+        height = figure.get_figheight()
+        figure.subplots_adjust(
+            left=_label_width(labels),
+            right=0.97,
+            bottom=0.55 / height,
+            top=1 - (legend + 0.05) / height,
+            hspace=0.75 / (ROW * len(labels)),
+        )
+        for axes, (name, rates) in zip(pair, panels.items(), strict=True):
+            _rows(axes, labels)
+            for row, (rate, runtime) in enumerate(zip(rates, runtimes, strict=True)):
+                _bar(axes, row, rate, kinds.index(runtime))
+                _beside(axes, rate, row, number(rate), 3)
+            axes.set_xlim(0, max(rates) * 1.25)
+            axes.set_xlabel(name)
+        if legend:
+            handles = [_bar(pair[0], 0, 0, kind) for kind in range(len(kinds))]
+            figure.legend(handles, kinds, loc="upper left", fontsize=8)
+        told = (
+            f"{label} {number(speed.decode_tokens_per_s)} and {number(speed.prefill_tokens_per_s)}"
+            for label, speed in zip(labels, speeds, strict=True)
+        )
+        return _plot(
+            figure,
+            "speed",
+            "Speed",
+            "Tokens a second of one sequence, by the runtime that the table names (longer is "
+            "better).",
+            f"Generating, and reading a prompt: {', '.join(told)}.",
+        )
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _figure(height: float) -> Iterator[Figure]:
+    with matplotlib.rc_context(STYLE):
+        yield Figure(figsize=(WIDTH, height))
+
+
+def _span(values: Sequence[float], base: float) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    margin = max(0.08 * (high - low), (LEAST_SPAN * base - (high - low)) / 2)
+    return low - margin, high + margin
+
+
+def _label_at_the_side(axes: Axes, points: list[tuple[float, float, str]]) -> None:
+    """Names of points (x, y, name) in a column at the right, in their order, with lines to them."""
+    bottom, top = axes.get_ylim()
+    gap = (top - bottom) * 0.16 / axes.figure.get_figheight() / 0.81
+    ordered = sorted(points, key=lambda point: (point[1], point[0]))
+    heights = _spread([y for _, y, _ in ordered], gap, bottom, top)
+    for (x, y, name), height in zip(ordered, heights, strict=True):
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(1.07, height),
+            textcoords=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=8.5,
+            annotation_clip=False,
+            # From the name's left edge, so that no line crosses another name.
+            arrowprops={
+                "arrowstyle": "-",
+                "color": FAINT,
+                "linewidth": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkB": 3,
+            },
+        )
+
+
+def _spread(heights: Sequence[float], gap: float, bottom: float, top: float) -> list[float]:
+    """Ascending heights, moved as little as it takes to be `gap` apart and between the ends."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + gap if placed else bottom))
+    ceiling = top
+    for index in range(len(placed) - 1, -1, -1):
+        placed[index] = min(placed[index], ceiling)
+        ceiling = placed[index] - gap
+    return placed
+
+
+def _row_axes(figure: Figure, labels: Sequence[str]) -> Axes:
+    axes = figure.subplots()
+    height = figure.get_figheight()
+    figure.subplots_adjust(
+        left=_label_width(labels), right=0.97, bottom=0.6 / height, top=1 - 0.05 / height
+    )
+    _rows(axes, labels)
+    return axes
+
+
+def _label_width(labels: Sequence[str]) -> float:
+    """Share of the figure's width that names of rows need, at 9 points."""
+    return min(0.5, 0.03 + 0.0165 * max(map(len, labels)))
+
+
+def _rows(axes: Axes, labels: Sequence[str]) -> None:
+    """A row for each label, the first one on top."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(True, axis="x")
+    axes.set_axisbelow(True)
+
+
+def _bar(axes: Axes, row: int, length: float, kind: int):
+    """A bar whose colour and hatching say which runtime it is of."""
+    return axes.barh(
+        row,
+        length,
+        height=0.62,
+        color=SERIES[kind % len(SERIES)],
+        hatch=HATCHES[kind % len(HATCHES)],
+        edgecolor=INK if kind else "none",
+        linewidth=0,
+    )
+
+
+def _beside(axes: Axes, x: float, row: int, text: str, points: float) -> None:
+    axes.annotate(
+        text, (x, row), xytext=(points, 0), textcoords="offset points", va="center", fontsize=8
+    )
+
+
+def _decades(values: Sequence[float]) -> float:
+    return math.log10(max(values) / min(values))
+
+
+def _plot(figure: Figure, name: str, title: str, caption: str, told: str) -> Plot:
+    """told: the plot's content in words, for those who do not see it."""
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        # No dates: the same figures give the same bytes.
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    return Plot(name, title, caption, _inline(stream.getvalue(), name, title, told))
+
+
+def _inline(svg: str, name: str, title: str, told: str) -> str:
+    """The SVG element alone, in the page's colours, with a text for screen readers.
+
+    Its ids begin with `name`, since other plots of the page have the same ones.
+    """
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
+    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
+    body = re.sub(r'font-family: [^;"]*', "font-family: system-ui, sans-serif", body)
+    for drawn, colour in COLOURS.items():
+        body = body.replace(drawn, colour)
+    head, rest = body.split(">", 1)
+    head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
+    labels = f'role="img" aria-labelledby="{name}-title {name}-told"'
+    texts = (
+        f'<title id="{name}-title">{escape(title)}</title>'
+        f'<desc id="{name}-told">{escape(told)}</desc>'
+    )
+    return f"{head} {labels}>{texts}{rest}"

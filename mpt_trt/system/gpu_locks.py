@@ -1,0 +1,164 @@
+"""GPUs for jobs of one machine: every job gets GPUs that no other job has.
+
+A GPU is taken by binding a Unix socket to a name in the kernel's own ("abstract") name space, one
+name a GPU. A name has one owner on the whole machine, whoever the users are; there is no folder to
+agree on, and no file that a cleaner could delete or a crash leave behind. The kernel gives the name
+back when the last process that has the socket ends, by whatever signal. The socket passes from the
+process that took it to the command it becomes and to what that starts, so a GPU is taken for just
+as long as a process that may use it lives.
+
+Containers with a network of their own have name spaces of their own: hand each its GPUs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.system import gpus
+
+# Declares how many GPUs there are where no driver can be asked.
+DECLARED = "MPT_TRT_GPUS"
+# Set for a command that has got GPUs: what it starts shares them out anew, among itself.
+SCOPE = "MPT_TRT_GPU_SCOPE"
+SLURM_JOB = "SLURM_JOB_ID"
+PAUSE_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Devices:
+    """GPUs that may be taken: values for CUDA_VISIBLE_DEVICES, and who names them."""
+
+    names: tuple[str, ...]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Taken:
+    """GPUs that this process has, and the sockets that hold them."""
+
+    names: tuple[str, ...]
+    sockets: tuple[socket.socket, ...]
+
+    def hand_on(self) -> None:
+        """Lets the commands that this process becomes or starts have the GPUs, too."""
+        for held in self.sockets:
+            held.set_inheritable(True)
+
+    def release(self) -> None:
+        for held in self.sockets:
+            held.close()
+
+
+def devices() -> Devices:
+    """The GPUs of this machine, or those that a scheduler or user has left of them.
+
+    CUDA_VISIBLE_DEVICES comes first, then the driver, then the number in MPT_TRT_GPUS, which counts
+    only outside of SLURM's jobs: there it would overrule what SLURM has assigned.
+
+    Raises MptTrtError when MPT_TRT_GPUS is not a number.
+    """
+    if found := gpus.identifiers():
+        return Devices(found, gpus.VISIBLE if gpus.visible() is not None else "the driver")
+    if (named := gpus.visible()) is not None:
+        return Devices(named, gpus.VISIBLE)
+    if DECLARED in os.environ and SLURM_JOB not in os.environ:
+        return Devices(tuple(map(str, range(_declared()))), DECLARED)
+    return Devices((), "no driver")
+
+
+def scope() -> str:
+    """Within which names of GPUs mean the same: this machine, a SLURM job, or a job of ours.
+
+    SLURM may number each job's GPUs from 0, and keeps the jobs apart itself.
+    """
+    if SCOPE in os.environ:
+        return os.environ[SCOPE]
+    return f"slurm-{os.environ[SLURM_JOB]}" if SLURM_JOB in os.environ else "machine"
+
+
+def require(count: int, available: Devices) -> None:
+    """Raises MptTrtError when there are less than `count` GPUs."""
+    if count > len(available.names):
+        raise MptTrtError(
+            f"{count} GPUs are needed, but there are {len(available.names)} "
+            f"(says {available.origin}); ask for fewer ranks, or use a machine that has them"
+        )
+
+
+def take(
+    count: int,
+    available: Devices,
+    within: str,
+    on_wait: Callable[[], None] = lambda: None,
+) -> Taken:
+    """Takes `count` GPUs, once they are free; calls `on_wait` once if they are not.
+
+    Only one process of a scope collects GPUs at a time. So none waits for another that waits for
+    it, and a job that needs many gets them, however many jobs need few.
+
+    Raises MptTrtError, without waiting, when there are less than `count`.
+    """
+    require(count, available)
+    if count == 0:
+        return Taken((), ())
+    wait = _Wait(on_wait)
+    while (gate := _bind(f"{within}/gate")) is None:
+        wait()
+    with gate:
+        held: dict[str, socket.socket] = {}
+        while True:
+            for name in available.names:
+                if name not in held and len(held) < count:
+                    taken = _bind(f"{within}/{name}")
+                    if taken is not None:
+                        held[name] = taken
+            if len(held) == count:
+                break
+            wait()
+    names = tuple(name for name in available.names if name in held)
+    return Taken(names, tuple(held.values()))
+
+
+def environment(names: Sequence[str]) -> dict[str, str]:
+    """What a command that has these GPUs needs to know. Without any it sees none."""
+    return {gpus.VISIBLE: ",".join(names), SCOPE: f"within-{os.getpid()}"}
+
+
+class _Wait:
+    """Pauses; the first time it says so."""
+
+    def __init__(self, on_wait: Callable[[], None]):
+        self._on_wait = on_wait
+        self._is_new = True
+
+    def __call__(self) -> None:
+        if self._is_new:
+            self._is_new = False
+            self._on_wait()
+        time.sleep(PAUSE_SECONDS)
+
+
+def _bind(name: str) -> socket.socket | None:
+    """The socket that owns the name; None when another has it."""
+    own = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        own.bind(f"\0mpt-trt/{name}")
+    except OSError as error:
+        own.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return None
+    return own
+
+
+def _declared() -> int:
+    text = os.environ[DECLARED]
+    if not text.isdecimal():
+        raise MptTrtError(f"{DECLARED} = {text!r}: give the number of GPUs of this machine")
+    return int(text)

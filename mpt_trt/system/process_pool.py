@@ -1,0 +1,176 @@
+"""Jobs in processes of their own, side by side.
+
+Threads would wait for each other: for Python's lock, between any two of the many short calls that
+handle a block, and for the kernel's lock of the address space into which all map their files.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import selectors
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.system.process import end_with_parent
+
+Result = TypeVar("Result")
+Advance = Callable[[int], None]
+Job = Callable[[Advance], Result]
+
+INDEX_BYTES = 4
+# More than any message has.
+MESSAGE_BYTES = 1 << 20
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """A process, and what comes from it.
+
+    Messages are pickled: a number is progress, a tuple holds a job's result, an exception is why it
+    has ended.
+    """
+
+    pid: int
+    messages: socket.socket
+
+    def received(self) -> int | tuple | None:
+        """The next message; None when the process has no more jobs.
+
+        Raises what a job has raised, and MptTrtError when the process was killed.
+        """
+        content = self.messages.recv(MESSAGE_BYTES)
+        if not content:
+            self._require_regular_end()
+            return None
+        message = pickle.loads(content)
+        if isinstance(message, BaseException):
+            raise message
+        return message
+
+    def end(self) -> None:
+        """Kills the process, if it still runs."""
+        self.messages.close()
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+    def _require_regular_end(self) -> None:
+        # It stays a process that `end` can wait for.
+        found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        assert found is not None
+        if found.si_code != os.CLD_EXITED:
+            raise MptTrtError(
+                f"a process of this program was ended by {signal.Signals(found.si_status).name}, "
+                "as the system does where memory is short; run it again, with fewer --processes"
+            )
+        if found.si_status != 0:
+            raise RuntimeError(f"a process ended with status {found.si_status}, and said nothing")
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """A pipe that holds the number of the next job: who takes it puts the one after it there."""
+
+    reading: int
+    writing: int
+
+    def put(self, number: int) -> None:
+        os.write(self.writing, number.to_bytes(INDEX_BYTES, "little"))
+
+    def take(self) -> int:
+        number = int.from_bytes(os.read(self.reading, INDEX_BYTES), "little")
+        self.put(number + 1)
+        return number
+
+    def close(self) -> None:
+        os.close(self.reading)
+        os.close(self.writing)
+
+
+def run_forked(jobs: Sequence[Job[Result]], num_processes: int, advance: Advance) -> list[Result]:
+    """What the jobs return, in any order.
+
+    Each is called in one of the processes, with a function that takes its progress; `advance` is
+    called with that here. No process is left when this returns or raises.
+
+    Raises what a job or `advance` raises first, and MptTrtError when a process is killed.
+    """
+    results: list[Result] = []
+    with _workers(jobs, num_processes) as workers, selectors.DefaultSelector() as running:
+        for worker in workers:
+            running.register(worker.messages, selectors.EVENT_READ, worker)
+        while len(results) < len(jobs):
+            for key, _ in running.select():
+                message = key.data.received()
+                if message is None:
+                    running.unregister(key.fileobj)
+                elif isinstance(message, int):
+                    advance(message)
+                else:
+                    results += message
+    return results
+
+
+@contextmanager
+def _workers(jobs: Sequence[Job], number: int) -> Iterator[list[_Worker]]:
+    """Processes that share the jobs; they have ended when the block is left."""
+    workers: list[_Worker] = []
+    with ExitStack() as stack:
+        turns = _Turns(*os.pipe())
+        stack.callback(turns.close)
+        turns.put(0)
+        # An interrupt in between would leave a process that nobody knows of.
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+        try:
+            for _ in range(min(number, len(jobs))):
+                workers.append(_forked(jobs, turns))
+                stack.callback(workers[-1].end)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        yield workers
+
+
+def _forked(jobs: Sequence[Job], turns: _Turns) -> _Worker:
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        # Nothing of what the parent has begun is to be ended here: no `finally`, no exit handler.
+        try:
+            end_with_parent()
+            if os.getppid() == parent:  # else it has ended before
+                _work(jobs, turns, sender)
+        finally:
+            os._exit(1)
+    sender.close()
+    return _Worker(pid, receiver)
+
+
+def _work(jobs: Sequence[Job], turns: _Turns, sender: socket.socket) -> None:
+    """What a process does, until there are no more jobs; ends it."""
+    # The parent decides what an interrupt of all means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+    if (torch := sys.modules.get("torch")) is not None:
+        # Its threads stayed behind, and it would wait for them; its own loaders do the same.
+        torch.set_num_threads(1)
+
+    def send(message: object) -> None:
+        sender.send(pickle.dumps(message))
+
+    try:
+        while (number := turns.take()) < len(jobs):
+            send((jobs[number](send),))
+    except BaseException as error:
+        error.add_note(f"In one of several processes:\n{traceback.format_exc()}")
+        send(error)
+    os._exit(0)

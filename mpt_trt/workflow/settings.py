@@ -1,0 +1,306 @@
+"""`config.yaml`: checked against its schema, defaults filled in, as frozen dataclasses."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.quantization.schemes import METHODS, KvCacheType, Quantization, Scheme, make_scheme
+
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
+
+Entry = TypeVar("Entry")
+
+TENSORRT_LLM = "tensorrt_llm"
+"""The backend whose variants have rules of their own."""
+
+SCHEMA = Path(__file__).with_name("config.schema.yaml")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """See the schema."""
+
+    max_abs: float
+    mean_kl: float
+    min_top1: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """See the schema."""
+
+    source: str
+    revision: str
+    tokenizer: str | None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """See the schema. quantization: None for `method: none`."""
+
+    dtype: str
+    quantization: Scheme | None
+    kv_cache_dtype: KvCacheType
+    max_batch_size: int
+    max_input_len: int
+    max_output_len: int
+    gather_all_token_logits: bool
+    shard_embedding: bool
+    shard_head: bool
+    backend: str
+    compute_capabilities: tuple[str, ...]
+    tolerance: Tolerance
+
+    @property
+    def quantized(self) -> Quantization:
+        return Quantization(self.quantization, self.kv_cache_dtype)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """See the schema."""
+
+    text: str
+    num_samples: int
+    sequence_length: int
+    device: str
+
+
+@dataclass(frozen=True)
+class SmokeTest:
+    """See the schema."""
+
+    prompt: str
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """See the schema."""
+
+    gpus: str
+    gpu_request: str
+    gpu_memory_gb: dict[str, float]
+    gpus_per_node: int
+    mpi: str
+    container: str | None
+    job_overhead_mb: int
+    plans_at_once: int
+
+
+@dataclass(frozen=True)
+class Quality:
+    """See the schema."""
+
+    text: str
+    num_windows: int
+    window_length: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """See the schema. variants: None for all."""
+
+    variants: tuple[str, ...] | None
+    tp_sizes: tuple[int, ...]
+    more_tp_sizes: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole configuration; models and variants by name."""
+
+    models: dict[str, Model]
+    variants: dict[str, Variant]
+    calibration: Calibration
+    smoke_test: SmokeTest
+    site: Site
+    quality: Quality
+    report: Report
+    targets: tuple[str, ...]
+
+    def model(self, name: str) -> Model:
+        """Raises MptTrtError, with the nearest known name, when there is no such model."""
+        return _entry("model", self.models, name)
+
+    def variant(self, name: str) -> Variant:
+        """Raises MptTrtError, with the nearest known name, when there is no such variant."""
+        return _entry("variant", self.variants, name)
+
+    def variants_of(self, backend: str) -> tuple[str, ...]:
+        """Names of the variants with that backend."""
+        return tuple(name for name, entry in self.variants.items() if entry.backend == backend)
+
+    def engines_of_report(self) -> list[tuple[str, int]]:
+        """(variant, tp_size) of every engine that a model's report shows, in its order.
+
+        Raises MptTrtError when there is no such variant, or its quality is not measured.
+        """
+        report, unmeasured = self.report, self.variants_of(TENSORRT_LLM)
+        measured = tuple(name for name in self.variants if name not in unmeasured)
+        listed = measured if report.variants is None else report.variants
+        found = []
+        for name in dict.fromkeys((*listed, *report.more_tp_sizes)):
+            self.variant(name)
+            if name in unmeasured:
+                raise MptTrtError(
+                    f"config.yaml: report: {name} has backend {TENSORRT_LLM}, under which no "
+                    "quality is measured; leave it out"
+                )
+            usual = report.tp_sizes if name in listed else ()
+            found += [
+                (name, size) for size in sorted({*usual, *report.more_tp_sizes.get(name, ())})
+            ]
+        return found
+
+
+def parse_settings(content: Mapping[str, Any], origin: str = "config.yaml") -> Settings:
+    """Checks `content` and fills in defaults.
+
+    Raises MptTrtError that names the key, its value and, for a misspelt key, the nearest known one.
+    """
+    import jsonschema  # tools need defaults alone
+
+    schema = _schema()
+    errors = jsonschema.Draft202012Validator(schema).iter_errors(content)
+    if error := next(iter(sorted(errors, key=lambda e: list(map(str, e.absolute_path)))), None):
+        raise MptTrtError(f"{origin}: {_explain(error)}")
+    _require_own_options(content, origin)
+    filled = _with_defaults(content, schema)
+    return Settings(
+        models={name: Model(**entry) for name, entry in filled["models"].items()},
+        variants={name: _variant(entry) for name, entry in filled["variants"].items()},
+        calibration=Calibration(**filled["calibration"]),
+        smoke_test=SmokeTest(**filled["smoke_test"]),
+        site=Site(**filled["site"]),
+        quality=Quality(**filled["quality"]),
+        report=_report(filled["report"]),
+        targets=tuple(filled["targets"]),
+    )
+
+
+def variant_default(key: str) -> Any:
+    """The default of one key of a variant, for command-line tools that have the same option."""
+    return _schema()["$defs"]["variant"]["properties"][key]["default"]
+
+
+def variant_choices(key: str) -> list[str]:
+    """The values that one key of a variant may have."""
+    return _schema()["$defs"]["variant"]["properties"][key]["enum"]
+
+
+def quantization_default(key: str) -> Any:
+    """The default of one key of a variant's `quantization`."""
+    return _quantization_schema()[key]["default"]
+
+
+def quantization_choices(key: str) -> list[Any]:
+    """The values that one key of a variant's `quantization` may have."""
+    return _quantization_schema()[key]["enum"]
+
+
+def _quantization_schema() -> dict[str, Any]:
+    return _schema()["$defs"]["variant"]["properties"]["quantization"]["properties"]
+
+
+def default_calibration() -> Calibration:
+    """How to calibrate where nothing is said."""
+    return Calibration(**_with_defaults({}, _schema())["calibration"])
+
+
+def default_tolerance() -> Tolerance:
+    """The tolerance of a variant that names none."""
+    return Tolerance(**_with_defaults({}, _schema()["$defs"]["variant"])["tolerance"])
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt name: `; did you mean 'x'?`, or the known names."""
+    names = sorted(known)
+    if close := difflib.get_close_matches(name, names, n=1):
+        return f"did you mean {close[0]!r}?"
+    return f"known names: {', '.join(names) or 'none'}"
+
+
+def _entry(kind: str, entries: dict[str, Entry], name: str) -> Entry:
+    if name not in entries:
+        raise MptTrtError(f"config.yaml has no {kind} named {name!r}; {nearest(name, entries)}")
+    return entries[name]
+
+
+def _variant(entry: dict[str, Any]) -> Variant:
+    special = {
+        "quantization": make_scheme(**entry["quantization"]),
+        "tolerance": Tolerance(**entry["tolerance"]),
+        "compute_capabilities": tuple(entry["compute_capabilities"]),
+    }
+    return Variant(**entry | special)
+
+
+def _report(entry: dict[str, Any]) -> Report:
+    variants, more = entry["variants"], entry["more_tp_sizes"]
+    return Report(
+        variants=None if variants is None else tuple(variants),
+        tp_sizes=tuple(entry["tp_sizes"]),
+        more_tp_sizes={name: tuple(sizes) for name, sizes in more.items()},
+    )
+
+
+def _require_own_options(content: Mapping[str, Any], origin: str) -> None:
+    """Raises MptTrtError when a variant sets an option that its quantization method has not."""
+    for name, variant in content.get("variants", {}).items():
+        options = dict(variant.get("quantization", {}))
+        method = options.pop("method", "none")
+        known = frozenset() if method == "none" else METHODS[method][1]
+        for option, value in options.items():
+            if option not in known:
+                legal = ", ".join(sorted(known)) or "none"
+                raise MptTrtError(
+                    f"{origin}: variants.{name}.quantization.{option} = {value!r}: {method} has no "
+                    f"such option; it has {legal}"
+                )
+
+
+@functools.cache
+def _schema() -> dict[str, Any]:
+    # libyaml, where PyYAML has it, reads the schema in a tenth of the time.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(SCHEMA.read_text(), loader)
+
+
+def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
+    reference = schema.get("$ref")
+    return schema if reference is None else _schema()["$defs"][reference.rsplit("/", 1)[1]]
+
+
+def _with_defaults(value: Any, schema: dict[str, Any]) -> Any:
+    """`value` with the schema's defaults in the places where it says nothing."""
+    schema = _resolved(schema)
+    if not isinstance(value, Mapping):
+        return value
+    known = schema.get("properties", {})
+    missing = {k: s["default"] for k, s in known.items() if k not in value and "default" in s}
+    others = schema.get("additionalProperties") or {}
+    return {k: _with_defaults(v, known.get(k, others)) for k, v in {**missing, **value}.items()}
+
+
+def _explain(error: ValidationError) -> str:
+    place = ".".join(map(str, error.absolute_path)) or "top level"
+    if error.validator == "additionalProperties":
+        known = error.schema.get("properties", {})
+        unknown = next(key for key in error.instance if key not in known)
+        return f"{place}: unknown key {unknown!r}; {nearest(str(unknown), known)}"
+    if error.validator == "enum":
+        options = ", ".join(map(str, error.validator_value))
+        return f"{place} = {error.instance!r}: choose one of {options}"
+    if error.validator == "required":
+        return f"{place}: {error.message}"
+    return f"{place} = {error.instance!r}: {error.message}"

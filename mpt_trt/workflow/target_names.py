@@ -1,0 +1,105 @@
+"""Names of artifacts in target paths: what each says about how the artifact is made.
+
+An FT checkpoint is `fp32`, `fp16`, `bf16` or, for SmoothQuant, `sq`, which means alpha 0.5 and
+float16; other settings are part of the name: `sq-0.8-bf16`. A calibration result is `fp8`,
+`int8_sq`, `kv_cache` or `int4_awq`, and `int4_awq-g64` where a group size is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import get_args
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.quantization.schemes import (
+    GROUP_SIZES,
+    Awq,
+    KvCacheType,
+    QuantizationFormat,
+    Scheme,
+    SmoothQuant,
+    calibration_format,
+)
+
+FORMATS: tuple[QuantizationFormat, ...] = get_args(QuantizationFormat)
+STORAGES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+STORAGE_OF_TYPE = {storage_type: name for name, storage_type in STORAGES.items()}
+USUAL_ALPHA = 0.5
+USUAL_STORAGE = "float16"
+
+
+@dataclass(frozen=True)
+class FtStorage:
+    """How an FT checkpoint is stored. alpha: of SmoothQuant; None for a plain checkpoint."""
+
+    storage_type: str
+    alpha: float | None = None
+
+    @property
+    def name(self) -> str:
+        if self.alpha is None:
+            return STORAGE_OF_TYPE[self.storage_type]
+        parts = ["sq"]
+        if self.alpha != USUAL_ALPHA:
+            parts.append(f"{self.alpha:g}")
+        if self.storage_type != USUAL_STORAGE:
+            parts.append(STORAGE_OF_TYPE[self.storage_type])
+        return "-".join(parts)
+
+
+def ft_storage(name: str) -> FtStorage:
+    """What the name of an FT checkpoint says; raises MptTrtError when it says nothing."""
+    if name in STORAGES:
+        return FtStorage(STORAGES[name])
+    match = re.fullmatch(rf"sq(?:-([0-9.]+))?(?:-({'|'.join(STORAGES)}))?", name)
+    try:
+        found = match and FtStorage(
+            STORAGES[match[2]] if match[2] else USUAL_STORAGE,
+            float(match[1] or USUAL_ALPHA),
+        )
+    except ValueError:
+        found = None
+    if not found or found.name != name or not 0 <= (found.alpha or 0) <= 1:
+        raise MptTrtError(
+            f"FT checkpoint {name!r}: no such storage type; known are {', '.join(STORAGES)}, and "
+            "for SmoothQuant sq (alpha 0.5, fp16), sq-0.8, sq-bf16, sq-0.8-bf16 and the like"
+        )
+    return found
+
+
+def ft_storage_of(dtype: str, scheme: Scheme | None) -> FtStorage:
+    """The FT checkpoint that a variant's network is made from."""
+    return FtStorage(dtype, scheme.alpha if isinstance(scheme, SmoothQuant) else None)
+
+
+@dataclass(frozen=True)
+class CalibrationName:
+    """What a calibration result is for. group_size: of int4_awq, None for the model's default."""
+
+    quantization_format: QuantizationFormat
+    group_size: int | None = None
+
+    @property
+    def name(self) -> str:
+        group = "" if self.group_size is None else f"-g{self.group_size}"
+        return f"{self.quantization_format}{group}"
+
+
+def calibration_name(name: str) -> CalibrationName:
+    """What the name of a calibration result says; raises MptTrtError when it says nothing."""
+    known = [CalibrationName(quantization_format) for quantization_format in FORMATS]
+    known += [CalibrationName("int4_awq", group_size) for group_size in GROUP_SIZES]
+    by_name = {entry.name: entry for entry in known}
+    if name not in by_name:
+        raise MptTrtError(f"calibration {name!r}: no such format; known are {', '.join(by_name)}")
+    return by_name[name]
+
+
+def calibration_of(scheme: Scheme | None, kv_cache: KvCacheType) -> CalibrationName | None:
+    """The calibration result that a variant's network is made from; None when it needs none."""
+    quantization_format = calibration_format(scheme, kv_cache)
+    if quantization_format is None:
+        return None
+    group_size = scheme.group_size if isinstance(scheme, Awq) else None
+    return CalibrationName(quantization_format, group_size)

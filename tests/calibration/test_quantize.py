@@ -1,0 +1,196 @@
+"""quantize.py as users call it, and what models read while they are calibrated."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpt_trt.calibration.npz_file import read_calibration
+from mpt_trt.calibration.samples import read_samples
+from mpt_trt.checkpoint.tokenizer import read_tokenizer
+from mpt_trt.errors import MptTrtError
+from mpt_trt.ft.checkpoint import read_ft_checkpoint
+from mpt_trt.ft.int8 import Int8Conversion
+from support.checkpoints import CheckpointSpec, write_checkpoint
+from support.engines import call_tool
+from support.ft import random_ranges, write_ft
+from support.paths import REPOSITORY
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXT = REPOSITORY / "resources" / "calibration.txt"
+DEMO = REPOSITORY / "resources" / "mpt-demo"
+SPEC = CheckpointSpec(num_heads=6, num_kv_heads=2)
+FEW = ("--calib_size=3", "--calib_max_seq_length=20", "--device=cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("quantize") / "hf", SPEC)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short text, for the tests' tokenizers, one token a character."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog; " * 5)
+    return path
+
+
+def quantize(model: Path, text: Path, target: Path, *options: str) -> Path:
+    call_tool(
+        "quantize.py", f"--model_dir={model}", f"--calib_text={text}", f"--export_path={target}",
+        *FEW, *options,
+    )  # fmt: skip
+    return target / "mpt_tp1_rank0.npz"
+
+
+@pytest.mark.parametrize("qformat", ["int4_awq", "fp8", "int8_sq", "kv_cache"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_format_and_type(
+    qformat: str, dtype: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    path = quantize(model, text, tmp_path / "a", f"--qformat={qformat}", f"--dtype={dtype}")
+    write_ft(model, tmp_path / "ft")
+    result = read_calibration(path, read_ft_checkpoint(tmp_path / "ft"))
+    assert result.quantization_format == qformat
+    # 12 features for each of 4 ranks: no larger group lies within one.
+    assert result.group_size == (16 if qformat == "int4_awq" else None)
+    if qformat == "int4_awq":
+        stored = result.file.array("_np:layers:0:mlp:fc:weight").dtype
+        assert stored == ("float16" if dtype == "float16" else "float32")
+
+
+@pytest.mark.parametrize("qformat", ["int4_awq", "fp8"])
+def test_same_input_same_bytes(qformat: str, model: Path, text: Path, tmp_path: Path) -> None:
+    """Whatever form the checkpoint has."""
+    first, second = (
+        quantize(model, text, tmp_path / name, f"--qformat={qformat}") for name in "ab"
+    )
+    write_ft(model, tmp_path / "ft", tp_size=2)
+    from_ft = quantize(
+        tmp_path / "ft", text, tmp_path / "c", f"--qformat={qformat}", f"--tokenizer_dir={model}"
+    )
+    assert first.read_bytes() == second.read_bytes() == from_ft.read_bytes()
+
+
+def test_group_size_is_an_option(model: Path, text: Path, tmp_path: Path) -> None:
+    wide = write_checkpoint(tmp_path / "hf", replace(SPEC, hidden_size=96))
+    path = quantize(wide, text, tmp_path / "a", "--qformat=int4_awq", "--awq_block_size=32")
+    write_ft(wide, tmp_path / "ft")
+    assert read_calibration(path, read_ft_checkpoint(tmp_path / "ft")).group_size == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--qformat=int4_awq", "--awq_block_size=64"], "group_size = 64: .* legal sizes are 16"),
+        (["--qformat=fp8", "--awq_block_size=64"], "fp8 has no groups"),
+        (["--qformat=fp8", "--calib_size=40"], r"225 tokens, but 40 samples of 20 tokens are 800"),
+        (["--qformat=fp8", "--calib_size=0"], "--calib_size = 0: at least 1 is required"),
+        (["--qformat=fp8", "--batch_size=0"], "--batch_size = 0: at least 1 is required"),
+        (["--qformat=fp8", "--tokenizer_dir=nowhere/at/all"], "nowhere/at/all: no such folder"),
+        (["--qformat=fp8", "--calib_text=nowhere.txt"], r"nowhere\.txt: cannot be read"),
+    ],
+)
+def test_bad_options_are_refused(
+    options: list[str], message: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    assert_refused(message, model, text, tmp_path / "a", *options)
+
+
+def assert_refused(message: str, model: Path, text: Path, target: Path, *options: str) -> None:
+    """And nothing is left behind."""
+    with pytest.raises(MptTrtError, match=message):
+        quantize(model, text, target, *options)
+    assert not target.exists() or not list(target.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_named(model: Path, text: Path, tmp_path: Path) -> None:
+    message = "--device = cuda: PyTorch finds no GPU; take cpu, or auto"
+    assert_refused(message, model, text, tmp_path / "a", "--qformat=fp8", "--device=cuda")
+
+
+def test_models_without_legal_groups_are_refused(text: Path, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "hf", replace(SPEC, hidden_size=60))
+    message = "60, 240 input features .* legal sizes are none"
+    assert_refused(message, model, text, tmp_path / "a", "--qformat=int4_awq")
+
+
+def test_smoothed_checkpoints_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    write_ft(model, tmp_path / "ft", int8=Int8Conversion(random_ranges(SPEC), 0.5, {}))
+    message = "smoothed for int8, not a full-precision checkpoint"
+    options = ("--qformat=fp8", f"--tokenizer_dir={model}")
+    assert_refused(message, tmp_path / "ft", text, tmp_path / "a", *options)
+
+
+def test_ft_checkpoints_of_unknown_origin_need_a_tokenizer(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    write_ft(model, tmp_path / "ft")
+    (tmp_path / "ft" / "manifest.json").unlink()
+    message = "does not say where its checkpoint came from; give --tokenizer_dir"
+    assert_refused(message, tmp_path / "ft", text, tmp_path / "a", "--qformat=fp8")
+
+
+def test_modelopt_is_imported_by_calibration_alone() -> None:
+    """It takes seconds; reading results takes not even PyTorch."""
+    code = (
+        "import sys, mpt_trt.calibration.npz_file, mpt_trt.cli.options;"
+        "assert 'torch' not in sys.modules;"
+        "import mpt_trt.evaluation.reference, mpt_trt.calibration.modelopt;"
+        "assert 'modelopt' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+# --- what is read --------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 12), st.integers(1, 40))
+def test_samples_are_spread_over_the_text(number: int, length: int) -> None:
+    tokenizer = read_tokenizer(DEMO)
+    tokens = tokenizer.encode(TEXT.read_text()[:4000])
+    path = TEXT.parent / "calibration.txt"
+    samples = read_samples(path, _Beginning(tokenizer), number, length)
+    assert samples.shape == (number, length) and samples.dtype == torch.int64
+    assert samples[0].tolist() == tokens[:length]
+    if number > 1:
+        assert samples[-1].tolist() == tokens[-length:]
+
+
+class _Beginning:
+    """A tokenizer that reads the beginning of a text."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text[:4000])
+
+
+def test_texts_in_other_encodings_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes("déjà vu".encode("latin-1"))
+    with pytest.raises(MptTrtError, match=r"latin\.txt: cannot be read as UTF-8 text"):
+        read_samples(path, read_tokenizer(DEMO), 1, 1)
+
+
+def test_the_default_text_is_enough_and_holds_nothing_held_out() -> None:
+    text = TEXT.read_text()
+    assert hashlib.sha256(text.encode()).hexdigest() in (TEXT.parent / "README.md").read_text()
+    assert len(read_tokenizer(DEMO).encode(text)) > 2 * 32 * 512
+    heldout = (DEMO / "heldout.txt").read_text().split("<|endoftext|>")
+    assert len(heldout) == 21
+    paragraphs = {p for document in heldout for p in document.split("\n\n") if len(p) >= 80}
+    assert len(paragraphs) > 300
+    assert not [p for p in paragraphs if p in text]

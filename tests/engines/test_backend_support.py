@@ -1,0 +1,143 @@
+"""What backends can do: the table in the documents and the refusals say the same."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mpt_trt.checkpoint.known_models import SHIPPED, known_config
+from mpt_trt.engines import backend_support
+from mpt_trt.engines.backend_support import (
+    BACKENDS,
+    FEATURES,
+    TENSORRT_LLM,
+    Request,
+    require_supported,
+)
+from mpt_trt.errors import MptTrtError
+from mpt_trt.model.config import MptConfig
+from mpt_trt.model.sharding import VocabularySharding
+from mpt_trt.quantization.schemes import Awq, Fp8, Quantization, SmoothQuant, WeightOnly
+from mpt_trt.workflow.settings import parse_settings, variant_choices
+from support.engines import call_tool
+from support.workflow import REPOSITORY
+from tools import markdown
+
+USUAL = Request(
+    known_config("mpt-7b"), "float16", Quantization(), tp_size=2, vocabulary=VocabularySharding()
+)
+
+
+def with_config(**changes: object) -> Request:
+    return replace(USUAL, config=replace(USUAL.config, **changes))
+
+
+def with_scheme(scheme: object, **changes: object) -> Request:
+    return replace(with_config(**changes), quantization=Quantization(scheme))
+
+
+# 65 heads of 64 features: multiples of 64, not of 128.
+NARROW = {"hidden_size": 4160, "num_heads": 65, "num_kv_heads": 65, "softmax_scale": 1 / 8}
+# Of each feature that some backend lacks, a request that has it and no other such feature.
+REQUESTS = {
+    "`int4_weight_only` in groups": with_scheme(WeightOnly(4, 64)),
+    "`int4_awq` in groups of 32 or 16": with_scheme(Awq(32)),
+    "`int8_weight_only`, `int4_weight_only`, `int4_awq` in float32": replace(
+        with_scheme(WeightOnly(8)), dtype="float32"
+    ),
+    "the same with matrices of any size": replace(
+        with_scheme(Awq(64), intermediate_size=4 * 4160, **NARROW), tp_size=1
+    ),
+    "the same, of a model with `clip_qkv`": with_scheme(SmoothQuant(), clip_qkv=6.0),
+    "the same, of a model with another `alibi_bias_max` than 8": with_scheme(
+        SmoothQuant(), alibi_bias_max=16
+    ),
+    "biases (`no_bias: false`)": with_config(bias=True),
+    "learned positions": with_config(position_embedding="learned"),
+    "RMS norms": with_config(norm_type="rmsnorm"),
+    "another epsilon of norms than 1e-5": with_config(layer_norm_epsilon=1e-6),
+    "`expansion_ratio` other than 4": with_config(intermediate_size=2 * 4096),
+    "`qk_ln`": with_config(qk_ln=True),
+    "`softmax_scale`": with_config(softmax_scale=0.1),
+    "`logit_scale`": with_config(logit_scale=0.5),
+    "a head on every rank (`shard_head: false`)": replace(
+        USUAL, vocabulary=VocabularySharding(head=False)
+    ),
+    "a vocabulary that does not divide evenly among ranks": with_config(vocab_size=50_431),
+}
+
+
+def test_every_refusal_has_a_request() -> None:
+    assert {f.name for f in FEATURES if f.asked is not None and f.lacking} == REQUESTS.keys()
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_backends_refuse_what_the_table_says_they_lack(name: str) -> None:
+    (feature,) = (feature for feature in FEATURES if feature.name == name)
+    request = REQUESTS[name]
+    for backend in BACKENDS:
+        if backend not in feature.lacking:
+            require_supported(request, backend)
+            continue
+        able = " or ".join(b for b in BACKENDS if b not in feature.lacking)
+        pattern = f"^{re.escape(feature.field)} = .*backend {backend} .*use backend {able}$"
+        with pytest.raises(MptTrtError, match=pattern):
+            require_supported(request, backend)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        USUAL,
+        with_config(clip_qkv=6.0, alibi_bias_max=16, num_kv_heads=1, tie_word_embeddings=False),
+        with_scheme(SmoothQuant(0.5, True, False), clip_qkv=6.0, alibi_bias_max=16),
+        with_scheme(SmoothQuant()),
+        with_scheme(Awq()),
+        with_scheme(WeightOnly(4)),
+        with_scheme(Fp8()),
+        replace(USUAL, quantization=Quantization(None, "int8"), dtype="float32"),
+        replace(USUAL, tp_size=1, vocabulary=VocabularySharding(head=False)),
+    ],
+)
+def test_what_every_backend_has(request_: Request) -> None:
+    for backend in BACKENDS:
+        require_supported(request_, backend)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_models_and_variants_that_ship(name: str, tp_size: int) -> None:
+    """All work, but for the plugin form of SmoothQuant where a model has what it lacks."""
+    config: MptConfig = known_config(name)
+    content = yaml.safe_load((REPOSITORY / "config.yaml").read_text())
+    for variant in parse_settings(content).variants.values():
+        request = Request(config, variant.dtype, variant.quantized, tp_size, USUAL.vocabulary)
+        is_plain = config.clip_qkv is None and config.alibi_bias_max == 8
+        if is_plain or not backend_support.uses_plugin_form(variant.quantization):
+            require_supported(request, TENSORRT_LLM)
+        else:
+            with pytest.raises(MptTrtError, match=r"(clip_qkv|alibi_bias_max) = "):
+                require_supported(request, TENSORRT_LLM)
+
+
+def test_backends_are_those_of_the_configuration() -> None:
+    assert {"auto", *BACKENDS} == set(variant_choices("backend"))
+
+
+def test_committed_table_is_what_is_known() -> None:
+    assert markdown.between_marks(REPOSITORY / "docs/backends.md") == backend_support.table(), (
+        "run tools/show_backends.py --update docs/backends.md"
+    )
+
+
+def test_tool_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "doc.md"
+    path.write_text(f"before\n{markdown.BEGIN}\nstale\n{markdown.END}\nafter\n")
+    call_tool("show_backends.py", "--update", path)
+    call_tool("show_backends.py")
+    assert markdown.between_marks(path) == capsys.readouterr().out.strip()
+    assert "stale" not in path.read_text()

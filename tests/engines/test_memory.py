@@ -1,0 +1,600 @@
+"""What an engine needs: against networks, files and measurements, and as Snakemake uses it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, numpy_helper
+
+from mpt_trt.calibration.npz_file import CalibrationResult
+from mpt_trt.calibration.recipe import Recipe
+from mpt_trt.checkpoint.known_models import SHAPES, SHIPPED, hub_config, known_config
+from mpt_trt.checkpoint.tensors import HfCheckpoint
+from mpt_trt.engines import memory
+from mpt_trt.engines.memory import GB, EngineSpec
+from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.errors import MptTrtError
+from mpt_trt.ft.checkpoint import ConversionSettings, FtCheckpoint, write_ft_checkpoint
+from mpt_trt.ft.layout import Int8Layers
+from mpt_trt.model.config import MptConfig, parse_hf_config, read_hf_config
+from mpt_trt.model.sharding import Shard, VocabularySharding, is_legal
+from mpt_trt.model.tensors import weights
+from mpt_trt.network.decoder import build_network
+from mpt_trt.quantization.calibrated_weights import Fp8Scales, KvRanges
+from mpt_trt.quantization.schemes import (
+    Awq,
+    Fp8,
+    Quantization,
+    SmoothQuant,
+    WeightOnly,
+    calibration_format,
+)
+from mpt_trt.workflow.settings import parse_settings
+from support.checkpoints import CheckpointSpec, config_dict, write_checkpoint
+from support.engines import FEATURES, call_tool
+from support.paths import REPOSITORY
+from support.workflow import SMALL, SPEC, Workflow
+from tools import markdown
+from workflow_scripts import show_requirements
+
+LIMITS = EngineLimits(8, 512, 64)
+WHOLE = VocabularySharding(embedding=False, head=False)
+VOCABULARIES = [VocabularySharding(e, h) for e in (False, True) for h in (False, True)]
+
+
+def config_of(spec: CheckpointSpec) -> MptConfig:
+    return parse_hf_config(config_dict(spec), Path("config.json"))
+
+
+def plan_for(name: str, dtype: str = "float16", tp_size: int = 1) -> EngineSpec:
+    return EngineSpec(known_config(name), dtype, tp_size, LIMITS, VocabularySharding())
+
+
+# --- against the networks ------------------------------------------------------------------------
+
+
+def network_of(spec: EngineSpec, rank: int):
+    checkpoint = FtCheckpoint(Path("ft"), spec.config, spec.dtype, spec.tp_size, "m", {})
+    shard = Shard(rank, spec.tp_size)
+    return build_network(checkpoint, shard, spec.limits.cache_len, spec.vocabulary).model.graph
+
+
+def held_bytes(graph, element_bytes: int) -> int:
+    """Of all weights, and of what is cut out of them at load, which is held beside them."""
+    found = {t.name: t for t in graph.initializer}
+    held = [t for t in found.values() if t.external_data or t.name == "head/padding"]
+    elements = sum(math.prod(t.dims) for t in held)
+    for node in graph.node:
+        if node.op_type == "Slice" and node.input[0] in found:
+            start, stop = (int(numpy_helper.to_array(found[n])[0]) for n in node.input[1:3])
+            elements += (stop - start) * math.prod(found[node.input[0]].dims[1:])
+    return element_bytes * elements
+
+
+QUANTIZATIONS = [
+    Quantization(WeightOnly(8)),
+    Quantization(WeightOnly(4)),
+    Quantization(WeightOnly(4, 16)),
+    Quantization(Awq(16)),
+    Quantization(Awq(16), "int8"),
+    *(
+        Quantization(SmoothQuant(0.5, *flags))
+        for flags in itertools.product((True, False), repeat=2)
+    ),
+    Quantization(Fp8()),
+    Quantization(None, "fp8"),
+]
+BITS = {TensorProto.INT4: 4, TensorProto.INT8: 8, TensorProto.FLOAT8E4M3FN: 8}
+
+
+def stored_bytes(graph) -> int:
+    """Of all weights, by their own types."""
+    return sum(
+        math.ceil(
+            math.prod(t.dims)
+            * BITS.get(t.data_type, 32 if t.data_type == TensorProto.FLOAT else 16)
+            / 8
+        )
+        for t in graph.initializer
+        if t.external_data
+    )
+
+
+class Calibrated(CalibrationResult):
+    """Of a model that is only planned: a network asks for nothing else before it is written."""
+
+    def __init__(self, quantization_format: str):
+        self.__dict__ |= {
+            "quantization_format": quantization_format,
+            "group_size": 16 if quantization_format == "int4_awq" else None,
+        }
+
+    def fp8_scales(self, layer: int, matrix: str) -> Fp8Scales:
+        return Fp8Scales(1.0, 1.0)
+
+    def kv_ranges(self, layer: int) -> KvRanges:
+        return KvRanges(1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["multi-head", "grouped-query", "clip_qkv", "biases"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+def test_quantized_rank_weights_are_those_of_the_network(
+    name: str, quantization: Quantization
+) -> None:
+    config = config_of(replace(FEATURES[name], hidden_size=96, vocab_size=96))
+    needed = calibration_format(quantization.scheme, quantization.kv_cache)
+    recipe = Recipe(quantization, None if needed is None else Calibrated(needed))
+    is_smoothed = isinstance(quantization.scheme, SmoothQuant)
+    for tp_size in filter(lambda size: is_legal(config, size), (1, 2)):
+        checkpoint = FtCheckpoint(
+            folder=Path("ft"),
+            config=config,
+            storage_type="float16",
+            tp_size=tp_size,
+            model_name="m",
+            manifest={},
+            smoothing=0.5 if is_smoothed else None,
+            int8_layers=Int8Layers.ALL if is_smoothed else Int8Layers.NONE,
+        )
+        spec = EngineSpec(config, "float16", tp_size, LIMITS, WHOLE, quantization)
+        graph = build_network(checkpoint, Shard(0, tp_size), 32, WHOLE, recipe).model.graph
+        assert memory.rank_weights(spec) == stored_bytes(graph)
+        cache = memory.kv_cache(spec) / memory.kv_cache(
+            EngineSpec(config, "float16", tp_size, LIMITS, WHOLE)
+        )
+        assert cache == (1 if quantization.kv_cache == "auto" else 0.5)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES, ids=str)
+def test_rank_weights_are_those_of_the_network(name: str, vocabulary: VocabularySharding) -> None:
+    config = config_of(FEATURES[name])
+    for tp_size in filter(lambda size: is_legal(config, size), (1, 2, 3, 4, 6, 8)):
+        spec = EngineSpec(config, "float16", tp_size, LIMITS, vocabulary)
+        held = [held_bytes(network_of(spec, rank), 2) for rank in range(tp_size)]
+        assert memory.rank_weights(spec) == held[0] == max(held)
+
+
+@pytest.mark.parametrize("name", ["multi-head", "multi-query", "24 heads, grouped-query"])
+@pytest.mark.parametrize(("dtype", "element_bytes"), [("float32", 4), ("bfloat16", 2)])
+def test_kv_cache_is_that_of_the_network(name: str, dtype: str, element_bytes: int) -> None:
+    config = config_of(FEATURES[name])
+    for tp_size in filter(lambda size: is_legal(config, size), (1, 2, 4, 8)):
+        spec = EngineSpec(config, dtype, tp_size, EngineLimits(5, 20, 7), WHOLE)
+        caches = [i for i in network_of(spec, 0).input if i.name.startswith("past_")]
+        assert len(caches) == 2 * config.num_layers
+        shapes = [[d.dim_value for d in i.type.tensor_type.shape.dim][1:] for i in caches]
+        expected = 5 * element_bytes * sum(map(math.prod, shapes))
+        assert memory.kv_cache(spec) == expected
+
+
+# --- against files and measurements --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["multi-head", "everything", "rmsnorm, biases"])
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_ft_checkpoint_takes_what_is_computed(name: str, tp_size: int, tmp_path: Path) -> None:
+    spec = FEATURES[name]
+    if not is_legal(config_of(spec), tp_size):
+        spec = replace(spec, num_kv_heads=2)
+    folder = write_checkpoint(tmp_path / "hf", spec)
+    config = read_hf_config(folder)
+    source = HfCheckpoint(folder, weights(config))
+    settings = ConversionSettings("bfloat16", tp_size, 1, "model", {})
+    write_ft_checkpoint(source, config, settings, tmp_path / "ft")
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "ft").glob("*.bin"))
+    needed = EngineSpec(config, "bfloat16", tp_size, LIMITS, WHOLE)
+    assert memory.ft_checkpoint_disk(needed) == on_disk
+
+
+RESULTS = sorted((REPOSITORY / "benchmarks" / "results").glob("*engine-build*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_measured_builds_stay_within_what_is_computed(path: Path) -> None:
+    measured = json.loads(path.read_text())
+    spec = plan_for(measured["shape"], measured["dtype"], measured.get("tp", 1))
+    stored_layers = measured.get("layers") or spec.config.num_layers
+    spec = _with_layers(spec, measured.get("linked_layers") or stored_layers)
+    schemes = {"none": None, "int4_awq": Awq(None), "int4_weight_only": WeightOnly(4)}
+    scheme = schemes[measured.get("quantization", "none")]
+    spec = replace(spec, quantization=Quantization(scheme, "auto"))
+    # A rank's part of a tied head is stored once more in the plan, and lies in no file of its own.
+    files = replace(spec, vocabulary=WHOLE)
+    assert memory.rank_weights(files) == measured["weight_bytes"]
+    peak = measured["peak_private_mib"] * memory.MIB
+    assert peak <= memory.build_memory(spec) <= 1.35 * peak
+    if "steps" in measured:
+        networks = measured["steps"]["network"]["peak_private_mib"] * memory.MIB
+        assert networks <= memory.network_memory(spec)
+    # The benchmark's folder holds the FT checkpoint, the networks of all ranks, and one plan.
+    disk = measured["ratio_disk_to_weights"] * measured["weight_bytes"]
+    beside_weights = memory.PLAN_BASE + spec.config.num_layers * memory.PLAN_PER_LAYER
+    plans_not_made = (spec.tp_size - 1) * (memory.rank_weights(spec) + beside_weights)
+    computed = memory.engine_disk(spec) - plans_not_made
+    # Of layers that are links to others, there are no files of their own.
+    computed += memory.ft_checkpoint_disk(_with_layers(spec, stored_layers))
+    assert disk <= computed <= 1.01 * disk
+
+
+def _with_layers(spec: EngineSpec, num_layers: int) -> EngineSpec:
+    return replace(spec, config=replace(spec.config, num_layers=num_layers))
+
+
+def test_there_is_a_measured_build() -> None:
+    assert RESULTS
+
+
+# --- by hand -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        # The first is what the hub's index of mpt-7b gives: 13,298,573,312 bytes of 2 each.
+        ("mpt-7b", 6_649_286_656),
+        ("mpt-30b", 50432 * 7168 + 48 * (12 * 7168**2 + 2 * 7168) + 7168),
+        (
+            "replit-code-v1_5-3b",
+            32768 * 3072 + 32 * (2 * 3072**2 + 2 * 3072 * 1024 + 8 * 3072**2 + 2 * 3072) + 3072,
+        ),
+    ],
+)
+def test_one_rank_holds_every_parameter_once(name: str, parameters: int) -> None:
+    for dtype, size in (("float32", 4), ("float16", 2), ("bfloat16", 2)):
+        assert memory.rank_weights(plan_for(name, dtype)) == size * parameters
+
+
+def test_mpt_7b_by_hand() -> None:
+    spec = plan_for("mpt-7b")
+    assert memory.kv_cache(spec) == 8 * 576 * 2 * 32 * 4096 * 2
+    assert memory.kv_cache(replace(spec, tp_size=4)) == 8 * 576 * 2 * 32 * 1024 * 2
+    short = replace(spec, limits=EngineLimits(8, 64, 64))
+    tokens, residual = 8 * 64, 3 * 4096
+    assert memory.activations(short) == 2 * tokens * (128 * 32 + residual + 2 * 16384)
+    halves = replace(short, tp_size=2)
+    assert memory.activations(halves) == 2 * tokens * (128 * 16 + residual + 2 * 8192)
+
+
+@pytest.mark.parametrize(
+    ("limits", "dtype", "largest"),
+    [
+        (EngineLimits(8, 512, 64), "float16", 8 * 512 * 576 * 32 * 4),  # the bias, before rounding
+        (EngineLimits(8, 512, 64), "float32", 8 * 512 * 4 * (2 * 3 * 4096 + 3 * 576 * 32)),
+        (EngineLimits(8, 16, 1, True), "float16", 8 * 16 * 50432 * (2 + 2 * 4)),
+    ],
+)
+def test_largest_phase_decides_about_activations(
+    limits: EngineLimits, dtype: str, largest: int
+) -> None:
+    spec = replace(plan_for("mpt-7b", dtype), limits=limits)
+    tokens = limits.max_batch_size * limits.max_input_len
+    shared = spec.element_bytes * tokens * (limits.cache_len * 32 + 3 * 4096)
+    assert memory.activations(spec) == shared + largest
+
+
+def test_learned_positions_have_one_bias_for_all_heads() -> None:
+    learned = config_of(CheckpointSpec(hidden_size=16, alibi=False, max_seq_len=9999))
+    alibi = config_of(CheckpointSpec(hidden_size=16, max_seq_len=9999))
+    ratios = [
+        memory.activations(EngineSpec(config, "float16", 1, EngineLimits(1, 8, 9000), WHOLE))
+        for config in (alibi, learned)
+    ]
+    assert ratios[0] / ratios[1] == pytest.approx(4, rel=0.05)
+
+
+# --- in general ----------------------------------------------------------------------------------
+
+QUANTITIES = (
+    memory.rank_weights,
+    memory.kv_cache,
+    memory.activations,
+    memory.gpu_memory,
+    memory.ft_checkpoint_disk,
+    memory.engine_disk,
+    memory.build_memory,
+    memory.smoke_test_memory,
+)
+A_RANKS = (*QUANTITIES[:4], memory.build_memory)
+specs = st.builds(
+    EngineSpec,
+    st.sampled_from(sorted(SHAPES)).map(known_config),
+    st.sampled_from(["float32", "float16", "bfloat16"]),
+    st.sampled_from([1, 2, 4, 8]),
+    st.builds(
+        EngineLimits,
+        st.integers(1, 64),
+        st.integers(1, 2048),
+        st.integers(1, 2048),
+        st.booleans(),
+    ),
+    st.sampled_from(VOCABULARIES),
+)
+
+
+@given(specs)
+def test_more_of_anything_never_needs_less(spec: EngineSpec) -> None:
+    wider = replace(spec.limits, max_batch_size=spec.limits.max_batch_size + 1)
+    longer = replace(spec.limits, max_output_len=spec.limits.max_output_len + 1)
+    deeper = replace(spec.config, num_layers=spec.config.num_layers + 1)
+    for quantity in QUANTITIES:
+        least = quantity(spec)
+        assert isinstance(least, int) and least > 0
+        assert quantity(replace(spec, limits=wider)) >= least
+        assert quantity(replace(spec, limits=longer)) >= least
+        assert quantity(replace(spec, config=deeper)) >= least
+        assert quantity(replace(spec, dtype="float32")) >= least or spec.dtype == "bfloat16"
+
+
+@given(specs.filter(lambda spec: spec.tp_size > 1))
+def test_a_rank_of_more_needs_less(spec: EngineSpec) -> None:
+    fewer = replace(spec, tp_size=spec.tp_size // 2)
+    # Of two ranks' heads, each may be a second copy beside a whole embedding.
+    for quantity in A_RANKS if fewer.tp_size > 1 else A_RANKS[1:3]:
+        assert quantity(spec) <= quantity(fewer)
+
+
+@given(specs)
+def test_gpu_memory_is_the_sum_of_its_parts(spec: EngineSpec) -> None:
+    parts = (memory.rank_weights, memory.kv_cache, memory.activations)
+    assert memory.gpu_memory(spec) == sum(p(spec) for p in parts) + memory.GPU_OVERHEAD
+    size = memory.gpu_class(spec)
+    smaller = [c for c in memory.GPU_CLASSES_GB if size is None or c < size]
+    assert all(c * GB < memory.gpu_memory(spec) for c in smaller)
+    assert size is None or size * GB >= memory.gpu_memory(spec)
+
+
+def test_illegal_number_of_ranks_is_refused_with_the_legal_ones() -> None:
+    with pytest.raises(MptTrtError, match=r"tensor parallelism of 5 .* legal sizes are 1, 2, 4, 8"):
+        plan_for("mpt-7b", tp_size=5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (plan_for("replit-code-v1_5-3b"), "1 GPU of 16 GB"),
+        (plan_for("mpt-30b", "float32", 4), "4 GPUs of 40 GB"),
+        (plan_for("mpt-30b", "float32"), "1 GPU of more than 80 GB"),
+    ],
+)
+def test_gpus_in_words(spec: EngineSpec, words: str) -> None:
+    assert memory.gpus_in_words(spec) == words
+
+
+def test_a_gpu_is_refused_for_what_is_exact_alone() -> None:
+    spec = plan_for("mpt-30b", "float32", 4)
+    exact = memory.rank_weights(spec) + memory.kv_cache(spec)
+    assert memory.gpu_obstacle(spec, exact) is None
+    assert memory.gpu_obstacle(spec, 25 * GB) == (
+        f"weights and KV cache of a rank take {exact / GB:.1f} GB, this GPU has 25.0 GB; "
+        "this needs 4 GPUs of 40 GB"
+    )
+
+
+def test_conversion_does_not_depend_on_the_model() -> None:
+    one, two = (memory.conversion_memory(workers) for workers in (1, 2))
+    assert 0 < two - one < one < GB
+
+
+# --- known shapes, table, tool -------------------------------------------------------------------
+
+
+def test_every_shipped_model_is_known_by_its_hub_name() -> None:
+    settings = parse_settings(yaml.safe_load((REPOSITORY / "config.yaml").read_text()))
+    sources = {name: model.source for name, model in settings.models.items()}
+    assert sources.pop("mpt-demo") == "resources/mpt-demo"
+    assert {source.partition("/")[2] for source in sources.values()} == set(SHIPPED)
+    assert all(source.endswith(f"/{name}") for name, source in sources.items())
+
+
+def test_storywriter_keeps_its_peculiarities() -> None:
+    config = known_config("mpt-7b-storywriter")
+    assert (config.alibi_bias_max, config.clip_qkv, config.max_seq_len) == (16, 6.0, 65536)
+    plain = replace(config, alibi_bias_max=8, clip_qkv=None, max_seq_len=2048)
+    assert plain == known_config("mpt-7b")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_fewer_layers_change_nothing_else(name: str) -> None:
+    content = hub_config(name, num_layers=2, dtype="bfloat16")
+    assert content["torch_dtype"] == "bfloat16"
+    cut = parse_hf_config(content, Path("config.json"))
+    assert cut.num_layers == 2
+    assert cut == replace(known_config(name), num_layers=2)
+
+
+def test_committed_table_is_what_is_computed() -> None:
+    found = markdown.between_marks(REPOSITORY / "docs" / "models.md")
+    assert found == show_requirements.tables().strip(), (
+        "run workflow_scripts/show_requirements.py --update docs/models.md"
+    )
+
+
+def test_table_has_every_model_type_and_legal_number_of_ranks() -> None:
+    headings = re.findall(r"^### (.*)$", show_requirements.tables(), re.MULTILINE)
+    assert sorted(", ".join(headings).split(", ")) == sorted(SHIPPED)
+    cells = [row.split(" | ")[:2] for row in show_requirements.table_rows(known_config("mpt-30b"))]
+    expected = {(kind, tp) for kind in show_requirements.KINDS for tp in "1248"}
+    found = {(kind, tp) for kinds, tp in cells for kind in kinds.strip("| ").split(", ")}
+    assert found == expected
+    odd = config_of(CheckpointSpec(num_heads=6))
+    assert {row.split(" | ")[1] for row in show_requirements.table_rows(odd)} == {"1", "2"}
+
+
+def test_update_replaces_what_is_between_the_marks(tmp_path: Path) -> None:
+    begin, end = markdown.BEGIN, markdown.END
+    path = tmp_path / "doc.md"
+    path.write_text(f"before\n{begin}\nstale\n{end}\nafter\n")
+    for _ in range(2):
+        call_tool("show_requirements.py", "--update", path)
+        text = path.read_text()
+        assert text.startswith(f"before\n{begin}\n") and text.endswith(f"{end}\nafter\n")
+        assert "stale" not in text and text.count("### mpt-7b,") == 1
+
+
+def test_update_without_marks_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "doc.md"
+    path.write_text("text\n")
+    with pytest.raises(MptTrtError, match=r"doc\.md: lines .* are expected"):
+        call_tool("show_requirements.py", "--update", path)
+    assert path.read_text() == "text\n"
+
+
+def test_tool_shows_a_folder_as_it_shows_the_known_shape(tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(hub_config("mpt-7b")))
+    options = ("--dtype", "float32", "-tp", "2", "--max_batch_size", "16")
+    call_tool("show_requirements.py", "--like", "mpt-7b", *options)
+    known = capsys.readouterr().out.splitlines()
+    call_tool("show_requirements.py", "--model_dir", tmp_path, *options)
+    folder = capsys.readouterr().out.splitlines()
+    assert known[1:] == folder[1:]
+    spec = replace(plan_for("mpt-7b", "float32", 2), limits=EngineLimits(16, 512, 64))
+    assert known[0] == f"mpt-7b, float32: {memory.gpus_in_words(spec)}"
+    (weights,) = (line for line in known if line.split()[0] == "weights")
+    assert weights.split()[1:] == [f"{memory.rank_weights(spec) / GB:.2f}", "GB"]
+
+
+def test_planning_takes_no_heavy_import() -> None:
+    """Snakemake computes this whenever it plans, and PyTorch alone takes seconds to import."""
+    code = (
+        "import sys, mpt_trt.engines.memory, mpt_trt.checkpoint.known_models; "
+        "sys.exit(bool({'torch', 'onnx', 'numpy', 'transformers'} & sys.modules.keys()))"
+    )
+    folder = REPOSITORY / "workflow_scripts"
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder, check=False).returncode == 0
+
+
+# --- in the workflow -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workflow(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
+    """The toy model, and two of the hub that are not on disk. Nothing is made in it."""
+    made = Workflow.create(tmp_path_factory.mktemp("workflow") / "project")
+    path = made.folder / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["models"] |= {
+        "thirty": {"source": "mosaicml/mpt-30b"},
+        "unknown": {"source": "somebody/something"},
+    }
+    path.write_text(yaml.safe_dump(content))
+    (made.folder / "text.txt").write_text("only its name is looked at")
+    return made
+
+
+def planned_memory(workflow: Workflow, target: str) -> dict[str, int]:
+    """mem_mb by rule."""
+    result = workflow.run("--dry-run", target)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found: dict[str, int] = {}
+    rule = ""
+    for line in (result.stdout + result.stderr).splitlines():
+        if match := re.match(r"(?:local)?rule (\w+):", line):
+            rule = match[1]
+        elif match := re.search(r"resources:.*\bmem_mb=(\d+)", line):
+            found[rule] = int(match[1])
+    return found
+
+
+def expected_memory(
+    config: MptConfig, dtype: str, tp_size: int, *, fetched: bool = True
+) -> dict[str, int]:
+    spec = EngineSpec(config, dtype, tp_size, EngineLimits(**SMALL), VocabularySharding())
+    sizes = {
+        "convert_checkpoint": memory.conversion_memory(2),
+        "make_networks": memory.network_memory(spec),
+        "build_plans": memory.build_memory(spec),
+        "collect_engine": memory.linking_memory(),
+        "smoke_test": memory.smoke_test_memory(spec),
+    }
+    if not fetched:
+        sizes["fetch_checkpoint"] = memory.linking_memory()
+    return {rule: math.ceil(size / 1e6) for rule, size in sizes.items()}
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_jobs_ask_for_the_memory_of_the_stored_config(workflow: Workflow, tp_size: int) -> None:
+    found = planned_memory(workflow, f"smoke_tests/toy/fp32/{tp_size}-gpu.json")
+    assert found == expected_memory(config_of(SPEC), "float32", tp_size)
+
+
+def test_measurements_ask_for_the_memory_of_engine_head_and_windows(workflow: Workflow) -> None:
+    config = config_of(SPEC)
+    spec = EngineSpec(config, "float32", 2, EngineLimits(**SMALL), VocabularySharding())
+    found = planned_memory(workflow, "quality/toy/fp32/2-gpu.json")
+    # Of the windows that workflow_support configures.
+    assert found["compute_reference"] == math.ceil(memory.reference_memory(config, 3, 16) / 1e6)
+    assert found["measure_quality"] == math.ceil(memory.quality_memory(spec, 3, 16) / 1e6)
+
+
+@pytest.mark.parametrize("name", ["mpt-7b", "mpt-30b"])
+def test_measurements_of_large_models(name: str) -> None:
+    """By hand: hidden states, the head, and a cache of all rows beside what a smoke test takes."""
+    config, limits = known_config(name), EngineLimits(8, 512, 64)
+    spec = EngineSpec(config, "float32", 1, limits, VocabularySharding())
+    hidden = 16 * 512 * config.hidden_size * 4
+    assert memory.reference_memory(config, 16, 512) > 3 * hidden
+    more = memory.quality_memory(spec, 16, 512) - 1.1 * memory.rank_weights(spec)
+    head = config.vocab_size * config.hidden_size * 4
+    cache = 8 * 576 * 2 * config.num_layers * config.hidden_size * 4
+    assert hidden + head + cache < more < hidden + head + cache + 2 * (1 << 30)
+    # The logits themselves are never all in memory: more windows cost their hidden states alone.
+    doubled = memory.quality_memory(spec, 32, 512) - memory.quality_memory(spec, 16, 512)
+    assert doubled == hidden
+
+
+def test_jobs_ask_for_the_memory_of_the_known_shape_before_it_is_fetched(
+    workflow: Workflow,
+) -> None:
+    found = planned_memory(workflow, "smoke_tests/thirty/fp16/4-gpu.json")
+    assert found == expected_memory(known_config("mpt-30b"), "float16", 4, fetched=False)
+
+
+def test_unknown_models_count_as_mpt_7b_until_they_are_fetched(workflow: Workflow) -> None:
+    found = planned_memory(workflow, "smoke_tests/unknown/fp16/2-gpu.json")
+    assert found == expected_memory(known_config("mpt-7b"), "float16", 2, fetched=False)
+    # It may have heads for five ranks, which MPT-7B does not.
+    found = planned_memory(workflow, "smoke_tests/unknown/fp16/5-gpu.json")
+    assert found == expected_memory(known_config("mpt-7b"), "float16", 1, fetched=False)
+
+
+def test_fetched_models_have_a_config_of_their_own(workflow: Workflow) -> None:
+    fetched = workflow.folder / "checkpoints" / "unknown"
+    write_checkpoint(fetched, SPEC)
+    found = planned_memory(workflow, "trt_engines/unknown/fp32/2-gpu")
+    expected = expected_memory(config_of(SPEC), "float32", 2)
+    assert found == {rule: size for rule, size in expected.items() if rule != "smoke_test"}
+    result = workflow.run("--dry-run", "trt_engines/unknown/fp32/4-gpu")
+    assert result.returncode != 0
+    assert "legal sizes are 1, 2, 3, 6" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["ft_ckpts/toy/fp32/4-gpu", "trt_engines/toy/fp16/5-gpu", "smoke_tests/toy/fp16/12-gpu.json"],
+)
+def test_illegal_number_of_ranks_is_refused_before_any_work(
+    workflow: Workflow, target: str
+) -> None:
+    before = sorted(path.name for path in workflow.folder.iterdir())
+    result = workflow.run(target)
+    output = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert re.search(
+        r"tensor parallelism of \d+ does not fit .* legal sizes are 1, 2, 3, 6", output
+    )
+    assert not re.search(r"^(local)?rule ", output, re.MULTILINE)
+    assert sorted(path.name for path in workflow.folder.iterdir() if path.name[0] != ".") == [
+        name for name in before if name[0] != "."
+    ]

@@ -1,0 +1,454 @@
+"""The distance to the reference, the reference itself, and the smoke test that uses both."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.nn import functional
+from transformers import MptForCausalLM
+
+from mpt_trt.engines.load import LoadedEngine, load_engine
+from mpt_trt.errors import MptTrtError
+from mpt_trt.evaluation.distance import Distance, all_logits, measure_distance, run_trial
+from mpt_trt.evaluation.reference import reference_logits, reference_name
+from mpt_trt.ft.checkpoint import read_ft_checkpoint
+from mpt_trt.system import gpus
+from mpt_trt.workflow.settings import Tolerance
+from support.built import Built
+from support.checkpoints import CheckpointSpec, write_checkpoint
+from support.engines import (
+    FEATURES,
+    LIMITS,
+    build,
+    call_tool,
+    convert,
+    deviation,
+    make_ft_checkpoint,
+    one_line_error,
+    random_ids,
+    reference,
+    run_tool,
+    tree,
+)
+from support.paths import REPOSITORY
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MIB = 1 << 20
+STRICT = Tolerance(max_abs=1e-3, mean_kl=1e-6, min_top1=1.0)
+STRICT_FLAGS = ("--max_abs=0.001", "--mean_kl=0.000001", "--min_top1=1.0")
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """ONNX Runtime runs everything here, whatever this machine has."""
+    monkeypatch.setattr(gpus, "compute_capabilities", lambda: ())
+
+
+# --- distance ------------------------------------------------------------------------------------
+
+
+def random_logits(seed: int, scale: float = 2.0, shape: tuple[int, int] = (7, 31)) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, scale, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("scale", [0.1, 2.0, 40.0, 3000.0])
+@pytest.mark.parametrize("noise", [1e-3, 0.3, 5.0])
+def test_distance_equals_pytorchs(scale, noise):
+    expected = random_logits(0, scale)
+    engine = expected + random_logits(1, noise)
+    found = measure_distance(engine, expected)
+    log_q, log_p = (
+        functional.log_softmax(torch.from_numpy(x).double(), dim=-1) for x in (engine, expected)
+    )
+    divergence = functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    assert found.mean_kl == pytest.approx(divergence.item(), rel=1e-9, abs=1e-15)
+    difference = torch.from_numpy(engine).double() - torch.from_numpy(expected).double()
+    assert found.max_abs == pytest.approx(difference.abs().max().item(), rel=1e-12)
+    same = torch.from_numpy(engine).argmax(-1) == torch.from_numpy(expected).argmax(-1)
+    assert found.top1 == same.double().mean().item()
+    assert found.positions == 7
+
+
+def test_distance_by_hand():
+    """Two tokens, probabilities 1/2, 1/2 against 4/5, 1/5: 1/2 ln(5/8) + 1/2 ln(5/2)."""
+    even, uneven = np.zeros((1, 2), np.float32), np.log([[4.0, 1.0]]).astype(np.float32)
+    found = measure_distance(uneven, even)
+    assert found.mean_kl == pytest.approx(0.5 * math.log(5 / 8) + 0.5 * math.log(5 / 2), rel=1e-6)
+    assert found.max_abs == pytest.approx(math.log(4), rel=1e-6)
+    turned = measure_distance(even, uneven)
+    assert turned.mean_kl == pytest.approx(0.8 * math.log(8 / 5) + 0.2 * math.log(2 / 5), rel=1e-6)
+
+
+def test_distance_of_equal_logits_is_zero():
+    logits = random_logits(0)
+    assert measure_distance(logits, logits.copy()) == Distance(0.0, 0.0, 1.0, 7)
+
+
+def test_shift_of_all_logits_changes_no_probability():
+    logits = random_logits(0)
+    found = measure_distance(logits + np.float32(8), logits)
+    assert found.max_abs == pytest.approx(8, rel=1e-5)
+    assert found.mean_kl == pytest.approx(0, abs=1e-10) and found.top1 == 1
+
+
+def test_top1_is_the_share_of_positions():
+    reference_, engine = np.zeros((4, 3), np.float32), np.zeros((4, 3), np.float32)
+    reference_[:, 1] = 1
+    engine[[0, 1, 2], 1] = 1
+    engine[3, 2] = 1
+    assert measure_distance(engine, reference_).top1 == 0.75
+
+
+# --- tolerance -----------------------------------------------------------------------------------
+
+TOLERANCE = Tolerance(max_abs=0.1, mean_kl=0.01, min_top1=0.9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "violations"),
+    [
+        ({}, []),
+        ({"max_abs": 0.11}, ["max_abs 0.11 (allowed 0.1)"]),
+        ({"mean_kl": 0.02}, ["mean_kl 0.02 (allowed 0.01)"]),
+        ({"top1": 0.89}, ["top1 0.89 (allowed 0.9)"]),
+        (
+            {"max_abs": 3.0, "mean_kl": 2.0, "top1": 0.0},
+            ["max_abs 3 (allowed 0.1)", "mean_kl 2 (allowed 0.01)", "top1 0 (allowed 0.9)"],
+        ),
+        ({"max_abs": math.nan}, ["max_abs nan (allowed 0.1)"]),
+        ({"max_abs": math.inf, "mean_kl": math.nan}, ["max_abs inf (allowed 0.1)", "mean_kl nan"]),
+    ],
+)
+def test_violations_name_what_exceeds_the_tolerance(changes, violations):
+    on_the_edge = Distance(max_abs=0.1, mean_kl=0.01, top1=0.9, positions=10)
+    found = replace(on_the_edge, **changes).violations(TOLERANCE)
+    assert len(found) == len(violations)
+    assert all(text.startswith(start) for text, start in zip(found, violations, strict=True))
+
+
+# --- the reference -------------------------------------------------------------------------------
+
+OF_TRANSFORMERS = {
+    "4 heads": CheckpointSpec(),
+    "6 heads": CheckpointSpec(num_heads=6),
+    "1 head": CheckpointSpec(num_heads=1),
+    "clip_qkv": CheckpointSpec(clip_qkv=0.75),
+    "softmax_scale": CheckpointSpec(softmax_scale=0.6),
+    "epsilon": CheckpointSpec(layer_norm_epsilon=0.02),
+    "untied head": CheckpointSpec(tie_word_embeddings=False),
+    "vocabulary of 101": CheckpointSpec(vocab_size=101, num_layers=3),
+}
+
+
+def logits_of_transformers(folder: Path, tokens: list[int]) -> np.ndarray:
+    model = MptForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_reference_equals_transformers(name, tmp_path):
+    spec = OF_TRANSFORMERS[name]
+    assert spec.runs_in_transformers
+    tokens = random_ids(spec, 1, 17)[0].tolist()
+    folder = write_checkpoint(tmp_path, spec)
+    found = reference_logits(folder, tokens)
+    assert found.dtype == torch.float32 and found.shape == (17, spec.vocab_size)
+    np.testing.assert_allclose(found, logits_of_transformers(folder, tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "sharded_safetensors", "bin", "sharded_bin"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_reference_reads_every_kind_of_checkpoint(layout, dtype, tmp_path):
+    spec = CheckpointSpec(num_heads=6)
+    tokens = random_ids(spec, 1, 11)[0].tolist()
+    folder = write_checkpoint(tmp_path, spec, layout=layout, dtype=dtype)
+    found = reference_logits(folder, tokens).numpy()
+    np.testing.assert_allclose(found, logits_of_transformers(folder, tokens), rtol=0, atol=1e-5)
+    rounded = reference(spec, np.array([tokens]), str(dtype).removeprefix("torch."))[0]
+    np.testing.assert_allclose(found, rounded, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("style", "prefix"), [("native", True), ("hub", False)])
+def test_reference_reads_native_configs_and_bare_names(style, prefix, tmp_path):
+    spec = CheckpointSpec()
+    ids = random_ids(spec, 1, 11)
+    folder = write_checkpoint(tmp_path, spec, style=style, prefix=prefix)
+    found = reference_logits(folder, ids[0].tolist()).numpy()
+    np.testing.assert_allclose(found, reference(spec, ids)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_heads", [4, 6])
+def test_reference_knows_alibi_bias_max(num_heads, tmp_path):
+    """transformers' model ignores it, its blocks take what they are given."""
+    spec = CheckpointSpec(num_heads=num_heads, alibi_bias_max=16)
+    ids = random_ids(spec, 1, 20)
+    found = reference_logits(write_checkpoint(tmp_path, spec), ids[0].tolist()).numpy()
+    np.testing.assert_allclose(found, reference(spec, ids)[0], rtol=0, atol=1e-5)
+
+
+def test_reference_of_one_token(tmp_path):
+    spec = CheckpointSpec()
+    found = reference_logits(write_checkpoint(tmp_path, spec), [5]).numpy()
+    np.testing.assert_allclose(found, reference(spec, np.array([[5]]))[0], rtol=0, atol=1e-5)
+
+
+def test_reference_says_what_computed_it(tmp_path):
+    folder = write_checkpoint(tmp_path, CheckpointSpec())
+    assert reference_name(folder) == f"transformers {transformers.__version__}, float32"
+
+
+MEASURE = """
+import re, sys, threading, time
+from pathlib import Path
+import torch
+import transformers.models.mpt.modeling_mpt
+from mpt_trt.reference import reference_logits
+
+def held():
+    status = Path("/proc/self/status").read_text()
+    return 1024 * sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\\s+(\\d+) kB", status)))
+
+torch.set_num_threads(1)
+reference_logits(Path(sys.argv[1]), [1, 2, 3])  # what PyTorch allocates once and for all
+base, samples, done = held(), [], threading.Event()
+
+def sample():
+    while not done.wait(0.002):
+        samples.append(held())
+
+thread = threading.Thread(target=sample)
+thread.start()
+reference_logits(Path(sys.argv[2]), list(range(32)))
+done.set()
+thread.join()
+print(max(samples) - base)
+"""
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+def test_reference_takes_the_memory_of_a_block_not_of_the_model(layout, tmp_path):
+    """The block that runs and the embedding; 16 MiB for activations."""
+    spec = CheckpointSpec(
+        hidden_size=512, num_heads=8, num_layers=16, vocab_size=2048, max_seq_len=64
+    )
+    small = write_checkpoint(tmp_path / "small", CheckpointSpec())
+    large = write_checkpoint(tmp_path / "large", spec, layout=layout, dtype=torch.float16)
+    block, embedding = 4 * 12 * 512**2, 4 * 2048 * 512
+    whole = 16 * block + embedding
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(small), str(large)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        cwd=REPOSITORY,
+    )
+    taken = int(result.stdout)
+    assert block < taken < block + embedding + 16 * MIB < whole / 4
+
+
+# --- trials --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine(built: Built) -> LoadedEngine:
+    return load_engine(built.engine, "onnxruntime", num_threads=1)
+
+
+@pytest.mark.parametrize("max_logits", [None, 1, 3, 100])
+@pytest.mark.parametrize("length", [1, 16, 30])
+def test_all_logits_are_fed_in_pieces_that_the_engine_allows(built, engine, max_logits, length):
+    ids = random_ids(built.spec, 1, length)
+    limited = replace(engine, model=StepLengths(engine.model), max_logits=max_logits)
+    found = all_logits(limited, ids[0].tolist())
+    assert deviation(found, reference(built.spec, ids)[0]) < 2e-5
+    allowed = min(LIMITS.max_input_len, max_logits or LIMITS.max_input_len)
+    assert max(limited.model.lengths) <= allowed
+    assert len(limited.model.lengths) == math.ceil(length / allowed)
+
+
+class StepLengths:
+    """Passes everything on to a model and notes how many tokens and logits each step has."""
+
+    def __init__(self, model):
+        self.model, self.lengths = model, []
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def step(self, input_ids, write_positions, logit_positions):
+        assert len(logit_positions) == input_ids.shape[1]
+        self.lengths.append(input_ids.shape[1])
+        return self.model.step(input_ids, write_positions, logit_positions)
+
+
+@pytest.mark.parametrize(("prompt_len", "new_tokens"), [(5, 6), (1, 1), (1, 8), (20, 3)])
+def test_trial_continues_as_transformers_does_and_keeps_all_logits(
+    built, engine, prompt_len, new_tokens
+):
+    """20 tokens are more than the engine takes in one step."""
+    prompt = random_ids(built.spec, 1, prompt_len, seed=4)[0].tolist()
+    trial = run_trial(engine, prompt, new_tokens)
+    model = MptForCausalLM.from_pretrained(built.hf, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # a trial does not stop at the end token
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, use_cache=True
+    )
+    assert trial.tokens == expected[0].tolist()
+    assert trial.prompt_len == prompt_len
+    seen = np.array([trial.tokens[:-1]])
+    assert trial.logits.shape == (prompt_len + new_tokens - 1, built.spec.vocab_size)
+    assert deviation(trial.logits, reference(built.spec, seen)[0]) < 2e-5
+    assert trial.prefill_tokens_per_s > 0
+    assert (trial.decode_tokens_per_s > 0) == (new_tokens > 1)
+
+
+# --- the smoke test ------------------------------------------------------------------------------
+
+PROMPT = "to be or"
+
+
+def smoke_test_arguments(hf: Path, engine: Path, output: Path) -> list[object]:
+    folders = [f"--engine_dir={engine}", f"--model_dir={hf}", f"--output={output}"]
+    return [*folders, f"--prompt={PROMPT}", "--max_new_tokens=12", "--num_threads=1"]
+
+
+def smoke_test(hf: Path, engine: Path, output: Path, *flags: str) -> None:
+    call_tool("smoke_test.py", *smoke_test_arguments(hf, engine, output), *flags)
+
+
+def test_smoke_test_reports_text_speed_runtime_and_distance(built: Built, tmp_path):
+    output = tmp_path / "results" / "1-gpu.json"
+    smoke_test(built.hf, built.engine, output, *STRICT_FLAGS)
+    result = json.loads(output.read_text())
+    assert tree(output.parent) == ["1-gpu.json"]
+
+    assert result["passed"] is True
+    assert result["engine_dir"] == str(built.engine) and result["engines"] == ["rank0.engine"]
+    assert result["builder"]["package"] == "tensorrt_rtx"
+    assert result["runtime"].startswith("ONNX Runtime 1.")
+    assert result["stood_in_because"].startswith("no NVIDIA GPU found")
+    assert result["reference"] == reference_name(built.hf)
+    assert result["tolerance"] == dict(
+        zip(("max_abs", "mean_kl", "min_top1"), astuple(STRICT), strict=True)
+    )
+    assert result["prefill_tokens_per_s"] > 0 and result["decode_tokens_per_s"] > 0
+
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(built.hf)
+    tokens = result["tokens"]
+    assert result["prompt"] == PROMPT
+    assert tokens[: result["prompt_len"]] == tokenizer(PROMPT)["input_ids"]
+    assert len(tokens) == len(PROMPT) + 12
+    continuation = tokens[result["prompt_len"] :]
+    assert result["text"] == tokenizer.decode(continuation, skip_special_tokens=True)
+    assert result["distance"]["positions"] == len(tokens) - 1
+    assert result["distance"]["top1"] == 1
+    assert 0 < result["distance"]["max_abs"] < 1e-4 and result["distance"]["mean_kl"] < 1e-9
+
+
+def with_altered_weights(built: Built, folder: Path) -> Path:
+    """An engine whose weights were changed after it was built, in a file of the same size."""
+    engine = Path(shutil.copytree(built.engine, folder / "engine"))
+    path = engine / "weights" / "model.layers.1.attention.dense.weight.0.bin"
+    values = np.fromfile(path, np.float32)
+    path.unlink()
+    values[::7] *= 1.5
+    values.tofile(path)
+    return engine
+
+
+def with_other_slopes(built: Built, folder: Path) -> Path:
+    """An engine from an FT checkpoint that says alibi_bias_max = 16."""
+    ft = Path(shutil.copytree(built.ft, folder / "1-gpu"))
+    with (ft / "config.ini").open("a") as stream:
+        stream.write("alibi_bias_max = 16\n")
+    text = (ft / "config.ini").read_text()
+    (ft / "config.ini").write_text(re.sub(r"\n\n+", "\n", text))
+    return build(read_ft_checkpoint(ft), folder / "engine")
+
+
+def of_another_checkpoint(built: Built, folder: Path) -> Path:
+    """An engine of the same architecture with another seed."""
+    return build(make_ft_checkpoint(folder, replace(built.spec, seed=99)), folder / "engine")
+
+
+def rounded_to_bfloat16(built: Built, folder: Path) -> Path:
+    return build(convert(built.hf, folder / "1-gpu", "bfloat16"), folder / "engine")
+
+
+@pytest.mark.parametrize(
+    "wrong", [with_altered_weights, with_other_slopes, of_another_checkpoint, rounded_to_bfloat16]
+)
+def test_wrong_engine_is_rejected(built: Built, wrong, tmp_path):
+    engine = wrong(built, tmp_path)
+    output, rejected = tmp_path / "1-gpu.json", tmp_path / "1-gpu.json.rejected"
+    output.write_text("a result of before")
+    with pytest.raises(MptTrtError) as caught:
+        smoke_test(built.hf, engine, output, *STRICT_FLAGS)
+    assert str(caught.value).startswith(f"{engine}: too far from the reference: max_abs ")
+    assert "(allowed 0.001)" in str(caught.value) and f"see {rejected}" in str(caught.value)
+    assert not output.exists()
+    result = json.loads(rejected.read_text())
+    assert result["passed"] is False
+    assert result["distance"]["max_abs"] > 1e-3
+
+
+def test_rejection_as_a_command_and_recovery(built: Built, tmp_path):
+    """Exit status 1 and one line; the result of a right engine replaces the rejected one."""
+    output = tmp_path / "1-gpu.json"
+    engine = with_altered_weights(built, tmp_path)
+    arguments = [*smoke_test_arguments(built.hf, engine, output), *STRICT_FLAGS]
+    result = run_tool("smoke_test.py", *arguments)
+    assert "too far from the reference: max_abs" in one_line_error(result)
+    assert [path.name for path in tmp_path.glob("1-gpu*")] == ["1-gpu.json.rejected"]
+    smoke_test(built.hf, built.engine, output, *STRICT_FLAGS)
+    assert [path.name for path in tmp_path.glob("1-gpu*")] == ["1-gpu.json"]
+
+
+def test_tolerance_decides(built: Built, tmp_path):
+    """The bfloat16 engine that is too far for float32 is near enough for its own bounds."""
+    engine = rounded_to_bfloat16(built, tmp_path)
+    output = tmp_path / "1-gpu.json"
+    smoke_test(built.hf, engine, output, "--max_abs=0.5", "--mean_kl=0.01", "--min_top1=0.5")
+    result = json.loads(output.read_text())
+    assert result["passed"] and 1e-3 < result["distance"]["max_abs"] < 0.5
+    assert "float32 arithmetic" in result["runtime"]
+
+
+@pytest.mark.parametrize("storage_type", ["float16", "bfloat16"])
+def test_engines_of_fewer_bits_pass_their_default_tolerance(storage_type, tmp_path):
+    """Chunked prefill too: the prompt is longer than what the engine takes in one step."""
+    spec = CheckpointSpec(num_heads=6, seed=1)
+    checkpoint = make_ft_checkpoint(tmp_path, spec, storage_type)
+    engine = build(checkpoint, tmp_path / "engine", replace(LIMITS, max_input_len=5))
+    bounds = {"float16": "0.1", "bfloat16": "0.5"}[storage_type]
+    flags = (f"--max_abs={bounds}", "--mean_kl=0.01", "--min_top1=0.9")
+    smoke_test(tmp_path / "hf", engine, tmp_path / "out.json", *flags)
+    assert json.loads((tmp_path / "out.json").read_text())["passed"]
+
+
+def test_prompt_that_does_not_fit_is_refused(built: Built, tmp_path):
+    with pytest.raises(MptTrtError, match=r"40 tokens.*a cache row holds 32"):
+        smoke_test(built.hf, built.engine, tmp_path / "out.json", f"--prompt={'ab c' * 10}")
+    assert tree(tmp_path) == []
+
+
+def test_architecture_that_transformers_lacks(tmp_path):
+    checkpoint = make_ft_checkpoint(tmp_path, FEATURES["multi-query"])
+    engine = build(checkpoint, tmp_path / "engine")
+    smoke_test(tmp_path / "hf", engine, tmp_path / "out.json", *STRICT_FLAGS)
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["passed"] and result["reference"].startswith("plain PyTorch ")

@@ -1,0 +1,356 @@
+"""Reports: numbers for people, the page, its plots and its table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from mpt_trt.engines.manifest import BuilderInfo
+from mpt_trt.errors import MptTrtError
+from mpt_trt.evaluation.distance import Speed
+from mpt_trt.evaluation.quality_result import Estimate, Figures, QualityResult, Size, write_quality
+from mpt_trt.report.numbers import number, with_error
+from mpt_trt.report.page import read_entry, require_comparable
+from mpt_trt.report.plots import _spread
+from mpt_trt.system.machine import Machine
+from support.engines import call_tool, one_line_error, run_tool
+
+BASE_NATS = 2.4
+
+
+def result(kl: float, excess: float, megabytes: float, ranks: int = 1) -> QualityResult:
+    return QualityResult(
+        engine_dir="trt_engines/some/where",
+        model_name="model",
+        ranks=ranks,
+        dtype="float16",
+        quantization={"method": "int4_awq", "group_size": 64},
+        kv_cache="int8",
+        builder=BuilderInfo("tensorrt_rtx", "1.7.1", ("8.9",)),
+        runtime="ONNX Runtime 1.32.0 (CPUExecutionProvider)",
+        stood_in_because="no NVIDIA GPU found",
+        machine=Machine("Some <CPU>", 2, 23.5, (), "Linux", "3.11"),
+        date="2026-11-25",
+        reference="transformers 5.14.1, float32",
+        text="heldout.txt",
+        text_hash="xxh3:0",
+        window_length=512,
+        figures=Figures(
+            nats_per_token=Estimate(BASE_NATS + excess, 0.1),
+            perplexity=math.exp(BASE_NATS + excess),
+            reference_nats_per_token=Estimate(BASE_NATS, 0.1),
+            reference_perplexity=math.exp(BASE_NATS),
+            excess=Estimate(excess, 0.002),
+            kl=Estimate(kl, kl / 10),
+            top1=Estimate(0.98, 0.001),
+            windows=16,
+            tokens=8192,
+        ),
+        size=Size(int(2e6 * megabytes), int(1e6 * megabytes), int(3e6 * megabytes)),
+        speed=Speed(4000.0, 321.0),
+        prompt_len=128,
+        new_tokens=32,
+        peak_memory=150_000_000,
+    )
+
+
+RESULTS = {
+    "fp32": result(4e-12, 0.0, 26),
+    "fp16": result(5e-7, 1e-5, 13),
+    "int4<&>": replace(result(0.09, 0.05, 5.2), runtime="tensorrt 11.0", stood_in_because=None),
+    "fp16 ": result(6e-7, 1e-5, 13, ranks=2),
+}
+
+
+def write_inputs(folder: Path, results: dict[str, QualityResult]) -> list[str]:
+    """Arguments of make_report.py but for its outputs."""
+    quality, smoke = [], []
+    for index, entry in enumerate(results.values()):
+        quality.append(folder / f"quality{index}.json")
+        smoke.append(folder / f"smoke{index}.json")
+        write_quality(entry, quality[-1])
+        smoke[-1].write_text('{"distance": {"max_abs": 0.0123}, "tolerance": {"max_abs": 0.1}}')
+    names = [name.strip() for name in results]
+    return [
+        "--model=toy & co", "--variants", *names, "--quality", *map(str, quality),
+        "--smoke_tests", *map(str, smoke),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `page.html` and `items/`."""
+    folder = tmp_path_factory.mktemp("report")
+    arguments = write_inputs(folder, RESULTS)
+    outputs = ("--output", folder / "page.html", "--items_dir", folder / "items")
+    call_tool("make_report.py", *arguments, *outputs)
+    return folder
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in order; collects attributes and text."""
+
+    VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+    def __init__(self, content: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.found: list[tuple[str, dict]] = []
+        self.cells: list[list[str]] = []
+        self.text = ""
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.cells.append([])
+        elif tag in ("td", "th"):
+            self.cells[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+        if self.open and self.open[-1] in ("td", "th", "small") and self.cells:
+            self.cells[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def page(made: Path) -> Page:
+    return Page((made / "page.html").read_text(encoding="utf-8"))
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (0, 3, "0"),
+        (13.139, 3, "13.1"),
+        (4547.5, 3, "4,550"),
+        (13300.0, 3, "13,300"),
+        (10.93704, 5, "10.937"),
+        (0.0123, 2, "0.012"),
+        (0.9996, 3, "1.00"),
+        (5.0137e-7, 3, "5.01 × 10⁻⁷"),
+        (-2.5e-11, 2, "−2.5 × 10⁻¹¹"),
+        (-3.0, 2, "−3.0"),
+        (1.5e7, 2, "1.5 × 10⁷"),
+    ],
+)
+def test_number(value, digits, text):
+    assert number(value, digits) == text
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "text"),
+    [
+        (5.0137e-7, 3.054e-8, "(5.01 ± 0.31) × 10⁻⁷"),
+        (0.0908, 0.0091, "0.0908 ± 0.0091"),
+        (-0.0268, 0.0102, "−0.027 ± 0.010"),
+        (99.951, 0.0218, "99.951 ± 0.022"),
+        (11.63, 2.48, "11.6 ± 2.5"),
+        (1234.5, 123.4, "1,234 ± 123"),
+        (0.00001, 0.4, "0.00 ± 0.40"),
+        (1.0, None, "1.00"),
+        (0.5, 0.0, "0.500"),
+        # The digits of the error, when rounding makes it a power of ten.
+        (5.0, 0.0999, "5.00 ± 0.10"),
+    ],
+)
+def test_number_with_its_error(mean, error, text):
+    assert with_error(Estimate(mean, error)) == text
+
+
+def test_changes_show_their_sign():
+    assert with_error(Estimate(0.00021, 0.00011), 100, show_sign=True) == "+0.021 ± 0.011"
+    assert with_error(Estimate(-0.02, None), 100, show_sign=True) == "−2.00"
+    assert with_error(Estimate(0.02, None), 100, show_sign=True) == "+2.00"
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def test_page_needs_nothing_else(made: Path, page: Page):
+    content = (made / "page.html").read_text(encoding="utf-8")
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.found}
+    outside = re.findall(r'(?:src|href|data)="(?!#)[^"]*"|url\((?!#)|@import', content)
+    assert outside == []
+    # Names of XML's vocabularies are no addresses that a browser opens.
+    addresses = set(re.findall(r"https?://[^\s\"<]+", content))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+
+
+def test_page_is_for_every_screen_and_reader(made: Path, page: Page):
+    content = (made / "page.html").read_text(encoding="utf-8")
+    metas = [attributes for tag, attributes in page.found if tag == "meta"]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in metas
+    assert "@media print" in content and "prefers-color-scheme: dark" in content
+    assert ("html", {"lang": "en"}) in page.found
+    box = next(a for _, a in page.found if a.get("class") == "box")
+    assert box["role"] == "region" and box["aria-label"] and box["tabindex"] == "0"
+
+
+def test_ids_are_unique_and_references_lead_somewhere(made: Path, page: Page):
+    ids = [attributes["id"] for _, attributes in page.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    content = (made / "page.html").read_text(encoding="utf-8")
+    used = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', content)
+    labels = [a["aria-labelledby"].split() for _, a in page.found if "aria-labelledby" in a]
+    assert len(labels) == 3
+    wanted = {name for pair in used for name in pair if name} | {n for ns in labels for n in ns}
+    assert wanted <= set(ids)
+
+
+def test_table_has_a_row_for_each_engine(page: Page):
+    header, *rows = page.cells[1:]
+    assert header[:3] == ["Engine", "WeightsMB", "× fp16"]
+    assert [row[0] for row in rows] == ["fp32", "fp16", "int4<&>", "fp16, 2 ranks"]
+    assert {len(row) for row in rows} == {len(header)}
+    int4 = dict(zip(header, rows[2], strict=True))
+    assert int4["WeightsMB"] == "5.20" and rows[2][2] == "0.40"
+    assert int4["Perplexity"] == number(math.exp(BASE_NATS + 0.05), 5)
+    # exp(0.05) - 1, and its derivative times 0.002
+    assert int4["Change%"] == "+5.13 ± 0.21"
+    assert int4["Mean KLnats"] == "0.0900 ± 0.0090"
+    assert int4["Same top token%"] == "98.00 ± 0.10"
+    assert int4["Generatingtokens/s"] == "321" and int4["Runtime"] == "tensorrt 11.0"
+    assert int4["Logit distanceof allowed"] == "0.012 of 0.10"
+
+
+def test_names_are_escaped(made: Path, page: Page):
+    content = (made / "page.html").read_text(encoding="utf-8")
+    assert "int4<&>" not in content and "int4&lt;&amp;&gt;" in content
+    assert "toy &amp; co: quality" in content and "Some <CPU>" in page.text
+
+
+def test_page_says_how_the_figures_were_obtained(page: Page):
+    for text in (
+        "Some <CPU>, 2 cores, 23.5 GiB, no GPU",
+        "ONNX Runtime 1.32.0 (CPUExecutionProvider)",
+        "no NVIDIA GPU found",
+        "tensorrt_rtx 1.7.1 for GPUs of compute capability 8.9",
+        "transformers 5.14.1, float32",
+        "heldout.txt, 16 windows of 512 tokens",
+        "fp16: float16, matrices of the blocks int4_awq (group_size 64), KV cache int8",
+        "Smallest weights within 1% of the reference's perplexity: fp16, 13.0 MB.",
+    ):
+        assert text in page.text, text
+
+
+def test_plots_stand_alone_and_name_every_engine(made: Path):
+    for name in ("size", "divergence", "speed"):
+        tree = ET.parse(made / "items" / f"{name}.svg").getroot()
+        assert tree.tag == "{http://www.w3.org/2000/svg}svg" and tree.get("viewBox")
+        texts = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")]
+        assert {"fp32", "fp16", "int4<&>"} <= set(texts), name
+        told = tree.find("{http://www.w3.org/2000/svg}desc").text
+        assert "int4<&>" in told
+        content = (made / "items" / f"{name}.svg").read_text()
+        assert not re.search(r"#00000[0-9]\b", content), "a colour that the page does not know"
+    # Which runtime a bar is of is told by its hatching, too.
+    assert "tensorrt 11.0" in texts and "<pattern" in content
+
+
+def test_table_file_has_full_precision(made: Path):
+    rows = list(csv.DictReader(io.StringIO((made / "items" / "table.csv").read_text())))
+    assert [row["variant"] for row in rows] == ["fp32", "fp16", "int4<&>", "fp16"]
+    assert float(rows[2]["perplexity"]) == math.exp(BASE_NATS + 0.05)
+    assert (rows[3]["ranks"], rows[1]["weights_bytes"]) == ("2", "13000000")
+
+
+def test_the_same_results_give_the_same_bytes(made: Path, tmp_path: Path):
+    arguments = write_inputs(tmp_path, RESULTS)
+    outputs = ("--output", tmp_path / "page.html", "--items_dir", tmp_path / "items")
+    call_tool("make_report.py", *arguments, *outputs)
+    for path in ("page.html", "items/size.svg", "items/speed.svg", "items/table.csv"):
+        assert (tmp_path / path).read_bytes() == (made / path).read_bytes()
+
+
+def test_one_engine_without_fp16_is_enough(tmp_path: Path):
+    single = replace(
+        RESULTS["fp32"], figures=replace(RESULTS["fp32"].figures, kl=Estimate(0.0, None))
+    )
+    arguments = write_inputs(tmp_path, {"odd": single})
+    outputs = ("--output", tmp_path / "page.html", "--items_dir", tmp_path / "items")
+    call_tool("make_report.py", *arguments, *outputs)
+    rows = Page((tmp_path / "page.html").read_text(encoding="utf-8")).cells
+    assert rows[-1][:3] == ["odd", "26.0", "–"]
+
+
+def test_gigabytes_for_large_models(tmp_path: Path):
+    arguments = write_inputs(tmp_path, {"fp16": result(1e-6, 0.0, 13_300)})
+    outputs = ("--output", tmp_path / "page.html", "--items_dir", tmp_path / "items")
+    call_tool("make_report.py", *arguments, *outputs)
+    header, row = Page((tmp_path / "page.html").read_text(encoding="utf-8")).cells[1:]
+    assert (header[1], row[1]) == ("WeightsGB", "13.3")
+
+
+@pytest.mark.parametrize(
+    "heights", [[], [0.5], [0.0, 0.0, 0.0], [0.9, 0.95, 1.0, 1.0], [0.1, 0.5, 0.51, 0.52, 0.9]]
+)
+def test_labels_keep_their_distance(heights):
+    placed = _spread(heights, 0.1, 0.0, 1.0)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(placed))
+    assert all(-1e-9 <= height <= 1 + 1e-9 for height in placed)
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+def test_engines_of_different_text_are_not_compared(tmp_path: Path):
+    other = replace(RESULTS["fp16"], text_hash="xxh3:1")
+    write_inputs(tmp_path, {"fp32": RESULTS["fp32"], "fp16": other})
+    entries = [
+        read_entry(name, tmp_path / f"quality{index}.json", tmp_path / f"smoke{index}.json")
+        for index, name in enumerate(("fp32", "fp16"))
+    ]
+    with pytest.raises(MptTrtError, match="fp32 and fp16 were measured on different text"):
+        require_comparable(entries)
+    with pytest.raises(MptTrtError, match="at least one engine"):
+        require_comparable([])
+
+
+def test_results_come_back_as_they_were(tmp_path: Path):
+    write_inputs(tmp_path, RESULTS)
+    entry = read_entry("fp32", tmp_path / "quality0.json", tmp_path / "smoke0.json")
+    assert entry.quality == RESULTS["fp32"]
+    assert json.loads((tmp_path / "quality0.json").read_text())["size"] == asdict(
+        RESULTS["fp32"].size
+    )
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path):
+    arguments = write_inputs(tmp_path, {"fp32": RESULTS["fp32"]})
+    (tmp_path / "smoke0.json").write_text("{}")
+    outputs = ("--output", tmp_path / "page.html", "--items_dir", tmp_path / "items")
+    result = run_tool("make_report.py", *arguments, *outputs)
+    assert "smoke0.json: no result of a smoke test" in one_line_error(result)
+    assert not (tmp_path / "page.html").exists() and not (tmp_path / "items").exists()
+
+
+def test_lists_of_different_length_are_refused(tmp_path: Path):
+    arguments = write_inputs(tmp_path, {"fp32": RESULTS["fp32"]})
+    arguments.insert(2, "fp16")
+    with pytest.raises(MptTrtError, match="have 2, 1, 1 values"):
+        call_tool("make_report.py", *arguments, "--output", "x", "--items_dir", "y")

@@ -1,0 +1,111 @@
+"""What a machine lacks for a target, of machines that have it and of machines that do not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from mpt_trt.engines.memory import GB
+from mpt_trt.errors import MptTrtError
+from mpt_trt.workflow import preflight
+from mpt_trt.workflow.preflight import Gpu, Machine, Needs
+from support.engines import call_tool
+
+NEEDS = Needs(
+    target="trt_engines/m/fp16/2-gpu",
+    backend="tensorrt_rtx",
+    compute_capabilities=("8.0", "8.9"),
+    ranks=2,
+    gpu_memory=20 * GB,
+    build_memory=30 * GB,
+    run_memory=60 * GB,
+    disk=100 * GB,
+    is_calibrated=True,
+)
+GPU = Gpu("NVIDIA L4", 24 * GB, "8.9")
+COMPLETE = Machine(
+    host="node",
+    cores=8,
+    memory=64 * GB,
+    free_disk=200 * GB,
+    gpus=(GPU, GPU),
+    driver="580.1",
+    tensorrt=None,
+    tensorrt_rtx="1.7",
+    onnxruntime="1.32",
+    nccl="0.6",
+    mpi="Open MPI 5, mpi4py 4",
+    modelopt="0.47",
+)
+
+
+def test_a_complete_machine_lacks_nothing() -> None:
+    assert preflight.judge(NEEDS, COMPLETE) == preflight.Verdict((), (), ())
+
+
+@pytest.mark.parametrize(
+    ("lack", "complaint"),
+    [
+        ({"modelopt": None}, "nvidia-modelopt, for calibration"),
+        ({"memory": 29 * GB}, "30.0 GB of memory; 29.0 GB are there"),
+        ({"free_disk": GB}, "100.0 GB of free disk space; 1.0 GB are there"),
+    ],
+)
+def test_what_a_build_lacks(lack: dict, complaint: str) -> None:
+    verdict = preflight.judge(NEEDS, replace(COMPLETE, **lack))
+    assert verdict.build == (complaint,)
+    assert verdict.run == ()
+
+
+@pytest.mark.parametrize(
+    ("lack", "complaint"),
+    [
+        ({"gpus": (GPU,)}, "2 GPU(s); 1 found"),
+        ({"gpus": (GPU, replace(GPU, memory=16 * GB))}, "20.0 GB of GPU memory; 16.0 GB are there"),
+        (
+            {"gpus": (GPU, replace(GPU, compute_capability="9.0"))},
+            "compute_capabilities 9.0 in config.yaml",
+        ),
+        ({"nccl": None}, "nccl4py"),
+    ],
+)
+def test_what_tensorrt_lacks_and_onnx_runtime_makes_up_for(lack: dict, complaint: str) -> None:
+    verdict = preflight.judge(NEEDS, replace(COMPLETE, **lack))
+    assert verdict == preflight.Verdict((), (complaint,), ())
+
+
+def test_ranks_cannot_do_without_mpi_nor_without_memory() -> None:
+    verdict = preflight.judge(NEEDS, replace(COMPLETE, mpi=None))
+    assert verdict.run == ("mpirun and mpi4py",)
+    small = replace(COMPLETE, gpus=(), memory=31 * GB)
+    assert preflight.judge(NEEDS, small).run == ("60.0 GB of memory; 31.0 GB are there",)
+    alone = replace(NEEDS, ranks=1)
+    assert preflight.judge(alone, replace(COMPLETE, mpi=None, nccl=None)).tensorrt == ()
+
+
+def test_a_package_that_is_not_installed_is_named() -> None:
+    verdict = preflight.judge(replace(NEEDS, backend="tensorrt"), replace(COMPLETE, gpus=()))
+    (complaint,) = verdict.build
+    assert "tensorrt" in complaint
+
+
+def test_this_machine_is_inspected_and_recorded_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    needs = json.dumps([asdict(NEEDS)])
+    call_tool("preflight.py", "--once", tmp_path, "--needs", needs)
+    assert NEEDS.target in capsys.readouterr().out
+    (record,) = tmp_path.iterdir()
+    found = json.loads(record.read_text())
+    assert found["machine"]["onnxruntime"] and found["machine"]["cores"] >= 1
+    assert set(found["targets"]) == {NEEDS.target}
+    call_tool("preflight.py", "--once", tmp_path, "--needs", needs)
+    assert capsys.readouterr().out == ""
+
+
+def test_needs_of_another_form_are_refused() -> None:
+    with pytest.raises(MptTrtError, match="not a JSON list of what targets need"):
+        call_tool("preflight.py", "--needs", '[{"target": "x"}]')

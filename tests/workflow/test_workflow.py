@@ -1,0 +1,284 @@
+"""The workflow itself: what is made, what is made again and why, and what bad input leads to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mpt_trt.ft.checkpoint import read_ft_checkpoint
+from support.paths import REPOSITORY
+from support.workflow import SMALL, Workflow
+
+SMOKE_TEST = "smoke_tests/toy/{}/1-gpu.json"
+CHAIN = ["convert_checkpoint", "make_networks", "build_plans", "collect_engine", "smoke_test"]
+
+
+def chain(variant: str) -> list[str]:
+    return [f"{rule} {variant}" for rule in CHAIN]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
+    """Both variants, made up to their smoke tests. Tests leave it complete."""
+    workflow = Workflow.create(tmp_path_factory.mktemp("workflow") / "project")
+    jobs = workflow.make(SMOKE_TEST.format("fp32"), SMOKE_TEST.format("fp16"))
+    assert sorted(jobs) == sorted(chain("fp32") + chain("fp16"))
+    return workflow
+
+
+def both(workflow: Workflow) -> list[str]:
+    return workflow.planned(SMOKE_TEST.format("fp32"), SMOKE_TEST.format("fp16"))
+
+
+def test_nothing_is_done_twice(made: Workflow) -> None:
+    assert both(made) == []
+
+
+def test_smoke_test_says_what_ran_and_how_far_it_is(made: Workflow) -> None:
+    result = json.loads((made.folder / SMOKE_TEST.format("fp32")).read_text())
+    assert result["passed"] is True
+    assert result["runtime"].startswith("ONNX Runtime") or result["stood_in_because"] is None
+    assert 0 <= result["distance"]["max_abs"] < 1e-3
+    assert result["distance"]["positions"] == result["prompt_len"] + 6 - 1
+    assert result["decode_tokens_per_s"] > 0
+
+
+def test_engine_directory_shares_its_weights_with_the_ft_checkpoint(made: Workflow) -> None:
+    ft = made.folder / "ft_ckpts/toy/fp16/1-gpu/model.layers.0.mlp.dense_h_to_4h.weight.0.bin"
+    linked = made.folder / "trt_engines/toy/fp16/1-gpu/weights" / ft.name
+    assert linked.stat().st_ino == ft.stat().st_ino
+
+
+def test_only_the_changed_variant_is_made_again(made: Workflow) -> None:
+    made.configure(fp16={**SMALL, "max_input_len": 20})
+    try:
+        planned = both(made)
+    finally:
+        made.configure()
+    assert sorted(planned) == sorted(chain("fp16")[1:])
+    assert both(made) == []
+
+
+def test_a_new_tolerance_repeats_the_smoke_test_alone(made: Workflow) -> None:
+    made.configure(fp16={**SMALL, "tolerance": {"max_abs": 0.2}})
+    try:
+        assert both(made) == ["smoke_test fp16"]
+    finally:
+        made.configure()
+
+
+def test_a_new_variant_shares_the_ft_checkpoint(made: Workflow) -> None:
+    made.configure(wide={**SMALL, "max_batch_size": 2})
+    try:
+        planned = made.planned("trt_engines/toy/wide/1-gpu")
+    finally:
+        made.configure()
+    assert planned == ["make_networks wide", "build_plans wide", "collect_engine wide"]
+
+
+@pytest.mark.parametrize(
+    ("module", "first"),
+    [
+        ("ft_checkpoint.py", "convert_checkpoint"),
+        ("network.py", "make_networks"),
+        ("engines/tensorrt.py", "make_networks"),
+        ("verification.py", "smoke_test"),
+    ],
+)
+def test_an_edited_module_repeats_what_depends_on_it(
+    made: Workflow, module: str, first: str
+) -> None:
+    path = made.folder / "workflow_scripts/mpt_trt" / module
+    original = path.read_text()
+    made.edit_module(module)
+    try:
+        planned = made.planned(SMOKE_TEST.format("fp32"))
+    finally:
+        path.write_text(original)
+    assert planned == chain("fp32")[CHAIN.index(first) :]
+    assert both(made) == []
+
+
+def test_a_changed_checkpoint_is_noticed(made: Workflow) -> None:
+    config = made.folder / "model" / "config.json"
+    content = config.read_text()
+    time.sleep(1.1)  # mtimes of the outputs are compared with the input's
+    config.write_text(content + " ")
+    planned = made.planned("ft_ckpts/toy/fp32/1-gpu")
+    config.write_text(content)
+    assert planned == ["convert_checkpoint fp32"]
+    made.make(SMOKE_TEST.format("fp32"), SMOKE_TEST.format("fp16"))
+
+
+@pytest.mark.parametrize(
+    ("lost", "target", "repeated"),
+    [
+        (
+            "trt_engines/toy/fp32/1-gpu/rank0.engine",
+            "trt_engines/toy/fp32/1-gpu",
+            ["collect_engine fp32"],
+        ),
+        (
+            "trt_engines/toy/fp32/1-gpu/weights/model.wte.bin",
+            "trt_engines/toy/fp32/1-gpu",
+            ["collect_engine fp32"],
+        ),
+        (
+            "ft_ckpts/toy/fp32/1-gpu/model.layers.1.attention.dense.weight.0.bin",
+            "ft_ckpts/toy/fp32/1-gpu",
+            ["convert_checkpoint fp32"],
+        ),
+    ],
+)
+def test_a_lost_file_is_made_again(
+    made: Workflow, lost: str, target: str, repeated: list[str]
+) -> None:
+    (made.folder / lost).unlink()
+    assert made.make(target) == repeated
+    assert (made.folder / lost).is_file()
+    assert made.planned(target) == []
+    made.make(SMOKE_TEST.format("fp32"), SMOKE_TEST.format("fp16"))
+
+
+def test_another_builder_version_makes_the_engine_again(made: Workflow) -> None:
+    """A newer package is announced by its metadata alone, which is all that the rules look at."""
+    fake = made.folder / "newer" / "tensorrt_rtx_cu13-99.0.dist-info"
+    fake.mkdir(parents=True)
+    (fake / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: tensorrt_rtx_cu13\nVersion: 99.0\n"
+    )
+    result = made.run(
+        "--dry-run", "trt_engines/toy/fp32/1-gpu", PYTHONPATH=str(made.folder / "newer")
+    )
+    output = result.stdout + result.stderr
+    assert "build_plans" in output
+    assert "Params have changed" in output
+    assert "make_networks" not in output
+
+
+def test_wrong_engines_fail_and_leave_no_result(tmp_path: Path) -> None:
+    workflow = Workflow.create(tmp_path / "project")
+    workflow.configure(fp16={**SMALL, "tolerance": {"max_abs": 1e-9}})
+    result = workflow.run(SMOKE_TEST.format("fp16"))
+    assert result.returncode != 0
+    assert "too far from the reference: max_abs" in result.stdout + result.stderr
+    assert not (workflow.folder / SMOKE_TEST.format("fp16")).exists()
+    rejected = json.loads((workflow.folder / f"{SMOKE_TEST.format('fp16')}.rejected").read_text())
+    assert rejected["passed"] is False
+
+
+def test_smoothquant_checkpoints(made: Workflow) -> None:
+    """Made for two ranks, and again when the calibration text changes, which nothing else reads."""
+    target, plain = "ft_ckpts/toy/sq/2-gpu", "ft_ckpts/toy/fp16/1-gpu"
+    assert made.make(target) == ["smooth_checkpoint sq"]
+    assert made.planned(target, plain) == []
+    checkpoint = read_ft_checkpoint(made.folder / target)
+    assert (checkpoint.smoothing, checkpoint.storage_type, checkpoint.tp_size) == (
+        0.5,
+        "float16",
+        2,
+    )
+    calibration = checkpoint.manifest["calibration"]
+    assert (calibration["text"], calibration["num_samples"]) == ("calibration.txt", 4)
+    text = made.folder / "calibration.txt"
+    content = text.read_text()
+    try:
+        text.write_text(content * 2)
+        assert made.planned(target, plain) == ["smooth_checkpoint sq"]
+    finally:
+        text.write_text(content)
+
+
+def test_smoothquant_settings_in_the_name(made: Workflow) -> None:
+    target = "ft_ckpts/toy/sq-0.8-bf16/1-gpu"
+    assert made.make(target) == ["smooth_checkpoint sq-0.8-bf16"]
+    checkpoint = read_ft_checkpoint(made.folder / target)
+    assert (checkpoint.smoothing, checkpoint.storage_type) == (0.8, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("trt_engines/toi/fp16/1-gpu", "no model named 'toi'; did you mean 'toy'?"),
+        ("trt_engines/toy/fp61/1-gpu", "no variant named 'fp61'; did you mean 'fp16'?"),
+        ("ft_ckpts/toy/fp8/1-gpu", "no such storage type; known are fp32, fp16, bf16"),
+        ("ft_ckpts/toy/sq-1.5/1-gpu", "no such storage type; known are fp32, fp16, bf16"),
+    ],
+)
+def test_misspelt_targets_get_a_hint(made: Workflow, target: str, message: str) -> None:
+    result = made.run("--dry-run", target)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+
+
+def test_a_misspelt_key_gets_a_hint(made: Workflow) -> None:
+    made.configure(fp16={"max_bach_size": 4})
+    try:
+        result = made.run("--dry-run", "trt_engines/toy/fp32/1-gpu")
+    finally:
+        made.configure()
+    assert result.returncode != 0
+    message = "unknown key 'max_bach_size'; did you mean 'max_batch_size'?"
+    assert message in result.stdout + result.stderr
+
+
+def test_a_missing_model_folder_is_named(made: Workflow) -> None:
+    config = made.folder / "config.yaml"
+    content = config.read_text()
+    config.write_text(content.replace("source: model", "source: ./nowhere"))
+    try:
+        result = made.run("--dry-run", "ft_ckpts/toy/fp32/1-gpu")
+    finally:
+        config.write_text(content)
+    assert result.returncode != 0
+    assert "nowhere: no such folder" in result.stdout + result.stderr
+
+
+def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    workflow = Workflow.create(tmp_path / "project")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "snakemake", "--cores", "2", SMOKE_TEST.format("fp32")],
+        cwd=workflow.folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    network = workflow.folder / "build/networks/toy/fp32/.1-gpu.seal"
+    deadline = time.monotonic() + 60
+    while not network.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    # Ctrl-C reaches the whole foreground process group.
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) != 0
+    assert not (workflow.folder / SMOKE_TEST.format("fp32")).exists()
+    assert list(workflow.folder.rglob(".*partial*")) == []
+    jobs = workflow.make(SMOKE_TEST.format("fp32"))
+    assert jobs[0] in ("make_networks fp32", "build_plans fp32", "collect_engine fp32")
+    assert jobs[-1] == "smoke_test fp32"
+
+
+def test_shipped_models_plan_without_a_network(made: Workflow) -> None:
+    """Planning asks no hub, and needs nothing but the repository."""
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "snakemake", "--dry-run", "--cores", "2", "--directory",
+            str(made.folder), "--configfile", str(REPOSITORY / "config.yaml"), "--",
+            *(f"trt_engines/{model}/{variant}/1-gpu"
+              for model in ("mpt-7b", "mpt-30b", "replit-code-v1_5-3b")
+              for variant in ("fp32", "fp16", "bf16")),
+        ],
+        cwd=made.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output
+    assert output.count("rule resolve_revision:") == 3

@@ -1,0 +1,101 @@
+"""Calibration in the workflow: what it depends on, and what it is called."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mpt_trt.checkpoint.known_models import known_config
+from mpt_trt.engines.memory import GB, calibration_memory
+from support.workflow import Workflow
+
+RESULT = "quantized/toy/{}/mpt_tp1_rank0.npz"
+RANGES = RESULT.format("kv_cache")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
+    """With the result that is made fastest; tests leave it complete."""
+    workflow = Workflow.create(tmp_path_factory.mktemp("quantize") / "project")
+    assert workflow.make(RANGES) == ["quantize kv_cache"]
+    return workflow
+
+
+def test_nothing_is_done_twice(made: Workflow) -> None:
+    assert made.planned(RANGES) == []
+
+
+def test_an_edited_text_calibrates_again(made: Workflow) -> None:
+    text = made.folder / "calibration.txt"
+    content = text.read_text()
+    before = (made.folder / RANGES).read_bytes()
+    time.sleep(1.1)  # mtimes of the outputs are compared with the input's
+    text.write_text(content.upper() + content)
+    assert made.make(RANGES) == ["quantize kv_cache"]
+    assert (made.folder / RANGES).read_bytes() != before
+    text.write_text(content)
+    assert made.make(RANGES) == ["quantize kv_cache"]
+    assert (made.folder / RANGES).read_bytes() == before
+
+
+def test_the_group_size_is_in_the_path(made: Workflow) -> None:
+    planned = made.planned(*(RESULT.format(name) for name in ("int4_awq", "int4_awq-g16")))
+    assert sorted(planned) == ["quantize int4_awq", "quantize int4_awq-g16"]
+
+
+def test_changed_settings_calibrate_again(made: Workflow) -> None:
+    config = made.folder / "config.yaml"
+    content = config.read_text()
+    config.write_text(content.replace("num_samples: 4", "num_samples: 3"))
+    try:
+        assert made.planned(RANGES) == ["quantize kv_cache"]
+    finally:
+        config.write_text(content)
+
+
+def test_an_edited_module_calibrates_again(made: Workflow) -> None:
+    path = made.folder / "workflow_scripts/mpt_trt/plain_block.py"
+    original = path.read_text()
+    made.edit_module("plain_block.py")
+    try:
+        assert made.planned(RANGES) == ["quantize kv_cache"]
+    finally:
+        path.write_text(original)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("int5_awq", "calibration 'int5_awq': no such format; known are int4_awq, fp8, int8_sq"),
+        ("int4_awq-g100", "known are .* int4_awq-g128, int4_awq-g64"),
+    ],
+)
+def test_misspelt_formats_get_a_hint(name: str, message: str, made: Workflow) -> None:
+    result = made.run("--dry-run", RESULT.format(name))
+    assert result.returncode != 0
+    assert re.search(message, result.stdout + result.stderr)
+
+
+def test_memory_does_not_grow_with_the_number_of_blocks() -> None:
+    config = known_config("mpt-7b")
+    needed = calibration_memory(config, 32, 512)
+    assert needed == calibration_memory(replace(config, num_layers=1), 32, 512)
+    # All of its weights in float32 are 26.6 GB.
+    assert 2 * GB < needed < 6 * GB
+    assert calibration_memory(config, 64, 512) > needed
+
+
+def test_a_missing_text_is_named(made: Workflow, tmp_path: Path) -> None:
+    config = made.folder / "config.yaml"
+    content = config.read_text()
+    config.write_text(content.replace("calibration.txt", "nowhere.txt"))
+    try:
+        result = made.run("--dry-run", RESULT.format("fp8"))
+    finally:
+        config.write_text(content)
+    assert result.returncode != 0
+    assert "nowhere.txt" in result.stdout + result.stderr

@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Makes the default calibration text: English prose and code of Python's standard library.
+
+It is taken from what the demo model may have learnt, and holds nothing of what is held out for that
+model's figures. The same library makes the same text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import sysconfig
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpt_trt.cli.console import run_cli
+from tools.demo_model.train import (
+    HELD_BACK_BYTES,
+    HELDOUT_BYTES,
+    VALIDATION_BYTES,
+    Document,
+    joined,
+    read_corpus,
+    split_corpus,
+)
+
+# What is shorter says nothing: an import, a heading.
+PARAGRAPH_CHARACTERS = 80
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--stdlib",
+        type=Path,
+        default=Path(sysconfig.get_paths()["stdlib"]),
+        help="folder of the standard library (default: this Python's)",
+    )
+    parser.add_argument("--bytes", type=int, default=250_000, help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="the text file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from mpt_trt.system.files import replace_file
+
+    documents = read_corpus(arguments.stdlib)
+    split = split_corpus(documents, HELDOUT_BYTES, VALIDATION_BYTES)
+    chosen = choose(without_paragraphs_of(split["heldout"], split["training"]), arguments.bytes)
+    with replace_file(arguments.output) as partial:
+        partial.write_text(joined(chosen))
+    print(f"{arguments.output}: {len(chosen)} documents, {sum(d.size for d in chosen)} bytes")
+
+
+def without_paragraphs_of(heldout: list[Document], documents: list[Document]) -> list[Document]:
+    """The documents that repeat no paragraph of what is held out, as a few topics do."""
+    paragraphs = {
+        paragraph
+        for document in heldout
+        for paragraph in document.text.split("\n\n")
+        if len(paragraph) >= PARAGRAPH_CHARACTERS
+    }
+    return [d for d in documents if not any(p in d.text for p in paragraphs)]
+
+
+def choose(documents: list[Document], total_bytes: int) -> list[Document]:
+    """Topics and library files of moderate size, of both about half, in the order of a hash."""
+    small, large = HELD_BACK_BYTES
+    chosen: list[Document] = []
+    for kind in ("topic", "library"):
+        size = 0
+        for document in sorted(documents, key=_order):
+            if document.kind == kind and small <= document.size <= large and size < total_bytes / 2:
+                chosen.append(document)
+                size += document.size
+    return sorted(chosen, key=_order)
+
+
+def _order(document: Document) -> bytes:
+    return hashlib.sha256(document.name.encode()).digest()
+
+
+if __name__ == "__main__":
+    run_cli(main)

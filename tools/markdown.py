@@ -1,0 +1,29 @@
+"""Generated parts of the markdown documents, between two lines that mark their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.system.files import replace_file
+
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+
+def replace_between_marks(path: Path, content: str) -> None:
+    """Replaces what stands between the lines BEGIN and END.
+
+    Raises MptTrtError when the file does not have them.
+    """
+    text = path.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise MptTrtError(f"{path}: lines {BEGIN} and {END} are expected")
+    with replace_file(path) as partial:
+        partial.write_text(f"{before}{BEGIN}\n\n{content}\n{END}{after}")
+
+
+def between_marks(path: Path) -> str:
+    """What stands there now, without white space around it."""
+    return path.read_text().partition(BEGIN)[2].partition(END)[0].strip()

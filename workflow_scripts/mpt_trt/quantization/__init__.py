@@ -1,1 +1,0 @@
-"""Quantized weights, activations and KV caches: how they are chosen, calibrated and laid out."""

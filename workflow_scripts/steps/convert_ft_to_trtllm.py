@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Makes a TensorRT-LLM checkpoint (0.20 to 1.2.1) from an FT checkpoint.
+
+Writes config.json and rank{r}.safetensors, for as many ranks as the FT checkpoint has. int4_awq and
+fp8 need the result of quantize.py, as 8-bit KV caches do, and smoothquant with per_channel and
+without per_token (--qformat int8_sq); smoothquant with other settings needs an FT checkpoint that
+was converted with -sq.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from mpt_trt.cli import options as options
+from mpt_trt.cli.console import run_cli
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--model_dir", type=Path, required=True, help="a {tp_size}-gpu folder of an FT checkpoint"
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the result")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="ranks written at a time (default: %(default)s)"
+    )
+    options.add_vocabulary(parser)
+    options.add_quantization(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from mpt_trt.engines.trtllm.checkpoint import TrtllmConversion, write_trtllm_checkpoint
+    from mpt_trt.errors import MptTrtError
+    from mpt_trt.ft.checkpoint import read_ft_checkpoint
+
+    if arguments.workers < 1:
+        raise MptTrtError(f"--workers = {arguments.workers}: at least 1 is required")
+    checkpoint = read_ft_checkpoint(arguments.model_dir)
+    conversion = TrtllmConversion(
+        checkpoint, options.recipe(arguments, checkpoint), options.vocabulary(arguments)
+    )
+    write_trtllm_checkpoint(conversion, arguments.output_dir, arguments.workers)
+    size = sum(path.stat().st_size for path in arguments.output_dir.iterdir())
+    print(f"{arguments.output_dir}: {checkpoint.tp_size} ranks, {size / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,47 @@
+#!/usr/bin/env python3
+"""Makes the networks of all ranks: rank{r}.onnx of each, and their weights.
+
+Unquantized weights are hard links to the FT files; quantized ones are made here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from mpt_trt.cli import options as options
+from mpt_trt.cli.console import run_cli
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--model_dir", type=Path, required=True, help="a {tp_size}-gpu folder of an FT checkpoint"
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the result")
+    options.add_limits(parser)
+    options.add_vocabulary(parser)
+    options.add_quantization(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from mpt_trt.engines.build.build import make_networks
+    from mpt_trt.ft.checkpoint import read_ft_checkpoint
+
+    checkpoint = read_ft_checkpoint(arguments.model_dir)
+    make_networks(
+        checkpoint,
+        options.limits(arguments),
+        arguments.output_dir,
+        options.vocabulary(arguments),
+        options.recipe(arguments, checkpoint),
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,41 @@
+#!/usr/bin/env python3
+"""Continues a prompt with TensorRT-LLM's runtime, and records tokens, logits and times.
+
+Runs in TensorRT-LLM's environment, a process a rank: `mpirun -n 2 python run_trtllm.py ...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from mpt_trt.cli.console import run_cli
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--engine_dir", type=Path, required=True, help="what build_trtllm.py made")
+    add("--prompt", type=Path, required=True, help="JSON file that encode_prompt.py wrote")
+    add("--max_output_len", type=int, required=True, help="tokens to generate, at least 2")
+    add("--output", type=Path, required=True, help="npz file of the result")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from mpt_trt.engines.trtllm.package import require_tensorrt_llm
+    from mpt_trt.system.files import read_json
+
+    version = require_tensorrt_llm()
+    from mpt_trt.engines.trtllm.generation_run import record_trial
+
+    prompt = read_json(arguments.prompt)["tokens"]
+    record_trial(arguments.engine_dir, prompt, arguments.max_output_len, version, arguments.output)
+
+
+if __name__ == "__main__":
+    run_cli(main)

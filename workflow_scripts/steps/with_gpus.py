@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Runs a command with GPUs that no other job of this machine has.
+
+    with_gpus.py --gpus 2 -- python job.py
+
+It waits until they are free, and names them to the command in CUDA_VISIBLE_DEVICES. They are free
+again when the command and what it has started have ended, for whatever reason. It fails at once if
+there are less than that. --gpus 0 hides all GPUs from the command.
+
+The GPUs are those in CUDA_VISIBLE_DEVICES, which SLURM sets in its jobs, or else all that the
+driver finds, or else as many as MPT_TRT_GPUS says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from mpt_trt.cli.console import run_cli
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gpus", type=_count, required=True, help="how many")
+    parser.add_argument("command", nargs="+", help="the command and its arguments, after --")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from mpt_trt.errors import MptTrtError
+    from mpt_trt.system import gpu_locks
+
+    def say_waiting() -> None:
+        print(f"waiting for {arguments.gpus} free GPUs", file=sys.stderr)
+
+    available = gpu_locks.devices()
+    taken = gpu_locks.take(arguments.gpus, available, gpu_locks.scope(), say_waiting)
+    taken.hand_on()
+    if taken.names:
+        print(f"GPUs of this job: {', '.join(taken.names)}", file=sys.stderr)
+    program, *_ = arguments.command
+    # Python ignores this one, and what is ignored stays so in the command.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        os.execvpe(program, arguments.command, os.environ | gpu_locks.environment(taken.names))
+    except OSError as error:
+        raise MptTrtError(f"{program}: cannot be run: {error.strerror}") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run_cli(main)
