@@ -174,9 +174,9 @@ def make_networks(folder: Path, arguments: argparse.Namespace) -> None:
     """The checkpoint, made once, and both networks, without plans, for these prompts."""
     from networks import network_without_plan
 
+    from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
     from mpt_trt.calibration.npz_file import read_calibration
-    from mpt_trt.calibration.recipe import Recipe
-    from mpt_trt.engines.spec import EngineLimits
+    from mpt_trt.engines.spec import BuildLimits
     from mpt_trt.ft.checkpoint import read_ft_checkpoint
     from mpt_trt.quantization.schemes import Awq, Quantization
 
@@ -192,14 +192,16 @@ def make_networks(folder: Path, arguments: argparse.Namespace) -> None:
         source = ("--model_dir", ft, "--qformat", "int4_awq", *size, *tokenizer)
         measure(script("quantize.py", *source, "--export_path", calibration.parent))
     made = read_ft_checkpoint(ft)
-    limits = EngineLimits(1, max(arguments.prompts), arguments.tokens)
+    limits = BuildLimits(1, max(arguments.prompts), arguments.tokens)
     for contender in (Contender(), Contender(is_quantized=True)):
         target = folder / network_name(contender)
         shutil.rmtree(target, ignore_errors=True)
-        recipe = Recipe(Quantization(None))
+        calibrated = CalibratedQuantization(Quantization(None))
         if contender.is_quantized:
-            recipe = Recipe(Quantization(Awq()), read_calibration(calibration, made))
-        network_without_plan(made, target, limits, recipe)
+            calibrated = CalibratedQuantization(
+                Quantization(Awq()), read_calibration(calibration, made)
+            )
+        network_without_plan(made, target, limits, calibrated)
 
 
 def network_name(contender: Contender) -> str:

@@ -22,16 +22,16 @@ sys.path.insert(0, str(REPOSITORY))
 
 import numpy as np
 
-from mpt_trt.calibration.recipe import Recipe
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.generation.generate import GenerationConfig, StepModel, generate
 from mpt_trt.quantization.schemes import Quantization, WeightOnly
 
 RECIPES = {
-    "fp16": Recipe(Quantization(None, "auto"), None),
-    "int8_weight_only": Recipe(Quantization(WeightOnly(8), "auto"), None),
-    "int4_weight_only-g128": Recipe(Quantization(WeightOnly(4, 128), "auto"), None),
+    "fp16": CalibratedQuantization(Quantization(None, "auto"), None),
+    "int8_weight_only": CalibratedQuantization(Quantization(WeightOnly(8), "auto"), None),
+    "int4_weight_only-g128": CalibratedQuantization(Quantization(WeightOnly(4, 128), "auto"), None),
 }
 # The first steps of a generation are not counted, and so many are looked at together.
 WARM_UP = 8
@@ -47,7 +47,7 @@ class Case:
     the cache is full. prompts: lengths of prompts of which one is read.
     """
 
-    recipe: str
+    calibrated: str
     max_rows: int
     cache_len: int = 512
     batches: tuple[int, ...] = (1,)
@@ -87,7 +87,7 @@ def main() -> None:
     figures["cases"] = [
         measured(case, checkpoint, arguments.folder / "network")
         for case in CASES
-        if case.recipe in arguments.recipes
+        if case.calibrated in arguments.recipes
     ]
     print(write_result(f"gpu-decode-{arguments.like}", figures))
 
@@ -96,13 +96,13 @@ def measured(case: Case, checkpoint: FtCheckpoint, folder: Path) -> dict:
     from mpt_trt.engines.onnxruntime.cuda.engine import OnnxCudaEngine
 
     longest = max(case.start, *case.prompts, case.cache_len // 2)
-    limits = EngineLimits(case.max_rows, longest, case.cache_len - longest)
+    limits = BuildLimits(case.max_rows, longest, case.cache_len - longest)
     shutil.rmtree(folder, ignore_errors=True)
-    manifest = network_without_plan(checkpoint, folder, limits, RECIPES[case.recipe])
+    manifest = network_without_plan(checkpoint, folder, limits, RECIPES[case.calibrated])
     before, started = gpu_memory_used(), time.perf_counter()
     model = OnnxCudaEngine(folder, manifest)
     result = {
-        "variant": case.recipe,
+        "variant": case.calibrated,
         "max_rows": case.max_rows,
         "cache_len": case.cache_len,
         "weights_gb": weight_bytes(folder) / 1e9,

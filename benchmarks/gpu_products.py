@@ -50,14 +50,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for bits in TYPES:
             for layout, tiled_bits in (("columns", ()), ("tiles", (bits,))):
-                network = Products(Path(folder), bits, tiled_bits)
+                network = LinearLayers(Path(folder), bits, tiled_bits)
                 found = {rows: network.milliseconds(rows) for rows in arguments.rows}
                 figures["layers"].append({"bits": bits, "layout": layout, "ms": found})
                 print(figures["layers"][-1], flush=True)
     print(write_result("gpu-products", figures))
 
 
-class Products:
+class LinearLayers:
     """A network of nothing but products, on the GPU."""
 
     def __init__(self, folder: Path, bits: int, tiled_bits: Collection[int]):

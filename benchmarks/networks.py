@@ -9,11 +9,11 @@ from common import REPOSITORY, make_random_checkpoint, measure, script
 
 sys.path.insert(0, str(REPOSITORY))
 
-from mpt_trt.calibration.recipe import Recipe
+from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.engines.manifest import Manifest, read_network_manifest, write_rank_network
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
-from mpt_trt.model.sharding import Shard, VocabularySharding
+from mpt_trt.model.sharding import Rank, VocabularySharding
 
 
 def random_ft_checkpoint(folder: Path, like: str, dtype: str) -> FtCheckpoint:
@@ -28,9 +28,9 @@ def random_ft_checkpoint(folder: Path, like: str, dtype: str) -> FtCheckpoint:
 
 
 def network_without_plan(
-    checkpoint: FtCheckpoint, folder: Path, limits: EngineLimits, recipe: Recipe
+    checkpoint: FtCheckpoint, folder: Path, limits: BuildLimits, calibrated: CalibratedQuantization
 ) -> Manifest:
     """Puts the network of the only rank into `folder`, and returns what describes it."""
     folder.mkdir(parents=True)
-    write_rank_network(checkpoint, Shard(0, 1), limits, folder, VocabularySharding(), recipe)
+    write_rank_network(checkpoint, Rank(0, 1), limits, folder, VocabularySharding(), calibrated)
     return read_network_manifest(folder)

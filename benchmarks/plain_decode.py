@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.model.config import MptConfig, alibi_slopes
-from mpt_trt.model.sharding import Shard
+from mpt_trt.model.sharding import Rank
 
 LAYERS = (
     "attention.query_key_value",
@@ -61,7 +61,7 @@ class Decoder:
 
     def __init__(self, checkpoint: FtCheckpoint, cache_len: int):
         config = self.config = checkpoint.config
-        files = checkpoint.rank_files(Shard(0, 1))
+        files = checkpoint.rank_files(Rank(0, 1))
 
         def read(name: str) -> Tensor:
             file = files[name]

@@ -142,8 +142,8 @@ def starts(scratch: Path) -> dict[str, Command]:
         "seal.py": script("seal.py", scratch),
         "show_requirements.py": script("show_requirements.py", "--like", "mpt-7b"),
         "show_smoke_test.py": script("show_smoke_test.py", smoke_test),
-        "collect_engine.py": script(
-            "collect_engine.py", "--network_dir", networks, "--plan_dir", plans,
+        "assemble_engine.py": script(
+            "assemble_engine.py", "--network_dir", networks, "--plan_dir", plans,
             "--output_dir", scratch / "engine",
         ),
         "make_networks.py": script(

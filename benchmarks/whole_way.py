@@ -27,7 +27,7 @@ OUTPUTS = {
     "quantize": "quantized",
     "make_networks": "build/networks",
     "build_plans": "build/plans",
-    "collect_engine": "trt_engines",
+    "assemble_engine": "trt_engines",
 }
 
 

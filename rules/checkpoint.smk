@@ -9,7 +9,7 @@ outputs:
     ft_ckpts/{model}/{storage}/{tp}-gpu              the FT checkpoint; storage is fp32, fp16, bf16, or
                                                      sq, sq-0.8, sq-bf16 and the like (SmoothQuant)
 steps:
-    resolve_revision -> fetch_checkpoint (hub models only) -> convert_checkpoint or smooth_checkpoint
+    resolve_revision -> fetch_checkpoint (hub models only) -> convert_checkpoint or convert_smoothquant_checkpoint
 """
 
 
@@ -101,7 +101,7 @@ rule convert_checkpoint:
 
 
 # The same conversion, after the model has read the calibration text.
-rule smooth_checkpoint:
+rule convert_smoothquant_checkpoint:
     input:
         intact("ft_ckpts/{model}/{storage}/{tp}-gpu"),
         legal_tp,
@@ -110,9 +110,9 @@ rule smooth_checkpoint:
     output:
         directory("ft_ckpts/{model}/{storage}/{tp}-gpu"),
     log:
-        "logs/smooth_checkpoint/{model}/{storage}/{tp}-gpu.log",
+        "logs/convert_smoothquant_checkpoint/{model}/{storage}/{tp}-gpu.log",
     benchmark:
-        "logs/smooth_checkpoint/{model}/{storage}/{tp}-gpu.tsv"
+        "logs/convert_smoothquant_checkpoint/{model}/{storage}/{tp}-gpu.tsv"
     wildcard_constraints:
         storage="sq[^/]*",
     conda:

@@ -118,9 +118,7 @@ def calibration_request(wildcards) -> GpuRequest:
     count = calibration_gpus(wildcards)
     checked(gpu_request.require_gpus, settings.site, count)
     calibration, config = settings.calibration, planned_config(wildcards)
-    needed = memory.calibration_memory(
-        config, calibration.num_samples, calibration.sequence_length
-    )
+    needed = memory.calibration_memory(config, calibration.num_samples, calibration.sequence_length)
     return checked(gpu_request.gpu_request, settings.site, count, needed)
 
 

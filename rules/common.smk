@@ -20,7 +20,7 @@ from mpt_trt.engines import memory
 from mpt_trt.model import sharding
 from mpt_trt.engines.backend_support import Request, require_supported
 from mpt_trt.model.config import MptConfig, read_hf_config
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.engines.tensorrt.packages import choose_package
 from mpt_trt.system.process import prefer_this_python
 from mpt_trt.errors import MptTrtError
@@ -127,7 +127,7 @@ def engine_spec(wildcards) -> EngineSpec:
 @functools.cache
 def spec_of(config: MptConfig, variant: Variant, tp_size: int) -> EngineSpec:
     """Made once, since many jobs ask for it."""
-    limits = EngineLimits(
+    limits = BuildLimits(
         variant.max_batch_size,
         variant.max_input_len,
         variant.max_output_len,

@@ -9,7 +9,7 @@ outputs:
     build/plans/{model}/{variant}/{tp}-gpu                  the TensorRT plans of all ranks
     trt_engines/{model}/{variant}/{tp}-gpu                  both together, and config.json
 steps:
-    make_networks -> build_plans -> collect_engine
+    make_networks -> build_plans -> assemble_engine
 """
 
 
@@ -92,7 +92,7 @@ rule build_plans:
         """
 
 
-rule collect_engine:
+rule assemble_engine:
     input:
         intact("trt_engines/{model}/{variant}/{tp}-gpu"),
         networks="build/networks/{model}/{variant}/{tp}-gpu",
@@ -100,9 +100,9 @@ rule collect_engine:
     output:
         directory("trt_engines/{model}/{variant}/{tp}-gpu"),
     log:
-        "logs/collect_engine/{model}/{variant}/{tp}-gpu.log",
+        "logs/assemble_engine/{model}/{variant}/{tp}-gpu.log",
     benchmark:
-        "logs/collect_engine/{model}/{variant}/{tp}-gpu.tsv"
+        "logs/assemble_engine/{model}/{variant}/{tp}-gpu.tsv"
     wildcard_constraints:
         variant=other_variants(TENSORRT_LLM_VARIANTS),
     conda:
@@ -111,11 +111,11 @@ rule collect_engine:
         mem_mb=linking_mem_mb,
         runtime=collect_runtime,
     params:
-        code=version_of("steps/collect_engine.py"),
+        code=version_of("steps/assemble_engine.py"),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/steps/collect_engine.py \
+        python workflow_scripts/steps/assemble_engine.py \
             --network_dir {input.networks:q} \
             --plan_dir {input.plans:q} \
             --output_dir {output:q}

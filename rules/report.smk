@@ -103,7 +103,7 @@ rule make_report:
     input:
         quality=results_of_report("quality"),
         smoke_tests=results_of_report("smoke_tests"),
-        template="report/page.html.jinja",
+        template="mpt_trt/report/page.html.jinja",
     output:
         page=report(
             "reports/{model}.html",

@@ -7,11 +7,11 @@ outputs:
     trtllm_ckpts/{model}/{variant}/{tp}-gpu               its checkpoint, of any variant
     build/tensorrt_llm/version.json                       which TensorRT-LLM was found (temporary)
     trt_engines/{model}/{variant}/{tp}-gpu                of variants with backend tensorrt_llm alone
-    build/trtllm_trials/{model}/{variant}/{tp}-gpu.npz    tokens and logits of a generation (temporary)
+    build/trtllm_generations/{model}/{variant}/{tp}-gpu.npz    tokens and logits of a generation (temporary)
     smoke_tests/{model}/{variant}/{tp}-gpu.json           of variants with backend tensorrt_llm alone
 steps:
     convert_to_trtllm; check_trtllm -> build_trtllm_engine
-    encode_prompt -> run_trtllm -> judge_trtllm
+    encode_prompt -> run_trtllm -> compare_trtllm
 """
 
 
@@ -141,7 +141,7 @@ rule run_trtllm:
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
         prompt="build/trtllm_prompts/{model}.json",
     output:
-        temp("build/trtllm_trials/{model}/{variant}/{tp}-gpu.npz"),
+        temp("build/trtllm_generations/{model}/{variant}/{tp}-gpu.npz"),
     log:
         "logs/run_trtllm/{model}/{variant}/{tp}-gpu.log",
     benchmark:
@@ -176,10 +176,10 @@ rule run_trtllm:
         """
 
 
-rule judge_trtllm:
+rule compare_trtllm:
     input:
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
-        trial="build/trtllm_trials/{model}/{variant}/{tp}-gpu.npz",
+        generation="build/trtllm_generations/{model}/{variant}/{tp}-gpu.npz",
         checkpoint=checkpoint_inputs,
     output:
         report(
@@ -190,9 +190,9 @@ rule judge_trtllm:
             caption="../report/smoke_test.rst",
         ),
     log:
-        "logs/judge_trtllm/{model}/{variant}/{tp}-gpu.log",
+        "logs/compare_trtllm/{model}/{variant}/{tp}-gpu.log",
     benchmark:
-        "logs/judge_trtllm/{model}/{variant}/{tp}-gpu.tsv"
+        "logs/compare_trtllm/{model}/{variant}/{tp}-gpu.tsv"
     wildcard_constraints:
         variant=only_variants(TENSORRT_LLM_VARIANTS),
     conda:
@@ -201,16 +201,16 @@ rule judge_trtllm:
     resources:
         mem_mb=smoke_test_mem_mb,
     params:
-        code=version_of("steps/judge_trtllm.py"),
+        code=version_of("steps/compare_trtllm.py"),
         folder=checkpoint_folder,
         tokenizer=tokenizer_option,
         tolerance=tolerance_options,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/steps/judge_trtllm.py \
+        python workflow_scripts/steps/compare_trtllm.py \
             --engine_dir {input.engine:q} \
-            --trial {input.trial:q} \
+            --generation {input.generation:q} \
             --model_dir {params.folder:q} \
             {params.tokenizer:q} \
             {params.tolerance:q} \

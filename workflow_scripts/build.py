@@ -20,10 +20,10 @@ from mpt_trt.cli.console import run_cli, set_up_logging
 from mpt_trt.quantization.schemes import GROUP_SIZES
 
 if TYPE_CHECKING:
-    from mpt_trt.calibration.recipe import Recipe
+    from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
     from mpt_trt.engines.build.build import BuildRequest
     from mpt_trt.ft.checkpoint import FtCheckpoint
-    from mpt_trt.quantization.schemes import Scheme
+    from mpt_trt.quantization.schemes import WeightQuantization
 
 WITHOUT_EFFECT = (
     "use_gpt_attention_plugin",
@@ -142,8 +142,8 @@ def main() -> None:
     request = options.build_request(arguments, options.limits(arguments))
     build_plans = build_all_at_once if arguments.parallel_build else build_one_by_one
     vocabulary = options.vocabulary(arguments)
-    recipe = _recipe(arguments, checkpoint)
-    build_engine(checkpoint, request, vocabulary, arguments.output_dir, build_plans, recipe)
+    calibrated = _calibrated(arguments, checkpoint)
+    build_engine(checkpoint, request, vocabulary, arguments.output_dir, build_plans, calibrated)
     print(arguments.output_dir)
 
 
@@ -154,18 +154,20 @@ def _rank_folder(model_dir: Path, world_size: int) -> Path:
     return below if is_above else model_dir
 
 
-def _recipe(arguments: argparse.Namespace, checkpoint: FtCheckpoint) -> Recipe:
+def _calibrated(arguments: argparse.Namespace, checkpoint: FtCheckpoint) -> CalibratedQuantization:
+    from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
     from mpt_trt.calibration.npz_file import read_calibration
-    from mpt_trt.calibration.recipe import Recipe
     from mpt_trt.quantization.schemes import Quantization
 
     path = arguments.quant_ckpt_path
     calibration = None if path is None else read_calibration(path, checkpoint)
     cache = "fp8" if arguments.fp8_kv_cache else "int8" if arguments.int8_kv_cache else "auto"
-    return Recipe(Quantization(_scheme(arguments, checkpoint.smoothing), cache), calibration)
+    return CalibratedQuantization(
+        Quantization(_scheme(arguments, checkpoint.smoothing), cache), calibration
+    )
 
 
-def _scheme(arguments: argparse.Namespace, alpha: float | None) -> Scheme | None:
+def _scheme(arguments: argparse.Namespace, alpha: float | None) -> WeightQuantization | None:
     """alpha: of the checkpoint, None when it is not smoothed."""
     from mpt_trt.errors import MptTrtError
     from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly

@@ -160,8 +160,8 @@ def _read_prompts(path: Path, tokenizer: Tokenizer, add_special_tokens: bool) ->
 
 def _say_what_runs(engine: LoadedEngine) -> None:
     print(f"Runtime: {engine.runtime}", file=sys.stderr)
-    if engine.stood_in_because is not None:
-        print(f"TensorRT did not run it: {engine.stood_in_because}", file=sys.stderr)
+    if engine.fallback_reason is not None:
+        print(f"TensorRT did not run it: {engine.fallback_reason}", file=sys.stderr)
 
 
 def _generation_config(

@@ -19,7 +19,7 @@ from mpt_trt.cli import options as options
 from mpt_trt.cli.console import run_cli
 from mpt_trt.engines import memory
 from mpt_trt.engines.memory import GB, EngineSpec
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.model.config import MptConfig, read_hf_config
 from mpt_trt.model.sharding import VocabularySharding, is_legal
 from mpt_trt.quantization.schemes import UNQUANTIZED, Awq, Fp8, Quantization, WeightOnly
@@ -117,7 +117,7 @@ def tables() -> str:
 
 def table_rows(config: MptConfig) -> Iterator[str]:
     """A row for each type and number of ranks; types that need the same share one."""
-    limits = EngineLimits(
+    limits = BuildLimits(
         *(variant_default(f"max_{name}") for name in ("batch_size", "input_len", "output_len"))
     )
     vocabulary = VocabularySharding(

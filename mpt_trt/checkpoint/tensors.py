@@ -33,7 +33,7 @@ SAFETENSORS_TYPES = {
 }
 
 
-class Shard(Protocol):
+class WeightFile(Protocol):
     """One weight file."""
 
     path: Path
@@ -132,7 +132,7 @@ class HfCheckpoint:
 
     def __init__(self, folder: Path, weights: list[Weight]):
         self.folder = folder
-        self.shards = [_open_shard(path) for path in weight_files(folder)]
+        self.shards = [_open_weight_file(path) for path in weight_files(folder)]
         self._location = {
             name.removeprefix(PREFIX): (shard, name)
             for shard in self.shards
@@ -201,7 +201,7 @@ def _hf_name(weight: Weight) -> str:
     return weight.hf_name
 
 
-def _open_shard(path: Path) -> Shard:
+def _open_weight_file(path: Path) -> WeightFile:
     return SafetensorsShard(path) if path.suffix == ".safetensors" else PickleShard(path)
 
 

@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
-class _Usual:
+class _ConfigDefault:
     """A default of config.yaml, which is read where it counts: that takes 0.03 s."""
 
     key: str
@@ -46,14 +46,19 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     add(
         "--calib_text",
         type=Path,
-        default=_Usual("text"),
+        default=_ConfigDefault("text"),
         help=f"text that the model reads {default}",
     )
-    add("--calib_size", type=int, default=_Usual("num_samples"), help=f"pieces of it {default}")
+    add(
+        "--calib_size",
+        type=int,
+        default=_ConfigDefault("num_samples"),
+        help=f"pieces of it {default}",
+    )
     add(
         "--calib_max_seq_length",
         type=int,
-        default=_Usual("sequence_length"),
+        default=_ConfigDefault("sequence_length"),
         help=f"tokens of a piece {default}",
     )
     add(
@@ -66,7 +71,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     add(
         "--device",
         choices=["auto", "cuda", "cpu"],
-        default=_Usual("device"),
+        default=_ConfigDefault("device"),
         help=f"what computes; auto: a GPU where PyTorch finds one {default}",
     )
     add(
@@ -78,7 +83,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 def fill_in(arguments: argparse.Namespace) -> None:
     """Reads the defaults of the options that were not given."""
     for name, found in list(vars(arguments).items()):
-        if isinstance(found, _Usual):
+        if isinstance(found, _ConfigDefault):
             setattr(arguments, name, found.value)
 
 

@@ -18,9 +18,9 @@ from mpt_trt.workflow.settings import (
 )
 
 if TYPE_CHECKING:
-    from mpt_trt.calibration.recipe import Recipe
+    from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
     from mpt_trt.engines.build.build import BuildRequest
-    from mpt_trt.engines.spec import EngineLimits
+    from mpt_trt.engines.spec import BuildLimits
     from mpt_trt.ft.checkpoint import FtCheckpoint
     from mpt_trt.model.sharding import VocabularySharding
 
@@ -72,7 +72,7 @@ def vocabulary(arguments: argparse.Namespace) -> VocabularySharding:
 
 
 def add_quantization(parser: argparse.ArgumentParser) -> None:
-    """Adds the options from which `recipe` is read."""
+    """Adds the options from which `calibrated` is read."""
     group = parser.add_argument_group("quantization; see config.yaml")
     group.add_argument(
         "--quantization",
@@ -111,13 +111,13 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibration", type=Path, help="npz file that quantize.py made")
 
 
-def recipe(arguments: argparse.Namespace, checkpoint: FtCheckpoint) -> Recipe:
+def calibrated(arguments: argparse.Namespace, checkpoint: FtCheckpoint) -> CalibratedQuantization:
     """The quantization asked for; the calibration is checked against the checkpoint."""
+    from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
     from mpt_trt.calibration.npz_file import read_calibration
-    from mpt_trt.calibration.recipe import Recipe
-    from mpt_trt.quantization.schemes import Quantization, make_scheme
+    from mpt_trt.quantization.schemes import Quantization, make_weight_quantization
 
-    scheme = make_scheme(
+    scheme = make_weight_quantization(
         arguments.quantization,
         group_size=arguments.group_size,
         alpha=arguments.alpha,
@@ -126,7 +126,7 @@ def recipe(arguments: argparse.Namespace, checkpoint: FtCheckpoint) -> Recipe:
     )
     path = arguments.calibration
     calibration = None if path is None else read_calibration(path, checkpoint)
-    return Recipe(Quantization(scheme, arguments.kv_cache_dtype), calibration)
+    return CalibratedQuantization(Quantization(scheme, arguments.kv_cache_dtype), calibration)
 
 
 def add_builder(parser: argparse.ArgumentParser) -> None:
@@ -149,10 +149,10 @@ def add_builder(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def limits(arguments: argparse.Namespace) -> EngineLimits:
-    from mpt_trt.engines.spec import EngineLimits
+def limits(arguments: argparse.Namespace) -> BuildLimits:
+    from mpt_trt.engines.spec import BuildLimits
 
-    return EngineLimits(
+    return BuildLimits(
         max_batch_size=arguments.max_batch_size,
         max_input_len=arguments.max_input_len,
         max_output_len=arguments.max_output_len,
@@ -160,7 +160,7 @@ def limits(arguments: argparse.Namespace) -> EngineLimits:
     )
 
 
-def build_request(arguments: argparse.Namespace, engine_limits: EngineLimits) -> BuildRequest:
+def build_request(arguments: argparse.Namespace, engine_limits: BuildLimits) -> BuildRequest:
     from mpt_trt.engines.build.build import BuildRequest
 
     return BuildRequest(

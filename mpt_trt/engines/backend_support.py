@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.layout import ft_file
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.sharding import Shard, VocabularySharding
+from mpt_trt.model.sharding import Rank, VocabularySharding
 from mpt_trt.model.tensors import weights
 from mpt_trt.quantization.schemes import (
     SMOOTHQUANT_ALPHA,
     Awq,
     Quantization,
-    Scheme,
     SmoothQuant,
     WeightOnly,
+    WeightQuantization,
     default_group_size,
 )
 from mpt_trt.workflow.settings import TENSORRT_LLM
@@ -33,7 +33,7 @@ AWQ_GROUP_SIZES = (128, 64)
 """For which its kernels exist."""
 FIXED_EPSILON = 1e-5
 """Of its last norm, whatever the checkpoint says."""
-USUAL_ALIBI_BIAS_MAX = 8
+DEFAULT_ALIBI_BIAS_MAX = 8
 # Sizes of a rank's matrices must be multiples of these, or the layers pad themselves.
 WEIGHT_ONLY_MULTIPLE, AWQ_MULTIPLE = 64, 128
 
@@ -49,11 +49,11 @@ class Request:
     vocabulary: VocabularySharding
 
     @property
-    def scheme(self) -> Scheme | None:
+    def scheme(self) -> WeightQuantization | None:
         return self.quantization.scheme
 
 
-Asked = Callable[[Request], object]
+RequestedValue = Callable[[Request], object]
 """The offending value when the request has the feature, else None. (False is a value.)"""
 
 
@@ -61,22 +61,22 @@ Asked = Callable[[Request], object]
 class Feature:
     """Something that a model or a variant may have: a row of the table.
 
-    field: the key of config.yaml, config.json or of the command line that asks for it. asked: None
-    for a row that nothing has to be refused for. lacking: why a backend cannot, by backend. notes:
-    how it can, by backend.
+    field: the key of config.yaml, config.json or of the command line that asks for it.
+    requested_value: None for a row that nothing has to be refused for. unsupported: why a backend
+    cannot, by backend. notes: how it can, by backend.
     """
 
     name: str
     field: str = ""
-    asked: Asked | None = None
-    lacking: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    requested_value: RequestedValue | None = None
+    unsupported: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def able(self) -> list[str]:
-        return [backend for backend in BACKENDS if backend not in self.lacking]
+        return [backend for backend in BACKENDS if backend not in self.unsupported]
 
 
-def uses_modelopt_form(scheme: Scheme | None) -> bool:
+def uses_modelopt_form(scheme: WeightQuantization | None) -> bool:
     """Whether SmoothQuant goes to TensorRT-LLM in ModelOpt's form, from a result of int8_sq.
 
     It is the only one that its plain attention can take, and it has exactly these settings; all
@@ -87,20 +87,20 @@ def uses_modelopt_form(scheme: Scheme | None) -> bool:
     )
 
 
-def uses_plugin_form(scheme: Scheme | None) -> bool:
+def uses_plugin_form(scheme: WeightQuantization | None) -> bool:
     return isinstance(scheme, SmoothQuant) and not uses_modelopt_form(scheme)
 
 
 def require_supported(request: Request, backend: str) -> None:
     """Raises MptTrtError that names the field, its value and the backends that can."""
     for feature in FEATURES:
-        if backend not in feature.lacking or feature.asked is None:
+        if backend not in feature.unsupported or feature.requested_value is None:
             continue
-        if (value := feature.asked(request)) is not None:
+        if (value := feature.requested_value(request)) is not None:
             others = " or ".join(feature.able())
             raise MptTrtError(
                 f"{feature.field} = {value}: backend {backend} cannot have it: "
-                f"{feature.lacking[backend]}; use backend {others}"
+                f"{feature.unsupported[backend]}; use backend {others}"
             )
 
 
@@ -129,7 +129,7 @@ def _uneven_matrices(request: Request) -> str | None:
         return None
     multiple = AWQ_MULTIPLE if isinstance(request.scheme, Awq) else WEIGHT_ONLY_MULTIPLE
     for weight in filter(lambda weight: weight.is_linear, weights(request.config)):
-        shape = ft_file(request.config, weight, Shard(0, request.tp_size), request.dtype).shape
+        shape = ft_file(request.config, weight, Rank(0, request.tp_size), request.dtype).shape
         if any(size % multiple for size in shape):
             return f"{list(shape)} of {weight.name} on each of {request.tp_size} ranks"
     return None
@@ -141,7 +141,7 @@ def _plugin_clipping(request: Request) -> float | None:
 
 def _plugin_alibi(request: Request) -> int | None:
     value = request.config.alibi_bias_max
-    is_other = uses_plugin_form(request.scheme) and value != USUAL_ALIBI_BIAS_MAX
+    is_other = uses_plugin_form(request.scheme) and value != DEFAULT_ALIBI_BIAS_MAX
     return value if is_other else None
 
 
@@ -304,19 +304,19 @@ FEATURES: tuple[Feature, ...] = (
     Feature("logits of every token (`gather_all_token_logits`)"),
     Feature(
         "builds without a GPU",
-        lacking={"tensorrt": "on the GPU it runs on", TENSORRT_LLM: "on the GPU it runs on"},
+        unsupported={"tensorrt": "on the GPU it runs on", TENSORRT_LLM: "on the GPU it runs on"},
     ),
     Feature(
         "runs on data-centre GPUs of compute capability 9.0 (Hopper)",
-        lacking={"tensorrt_rtx": "refused by the library"},
+        unsupported={"tensorrt_rtx": "refused by the library"},
     ),
     Feature(
         "tried on a CPU, where there is no such GPU",
-        lacking={TENSORRT_LLM: "no other runtime reads its engines"},
+        unsupported={TENSORRT_LLM: "no other runtime reads its engines"},
     ),
     Feature(
         "figures of quality, and a place in reports",
-        lacking={TENSORRT_LLM: "smoke tests alone"},
+        unsupported={TENSORRT_LLM: "smoke tests alone"},
     ),
 )
 
@@ -332,7 +332,7 @@ def table() -> str:
 
 
 def _cell(feature: Feature, backend: str) -> str:
-    if backend in feature.lacking:
-        return f"no: {feature.lacking[backend]}"
+    if backend in feature.unsupported:
+        return f"no: {feature.unsupported[backend]}"
     note = feature.notes.get(backend)
     return "yes" if note is None else f"yes: {note}"

@@ -26,14 +26,14 @@ class LoadedEngine:
     """A rank's engine, ready to step.
 
     max_logits: most logit rows of one step, None for no limit.
-    runtime: what runs it. stood_in_because: why that is not TensorRT; None when it is.
+    runtime: what runs it. fallback_reason: why that is not TensorRT; None when it is.
     """
 
     model: StepModel
     manifest: Manifest
     max_logits: int | None
     runtime: str
-    stood_in_because: str | None
+    fallback_reason: str | None
     communicator: Communicator | None
 
     @property
@@ -77,7 +77,7 @@ def _load_together(load: Callable[[], LoadedEngine], ranks: Communicator) -> Loa
     if len(set(runtimes)) > 1:
         found = ", ".join(f"{rank}: {runtime}" for rank, runtime in enumerate(runtimes))
         raise SharedError(f"the ranks cannot meet, as they have different runtimes ({found})")
-    if engine.stood_in_because is None:
+    if engine.fallback_reason is None:
         ranks.agree(lambda: engine.model.join(ranks))
     return engine
 

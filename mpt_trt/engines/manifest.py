@@ -10,16 +10,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mpt_trt.calibration.recipe import NOT_QUANTIZED, Recipe
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.sharding import Shard, VocabularySharding
+from mpt_trt.model.sharding import Rank, VocabularySharding
 from mpt_trt.network.decoder import build_network
 from mpt_trt.network.graph import WEIGHTS_FOLDER
 from mpt_trt.network.weight_files import write_weights
-from mpt_trt.quantization.schemes import Quantization, as_mapping, make_scheme
+from mpt_trt.quantization.schemes import Quantization, as_mapping, make_weight_quantization
 from mpt_trt.system.files import content_hash, hard_link, read_json, replace_directory, write_json
 
 FORMAT = 2
@@ -82,7 +82,7 @@ class Manifest:
     quantization: Quantization
     calibration: str | None
     tp_size: int
-    limits: EngineLimits
+    limits: BuildLimits
     vocabulary_sharding: VocabularySharding
     source: dict
     builder: BuilderInfo
@@ -107,11 +107,11 @@ def plan_description_name(rank: int) -> str:
 
 def write_rank_network(
     checkpoint: FtCheckpoint,
-    shard: Shard,
-    limits: EngineLimits,
+    rank: Rank,
+    limits: BuildLimits,
     folder: Path,
     vocabulary: VocabularySharding,
-    recipe: Recipe = NOT_QUANTIZED,
+    calibrated: CalibratedQuantization = NOT_QUANTIZED,
 ) -> None:
     """Adds one rank's network to `folder`: the graph, its weights, and a description beside it.
 
@@ -123,10 +123,10 @@ def write_rank_network(
             f"max_input_len + max_output_len = {limits.cache_len}, but the model has learned "
             f"positions for {config.max_seq_len} tokens; lower the limits"
         )
-    network = build_network(checkpoint, shard, limits.cache_len, vocabulary, recipe)
-    quantization, calibration = recipe.quantization, recipe.calibration
+    network = build_network(checkpoint, rank, limits.cache_len, vocabulary, calibrated)
+    quantization, calibration = calibrated.quantization, calibrated.calibration
     contents = write_weights(network, checkpoint, folder / WEIGHTS_FOLDER)
-    graph_path = folder / network_name(shard.rank)
+    graph_path = folder / network_name(rank.index)
     graph_path.write_bytes(network.model.SerializeToString())
     hashes = {f"{WEIGHTS_FOLDER}/{name}": content for name, content in sorted(contents.items())}
     description = {
@@ -143,7 +143,7 @@ def write_rank_network(
         "network": graph_path.name,
         "files": _records(folder, {graph_path.name: content_hash(graph_path)} | hashes),
     }
-    write_json(folder / network_description_name(shard.rank), description)
+    write_json(folder / network_description_name(rank.index), description)
 
 
 def read_network_manifest(folder: Path) -> Manifest:
@@ -159,9 +159,9 @@ def read_network_tp_size(folder: Path) -> int:
     return read_json(folder / network_description_name(0))["tp_size"]
 
 
-def read_network_limits(folder: Path, rank: int) -> EngineLimits:
+def read_network_limits(folder: Path, rank: int) -> BuildLimits:
     """The limits that a rank's network was made for."""
-    return EngineLimits(**read_json(folder / network_description_name(rank))["limits"])
+    return BuildLimits(**read_json(folder / network_description_name(rank))["limits"])
 
 
 def read_network_quantization(folder: Path, rank: int) -> Quantization:
@@ -170,7 +170,7 @@ def read_network_quantization(folder: Path, rank: int) -> Quantization:
 
 
 def _quantization(content: dict) -> Quantization:
-    return Quantization(make_scheme(**content["quantization"]), content["kv_cache"])
+    return Quantization(make_weight_quantization(**content["quantization"]), content["kv_cache"])
 
 
 def read_network_hash(folder: Path, rank: int) -> str:
@@ -342,7 +342,7 @@ def _parse(content: dict) -> Manifest:
         tp_size=content["tp_size"],
         source=content["source"],
         config=MptConfig(**content["config"]),
-        limits=EngineLimits(**content["limits"]),
+        limits=BuildLimits(**content["limits"]),
         vocabulary_sharding=VocabularySharding(**content["vocabulary_sharding"]),
         builder=BuilderInfo(**builder),
         ranks=tuple(_rank_files(rank, rank) for rank in content["ranks"]),

@@ -11,11 +11,11 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.ft.layout import ELEMENT_BYTES, Int8Layers, ft_file, ft_files
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.sharding import Shard, VocabularySharding
+from mpt_trt.model.sharding import Rank, VocabularySharding
 from mpt_trt.model.tensors import Split, Weight, block_matrices, weights
 from mpt_trt.network.linear import NETWORK_WORKERS
 from mpt_trt.quantization.schemes import (
@@ -98,7 +98,7 @@ class EngineSpec:
     config: MptConfig
     dtype: str
     tp_size: int
-    limits: EngineLimits
+    limits: BuildLimits
     vocabulary: VocabularySharding
     quantization: Quantization = UNQUANTIZED
 
@@ -126,7 +126,7 @@ def rank_weights(spec: EngineSpec) -> int:
 
 
 def _rank_shape(spec: EngineSpec, weight: Weight) -> tuple[int, ...]:
-    return ft_file(spec.config, weight, Shard(0, spec.tp_size), spec.dtype).shape
+    return ft_file(spec.config, weight, Rank(0, spec.tp_size), spec.dtype).shape
 
 
 def _matrix_bytes(spec: EngineSpec, weight: Weight) -> int:
@@ -170,7 +170,7 @@ def _is_read(weight: Weight) -> bool:
 
 def _qk_norm_elements_of_others(config: MptConfig, tp_size: int) -> int:
     """Features of the query and key norms that other ranks hold."""
-    query, key, _ = sharding.qkv_columns(config, Shard(0, tp_size))
+    query, key, _ = sharding.qkv_columns(config, Rank(0, tp_size))
     others = config.hidden_size - len(query) + config.kv_size - len(key)
     return others * config.num_layers * (2 if config.bias else 1)
 
@@ -195,7 +195,7 @@ def kv_cache(spec: EngineSpec) -> int:
 
 
 def _cache_elements(spec: EngineSpec) -> int:
-    kv_heads = len(sharding.kv_heads(spec.config, Shard(0, spec.tp_size)))
+    kv_heads = len(sharding.kv_heads(spec.config, Rank(0, spec.tp_size)))
     positions = spec.limits.max_batch_size * spec.limits.cache_len
     features = 2 * spec.config.num_layers * kv_heads * spec.config.head_dim
     return positions * features
@@ -217,14 +217,14 @@ def activations(spec: EngineSpec) -> int:
         head            logits * vocab: the product, and in float32 the logits, twice
         8-bit cache     the keys and values of one layer, as attention reads them
     """
-    config, limits, shard = spec.config, spec.limits, Shard(0, spec.tp_size)
+    config, limits, rank = spec.config, spec.limits, Rank(0, spec.tp_size)
     layers = config.num_layers
     tokens = limits.max_batch_size * limits.max_input_len
-    heads = len(sharding.query_heads(config, shard))
+    heads = len(sharding.query_heads(config, rank))
     scores = tokens * limits.cache_len * heads
     bias = scores if config.position_embedding == "alibi" else scores // heads
-    qkv = sum(map(len, sharding.qkv_columns(config, shard)))
-    wide = len(sharding.feed_forward_columns(config, shard))
+    qkv = sum(map(len, sharding.qkv_columns(config, rank)))
+    wide = len(sharding.feed_forward_columns(config, rank))
     logits = limits.max_logits * config.vocab_size
     size = spec.element_bytes
     unfused_scores = 3 * scores * FLOAT32_BYTES if spec.dtype == "float32" else 0

@@ -8,7 +8,7 @@ from mpt_trt.errors import MptTrtError
 
 
 @dataclass(frozen=True)
-class EngineLimits:
+class BuildLimits:
     """The largest inputs of an engine.
 
     max_batch_size: rows of the KV cache (prompts times beams).

@@ -43,7 +43,7 @@ class Distance:
 
 
 @dataclass(frozen=True)
-class Trial:
+class RecordedGeneration:
     """One generation by an engine.
 
     tokens: prompt and continuation. logits: float32 `[len(tokens) - 1, vocab]`, the engine's at
@@ -83,7 +83,9 @@ def divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArra
     return np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
 
 
-def run_trial(engine: LoadedEngine, prompt: list[int], max_new_tokens: int) -> Trial:
+def record_generation(
+    engine: LoadedEngine, prompt: list[int], max_new_tokens: int
+) -> RecordedGeneration:
     """Continues `prompt` greedily, as a user would, and collects the logits of every position.
 
     The continuation's logits are those of the generation itself (prefill, then single tokens); the
@@ -96,7 +98,7 @@ def run_trial(engine: LoadedEngine, prompt: list[int], max_new_tokens: int) -> T
     generated = generate(recorder, [prompt], config)[0][0].tokens
     prompt_logits = all_logits(engine, prompt)[:-1]
     speed = recorder.speed(len(prompt), len(generated))
-    return Trial(
+    return RecordedGeneration(
         tokens=[*prompt, *generated],
         prompt_len=len(prompt),
         logits=np.concatenate([prompt_logits, *recorder.logits]),

@@ -61,7 +61,7 @@ class QualityResult:
     """One engine, measured.
 
     quantization: as in config.yaml, with the options of its own method. kv_cache: type of keys and
-    values; `auto` means dtype. runtime: what ran the engine. stood_in_because: why that was not
+    values; `auto` means dtype. runtime: what ran the engine. fallback_reason: why that was not
     TensorRT; None when it was. date: UTC day. reference: what computed it. text: file name.
     window_length: tokens of a window. speed: of one sequence, prompt_len tokens and new_tokens
     behind them. peak_memory: most bytes of host memory that each rank had taken by then, in sum.
@@ -75,7 +75,7 @@ class QualityResult:
     kv_cache: str
     builder: BuilderInfo
     runtime: str
-    stood_in_because: str | None
+    fallback_reason: str | None
     machine: Machine
     date: str
     reference: str

@@ -35,7 +35,7 @@ from mpt_trt.ft.layout import (
 from mpt_trt.ft.streams import FtWriter, TensorSource
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.sharding import Shard
+from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import Weight, preceding_norm, weights
 from mpt_trt.system.files import content_hashes, read_json, replace_directory, write_json
 from mpt_trt.system.process_pool import Advance, Job, run_forked
@@ -67,17 +67,17 @@ class FtCheckpoint:
     smoothing: float | None = None
     int8_layers: Int8Layers = Int8Layers.NONE
 
-    def rank_files(self, shard: Shard) -> dict[str, FtFile]:
+    def rank_files(self, rank: Rank) -> dict[str, FtFile]:
         """The files that one rank reads in the storage type, by FT weight name."""
         return {
-            weight.name: ft_file(self.config, weight, shard, self.storage_type)
+            weight.name: ft_file(self.config, weight, rank, self.storage_type)
             for weight in weights(self.config)
         }
 
-    def rank_int8_files(self, shard: Shard) -> dict[str, Int8Files]:
+    def rank_int8_files(self, rank: Rank) -> dict[str, Int8Files]:
         """What one rank reads for 8-bit products, by FT layer name: `layers.0.attention.dense`."""
         return {
-            linear_name(weight): int8_files(self.config, weight, shard)
+            linear_name(weight): int8_files(self.config, weight, rank)
             for weight in weights(self.config)
             if self.int8_layers.includes(weight)
         }
@@ -90,13 +90,13 @@ class FtCheckpoint:
                 "not a full-precision checkpoint; convert again without -sq"
             )
 
-    def file_of(self, weight: Weight, shard: Shard) -> FtFile:
+    def file_of(self, weight: Weight, rank: Rank) -> FtFile:
         """The file from which a rank reads a tensor."""
-        return ft_file(self.config, weight, shard, self.storage_type)
+        return ft_file(self.config, weight, rank, self.storage_type)
 
-    def matrix(self, weight: Weight, shard: Shard) -> NDArray:
+    def matrix(self, weight: Weight, rank: Rank) -> NDArray:
         """A rank's part of a linear layer's weight, `[in, out]`, memory-mapped."""
-        return self.mapped(self.file_of(weight, shard))
+        return self.mapped(self.file_of(weight, rank))
 
     def mapped(self, file: FtFile) -> NDArray:
         """The content of a file in the storage type, `file.shape`, memory-mapped for reading."""

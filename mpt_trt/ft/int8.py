@@ -19,7 +19,7 @@ from mpt_trt.ft.layout import FtFile, Int8Files, Int8Layers, files_of, ft_file, 
 from mpt_trt.ft.streams import FtWriter, TensorSource
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.sharding import Range, Shard
+from mpt_trt.model.sharding import Range, Rank
 from mpt_trt.model.tensors import Split, Weight, preceding_norm, weights
 from mpt_trt.quantization.activation_ranges import ActivationRanges, ranges_of, require_ranges
 from mpt_trt.quantization.smoothing import (
@@ -90,10 +90,10 @@ class Int8Writer:
         factors = self._factors(weight)
         scales = self._scales(weight, factors)
         hashes = self._write_norm(weight, factors)
-        for shard in sharding.shards(self.tp_size):
-            files = int8_files(self.source.config, weight, shard)
-            hashes |= self._write_matrices(weight, shard, files, factors, scales)
-            for file, values in self._vectors(weight, shard, files, factors, scales):
+        for rank in sharding.all_ranks(self.tp_size):
+            files = int8_files(self.source.config, weight, rank)
+            hashes |= self._write_matrices(weight, rank, files, factors, scales)
+            for file, values in self._vectors(weight, rank, files, factors, scales):
                 if file.name not in hashes:
                     hashes |= self.writer.write(file, [values.astype(np.float32)])
         return hashes
@@ -134,17 +134,17 @@ class Int8Writer:
     def _write_matrices(
         self,
         weight: Weight,
-        shard: Shard,
+        rank: Rank,
         files: Int8Files,
         factors: NDArray[np.float64],
         scales: Int8Scales,
     ) -> dict[str, str]:
         """Writes a rank's weight in the storage type and in both kinds of int8."""
         config = self.source.config
-        outputs, _ = held(config, weight, shard)
+        outputs, _ = held(config, weight, rank)
         by_tensor = _part(scales.w_orig_quant, outputs)
         by_column = _part(scales.w_orig_quant_col, outputs)
-        file = ft_file(config, weight, shard, self.source.storage_type)
+        file = ft_file(config, weight, rank, self.source.storage_type)
         with ExitStack() as stack:
             plain, int8, int8_col = (
                 stack.enter_context(self.writer.open(each))
@@ -159,13 +159,13 @@ class Int8Writer:
     def _vectors(
         self,
         weight: Weight,
-        shard: Shard,
+        rank: Rank,
         files: Int8Files,
         factors: NDArray[np.float64],
         scales: Int8Scales,
     ) -> Iterator[tuple[FtFile, NDArray]]:
         """A rank's scales and smoother."""
-        outputs, inputs = held(self.source.config, weight, shard)
+        outputs, inputs = held(self.source.config, weight, rank)
         yield files.scale_x_orig_quant, np.array([scales.x_orig_quant])
         yield files.scale_y_quant_orig, np.array([scales.y_quant_orig])
         for file, values in (
@@ -195,7 +195,7 @@ class Int8Writer:
             )
 
     def _whole(self, weight: Weight) -> FtFile:
-        return ft_file(self.source.config, weight, Shard(0, 1), self.source.storage_type)
+        return ft_file(self.source.config, weight, Rank(0, 1), self.source.storage_type)
 
     @property
     def _dtype(self) -> np.dtype:

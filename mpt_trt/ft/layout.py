@@ -10,7 +10,7 @@ from enum import Enum
 
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.sharding import Range, Shard
+from mpt_trt.model.sharding import Range, Rank
 from mpt_trt.model.tensors import Split, Weight, weights
 
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
@@ -21,18 +21,18 @@ class FtFile:
     """One `.bin` file.
 
     tensor: FT name without `model.` and rank. weight: the tensor that it holds or belongs to.
-    shard: None for a file that all ranks read. dtype: a key of ELEMENT_BYTES.
+    rank: None for a file that all ranks read. dtype: a key of ELEMENT_BYTES.
     """
 
     tensor: str
     weight: Weight
-    shard: Shard | None
+    rank: Rank | None
     shape: tuple[int, ...]
     dtype: str
 
     @property
     def name(self) -> str:
-        rank = "" if self.shard is None else f".{self.shard.rank}"
+        rank = "" if self.rank is None else f".{self.rank.index}"
         return f"model.{self.tensor}{rank}.bin"
 
     @property
@@ -94,34 +94,34 @@ class Int8Files:
         return (file for file in files if file is not None)
 
 
-def ft_file(config: MptConfig, weight: Weight, shard: Shard, dtype: str) -> FtFile:
-    """The file from which rank `shard.rank` reads `weight`."""
+def ft_file(config: MptConfig, weight: Weight, rank: Rank, dtype: str) -> FtFile:
+    """The file from which rank `rank.index` reads `weight`."""
     if weight.split is Split.WHOLE:
         return FtFile(weight.name, weight, None, weight.shape, dtype)
-    rows, columns = held(config, weight, shard)
+    rows, columns = held(config, weight, rank)
     out_features = sum(map(len, rows))
     shape = (len(columns), out_features) if weight.is_linear else (out_features,)
-    return FtFile(weight.name, weight, shard, shape, dtype)
+    return FtFile(weight.name, weight, rank, shape, dtype)
 
 
-def int8_files(config: MptConfig, weight: Weight, shard: Shard) -> Int8Files:
-    """What rank `shard.rank` reads of a linear layer beside its plain files."""
-    rows, columns = held(config, weight, shard)
+def int8_files(config: MptConfig, weight: Weight, rank: Rank) -> Int8Files:
+    """What rank `rank.index` reads of a linear layer beside its plain files."""
+    rows, columns = held(config, weight, rank)
     out_features, in_features = sum(map(len, rows)), len(columns)
     layer = linear_name(weight)
     # Every rank has all outputs of a layer that is cut by input rows.
-    by_output = None if weight.split is Split.ROWS else shard
+    by_output = None if weight.split is Split.ROWS else rank
 
-    def scale(name: str, size: int = 1, of: Shard | None = None) -> FtFile:
+    def scale(name: str, size: int = 1, of: Rank | None = None) -> FtFile:
         return FtFile(f"{layer}.{name}", weight, of, (size,), "float32")
 
     def per_tensor(name: str) -> FtFile:
         is_packed = weight.split is Split.QKV
-        return scale(name, out_features, shard) if is_packed else scale(name)
+        return scale(name, out_features, rank) if is_packed else scale(name)
 
     def matrix(suffix: str) -> FtFile:
         shape = (in_features, out_features)
-        return FtFile(f"{weight.name}.{suffix}", weight, shard, shape, "int8")
+        return FtFile(f"{weight.name}.{suffix}", weight, rank, shape, "int8")
 
     return Int8Files(
         weight=matrix("int8"),
@@ -132,7 +132,7 @@ def int8_files(config: MptConfig, weight: Weight, shard: Shard) -> Int8Files:
         scale_w_quant_orig_col=scale("scale_w_quant_orig.col", out_features, by_output),
         scale_y_accum_quant=per_tensor("scale_y_accum_quant"),
         scale_y_accum_quant_col=scale("scale_y_accum_quant.col", out_features, by_output),
-        smoother=scale("smoother", in_features, shard) if weight.split is Split.ROWS else None,
+        smoother=scale("smoother", in_features, rank) if weight.split is Split.ROWS else None,
     )
 
 
@@ -149,8 +149,8 @@ def ft_files(
     for weight in weights(config):
         files = files_of(config, weight, tp_size, dtype)
         if int8_layers.includes(weight):
-            for shard in sharding.shards(tp_size):
-                files += int8_files(config, weight, shard)
+            for rank in sharding.all_ranks(tp_size):
+                files += int8_files(config, weight, rank)
         # Ranks share some of them.
         found |= {file.name: file for file in files}
     return list(found.values())
@@ -160,14 +160,14 @@ def files_of(config: MptConfig, weight: Weight, tp_size: int, dtype: str) -> lis
     """The files of one tensor: one for all ranks, or one a rank."""
     if weight.split is Split.WHOLE:
         return [FtFile(weight.name, weight, None, weight.shape, dtype)]
-    return [ft_file(config, weight, shard, dtype) for shard in sharding.shards(tp_size)]
+    return [ft_file(config, weight, rank, dtype) for rank in sharding.all_ranks(tp_size)]
 
 
-def held(config: MptConfig, weight: Weight, shard: Shard) -> tuple[list[Range], Range]:
+def held(config: MptConfig, weight: Weight, rank: Rank) -> tuple[list[Range], Range]:
     """Rows and columns of the Hugging Face tensor `[out, in]` (or `[out]`) that a rank holds."""
     every_input = Range(0, weight.shape[-1])
     if weight.split is Split.QKV:
-        return list(sharding.qkv_columns(config, shard)), every_input
+        return list(sharding.qkv_columns(config, rank)), every_input
     if weight.split is Split.COLUMNS:
-        return [sharding.feed_forward_columns(config, shard)], every_input
-    return [Range(0, weight.shape[0])], shard.part(weight.shape[1])
+        return [sharding.feed_forward_columns(config, rank)], every_input
+    return [Range(0, weight.shape[0])], rank.part(weight.shape[1])

@@ -77,8 +77,8 @@ class TensorSource:
 
         Rows are counted in the whole matrix, of which the file may hold a rank's part.
         """
-        assert file.shard is not None
-        _, columns = held(self.config, file.weight, file.shard)
+        assert file.rank is not None
+        _, columns = held(self.config, file.weight, file.rank)
         start = columns.start
         for slab in self.values(file):
             block = slab.reshape(-1, file.shape[1])
@@ -87,7 +87,7 @@ class TensorSource:
 
     def _slabs(self, files: list[FtFile], source: NDArray) -> Iterator[NDArray]:
         """What `pieces` are made of, of all files."""
-        if files[0].shard is None:
+        if files[0].rank is None:
             return _flat_slabs(source, self._dtype, self._buffers)
         parts = [self._parts(file, source) for file in files]
         if files[0].weight.is_linear:
@@ -97,8 +97,8 @@ class TensorSource:
 
     def _parts(self, file: FtFile, source: NDArray) -> list[NDArray]:
         """The parts of a tensor that a file holds, one under the other."""
-        assert file.shard is not None
-        rows, columns = held(self.config, file.weight, file.shard)
+        assert file.rank is not None
+        rows, columns = held(self.config, file.weight, file.rank)
         parts = [source[r.start : r.stop] for r in rows]
         if file.weight.is_linear:
             return [part[:, columns.start : columns.stop] for part in parts]

@@ -82,7 +82,7 @@ class StepModel(Protocol):
 class GreedyModel(StepModel, Protocol):
     """A model that also finds the likeliest tokens itself, without waiting for its caller."""
 
-    def likeliest(
+    def greedy_steps(
         self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64], count: int
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Up to `count` steps of one token a row, as many as the caller takes.
@@ -328,11 +328,11 @@ class _Driver:
         self.on_step("decode", num_live)
         return require_finite(logits)
 
-    def likeliest(
+    def greedy_steps(
         self, model: GreedyModel, tokens: NDArray[np.int64], count: int
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Up to `count` steps behind the prompts' first new tokens; see `GreedyModel.likeliest`."""
-        for chosen, log_probs in model.likeliest(tokens, self.prompts.lengths, count):
+        """Up to `count` steps behind the prompts' first new tokens; see `GreedyModel`."""
+        for chosen, log_probs in model.greedy_steps(tokens, self.prompts.lengths, count):
             bad = np.flatnonzero(~np.isfinite(log_probs))
             if bad.size:
                 raise _not_finite(int(bad[0]))
@@ -540,7 +540,7 @@ def _let_model_choose(
     sequences.take(chosen, _log_probs_of(chosen, logits))
     if not sequences.go_on:
         return
-    steps = driver.likeliest(model, chosen, config.max_new_tokens - 1)
+    steps = driver.greedy_steps(model, chosen, config.max_new_tokens - 1)
     for chosen, log_probs in steps:
         driver.on_step("decode", sequences.num_live)
         sequences.take(chosen, log_probs)

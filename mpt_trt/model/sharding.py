@@ -29,22 +29,22 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Shard:
+class Rank:
     """One rank of a tensor-parallel group."""
 
-    rank: int
+    index: int
     tp_size: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.tp_size:
-            raise ValueError(f"rank {self.rank} is outside 0..{self.tp_size - 1}")
+        if not 0 <= self.index < self.tp_size:
+            raise ValueError(f"rank {self.index} is outside 0..{self.tp_size - 1}")
 
     def part(self, size: int) -> Range:
         """This rank's equal part of `size` items; `size` must be a multiple of tp_size."""
         if size % self.tp_size:
             raise ValueError(f"{size} is not a multiple of tp_size {self.tp_size}")
         width = size // self.tp_size
-        return Range(self.rank * width, (self.rank + 1) * width)
+        return Range(self.index * width, (self.index + 1) * width)
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class VocabularySharding:
     head: bool = True
 
 
-def shards(tp_size: int) -> list[Shard]:
-    return [Shard(rank, tp_size) for rank in range(tp_size)]
+def all_ranks(tp_size: int) -> list[Rank]:
+    return [Rank(index, tp_size) for index in range(tp_size)]
 
 
 def is_legal(config: MptConfig, tp_size: int) -> bool:
@@ -80,14 +80,14 @@ def require_legal(config: MptConfig, tp_size: int) -> None:
     )
 
 
-def vocabulary_rows(config: MptConfig, shard: Shard) -> Range:
+def vocabulary_rows(config: MptConfig, rank: Rank) -> Range:
     """The tokens whose row of a sharded embedding or head this rank holds.
 
     Every rank has as many rows but the last ones, which may hold fewer or none; the network pads
     what they lack (`vocabulary_width`), and drops the padding where ranks meet.
     """
-    width = vocabulary_width(config, shard.tp_size)
-    start = min(shard.rank * width, config.vocab_size)
+    width = vocabulary_width(config, rank.tp_size)
+    start = min(rank.index * width, config.vocab_size)
     return Range(start, min(start + width, config.vocab_size))
 
 
@@ -96,32 +96,32 @@ def vocabulary_width(config: MptConfig, tp_size: int) -> int:
     return -(-config.vocab_size // tp_size)
 
 
-def query_heads(config: MptConfig, shard: Shard) -> Range:
+def query_heads(config: MptConfig, rank: Rank) -> Range:
     """Global indices of this rank's query heads."""
-    return shard.part(config.num_heads)
+    return rank.part(config.num_heads)
 
 
-def kv_heads(config: MptConfig, shard: Shard) -> Range:
+def kv_heads(config: MptConfig, rank: Rank) -> Range:
     """Global indices of the K/V heads that this rank's query heads use."""
     group = config.num_heads // config.num_kv_heads
-    heads = query_heads(config, shard)
+    heads = query_heads(config, rank)
     return Range(heads.start // group, (heads.stop - 1) // group + 1)
 
 
-def qkv_columns(config: MptConfig, shard: Shard) -> tuple[Range, Range, Range]:
+def qkv_columns(config: MptConfig, rank: Rank) -> tuple[Range, Range, Range]:
     """This rank's Q, K and V columns within the whole projection Q | K | V, `[qkv_size]`."""
 
     def columns(heads: Range) -> Range:
         return Range(heads.start * config.head_dim, heads.stop * config.head_dim)
 
-    kv_columns = columns(kv_heads(config, shard))
+    kv_columns = columns(kv_heads(config, rank))
     return (
-        columns(query_heads(config, shard)),
+        columns(query_heads(config, rank)),
         kv_columns.shifted(config.hidden_size),
         kv_columns.shifted(config.hidden_size + config.kv_size),
     )
 
 
-def feed_forward_columns(config: MptConfig, shard: Shard) -> Range:
+def feed_forward_columns(config: MptConfig, rank: Rank) -> Range:
     """This rank's feed-forward units: columns of the first matrix, rows of the second."""
-    return shard.part(config.intermediate_size)
+    return rank.part(config.intermediate_size)

@@ -35,16 +35,16 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from mpt_trt.calibration.recipe import NOT_QUANTIZED, Recipe
+from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig, alibi_slopes
-from mpt_trt.model.sharding import Range, Shard, VocabularySharding
+from mpt_trt.model.sharding import Range, Rank, VocabularySharding
 from mpt_trt.network.graph import ELEMENT_TYPES, Content, GraphBuilder
 from mpt_trt.network.kv_cache import KINDS, Cache, cache_shape, make_cache
-from mpt_trt.network.linear.base import Products
-from mpt_trt.network.linear.make_linear import choose_products
+from mpt_trt.network.linear.base import LinearLayers
+from mpt_trt.network.linear.make_linear import make_linear
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Network:
 
 def build_network(
     checkpoint: FtCheckpoint,
-    shard: Shard,
+    rank: Rank,
     cache_len: int,
     vocabulary: VocabularySharding | None = None,
-    recipe: Recipe = NOT_QUANTIZED,
+    calibrated: CalibratedQuantization = NOT_QUANTIZED,
 ) -> Network:
     """The graph of one rank; what is not quantized is in the checkpoint's storage type.
 
@@ -69,21 +69,23 @@ def build_network(
     Raises MptTrtError when the checkpoint was converted for another number of ranks, or is none for
     this kind of quantization.
     """
-    if checkpoint.tp_size != shard.tp_size:
+    if checkpoint.tp_size != rank.tp_size:
         raise MptTrtError(
             f"{checkpoint.folder}: tensor_parallelism = {checkpoint.tp_size}, but an engine for "
-            f"{shard.tp_size} ranks was asked for; convert with -tp {shard.tp_size}"
+            f"{rank.tp_size} ranks was asked for; convert with -tp {rank.tp_size}"
         )
-    if shard.tp_size == 1:
+    if rank.tp_size == 1:
         vocabulary = VocabularySharding(embedding=False, head=False)
     config = checkpoint.config
-    shape = cache_shape(config, shard, cache_len)
-    cache = make_cache(shape, recipe)
-    products = choose_products(checkpoint, shard, recipe)
-    graph = GraphBuilder(products.tensors(), ELEMENT_TYPES[checkpoint.storage_type], shard)
-    decoder = _Decoder(graph, config, shard, vocabulary or VocabularySharding(), products, cache)
+    shape = cache_shape(config, rank, cache_len)
+    cache = make_cache(shape, calibrated)
+    linear_layers = make_linear(checkpoint, rank, calibrated)
+    graph = GraphBuilder(linear_layers.tensors(), ELEMENT_TYPES[checkpoint.storage_type], rank)
+    decoder = _Decoder(
+        graph, config, rank, vocabulary or VocabularySharding(), linear_layers, cache
+    )
     decoder.emit()
-    name = f"{checkpoint.model_name} rank {shard.rank} of {shard.tp_size}"
+    name = f"{checkpoint.model_name} rank {rank.index} of {rank.tp_size}"
     return Network(graph.to_model(name), graph.used)
 
 
@@ -93,18 +95,18 @@ class _Decoder:
 
     graph: GraphBuilder
     config: MptConfig
-    shard: Shard
+    rank: Rank
     vocabulary: VocabularySharding
-    products: Products
+    linear_layers: LinearLayers
     cache: Cache
 
     @property
     def num_heads(self) -> int:
-        return len(sharding.query_heads(self.config, self.shard))
+        return len(sharding.query_heads(self.config, self.rank))
 
     @property
     def num_kv_heads(self) -> int:
-        return len(sharding.kv_heads(self.config, self.shard))
+        return len(sharding.kv_heads(self.config, self.rank))
 
     def emit(self) -> None:
         graph = self.graph
@@ -149,7 +151,7 @@ class _Decoder:
         if self.config.position_embedding == "alibi":
             distance = graph.node("Cast", [distance], "bias/distance_float", to=TensorProto.FLOAT)
             slopes = alibi_slopes(self.config.num_heads, self.config.alibi_bias_max)
-            heads = sharding.query_heads(self.config, self.shard)
+            heads = sharding.query_heads(self.config, self.rank)
             local = np.reshape(slopes[heads.start : heads.stop], (1, -1, 1, 1))
             slopes_name = graph.constant("alibi_slopes", local, np.float32)
             score = graph.node("Mul", [distance, slopes_name], "bias/alibi")
@@ -175,7 +177,7 @@ class _Decoder:
         graph = self.graph
         if not self.vocabulary.embedding:
             return graph.node("Gather", [graph.weight("wte"), "input_ids"], "embedding")
-        rows = sharding.vocabulary_rows(self.config, self.shard)
+        rows = sharding.vocabulary_rows(self.config, self.rank)
         # A rank beyond the vocabulary's end needs some row to read; no token is its own.
         table = self._vocabulary_part("wte", rows if len(rows) else Range(0, 1))
         start = graph.constant("vocabulary/start", rows.start, np.int64)
@@ -238,7 +240,7 @@ class _Decoder:
         parts = [f"{name}/flat_{part}" for part in ("query", "key", "value")]
         sizes = [n * head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
         graph.split(packed, parts, sizes, axis=2, name=f"{name}/flat_split")
-        if self.shard.tp_size == 1:
+        if self.rank.tp_size == 1:
             epsilon = self.config.qk_ln_epsilon
             query = self._layer_norm(f"{name}.q_layernorm", parts[0], epsilon)
             key = self._layer_norm(f"{name}.k_layernorm", parts[1], epsilon)
@@ -252,7 +254,7 @@ class _Decoder:
         Sums and sums of squares of both meet in one all-reduce, in float32.
         """
         graph = self.graph
-        held = sharding.qkv_columns(self.config, self.shard)
+        held = sharding.qkv_columns(self.config, self.rank)
         columns = (held[0], held[1].shifted(-self.config.hidden_size))
         widths = (self.config.hidden_size, self.config.kv_size)
         values = [
@@ -262,7 +264,7 @@ class _Decoder:
         means = []
         for value, part, width in zip(values, columns, widths, strict=True):
             # Ranks that hold the same K/V heads add the same sums, each its share.
-            copies = len(part) * self.shard.tp_size / width
+            copies = len(part) * self.rank.tp_size / width
             scale = graph.constant(f"{value}/share", 1 / (width * copies), np.float32)
             means += self._means(value, scale)
         packed = graph.node("Concat", means, f"{name}/own_means", axis=2)
@@ -334,15 +336,15 @@ class _Decoder:
     def _sharded_head(self, normed: str) -> str:
         """Every rank's part of the vocabulary as rows, gathered, without the padding."""
         graph = self.graph
-        rows = sharding.vocabulary_rows(self.config, self.shard)
-        width = sharding.vocabulary_width(self.config, self.shard.tp_size)
+        rows = sharding.vocabulary_rows(self.config, self.rank)
+        width = sharding.vocabulary_width(self.config, self.rank.tp_size)
         parts = [self._vocabulary_part(self._head, rows)] if len(rows) else []
         if len(rows) < width:
             parts.append(graph.zeros("head/padding", (width - len(rows), self.config.hidden_size)))
         head = parts[0] if len(parts) == 1 else graph.node("Concat", parts, "head/padded", axis=0)
         product = graph.node("Gemm", [head, normed], "head/own_product", transB=1)
         gathered = graph.all_gather(product, "head/gathered")
-        if width * self.shard.tp_size != self.config.vocab_size:
+        if width * self.rank.tp_size != self.config.vocab_size:
             ends = graph.constant("vocabulary/end", [self.config.vocab_size], np.int64)
             starts, axes = (
                 graph.constant(f"vocabulary/{n}", [0], np.int64) for n in ("first", "axis")
@@ -379,11 +381,11 @@ class _Decoder:
 
     def _linear(self, name: str, value: str) -> str:
         """A linear layer; its bias, where it has one, is added to the product."""
-        return self._add_bias(name, self.products.emit(self.graph, name, value))
+        return self._add_bias(name, self.linear_layers.emit(self.graph, name, value))
 
     def _linear_of_ranks(self, name: str, value: str) -> str:
         """A linear layer whose input features lie on several ranks; they meet before the bias."""
-        product = self.products.emit(self.graph, name, value)
+        product = self.linear_layers.emit(self.graph, name, value)
         return self._add_bias(name, self.graph.all_reduce(product, f"{name}/all_ranks"))
 
     def _add_bias(self, name: str, product: str) -> str:

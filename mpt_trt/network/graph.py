@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from mpt_trt.model.sharding import Range, Shard
+from mpt_trt.model.sharding import Range, Rank
 
 OPSET = 24
 # The first IR version that knows opset 24's types; newer ones are refused by older readers.
@@ -70,7 +70,7 @@ class GraphBuilder:
 
     weights: dict[str, StoredTensor]
     element_type: int
-    shard: Shard
+    rank: Rank
     used: dict[str, Content] = field(default_factory=dict)
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
@@ -158,7 +158,7 @@ class GraphBuilder:
 
         group_size 0 means all ranks (the parser's checkDistCollective).
         """
-        if self.shard.tp_size == 1:
+        if self.rank.tp_size == 1:
             return value
         # No standard says what type comes out of this operator, so the graph does.
         self.value_types.append(helper.make_tensor_value_info(output, element_type, None))
@@ -169,7 +169,7 @@ class GraphBuilder:
             domain=COLLECTIVE_DOMAIN,
             root=-1,
             group_size=0,
-            nb_rank=self.shard.tp_size,
+            nb_rank=self.rank.tp_size,
             **operation,
         )
 
@@ -190,4 +190,4 @@ class GraphBuilder:
         )
 
     def _domains(self) -> list[tuple[str, int]]:
-        return [("", OPSET)] + [(COLLECTIVE_DOMAIN, 1)] * (self.shard.tp_size > 1)
+        return [("", OPSET)] + [(COLLECTIVE_DOMAIN, 1)] * (self.rank.tp_size > 1)

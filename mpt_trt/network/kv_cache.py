@@ -12,10 +12,10 @@ from typing import Protocol
 import numpy as np
 from onnx import TensorProto
 
-from mpt_trt.calibration.recipe import Recipe
+from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.sharding import Shard
+from mpt_trt.model.sharding import Rank
 from mpt_trt.network.graph import GraphBuilder
 from mpt_trt.quantization.calibrated_weights import FP8_MAX, INT8_MAX, KvRanges
 from mpt_trt.quantization.schemes import KvCacheType
@@ -37,9 +37,9 @@ class CacheShape:
     head_dim: int
 
 
-def cache_shape(config: MptConfig, shard: Shard, cache_len: int) -> CacheShape:
+def cache_shape(config: MptConfig, rank: Rank, cache_len: int) -> CacheShape:
     """The cache of a rank."""
-    kv_heads = len(sharding.kv_heads(config, shard))
+    kv_heads = len(sharding.kv_heads(config, rank))
     return CacheShape(config.num_layers, kv_heads, cache_len, config.head_dim)
 
 
@@ -142,9 +142,9 @@ class QuantizedCache:
             graph.output(name, QUANTIZED_TYPES[self.type][0], shape)
 
 
-def make_cache(shape: CacheShape, recipe: Recipe) -> Cache:
+def make_cache(shape: CacheShape, calibrated: CalibratedQuantization) -> Cache:
     """The cache that a quantization asks for."""
-    cache_type, calibration = recipe.quantization.kv_cache, recipe.calibration
+    cache_type, calibration = calibrated.quantization.kv_cache, calibrated.calibration
     if cache_type == "auto" or calibration is None:
         return PlainCache(shape)
     ranges = tuple(calibration.kv_ranges(layer) for layer in range(shape.num_layers))

@@ -74,10 +74,10 @@ class Fp8:
     """E4M3 weights and activations, a calibrated scale for each matrix and each of its inputs."""
 
 
-Scheme = WeightOnly | Awq | SmoothQuant | Fp8
+WeightQuantization = WeightOnly | Awq | SmoothQuant | Fp8
 
 # What each method of config.yaml makes a scheme of, and which options it has.
-METHODS: dict[str, tuple[Callable[..., Scheme], frozenset[str]]] = {
+METHODS: dict[str, tuple[Callable[..., WeightQuantization], frozenset[str]]] = {
     "int8_weight_only": (functools.partial(WeightOnly, 8), frozenset()),
     "int4_weight_only": (functools.partial(WeightOnly, 4), frozenset({"group_size"})),
     "int4_awq": (Awq, frozenset({"group_size"})),
@@ -90,14 +90,14 @@ METHODS: dict[str, tuple[Callable[..., Scheme], frozenset[str]]] = {
 class Quantization:
     """What of an engine is quantized, and how. scheme: of the blocks' matrices."""
 
-    scheme: Scheme | None = None
+    scheme: WeightQuantization | None = None
     kv_cache: KvCacheType = "auto"
 
 
 UNQUANTIZED = Quantization()
 
 
-def make_scheme(method: str, **options: Any) -> Scheme | None:
+def make_weight_quantization(method: str, **options: Any) -> WeightQuantization | None:
     """The scheme of a `quantization` mapping; options of other methods change nothing."""
     if method == "none":
         return None
@@ -105,7 +105,7 @@ def make_scheme(method: str, **options: Any) -> Scheme | None:
     return make(**{name: value for name, value in options.items() if name in known})
 
 
-def method_of(scheme: Scheme | None) -> str:
+def method_of(scheme: WeightQuantization | None) -> str:
     """The method that a scheme is of, as config.yaml calls it."""
     if scheme is None:
         return "none"
@@ -114,14 +114,16 @@ def method_of(scheme: Scheme | None) -> str:
     return {Awq: "int4_awq", SmoothQuant: "smoothquant", Fp8: "fp8"}[type(scheme)]
 
 
-def as_mapping(scheme: Scheme | None) -> dict[str, Any]:
-    """What `make_scheme` makes the scheme of again."""
+def as_mapping(scheme: WeightQuantization | None) -> dict[str, Any]:
+    """What `make_weight_quantization` makes the scheme of again."""
     method = method_of(scheme)
     known = METHODS[method][1] if scheme else ()
     return {"method": method, **{name: getattr(scheme, name) for name in sorted(known)}}
 
 
-def calibration_format(scheme: Scheme | None, kv_cache: KvCacheType) -> QuantizationFormat | None:
+def calibration_format(
+    scheme: WeightQuantization | None, kv_cache: KvCacheType
+) -> QuantizationFormat | None:
     """What must be calibrated before an engine's network is made; None when nothing has to.
 
     Every calibration result has the ranges of keys and values in it.

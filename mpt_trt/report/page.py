@@ -246,7 +246,7 @@ def conditions(entries: list[Entry]) -> dict[str, list[str]]:
         "Machine": _distinct(_machine_text(result.machine) for result in results),
         "Run by": _distinct(result.runtime for result in results),
         "Not by TensorRT": _distinct(
-            result.stood_in_because for result in results if result.stood_in_because is not None
+            result.fallback_reason for result in results if result.fallback_reason is not None
         ),
         "Plans built by": _distinct(
             f"{r.builder.package} {r.builder.version} for GPUs of compute capability "

@@ -39,13 +39,13 @@ class Devices:
 
 
 @dataclass(frozen=True)
-class Taken:
+class AcquiredGpus:
     """GPUs that this process has, and the sockets that hold them."""
 
     names: tuple[str, ...]
     sockets: tuple[socket.socket, ...]
 
-    def hand_on(self) -> None:
+    def pass_to_child(self) -> None:
         """Lets the commands that this process becomes or starts have the GPUs, too."""
         for held in self.sockets:
             held.set_inheritable(True)
@@ -91,12 +91,12 @@ def require(count: int, available: Devices) -> None:
         )
 
 
-def take(
+def acquire(
     count: int,
     available: Devices,
     within: str,
     on_wait: Callable[[], None] = lambda: None,
-) -> Taken:
+) -> AcquiredGpus:
     """Takes `count` GPUs, once they are free; calls `on_wait` once if they are not.
 
     Only one process of a scope collects GPUs at a time. So none waits for another that waits for
@@ -106,7 +106,7 @@ def take(
     """
     require(count, available)
     if count == 0:
-        return Taken((), ())
+        return AcquiredGpus((), ())
     wait = _Wait(on_wait)
     while (gate := _bind(f"{within}/gate")) is None:
         wait()
@@ -122,7 +122,7 @@ def take(
                 break
             wait()
     names = tuple(name for name in available.names if name in held)
-    return Taken(names, tuple(held.values()))
+    return AcquiredGpus(names, tuple(held.values()))
 
 
 def environment(names: Sequence[str]) -> dict[str, str]:

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.quantization.schemes import METHODS, KvCacheType, Quantization, Scheme, make_scheme
+from mpt_trt.quantization.schemes import (
+    METHODS,
+    KvCacheType,
+    Quantization,
+    WeightQuantization,
+    make_weight_quantization,
+)
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError
@@ -48,7 +54,7 @@ class Variant:
     """See the schema. quantization: None for `method: none`."""
 
     dtype: str
-    quantization: Scheme | None
+    quantization: WeightQuantization | None
     kv_cache_dtype: KvCacheType
     max_batch_size: int
     max_input_len: int
@@ -238,7 +244,7 @@ def _entry(kind: str, entries: dict[str, Entry], name: str) -> Entry:
 
 def _variant(entry: dict[str, Any]) -> Variant:
     special = {
-        "quantization": make_scheme(**entry["quantization"]),
+        "quantization": make_weight_quantization(**entry["quantization"]),
         "tolerance": Tolerance(**entry["tolerance"]),
         "compute_capabilities": tuple(entry["compute_capabilities"]),
     }

@@ -17,16 +17,16 @@ from mpt_trt.quantization.schemes import (
     Awq,
     KvCacheType,
     QuantizationFormat,
-    Scheme,
     SmoothQuant,
+    WeightQuantization,
     calibration_format,
 )
 
 FORMATS: tuple[QuantizationFormat, ...] = get_args(QuantizationFormat)
 STORAGES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 STORAGE_OF_TYPE = {storage_type: name for name, storage_type in STORAGES.items()}
-USUAL_ALPHA = 0.5
-USUAL_STORAGE = "float16"
+DEFAULT_ALPHA = 0.5
+DEFAULT_STORAGE = "float16"
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class FtStorage:
         if self.alpha is None:
             return STORAGE_OF_TYPE[self.storage_type]
         parts = ["sq"]
-        if self.alpha != USUAL_ALPHA:
+        if self.alpha != DEFAULT_ALPHA:
             parts.append(f"{self.alpha:g}")
-        if self.storage_type != USUAL_STORAGE:
+        if self.storage_type != DEFAULT_STORAGE:
             parts.append(STORAGE_OF_TYPE[self.storage_type])
         return "-".join(parts)
 
@@ -55,8 +55,8 @@ def ft_storage(name: str) -> FtStorage:
     match = re.fullmatch(rf"sq(?:-([0-9.]+))?(?:-({'|'.join(STORAGES)}))?", name)
     try:
         found = match and FtStorage(
-            STORAGES[match[2]] if match[2] else USUAL_STORAGE,
-            float(match[1] or USUAL_ALPHA),
+            STORAGES[match[2]] if match[2] else DEFAULT_STORAGE,
+            float(match[1] or DEFAULT_ALPHA),
         )
     except ValueError:
         found = None
@@ -68,7 +68,7 @@ def ft_storage(name: str) -> FtStorage:
     return found
 
 
-def ft_storage_of(dtype: str, scheme: Scheme | None) -> FtStorage:
+def ft_storage_of(dtype: str, scheme: WeightQuantization | None) -> FtStorage:
     """The FT checkpoint that a variant's network is made from."""
     return FtStorage(dtype, scheme.alpha if isinstance(scheme, SmoothQuant) else None)
 
@@ -96,7 +96,9 @@ def calibration_name(name: str) -> CalibrationName:
     return by_name[name]
 
 
-def calibration_of(scheme: Scheme | None, kv_cache: KvCacheType) -> CalibrationName | None:
+def calibration_of(
+    scheme: WeightQuantization | None, kv_cache: KvCacheType
+) -> CalibrationName | None:
     """The calibration result that a variant's network is made from; None when it needs none."""
     quantization_format = calibration_format(scheme, kv_cache)
     if quantization_format is None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from mpt_trt.engines.backend_support import uses_modelopt_form
-from mpt_trt.quantization.schemes import Quantization, Scheme
+from mpt_trt.quantization.schemes import Quantization, WeightQuantization
 from mpt_trt.workflow.target_names import CalibrationName, FtStorage, calibration_of, ft_storage_of
 
 
-def trtllm_ft_storage(dtype: str, scheme: Scheme | None) -> FtStorage:
+def trtllm_ft_storage(dtype: str, scheme: WeightQuantization | None) -> FtStorage:
     """The FT checkpoint; a smoothed one for the plugin form of SmoothQuant alone."""
     return ft_storage_of(dtype, None if uses_modelopt_form(scheme) else scheme)
 

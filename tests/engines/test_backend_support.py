@@ -72,7 +72,9 @@ REQUESTS = {
 
 
 def test_every_refusal_has_a_request() -> None:
-    assert {f.name for f in FEATURES if f.asked is not None and f.lacking} == REQUESTS.keys()
+    assert {
+        f.name for f in FEATURES if f.requested_value is not None and f.unsupported
+    } == REQUESTS.keys()
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -80,10 +82,10 @@ def test_backends_refuse_what_the_table_says_they_lack(name: str) -> None:
     (feature,) = (feature for feature in FEATURES if feature.name == name)
     request = REQUESTS[name]
     for backend in BACKENDS:
-        if backend not in feature.lacking:
+        if backend not in feature.unsupported:
             require_supported(request, backend)
             continue
-        able = " or ".join(b for b in BACKENDS if b not in feature.lacking)
+        able = " or ".join(b for b in BACKENDS if b not in feature.unsupported)
         pattern = f"^{re.escape(feature.field)} = .*backend {backend} .*use backend {able}$"
         with pytest.raises(MptTrtError, match=pattern):
             require_supported(request, backend)

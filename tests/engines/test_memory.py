@@ -17,18 +17,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
+from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.npz_file import CalibrationResult
-from mpt_trt.calibration.recipe import Recipe
 from mpt_trt.checkpoint.known_models import SHAPES, SHIPPED, hub_config, known_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines import memory
 from mpt_trt.engines.memory import GB, EngineSpec
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import ConversionSettings, FtCheckpoint, write_ft_checkpoint
 from mpt_trt.ft.layout import Int8Layers
 from mpt_trt.model.config import MptConfig, parse_hf_config, read_hf_config
-from mpt_trt.model.sharding import Shard, VocabularySharding, is_legal
+from mpt_trt.model.sharding import Rank, VocabularySharding, is_legal
 from mpt_trt.model.tensors import weights
 from mpt_trt.network.decoder import build_network
 from mpt_trt.quantization.calibrated_weights import Fp8Scales, KvRanges
@@ -48,7 +48,7 @@ from support.workflow import SMALL, SPEC, Workflow
 from tools import markdown
 from workflow_scripts import show_requirements
 
-LIMITS = EngineLimits(8, 512, 64)
+LIMITS = BuildLimits(8, 512, 64)
 WHOLE = VocabularySharding(embedding=False, head=False)
 VOCABULARIES = [VocabularySharding(e, h) for e in (False, True) for h in (False, True)]
 
@@ -66,8 +66,8 @@ def plan_for(name: str, dtype: str = "float16", tp_size: int = 1) -> EngineSpec:
 
 def network_of(spec: EngineSpec, rank: int):
     checkpoint = FtCheckpoint(Path("ft"), spec.config, spec.dtype, spec.tp_size, "m", {})
-    shard = Shard(rank, spec.tp_size)
-    return build_network(checkpoint, shard, spec.limits.cache_len, spec.vocabulary).model.graph
+    part = Rank(rank, spec.tp_size)
+    return build_network(checkpoint, part, spec.limits.cache_len, spec.vocabulary).model.graph
 
 
 def held_bytes(graph, element_bytes: int) -> int:
@@ -134,7 +134,9 @@ def test_quantized_rank_weights_are_those_of_the_network(
 ) -> None:
     config = config_of(replace(FEATURES[name], hidden_size=96, vocab_size=96))
     needed = calibration_format(quantization.scheme, quantization.kv_cache)
-    recipe = Recipe(quantization, None if needed is None else Calibrated(needed))
+    calibrated = CalibratedQuantization(
+        quantization, None if needed is None else Calibrated(needed)
+    )
     is_smoothed = isinstance(quantization.scheme, SmoothQuant)
     for tp_size in filter(lambda size: is_legal(config, size), (1, 2)):
         checkpoint = FtCheckpoint(
@@ -148,7 +150,7 @@ def test_quantized_rank_weights_are_those_of_the_network(
             int8_layers=Int8Layers.ALL if is_smoothed else Int8Layers.NONE,
         )
         spec = EngineSpec(config, "float16", tp_size, LIMITS, WHOLE, quantization)
-        graph = build_network(checkpoint, Shard(0, tp_size), 32, WHOLE, recipe).model.graph
+        graph = build_network(checkpoint, Rank(0, tp_size), 32, WHOLE, calibrated).model.graph
         assert memory.rank_weights(spec) == stored_bytes(graph)
         cache = memory.kv_cache(spec) / memory.kv_cache(
             EngineSpec(config, "float16", tp_size, LIMITS, WHOLE)
@@ -171,7 +173,7 @@ def test_rank_weights_are_those_of_the_network(name: str, vocabulary: Vocabulary
 def test_kv_cache_is_that_of_the_network(name: str, dtype: str, element_bytes: int) -> None:
     config = config_of(FEATURES[name])
     for tp_size in filter(lambda size: is_legal(config, size), (1, 2, 4, 8)):
-        spec = EngineSpec(config, dtype, tp_size, EngineLimits(5, 20, 7), WHOLE)
+        spec = EngineSpec(config, dtype, tp_size, BuildLimits(5, 20, 7), WHOLE)
         caches = [i for i in network_of(spec, 0).input if i.name.startswith("past_")]
         assert len(caches) == 2 * config.num_layers
         shapes = [[d.dim_value for d in i.type.tensor_type.shape.dim][1:] for i in caches]
@@ -260,7 +262,7 @@ def test_mpt_7b_by_hand() -> None:
     spec = plan_for("mpt-7b")
     assert memory.kv_cache(spec) == 8 * 576 * 2 * 32 * 4096 * 2
     assert memory.kv_cache(replace(spec, tp_size=4)) == 8 * 576 * 2 * 32 * 1024 * 2
-    short = replace(spec, limits=EngineLimits(8, 64, 64))
+    short = replace(spec, limits=BuildLimits(8, 64, 64))
     tokens, residual = 8 * 64, 3 * 4096
     assert memory.activations(short) == 2 * tokens * (128 * 32 + residual + 2 * 16384)
     halves = replace(short, tp_size=2)
@@ -270,13 +272,13 @@ def test_mpt_7b_by_hand() -> None:
 @pytest.mark.parametrize(
     ("limits", "dtype", "largest"),
     [
-        (EngineLimits(8, 512, 64), "float16", 8 * 512 * 576 * 32 * 4),  # the bias, before rounding
-        (EngineLimits(8, 512, 64), "float32", 8 * 512 * 4 * (2 * 3 * 4096 + 3 * 576 * 32)),
-        (EngineLimits(8, 16, 1, True), "float16", 8 * 16 * 50432 * (2 + 2 * 4)),
+        (BuildLimits(8, 512, 64), "float16", 8 * 512 * 576 * 32 * 4),  # the bias, before rounding
+        (BuildLimits(8, 512, 64), "float32", 8 * 512 * 4 * (2 * 3 * 4096 + 3 * 576 * 32)),
+        (BuildLimits(8, 16, 1, True), "float16", 8 * 16 * 50432 * (2 + 2 * 4)),
     ],
 )
 def test_largest_phase_decides_about_activations(
-    limits: EngineLimits, dtype: str, largest: int
+    limits: BuildLimits, dtype: str, largest: int
 ) -> None:
     spec = replace(plan_for("mpt-7b", dtype), limits=limits)
     tokens = limits.max_batch_size * limits.max_input_len
@@ -288,7 +290,7 @@ def test_learned_positions_have_one_bias_for_all_heads() -> None:
     learned = config_of(CheckpointSpec(hidden_size=16, alibi=False, max_seq_len=9999))
     alibi = config_of(CheckpointSpec(hidden_size=16, max_seq_len=9999))
     ratios = [
-        memory.activations(EngineSpec(config, "float16", 1, EngineLimits(1, 8, 9000), WHOLE))
+        memory.activations(EngineSpec(config, "float16", 1, BuildLimits(1, 8, 9000), WHOLE))
         for config in (alibi, learned)
     ]
     assert ratios[0] / ratios[1] == pytest.approx(4, rel=0.05)
@@ -313,7 +315,7 @@ specs = st.builds(
     st.sampled_from(["float32", "float16", "bfloat16"]),
     st.sampled_from([1, 2, 4, 8]),
     st.builds(
-        EngineLimits,
+        BuildLimits,
         st.integers(1, 64),
         st.integers(1, 2048),
         st.integers(1, 2048),
@@ -459,7 +461,7 @@ def test_tool_shows_a_folder_as_it_shows_the_known_shape(tmp_path: Path, capsys)
     call_tool("show_requirements.py", "--model_dir", tmp_path, *options)
     folder = capsys.readouterr().out.splitlines()
     assert known[1:] == folder[1:]
-    spec = replace(plan_for("mpt-7b", "float32", 2), limits=EngineLimits(16, 512, 64))
+    spec = replace(plan_for("mpt-7b", "float32", 2), limits=BuildLimits(16, 512, 64))
     assert known[0] == f"mpt-7b, float32: {memory.gpus_in_words(spec)}"
     (weights,) = (line for line in known if line.split()[0] == "weights")
     assert weights.split()[1:] == [f"{memory.rank_weights(spec) / GB:.2f}", "GB"]
@@ -510,12 +512,12 @@ def planned_memory(workflow: Workflow, target: str) -> dict[str, int]:
 def expected_memory(
     config: MptConfig, dtype: str, tp_size: int, *, fetched: bool = True
 ) -> dict[str, int]:
-    spec = EngineSpec(config, dtype, tp_size, EngineLimits(**SMALL), VocabularySharding())
+    spec = EngineSpec(config, dtype, tp_size, BuildLimits(**SMALL), VocabularySharding())
     sizes = {
         "convert_checkpoint": memory.conversion_memory(2),
         "make_networks": memory.network_memory(spec),
         "build_plans": memory.build_memory(spec),
-        "collect_engine": memory.linking_memory(),
+        "assemble_engine": memory.linking_memory(),
         "smoke_test": memory.smoke_test_memory(spec),
     }
     if not fetched:
@@ -531,7 +533,7 @@ def test_jobs_ask_for_the_memory_of_the_stored_config(workflow: Workflow, tp_siz
 
 def test_measurements_ask_for_the_memory_of_engine_head_and_windows(workflow: Workflow) -> None:
     config = config_of(SPEC)
-    spec = EngineSpec(config, "float32", 2, EngineLimits(**SMALL), VocabularySharding())
+    spec = EngineSpec(config, "float32", 2, BuildLimits(**SMALL), VocabularySharding())
     found = planned_memory(workflow, "quality/toy/fp32/2-gpu.json")
     # Of the windows that workflow_support configures.
     assert found["compute_reference"] == math.ceil(memory.reference_memory(config, 3, 16) / 1e6)
@@ -541,7 +543,7 @@ def test_measurements_ask_for_the_memory_of_engine_head_and_windows(workflow: Wo
 @pytest.mark.parametrize("name", ["mpt-7b", "mpt-30b"])
 def test_measurements_of_large_models(name: str) -> None:
     """By hand: hidden states, the head, and a cache of all rows beside what a smoke test takes."""
-    config, limits = known_config(name), EngineLimits(8, 512, 64)
+    config, limits = known_config(name), BuildLimits(8, 512, 64)
     spec = EngineSpec(config, "float32", 1, limits, VocabularySharding())
     hidden = 16 * 512 * config.hidden_size * 4
     assert memory.reference_memory(config, 16, 512) > 3 * hidden

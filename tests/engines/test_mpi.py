@@ -31,7 +31,7 @@ from mpt_trt.engines.manifest import (
 from mpt_trt.evaluation.quality_result import read_quality
 from mpt_trt.ft.checkpoint import ConversionSettings, read_ft_checkpoint, write_ft_checkpoint
 from mpt_trt.model.config import read_hf_config
-from mpt_trt.model.sharding import Shard, VocabularySharding
+from mpt_trt.model.sharding import Rank, VocabularySharding
 from mpt_trt.model.tensors import weights
 from mpt_trt.system.files import content_hash
 from support import mpi_driver
@@ -398,7 +398,7 @@ def test_network_of_another_build_is_reported_by_all(engines, damaged, tmp_path)
     """Of the same size, so that only the rank that reads it notices."""
     checkpoint = read_ft_checkpoint(engines.convert(2, "float32"))
     shorter = replace(LIMITS, max_output_len=15)
-    make_rank_network(checkpoint, Shard(1, 2), shorter, tmp_path / "other", BOTH)
+    make_rank_network(checkpoint, Rank(1, 2), shorter, tmp_path / "other", BOTH)
     before = (damaged / "rank1.onnx").stat().st_size
     shutil.copyfile(tmp_path / "other" / "rank1.onnx", damaged / "rank1.onnx")
     assert (damaged / "rank1.onnx").stat().st_size == before

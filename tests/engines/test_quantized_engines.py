@@ -24,14 +24,14 @@ import torch
 from numpy.typing import NDArray
 
 from mpt_trt.calibration.block_stream import Computation, activation_ranges
+from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.model_source import open_model
 from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
 from mpt_trt.calibration.npz_file import read_calibration
-from mpt_trt.calibration.recipe import Recipe
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.engines.build.build import BuildRequest, build_rank, make_networks
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.distance import measure_distance
 from mpt_trt.evaluation.reference import reference_logits
@@ -43,7 +43,7 @@ from mpt_trt.ft.checkpoint import (
 )
 from mpt_trt.ft.int8 import Int8Conversion
 from mpt_trt.model.config import read_hf_config
-from mpt_trt.model.sharding import VocabularySharding, shards
+from mpt_trt.model.sharding import VocabularySharding, all_ranks
 from mpt_trt.model.tensors import weights
 from mpt_trt.quantization.schemes import (
     Awq,
@@ -73,7 +73,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 RESOURCES = REPOSITORY / "resources"
 DEMO = RESOURCES / "mpt-demo"
 GROUP_SIZE = 64
-LIMITS = EngineLimits(max_batch_size=2, max_input_len=96, max_output_len=16)
+LIMITS = BuildLimits(max_batch_size=2, max_input_len=96, max_output_len=16)
 
 QUANTIZATIONS = {
     "int8_weight_only": Quantization(WeightOnly(8)),
@@ -110,16 +110,18 @@ class Model:
     group_size: int
     weight_type: type = np.float16
 
-    def recipe(self, quantization: Quantization, checkpoint: FtCheckpoint) -> Recipe:
+    def calibrated(
+        self, quantization: Quantization, checkpoint: FtCheckpoint
+    ) -> CalibratedQuantization:
         needed = calibration_format(quantization.scheme, quantization.kv_cache)
         if needed is None:
-            return Recipe(quantization)
+            return CalibratedQuantization(quantization)
         path = self.folder / f"{needed}.npz"
         if not path.exists():
             plan = CalibrationPlan(needed, self.group_size if needed == "int4_awq" else None)
             weight_dtype = np.dtype(self.weight_type)
             calibrate(open_model(self.hf), self.samples, plan, Computation(), weight_dtype, path)
-        return Recipe(quantization, read_calibration(path, checkpoint))
+        return CalibratedQuantization(quantization, read_calibration(path, checkpoint))
 
     def checkpoint(
         self, quantization: Quantization, tp_size: int, storage_type: str = "float32"
@@ -140,8 +142,8 @@ class Model:
     def networks(self, quantization: Quantization, tp_size: int, target: Path) -> Path:
         """The float32 networks of all ranks in one folder."""
         checkpoint = self.checkpoint(quantization, tp_size)
-        recipe = self.recipe(quantization, checkpoint)
-        make_networks(checkpoint, LIMITS, target, VocabularySharding(), recipe)
+        calibrated = self.calibrated(quantization, checkpoint)
+        make_networks(checkpoint, LIMITS, target, VocabularySharding(), calibrated)
         return target
 
 
@@ -182,8 +184,8 @@ def test_engines_agree_with_modelopt(name, demo, held_out, reference, tmp_path):
     qformat, cache, share = AGAINST_MODELOPT[name]
     quantization = (QUANTIZATIONS | WITH_FP8_CACHE)[name]
     checkpoint = demo.checkpoint(quantization, 1)
-    recipe = demo.recipe(quantization, checkpoint)
-    folder = make_network(checkpoint, tmp_path / "network", LIMITS, recipe)
+    calibrated = demo.calibrated(quantization, checkpoint)
+    folder = make_network(checkpoint, tmp_path / "network", LIMITS, calibrated)
     found = feed(open_network(folder), held_out, [held_out.shape[1]])[0]
     tokens = held_out[0].tolist()
     modelopt = fake_quantized_logits(DEMO, qformat, tokens, demo.samples, GROUP_SIZE, cache).numpy()
@@ -236,8 +238,8 @@ def test_a_single_block_is_that_of_modelopt(name, spec_name, tmp_path):
     samples = torch.randint(spec.vocab_size, (4, 32), generator=generator)
     model = Model(hf, tmp_path, samples, group_size=16, weight_type=np.float32)
     checkpoint = model.checkpoint(quantization, 1)
-    recipe = model.recipe(quantization, checkpoint)
-    engine = open_network(make_network(checkpoint, tmp_path / "network", LIMITS, recipe))
+    calibrated = model.calibrated(quantization, checkpoint)
+    engine = open_network(make_network(checkpoint, tmp_path / "network", LIMITS, calibrated))
     ids = random_ids(spec, rows=1, length=40)
     found = feed(engine, ids, [33, 1, 1, 1, 1, 3])[0]
     qformat = "fp8" if isinstance(quantization.scheme, Fp8) else "int4_awq"
@@ -303,10 +305,10 @@ def test_tensorrt_builds_a_rank_of_two(name, storage_type, tmp_path):
     samples = torch.arange(32).reshape(2, 16)
     model = Model(hf, tmp_path, samples, group_size=32)
     checkpoint = model.checkpoint(quantization, 2, storage_type)
-    recipe = model.recipe(quantization, checkpoint)
+    calibrated = model.calibrated(quantization, checkpoint)
     networks, plan = tmp_path / "networks", tmp_path / "plan"
-    shard = shards(2)[1]
-    make_rank_network(checkpoint, shard, LIMITS, networks, VocabularySharding(), recipe)
+    rank = all_ranks(2)[1]
+    make_rank_network(checkpoint, rank, LIMITS, networks, VocabularySharding(), calibrated)
     build_rank(networks, 1, BuildRequest(LIMITS, "tensorrt_rtx", ("8.9",)), plan)
     assert (plan / "rank1.engine").stat().st_size > 0
 
@@ -319,7 +321,7 @@ def test_fp8_is_refused_for_gpus_without_it(name, tmp_path):
     model = Model(hf, tmp_path, torch.arange(16).reshape(1, 16), group_size=16)
     checkpoint = model.checkpoint(quantization, 1)
     folder = make_network(
-        checkpoint, tmp_path / "n", LIMITS, model.recipe(quantization, checkpoint)
+        checkpoint, tmp_path / "n", LIMITS, model.calibrated(quantization, checkpoint)
     )
     request = BuildRequest(LIMITS, "tensorrt_rtx", ("8.0", *COMPUTE_CAPABILITIES, "8.9"))
     with pytest.raises(MptTrtError, match=r"8\.0, 8\.6 cannot compute with fp8, which takes 8\.9"):
@@ -339,8 +341,8 @@ def test_a_failed_build_says_who_multiplies_integers(tmp_path):
     for name, is_named in (("sq", True), ("int8_weight_only", False)):
         quantization = QUANTIZATIONS[name]
         checkpoint = model.checkpoint(quantization, 1)
-        recipe = model.recipe(quantization, checkpoint)
-        folder = make_network(checkpoint, tmp_path / name, LIMITS, recipe)
+        calibrated = model.calibrated(quantization, checkpoint)
+        folder = make_network(checkpoint, tmp_path / name, LIMITS, calibrated)
         (folder / "rank0.onnx").write_bytes(b"no network")
         with pytest.raises(MptTrtError, match="cannot parse the network") as caught:
             build_rank(folder, 0, request, tmp_path / "plan")
@@ -363,8 +365,8 @@ def test_onnx_runtime_runs_16_bit_networks(name, num_heads, storage_type, tmp_pa
     found = []
     for dtype in ("float32", storage_type):
         checkpoint = model.checkpoint(quantization, 1, dtype)
-        recipe = model.recipe(quantization, checkpoint)
-        engine = open_network(make_network(checkpoint, tmp_path / dtype, LIMITS, recipe))
+        calibrated = model.calibrated(quantization, checkpoint)
+        engine = open_network(make_network(checkpoint, tmp_path / dtype, LIMITS, calibrated))
         found.append(feed(engine, ids, [9, 1, 2]))
     plain = np.stack([reference_logits(hf, row.tolist()).numpy() for row in ids])
     errors = [float(np.sqrt(np.mean((logits - plain) ** 2))) for logits in found]

@@ -37,7 +37,7 @@ from mpt_trt.ft.checkpoint import (
 )
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig, read_hf_config
-from mpt_trt.model.sharding import Shard, VocabularySharding
+from mpt_trt.model.sharding import Rank, VocabularySharding
 from mpt_trt.model.tensors import weights
 from mpt_trt.network.graph import COLLECTIVE, COLLECTIVE_DOMAIN
 from references.merged_ranks import MergedRanks
@@ -121,8 +121,8 @@ def converted(tmp_path_factory):
 
 def make_networks(checkpoint: FtCheckpoint, folder: Path, vocabulary: VocabularySharding) -> Path:
     """The networks of all ranks in one folder."""
-    for shard in sharding.shards(checkpoint.tp_size):
-        write_rank_network(checkpoint, shard, LIMITS, folder, vocabulary)
+    for rank in sharding.all_ranks(checkpoint.tp_size):
+        write_rank_network(checkpoint, rank, LIMITS, folder, vocabulary)
     return folder
 
 
@@ -211,7 +211,7 @@ def config_with(vocab_size: int) -> MptConfig:
 def test_vocabulary_is_cut_in_order_with_padding_at_the_end(vocab_size: int, tp_size: int) -> None:
     config = config_with(vocab_size)
     width = sharding.vocabulary_width(config, tp_size)
-    rows = [sharding.vocabulary_rows(config, shard) for shard in sharding.shards(tp_size)]
+    rows = [sharding.vocabulary_rows(config, rank) for rank in sharding.all_ranks(tp_size)]
     end = 0
     for part in rows:
         assert part.start == end, "a row is missing or held twice"
@@ -228,7 +228,7 @@ def test_gathered_parts_without_what_is_beyond_the_vocabulary(vocab_size, tp_siz
     table = np.arange(1, vocab_size + 1)
     parts = np.zeros((tp_size, sharding.vocabulary_width(config, tp_size)), int)
     for rank in range(tp_size):
-        rows = sharding.vocabulary_rows(config, Shard(rank, tp_size))
+        rows = sharding.vocabulary_rows(config, Rank(rank, tp_size))
         parts[rank, : len(rows)] = table[rows.start : rows.stop]
     assert np.array_equal(parts.ravel()[:vocab_size], table)
     assert not parts.ravel()[vocab_size:].any()
@@ -245,7 +245,7 @@ def test_gathered_parts_without_what_is_beyond_the_vocabulary(vocab_size, tp_siz
 )
 def test_examples_of_vocabulary_rows(vocab_size, tp_size, sizes) -> None:
     config = config_with(vocab_size)
-    found = [len(sharding.vocabulary_rows(config, shard)) for shard in sharding.shards(tp_size)]
+    found = [len(sharding.vocabulary_rows(config, rank)) for rank in sharding.all_ranks(tp_size)]
     assert found == sizes
 
 
@@ -320,20 +320,20 @@ def test_one_rank_meets_nobody(converted, tmp_path):
 def test_a_rank_reads_its_own_files_and_the_common_ones(name, vocabulary, converted, tmp_path):
     checkpoint = converted(ARCHITECTURES[name], 4)
     numbered = re.compile(r"\.([0-9])\.bin$")
-    for shard in sharding.shards(4):
-        folder = tmp_path / f"rank{shard.rank}"
-        make_rank_network(checkpoint, shard, LIMITS, folder, VOCABULARIES[vocabulary])
+    for rank in sharding.all_ranks(4):
+        folder = tmp_path / f"rank{rank.index}"
+        make_rank_network(checkpoint, rank, LIMITS, folder, VOCABULARIES[vocabulary])
         linked = {path.name for path in (folder / "weights").iterdir()}
         read = {
             entry.value
-            for tensor in load(folder / f"rank{shard.rank}.onnx").initializer
+            for tensor in load(folder / f"rank{rank.index}.onnx").initializer
             for entry in tensor.external_data
             if entry.key == "location"
         }
         assert read == {f"weights/{file}" for file in linked}
         ranks = Counter(match[1] for file in linked if (match := numbered.search(file)))
-        assert list(ranks) == [str(shard.rank)]
-        assert ranks[str(shard.rank)] >= 4 * checkpoint.config.num_layers
+        assert list(ranks) == [str(rank.index)]
+        assert ranks[str(rank.index)] >= 4 * checkpoint.config.num_layers
 
 
 # --- TensorRT ------------------------------------------------------------------------------------
@@ -489,8 +489,8 @@ def make_parts(checkpoint: FtCheckpoint, folder: Path, ranks=(0, 1), **changes) 
     limits = changes.get("limits", LIMITS)
     vocabulary = changes.get("vocabulary", VocabularySharding())
     for rank in ranks:
-        shard = Shard(rank, checkpoint.tp_size)
-        make_rank_network(checkpoint, shard, limits, folder / f"network{rank}", vocabulary)
+        part = Rank(rank, checkpoint.tp_size)
+        make_rank_network(checkpoint, part, limits, folder / f"network{rank}", vocabulary)
         build_rank(folder / f"network{rank}", rank, REQUEST, folder / f"plan{rank}")
 
 
@@ -562,7 +562,7 @@ def test_network_of_another_build_and_the_same_size_is_named(engine, converted, 
     copy = Path(shutil.copytree(engine, tmp_path / "engine"))
     shorter = replace(LIMITS, max_output_len=15)
     make_rank_network(
-        converted(SPEC, 2), Shard(1, 2), shorter, tmp_path / "other", VocabularySharding()
+        converted(SPEC, 2), Rank(1, 2), shorter, tmp_path / "other", VocabularySharding()
     )
     other = tmp_path / "other" / "rank1.onnx"
     assert other.read_bytes() != (copy / "rank1.onnx").read_bytes()

@@ -21,7 +21,7 @@ from transformers import MptForCausalLM
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.engines.load import load_engine
 from mpt_trt.engines.manifest import read_manifest
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.distance import logits_in_pieces
 from mpt_trt.evaluation.heldout import HeldOut, read_heldout, read_text, windows, write_heldout
@@ -317,7 +317,7 @@ def test_tools_measure_an_engine(built: Built, text: Path, tmp_path):
     assert found.size == engine_size(built.engine, read_manifest(built.engine))
     assert found.ranks == 1 and found.dtype == "float32" and found.window_length == 16
     assert found.quantization == {"method": "none"} and found.kv_cache == "auto"
-    assert found.runtime.startswith("ONNX Runtime") and "GPU" in found.stood_in_because
+    assert found.runtime.startswith("ONNX Runtime") and "GPU" in found.fallback_reason
     assert found.reference.startswith("transformers ") and found.text == str(text)
     assert found.speed.decode_tokens_per_s > 0 and found.speed.prefill_tokens_per_s > 0
     assert found.prompt_len + found.new_tokens <= 32
@@ -374,7 +374,7 @@ def test_damaged_results_are_refused(tmp_path):
 
 def test_engines_that_return_one_row_of_logits_agree(tmp_path, built: Built):
     """Without gather_all_token_logits, which is what TensorRT's limit is then."""
-    limits = EngineLimits(max_batch_size=3, max_input_len=8, max_output_len=16)
+    limits = BuildLimits(max_batch_size=3, max_input_len=8, max_output_len=16)
     spec = CheckpointSpec(num_heads=6, num_kv_heads=2, vocab_size=101, seed=3)
     engine = load_engine(build(make_ft_checkpoint(tmp_path, spec), tmp_path / "engine", limits))
     heldout = heldout_of(tmp_path / "hf", random_ids(spec, 5, 21))

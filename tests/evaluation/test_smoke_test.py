@@ -20,7 +20,7 @@ from transformers import MptForCausalLM
 
 from mpt_trt.engines.load import LoadedEngine, load_engine
 from mpt_trt.errors import MptTrtError
-from mpt_trt.evaluation.distance import Distance, all_logits, measure_distance, run_trial
+from mpt_trt.evaluation.distance import Distance, all_logits, measure_distance, record_generation
 from mpt_trt.evaluation.reference import reference_logits, reference_name
 from mpt_trt.ft.checkpoint import read_ft_checkpoint
 from mpt_trt.system import gpus
@@ -301,19 +301,19 @@ def test_trial_continues_as_transformers_does_and_keeps_all_logits(
 ):
     """20 tokens are more than the engine takes in one step."""
     prompt = random_ids(built.spec, 1, prompt_len, seed=4)[0].tolist()
-    trial = run_trial(engine, prompt, new_tokens)
+    generation = record_generation(engine, prompt, new_tokens)
     model = MptForCausalLM.from_pretrained(built.hf, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None  # a trial does not stop at the end token
+    model.generation_config.eos_token_id = None  # a generation does not stop at the end token
     expected = model.generate(
         torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, use_cache=True
     )
-    assert trial.tokens == expected[0].tolist()
-    assert trial.prompt_len == prompt_len
-    seen = np.array([trial.tokens[:-1]])
-    assert trial.logits.shape == (prompt_len + new_tokens - 1, built.spec.vocab_size)
-    assert deviation(trial.logits, reference(built.spec, seen)[0]) < 2e-5
-    assert trial.prefill_tokens_per_s > 0
-    assert (trial.decode_tokens_per_s > 0) == (new_tokens > 1)
+    assert generation.tokens == expected[0].tolist()
+    assert generation.prompt_len == prompt_len
+    seen = np.array([generation.tokens[:-1]])
+    assert generation.logits.shape == (prompt_len + new_tokens - 1, built.spec.vocab_size)
+    assert deviation(generation.logits, reference(built.spec, seen)[0]) < 2e-5
+    assert generation.prefill_tokens_per_s > 0
+    assert (generation.decode_tokens_per_s > 0) == (new_tokens > 1)
 
 
 # --- the smoke test ------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def test_smoke_test_reports_text_speed_runtime_and_distance(built: Built, tmp_pa
     assert result["engine_dir"] == str(built.engine) and result["engines"] == ["rank0.engine"]
     assert result["builder"]["package"] == "tensorrt_rtx"
     assert result["runtime"].startswith("ONNX Runtime 1.")
-    assert result["stood_in_because"].startswith("no NVIDIA GPU found")
+    assert result["fallback_reason"].startswith("no NVIDIA GPU found")
     assert result["reference"] == reference_name(built.hf)
     assert result["tolerance"] == dict(
         zip(("max_abs", "mean_kl", "min_top1"), astuple(STRICT), strict=True)

@@ -36,7 +36,7 @@ from mpt_trt.ft.checkpoint import (
     write_ft_checkpoint,
 )
 from mpt_trt.model.config import read_hf_config
-from mpt_trt.model.sharding import Shard
+from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import weights
 from support.checkpoints import (
     CheckpointSpec,
@@ -357,7 +357,7 @@ class TestReading:
     def test_what_a_rank_reads(self, tmp_path: Path) -> None:
         spec = CheckpointSpec(64, 8, 2, num_layers=1, no_bias=False)
         write_ft(write_checkpoint(tmp_path / "hf", spec), tmp_path / "ft", tp_size=4)
-        found = read_ft_checkpoint(tmp_path / "ft").rank_files(Shard(3, 4))
+        found = read_ft_checkpoint(tmp_path / "ft").rank_files(Rank(3, 4))
         expected = {
             name: array.shape
             for name, array in expected_files(spec, 4).items()

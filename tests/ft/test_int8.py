@@ -16,7 +16,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import read_ft_checkpoint, total_bytes
 from mpt_trt.ft.int8 import Int8Conversion
 from mpt_trt.ft.layout import Int8Files, Int8Layers
-from mpt_trt.model.sharding import Shard
+from mpt_trt.model.sharding import Rank, all_ranks
 from mpt_trt.network.decoder import build_network
 from mpt_trt.quantization.activation_ranges import ActivationRanges, LinearRanges
 from support.checkpoints import CheckpointSpec, tensors, write_checkpoint, write_seeded_checkpoint
@@ -360,7 +360,7 @@ class TestDirectory:
         found = read_ft_checkpoint(folder)
         found.require_plain()
         assert found.smoothing is None
-        assert set(found.rank_int8_files(Shard(0, 2))) == {
+        assert set(found.rank_int8_files(Rank(0, 2))) == {
             f"layers.{i}.attention.query_key_value" for i in (0, 1)
         }
         scale = Directory(folder, spec, "float32", 2).read(
@@ -393,8 +393,8 @@ class TestReading:
     def test_what_a_rank_reads(self, folder: Path) -> None:
         checkpoint = read_ft_checkpoint(folder)
         assert (checkpoint.smoothing, checkpoint.storage_type) == (0.5, "bfloat16")
-        shard = Shard(3, 4)
-        found = checkpoint.rank_int8_files(shard)
+        rank = Rank(3, 4)
+        found = checkpoint.rank_int8_files(rank)
         assert list(found) == [f"layers.0.{name}" for name in FT_LAYERS.values()]
         qkv, dense = found["layers.0.attention.query_key_value"], found["layers.0.attention.dense"]
         prefix = "model.layers.0.attention.query_key_value"
@@ -426,7 +426,7 @@ class TestReading:
         assert up.scale_w_quant_orig.name.endswith("dense_h_to_4h.scale_w_quant_orig.bin")
         assert up.scale_w_quant_orig_col.name.endswith("dense_h_to_4h.scale_w_quant_orig.col.3.bin")
         assert up.scale_w_quant_orig_col.shape == (64,)
-        plain = checkpoint.rank_files(shard)
+        plain = checkpoint.rank_files(rank)
         assert {file.dtype for file in plain.values()} == {"bfloat16"}
         read = {f.name for files in found.values() for f in files}
         read |= {file.name for file in plain.values()}
@@ -435,10 +435,9 @@ class TestReading:
     def test_ranks_together_read_every_file(self, folder: Path) -> None:
         checkpoint = read_ft_checkpoint(folder)
         read = set()
-        for rank in range(4):
-            shard = Shard(rank, 4)
-            read |= {file.name for file in checkpoint.rank_files(shard).values()}
-            read |= {f.name for files in checkpoint.rank_int8_files(shard).values() for f in files}
+        for rank in all_ranks(4):
+            read |= {file.name for file in checkpoint.rank_files(rank).values()}
+            read |= {f.name for files in checkpoint.rank_int8_files(rank).values() for f in files}
         assert read == {path.name for path in folder.glob("*.bin")}
 
     def test_it_is_no_plain_checkpoint(self, folder: Path) -> None:
@@ -447,7 +446,7 @@ class TestReading:
         )
         for refuse in (
             lambda checkpoint: checkpoint.require_plain(),
-            lambda checkpoint: build_network(checkpoint, Shard(0, 4), 16),
+            lambda checkpoint: build_network(checkpoint, Rank(0, 4), 16),
         ):
             with pytest.raises(MptTrtError) as error:
                 refuse(read_ft_checkpoint(folder))

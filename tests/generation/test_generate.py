@@ -155,7 +155,7 @@ class NetworkModel:
 class ChoosingModel(NetworkModel):
     """A GreedyModel over the same, which has always run the next step when it gives a result."""
 
-    def likeliest(self, tokens, write_positions, count):
+    def greedy_steps(self, tokens, write_positions, count):
         rows = np.arange(len(tokens))
         where = np.stack([rows, np.zeros_like(rows)], axis=1)
         waiting = None
@@ -307,7 +307,7 @@ def test_a_model_that_chooses_itself_is_stopped_one_step_behind_the_end() -> Non
 @pytest.mark.parametrize("options", [{"repetition_penalty": 1.2}, {"top_k": 4}, {"num_beams": 2}])
 def test_a_model_chooses_itself_only_what_is_likeliest(options) -> None:
     class Refusing(NetworkModel):
-        def likeliest(self, tokens, write_positions, count):
+        def greedy_steps(self, tokens, write_positions, count):
             raise AssertionError("asked to choose")
 
     expected = generate(NetworkModel(NETWORKS[2]), PROMPTS, greedy(**options))
@@ -318,7 +318,7 @@ def test_a_model_chooses_itself_only_what_is_likeliest(options) -> None:
 
 def test_a_choice_among_numbers_that_are_none_is_refused() -> None:
     class Overflowing(ChoosingModel):
-        def likeliest(self, tokens, write_positions, count):
+        def greedy_steps(self, tokens, write_positions, count):
             yield tokens, np.array([0.0, np.nan], np.float32)
 
     with pytest.raises(FloatingPointError, match="row 1 are not finite"):

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mpt_trt.calibration.recipe import NOT_QUANTIZED, Recipe
+from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
 from mpt_trt.engines.manifest import read_network_manifest
 from mpt_trt.generation.generate import GenerationConfig, StepModel, generate
 from mpt_trt.quantization.schemes import Quantization, WeightOnly
@@ -34,13 +34,13 @@ WEIGHT_ONLY = [WeightOnly(4, 64), WeightOnly(4), WeightOnly(8)]
 
 
 def open_both(
-    folder, spec, storage_type, recipe=NOT_QUANTIZED, limits=LIMITS
+    folder, spec, storage_type, calibrated=NOT_QUANTIZED, limits=LIMITS
 ) -> tuple[StepModel, StepModel]:
     """On the GPU, and on the CPU."""
     from mpt_trt.engines.onnxruntime.cuda.engine import OnnxCudaEngine
 
     checkpoint = make_ft_checkpoint(folder, spec, storage_type)
-    network = make_network(checkpoint, folder / "network", limits, recipe)
+    network = make_network(checkpoint, folder / "network", limits, calibrated)
     return OnnxCudaEngine(network, read_network_manifest(network)), open_network(network)
 
 
@@ -102,7 +102,7 @@ def test_networks_of_16_bits(name, storage_type, tmp_path):
 @pytest.mark.parametrize("scheme", WEIGHT_ONLY)
 def test_integer_weights(scheme, storage_type, rows, tmp_path):
     """Of engines for more rows, weights are laid out in tiles."""
-    recipe = Recipe(Quantization(scheme, "auto"), None)
+    calibrated = CalibratedQuantization(Quantization(scheme, "auto"), None)
     limits = replace(LIMITS, max_batch_size=rows)
-    ours, theirs = open_both(tmp_path, WIDE, storage_type, recipe, limits)
+    ours, theirs = open_both(tmp_path, WIDE, storage_type, calibrated, limits)
     require_alike(WIDE, ours, theirs, BOUNDS[storage_type])

@@ -30,8 +30,8 @@ def test_quantized_networks(name, storage_type, demo, held_out, tmp_path):
 
     quantization = EVERY[name]
     checkpoint = demo.checkpoint(quantization, 1, storage_type)
-    recipe = demo.recipe(quantization, checkpoint)
-    network = make_network(checkpoint, tmp_path / "network", LIMITS, recipe)
+    calibrated = demo.calibrated(quantization, checkpoint)
+    network = make_network(checkpoint, tmp_path / "network", LIMITS, calibrated)
     models = [OnnxCudaEngine(network, read_network_manifest(network)), open_network(network)]
     is_rounded = isinstance(quantization.scheme, SmoothQuant | Fp8)
     is_rounded = is_rounded or quantization.kv_cache != "auto"

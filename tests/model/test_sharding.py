@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.sharding import Range, Shard
+from mpt_trt.model.sharding import Range, Rank
 
 
 def config_of(num_heads: int, num_kv_heads: int, head_dim: int, intermediate_size: int):
@@ -73,7 +73,7 @@ class TestParts:
     @given(divisible_models())
     def test_ranks_together_hold_the_whole_once(self, model: tuple[MptConfig, int]) -> None:
         config, tp_size = model
-        ranks = sharding.shards(tp_size)
+        ranks = sharding.all_ranks(tp_size)
         queries = [sharding.qkv_columns(config, rank)[0] for rank in ranks]
         assert gathered(queries) == list(range(config.hidden_size))
         columns = [sharding.feed_forward_columns(config, rank) for rank in ranks]
@@ -82,7 +82,7 @@ class TestParts:
     @given(divisible_models())
     def test_kv_heads_are_those_of_the_query_heads(self, model: tuple[MptConfig, int]) -> None:
         config, tp_size = model
-        found = [set(indices(sharding.kv_heads(config, r))) for r in sharding.shards(tp_size)]
+        found = [set(indices(sharding.kv_heads(config, r))) for r in sharding.all_ranks(tp_size)]
         assert found == kv_heads_used(config, tp_size)
 
     @given(divisible_models())
@@ -95,7 +95,7 @@ class TestParts:
             for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         ]
         for rank, used in zip(
-            sharding.shards(tp_size), kv_heads_used(config, tp_size), strict=True
+            sharding.all_ranks(tp_size), kv_heads_used(config, tp_size), strict=True
         ):
             _, keys, values = sharding.qkv_columns(config, rank)
             assert indices(keys) == [c for head in sorted(used) for c in heads[1][head]]
@@ -104,7 +104,7 @@ class TestParts:
     @given(divisible_models())
     def test_few_kv_heads_are_replicated(self, model: tuple[MptConfig, int]) -> None:
         config, tp_size = model
-        held = [sharding.kv_heads(config, rank) for rank in sharding.shards(tp_size)]
+        held = [sharding.kv_heads(config, rank) for rank in sharding.all_ranks(tp_size)]
         copies = max(1, tp_size // config.num_kv_heads)
         assert Counter(gathered(held)) == dict.fromkeys(range(config.num_kv_heads), copies)
         if copies == 1:
@@ -122,17 +122,17 @@ class TestParts:
     )
     def test_examples(self, num_heads, num_kv_heads, tp_size, expected) -> None:
         config = config_of(num_heads, num_kv_heads, 4, tp_size)
-        found = [sharding.kv_heads(config, rank) for rank in sharding.shards(tp_size)]
+        found = [sharding.kv_heads(config, rank) for rank in sharding.all_ranks(tp_size)]
         assert list(map(indices, found)) == expected
 
     def test_wrong_rank(self) -> None:
         for rank in (-1, 2):
             with pytest.raises(ValueError, match=f"rank {rank} is outside 0..1"):
-                Shard(rank, 2)
+                Rank(rank, 2)
 
     def test_uneven_part(self) -> None:
         with pytest.raises(ValueError, match="10 is not a multiple of tp_size 4"):
-            Shard(0, 4).part(10)
+            Rank(0, 4).part(10)
 
 
 class TestLegalSizes:

@@ -26,12 +26,12 @@ import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from mpt_trt.engines.manifest import EngineLimits
+from mpt_trt.engines.manifest import BuildLimits
 from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.sharding import Shard
+from mpt_trt.model.sharding import Rank
 from mpt_trt.network.decoder import build_network
 from mpt_trt.network.graph import WEIGHTS_FOLDER
 from support.checkpoints import CheckpointSpec
@@ -285,7 +285,7 @@ def test_engine_says_its_limits(model):
 
 # --- ALiBi over long distances -------------------------------------------------------------------
 
-FAR = EngineLimits(max_batch_size=1, max_input_len=1000, max_output_len=2000)
+FAR = BuildLimits(max_batch_size=1, max_input_len=1000, max_output_len=2000)
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ def test_bias_is_as_precise_as_float16_can_be(far_spec, num_heads, write, tmp_pa
     """
     spec = replace(far_spec, hidden_size=4 * num_heads, num_heads=num_heads)
     checkpoint = make_ft_checkpoint(tmp_path, spec, "float16")
-    found = computed_bias(build_network(checkpoint, Shard(0, 1), FAR.cache_len).model, write, 10)
+    found = computed_bias(build_network(checkpoint, Rank(0, 1), FAR.cache_len).model, write, 10)
 
     # 6 heads: those of 8 at even places, then two of the odd ones (Press et al., footnote 8).
     exponents = {4: [2, 4, 6, 8], 6: [2, 4, 6, 8, 1, 3]}[num_heads]
@@ -385,7 +385,7 @@ def graph_of(
     tmp_path: Path, spec: CheckpointSpec, storage_type: str = "float32"
 ) -> onnx.ModelProto:
     checkpoint = make_ft_checkpoint(tmp_path, spec, storage_type)
-    return build_network(checkpoint, Shard(0, 1), LIMITS.cache_len).model
+    return build_network(checkpoint, Rank(0, 1), LIMITS.cache_len).model
 
 
 def test_opset_is_24_and_of_the_standard_domain_alone(tmp_path):
@@ -603,7 +603,7 @@ def _of_layers(*names: str) -> list[str]:
 
 def test_graph_of_a_real_model_is_small(tmp_path):
     checkpoint = mpt_7b(tmp_path / "1-gpu")
-    network = build_network(checkpoint, Shard(0, 1), 2048)
+    network = build_network(checkpoint, Rank(0, 1), 2048)
     assert len(network.model.SerializeToString()) < 1_000_000
     assert len(network.model.graph.node) == 20 + 17 * 32
     total = sum(path.stat().st_size for path in network.files.values())
@@ -616,14 +616,14 @@ def test_graph_of_a_real_model_is_small(tmp_path):
 def test_checkpoint_of_another_tp_size_is_refused(tmp_path):
     checkpoint = make_ft_checkpoint(tmp_path, CheckpointSpec(num_layers=1))
     with pytest.raises(MptTrtError, match=r"tensor_parallelism = 1.*2 ranks.*-tp 2"):
-        build_network(checkpoint, Shard(0, 2), 32)
+        build_network(checkpoint, Rank(0, 2), 32)
 
 
 @pytest.mark.parametrize(("max_output_len", "is_legal"), [(48, True), (49, False)])
 def test_limits_beyond_learned_positions_are_refused(max_output_len, is_legal, tmp_path):
     spec = CheckpointSpec(num_layers=1, alibi=False, max_seq_len=64)
     checkpoint = make_ft_checkpoint(tmp_path, spec)
-    limits = EngineLimits(1, 16, max_output_len)
+    limits = BuildLimits(1, 16, max_output_len)
     if is_legal:
         make_network(checkpoint, tmp_path / "network", limits)
         return

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mpt_trt.arrays.cast import STORAGE_TYPES
-from mpt_trt.calibration.recipe import Recipe
+from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
-from mpt_trt.model.sharding import Range, Shard
+from mpt_trt.model.sharding import Range, Rank
 from mpt_trt.network.linear import awq
-from mpt_trt.network.linear.weight_only import WeightOnlyProducts
+from mpt_trt.network.linear.weight_only import WeightOnlyLinear
 from mpt_trt.quantization import integers
 from mpt_trt.quantization.schemes import (
     Awq,
@@ -264,12 +264,14 @@ def test_weight_only_networks_compute_with_the_dequantized_weights(name, label, 
     if not fits(spec, scheme):
         checkpoint = make_ft_checkpoint(tmp_path, spec)
         with pytest.raises(MptTrtError, match=r"group_size = 16: .* legal sizes are none"):
-            WeightOnlyProducts(checkpoint, ONLY_RANK, scheme)
+            WeightOnlyLinear(checkpoint, ONLY_RANK, scheme)
         return
     ids = random_ids(spec, rows=2, length=13)
     checkpoint = make_ft_checkpoint(tmp_path, spec)
-    recipe = Recipe(Quantization(scheme))
-    found = feed(open_network(make_network(checkpoint, tmp_path / "n", recipe=recipe)), ids, PIECES)
+    calibrated = CalibratedQuantization(Quantization(scheme))
+    found = feed(
+        open_network(make_network(checkpoint, tmp_path / "n", calibrated=calibrated)), ids, PIECES
+    )
     weights = with_matrices(spec, "float32", dequantized(scheme, "float32"))
     assert deviation(found, logits_of(spec, weights, ids)) < FLOAT32_BOUND
     assert deviation(found, reference(spec, ids)) > 100 * FLOAT32_BOUND, "nothing is quantized"
@@ -280,8 +282,10 @@ def test_scales_of_float16_networks_are_stored_in_float16(label, tmp_path):
     spec, scheme = CheckpointSpec(num_heads=6, num_kv_heads=2, no_bias=False), SCHEMES[label]
     ids = random_ids(spec, rows=2, length=13)
     checkpoint = make_ft_checkpoint(tmp_path, spec, "float16")
-    recipe = Recipe(Quantization(scheme))
-    found = feed(open_network(make_network(checkpoint, tmp_path / "n", recipe=recipe)), ids, PIECES)
+    calibrated = CalibratedQuantization(Quantization(scheme))
+    found = feed(
+        open_network(make_network(checkpoint, tmp_path / "n", calibrated=calibrated)), ids, PIECES
+    )
     weights = with_matrices(spec, "float16", dequantized(scheme, "float16"))
     assert FLOAT32_BOUND < deviation(found, logits_of(spec, weights, ids)) < FLOAT16_BOUND
 
@@ -294,7 +298,9 @@ def test_size_of_the_block_matrices(label, most, tmp_path):
         scheme = replace(scheme, group_size=128)
     spec = CheckpointSpec(hidden_size=128, num_heads=2, num_layers=1, vocab_size=16)
     checkpoint = make_ft_checkpoint(tmp_path, spec, "float16")
-    folder = make_network(checkpoint, tmp_path / "n", recipe=Recipe(Quantization(scheme)))
+    folder = make_network(
+        checkpoint, tmp_path / "n", calibrated=CalibratedQuantization(Quantization(scheme))
+    )
     size = sum(
         path.stat().st_size
         for path in (folder / "weights").iterdir()
@@ -311,7 +317,9 @@ def graph_of(folder: Path) -> onnx.GraphProto:
 def test_integers_are_stored_as_integers(label, tmp_path):
     spec, scheme = CheckpointSpec(num_layers=1), SCHEMES[label]
     checkpoint = make_ft_checkpoint(tmp_path, spec)
-    folder = make_network(checkpoint, tmp_path / "n", recipe=Recipe(Quantization(scheme)))
+    folder = make_network(
+        checkpoint, tmp_path / "n", calibrated=CalibratedQuantization(Quantization(scheme))
+    )
     graph = graph_of(folder)
     wanted = onnx.TensorProto.INT8 if scheme.bits == 8 else onnx.TensorProto.INT4
     stored = {t.name: t for t in graph.initializer}
@@ -331,12 +339,12 @@ def test_groups_must_fit_the_ranks(tp_size, tmp_path):
     """48 input features are three groups of 16; 24 of a rank are none."""
     checkpoint = make_ft_checkpoint(tmp_path, CheckpointSpec(num_heads=4))
     checkpoint = replace(checkpoint, tp_size=tp_size)
-    shard, scheme = Shard(0, tp_size), WeightOnly(4, 16)
+    rank, scheme = Rank(0, tp_size), WeightOnly(4, 16)
     if tp_size == 1:
-        WeightOnlyProducts(checkpoint, shard, scheme)
+        WeightOnlyLinear(checkpoint, rank, scheme)
         return
     with pytest.raises(MptTrtError, match=r"group_size = 16: .* 24, 48, 96 input features"):
-        WeightOnlyProducts(checkpoint, shard, scheme)
+        WeightOnlyLinear(checkpoint, rank, scheme)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +374,7 @@ def test_default_group_size_fits_every_number_of_ranks(spec, size, tmp_path):
 )
 def test_calibration_is_asked_for(quantization, needed):
     with pytest.raises(MptTrtError, match=f"needs a calibration result: .* --qformat {needed}"):
-        Recipe(quantization)
+        CalibratedQuantization(quantization)
 
 
 def test_a_plain_checkpoint_has_no_integers(tmp_path):
@@ -374,7 +382,11 @@ def test_a_plain_checkpoint_has_no_integers(tmp_path):
     with pytest.raises(
         MptTrtError, match=r"smoothquant = None, but 0\.5 is needed; convert .* -sq"
     ):
-        make_network(checkpoint, tmp_path / "n", recipe=Recipe(Quantization(SmoothQuant())))
+        make_network(
+            checkpoint,
+            tmp_path / "n",
+            calibrated=CalibratedQuantization(Quantization(SmoothQuant())),
+        )
 
 
 @pytest.mark.parametrize("scheme", [None, WeightOnly(8)])
@@ -382,4 +394,6 @@ def test_a_smoothed_checkpoint_is_no_plain_one(scheme, tmp_path):
     checkpoint: FtCheckpoint = make_ft_checkpoint(tmp_path, CheckpointSpec(num_layers=1))
     smoothed = replace(checkpoint, smoothing=0.5)
     with pytest.raises(MptTrtError, match="not a full-precision checkpoint"):
-        make_network(smoothed, tmp_path / "n", recipe=Recipe(Quantization(scheme)))
+        make_network(
+            smoothed, tmp_path / "n", calibrated=CalibratedQuantization(Quantization(scheme))
+        )

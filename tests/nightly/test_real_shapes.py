@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mpt_trt.engines.build.build import BuildRequest, build_rank
-from mpt_trt.engines.manifest import EngineLimits, write_rank_network
+from mpt_trt.engines.manifest import BuildLimits, write_rank_network
 from mpt_trt.engines.memory import EngineSpec, rank_weights
 from mpt_trt.evaluation.reference import reference_logits
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.nightly
 
 MODELS = ("mpt-7b", "mpt-30b", "replit-code-v1_5-3b")
 # With much smaller limits TensorRT stores some matrices twice, in another layout for single tokens.
-LIMITS = EngineLimits(max_batch_size=8, max_input_len=256, max_output_len=256)
+LIMITS = BuildLimits(max_batch_size=8, max_input_len=256, max_output_len=256)
 PROMPT_LEN = 12
 VOCABULARIES = {
     1: VocabularySharding(embedding=False, head=False),
@@ -70,8 +70,8 @@ def test_conversion_network_logits_and_plan(checkpoint, expected, tp_size, work)
     call_tool("convert_hf_mpt_to_ft.py", *arguments)
     ft_checkpoint = read_ft_checkpoint(work / f"{tp_size}-gpu")
     networks = work / "networks"
-    for shard in sharding.shards(tp_size):
-        write_rank_network(ft_checkpoint, shard, LIMITS, networks, VOCABULARIES[tp_size])
+    for rank in sharding.all_ranks(tp_size):
+        write_rank_network(ft_checkpoint, rank, LIMITS, networks, VOCABULARIES[tp_size])
 
     ids, logits = expected
     found = feed(MergedRanks(networks, tp_size, num_threads=2), ids, [PROMPT_LEN - 2, 1, 1])

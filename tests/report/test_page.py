@@ -38,7 +38,7 @@ def result(kl: float, excess: float, megabytes: float, ranks: int = 1) -> Qualit
         kv_cache="int8",
         builder=BuilderInfo("tensorrt_rtx", "1.7.1", ("8.9",)),
         runtime="ONNX Runtime 1.32.0 (CPUExecutionProvider)",
-        stood_in_because="no NVIDIA GPU found",
+        fallback_reason="no NVIDIA GPU found",
         machine=Machine("Some <CPU>", 2, 23.5, (), "Linux", "3.11"),
         date="2026-11-25",
         reference="transformers 5.14.1, float32",
@@ -67,7 +67,7 @@ def result(kl: float, excess: float, megabytes: float, ranks: int = 1) -> Qualit
 RESULTS = {
     "fp32": result(4e-12, 0.0, 26),
     "fp16": result(5e-7, 1e-5, 13),
-    "int4<&>": replace(result(0.09, 0.05, 5.2), runtime="tensorrt 11.0", stood_in_because=None),
+    "int4<&>": replace(result(0.09, 0.05, 5.2), runtime="tensorrt 11.0", fallback_reason=None),
     "fp16 ": result(6e-7, 1e-5, 13, ranks=2),
 }
 

@@ -136,7 +136,7 @@ def of_rule(project: Project, rule: str) -> list[Job]:
 
 
 def test_every_step_is_a_job_that_asks_for_what_it_needs(made: Project) -> None:
-    for rule in ("convert_checkpoint", "make_networks", "build_plans", "collect_engine"):
+    for rule in ("convert_checkpoint", "make_networks", "build_plans", "assemble_engine"):
         (job,) = of_rule(made, rule)
         assert job.fields["JobState"] == "COMPLETED"
         assert (job.gpus_asked_for, job.gpus_given) == ("", "")

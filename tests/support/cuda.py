@@ -111,7 +111,7 @@ def require_same(
     """
     original, shared = network_of(folder), network_of(folder)
     weights = share_weights(shared, folder).inputs
-    reading, steps = rewrites.for_prompts(shared), rewrites.for_steps(shared)
+    reading, steps = rewrites.prefill_graph(shared), rewrites.decode_graph(shared)
     plain = load(original, folder, [])
     prompts, single = load(reading, folder, weights), load(steps, folder, weights)
     cache, feeds = empty_cache(original), prompt_feeds(vocab_size)
@@ -127,7 +127,9 @@ def require_same(
     logits = found["logits"].astype(np.float64)
     assert found["next_ids"].ravel().tolist() == logits.argmax(axis=-1).tolist()
     likelihood = logits.max(axis=-1) - np.log(np.exp(logits).sum(axis=-1))
-    np.testing.assert_allclose(-np.log(found["total_odds"].ravel()), likelihood, atol=1e-5)
+    np.testing.assert_allclose(
+        -np.log(found["sum_exp_relative_to_max"].ravel()), likelihood, atol=1e-5
+    )
     assert found["next_positions"].tolist() == (LENGTHS + 1).tolist()
     return len(weights), steps
 

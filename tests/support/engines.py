@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpt_trt.calibration.recipe import NOT_QUANTIZED, Recipe
+from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines.build.build import BuildRequest, build_engine
 from mpt_trt.engines.manifest import read_network_manifest, write_rank_network
 from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.ft.checkpoint import (
     ConversionSettings,
     FtCheckpoint,
@@ -30,7 +30,7 @@ from mpt_trt.ft.checkpoint import (
 )
 from mpt_trt.generation.generate import StepModel
 from mpt_trt.model.config import read_hf_config
-from mpt_trt.model.sharding import Shard, VocabularySharding
+from mpt_trt.model.sharding import Rank, VocabularySharding
 from mpt_trt.model.tensors import weights
 from mpt_trt.system.files import replace_directory
 from references import plain_mpt
@@ -40,9 +40,9 @@ from support.paths import tool_path
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
-LIMITS = EngineLimits(max_batch_size=4, max_input_len=16, max_output_len=16)
+LIMITS = BuildLimits(max_batch_size=4, max_input_len=16, max_output_len=16)
 COMPUTE_CAPABILITIES = ("8.6",)
-ONLY_RANK = Shard(0, 1)
+ONLY_RANK = Rank(0, 1)
 ONE_THREAD = CpuSettings(num_threads=1)
 
 # One checkpoint for every feature that changes the network.
@@ -114,29 +114,29 @@ def make_ft_checkpoint(
 
 def make_rank_network(
     checkpoint: FtCheckpoint,
-    shard: Shard,
-    limits: EngineLimits,
+    rank: Rank,
+    limits: BuildLimits,
     target: Path,
     vocabulary: VocabularySharding,
-    recipe: Recipe = NOT_QUANTIZED,
+    calibrated: CalibratedQuantization = NOT_QUANTIZED,
 ) -> None:
     """Makes the folder `target` with the network of one rank alone, and its description."""
     with replace_directory(target) as folder:
-        write_rank_network(checkpoint, shard, limits, folder, vocabulary, recipe)
+        write_rank_network(checkpoint, rank, limits, folder, vocabulary, calibrated)
 
 
 def make_network(
     checkpoint: FtCheckpoint,
     target: Path,
-    limits: EngineLimits = LIMITS,
-    recipe: Recipe = NOT_QUANTIZED,
+    limits: BuildLimits = LIMITS,
+    calibrated: CalibratedQuantization = NOT_QUANTIZED,
 ) -> Path:
     """The folder `target` with the network of the only rank."""
-    make_rank_network(checkpoint, ONLY_RANK, limits, target, VocabularySharding(), recipe)
+    make_rank_network(checkpoint, ONLY_RANK, limits, target, VocabularySharding(), calibrated)
     return target
 
 
-def build(checkpoint: FtCheckpoint, target: Path, limits: EngineLimits = LIMITS) -> Path:
+def build(checkpoint: FtCheckpoint, target: Path, limits: BuildLimits = LIMITS) -> Path:
     """The engine directory `target`, built by TensorRT-RTX."""
     request = BuildRequest(limits, "tensorrt_rtx", COMPUTE_CAPABILITIES)
     build_engine(checkpoint, request, VocabularySharding(), target)
@@ -152,7 +152,7 @@ def open_spec(
     folder: Path,
     spec: CheckpointSpec,
     storage_type: str = "float32",
-    limits: EngineLimits = LIMITS,
+    limits: BuildLimits = LIMITS,
 ) -> OnnxRuntimeEngine:
     """The whole way: checkpoint, FT checkpoint, network, ONNX Runtime."""
     checkpoint = make_ft_checkpoint(folder, spec, storage_type)

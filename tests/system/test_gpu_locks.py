@@ -76,31 +76,31 @@ def wait_for_free(scope: str, names: set[str]) -> None:
 
 
 def test_takes_are_distinct_until_released(scope: str) -> None:
-    first = gpu_locks.take(2, FOUR, scope)
-    second = gpu_locks.take(2, FOUR, scope)
+    first = gpu_locks.acquire(2, FOUR, scope)
+    second = gpu_locks.acquire(2, FOUR, scope)
     assert set(first.names) | set(second.names) == set(FOUR.names)
     first.release()
-    assert gpu_locks.take(1, FOUR, scope).names == first.names[:1]
+    assert gpu_locks.acquire(1, FOUR, scope).names == first.names[:1]
     second.release()
 
 
 def test_other_scopes_are_other_gpus(scope: str) -> None:
-    held = gpu_locks.take(4, FOUR, scope)
-    other = gpu_locks.take(4, FOUR, f"{scope}-other")
+    held = gpu_locks.acquire(4, FOUR, scope)
+    other = gpu_locks.acquire(4, FOUR, f"{scope}-other")
     assert other.names == FOUR.names
     held.release()
     other.release()
 
 
 def test_more_than_there_are_is_refused_at_once(scope: str) -> None:
-    held = gpu_locks.take(4, FOUR, scope)
+    held = gpu_locks.acquire(4, FOUR, scope)
     with pytest.raises(MptTrtError, match=r"5 GPUs are needed, but there are 4 \(says a test\)"):
-        gpu_locks.take(5, FOUR, scope)
+        gpu_locks.acquire(5, FOUR, scope)
     held.release()
 
 
 def test_none_are_always_there(scope: str) -> None:
-    assert gpu_locks.take(0, Devices((), "nobody"), scope).names == ()
+    assert gpu_locks.acquire(0, Devices((), "nobody"), scope).names == ()
 
 
 # --- which there are -----------------------------------------------------------------------------

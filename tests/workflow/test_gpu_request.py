@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from mpt_trt.checkpoint.known_models import SHIPPED, known_config
 from mpt_trt.engines import memory
 from mpt_trt.engines.memory import GB, EngineSpec
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.sharding import VocabularySharding, is_legal
 from mpt_trt.quantization.schemes import Quantization, WeightOnly
@@ -137,7 +137,7 @@ def site_options(workflow: Workflow, **site: object) -> tuple[str, ...]:
 def test_only_smoke_tests_ask_a_scheduler_for_gpus(workflow: Workflow) -> None:
     options = site_options(workflow, gpu_memory_gb={"l4": 24, "a100": 80}, gpus_per_node=2)
     found = planned_resources(workflow, *options, "smoke_tests/thirty/fp16/4-gpu.json")
-    for rule in ("convert_checkpoint", "make_networks", "build_plans", "collect_engine"):
+    for rule in ("convert_checkpoint", "make_networks", "build_plans", "assemble_engine"):
         assert not {"gpu", "gpu_model", "gres"} & found[rule].keys()
         assert int(found[rule]["mem_mb"]) > 0 and int(found[rule]["runtime"]) > 0
     asked = found["smoke_test"]
@@ -173,7 +173,7 @@ def test_a_build_asks_for_all_that_its_ranks_need_side_by_side(
     environment = tensorrt_for_data_centres(workflow)
     asked = planned_resources(workflow, *command, **environment)["build_plans"]
     assert (asked["gpu"], asked["gpu_model"], asked["nodes"]) == (str(at_once), "a100", "1")
-    config, limits = known_config("mpt-30b"), EngineLimits(8, 512, 64)
+    config, limits = known_config("mpt-30b"), BuildLimits(8, 512, 64)
     quantization = Quantization(WeightOnly(4))
     spec = EngineSpec(config, "float16", tp, limits, VocabularySharding(), quantization)
     needed = at_once * memory.build_memory(spec)
@@ -224,7 +224,7 @@ def test_two_workflows_wait_for_gpus_and_one_may_be_killed(
     (workflow.folder / target).unlink()
     other = shutil.copytree(workflow.folder, tmp_path / "other", symlinks=True)
     scope = f"test-{os.getpid()}"
-    held = gpu_locks.take(3, gpu_locks.Devices(("0", "1", "2", "3"), "a test"), scope)
+    held = gpu_locks.acquire(3, gpu_locks.Devices(("0", "1", "2", "3"), "a test"), scope)
     environment = os.environ | {"MPT_TRT_GPUS": "4", gpu_locks.SCOPE: scope}
     command = [sys.executable, "-m", "snakemake", "--cores", "1", target, "--quiet", "all"]
     folders = (workflow.folder, other)

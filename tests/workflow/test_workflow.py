@@ -17,7 +17,7 @@ from support.paths import REPOSITORY
 from support.workflow import SMALL, Workflow
 
 SMOKE_TEST = "smoke_tests/toy/{}/1-gpu.json"
-CHAIN = ["convert_checkpoint", "make_networks", "build_plans", "collect_engine", "smoke_test"]
+CHAIN = ["convert_checkpoint", "make_networks", "build_plans", "assemble_engine", "smoke_test"]
 
 
 def chain(variant: str) -> list[str]:
@@ -44,7 +44,7 @@ def test_nothing_is_done_twice(made: Workflow) -> None:
 def test_smoke_test_says_what_ran_and_how_far_it_is(made: Workflow) -> None:
     result = json.loads((made.folder / SMOKE_TEST.format("fp32")).read_text())
     assert result["passed"] is True
-    assert result["runtime"].startswith("ONNX Runtime") or result["stood_in_because"] is None
+    assert result["runtime"].startswith("ONNX Runtime") or result["fallback_reason"] is None
     assert 0 <= result["distance"]["max_abs"] < 1e-3
     assert result["distance"]["positions"] == result["prompt_len"] + 6 - 1
     assert result["decode_tokens_per_s"] > 0
@@ -80,7 +80,7 @@ def test_a_new_variant_shares_the_ft_checkpoint(made: Workflow) -> None:
         planned = made.planned("trt_engines/toy/wide/1-gpu")
     finally:
         made.configure()
-    assert planned == ["make_networks wide", "build_plans wide", "collect_engine wide"]
+    assert planned == ["make_networks wide", "build_plans wide", "assemble_engine wide"]
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,12 @@ def test_a_changed_checkpoint_is_noticed(made: Workflow) -> None:
         (
             "trt_engines/toy/fp32/1-gpu/rank0.engine",
             "trt_engines/toy/fp32/1-gpu",
-            ["collect_engine fp32"],
+            ["assemble_engine fp32"],
         ),
         (
             "trt_engines/toy/fp32/1-gpu/weights/model.wte.bin",
             "trt_engines/toy/fp32/1-gpu",
-            ["collect_engine fp32"],
+            ["assemble_engine fp32"],
         ),
         (
             "ft_ckpts/toy/fp32/1-gpu/model.layers.1.attention.dense.weight.0.bin",
@@ -177,7 +177,7 @@ def test_wrong_engines_fail_and_leave_no_result(tmp_path: Path) -> None:
 def test_smoothquant_checkpoints(made: Workflow) -> None:
     """Made for two ranks, and again when the calibration text changes, which nothing else reads."""
     target, plain = "ft_ckpts/toy/sq/2-gpu", "ft_ckpts/toy/fp16/1-gpu"
-    assert made.make(target) == ["smooth_checkpoint sq"]
+    assert made.make(target) == ["convert_smoothquant_checkpoint sq"]
     assert made.planned(target, plain) == []
     checkpoint = read_ft_checkpoint(made.folder / target)
     assert (checkpoint.smoothing, checkpoint.storage_type, checkpoint.tp_size) == (
@@ -191,14 +191,14 @@ def test_smoothquant_checkpoints(made: Workflow) -> None:
     content = text.read_text()
     try:
         text.write_text(content * 2)
-        assert made.planned(target, plain) == ["smooth_checkpoint sq"]
+        assert made.planned(target, plain) == ["convert_smoothquant_checkpoint sq"]
     finally:
         text.write_text(content)
 
 
 def test_smoothquant_settings_in_the_name(made: Workflow) -> None:
     target = "ft_ckpts/toy/sq-0.8-bf16/1-gpu"
-    assert made.make(target) == ["smooth_checkpoint sq-0.8-bf16"]
+    assert made.make(target) == ["convert_smoothquant_checkpoint sq-0.8-bf16"]
     checkpoint = read_ft_checkpoint(made.folder / target)
     assert (checkpoint.smoothing, checkpoint.storage_type) == (0.8, "bfloat16")
 
@@ -260,7 +260,7 @@ def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert not (workflow.folder / SMOKE_TEST.format("fp32")).exists()
     assert list(workflow.folder.rglob(".*partial*")) == []
     jobs = workflow.make(SMOKE_TEST.format("fp32"))
-    assert jobs[0] in ("make_networks fp32", "build_plans fp32", "collect_engine fp32")
+    assert jobs[0] in ("make_networks fp32", "build_plans fp32", "assemble_engine fp32")
     assert jobs[-1] == "smoke_test fp32"
 
 

@@ -33,13 +33,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from mpt_trt.engines.spec import EngineLimits
+    from mpt_trt.engines.spec import BuildLimits
     from mpt_trt.engines.trtllm import package
     from mpt_trt.engines.trtllm.build_command import build_command
     from mpt_trt.errors import MptTrtError
     from mpt_trt.system.files import replace_directory
 
-    limits = EngineLimits(
+    limits = BuildLimits(
         arguments.max_batch_size,
         arguments.max_input_len,
         arguments.max_output_len,

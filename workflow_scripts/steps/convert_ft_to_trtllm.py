@@ -43,7 +43,7 @@ def main() -> None:
         raise MptTrtError(f"--workers = {arguments.workers}: at least 1 is required")
     checkpoint = read_ft_checkpoint(arguments.model_dir)
     conversion = TrtllmConversion(
-        checkpoint, options.recipe(arguments, checkpoint), options.vocabulary(arguments)
+        checkpoint, options.calibrated(arguments, checkpoint), options.vocabulary(arguments)
     )
     write_trtllm_checkpoint(conversion, arguments.output_dir, arguments.workers)
     size = sum(path.stat().st_size for path in arguments.output_dir.iterdir())

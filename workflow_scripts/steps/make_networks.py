@@ -39,7 +39,7 @@ def main() -> None:
         options.limits(arguments),
         arguments.output_dir,
         options.vocabulary(arguments),
-        options.recipe(arguments, checkpoint),
+        options.calibrated(arguments, checkpoint),
     )
 
 

@@ -83,7 +83,7 @@ def main() -> None:
         kv_cache=engine.manifest.quantization.kv_cache,
         builder=engine.manifest.builder,
         runtime=engine.runtime,
-        stood_in_because=engine.stood_in_because,
+        fallback_reason=engine.fallback_reason,
         machine=describe_machine(),
         date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         reference=heldout.reference,

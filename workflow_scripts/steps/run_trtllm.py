@@ -31,10 +31,12 @@ def main() -> None:
     from mpt_trt.system.files import read_json
 
     version = require_tensorrt_llm()
-    from mpt_trt.engines.trtllm.generation_run import record_trial
+    from mpt_trt.engines.trtllm.generation_run import record_generation
 
     prompt = read_json(arguments.prompt)["tokens"]
-    record_trial(arguments.engine_dir, prompt, arguments.max_output_len, version, arguments.output)
+    record_generation(
+        arguments.engine_dir, prompt, arguments.max_output_len, version, arguments.output
+    )
 
 
 if __name__ == "__main__":

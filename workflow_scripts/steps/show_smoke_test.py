@@ -37,7 +37,7 @@ def main() -> None:
         "Speed": f"{result['decode_tokens_per_s']:.0f} tokens/s (prompt: "
         f"{result['prefill_tokens_per_s']:.0f} tokens/s)",
         "Run by": result["runtime"],
-        "Not by TensorRT": result["stood_in_because"],
+        "Not by TensorRT": result["fallback_reason"],
         "Distance": f"largest {distance['max_abs']:.2g}, mean KL {distance['mean_kl']:.2g} nats, "
         f"same top token {distance['top1']:.1%}, over {distance['positions']} positions",
         "Reference": result["reference"],

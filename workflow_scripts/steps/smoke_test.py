@@ -44,7 +44,7 @@ def main() -> None:
     from mpt_trt.checkpoint import hub
     from mpt_trt.checkpoint.tokenizer import read_tokenizer
     from mpt_trt.engines.load import load_engine
-    from mpt_trt.evaluation.distance import measure_distance, run_trial
+    from mpt_trt.evaluation.distance import measure_distance, record_generation
     from mpt_trt.evaluation.reference import reference_logits, reference_name
     from mpt_trt.evaluation.smoke_result import write_smoke_result
 
@@ -57,24 +57,24 @@ def main() -> None:
         arguments.engine_dir, arguments.runtime, arguments.num_threads, arguments.activations
     )
     prompt = tokenizer.encode(arguments.prompt)
-    trial = run_trial(engine, prompt, arguments.max_new_tokens)
+    generation = record_generation(engine, prompt, arguments.max_new_tokens)
     if not engine.is_first_rank:
         return
-    reference = reference_logits(folder, trial.tokens[:-1]).numpy()
-    distance = measure_distance(trial.logits, reference)
+    reference = reference_logits(folder, generation.tokens[:-1]).numpy()
+    distance = measure_distance(generation.logits, reference)
     facts = {
         "engine_dir": str(arguments.engine_dir),
         "engines": [rank.engine for rank in engine.manifest.ranks],
         "builder": asdict(engine.manifest.builder),
         "ranks": engine.manifest.tp_size,
         "runtime": engine.runtime,
-        "stood_in_because": engine.stood_in_because,
+        "fallback_reason": engine.fallback_reason,
         "prompt": arguments.prompt,
-        "text": tokenizer.decode(trial.tokens[trial.prompt_len :]),
-        "tokens": trial.tokens,
-        "prompt_len": trial.prompt_len,
-        "prefill_tokens_per_s": trial.prefill_tokens_per_s,
-        "decode_tokens_per_s": trial.decode_tokens_per_s,
+        "text": tokenizer.decode(generation.tokens[generation.prompt_len :]),
+        "tokens": generation.tokens,
+        "prompt_len": generation.prompt_len,
+        "prefill_tokens_per_s": generation.prefill_tokens_per_s,
+        "decode_tokens_per_s": generation.decode_tokens_per_s,
         "reference": reference_name(folder),
     }
     write_smoke_result(arguments.output, facts, distance, options.tolerance(arguments))

@@ -42,8 +42,8 @@ def main() -> None:
         print(f"waiting for {arguments.gpus} free GPUs", file=sys.stderr)
 
     available = gpu_locks.devices()
-    taken = gpu_locks.take(arguments.gpus, available, gpu_locks.scope(), say_waiting)
-    taken.hand_on()
+    taken = gpu_locks.acquire(arguments.gpus, available, gpu_locks.scope(), say_waiting)
+    taken.pass_to_child()
     if taken.names:
         print(f"GPUs of this job: {', '.join(taken.names)}", file=sys.stderr)
     program, *_ = arguments.command

@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mpt_trt.calibration.recipe import NOT_QUANTIZED, Recipe
+from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
 from mpt_trt.engines import manifest
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.engines.tensorrt import plan_builder
 from mpt_trt.engines.tensorrt.packages import choose_package
 from mpt_trt.engines.tensorrt.plan_builder import BuildOptions
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
-from mpt_trt.model.sharding import VocabularySharding, shards
+from mpt_trt.model.sharding import VocabularySharding, all_ranks
 from mpt_trt.quantization.schemes import Fp8, Quantization, SmoothQuant
 from mpt_trt.system import gpus
 from mpt_trt.system.code_version import source_hash
@@ -26,7 +26,7 @@ from mpt_trt.system.files import content_hash, replace_directory
 class BuildRequest:
     """What to build a plan for. backend and compute_capabilities: as in config.yaml."""
 
-    limits: EngineLimits
+    limits: BuildLimits
     backend: str
     compute_capabilities: tuple[str, ...]
 
@@ -47,25 +47,25 @@ PlanBuilder = Callable[[Path, BuildRequest, int], None]
 
 def make_networks(
     checkpoint: FtCheckpoint,
-    limits: EngineLimits,
+    limits: BuildLimits,
     target: Path,
     vocabulary: VocabularySharding,
-    recipe: Recipe = NOT_QUANTIZED,
+    calibrated: CalibratedQuantization = NOT_QUANTIZED,
 ) -> None:
     """Makes the folder `target` with the networks of all ranks and the descriptions of them."""
     with replace_directory(target) as folder:
-        _write_networks(checkpoint, limits, folder, vocabulary, recipe)
+        _write_networks(checkpoint, limits, folder, vocabulary, calibrated)
 
 
 def _write_networks(
     checkpoint: FtCheckpoint,
-    limits: EngineLimits,
+    limits: BuildLimits,
     folder: Path,
     vocabulary: VocabularySharding,
-    recipe: Recipe,
+    calibrated: CalibratedQuantization,
 ) -> None:
-    for shard in shards(checkpoint.tp_size):
-        manifest.write_rank_network(checkpoint, shard, limits, folder, vocabulary, recipe)
+    for rank in all_ranks(checkpoint.tp_size):
+        manifest.write_rank_network(checkpoint, rank, limits, folder, vocabulary, calibrated)
 
 
 def build_rank(networks: Path, rank: int, request: BuildRequest, target: Path) -> None:
@@ -86,11 +86,11 @@ def build_engine(
     vocabulary: VocabularySharding,
     target: Path,
     build_plans: PlanBuilder = build_one_by_one,
-    recipe: Recipe = NOT_QUANTIZED,
+    calibrated: CalibratedQuantization = NOT_QUANTIZED,
 ) -> None:
     """Makes the engine directory `target` of all ranks."""
     with replace_directory(target) as folder:
-        _write_networks(checkpoint, request.limits, folder, vocabulary, recipe)
+        _write_networks(checkpoint, request.limits, folder, vocabulary, calibrated)
         build_plans(folder, request, checkpoint.tp_size)
         manifest.write_manifest(folder, [(folder, folder)] * checkpoint.tp_size)
         for description in folder.glob("rank*.json"):

@@ -25,7 +25,7 @@ from mpt_trt.engines.onnxruntime.rewrites import (
 )
 from mpt_trt.engines.onnxruntime.session import open_session, session_options
 from mpt_trt.errors import MptTrtError
-from mpt_trt.model.sharding import Shard
+from mpt_trt.model.sharding import Rank
 from mpt_trt.network.graph import ELEMENT_TYPES
 from mpt_trt.network.kv_cache import cache_shape
 from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
@@ -62,7 +62,7 @@ class OnnxRuntimeEngine:
         self._binding = self._session.io_binding()
         self._cache = make_bound_cache(
             self._binding,
-            cache_shape(manifest.config, Shard(rank, manifest.tp_size), self.capacity),
+            cache_shape(manifest.config, Rank(rank, manifest.tp_size), self.capacity),
             manifest.quantization.kv_cache,
             _computing_type(manifest),
         )

@@ -26,7 +26,7 @@ from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.tensorrt.nccl import join_nccl, set_communicator
 from mpt_trt.engines.tensorrt.plan_builder import CONTEXT_PROFILE, GENERATION_PROFILE
 from mpt_trt.errors import MptTrtError
-from mpt_trt.model.sharding import Shard
+from mpt_trt.model.sharding import Rank
 from mpt_trt.network.kv_cache import cache_names, cache_shape
 from mpt_trt.system.mpi import Communicator
 
@@ -51,7 +51,7 @@ class TensorRtEngine:
         self._stream = call(cudart.cudaStreamCreate())
         self._engine = self._deserialize(engine_dir / manifest.ranks[rank].engine)
         self._contexts = self._create_contexts()
-        shape = cache_shape(manifest.config, Shard(rank, manifest.tp_size), limits.cache_len)
+        shape = cache_shape(manifest.config, Rank(rank, manifest.tp_size), limits.cache_len)
         self._cache = make_device_cache(
             shape,
             manifest.quantization.kv_cache,

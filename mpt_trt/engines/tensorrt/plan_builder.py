@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mpt_trt.engines.manifest import BuilderInfo
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.engines.tensorrt.packages import Package
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import gpus
@@ -38,7 +38,7 @@ class BuildOptions:
     """compute_capabilities: GPUs to build for, as "8.9"; only tensorrt_rtx can choose."""
 
     package: Package
-    limits: EngineLimits
+    limits: BuildLimits
     compute_capabilities: tuple[str, ...]
 
 
@@ -209,7 +209,7 @@ def _let_attention_decompose(trt: ModuleType, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def _profile(builder: Any, network: Any, limits: EngineLimits, tokens: int) -> Any:
+def _profile(builder: Any, network: Any, limits: BuildLimits, tokens: int) -> Any:
     """Shapes for steps of up to `tokens` tokens a row; tuned for one row, legal for all."""
     max_logits = min(limits.max_logits, limits.max_batch_size * tokens)
     profile = builder.create_optimization_profile()

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.system.files import read_json
 
 
 def build_command(
-    builder: str, checkpoint: Path, limits: EngineLimits, workers: int, target: Path
+    builder: str, checkpoint: Path, limits: BuildLimits, workers: int, target: Path
 ) -> list[str]:
     """builder: `trtllm-build`. workers: ranks that are built at a time, a GPU each.
 

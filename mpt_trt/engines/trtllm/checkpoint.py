@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpt_trt.calibration.recipe import Recipe
+from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.engines.backend_support import (
     TENSORRT_LLM,
     Request,
@@ -29,7 +29,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.ft.layout import FtFile
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.sharding import Shard, VocabularySharding, shards
+from mpt_trt.model.sharding import Rank, VocabularySharding, all_ranks
 from mpt_trt.model.tensors import weights
 from mpt_trt.quantization.calibrated_weights import FP8_MAX, INT8_MAX
 from mpt_trt.quantization.integers import row_blocks
@@ -56,18 +56,18 @@ class TrtllmConversion:
     """
 
     checkpoint: FtCheckpoint
-    recipe: Recipe
+    calibrated: CalibratedQuantization
     vocabulary: VocabularySharding
 
     def __post_init__(self) -> None:
-        scheme, cache = self.recipe.quantization.scheme, self.recipe.quantization.kv_cache
+        scheme, cache = self.calibrated.quantization.scheme, self.calibrated.quantization.kv_cache
         if isinstance(scheme, Awq):
-            scheme = Awq(self.recipe.calibration.group_size)
+            scheme = Awq(self.calibrated.calibration.group_size)
         require_supported(
             Request(
                 self.config,
                 self.checkpoint.storage_type,
-                replace(self.recipe.quantization, scheme=scheme),
+                replace(self.calibrated.quantization, scheme=scheme),
                 self.checkpoint.tp_size,
                 self.vocabulary,
             ),
@@ -77,19 +77,19 @@ class TrtllmConversion:
             self._require_int8_sq()
         if cache != "auto":
             # Raises for a result without ranges.
-            self.recipe.calibration.kv_ranges(0)
+            self.calibrated.calibration.kv_ranges(0)
         # Raises for a checkpoint that is smoothed or plain and should not be.
-        self.linear_form(Shard(0, self.checkpoint.tp_size))
+        self.linear_form(Rank(0, self.checkpoint.tp_size))
 
     @property
     def config(self) -> MptConfig:
         return self.checkpoint.config
 
-    def linear_form(self, shard: Shard) -> LinearForm:
-        return choose_form(self.checkpoint, shard, self.recipe)
+    def linear_form(self, rank: Rank) -> LinearForm:
+        return choose_form(self.checkpoint, rank, self.calibrated)
 
     def _require_int8_sq(self) -> None:
-        found = self.recipe.calibration
+        found = self.calibrated.calibration
         if found is None or found.quantization_format != "int8_sq":
             what = "there is none" if found is None else f"{found.path} is one of another format"
             raise MptTrtError(
@@ -106,11 +106,11 @@ def write_trtllm_checkpoint(conversion: TrtllmConversion, target: Path, workers:
     with replace_directory(target) as folder, ThreadPoolExecutor(workers) as pool:
         write_json(folder / "config.json", config_content(conversion))
 
-        def write(shard: Shard) -> None:
-            path = folder / f"rank{shard.rank}.safetensors"
-            write_safetensors(path, rank_tensors(conversion, shard))
+        def write(rank: Rank) -> None:
+            path = folder / f"rank{rank.index}.safetensors"
+            write_safetensors(path, rank_tensors(conversion, rank))
 
-        list(pool.map(write, shards(conversion.checkpoint.tp_size)))
+        list(pool.map(write, all_ranks(conversion.checkpoint.tp_size)))
 
 
 # --- config.json ---------------------------------------------------------------------------------
@@ -140,18 +140,18 @@ def config_content(conversion: TrtllmConversion) -> dict:
         "use_parallel_embedding": conversion.vocabulary.embedding,
         "embedding_sharding_dim": 0,
         "mapping": {"world_size": tp_size, "tp_size": tp_size, "pp_size": 1},
-        "quantization": _quantization_content(conversion.recipe),
+        "quantization": _quantization_content(conversion.calibrated),
     }
 
 
-def _quantization_content(recipe: Recipe) -> dict:
+def _quantization_content(calibrated: CalibratedQuantization) -> dict:
     """Known keys alone: TensorRT-LLM refuses others.
 
     Without exclude_modules, its own list counts, in which head and embedding are.
     """
-    cache = {"kv_cache_quant_algo": KV_CACHE_ALGORITHMS[recipe.quantization.kv_cache]}
+    cache = {"kv_cache_quant_algo": KV_CACHE_ALGORITHMS[calibrated.quantization.kv_cache]}
     excluded = {"exclude_modules": ["lm_head"]}
-    match recipe.quantization.scheme:
+    match calibrated.quantization.scheme:
         case None:
             return {"quant_algo": None, **cache}
         case WeightOnly(bits=bits):
@@ -160,7 +160,7 @@ def _quantization_content(recipe: Recipe) -> dict:
             return {
                 "quant_algo": "W4A16_AWQ",
                 **cache,
-                "group_size": recipe.calibration.group_size,
+                "group_size": calibrated.calibration.group_size,
                 "has_zero_point": False,
                 "pre_quant_scale": True,
                 **excluded,
@@ -177,29 +177,29 @@ def _quantization_content(recipe: Recipe) -> dict:
 # --- tensors -------------------------------------------------------------------------------------
 
 
-def rank_tensors(conversion: TrtllmConversion, shard: Shard) -> Tensors:
+def rank_tensors(conversion: TrtllmConversion, rank: Rank) -> Tensors:
     """Everything in one rank's file, by name."""
     checkpoint = conversion.checkpoint
-    linear_form = conversion.linear_form(shard)
-    found = _vocabulary_tensors(conversion, shard)
+    linear_form = conversion.linear_form(rank)
+    found = _vocabulary_tensors(conversion, rank)
     for weight in weights(checkpoint.config):
         if weight.is_linear:
             found |= linear_form.tensors(weight)
         # Norms; FT has zeros where they have no bias.
         elif len(weight.shape) == 1 and weight.hf_name is not None:
             module, _, kind = weight.name.rpartition(".")
-            stored = checkpoint.mapped(checkpoint.file_of(weight, shard))
+            stored = checkpoint.mapped(checkpoint.file_of(weight, rank))
             found[f"{module_name(module)}.{kind}"] = _whole(stored)
     return found | _cache_tensors(conversion)
 
 
-def _vocabulary_tensors(conversion: TrtllmConversion, shard: Shard) -> Tensors:
+def _vocabulary_tensors(conversion: TrtllmConversion, rank: Rank) -> Tensors:
     """The embedding, and the head, which TensorRT-LLM stores in any case."""
     checkpoint, config = conversion.checkpoint, conversion.config
-    files = {name: file for name, file in checkpoint.rank_files(shard).items() if _is_table(file)}
+    files = {name: file for name, file in checkpoint.rank_files(rank).items() if _is_table(file)}
     embedding = checkpoint.mapped(files["wte"])
     head = embedding if config.tie_word_embeddings else checkpoint.mapped(files["lm_head.weight"])
-    part = shard.part(config.vocab_size)
+    part = rank.part(config.vocab_size)
     own = slice(part.start, part.stop)
     is_sharded = conversion.vocabulary.embedding
     return {EMBEDDING: _whole(embedding[own] if is_sharded else embedding), HEAD: _whole(head[own])}
@@ -211,12 +211,12 @@ def _is_table(file: FtFile) -> bool:
 
 def _cache_tensors(conversion: TrtllmConversion) -> Tensors:
     """The scale of each layer's cache: keys and values share one."""
-    cache = conversion.recipe.quantization.kv_cache
+    cache = conversion.calibrated.quantization.kv_cache
     if cache == "auto":
         return {}
     found = {}
     for layer in range(conversion.config.num_layers):
-        ranges = conversion.recipe.calibration.kv_ranges(layer)
+        ranges = conversion.calibrated.calibration.kv_ranges(layer)
         scale = max(ranges.key, ranges.value) / KV_CACHE_MAX[cache]
         name = f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"
         found[name] = vector([scale or 1.0])

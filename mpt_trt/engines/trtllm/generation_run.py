@@ -20,7 +20,7 @@ NO_END_TOKEN = -1
 
 
 @dataclass(frozen=True)
-class RecordedTrial:
+class RecordedGeneration:
     """What is compared with the reference.
 
     tokens: prompt and continuation. logits: float32 `[len(tokens) - prompt_len, vocab]`, those
@@ -37,7 +37,7 @@ class RecordedTrial:
     decode_tokens_per_s: float
 
 
-def record_trial(
+def record_generation(
     engine_dir: Path, prompt: list[int], max_new_tokens: int, version: str, target: Path
 ) -> None:
     """Continues `prompt` greedily on every rank; the first one writes the file `target`.
@@ -98,11 +98,11 @@ def _write(
         )
 
 
-def read_trial(path: Path) -> RecordedTrial:
-    """Raises MptTrtError when the file is none that `record_trial` wrote."""
+def read_recorded_generation(path: Path) -> RecordedGeneration:
+    """Raises MptTrtError when the file is none that `record_generation` wrote."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return RecordedTrial(
+            return RecordedGeneration(
                 tokens=stored["tokens"].tolist(),
                 prompt_len=int(stored["prompt_len"]),
                 logits=stored["logits"],

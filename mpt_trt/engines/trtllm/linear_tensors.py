@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpt_trt.arrays.cast import STORAGE_TYPES, convert, transposed_copy
+from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.npz_file import CalibrationResult
-from mpt_trt.calibration.recipe import Recipe
 from mpt_trt.engines.backend_support import uses_plugin_form
 from mpt_trt.engines.trtllm.names import module_name
 from mpt_trt.engines.trtllm.safetensors_file import E4M3, StreamedTensor
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.ft.layout import FtFile, held, linear_name
-from mpt_trt.model.sharding import Range, Shard
+from mpt_trt.model.sharding import Range, Rank
 from mpt_trt.model.tensors import Weight, preceding_norm
 from mpt_trt.network.linear.awq import held_blocks, quantized_rows
 from mpt_trt.network.linear.base import place
@@ -48,21 +48,23 @@ class LinearForm(Protocol):
         ...
 
 
-def choose_form(checkpoint: FtCheckpoint, shard: Shard, recipe: Recipe) -> LinearForm:
+def choose_form(
+    checkpoint: FtCheckpoint, rank: Rank, calibrated: CalibratedQuantization
+) -> LinearForm:
     """Raises MptTrtError when the checkpoint is smoothed and should not be, or the reverse."""
-    scheme, calibration = recipe.quantization.scheme, recipe.calibration
+    scheme, calibration = calibrated.quantization.scheme, calibrated.calibration
     if isinstance(scheme, SmoothQuant) and uses_plugin_form(scheme):
-        return PluginSmoothQuantForm(checkpoint, shard, scheme)
+        return PluginSmoothQuantForm(checkpoint, rank, scheme)
     checkpoint.require_plain()
     match scheme:
         case Awq():
-            return AwqForm(checkpoint, shard, calibration)
+            return AwqForm(checkpoint, rank, calibration)
         case Fp8():
-            return Fp8Form(checkpoint, shard, calibration)
+            return Fp8Form(checkpoint, rank, calibration)
         case SmoothQuant():
-            return ModelOptSmoothQuantForm(checkpoint, shard, calibration)
+            return ModelOptSmoothQuantForm(checkpoint, rank, calibration)
         case WeightOnly() | None:
-            return PlainForm(checkpoint, shard)
+            return PlainForm(checkpoint, rank)
 
 
 # --- from FT files -------------------------------------------------------------------------------
@@ -73,10 +75,10 @@ class PlainForm:
     """Matrices as they are. `trtllm-build` quantizes those of weight-only variants itself."""
 
     checkpoint: FtCheckpoint
-    shard: Shard
+    rank: Rank
 
     def tensors(self, weight: Weight) -> Tensors:
-        stored = self.checkpoint.matrix(weight, self.shard)
+        stored = self.checkpoint.matrix(weight, self.rank)
         return {f"{module_name(linear_name(weight))}.weight": transposed(stored, stored.dtype)}
 
 
@@ -85,14 +87,14 @@ class Fp8Form:
     """E4M3 matrices; one scale a matrix, and one of what it is multiplied with."""
 
     checkpoint: FtCheckpoint
-    shard: Shard
+    rank: Rank
     calibration: CalibrationResult
 
     def tensors(self, weight: Weight) -> Tensors:
         module = module_name(linear_name(weight))
         scales = self.calibration.fp8_scales(*place(linear_name(weight)))
         scale = scales.weight or 1.0
-        stored = self.checkpoint.matrix(weight, self.shard)
+        stored = self.checkpoint.matrix(weight, self.rank)
         return {
             f"{module}.weight": transposed(
                 stored, E4M3, lambda block: quantized_block(block, scale)
@@ -113,7 +115,7 @@ class PluginSmoothQuantForm:
     """
 
     checkpoint: FtCheckpoint
-    shard: Shard
+    rank: Rank
     scheme: SmoothQuant
 
     def __post_init__(self) -> None:
@@ -122,7 +124,7 @@ class PluginSmoothQuantForm:
     def tensors(self, weight: Weight) -> Tensors:
         name = linear_name(weight)
         module = module_name(name)
-        files = self.checkpoint.rank_int8_files(self.shard)[name]
+        files = self.checkpoint.rank_int8_files(self.rank)[name]
         by_column, by_token = self.scheme.per_channel, self.scheme.per_token
         matrix = self._read(files.weight_col if by_column else files.weight)
         if by_token:
@@ -167,13 +169,13 @@ class AwqForm:
     """
 
     checkpoint: FtCheckpoint
-    shard: Shard
+    rank: Rank
     calibration: CalibrationResult
 
     def tensors(self, weight: Weight) -> Tensors:
         name = linear_name(weight)
         module, group_size = module_name(name), self.calibration.group_size
-        rows, columns = held(self.checkpoint.config, weight, self.shard)
+        rows, columns = held(self.checkpoint.config, weight, self.rank)
         height, width = sum(map(len, rows)), len(columns)
 
         def scales() -> NDArray[np.float32]:
@@ -198,13 +200,13 @@ class ModelOptSmoothQuantForm:
     """int8 matrices with a scale a row; one scale of the input after the pre-quant scale."""
 
     checkpoint: FtCheckpoint
-    shard: Shard
+    rank: Rank
     calibration: CalibrationResult
 
     def tensors(self, weight: Weight) -> Tensors:
         name = linear_name(weight)
         module = module_name(name)
-        rows, columns = held(self.checkpoint.config, weight, self.shard)
+        rows, columns = held(self.checkpoint.config, weight, self.rank)
         height, width = sum(map(len, rows)), len(columns)
 
         def integers() -> Iterator[NDArray]:

@@ -26,7 +26,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.ft.layout import held
 from mpt_trt.model import sharding
-from mpt_trt.model.sharding import Shard
+from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import Weight, preceding_norm
 from mpt_trt.network.graph import ELEMENT_TYPES, IR_VERSION, OPSET, GraphBuilder, StoredTensor
 from mpt_trt.network.linear.base import (
@@ -49,8 +49,8 @@ Factor = Callable[[], NDArray[np.float32]]
 """A vector that is read from the calibration result when a file is written."""
 
 
-class AwqProducts:
-    """See `Products`.
+class AwqLinear:
+    """See `LinearLayers`.
 
     Raises MptTrtError when the calibration's groups do not fit the ranks.
     """
@@ -58,7 +58,7 @@ class AwqProducts:
     def __init__(
         self,
         checkpoint: FtCheckpoint,
-        shard: Shard,
+        rank: Rank,
         calibration: CalibrationResult,
         kv_cache: KvCacheType,
     ):
@@ -68,16 +68,16 @@ class AwqProducts:
         if group_size % 2:
             raise calibration.file.refused(f"groups of {group_size} are not of an even size")
         try:
-            require_fitting_groups(config, shard.tp_size, group_size)
+            require_fitting_groups(config, rank.tp_size, group_size)
         except MptTrtError as error:
             raise MptTrtError(f"{calibration.path}: {error}") from None
-        self._checkpoint, self._shard, self._calibration = checkpoint, shard, calibration
+        self._checkpoint, self._rank, self._calibration = checkpoint, rank, calibration
         self._group_size = group_size
         self._weights = linear_weights(config)
         self._folds_into_values = folds_into_values(config, kv_cache)
 
     def tensors(self) -> dict[str, StoredTensor]:
-        found = ft_tensors(self._checkpoint, self._shard)
+        found = ft_tensors(self._checkpoint, self._rank)
         for name, weight in self._weights.items():
             del found[weight.name]
             found |= self._matrix(name, weight)
@@ -90,8 +90,8 @@ class AwqProducts:
         return graph.node("MatMul", [value, weight], name)
 
     def _matrix(self, name: str, weight: Weight) -> dict[str, StoredTensor]:
-        rank = self._shard.rank
-        height, width = self._checkpoint.file_of(weight, self._shard).shape
+        rank = self._rank.index
+        height, width = self._checkpoint.file_of(weight, self._rank).shape
         element_type = ELEMENT_TYPES[self._checkpoint.storage_type]
         return {
             f"{weight.name}.quantized": made(
@@ -109,7 +109,7 @@ class AwqProducts:
         }
 
     def _integers(self, name: str, weight: Weight) -> Iterator[NDArray]:
-        rows, columns = held(self._checkpoint.config, weight, self._shard)
+        rows, columns = held(self._checkpoint.config, weight, self._rank)
         packed = np.empty((len(columns), sum(map(len, rows)) // 2), np.uint8)
         start = 0
         for block, scales in held_blocks(self._calibration, name, rows, columns):
@@ -119,7 +119,7 @@ class AwqProducts:
         yield packed
 
     def _scales(self, name: str, weight: Weight) -> Iterator[NDArray]:
-        rows, columns = held(self._checkpoint.config, weight, self._shard)
+        rows, columns = held(self._checkpoint.config, weight, self._rank)
         groups = self._groups(columns)
         whole = self._calibration.awq_scales(*place(name))
         found = np.concatenate([whole[part.start : part.stop, groups] for part in rows]).T
@@ -145,7 +145,7 @@ class AwqProducts:
         if bias not in found:
             return {}
         factor = functools.partial(self._factor_of_qkv, name)
-        return {bias: self._times(found[bias], f"{bias}.{self._shard.rank}", factor)}
+        return {bias: self._times(found[bias], f"{bias}.{self._rank.index}", factor)}
 
     def _times(self, stored: StoredTensor, name: str, factor: Factor) -> StoredTensor:
         """An FT file of one dimension, times a vector."""
@@ -163,19 +163,19 @@ class AwqProducts:
         def pieces() -> Iterator[NDArray]:
             yield convert(self._pre_quant_scale(name), STORAGE_TYPES[storage_type])
 
-        file_name = f"{name}.pre_quant_scale.{self._shard.rank}"
-        size = self._checkpoint.file_of(weight, self._shard).shape[0]
+        file_name = f"{name}.pre_quant_scale.{self._rank.index}"
+        size = self._checkpoint.file_of(weight, self._rank).shape[0]
         return made(file_name, ELEMENT_TYPES[storage_type], (size,), pieces)
 
     def _pre_quant_scale(self, name: str) -> NDArray[np.float32]:
         """The rank's part, float32 `[in_features]`."""
-        _, columns = held(self._checkpoint.config, self._weights[name], self._shard)
+        _, columns = held(self._checkpoint.config, self._weights[name], self._rank)
         whole = self._calibration.pre_quant_scale(*place(name))
         return whole[columns.start : columns.stop]
 
     def _factor_of_qkv(self, dense: str) -> NDArray[np.float32]:
         """1 for the rank's columns of Q and K; for those of V, the scale of layer `dense`."""
-        query, key, _ = sharding.qkv_columns(self._checkpoint.config, self._shard)
+        query, key, _ = sharding.qkv_columns(self._checkpoint.config, self._rank)
         ones = np.ones(len(query) + len(key), np.float32)
         return np.concatenate([ones, self._pre_quant_scale(dense)])
 

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.ft.layout import linear_name
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.sharding import Shard
+from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import Weight, weights
 from mpt_trt.network.graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
 
 
-class Products(Protocol):
+class LinearLayers(Protocol):
     """The products of one rank."""
 
     def tensors(self) -> dict[str, StoredTensor]:
@@ -38,12 +38,12 @@ def place(name: str) -> tuple[int, str]:
     return int(layer), matrix
 
 
-def ft_tensors(checkpoint: FtCheckpoint, shard: Shard) -> dict[str, StoredTensor]:
+def ft_tensors(checkpoint: FtCheckpoint, rank: Rank) -> dict[str, StoredTensor]:
     """The rank's FT files, without the zeros that FT has where a norm has no bias."""
     element_type = ELEMENT_TYPES[checkpoint.storage_type]
     return {
         name: StoredTensor(file.name, element_type, file.shape, checkpoint.folder / file.name)
-        for name, file in checkpoint.rank_files(shard).items()
+        for name, file in checkpoint.rank_files(rank).items()
         if file.weight.hf_name is not None
     }
 

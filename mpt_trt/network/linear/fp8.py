@@ -13,7 +13,7 @@ from onnx import TensorProto
 from mpt_trt.arrays.cast import convert
 from mpt_trt.calibration.npz_file import CalibrationResult
 from mpt_trt.ft.checkpoint import FtCheckpoint
-from mpt_trt.model.sharding import Shard
+from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import Weight
 from mpt_trt.network.graph import GraphBuilder, StoredTensor
 from mpt_trt.network.linear.base import ft_tensors, linear_weights, made, place
@@ -25,15 +25,15 @@ LARGEST = np.float32(FP8_MAX)
 
 
 @dataclass(frozen=True)
-class Fp8Products:
-    """See `Products`."""
+class Fp8Linear:
+    """See `LinearLayers`."""
 
     checkpoint: FtCheckpoint
-    shard: Shard
+    rank: Rank
     calibration: CalibrationResult
 
     def tensors(self) -> dict[str, StoredTensor]:
-        found = ft_tensors(self.checkpoint, self.shard)
+        found = ft_tensors(self.checkpoint, self.rank)
         for name, weight in linear_weights(self.checkpoint.config).items():
             del found[weight.name]
             found[f"{weight.name}.quantized"] = self._stored(name, weight)
@@ -57,14 +57,14 @@ class Fp8Products:
         return graph.node("MatMul", [value, weight], name)
 
     def _stored(self, name: str, weight: Weight) -> StoredTensor:
-        shape = self.checkpoint.file_of(weight, self.shard).shape
+        shape = self.checkpoint.file_of(weight, self.rank).shape
 
         def pieces() -> Iterator[NDArray]:
             scale = self.calibration.fp8_scales(*place(name)).weight or 1.0
-            for block in row_blocks(self.checkpoint.matrix(weight, self.shard)):
+            for block in row_blocks(self.checkpoint.matrix(weight, self.rank)):
                 yield quantized_block(np.ascontiguousarray(block), scale)
 
-        file_name = f"{weight.name}.fp8.{self.shard.rank}"
+        file_name = f"{weight.name}.fp8.{self.rank.index}"
         return made(file_name, TensorProto.FLOAT8E4M3FN, shape, pieces)
 
 

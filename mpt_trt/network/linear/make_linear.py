@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from mpt_trt.calibration.recipe import Recipe
+from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.ft.checkpoint import FtCheckpoint
-from mpt_trt.model.sharding import Shard
-from mpt_trt.network.linear.awq import AwqProducts
-from mpt_trt.network.linear.base import Products
-from mpt_trt.network.linear.fp8 import Fp8Products
-from mpt_trt.network.linear.plain import PlainProducts
-from mpt_trt.network.linear.smoothquant import SmoothQuantProducts
-from mpt_trt.network.linear.weight_only import WeightOnlyProducts
+from mpt_trt.model.sharding import Rank
+from mpt_trt.network.linear.awq import AwqLinear
+from mpt_trt.network.linear.base import LinearLayers
+from mpt_trt.network.linear.fp8 import Fp8Linear
+from mpt_trt.network.linear.plain import PlainLinear
+from mpt_trt.network.linear.smoothquant import SmoothQuantLinear
+from mpt_trt.network.linear.weight_only import WeightOnlyLinear
 from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
 
 
-def choose_products(checkpoint: FtCheckpoint, shard: Shard, recipe: Recipe) -> Products:
+def make_linear(
+    checkpoint: FtCheckpoint, rank: Rank, calibrated: CalibratedQuantization
+) -> LinearLayers:
     """Raises MptTrtError when the checkpoint or the calibration does not fit the scheme."""
-    quantization, calibration = recipe.quantization, recipe.calibration
+    quantization, calibration = calibrated.quantization, calibrated.calibration
     if not isinstance(quantization.scheme, SmoothQuant):
         checkpoint.require_plain()
     match quantization.scheme:
         case None:
-            return PlainProducts(checkpoint, shard)
+            return PlainLinear(checkpoint, rank)
         case WeightOnly() as scheme:
-            return WeightOnlyProducts(checkpoint, shard, scheme)
+            return WeightOnlyLinear(checkpoint, rank, scheme)
         case Awq():
-            return AwqProducts(checkpoint, shard, calibration, quantization.kv_cache)
+            return AwqLinear(checkpoint, rank, calibration, quantization.kv_cache)
         case Fp8():
-            return Fp8Products(checkpoint, shard, calibration)
+            return Fp8Linear(checkpoint, rank, calibration)
         case SmoothQuant() as scheme:
-            return SmoothQuantProducts(checkpoint, shard, scheme)
+            return SmoothQuantLinear(checkpoint, rank, scheme)

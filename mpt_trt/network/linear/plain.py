@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpt_trt.ft.checkpoint import FtCheckpoint
-from mpt_trt.model.sharding import Shard
+from mpt_trt.model.sharding import Rank
 from mpt_trt.network.graph import GraphBuilder, StoredTensor
 from mpt_trt.network.linear.base import ft_tensors
 
 
 @dataclass(frozen=True)
-class PlainProducts:
-    """See `Products`."""
+class PlainLinear:
+    """See `LinearLayers`."""
 
     checkpoint: FtCheckpoint
-    shard: Shard
+    rank: Rank
 
     def tensors(self) -> dict[str, StoredTensor]:
-        return ft_tensors(self.checkpoint, self.shard)
+        return ft_tensors(self.checkpoint, self.rank)
 
     def emit(self, graph: GraphBuilder, name: str, value: str) -> str:
         return graph.node("MatMul", [value, graph.weight(f"{name}.weight")], name)

@@ -19,7 +19,7 @@ from mpt_trt.arrays.cast import STORAGE_TYPES, convert
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.ft.layout import FtFile, Int8Files
-from mpt_trt.model.sharding import Shard
+from mpt_trt.model.sharding import Rank
 from mpt_trt.network.graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
 from mpt_trt.network.linear.base import ft_tensors, linear_weights, made, scaled_input
 from mpt_trt.quantization.calibrated_weights import INT8_MAX
@@ -30,22 +30,22 @@ SMALLEST_ROW_MAXIMUM = 2.0**-14
 
 
 @dataclass(frozen=True)
-class SmoothQuantProducts:
-    """See `Products`.
+class SmoothQuantLinear:
+    """See `LinearLayers`.
 
     Raises MptTrtError when the checkpoint is a plain one, or was smoothed by another alpha.
     """
 
     checkpoint: FtCheckpoint
-    shard: Shard
+    rank: Rank
     scheme: SmoothQuant
 
     def __post_init__(self) -> None:
         require_smoothed(self.checkpoint, self.scheme.alpha)
 
     def tensors(self) -> dict[str, StoredTensor]:
-        found = ft_tensors(self.checkpoint, self.shard)
-        int8_files = self.checkpoint.rank_int8_files(self.shard)
+        found = ft_tensors(self.checkpoint, self.rank)
+        int8_files = self.checkpoint.rank_int8_files(self.rank)
         for name, weight in linear_weights(self.checkpoint.config).items():
             del found[weight.name]
             found |= self._layer(name, int8_files[name])
@@ -99,7 +99,7 @@ class SmoothQuantProducts:
             most = np.float32(ml_dtypes.finfo(dtype).max)
             yield convert(np.minimum(1 / self._read(file), most), dtype)
 
-        name = f"{file.tensor}.inverse.{self.shard.rank}"
+        name = f"{file.tensor}.inverse.{self.rank.index}"
         return made(name, ELEMENT_TYPES[storage_type], file.shape, pieces)
 
     def _input_scale(self, file: FtFile) -> StoredTensor:

@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from mpt_trt.arrays.cast import STORAGE_TYPES
 from mpt_trt.ft.checkpoint import FtCheckpoint
-from mpt_trt.model.sharding import Shard, shards
+from mpt_trt.model.sharding import Rank, all_ranks
 from mpt_trt.model.tensors import Split, Weight
 from mpt_trt.network.graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
 from mpt_trt.network.linear.base import dequantized, ft_tensors, linear_weights, made
@@ -24,23 +24,23 @@ from mpt_trt.quantization import integers
 from mpt_trt.quantization.schemes import WeightOnly, require_fitting_groups, scale_block
 
 
-class WeightOnlyProducts:
-    """See `Products`.
+class WeightOnlyLinear:
+    """See `LinearLayers`.
 
     Raises MptTrtError when groups do not fit the ranks.
     """
 
-    def __init__(self, checkpoint: FtCheckpoint, shard: Shard, scheme: WeightOnly):
+    def __init__(self, checkpoint: FtCheckpoint, rank: Rank, scheme: WeightOnly):
         if scheme.group_size is not None:
-            require_fitting_groups(checkpoint.config, shard.tp_size, scheme.group_size)
-        self._checkpoint, self._shard = checkpoint, shard
+            require_fitting_groups(checkpoint.config, rank.tp_size, scheme.group_size)
+        self._checkpoint, self._rank = checkpoint, rank
         self._matrices = {
-            name: _Matrix(checkpoint, weight, shard, scheme)
+            name: _Matrix(checkpoint, weight, rank, scheme)
             for name, weight in linear_weights(checkpoint.config).items()
         }
 
     def tensors(self) -> dict[str, StoredTensor]:
-        found = ft_tensors(self._checkpoint, self._shard)
+        found = ft_tensors(self._checkpoint, self._rank)
         for name, matrix in self._matrices.items():
             del found[f"{name}.weight"]
             found |= matrix.tensors(f"{name}.weight")
@@ -57,12 +57,12 @@ class _Matrix:
 
     checkpoint: FtCheckpoint
     weight: Weight
-    shard: Shard
+    rank: Rank
     scheme: WeightOnly
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.checkpoint.file_of(self.weight, self.shard).shape
+        return self.checkpoint.file_of(self.weight, self.rank).shape
 
     @property
     def block_size(self) -> int | None:
@@ -77,7 +77,7 @@ class _Matrix:
         return {"axis": 0, "block_size": self.block_size}
 
     def tensors(self, name: str) -> dict[str, StoredTensor]:
-        rank = self.shard.rank
+        rank = self.rank.index
         integer = TensorProto.INT8 if self.scheme.bits == 8 else TensorProto.INT4
         scale = ELEMENT_TYPES[self.checkpoint.storage_type]
         height, width = self.shape
@@ -93,7 +93,7 @@ class _Matrix:
     def _unrounded_scales(self) -> NDArray[np.float32]:
         """float32 `[groups, out_features]`; one group where a scale is for a whole column."""
         if self.scheme.group_size is not None:
-            amax = integers.group_amax(self._content(self.shard), self.scheme.group_size)
+            amax = integers.group_amax(self._content(self.rank), self.scheme.group_size)
         else:
             amax = self._column_amax()[None]
         return amax / np.float32(1 << (self.scheme.bits - 1))
@@ -101,15 +101,15 @@ class _Matrix:
     def _column_amax(self) -> NDArray[np.float32]:
         # A row-split matrix has each column on all ranks.
         is_spread = self.weight.split is Split.ROWS
-        ranks = shards(self.shard.tp_size) if is_spread else [self.shard]
-        return np.max([integers.column_amax(self._content(shard)) for shard in ranks], axis=0)
+        ranks = all_ranks(self.rank.tp_size) if is_spread else [self.rank]
+        return np.max([integers.column_amax(self._content(rank)) for rank in ranks], axis=0)
 
-    def _content(self, shard: Shard) -> NDArray:
-        return self.checkpoint.matrix(self.weight, shard)
+    def _content(self, rank: Rank) -> NDArray:
+        return self.checkpoint.matrix(self.weight, rank)
 
     def _integers(self) -> Iterator[NDArray]:
         bits = self.scheme.bits
-        found = integers.quantize(self._content(self.shard), self._unrounded_scales, bits)
+        found = integers.quantize(self._content(self.rank), self._unrounded_scales, bits)
         return found if bits == 8 else integers.packed(found)
 
     def _scales(self) -> Iterator[NDArray]:

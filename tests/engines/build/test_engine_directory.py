@@ -17,7 +17,7 @@ import xxhash
 from mpt_trt.engines import load
 from mpt_trt.engines.build.build import BuildRequest, build_rank
 from mpt_trt.engines.load import load_engine, tensorrt_obstacle
-from mpt_trt.engines.manifest import EngineLimits, Manifest, collect, read_manifest, write_manifest
+from mpt_trt.engines.manifest import BuildLimits, Manifest, collect, read_manifest, write_manifest
 from mpt_trt.engines.tensorrt import packages
 from mpt_trt.engines.tensorrt.packages import Package
 from mpt_trt.errors import MptTrtError
@@ -171,7 +171,7 @@ def test_manifest_reads_back(built: Built):
 
 
 def test_limits_add_up():
-    limits = EngineLimits(max_batch_size=3, max_input_len=10, max_output_len=5)
+    limits = BuildLimits(max_batch_size=3, max_input_len=10, max_output_len=5)
     assert (limits.cache_len, limits.max_logits) == (15, 3)
     assert replace(limits, gather_all_token_logits=True).max_logits == 30
 
@@ -364,7 +364,7 @@ def test_step_by_step_tools_make_an_engine_directory(built: Built, tmp_path):
     call_tool("make_networks.py", *options)
     call_tool("build_plans.py", f"--network_dir={network}", f"--output_dir={plan}")
     folders = ("--network_dir", network, "--plan_dir", plan, "--output_dir", engine)
-    call_tool("collect_engine.py", *folders)
+    call_tool("assemble_engine.py", *folders)
     manifest = read_manifest(engine)
     assert manifest.limits == LIMITS
     assert manifest.builder.compute_capabilities == ("8.0", "8.6", "8.9", "12.0")
@@ -377,7 +377,7 @@ def test_step_by_step_tools_make_an_engine_directory(built: Built, tmp_path):
         ("build_rank.py", ("--network_dir={ft}",), r"rank0\.network\.json: no such file"),
         ("build_plans.py", ("--network_dir={ft}",), r"rank0\.network\.json: no such file"),
         ("build_plans.py", ("--network_dir={ft}", "--at_once=0"), "at_once = 0: at least 1"),
-        ("collect_engine.py", ("--network_dir", "a", "--plan_dir", "b"), "no such file"),
+        ("assemble_engine.py", ("--network_dir", "a", "--plan_dir", "b"), "no such file"),
     ],
 )
 def test_step_by_step_tools_refuse(built: Built, script, arguments, message, tmp_path):
@@ -392,9 +392,7 @@ def test_step_by_step_tools_refuse(built: Built, script, arguments, message, tmp
 
 def test_without_a_gpu_onnx_runtime_stands_in_and_says_so(built: Built, no_gpu):
     loaded = load_engine(built.engine, num_threads=1)
-    assert loaded.stood_in_because == (
-        "no NVIDIA GPU found; the plan is for compute capability 8.6"
-    )
+    assert loaded.fallback_reason == ("no NVIDIA GPU found; the plan is for compute capability 8.6")
     assert (
         loaded.runtime == f"ONNX Runtime {metadata.version('onnxruntime')} (CPUExecutionProvider)"
     )
@@ -404,7 +402,7 @@ def test_without_a_gpu_onnx_runtime_stands_in_and_says_so(built: Built, no_gpu):
 
 
 def test_onnx_runtime_on_request(built: Built):
-    assert load_engine(built.engine, "onnxruntime").stood_in_because == "asked for"
+    assert load_engine(built.engine, "onnxruntime").fallback_reason == "asked for"
 
 
 def test_tensorrt_on_request_fails_where_it_cannot_run(built: Built, no_gpu):
@@ -483,7 +481,7 @@ def test_a_gpu_that_is_too_small_is_told_what_is_needed(manifest, monkeypatch):
 def test_upgraded_builder_makes_onnx_runtime_stand_in(built: Built, monkeypatch):
     on_machine(monkeypatch, ("8.6",), Package("tensorrt_rtx", "9.9.9"))
     loaded = load_engine(built.engine, num_threads=1)
-    assert "9.9.9; build the engine again" in loaded.stood_in_because
+    assert "9.9.9; build the engine again" in loaded.fallback_reason
 
 
 # --- choosing the builder ------------------------------------------------------------------------
@@ -547,7 +545,7 @@ def test_commands_of_the_reference_document(built: Built, spelling, tmp_path, ca
     )
     limits = read_manifest(tmp_path / "engine").limits
     is_given = "--max_input_len" in arguments
-    assert limits == EngineLimits(64, 12 if is_given else 512, 7 if is_given else 64)
+    assert limits == BuildLimits(64, 12 if is_given else 512, 7 if is_given else 64)
     flags = {a.partition("=")[0] for a in arguments if a.startswith("--")}
     with_effect = {f"--{name}" for name in asdict(LIMITS)} | {
         *("--world_size", "--dtype", "--log_level", "--parallel_build")
@@ -595,7 +593,7 @@ def test_all_limits_reach_the_engine(built: Built, tmp_path):
         *("--compute_capabilities", "8.9", "12.0"),
     )
     manifest = read_manifest(tmp_path / "engine")
-    assert manifest.limits == EngineLimits(3, 10, 6, gather_all_token_logits=True)
+    assert manifest.limits == BuildLimits(3, 10, 6, gather_all_token_logits=True)
     assert manifest.builder.compute_capabilities == ("8.9", "12.0")
 
 

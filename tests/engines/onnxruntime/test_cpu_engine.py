@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from mpt_trt.calibration.block_stream import Computation
+from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.model_source import open_model
 from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
 from mpt_trt.calibration.npz_file import read_calibration
-from mpt_trt.calibration.recipe import Recipe
 from mpt_trt.engines.onnxruntime import cpu_cache
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.quantization.schemes import KvCacheType, Quantization, WeightOnly
 from support.checkpoints import CheckpointSpec
@@ -38,7 +38,7 @@ from support.paths import REPOSITORY
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPEC = CheckpointSpec(num_heads=6, num_kv_heads=2, max_seq_len=160)
-LIMITS = EngineLimits(max_batch_size=3, max_input_len=100, max_output_len=50)
+LIMITS = BuildLimits(max_batch_size=3, max_input_len=100, max_output_len=50)
 FLOAT32_BOUND = 2e-5
 WHOLE_CACHE = LIMITS.cache_len
 
@@ -84,8 +84,8 @@ def test_the_length_of_the_buffers_does_not_matter(
         samples, weight_dtype = torch.arange(32).reshape(2, 16), np.dtype(np.float32)
         calibrate(open_model(tmp_path / "hf"), samples, plan, Computation(), weight_dtype, path)
         calibration = read_calibration(path, checkpoint)
-    recipe = Recipe(Quantization(None, kv_cache), calibration)
-    network = make_network(checkpoint, tmp_path / "network", LIMITS, recipe)
+    calibrated = CalibratedQuantization(Quantization(None, kv_cache), calibration)
+    network = make_network(checkpoint, tmp_path / "network", LIMITS, calibrated)
     ids = random_ids(SPEC, rows=2, length=40)
     found = []
     for positions in (4, WHOLE_CACHE):
@@ -99,8 +99,10 @@ def test_the_length_of_the_buffers_does_not_matter(
 
 def test_activations_of_8_bits_are_asked_for_and_said(tmp_path):
     spec = CheckpointSpec(hidden_size=128, num_heads=4)
-    recipe = Recipe(Quantization(WeightOnly(4, 32)))
-    network = make_network(make_ft_checkpoint(tmp_path, spec), tmp_path / "network", recipe=recipe)
+    calibrated = CalibratedQuantization(Quantization(WeightOnly(4, 32)))
+    network = make_network(
+        make_ft_checkpoint(tmp_path, spec), tmp_path / "network", calibrated=calibrated
+    )
     ids = random_ids(spec, rows=1, length=12)
     exact, rounded = open_network(network), open_network(network, CpuSettings(1, "int8"))
     assert "int8 activations" in rounded.description

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from mpt_trt.calibration.recipe import Recipe
+from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.engines.onnxruntime.cuda import rewrites
 from mpt_trt.engines.onnxruntime.cuda.shared_weights import share_weights
 from mpt_trt.quantization.schemes import Quantization, WeightOnly
@@ -62,8 +62,8 @@ WIDE = CheckpointSpec(hidden_size=256, num_heads=4, num_layers=2, vocab_size=301
 @pytest.mark.parametrize("scheme", [None, WeightOnly(4, 64), WeightOnly(4), WeightOnly(8)])
 def test_weights_become_inputs(scheme, tmp_path):
     checkpoint = make_ft_checkpoint(tmp_path, WIDE)
-    recipe = Recipe(Quantization(scheme, "auto"), None)
-    folder = make_network(checkpoint, tmp_path / "network", LIMITS, recipe)
+    calibrated = CalibratedQuantization(Quantization(scheme, "auto"), None)
+    folder = make_network(checkpoint, tmp_path / "network", LIMITS, calibrated)
     num_shared, steps = require_same(folder, checkpoint.config.vocab_size)
     num_matrices = 4 * WIDE.num_layers
     if scheme is None:
@@ -79,8 +79,8 @@ def test_weights_become_inputs(scheme, tmp_path):
 
 def integer_network(folder: Path, scheme: WeightOnly, spec: CheckpointSpec = WIDE) -> Path:
     checkpoint = make_ft_checkpoint(folder, spec, "float16")
-    recipe = Recipe(Quantization(scheme, "auto"), None)
-    return make_network(checkpoint, folder / "network", LIMITS, recipe)
+    calibrated = CalibratedQuantization(Quantization(scheme, "auto"), None)
+    return make_network(checkpoint, folder / "network", LIMITS, calibrated)
 
 
 def stored_integers(network: onnx.ModelProto, folder: Path, name: str) -> NDArray[np.uint8]:

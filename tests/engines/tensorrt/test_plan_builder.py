@@ -26,7 +26,7 @@ import pytest
 import tensorrt_rtx as trt
 
 from mpt_trt.engines.build.build import BuildRequest, build_engine, build_rank
-from mpt_trt.engines.manifest import EngineLimits
+from mpt_trt.engines.manifest import BuildLimits
 from mpt_trt.engines.tensorrt import plan_builder
 from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.engines.tensorrt.plan_builder import BuildOptions
@@ -66,7 +66,7 @@ REQUEST = BuildRequest(LIMITS, "tensorrt_rtx", COMPUTE_CAPABILITIES)
 MIB = 1 << 20
 
 
-def options(limits: EngineLimits = LIMITS) -> BuildOptions:
+def options(limits: BuildLimits = LIMITS) -> BuildOptions:
     return BuildOptions(installed_package("tensorrt_rtx"), limits, COMPUTE_CAPABILITIES)
 
 
@@ -183,7 +183,7 @@ def inputs(parsed: Parsed) -> list:
 
 
 def test_build_uses_one_profile_for_prompts_and_one_for_single_tokens(monkeypatch, tmp_path):
-    asked: list[tuple[EngineLimits, int]] = []
+    asked: list[tuple[BuildLimits, int]] = []
     real = plan_builder._profile
 
     def recording(builder, network, limits, tokens):

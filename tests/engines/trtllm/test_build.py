@@ -20,10 +20,10 @@ import pytest
 import torch
 import yaml
 
-from mpt_trt.engines.spec import EngineLimits
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.engines.trtllm import package
 from mpt_trt.engines.trtllm.build_command import build_command
-from mpt_trt.engines.trtllm.generation_run import read_trial, record_trial
+from mpt_trt.engines.trtllm.generation_run import read_recorded_generation, record_generation
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.reference import reference_logits
 from mpt_trt.workflow.settings import parse_settings
@@ -49,7 +49,7 @@ KNOWN_FLAGS: dict[str, set[str] | type] = {
     "kv_cache_type": {"paged", "continuous", "disabled"},
     "workers": int,
 }
-LIMITS = EngineLimits(max_batch_size=8, max_input_len=512, max_output_len=64)
+LIMITS = BuildLimits(max_batch_size=8, max_input_len=512, max_output_len=64)
 
 
 def described(folder: Path, dtype: str = "float16", algorithm: str | None = None) -> Path:
@@ -101,7 +101,7 @@ def test_every_flag_is_known_and_has_a_legal_value(algorithm, dtype, tmp_path):
 
 
 def test_logits_of_every_token_are_a_flag(tmp_path):
-    limits = EngineLimits(2, 16, 4, gather_all_token_logits=True)
+    limits = BuildLimits(2, 16, 4, gather_all_token_logits=True)
     command = build_command("trtllm-build", described(tmp_path), limits, 1, Path("engine"))
     assert command[-1] == "--gather_context_logits"
 
@@ -226,20 +226,20 @@ def test_nothing_heavy_is_imported_where_tensorrt_llm_runs() -> None:
 
 
 @pytest.fixture
-def trial(tmp_path: Path) -> tuple[Path, Path]:
-    """A checkpoint, and the trial of a runtime that computes as the reference does."""
+def generation(tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint, and the generation of a runtime that computes as the reference does."""
     spec = CheckpointSpec(num_heads=6, seed=2)
     folder = write_checkpoint(tmp_path / "hf", spec)
     tokens = np.random.default_rng(1).integers(0, spec.vocab_size, 9).tolist()
     logits = reference_logits(folder, tokens[:-1]).numpy()
-    write_trial(tmp_path / "trial.npz", tokens, logits[3:])
+    write_recorded_generation(tmp_path / "generation.npz", tokens, logits[3:])
     (tmp_path / "engine").mkdir()
     for rank in range(2):
         (tmp_path / "engine" / f"rank{rank}.engine").touch()
     return folder, tmp_path
 
 
-def write_trial(path: Path, tokens: list[int], logits: np.ndarray) -> None:
+def write_recorded_generation(path: Path, tokens: list[int], logits: np.ndarray) -> None:
     """Four tokens of prompt."""
     np.savez(
         path,
@@ -255,15 +255,15 @@ def write_trial(path: Path, tokens: list[int], logits: np.ndarray) -> None:
 
 def judge(folder: Path, tmp_path: Path) -> dict:
     call_tool(
-        "judge_trtllm.py",
-        *("--engine_dir", tmp_path / "engine", "--trial", tmp_path / "trial.npz"),
+        "compare_trtllm.py",
+        *("--engine_dir", tmp_path / "engine", "--generation", tmp_path / "generation.npz"),
         *("--model_dir", folder, "--output", tmp_path / "result.json"),
     )
     return json.loads((tmp_path / "result.json").read_text())
 
 
-def test_generated_tokens_are_held_against_the_reference(trial):
-    folder, tmp_path = trial
+def test_generated_tokens_are_held_against_the_reference(generation):
+    folder, tmp_path = generation
     result = judge(folder, tmp_path)
     assert result["passed"] and result["runtime"] == "tensorrt_llm"
     assert result["distance"]["positions"] == 5 and result["distance"]["max_abs"] < 1e-5
@@ -272,20 +272,20 @@ def test_generated_tokens_are_held_against_the_reference(trial):
     call_tool("show_smoke_test.py", tmp_path / "result.json")
 
 
-def test_a_wrong_generation_is_rejected(trial):
-    folder, tmp_path = trial
-    stored = dict(np.load(tmp_path / "trial.npz"))
-    write_trial(tmp_path / "trial.npz", stored["tokens"], stored["logits"][::-1])
+def test_a_wrong_generation_is_rejected(generation):
+    folder, tmp_path = generation
+    stored = dict(np.load(tmp_path / "generation.npz"))
+    write_recorded_generation(tmp_path / "generation.npz", stored["tokens"], stored["logits"][::-1])
     with pytest.raises(MptTrtError, match="too far from the reference"):
         judge(folder, tmp_path)
     assert not (tmp_path / "result.json").exists()
     assert not json.loads((tmp_path / "result.json.rejected").read_text())["passed"]
 
 
-def test_a_damaged_trial_is_named(trial):
-    folder, tmp_path = trial
-    (tmp_path / "trial.npz").write_bytes(b"nothing")
-    with pytest.raises(MptTrtError, match=r"trial\.npz: no result of run_trtllm\.py"):
+def test_a_damaged_trial_is_named(generation):
+    folder, tmp_path = generation
+    (tmp_path / "generation.npz").write_bytes(b"nothing")
+    with pytest.raises(MptTrtError, match=r"generation\.npz: no result of run_trtllm\.py"):
         judge(folder, tmp_path)
 
 
@@ -323,11 +323,11 @@ def test_what_the_first_rank_records_is_read(rank, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt_llm.runtime", runtime)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    record_trial(tmp_path, [7, 8, 9], 4, "1.2.1", tmp_path / "trial.npz")
+    record_generation(tmp_path, [7, 8, 9], 4, "1.2.1", tmp_path / "generation.npz")
     if rank != 0:
-        assert not (tmp_path / "trial.npz").exists()
+        assert not (tmp_path / "generation.npz").exists()
         return
-    found = read_trial(tmp_path / "trial.npz")
+    found = read_recorded_generation(tmp_path / "generation.npz")
     assert (found.tokens, found.prompt_len) == ([7, 8, 9, 3, 4, 5, 6], 3)
     assert (found.version, found.compute_capability) == ("1.2.1", "9.0")
     assert found.logits.dtype == np.float32
@@ -374,13 +374,13 @@ ENGINE = "trt_engines/toy/{}/1-gpu"
 
 
 def test_the_backend_decides_about_the_rules(workflow):
-    rules = ("convert_checkpoint", "make_networks", "build_plans", "collect_engine")
+    rules = ("convert_checkpoint", "make_networks", "build_plans", "assemble_engine")
     own = {f"{rule} fp16" for rule in rules}
     assert set(workflow.planned(ENGINE.format("fp16"))) == own
     llm = {"convert_checkpoint fp16", "convert_to_trtllm llm", "check_trtllm"}
     assert set(workflow.planned(ENGINE.format("llm"))) == llm | {"build_trtllm_engine llm"}
     tried = set(workflow.planned("smoke_tests/toy/llm/1-gpu.json"))
-    more = {"build_trtllm_engine llm", "encode_prompt", "run_trtllm llm", "judge_trtllm llm"}
+    more = {"build_trtllm_engine llm", "encode_prompt", "run_trtllm llm", "compare_trtllm llm"}
     assert tried == llm | more
     assert "smoke_test fp16" in workflow.planned("smoke_tests/toy/fp16/1-gpu.json")
 
@@ -395,7 +395,7 @@ def test_checkpoints_are_made_of_any_variant(workflow):
 
 def test_smoothquant_needs_what_its_form_is_made_from(workflow):
     assert set(workflow.planned(CHECKPOINT.format("llm_sq"))) == {
-        "smooth_checkpoint sq",
+        "convert_smoothquant_checkpoint sq",
         "convert_to_trtllm llm_sq",
     }
     assert set(workflow.planned(CHECKPOINT.format("llm_static"))) == {

@@ -17,19 +17,19 @@ from safetensors import torch as torch_file
 from safetensors.numpy import load_file
 
 from mpt_trt.calibration.block_stream import Computation
+from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.model_source import open_model
 from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
 from mpt_trt.calibration.npz_file import read_calibration
-from mpt_trt.calibration.recipe import Recipe
 from mpt_trt.engines.trtllm import checkpoint as trtllm_checkpoint
 from mpt_trt.engines.trtllm.checkpoint import TrtllmConversion, write_trtllm_checkpoint
 from mpt_trt.engines.trtllm.safetensors_file import StreamedTensor, write_safetensors
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.ft.int8 import Int8Conversion
-from mpt_trt.model.sharding import Shard, VocabularySharding
+from mpt_trt.model.sharding import Rank, VocabularySharding
 from mpt_trt.network.graph import StoredTensor
-from mpt_trt.network.linear.make_linear import choose_products
+from mpt_trt.network.linear.make_linear import make_linear
 from mpt_trt.quantization.schemes import Awq, Fp8, Quantization, SmoothQuant, WeightOnly
 from references import trtllm_loader
 from support.checkpoints import CheckpointSpec, tensors, write_checkpoint
@@ -102,27 +102,27 @@ class Workshop:
         write_ft(self.hf, target, storage_type, self.tp_size, int8)
         return read_ft_checkpoint(target)
 
-    def recipe(
+    def calibrated(
         self, checkpoint: FtCheckpoint, quantization: Quantization, plan: CalibrationPlan | None
-    ) -> Recipe:
+    ) -> CalibratedQuantization:
         if plan is None:
-            return Recipe(quantization)
+            return CalibratedQuantization(quantization)
         target = self.folder / f"{plan.quantization_format}-{plan.group_size}.npz"
         if not target.exists():
             samples = torch.randint(self.spec.vocab_size, (2, 12), generator=generator())
             computation = Computation(batch_size=2)
             source = open_model(self.hf)
             calibrate(source, samples, plan, computation, np.dtype(np.float32), target)
-        return Recipe(quantization, read_calibration(target, checkpoint))
+        return CalibratedQuantization(quantization, read_calibration(target, checkpoint))
 
     def write(
         self,
         checkpoint: FtCheckpoint,
-        recipe: Recipe,
+        calibrated: CalibratedQuantization,
         vocabulary: VocabularySharding = WHOLE_EMBEDDING,
     ) -> trtllm_loader.Loaded:
         target = self.folder / "trtllm"
-        conversion = TrtllmConversion(checkpoint, recipe, vocabulary)
+        conversion = TrtllmConversion(checkpoint, calibrated, vocabulary)
         write_trtllm_checkpoint(conversion, target, workers=2)
         return trtllm_loader.load(target)
 
@@ -137,9 +137,11 @@ def stored_bytes(stored: StoredTensor) -> bytes:
     return b"".join(np.ascontiguousarray(piece).tobytes() for piece in stored.content())
 
 
-def own_tensors(checkpoint: FtCheckpoint, rank: int, recipe: Recipe) -> dict[str, StoredTensor]:
+def own_tensors(
+    checkpoint: FtCheckpoint, rank: int, calibrated: CalibratedQuantization
+) -> dict[str, StoredTensor]:
     """What the network of ours stores for a rank."""
-    return choose_products(checkpoint, Shard(rank, checkpoint.tp_size), recipe).tensors()
+    return make_linear(checkpoint, Rank(rank, checkpoint.tp_size), calibrated).tensors()
 
 
 def own_values(stored: StoredTensor, dtype: type) -> NDArray:
@@ -170,7 +172,7 @@ def layers_of(checkpoint: FtCheckpoint) -> list[tuple[str, str]]:
 def test_plain_checkpoints_hold_the_models_own_tensors(name, storage_type, tmp_path):
     spec, tp_size = PLAIN[name]
     workshop = Workshop(tmp_path, spec, tp_size)
-    found = workshop.write(workshop.ft(storage_type), Recipe())
+    found = workshop.write(workshop.ft(storage_type), CalibratedQuantization())
     dtype = getattr(torch, storage_type)
     expected = {key: value.to(dtype) for key, value in tensors(spec).items()}
     for layer in range(spec.num_layers):
@@ -194,7 +196,7 @@ def test_plain_checkpoints_hold_the_models_own_tensors(name, storage_type, tmp_p
 def test_config_says_what_the_model_is(name, tmp_path):
     spec, tp_size = PLAIN[name]
     workshop = Workshop(tmp_path, spec, tp_size)
-    config = workshop.write(workshop.ft(), Recipe()).config
+    config = workshop.write(workshop.ft(), CalibratedQuantization()).config
     assert {
         "dtype": "float16",
         "vocab_size": spec.vocab_size,
@@ -214,7 +216,9 @@ def test_config_says_what_the_model_is(name, tmp_path):
 def test_a_sharded_embedding_is_divided_by_rows(tmp_path):
     spec, tp_size = PLAIN["6 heads, 3 ranks"]
     workshop = Workshop(tmp_path, spec, tp_size)
-    found = workshop.write(workshop.ft("float32"), Recipe(), VocabularySharding(embedding=True))
+    found = workshop.write(
+        workshop.ft("float32"), CalibratedQuantization(), VocabularySharding(embedding=True)
+    )
     assert found.config["use_parallel_embedding"] is True
     parts = [rank["transformer.vocab_embedding.weight"] for rank in found.ranks]
     assert torch.equal(torch.cat(parts), tensors(spec)["transformer.wte.weight"])
@@ -229,10 +233,10 @@ def test_weight_only_variants_hold_what_trtllm_build_quantizes(name, bits, tmp_p
     """The matrices of the FT checkpoint, from which our own networks are quantized."""
     workshop = Workshop(tmp_path, *WIDE[name])
     checkpoint = workshop.ft()
-    found = workshop.write(checkpoint, Recipe(Quantization(WeightOnly(bits))))
+    found = workshop.write(checkpoint, CalibratedQuantization(Quantization(WeightOnly(bits))))
     assert found.config["quantization"]["quant_algo"] == f"W{bits}A16"
     for rank, stored in enumerate(found.ranks):
-        own = own_tensors(checkpoint, rank, Recipe())
+        own = own_tensors(checkpoint, rank, CalibratedQuantization())
         for ft, name in layers_of(checkpoint):
             expected = own_values(own[f"{ft}.weight"], np.float16)
             np.testing.assert_array_equal(stored[f"{name}.weight"].numpy().T, expected)
@@ -246,11 +250,11 @@ def test_awq_has_the_integers_of_our_own_network(group_size, name, tmp_path):
     # With a quantized cache, our own network does not fold scales into V either.
     quantization = Quantization(Awq(group_size), "int8")
     plan = CalibrationPlan("int4_awq", group_size)
-    recipe = workshop.recipe(checkpoint, quantization, plan)
-    found = workshop.write(checkpoint, recipe)
+    calibrated = workshop.calibrated(checkpoint, quantization, plan)
+    found = workshop.write(checkpoint, calibrated)
     assert found.config["quantization"]["group_size"] == group_size
     for rank, stored in enumerate(found.ranks):
-        own = own_tensors(checkpoint, rank, recipe)
+        own = own_tensors(checkpoint, rank, calibrated)
         for ft, name in layers_of(checkpoint):
             integers = trtllm_loader.unpacked(stored[f"{name}.weight"]).numpy()
             expected = own_nibbles(own[f"{ft}.weight.quantized"])
@@ -272,16 +276,16 @@ def test_awq_has_the_integers_of_our_own_network(group_size, name, tmp_path):
 def test_fp8_has_the_values_of_our_own_network(name, storage_type, tmp_path):
     workshop = Workshop(tmp_path, *PLAIN[name])
     checkpoint = workshop.ft(storage_type)
-    recipe = workshop.recipe(checkpoint, Quantization(Fp8(), "fp8"), CalibrationPlan("fp8"))
-    found = workshop.write(checkpoint, recipe)
+    calibrated = workshop.calibrated(checkpoint, Quantization(Fp8(), "fp8"), CalibrationPlan("fp8"))
+    found = workshop.write(checkpoint, calibrated)
     for rank, stored in enumerate(found.ranks):
-        own = own_tensors(checkpoint, rank, recipe)
+        own = own_tensors(checkpoint, rank, calibrated)
         for ft, name in layers_of(checkpoint):
             values = stored[f"{name}.weight"].view(torch.uint8).numpy()
             expected = own_values(own[f"{ft}.weight.quantized"], np.uint8)
             np.testing.assert_array_equal(values.T, expected)
             _, layer, matrix = ft.split(".", 2)
-            scales = recipe.calibration.fp8_scales(int(layer), matrix)
+            scales = calibrated.calibration.fp8_scales(int(layer), matrix)
             assert stored[f"{name}.weights_scaling_factor"].item() == np.float32(scales.weight)
             activation = stored[f"{name}.activation_scaling_factor"].item()
             assert activation == np.float32(scales.activation)
@@ -295,12 +299,12 @@ def test_plugin_form_has_the_integers_of_our_own_network(label, name, tmp_path):
     workshop = Workshop(tmp_path, replace(spec, alibi_bias_max=8), tp_size)
     scheme = PLUGIN_SQ[label]
     checkpoint = workshop.ft("float16", scheme.alpha)
-    recipe = Recipe(Quantization(scheme))
-    found = workshop.write(checkpoint, recipe)
+    calibrated = CalibratedQuantization(Quantization(scheme))
+    found = workshop.write(checkpoint, calibrated)
     assert found.config["quantization"]["smoothquant_val"] == scheme.alpha
     for rank, stored in enumerate(found.ranks):
-        own = own_tensors(checkpoint, rank, recipe)
-        files = checkpoint.rank_int8_files(Shard(rank, tp_size))
+        own = own_tensors(checkpoint, rank, calibrated)
+        files = checkpoint.rank_int8_files(Rank(rank, tp_size))
         for ft, name in layers_of(checkpoint):
             expected = own_values(own[f"{ft}.weight.quantized"], np.int8)
             np.testing.assert_array_equal(stored[f"{name}.weight"].numpy().T, expected)
@@ -331,8 +335,8 @@ def test_plugin_form_quantizes_each_input_with_its_own_scale(label, tmp_path):
     workshop = Workshop(tmp_path, spec, tp_size)
     scheme = PLUGIN_SQ[label]
     checkpoint = workshop.ft("float32", scheme.alpha)
-    stored = workshop.write(checkpoint, Recipe(Quantization(scheme))).ranks[0]
-    files = checkpoint.rank_int8_files(Shard(0, 1))
+    stored = workshop.write(checkpoint, CalibratedQuantization(Quantization(scheme))).ranks[0]
+    files = checkpoint.rank_int8_files(Rank(0, 1))
     places = {
         "attention.query_key_value": "input_layernorm.scale_to_int",
         "mlp.dense_h_to_4h": "post_layernorm.scale_to_int",
@@ -355,13 +359,15 @@ def test_modelopts_form_rounds_the_result_of_int8_sq(name, tmp_path):
     """Also with clip_qkv and another alibi_bias_max, which the plugins do not have."""
     workshop = Workshop(tmp_path, *PLAIN[name])
     checkpoint = workshop.ft()
-    recipe = workshop.recipe(checkpoint, Quantization(MODELOPT_SQ), CalibrationPlan("int8_sq"))
-    found = workshop.write(checkpoint, recipe)
+    calibrated = workshop.calibrated(
+        checkpoint, Quantization(MODELOPT_SQ), CalibrationPlan("int8_sq")
+    )
+    found = workshop.write(checkpoint, calibrated)
     assert found.config["quantization"]["quant_algo"] == "W8A8_SQ_PER_CHANNEL"
     assert_near_the_model(found, workshop.spec, 0.02)
     for layer in range(workshop.spec.num_layers):
         for ft, (name, _) in NAMES.items():
-            matrix = recipe.calibration.smoothquant_matrix(layer, ft)
+            matrix = calibrated.calibration.smoothquant_matrix(layer, ft)
             steps = np.abs(matrix.weight).max(axis=1) / 127
             stored = trtllm_loader.whole_matrix(found, layer, name).numpy()
             scaled = stored / matrix.pre_quant_scale.astype(np.float16).astype(np.float32)
@@ -386,11 +392,11 @@ def test_caches_have_one_scale_a_layer(scheme, cache, tmp_path):
     workshop = Workshop(tmp_path, spec, tp_size)
     checkpoint = workshop.ft("float16", 0.5 if isinstance(scheme, SmoothQuant) else None)
     plan = CalibrationPlan("fp8" if scheme == Fp8() else "kv_cache")
-    recipe = workshop.recipe(checkpoint, Quantization(scheme, cache), plan)
-    found = workshop.write(checkpoint, recipe)
+    calibrated = workshop.calibrated(checkpoint, Quantization(scheme, cache), plan)
+    found = workshop.write(checkpoint, calibrated)
     assert found.config["quantization"]["kv_cache_quant_algo"] == cache.upper()
     for layer in range(spec.num_layers):
-        ranges = recipe.calibration.kv_ranges(layer)
+        ranges = calibrated.calibration.kv_ranges(layer)
         expected = max(ranges.key, ranges.value) / {"int8": 127, "fp8": 448}[cache]
         for rank in found.ranks:
             scale = rank[f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"]
@@ -451,9 +457,9 @@ def test_agreement_with_modelopts_export(qformat, scheme, tp_size, tmp_path):
     workshop = Workshop(tmp_path, spec, tp_size, torch.float16)
     checkpoint = workshop.ft("float16")
     plan = CalibrationPlan(qformat, 128 if qformat == "int4_awq" else None)
-    recipe = workshop.recipe(checkpoint, Quantization(scheme), plan)
+    calibrated = workshop.calibrated(checkpoint, Quantization(scheme), plan)
     # ModelOpt's embeddings always are.
-    found = workshop.write(checkpoint, recipe, VocabularySharding(embedding=True))
+    found = workshop.write(checkpoint, calibrated, VocabularySharding(embedding=True))
     assert_same_but_for(found, export_by_modelopt(workshop, qformat), set())
 
 
@@ -463,8 +469,8 @@ def test_scales_of_caches_beside_those_of_modelopt(cache, tmp_path):
     """Of int8 they are the same; of fp8, ModelOpt makes 1 of any that is less."""
     workshop = Workshop(tmp_path, wide(vocab_size=128), 1, torch.float16)
     checkpoint = workshop.ft("float16")
-    recipe = workshop.recipe(checkpoint, Quantization(Fp8(), cache), CalibrationPlan("fp8"))
-    found = workshop.write(checkpoint, recipe, VocabularySharding(embedding=True))
+    calibrated = workshop.calibrated(checkpoint, Quantization(Fp8(), cache), CalibrationPlan("fp8"))
+    found = workshop.write(checkpoint, calibrated, VocabularySharding(embedding=True))
     expected = export_by_modelopt(workshop, "fp8", cache)
     scales = {f"{what}cache_scaling_factor" for what in ("kv_", "k_", "v_")}
     assert_same_but_for(found, expected, scales)
@@ -532,7 +538,7 @@ def test_blocks_must_be_what_the_header_says(block, tmp_path):
 
 def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
     workshop = Workshop(tmp_path, *PLAIN["multi-head"])
-    workshop.write(workshop.ft(), Recipe())
+    workshop.write(workshop.ft(), CalibratedQuantization())
     before = hashes(tmp_path / "trtllm")
 
     def fail(*_: object) -> None:
@@ -540,7 +546,7 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trtllm_checkpoint, "write_safetensors", fail)
     with pytest.raises(KeyboardInterrupt):
-        workshop.write(workshop.ft("float32"), Recipe())
+        workshop.write(workshop.ft("float32"), CalibratedQuantization())
     assert hashes(tmp_path / "trtllm") == before
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
@@ -569,17 +575,19 @@ REFUSED = {
 def test_what_the_model_class_lacks_is_refused(name, tmp_path):
     spec, message = REFUSED[name]
     workshop = Workshop(tmp_path, spec, 1)
-    assert_refused(f"{message}.*use backend tensorrt or tensorrt_rtx", workshop.ft(), Recipe())
+    assert_refused(
+        f"{message}.*use backend tensorrt or tensorrt_rtx", workshop.ft(), CalibratedQuantization()
+    )
 
 
 def assert_refused(
     message: str,
     checkpoint: FtCheckpoint,
-    recipe: Recipe,
+    calibrated: CalibratedQuantization,
     vocabulary: VocabularySharding = WHOLE_EMBEDDING,
 ) -> None:
     with pytest.raises(MptTrtError, match=message):
-        TrtllmConversion(checkpoint, recipe, vocabulary)
+        TrtllmConversion(checkpoint, calibrated, vocabulary)
 
 
 @pytest.mark.parametrize(
@@ -597,14 +605,14 @@ def assert_refused(
 )
 def test_quantizations_without_kernels_are_refused(spec, storage_type, scheme, message, tmp_path):
     checkpoint = Workshop(tmp_path, spec, 1).ft(storage_type)
-    assert_refused(message, checkpoint, Recipe(Quantization(scheme)))
+    assert_refused(message, checkpoint, CalibratedQuantization(Quantization(scheme)))
 
 
 def test_matrices_of_a_rank_must_fit_the_kernels(tmp_path):
     """32 features of the attention's output on each of 4 ranks are no multiple of 64."""
     checkpoint = Workshop(tmp_path, wide(hidden_size=128), 4).ft()
     message = r"shape = \[128, 96\] of layers\.0.* on each of 4 ranks"
-    assert_refused(message, checkpoint, Recipe(Quantization(WeightOnly(8))))
+    assert_refused(message, checkpoint, CalibratedQuantization(Quantization(WeightOnly(8))))
 
 
 @pytest.mark.parametrize(
@@ -616,38 +624,42 @@ def test_matrices_of_a_rank_must_fit_the_kernels(tmp_path):
 )
 def test_the_smoothquant_plugin_clips_nothing(spec, message, tmp_path):
     checkpoint = Workshop(tmp_path, spec, 1).ft("float16", 0.5)
-    assert_refused(message, checkpoint, Recipe(Quantization(SmoothQuant())))
+    assert_refused(message, checkpoint, CalibratedQuantization(Quantization(SmoothQuant())))
 
 
 def test_a_vocabulary_must_divide_among_the_ranks(tmp_path):
     checkpoint = Workshop(tmp_path, usual(vocab_size=97), 2).ft()
-    assert_refused("vocab_size = 97.*equal parts", checkpoint, Recipe())
+    assert_refused("vocab_size = 97.*equal parts", checkpoint, CalibratedQuantization())
 
 
 def test_the_head_is_always_divided(tmp_path):
     checkpoint = Workshop(tmp_path, usual(), 2).ft()
-    assert_refused("shard_head = False", checkpoint, Recipe(), VocabularySharding(head=False))
+    assert_refused(
+        "shard_head = False", checkpoint, CalibratedQuantization(), VocabularySharding(head=False)
+    )
     alone = Workshop(tmp_path / "alone", usual(), 1).ft()
-    TrtllmConversion(alone, Recipe(), VocabularySharding(head=False))
+    TrtllmConversion(alone, CalibratedQuantization(), VocabularySharding(head=False))
 
 
 def test_small_groups_of_awq_are_refused(tmp_path):
     workshop = Workshop(tmp_path, wide(num_layers=1), 1)
     checkpoint = workshop.ft()
-    recipe = workshop.recipe(checkpoint, Quantization(Awq()), CalibrationPlan("int4_awq", 32))
-    assert_refused("group_size = 32.*groups of 128 or 64", checkpoint, recipe)
+    calibrated = workshop.calibrated(
+        checkpoint, Quantization(Awq()), CalibrationPlan("int4_awq", 32)
+    )
+    assert_refused("group_size = 32.*groups of 128 or 64", checkpoint, calibrated)
 
 
 def test_the_form_of_smoothquant_decides_what_is_needed(tmp_path):
     workshop = Workshop(tmp_path, usual(), 1)
     plain, smoothed = workshop.ft(), workshop.ft("float16", 0.5)
     plugin, modelopt = Quantization(SmoothQuant()), Quantization(MODELOPT_SQ)
-    assert_refused(r"smoothquant = None, but 0\.5 is needed", plain, Recipe(plugin))
-    assert_refused("int8_sq, but there is none", plain, Recipe(modelopt))
-    ranges = workshop.recipe(plain, modelopt, CalibrationPlan("kv_cache"))
+    assert_refused(r"smoothquant = None, but 0\.5 is needed", plain, CalibratedQuantization(plugin))
+    assert_refused("int8_sq, but there is none", plain, CalibratedQuantization(modelopt))
+    ranges = workshop.calibrated(plain, modelopt, CalibrationPlan("kv_cache"))
     assert_refused(r"kv_cache-None\.npz is one of another format", plain, ranges)
-    assert_refused("not a full-precision checkpoint", smoothed, Recipe())
-    result = workshop.recipe(smoothed, modelopt, CalibrationPlan("int8_sq"))
+    assert_refused("not a full-precision checkpoint", smoothed, CalibratedQuantization())
+    result = workshop.calibrated(smoothed, modelopt, CalibrationPlan("int8_sq"))
     assert_refused("not a full-precision checkpoint", smoothed, result)
 
 

@@ -30,7 +30,7 @@ from mpt_trt.engines.onnxruntime.cuda.session import PROVIDER, CudaSession
 from mpt_trt.engines.onnxruntime.cuda.shared_weights import share_weights
 from mpt_trt.engines.onnxruntime.external_data import SharedWeight
 from mpt_trt.engines.onnxruntime.rewrites import read_network, spell_out_scale_types
-from mpt_trt.model.sharding import Shard
+from mpt_trt.model.sharding import Rank
 from mpt_trt.network.graph import ELEMENT_TYPES
 from mpt_trt.network.kv_cache import QUANTIZED_TYPES, CacheShape, cache_shape
 
@@ -61,7 +61,7 @@ class OnnxCudaEngine:
         onnxruntime.preload_dlls()
         self._stream = call(cudart.cudaStreamCreate())
         self._load(engine_dir / manifest.ranks[0].network, manifest)
-        shape = cache_shape(manifest.config, Shard(0, 1), limits.cache_len)
+        shape = cache_shape(manifest.config, Rank(0, 1), limits.cache_len)
         self._binder = _CacheBinder((self._prompts, self._steps), shape, _cache_type(manifest))
         element_bytes = STORAGE_TYPES[manifest.dtype].itemsize
         self._cache = make_device_cache(
@@ -76,7 +76,7 @@ class OnnxCudaEngine:
         network = read_network(path)
         spell_out_scale_types(network, ELEMENT_TYPES[manifest.dtype])
         weights = share_weights(network, path.parent, _tiled_bits(manifest))
-        prompts, steps = rewrites.for_prompts(network), rewrites.for_steps(network)
+        prompts, steps = rewrites.prefill_graph(network), rewrites.decode_graph(network)
         with ThreadPoolExecutor(LOADING_THREADS) as pool:
             values = pool.map(SharedWeight.as_value, weights.constants)
             constants = dict(zip((each.name for each in weights.constants), values, strict=True))
@@ -115,7 +115,7 @@ class OnnxCudaEngine:
             return logits[logit_positions[:, 0]]
         return self._read_prompts(input_ids, write_positions, logit_positions)
 
-    def likeliest(
+    def greedy_steps(
         self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64], count: int
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Steps of one token a row, each of which takes the likeliest tokens of the one before.
@@ -244,7 +244,7 @@ class _StepState:
         session.bind_input("write_positions", integer, (rows,), present + size)
         session.bind_output("next_ids", integer, (rows, 1), following)
         session.bind_output("next_positions", integer, (rows,), following + size)
-        session.bind_output("total_odds", real, (rows, 1), following + 2 * size)
+        session.bind_output("sum_exp_relative_to_max", real, (rows, 1), following + 2 * size)
         session.bind_output("logits", real, (rows, self._vocab_size), self.logits.address)
 
     def write(
@@ -267,7 +267,9 @@ class _StepResult:
     def __init__(self, rows: int):
         self._buffer = PinnedBuffer(rows * RESULT_BYTES)
         self._tokens = self._buffer.array[: rows * INT64_BYTES].view(np.int64)
-        self._total_odds = self._buffer.array[2 * rows * INT64_BYTES :].view(np.float32)
+        self._sum_exp_relative_to_max = self._buffer.array[2 * rows * INT64_BYTES :].view(
+            np.float32
+        )
         self._event = call(cudart.cudaEventCreate())
 
     def fetch(self, state: _StepState, stream: Any) -> None:
@@ -277,7 +279,7 @@ class _StepResult:
     def wait(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Tokens and their log-probabilities. Copies, since the buffer is used again."""
         call(cudart.cudaEventSynchronize(self._event))
-        return self._tokens.copy(), -np.log(self._total_odds)
+        return self._tokens.copy(), -np.log(self._sum_exp_relative_to_max)
 
 
 def _cache_type(manifest: Manifest) -> int:

@@ -57,7 +57,7 @@ class IntegerMatrix:
         return height, width
 
     def fits_tiles(self) -> bool:
-        """Whether `by_tiles` can take it."""
+        """Whether `prepacked_layout` can take it."""
         height, width = self.shape
         rows = self.block_size or BLOCK_OF_TILES
         return (
@@ -89,7 +89,7 @@ class FusedProduct:
     constants: tuple[SharedWeight, ...] = ()
 
 
-def by_columns(matrix: IntegerMatrix, node: onnx.NodeProto) -> FusedProduct:
+def column_layout(matrix: IntegerMatrix, node: onnx.NodeProto) -> FusedProduct:
     """In the place of MatMul: integers `[out_features, blocks, block_size * bits / 8]`."""
 
     def columns() -> NDArray[np.uint8]:
@@ -104,7 +104,7 @@ def by_columns(matrix: IntegerMatrix, node: onnx.NodeProto) -> FusedProduct:
     return FusedProduct(_product(matrix, node, rows), (integers, scales))
 
 
-def by_tiles(matrix: IntegerMatrix, node: onnx.NodeProto) -> FusedProduct:
+def prepacked_layout(matrix: IntegerMatrix, node: onnx.NodeProto) -> FusedProduct:
     """In the place of MatMul: the layout of FasterTransformer's kernels for compute capability 8.
 
     That of `preprocess_weights_for_mixed_gemm`, in TensorRT-LLM and ONNX Runtime (there,

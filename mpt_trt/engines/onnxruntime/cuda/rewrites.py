@@ -64,7 +64,7 @@ def attributes(node: onnx.NodeProto) -> dict[str, object]:
     return {each.name: helper.get_attribute_value(each) for each in node.attribute}
 
 
-def for_prompts(network: onnx.ModelProto) -> onnx.ModelProto:
+def prefill_graph(network: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the network that reads prompts."""
     model = copy.deepcopy(network)
     clip_in_float32(model)
@@ -75,7 +75,7 @@ def for_prompts(network: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def for_steps(network: onnx.ModelProto) -> onnx.ModelProto:
+def decode_graph(network: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the network for steps of one token a row, which chooses the likeliest tokens."""
     model = copy.deepcopy(network)
     clip_in_float32(model)
@@ -84,7 +84,7 @@ def for_steps(network: onnx.ModelProto) -> onnx.ModelProto:
     norm_with_fast_kernels(model)
     compute_attention_of_one_query(model)
     attend_to_keys_in_use(model)
-    choose_likeliest(model)
+    append_argmax(model)
     return model
 
 
@@ -457,12 +457,12 @@ def norm_with_fast_kernels(model: onnx.ModelProto) -> None:
     graph.store(replaced)
 
 
-def choose_likeliest(model: onnx.ModelProto) -> None:
+def append_argmax(model: onnx.ModelProto) -> None:
     """Adds what the next step of greedy decoding takes, and the likelihood of its tokens.
 
     For a network that is specialized for one token: next_ids int64 `[batch, 1]`,
-    next_positions int64 `[batch]`, and total_odds float32 `[batch, 1]`: the sum over all tokens of
-    their probability divided by that of the likeliest one.
+    next_positions int64 `[batch]`, and sum_exp_relative_to_max float32 `[batch, 1]`: the
+    sum over all tokens of their probability divided by that of the likeliest one.
     """
     graph = model.graph
     one = numpy_helper.from_array(np.array(1, np.int64), "one_position")
@@ -475,14 +475,14 @@ def choose_likeliest(model: onnx.ModelProto) -> None:
         ("GatherElements", ["logits", "next_ids"], "likeliest/logit", {"axis": -1}),
         ("Sub", ["logits", "likeliest/logit"], "likeliest/distance", {}),
         ("Exp", ["likeliest/distance"], "likeliest/odds", {}),
-        ("ReduceSum", ["likeliest/odds", "last_axis"], "total_odds", {}),
+        ("ReduceSum", ["likeliest/odds", "last_axis"], "sum_exp_relative_to_max", {}),
         ("Add", ["write_positions", "one_position"], "next_positions", {}),
     )
     for op_type, inputs, output, options in operations:
         graph.node.append(helper.make_node(op_type, inputs, [output], name=output, **options))
     for name, element_type, shape in (
         ("next_ids", TensorProto.INT64, ["batch", 1]),
-        ("total_odds", TensorProto.FLOAT, ["batch", 1]),
+        ("sum_exp_relative_to_max", TensorProto.FLOAT, ["batch", 1]),
         ("next_positions", TensorProto.INT64, ["batch"]),
     ):
         graph.output.append(helper.make_tensor_value_info(name, element_type, shape))

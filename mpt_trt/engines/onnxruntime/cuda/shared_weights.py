@@ -17,8 +17,8 @@ from mpt_trt.engines.onnxruntime.cuda.matmul_nbits import (
     INTEGER_BITS,
     FusedProduct,
     IntegerMatrix,
-    by_columns,
-    by_tiles,
+    column_layout,
+    prepacked_layout,
 )
 from mpt_trt.engines.onnxruntime.cuda.rewrites import Graph, attributes
 from mpt_trt.engines.onnxruntime.external_data import SharedWeight, stored_bytes
@@ -77,7 +77,7 @@ def _fuse_integer_products(
     found = dict(_integer_products(graph, folder))
     # All or none: a session's products either use the kernels for tiles or do not.
     is_tiled = all(each.bits in tiled_bits and each.fits_tiles() for each, _ in found.values())
-    fuse = by_tiles if is_tiled else by_columns
+    fuse = prepacked_layout if is_tiled else column_layout
     replaced: dict[str, list[onnx.NodeProto]] = {}
     products: list[FusedProduct] = []
     for dequantizing, (matrix, node) in found.items():

@@ -20,7 +20,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine_dir", type=Path, required=True, help="the engine directory")
     parser.add_argument(
-        "--trial", type=Path, required=True, help="npz file that run_trtllm.py wrote"
+        "--generation", type=Path, required=True, help="npz file that run_trtllm.py wrote"
     )
     parser.add_argument(
         "--model_dir", required=True, help="hub id or folder of the Hugging Face checkpoint"
@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parse_arguments()
     from mpt_trt.checkpoint import hub
     from mpt_trt.checkpoint.tokenizer import read_tokenizer
-    from mpt_trt.engines.trtllm.generation_run import read_trial
+    from mpt_trt.engines.trtllm.generation_run import read_recorded_generation
     from mpt_trt.evaluation.distance import measure_distance
     from mpt_trt.evaluation.reference import reference_logits, reference_name
     from mpt_trt.evaluation.smoke_result import write_smoke_result
@@ -45,30 +45,30 @@ def main() -> None:
     tokenizer = read_tokenizer(
         folder if tokenizer_dir is None else hub.tokenizer_folder(tokenizer_dir, "main")
     )
-    trial = read_trial(arguments.trial)
-    prompt_len = trial.prompt_len
-    reference = reference_logits(folder, trial.tokens[:-1]).numpy()[prompt_len - 1 :]
+    generation = read_recorded_generation(arguments.generation)
+    prompt_len = generation.prompt_len
+    reference = reference_logits(folder, generation.tokens[:-1]).numpy()[prompt_len - 1 :]
     engines = sorted(path.name for path in arguments.engine_dir.glob("rank*.engine"))
     facts = {
         "engine_dir": str(arguments.engine_dir),
         "engines": engines,
         "builder": {
             "package": "tensorrt_llm",
-            "version": trial.version,
-            "compute_capabilities": [trial.compute_capability],
+            "version": generation.version,
+            "compute_capabilities": [generation.compute_capability],
         },
         "ranks": len(engines),
         "runtime": "tensorrt_llm",
-        "stood_in_because": None,
-        "prompt": tokenizer.decode(trial.tokens[:prompt_len]),
-        "text": tokenizer.decode(trial.tokens[prompt_len:]),
-        "tokens": trial.tokens,
+        "fallback_reason": None,
+        "prompt": tokenizer.decode(generation.tokens[:prompt_len]),
+        "text": tokenizer.decode(generation.tokens[prompt_len:]),
+        "tokens": generation.tokens,
         "prompt_len": prompt_len,
-        "prefill_tokens_per_s": trial.prefill_tokens_per_s,
-        "decode_tokens_per_s": trial.decode_tokens_per_s,
+        "prefill_tokens_per_s": generation.prefill_tokens_per_s,
+        "decode_tokens_per_s": generation.decode_tokens_per_s,
         "reference": reference_name(folder),
     }
-    distance = measure_distance(trial.logits, reference)
+    distance = measure_distance(generation.logits, reference)
     write_smoke_result(arguments.output, facts, distance, options.tolerance(arguments))
 
 

@@ -10,7 +10,7 @@ from mpt_trt.quantization.schemes import UNQUANTIZED, Quantization, calibration_
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CalibratedQuantization:
     """All that a network has to know of its quantization.
 
     Raises MptTrtError when the calibration is missing, or is of another format.
@@ -38,4 +38,4 @@ class Recipe:
             )
 
 
-NOT_QUANTIZED = Recipe()
+NOT_QUANTIZED = CalibratedQuantization()
