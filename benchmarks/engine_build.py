@@ -24,8 +24,8 @@ from common import Measured, make_random_checkpoint, measure, script, write_resu
 
 from mpt_trt.arrays.cast import convert
 from mpt_trt.calibration.npz_file import FILE_NAME, calibration_writer
+from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
-from mpt_trt.model.config import read_hf_config
 from mpt_trt.model.tensors import block_matrices, weights
 from mpt_trt.quantization.calibrated_weights import AwqMatrix, KvRanges
 

@@ -23,9 +23,10 @@ sys.path.insert(0, str(REPOSITORY))
 import numpy as np
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
+from mpt_trt.engines.interface import StepModel
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.ft.checkpoint import FtCheckpoint
-from mpt_trt.generation.generate import GenerationConfig, StepModel, generate
+from mpt_trt.generation.generate import GenerationConfig, generate
 from mpt_trt.quantization.schemes import Quantization, WeightOnly
 
 RECIPES = {

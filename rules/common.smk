@@ -19,15 +19,16 @@ from mpt_trt.checkpoint import hub, known_models
 from mpt_trt.engines import memory
 from mpt_trt.model import sharding
 from mpt_trt.engines.backend_support import Request, require_supported
-from mpt_trt.model.config import MptConfig, read_hf_config
-from mpt_trt.engines.spec import BuildLimits
+from mpt_trt.checkpoint.hf_config import read_hf_config
+from mpt_trt.model.config import MptConfig
+from mpt_trt.engines.spec import TENSORRT_LLM, BuildLimits
 from mpt_trt.engines.tensorrt.packages import choose_package
 from mpt_trt.system.process import prefer_this_python
 from mpt_trt.errors import MptTrtError
 from mpt_trt.checkpoint.files import checkpoint_files
 from mpt_trt.quantization.schemes import as_mapping, require_fitting_groups
 from mpt_trt.engines.memory import EngineSpec
-from mpt_trt.workflow.settings import TENSORRT_LLM, Model, Variant, parse_settings
+from mpt_trt.workflow.settings import Model, Variant, parse_settings
 from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.system.code_version import source_hash
 from mpt_trt.workflow.trtllm_sources import trtllm_calibration, trtllm_ft_storage

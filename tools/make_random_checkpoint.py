@@ -47,7 +47,7 @@ def main() -> None:
     arguments = parse_arguments()
     import torch
 
-    from mpt_trt.model.config import read_hf_config
+    from mpt_trt.checkpoint.hf_config import read_hf_config
     from mpt_trt.model.tensors import weights
     from mpt_trt.system.files import replace_directory
 

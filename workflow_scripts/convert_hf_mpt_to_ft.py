@@ -82,12 +82,12 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from mpt_trt.checkpoint import hub
+    from mpt_trt.checkpoint.hf_config import read_hf_config
     from mpt_trt.checkpoint.tensors import HfCheckpoint
     from mpt_trt.checkpoint.tokenizer import special_token_ids
     from mpt_trt.errors import MptTrtError
     from mpt_trt.ft.checkpoint import ConversionSettings, total_bytes, write_ft_checkpoint
     from mpt_trt.model import sharding
-    from mpt_trt.model.config import read_hf_config
     from mpt_trt.model.tensors import weights
 
     if arguments.processes < 1:

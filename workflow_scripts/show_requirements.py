@@ -14,13 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.known_models import SHAPES, SHIPPED, known_config
 from mpt_trt.cli import options as options
 from mpt_trt.cli.console import run_cli
 from mpt_trt.engines import memory
 from mpt_trt.engines.memory import GB, EngineSpec
 from mpt_trt.engines.spec import BuildLimits
-from mpt_trt.model.config import MptConfig, read_hf_config
+from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import VocabularySharding, is_legal
 from mpt_trt.quantization.schemes import UNQUANTIZED, Awq, Fp8, Quantization, WeightOnly
 from mpt_trt.workflow.settings import variant_choices, variant_default

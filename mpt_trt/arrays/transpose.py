@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpt_trt.arrays.cast import conversion, transposition
-from mpt_trt.model.sharding import Range
 
 # What is gathered of each row at a time, at least.
 ROW_BYTES = 512
@@ -56,13 +55,13 @@ def transposed_blocks(
     row_bytes = ROW_BYTES * max(1, BLOCK_BYTES // (ROW_BYTES * width))
     height = min(length, row_bytes // itemsize)
     rest = length - length % height
-    for columns, step in ((Range(0, rest), height), (Range(rest, length), length - rest)):
+    for columns, step in ((range(rest), height), (range(rest, length), length - rest)):
         if len(columns) > 0:
             yield from _equal_blocks(files, dtype, columns, step, buffers)
 
 
 def _equal_blocks(
-    files: list[list[NDArray]], dtype: np.dtype, columns: Range, height: int, buffers: Buffers
+    files: list[list[NDArray]], dtype: np.dtype, columns: range, height: int, buffers: Buffers
 ) -> Iterator[NDArray]:
     """Blocks of `height` columns."""
     width = sum(map(len, files[0]))
@@ -85,7 +84,7 @@ def _equal_blocks(
     ]
     for start in range(columns.start, columns.stop, height):
         for group in groups:
-            group.fill(Range(start, start + height))
+            group.fill(range(start, start + height))
         yield block
 
 
@@ -118,7 +117,7 @@ class _Group:
     tiles: NDArray
     place: NDArray
 
-    def fill(self, columns: Range) -> None:
+    def fill(self, columns: range) -> None:
         for rows, gathered in self.sources:
             _copy_rows(rows[:, columns.start : columns.stop], gathered)
         self.transpose()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.ft.checkpoint import read_ft_checkpoint
 from mpt_trt.ft.joined_tensors import FtTensors
-from mpt_trt.model.config import MptConfig, read_hf_config
+from mpt_trt.model.config import MptConfig
 from mpt_trt.model.tensors import WeightReader, weights
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from mpt_trt.model.config import MptConfig, parse_hf_config
+from mpt_trt.checkpoint.hf_config import parse_hf_config
+from mpt_trt.model.config import MptConfig
 
 COMMON = {"vocab_size": 50432, "max_seq_len": 2048}
 MPT_7B = COMMON | {"d_model": 4096, "n_heads": 32, "n_layers": 32}

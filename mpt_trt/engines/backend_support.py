@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from mpt_trt.engines.spec import BACKENDS, TENSORRT_LLM
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.layout import ft_file
 from mpt_trt.model.config import MptConfig
@@ -25,9 +26,6 @@ from mpt_trt.quantization.schemes import (
     WeightQuantization,
     default_group_size,
 )
-from mpt_trt.workflow.settings import TENSORRT_LLM
-
-BACKENDS = ("tensorrt", "tensorrt_rtx", TENSORRT_LLM)
 
 AWQ_GROUP_SIZES = (128, 64)
 """For which its kernels exist."""

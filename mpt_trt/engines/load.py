@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpt_trt.engines.interface import StepModel
 from mpt_trt.engines.manifest import Manifest, check_content, read_manifest
 from mpt_trt.engines.memory import EngineSpec, gpu_obstacle
 from mpt_trt.engines.onnxruntime.cpu_settings import Activations, CpuSettings
 from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.errors import MptTrtError, SharedError
-from mpt_trt.generation.generate import StepModel
 from mpt_trt.system import gpus
 from mpt_trt.system.mpi import Communicator, communicator
 

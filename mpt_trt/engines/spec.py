@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from mpt_trt.errors import MptTrtError
 
+TENSORRT_LLM = "tensorrt_llm"
+"""The backend whose engines TensorRT-LLM builds from a checkpoint in its own format."""
+BACKENDS = ("tensorrt", "tensorrt_rtx", TENSORRT_LLM)
+
 
 @dataclass(frozen=True)
 class BuildLimits:

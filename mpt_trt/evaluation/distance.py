@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from mpt_trt.engines.interface import StepModel
 from mpt_trt.engines.load import LoadedEngine
-from mpt_trt.generation.generate import GenerationConfig, StepModel, generate, log_softmax
+from mpt_trt.generation.generate import GenerationConfig, generate, log_softmax
 from mpt_trt.workflow.settings import Tolerance
 
 # Logits that a step may return; beyond it, larger steps are no faster.

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
-from mpt_trt.model.config import MptConfig, read_hf_config
+from mpt_trt.model.config import MptConfig
 from mpt_trt.model.tensors import weights
 from mpt_trt.model.torch_block import PlainBlock, causal_bias, model_norm, with_weights
 from mpt_trt.model.torch_tensors import ModelTensors, embed

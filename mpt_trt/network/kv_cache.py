@@ -66,7 +66,7 @@ class Cache(Protocol):
 
 
 @dataclass(frozen=True)
-class PlainCache:
+class InPlaceCache:
     """Updated in place: `present_{kind}.{layer}` is the buffer of `past_{kind}.{layer}`."""
 
     shape: CacheShape
@@ -88,7 +88,7 @@ class PlainCache:
 
 
 @dataclass(frozen=True)
-class QuantizedCache:
+class CopiedCache:
     """One byte an element; the caller copies `new_{kind}.{layer}` into the buffer after the step.
 
     TensorRT's in-place cache takes no 8-bit types, and no other operator writes in place in both
@@ -146,9 +146,9 @@ def make_cache(shape: CacheShape, calibrated: CalibratedQuantization) -> Cache:
     """The cache that a quantization asks for."""
     cache_type, calibration = calibrated.quantization.kv_cache, calibrated.calibration
     if cache_type == "auto" or calibration is None:
-        return PlainCache(shape)
+        return InPlaceCache(shape)
     ranges = tuple(calibration.kv_ranges(layer) for layer in range(shape.num_layers))
-    return QuantizedCache(shape, cache_type, ranges)
+    return CopiedCache(shape, cache_type, ranges)
 
 
 def cache_names(age: str, num_layers: int) -> list[str]:

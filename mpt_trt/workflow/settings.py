@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from mpt_trt.engines.spec import TENSORRT_LLM
 from mpt_trt.errors import MptTrtError
 from mpt_trt.quantization.schemes import (
     METHODS,
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from jsonschema import ValidationError
 
 Entry = TypeVar("Entry")
-
-TENSORRT_LLM = "tensorrt_llm"
-"""The backend whose variants have rules of their own."""
 
 SCHEMA = Path(__file__).with_name("config.schema.yaml")
 

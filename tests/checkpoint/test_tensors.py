@@ -21,9 +21,9 @@ from torch import Tensor
 
 from mpt_trt.arrays.cast import is_finite
 from mpt_trt.checkpoint.files import checkpoint_files, weight_files
+from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint, not_finite
 from mpt_trt.errors import MptTrtError
-from mpt_trt.model.config import read_hf_config
 from mpt_trt.model.tensors import weights
 from support.checkpoints import (
     CheckpointSpec,

@@ -19,6 +19,7 @@ from onnx import TensorProto, numpy_helper
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.npz_file import CalibrationResult
+from mpt_trt.checkpoint.hf_config import parse_hf_config, read_hf_config
 from mpt_trt.checkpoint.known_models import SHAPES, SHIPPED, hub_config, known_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines import memory
@@ -27,7 +28,7 @@ from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import ConversionSettings, FtCheckpoint, write_ft_checkpoint
 from mpt_trt.ft.layout import Int8Layers
-from mpt_trt.model.config import MptConfig, parse_hf_config, read_hf_config
+from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import Rank, VocabularySharding, is_legal
 from mpt_trt.model.tensors import weights
 from mpt_trt.network.decoder import build_network
@@ -473,8 +474,7 @@ def test_planning_takes_no_heavy_import() -> None:
         "import sys, mpt_trt.engines.memory, mpt_trt.checkpoint.known_models; "
         "sys.exit(bool({'torch', 'onnx', 'numpy', 'transformers'} & sys.modules.keys()))"
     )
-    folder = REPOSITORY / "workflow_scripts"
-    assert subprocess.run([sys.executable, "-c", code], cwd=folder, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 
 
 # --- in the workflow -----------------------------------------------------------------------------

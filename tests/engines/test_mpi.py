@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines.build.build import BuildRequest, build_engine
 from mpt_trt.engines.load import load_engine
@@ -30,7 +31,6 @@ from mpt_trt.engines.manifest import (
 )
 from mpt_trt.evaluation.quality_result import read_quality
 from mpt_trt.ft.checkpoint import ConversionSettings, read_ft_checkpoint, write_ft_checkpoint
-from mpt_trt.model.config import read_hf_config
 from mpt_trt.model.sharding import Rank, VocabularySharding
 from mpt_trt.model.tensors import weights
 from mpt_trt.system.files import content_hash

@@ -28,6 +28,7 @@ from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.model_source import open_model
 from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
 from mpt_trt.calibration.npz_file import read_calibration
+from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.engines.build.build import BuildRequest, build_rank, make_networks
@@ -42,7 +43,6 @@ from mpt_trt.ft.checkpoint import (
     write_ft_checkpoint,
 )
 from mpt_trt.ft.int8 import Int8Conversion
-from mpt_trt.model.config import read_hf_config
 from mpt_trt.model.sharding import VocabularySharding, all_ranks
 from mpt_trt.model.tensors import weights
 from mpt_trt.quantization.schemes import (

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper
 
+from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines.build.build import BuildRequest, build_rank
 from mpt_trt.engines.manifest import check_content, collect, read_manifest, write_rank_network
@@ -36,7 +37,7 @@ from mpt_trt.ft.checkpoint import (
     write_ft_checkpoint,
 )
 from mpt_trt.model import sharding
-from mpt_trt.model.config import MptConfig, read_hf_config
+from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import Rank, VocabularySharding
 from mpt_trt.model.tensors import weights
 from mpt_trt.network.graph import COLLECTIVE, COLLECTIVE_DOMAIN

@@ -13,10 +13,11 @@ import transformers
 from torch import Tensor
 from transformers import MptForCausalLM
 
+from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation import reference
 from mpt_trt.evaluation.reference import is_in_transformers, reference_logits, reference_name
-from mpt_trt.model.config import MptConfig, read_hf_config
+from mpt_trt.model.config import MptConfig
 from mpt_trt.model.torch_block import PlainBlock, causal_bias, with_weights
 from mpt_trt.model.torch_tensors import ModelTensors
 from references import plain_mpt

@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import (
@@ -35,7 +36,6 @@ from mpt_trt.ft.checkpoint import (
     read_ft_checkpoint,
     write_ft_checkpoint,
 )
-from mpt_trt.model.config import read_hf_config
 from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import weights
 from support.checkpoints import (

@@ -357,7 +357,7 @@ def test_groups_must_fit_the_ranks(tp_size, tmp_path):
     ],
 )
 def test_default_group_size_fits_every_number_of_ranks(spec, size, tmp_path):
-    from mpt_trt.model.config import parse_hf_config
+    from mpt_trt.checkpoint.hf_config import parse_hf_config
 
     config = parse_hf_config(config_dict(spec), tmp_path / "config.json")
     assert default_group_size(config) == size

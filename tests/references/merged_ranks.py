@@ -20,7 +20,7 @@ SHARED = ("input_ids", "write_positions", "logit_positions")
 
 
 class MergedRanks:
-    """A StepModel (see mpt_trt.generation.generate) over rank{r}.onnx of one folder.
+    """A StepModel (see mpt_trt.engines.interface) over rank{r}.onnx of one folder.
 
     `step` returns rank 0's logits after checking that those of all ranks are the same, bit for bit.
     """

@@ -389,7 +389,7 @@ def write_zeros(folder: Path) -> int:
 
     Returns the bytes that the tensors would take.
     """
-    from mpt_trt.model.config import read_hf_config
+    from mpt_trt.checkpoint.hf_config import read_hf_config
     from mpt_trt.model.tensors import weights
 
     header, end = {}, 0

@@ -16,8 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
+from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines.build.build import BuildRequest, build_engine
+from mpt_trt.engines.interface import StepModel
 from mpt_trt.engines.manifest import read_network_manifest, write_rank_network
 from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
@@ -28,8 +30,6 @@ from mpt_trt.ft.checkpoint import (
     read_ft_checkpoint,
     write_ft_checkpoint,
 )
-from mpt_trt.generation.generate import StepModel
-from mpt_trt.model.config import read_hf_config
 from mpt_trt.model.sharding import Rank, VocabularySharding
 from mpt_trt.model.tensors import weights
 from mpt_trt.system.files import replace_directory

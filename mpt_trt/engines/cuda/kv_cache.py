@@ -105,7 +105,7 @@ class _Buffers:
         array.bind(cache_names("past", self._shape.num_layers), self._set_address)
 
 
-class InPlaceDeviceCache(_Buffers):
+class InPlaceCache(_Buffers):
     """Each buffer is input and output at once."""
 
     def before_step(self, seq: int) -> None:
@@ -119,7 +119,7 @@ class InPlaceDeviceCache(_Buffers):
         array.bind(cache_names("present", self._shape.num_layers), self._set_address)
 
 
-class CopiedDeviceCache(_Buffers):
+class CopiedCache(_Buffers):
     """One byte an element; what a step computes is copied into the cache afterwards.
 
     Keys and values of all layers are one array, so rows that write at one position take one copy,
@@ -158,5 +158,5 @@ def make_device_cache(
 ) -> DeviceCache:
     """element_bytes: of the network's own type."""
     if cache_type == "auto":
-        return InPlaceDeviceCache(shape, element_bytes, set_address)
-    return CopiedDeviceCache(shape, set_address)
+        return InPlaceCache(shape, element_bytes, set_address)
+    return CopiedCache(shape, set_address)

@@ -34,7 +34,7 @@ def take_any_cache_length(model: onnx.ModelProto) -> None:
             value.type.tensor_type.shape.dim[POSITIONS_AXIS].dim_param = "cache_len"
 
 
-class BoundCache(Protocol):
+class CpuCache(Protocol):
     """A cache whose buffers are bound to a session."""
 
     def start(self, batch_size: int) -> None:
@@ -136,9 +136,9 @@ class CopiedCache:
             bind(name, part)
 
 
-def make_bound_cache(
+def make_cpu_cache(
     binding: Binding, shape: CacheShape, cache_type: KvCacheType, element_type: int
-) -> BoundCache:
+) -> CpuCache:
     """element_type: of a cache that is not quantized, the network's."""
     if cache_type == "auto":
         return InPlaceCache(binding, shape, element_type)

@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnxruntime.collectives import Collectives, replace_collectives
-from mpt_trt.engines.onnxruntime.cpu_cache import make_bound_cache, take_any_cache_length
+from mpt_trt.engines.onnxruntime.cpu_cache import make_cpu_cache, take_any_cache_length
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
 from mpt_trt.engines.onnxruntime.rewrites import (
     compute_in_float32,
@@ -37,7 +37,7 @@ ACCURACY_LEVELS = {"exact": "1", "int8": "4"}
 
 
 class OnnxRuntimeEngine:
-    """One rank's network, loaded; see `mpt_trt.generation.generate.StepModel` for the contract."""
+    """One rank's network, loaded; see `mpt_trt.engines.interface.StepModel` for the contract."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class OnnxRuntimeEngine:
         self._collectives = None if communicator is None else Collectives(communicator)
         self._session, self._weights = _open_session(path, cpu, manifest)
         self._binding = self._session.io_binding()
-        self._cache = make_bound_cache(
+        self._cache = make_cpu_cache(
             self._binding,
             cache_shape(manifest.config, Rank(rank, manifest.tp_size), self.capacity),
             manifest.quantization.kv_cache,

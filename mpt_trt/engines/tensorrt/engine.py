@@ -35,7 +35,7 @@ FLOAT32_BYTES = 4
 
 
 class TensorRtEngine:
-    """One rank's plan, loaded; see `mpt_trt.generation.generate.StepModel` for the contract."""
+    """One rank's plan, loaded; see `mpt_trt.engines.interface.StepModel` for the contract."""
 
     def __init__(self, engine_dir: Path, manifest: Manifest, rank: int = 0):
         self._limits = limits = manifest.limits

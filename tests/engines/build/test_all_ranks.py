@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines.build import parallel
 from mpt_trt.engines.build.all_ranks import build_all_plans, unfinished_folder
@@ -27,7 +28,6 @@ from mpt_trt.ft.checkpoint import (
     read_ft_checkpoint,
     write_ft_checkpoint,
 )
-from mpt_trt.model.config import read_hf_config
 from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.model.tensors import weights
 from support.checkpoints import CheckpointSpec, write_checkpoint

@@ -122,7 +122,7 @@ def test_activations_of_8_bits_need_integer_weights(tmp_path):
 SHOW = """
 import os, sys
 from pathlib import Path
-from mpt_trt.environment import restart_with_huge_pages
+from mpt_trt.system.process import restart_with_huge_pages
 restart_with_huge_pages(Path(sys.argv[1]))
 print(os.environ.get("GLIBC_TUNABLES"), *sys.argv[2:])
 """
