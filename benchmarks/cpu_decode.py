@@ -229,7 +229,8 @@ class OurRuntime:
         self.model = OnnxRuntimeEngine(path, read_network_manifest(path), cpu)
 
     def tokens(self, length: int, count: int) -> list[int]:
-        from mpt_trt.generation.generate import GenerationConfig, generate
+        from mpt_trt.generation.config import GenerationConfig
+        from mpt_trt.generation.generate import generate
 
         config = GenerationConfig(max_new_tokens=count, end_id=None, pad_id=0)
         return list(generate(self.model, [prompt(length)], config)[0][0].tokens)

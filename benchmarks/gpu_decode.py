@@ -26,7 +26,8 @@ from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.engines.interface import StepModel
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.ft.checkpoint import FtCheckpoint
-from mpt_trt.generation.generate import GenerationConfig, generate
+from mpt_trt.generation.config import GenerationConfig
+from mpt_trt.generation.generate import generate
 from mpt_trt.quantization.schemes import Quantization, WeightOnly
 
 RECIPES = {

@@ -19,7 +19,7 @@ from mpt_trt.system.process import restart_with_huge_pages
 if TYPE_CHECKING:
     from mpt_trt.checkpoint.tokenizer import Tokenizer
     from mpt_trt.engines.load import LoadedEngine
-    from mpt_trt.generation.generate import Generated, GenerationConfig
+    from mpt_trt.generation.config import Generated, GenerationConfig
 
 DEFAULT_TEXT = "Born in north-east France, Soyer trained as a"
 
@@ -167,7 +167,7 @@ def _say_what_runs(engine: LoadedEngine) -> None:
 def _generation_config(
     arguments: argparse.Namespace, engine: LoadedEngine, tokenizer: Tokenizer
 ) -> GenerationConfig:
-    from mpt_trt.generation.generate import GenerationConfig
+    from mpt_trt.generation.config import GenerationConfig
 
     candidates = (
         arguments.end_id,

@@ -1,6 +1,6 @@
-"""What every runtime offers of a loaded engine.
+"""The one interface of every runtime: a network that steps over a key-value cache of its own.
 
-Shapes: `rows` counts rows of the KV cache, `vocab` the vocabulary.
+Shapes: `rows` counts rows of the cache, `vocab` the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 
 
 class StepModel(Protocol):
-    """A loaded engine that runs one step at a time. It holds its KV cache."""
+    """A loaded engine, as generation and evaluation use it. The KV cache lives inside it."""
 
     vocab_size: int
     capacity: int
-    """Cache positions per row: the most tokens, prompt and new ones together, a row can hold."""
+    """Cache positions per row: the most tokens a row can hold, prompt and new ones together."""
     max_batch_size: int
     """Most cache rows."""
     max_step_tokens: int
     """Most tokens per row in one step; a longer prompt is prefilled in chunks."""
 
     def start(self, batch_size: int) -> None:
-        """Makes the cache `batch_size` empty rows."""
+        """Empties the cache and gives it `batch_size` rows."""
         ...
 
     def step(
@@ -43,7 +43,8 @@ class StepModel(Protocol):
                 `num_logits` is 0 in a prefill chunk in which no prompt ends.
 
         Returns:
-            `[num_logits, vocab]` float32 logits; only read, and not after the next step.
+            float32 logits `[num_logits, vocab]`. The caller must not write to them, nor read them
+            after the next step.
         """
         ...
 
@@ -57,20 +58,21 @@ class StepModel(Protocol):
 
 @runtime_checkable
 class GreedyModel(StepModel, Protocol):
-    """A model that also finds the likeliest tokens itself, without waiting for its caller."""
+    """A model that can also choose the most likely tokens itself, without waiting for anyone."""
 
     def greedy_steps(
         self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64], count: int
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Up to `count` steps of one token a row, as many as the caller takes.
+        """Runs up to `count` steps of one token per row, as many as the caller takes.
 
         Args:
-            tokens: `[rows]`, those of the first step; each further one takes what the one before
-                it has chosen.
-            write_positions: `[rows]`, of the first step; see `step`.
+            tokens: `[rows]`, the input of the first step. Each later step reads the tokens that the
+                step before it has chosen.
+            write_positions: `[rows]`, those of the first step; see `step`.
+            count: the most steps.
 
         Yields:
-            Of each step, the likeliest token of every row and the natural log of its probability,
-            both `[rows]`. A step more than was taken may have been run.
+            For each step, the most likely token of every row and the natural log of its
+            probability, both `[rows]`. The model may have run one step more than was taken.
         """
         ...

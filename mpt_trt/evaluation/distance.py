@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from mpt_trt.engines.interface import StepModel
 from mpt_trt.engines.load import LoadedEngine
-from mpt_trt.generation.generate import GenerationConfig, generate, log_softmax
+from mpt_trt.generation.config import GenerationConfig
+from mpt_trt.generation.generate import generate
+from mpt_trt.generation.logits import log_softmax
 from mpt_trt.workflow.settings import Tolerance
 
 # Logits that a step may return; beyond it, larger steps are no faster.

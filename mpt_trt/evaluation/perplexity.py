@@ -18,7 +18,7 @@ from mpt_trt.evaluation.distance import divergence, logits_in_pieces
 from mpt_trt.evaluation.heldout import HeldOut
 from mpt_trt.evaluation.quality_result import Estimate, Figures, Size
 from mpt_trt.evaluation.reference import Head
-from mpt_trt.generation.generate import log_softmax, require_finite
+from mpt_trt.generation.logits import log_softmax, require_finite
 
 # Values of float64 log-probabilities that are held at a time.
 CHUNK_VALUES = 1 << 21

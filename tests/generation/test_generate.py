@@ -27,15 +27,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from mpt_trt.generation.generate import (
-    Generated,
-    GenerationConfig,
-    generate,
-    keep_top_k,
-    keep_top_p,
-    log_softmax,
-    penalize_repetition,
-)
+from mpt_trt.generation.config import Generated, GenerationConfig
+from mpt_trt.generation.generate import generate
+from mpt_trt.generation.logits import keep_top_k, keep_top_p, log_softmax, penalize_repetition
 
 VOCAB = 61
 PAD = 0

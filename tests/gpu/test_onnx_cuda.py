@@ -13,7 +13,8 @@ import pytest
 from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
 from mpt_trt.engines.interface import StepModel
 from mpt_trt.engines.manifest import read_network_manifest
-from mpt_trt.generation.generate import GenerationConfig, generate
+from mpt_trt.generation.config import GenerationConfig
+from mpt_trt.generation.generate import generate
 from mpt_trt.quantization.schemes import Quantization, WeightOnly
 from support.checkpoints import CheckpointSpec
 from support.engines import (

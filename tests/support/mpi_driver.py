@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from mpt_trt.cli.console import run_cli
 from mpt_trt.engines.load import LoadedEngine, load_engine
 from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
-from mpt_trt.generation.generate import GenerationConfig, generate
+from mpt_trt.generation.config import GenerationConfig
+from mpt_trt.generation.generate import generate
 
 # Rows of different lengths; one is longer than an engine takes in a step (engines_support.LIMITS).
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], list(range(20, 40))]

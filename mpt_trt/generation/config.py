@@ -1,0 +1,84 @@
+"""The settings of a generation, and its result."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral
+
+from mpt_trt.errors import MptTrtError
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Settings that decide how tokens are chosen.
+
+    `top_k=1` is greedy (or, with `num_beams` > 1, beam search), whatever `temperature` and `top_p`
+    are. Any other `top_k` samples: repetition penalty, temperature, top-k and top-p, in that order.
+
+    Raises:
+        MptTrtError: a field is outside its range; names the field, the value and the range.
+    """
+
+    max_new_tokens: int
+    end_id: int | None
+    """The token that ends a sequence; None: every sequence gets `max_new_tokens` tokens."""
+    pad_id: int
+    """The token that the model reads where a row has none. It never pads the output."""
+    num_beams: int = 1
+    temperature: float = 1.0
+    top_k: int = 1
+    """Sample among the k most likely tokens; 0: no limit."""
+    top_p: float = 0.0
+    """Sample among the fewest tokens whose probabilities add up to top_p; 0 or 1: off."""
+    repetition_penalty: float = 1.0
+    """> 1 makes tokens of the prompt and of the output so far less likely (arXiv:1909.05858)."""
+    length_penalty: float = 1.0
+    """A hypothesis is ranked by its log-probability / (number of new tokens ** length_penalty)."""
+    random_seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = "a finite number above 0"
+        rules = (
+            ("max_new_tokens", _is_count(self.max_new_tokens, 1), "an integer of at least 1"),
+            ("end_id", self.end_id is None or _is_count(self.end_id, 0), "None or a token id >= 0"),
+            ("pad_id", _is_count(self.pad_id, 0), "a token id >= 0"),
+            ("num_beams", _is_count(self.num_beams, 1), "an integer of at least 1"),
+            ("temperature", 0 < self.temperature < math.inf, positive),
+            ("top_k", _is_count(self.top_k, 0), "an integer of at least 0 (0: no limit)"),
+            ("top_p", 0 <= self.top_p <= 1, "a number from 0 to 1 (0 and 1: off)"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, positive),
+            ("length_penalty", math.isfinite(self.length_penalty), "a finite number"),
+            ("random_seed", _is_count(self.random_seed, 0), "an integer of at least 0"),
+        )
+        for field, legal, legal_range in rules:
+            if not legal:
+                raise MptTrtError(f"{field} is {getattr(self, field)!r}; it must be {legal_range}")
+        if self.num_beams > 1 and self.top_k != 1:
+            raise MptTrtError(
+                f"top_k is {self.top_k} with num_beams {self.num_beams}; it must be 1, because beam"
+                " search does not sample (or set num_beams to 1)"
+            )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every token is the one that the model itself finds most likely."""
+        return self.top_k == 1 and self.num_beams == 1 and self.repetition_penalty == 1
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One continuation of a prompt."""
+
+    tokens: tuple[int, ...]
+    """The new tokens, without prompt and padding; the end token included if it was produced."""
+    cumulative_log_prob: float
+    """Natural log of the probability that the model gives these tokens, before any penalty,
+    temperature or filter."""
+    score: float | None = None
+    """The rank among a prompt's beams: log-probability with the repetition penalty, divided by
+    length ** length_penalty. None without beams."""
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, Integral) and int(value) >= least

@@ -1,0 +1,96 @@
+"""Arithmetic on logits: log-probabilities, the repetition penalty, and the filters of sampling."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = TypeVar("Float", bound=np.floating)
+
+
+def require_finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns the logits if each row has a finite maximum; a NaN anywhere makes the maximum NaN.
+
+    Raises:
+        FloatingPointError: a row has none.
+    """
+    require_finite_rows(logits.max(axis=-1))
+    return logits
+
+
+def require_finite_rows(values: NDArray[np.floating]) -> None:
+    """Raises FloatingPointError, naming the first such row, unless all `[rows]` are finite."""
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        raise FloatingPointError(
+            f"the logits of row {bad[0]} are not finite; the numbers inside the network overflow"
+            " its data type: build in a wider one (bf16 or fp32)"
+        )
+
+
+def log_softmax(logits: NDArray[Float]) -> NDArray[Float]:
+    """Natural log-probabilities, `[..., vocab]`, in the type of the logits."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Probabilities, `[..., vocab]`; a score of -inf has probability 0."""
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def penalize_repetition(
+    scores: NDArray[np.float32], seen: NDArray[np.int64], penalty: float
+) -> NDArray[np.float32]:
+    """Makes tokens that occurred less likely: score * penalty if negative, else score / penalty.
+
+    Args:
+        scores: `[rows, vocab]`, left as they are.
+        seen: `[rows, n]` token ids; one that occurs twice counts once.
+        penalty: above 1 to penalize, 1 to leave the scores as they are.
+    """
+    if penalty == 1.0:
+        return scores
+    old = np.take_along_axis(scores, seen, axis=-1)
+    penalized = scores.copy()
+    np.put_along_axis(penalized, seen, np.where(old < 0, old * penalty, old / penalty), axis=-1)
+    return penalized
+
+
+def keep_top_k(scores: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:
+    """Sets all but the `top_k` highest of each row's scores, `[rows, vocab]`, to -inf.
+
+    Those that tie with the last one stay. 0: all stay.
+    """
+    vocab = scores.shape[-1]
+    if not 0 < top_k < vocab:
+        return scores
+    lowest = np.partition(scores, vocab - top_k, axis=-1)[:, vocab - top_k, None]
+    return np.where(scores < lowest, -np.inf, scores)
+
+
+def keep_top_p(scores: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
+    """Sets all but the fewest most likely tokens with total probability `top_p` to -inf.
+
+    Counted from the unlikely end: a token goes if it and all less likely ones together have a
+    probability of at most 1 - top_p, where of equals the lower id counts as less likely. The most
+    likely token always stays. 0 or 1: all stay.
+
+    Args:
+        scores: `[rows, vocab]`; probabilities are their softmax.
+        top_p: the total probability, 0 to 1.
+    """
+    if not 0 < top_p < 1:
+        return scores
+    # Sorting the values, and the ids only where they tie, takes a fifth of a stable argsort's time.
+    ascending = np.sort(scores, axis=-1)
+    tail = np.cumsum(softmax(ascending), axis=-1)
+    num_dropped = np.minimum((tail <= 1 - top_p).sum(axis=-1, keepdims=True), scores.shape[-1] - 1)
+    lowest = np.take_along_axis(ascending, num_dropped, axis=-1)
+    below, ties = scores < lowest, scores == lowest
+    num_ties_dropped = num_dropped - below.sum(axis=-1, keepdims=True)
+    dropped = below | (ties & (np.cumsum(ties, axis=-1) <= num_ties_dropped))
+    return np.where(dropped, -np.inf, scores)
