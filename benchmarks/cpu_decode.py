@@ -175,7 +175,7 @@ def make_networks(folder: Path, arguments: argparse.Namespace) -> None:
     from networks import network_without_plan
 
     from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
-    from mpt_trt.calibration.npz_file import read_calibration
+    from mpt_trt.calibration.result import read_calibration
     from mpt_trt.engines.spec import BuildLimits
     from mpt_trt.ft.checkpoint import read_ft_checkpoint
     from mpt_trt.quantization.schemes import Awq, Quantization

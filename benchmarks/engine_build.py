@@ -23,7 +23,8 @@ import numpy as np
 from common import Measured, make_random_checkpoint, measure, script, write_result
 
 from mpt_trt.arrays.cast import convert
-from mpt_trt.calibration.npz_file import FILE_NAME, calibration_writer
+from mpt_trt.calibration.npz_keys import FILE_NAME
+from mpt_trt.calibration.writer import calibration_writer
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.model.tensors import block_matrices, weights

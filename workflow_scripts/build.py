@@ -156,7 +156,7 @@ def _rank_folder(model_dir: Path, world_size: int) -> Path:
 
 def _calibrated(arguments: argparse.Namespace, checkpoint: FtCheckpoint) -> CalibratedQuantization:
     from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
-    from mpt_trt.calibration.npz_file import read_calibration
+    from mpt_trt.calibration.result import read_calibration
     from mpt_trt.quantization.schemes import Quantization
 
     path = arguments.quant_ckpt_path

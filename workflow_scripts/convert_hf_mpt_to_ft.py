@@ -86,7 +86,8 @@ def main() -> None:
     from mpt_trt.checkpoint.tensors import HfCheckpoint
     from mpt_trt.checkpoint.tokenizer import special_token_ids
     from mpt_trt.errors import MptTrtError
-    from mpt_trt.ft.checkpoint import ConversionSettings, total_bytes, write_ft_checkpoint
+    from mpt_trt.ft.layout import total_bytes
+    from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
     from mpt_trt.model import sharding
     from mpt_trt.model.tensors import weights
 

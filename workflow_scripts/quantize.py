@@ -69,7 +69,7 @@ def main() -> None:
 
     from mpt_trt.calibration.model_source import open_model
     from mpt_trt.calibration.modelopt import calibrate
-    from mpt_trt.calibration.npz_file import FILE_NAME
+    from mpt_trt.calibration.npz_keys import FILE_NAME
     from mpt_trt.checkpoint import hub
     from mpt_trt.checkpoint.tokenizer import read_tokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpt_trt.calibration.npz_file import CalibrationResult
+from mpt_trt.calibration.result import CalibrationResult
 from mpt_trt.errors import MptTrtError
 from mpt_trt.quantization.schemes import UNQUANTIZED, Quantization, calibration_format, method_of
 

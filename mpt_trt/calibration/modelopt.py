@@ -28,7 +28,7 @@ from mpt_trt.calibration.block_stream import (
     watched_cache,
 )
 from mpt_trt.calibration.model_source import ModelSource
-from mpt_trt.calibration.npz_file import calibration_writer
+from mpt_trt.calibration.writer import calibration_writer
 from mpt_trt.model.torch_block import PlainBlock
 from mpt_trt.quantization.calibrated_weights import (
     FP8_MAX,

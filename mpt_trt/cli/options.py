@@ -114,7 +114,7 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
 def calibrated(arguments: argparse.Namespace, checkpoint: FtCheckpoint) -> CalibratedQuantization:
     """The quantization asked for; the calibration is checked against the checkpoint."""
     from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
-    from mpt_trt.calibration.npz_file import read_calibration
+    from mpt_trt.calibration.result import read_calibration
     from mpt_trt.quantization.schemes import Quantization, make_weight_quantization
 
     scheme = make_weight_quantization(

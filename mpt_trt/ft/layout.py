@@ -156,6 +156,16 @@ def ft_files(
     return list(found.values())
 
 
+def total_bytes(
+    config: MptConfig,
+    storage_type: str,
+    tp_size: int,
+    int8_layers: Int8Layers = Int8Layers.NONE,
+) -> int:
+    """Bytes of all `.bin` files of a directory."""
+    return sum(file.byte_size for file in ft_files(config, tp_size, storage_type, int8_layers))
+
+
 def files_of(config: MptConfig, weight: Weight, tp_size: int, dtype: str) -> list[FtFile]:
     """The files of one tensor: one for all ranks, or one a rank."""
     if weight.split is Split.WHOLE:

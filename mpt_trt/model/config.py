@@ -1,4 +1,8 @@
-"""The architecture of one MPT model, which every later stage sees in this form only."""
+"""The architecture of one MPT model, independent of the files that describe it.
+
+`checkpoint.hf_config` reads it from Hugging Face's config.json, `ft.checkpoint` from FT's
+config.ini.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from mpt_trt.calibration.block_stream import (
 )
 from mpt_trt.calibration.model_source import open_model
 from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
-from mpt_trt.calibration.npz_file import CalibrationResult, read_calibration
+from mpt_trt.calibration.result import CalibrationResult, read_calibration
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.model.torch_tensors import ModelTensors

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpt_trt.calibration.npz_file import read_calibration
+from mpt_trt.calibration.result import read_calibration
 from mpt_trt.calibration.samples import read_samples
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.errors import MptTrtError
@@ -145,7 +145,7 @@ def test_ft_checkpoints_of_unknown_origin_need_a_tokenizer(
 def test_modelopt_is_imported_by_calibration_alone() -> None:
     """It takes seconds; reading results takes not even PyTorch."""
     code = (
-        "import sys, mpt_trt.calibration.npz_file, mpt_trt.cli.options;"
+        "import sys, mpt_trt.calibration.result, mpt_trt.cli.options;"
         "assert 'torch' not in sys.modules;"
         "import mpt_trt.evaluation.reference, mpt_trt.calibration.modelopt;"
         "assert 'modelopt' not in sys.modules"

@@ -157,9 +157,9 @@ import sys
 from pathlib import Path
 
 import torch  # what .bin files need; its own memory is not in question
-from mpt_trt.config import read_hf_config
-from mpt_trt.hf_checkpoint import HfCheckpoint
-from mpt_trt.weight_map import weights
+from mpt_trt.checkpoint.hf_config import read_hf_config
+from mpt_trt.checkpoint.tensors import HfCheckpoint
+from mpt_trt.model.tensors import weights
 
 def kib():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
-from mpt_trt.calibration.npz_file import CalibrationResult
+from mpt_trt.calibration.result import CalibrationResult
 from mpt_trt.checkpoint.hf_config import parse_hf_config, read_hf_config
 from mpt_trt.checkpoint.known_models import SHAPES, SHIPPED, hub_config, known_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
@@ -26,8 +26,9 @@ from mpt_trt.engines import memory
 from mpt_trt.engines.memory import GB, EngineSpec
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
-from mpt_trt.ft.checkpoint import ConversionSettings, FtCheckpoint, write_ft_checkpoint
+from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.ft.layout import Int8Layers
+from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import Rank, VocabularySharding, is_legal
 from mpt_trt.model.tensors import weights

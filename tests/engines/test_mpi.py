@@ -30,7 +30,8 @@ from mpt_trt.engines.manifest import (
     write_plan_description,
 )
 from mpt_trt.evaluation.quality_result import read_quality
-from mpt_trt.ft.checkpoint import ConversionSettings, read_ft_checkpoint, write_ft_checkpoint
+from mpt_trt.ft.checkpoint import read_ft_checkpoint
+from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
 from mpt_trt.model.sharding import Rank, VocabularySharding
 from mpt_trt.model.tensors import weights
 from mpt_trt.system.files import content_hash

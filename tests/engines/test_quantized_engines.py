@@ -27,7 +27,7 @@ from mpt_trt.calibration.block_stream import Computation, activation_ranges
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.model_source import open_model
 from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
-from mpt_trt.calibration.npz_file import read_calibration
+from mpt_trt.calibration.result import read_calibration
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
@@ -36,13 +36,9 @@ from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.distance import measure_distance
 from mpt_trt.evaluation.reference import reference_logits
-from mpt_trt.ft.checkpoint import (
-    ConversionSettings,
-    FtCheckpoint,
-    read_ft_checkpoint,
-    write_ft_checkpoint,
-)
+from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.ft.int8 import Int8Conversion
+from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
 from mpt_trt.model.sharding import VocabularySharding, all_ranks
 from mpt_trt.model.tensors import weights
 from mpt_trt.quantization.schemes import (

@@ -30,12 +30,8 @@ from mpt_trt.engines.tensorrt import plan_builder
 from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.engines.tensorrt.plan_builder import BuildOptions
 from mpt_trt.errors import MptTrtError
-from mpt_trt.ft.checkpoint import (
-    ConversionSettings,
-    FtCheckpoint,
-    read_ft_checkpoint,
-    write_ft_checkpoint,
-)
+from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
+from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import Rank, VocabularySharding

@@ -30,12 +30,8 @@ from safetensors.torch import save_file
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.errors import MptTrtError
-from mpt_trt.ft.checkpoint import (
-    ConversionSettings,
-    FtCheckpoint,
-    read_ft_checkpoint,
-    write_ft_checkpoint,
-)
+from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
+from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
 from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import weights
 from support.checkpoints import (

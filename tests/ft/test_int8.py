@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.ft.checkpoint import read_ft_checkpoint, total_bytes
+from mpt_trt.ft.checkpoint import read_ft_checkpoint
 from mpt_trt.ft.int8 import Int8Conversion
-from mpt_trt.ft.layout import Int8Files, Int8Layers
+from mpt_trt.ft.layout import Int8Files, Int8Layers, total_bytes
 from mpt_trt.model.sharding import Rank, all_ranks
 from mpt_trt.network.decoder import build_network
 from mpt_trt.quantization.activation_ranges import ActivationRanges, LinearRanges

@@ -24,12 +24,8 @@ from mpt_trt.engines.manifest import read_network_manifest, write_rank_network
 from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
 from mpt_trt.engines.spec import BuildLimits
-from mpt_trt.ft.checkpoint import (
-    ConversionSettings,
-    FtCheckpoint,
-    read_ft_checkpoint,
-    write_ft_checkpoint,
-)
+from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
+from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
 from mpt_trt.model.sharding import Rank, VocabularySharding
 from mpt_trt.model.tensors import weights
 from mpt_trt.system.files import replace_directory

@@ -10,8 +10,8 @@ import numpy as np
 
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
-from mpt_trt.ft.checkpoint import ConversionSettings, write_ft_checkpoint
 from mpt_trt.ft.int8 import Int8Conversion
+from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.tensors import weights
 from mpt_trt.quantization.activation_ranges import ActivationRanges, LinearRanges

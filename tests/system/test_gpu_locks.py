@@ -261,7 +261,7 @@ def test_what_a_killed_job_leaves_behind_keeps_its_gpus(scope: str) -> None:
 RANK = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-from mpt_trt.ranks import communicator
+from mpt_trt.system.mpi import communicator
 communicator(2)
 print(os.getpid(), flush=True)
 time.sleep(60)

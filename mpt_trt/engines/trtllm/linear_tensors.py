@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from mpt_trt.arrays.cast import STORAGE_TYPES, convert, transposed_copy
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
-from mpt_trt.calibration.npz_file import CalibrationResult
+from mpt_trt.calibration.rank_blocks import held_blocks
+from mpt_trt.calibration.result import CalibrationResult
 from mpt_trt.engines.backend_support import uses_plugin_form
 from mpt_trt.engines.trtllm.names import module_name
 from mpt_trt.engines.trtllm.safetensors_file import E4M3, StreamedTensor
@@ -24,11 +25,11 @@ from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.ft.layout import FtFile, held, linear_name
 from mpt_trt.model.sharding import Range, Rank
 from mpt_trt.model.tensors import Weight, preceding_norm
-from mpt_trt.network.linear.awq import held_blocks, quantized_rows
 from mpt_trt.network.linear.base import place
-from mpt_trt.network.linear.fp8 import quantized_block
 from mpt_trt.network.linear.smoothquant import require_smoothed
+from mpt_trt.quantization.awq import quantized_rows
 from mpt_trt.quantization.calibrated_weights import INT8_MAX
+from mpt_trt.quantization.fp8 import quantized_block
 from mpt_trt.quantization.integers import pack_int4_rows
 from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
 
@@ -183,7 +184,7 @@ class AwqForm:
             return part_of(self.calibration.awq_scales(*place(name)), rows, groups)
 
         def integers() -> Iterator[NDArray]:
-            for block, block_scales in held_blocks(self.calibration, name, rows, columns):
+            for block, block_scales in held_blocks(self.calibration, *place(name), rows, columns):
                 yield pack_int4_rows(quantized_rows(block, block_scales)).view(np.int8)
 
         return {

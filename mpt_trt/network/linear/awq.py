@@ -16,19 +16,19 @@ import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
-from mpt_trt.arrays.cast import STORAGE_TYPES, convert, one_thread_session, transposed_copy
-from mpt_trt.calibration.npz_file import CalibrationResult
+from mpt_trt.arrays.cast import STORAGE_TYPES, convert, transposed_copy
+from mpt_trt.calibration.rank_blocks import BLOCK_ROWS, held_blocks
+from mpt_trt.calibration.result import CalibrationResult
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.ft.layout import held
 from mpt_trt.model import sharding
 from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import Weight, preceding_norm
-from mpt_trt.network.graph import ELEMENT_TYPES, IR_VERSION, OPSET, GraphBuilder, StoredTensor
+from mpt_trt.network.graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
 from mpt_trt.network.linear.base import (
     dequantized,
     ft_tensors,
@@ -38,12 +38,11 @@ from mpt_trt.network.linear.base import (
     scaled_input,
 )
 from mpt_trt.quantization import integers
+from mpt_trt.quantization.awq import quantized_rows
 from mpt_trt.quantization.integers import BLOCK_ELEMENTS, FLOAT32
 from mpt_trt.quantization.schemes import KvCacheType, folds_into_values, require_fitting_groups
 
 QKV, DENSE = "attention.query_key_value", "attention.dense"
-# Rows of a matrix that are packed at a time: a cache line of each column's integers.
-BLOCK_ROWS = 128
 
 Factor = Callable[[], NDArray[np.float32]]
 """A vector that is read from the calibration result when a file is written."""
@@ -112,7 +111,7 @@ class AwqLinear:
         rows, columns = held(self._checkpoint.config, weight, self._rank)
         packed = np.empty((len(columns), sum(map(len, rows)) // 2), np.uint8)
         start = 0
-        for block, scales in held_blocks(self._calibration, name, rows, columns):
+        for block, scales in held_blocks(self._calibration, *place(name), rows, columns):
             stop = start + len(block) // 2
             _quantize_into(packed[:, start:stop], block, scales)
             start = stop
@@ -180,57 +179,6 @@ class AwqLinear:
         return np.concatenate([ones, self._pre_quant_scale(dense)])
 
 
-def held_blocks(
-    calibration: CalibrationResult, name: str, rows: list[sharding.Range], columns: sharding.Range
-) -> Iterator[tuple[NDArray, NDArray[np.float32]]]:
-    """A rank's part of the matrix of layer `name`, BLOCK_ROWS rows at a time, and their scales.
-
-    Each block is valid until the next one is asked for.
-    """
-    group_size = calibration.group_size
-    groups = slice(columns.start // group_size, columns.stop // group_size)
-    whole = calibration.awq_scales(*place(name))
-    scales = np.concatenate([whole[part.start : part.stop, groups] for part in rows])
-    parts = _held_parts(calibration.awq_rows(*place(name), BLOCK_ROWS), rows, columns)
-    start = 0
-    for block in _joined(parts, BLOCK_ROWS):
-        yield block, scales[start : start + len(block)]
-        start += len(block)
-
-
-def _held_parts(
-    blocks: Iterator[NDArray], rows: list[sharding.Range], columns: sharding.Range
-) -> Iterator[NDArray]:
-    """What a rank holds of successive rows of a matrix. rows: in ascending order."""
-    start = 0
-    for block in blocks:
-        for part in rows:
-            held_rows = block[max(part.start - start, 0) : max(part.stop - start, 0)]
-            yield held_rows[:, columns.start : columns.stop]
-        start += len(block)
-
-
-def _joined(parts: Iterator[NDArray], number: int) -> Iterator[NDArray]:
-    """The same rows, so many at a time, where need be in memory that is used again."""
-    block, filled = np.empty((0, 0)), 0
-    for part in parts:
-        rest = part
-        if not filled and len(rest) == number:
-            yield rest
-            continue
-        while len(rest):
-            if not block.size:
-                block = np.empty((number, rest.shape[1]), rest.dtype)
-            taken = rest[: number - filled]
-            np.copyto(block[filled : filled + len(taken)], taken, casting="safe")
-            filled, rest = filled + len(taken), rest[len(taken) :]
-            if filled == number:
-                yield block
-                filled = 0
-    if filled:
-        yield block[:filled]
-
-
 def _quantize_into(target: NDArray[np.uint8], rows: NDArray, scales: NDArray[np.float32]) -> None:
     """Fills `target` `[in, out / 2]` with the integers of an even number of rows `[out, in]`.
 
@@ -242,42 +190,3 @@ def _quantize_into(target: NDArray[np.uint8], rows: NDArray, scales: NDArray[np.
         part = slice(start * group_size, (start + groups) * group_size)
         integers_of_part = quantized_rows(rows[:, part], scales[:, start : start + groups])
         target[part] = transposed_copy(integers.pack_int4_rows(integers_of_part))
-
-
-def quantized_rows(weight: NDArray, scales: NDArray[np.float32]) -> NDArray[np.int8]:
-    """round(weight / scale), halves to even, in -8..7.
-
-    weight: `[out_features, in_features]`. scales: `[out_features, in_features / group_size]`.
-    """
-    nonzero = np.where(scales == 0, np.float32(1), scales)
-    found = np.empty(weight.shape, np.int8)
-    quantizer = _quantizer(weight.shape[1] // max(1, scales.shape[1]))
-    step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
-    for start in range(0, len(weight), step):
-        part = slice(start, start + step)
-        rows = convert(np.ascontiguousarray(weight[part]), FLOAT32)
-        [rounded] = quantizer.run(None, {"weight": rows, "scales": nonzero[part]})
-        np.clip(rounded, -8, 7, out=found[part])
-    return found
-
-
-@functools.cache
-def _quantizer(group_size: int) -> onnxruntime.InferenceSession:
-    """round(weight / scale), halves to even, within int8, in one pass over the weights."""
-    node = helper.make_node(
-        "QuantizeLinear",
-        ["weight", "scales"],
-        ["rounded"],
-        axis=1,
-        block_size=group_size,
-        output_dtype=TensorProto.INT8,
-    )
-    floats = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", None])
-        for name in node.input
-    ]
-    rounded = helper.make_tensor_value_info("rounded", TensorProto.INT8, ["rows", None])
-    graph = helper.make_graph([node], "quantizer", floats, [rounded])
-    opset = helper.make_opsetid("", OPSET)
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
-    return one_thread_session(model.SerializeToString())

@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from mpt_trt.arrays.cast import convert
-from mpt_trt.calibration.npz_file import CalibrationResult
+from mpt_trt.calibration.result import CalibrationResult
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import Weight
 from mpt_trt.network.graph import GraphBuilder, StoredTensor
 from mpt_trt.network.linear.base import ft_tensors, linear_weights, made, place
-from mpt_trt.quantization.calibrated_weights import FP8_MAX
-from mpt_trt.quantization.integers import FLOAT32, row_blocks
-
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-LARGEST = np.float32(FP8_MAX)
+from mpt_trt.quantization.fp8 import quantized_block
+from mpt_trt.quantization.integers import row_blocks
 
 
 @dataclass(frozen=True)
@@ -66,9 +61,3 @@ class Fp8Linear:
 
         file_name = f"{weight.name}.fp8.{self.rank.index}"
         return made(file_name, TensorProto.FLOAT8E4M3FN, shape, pieces)
-
-
-def quantized_block(block: NDArray, scale: float) -> NDArray:
-    """Part of a matrix over its scale, in E4M3; nothing becomes a NaN."""
-    scaled = convert(block, FLOAT32) / np.float32(scale)
-    return np.clip(scaled, -LARGEST, LARGEST).astype(E4M3)

@@ -22,12 +22,8 @@ from mpt_trt.engines.build.build import BuildRequest, make_networks
 from mpt_trt.engines.manifest import collect, read_manifest
 from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.errors import MptTrtError
-from mpt_trt.ft.checkpoint import (
-    ConversionSettings,
-    FtCheckpoint,
-    read_ft_checkpoint,
-    write_ft_checkpoint,
-)
+from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
+from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
 from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.model.tensors import weights
 from support.checkpoints import CheckpointSpec, write_checkpoint

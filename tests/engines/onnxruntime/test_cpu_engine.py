@@ -15,7 +15,7 @@ from mpt_trt.calibration.block_stream import Computation
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.model_source import open_model
 from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
-from mpt_trt.calibration.npz_file import read_calibration
+from mpt_trt.calibration.result import read_calibration
 from mpt_trt.engines.onnxruntime import cpu_cache
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
 from mpt_trt.engines.spec import BuildLimits

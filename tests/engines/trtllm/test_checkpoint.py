@@ -20,7 +20,7 @@ from mpt_trt.calibration.block_stream import Computation
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.model_source import open_model
 from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
-from mpt_trt.calibration.npz_file import read_calibration
+from mpt_trt.calibration.result import read_calibration
 from mpt_trt.engines.trtllm import checkpoint as trtllm_checkpoint
 from mpt_trt.engines.trtllm.checkpoint import TrtllmConversion, write_trtllm_checkpoint
 from mpt_trt.engines.trtllm.safetensors_file import StreamedTensor, write_safetensors

@@ -1,0 +1,74 @@
+"""Names of the arrays in a calibration result.
+
+Keys are `_np:` and the path of a tensor in AMMO's model, joined by `:`; docs/quantization.md lists
+them. Q, K and V are separate there, and one matrix with rows Q | K | V here. What AMMO's layout has
+no place for is stored under `mpt_trt:`, where AMMO's readers do not look: the amax of keys and
+values, and a small corner of every matrix, by which a result is recognized as belonging to a model.
+"""
+
+from __future__ import annotations
+
+import re
+
+from mpt_trt.model.config import MptConfig
+from mpt_trt.model.tensors import Weight
+from mpt_trt.quantization.schemes import QuantizationFormat
+
+FILE_NAME = "mpt_tp1_rank0.npz"
+
+QKV = "attention.query_key_value"
+MATRIX_KEYS = {
+    QKV: ("attention:qkv:q", "attention:qkv:k", "attention:qkv:v"),
+    "attention.dense": ("attention:dense",),
+    "mlp.dense_h_to_4h": ("mlp:fc",),
+    "mlp.dense_4h_to_h": ("mlp:proj",),
+}
+NORM_KEYS = {
+    "input_layernorm.weight": "input_layernorm:weight",
+    "post_attention_layernorm.weight": "post_layernorm:weight",
+}
+
+WEIGHT, SMOOTHING = "weight", "prequant_scaling_factor"
+WEIGHT_SCALE, ACTIVATION_SCALE = "weights_scaling_factor", "activation_scaling_factor"
+
+# Formats whose results have whole matrices in them.
+WITH_MATRICES: tuple[QuantizationFormat, ...] = ("int4_awq", "int8_sq")
+
+# Rows and columns of each matrix by which models are told apart.
+CORNER = (8, 64)
+
+
+def matrix_keys(layer: int, matrix: str) -> list[str]:
+    """Of a matrix, or of Q, K and V."""
+    return [f"_np:layers:{layer}:{key}" for key in MATRIX_KEYS[matrix]]
+
+
+def heights_of(config: MptConfig, matrix: str, out_features: int) -> list[int]:
+    """Output features of a matrix, or of Q, K and V."""
+    if matrix == QKV:
+        return [config.hidden_size, config.kv_size, config.kv_size]
+    return [out_features]
+
+
+def whole_key(weight: Weight) -> str | None:
+    """Where AMMO's layout has the embedding or the weight of a norm."""
+    if weight.name == "wte":
+        return "_np:vocab_embedding:weight"
+    if weight.name == "final_layernorm.weight":
+        return "_np:final_layernorm:weight"
+    match = re.fullmatch(r"layers\.([0-9]+)\.(.+)", weight.name)
+    if match is None or match[2] not in NORM_KEYS:
+        return None
+    return f"_np:layers:{match[1]}:{NORM_KEYS[match[2]]}"
+
+
+def amax_key(layer: int, name: str) -> str:
+    return f"mpt_trt:layers:{layer}:attention:{name}:amax"
+
+
+def corner_key(weight: Weight) -> str:
+    return f"mpt_trt:{weight.name.replace('.', ':')}:corner"
+
+
+def shape_key(weight: Weight) -> str:
+    return f"mpt_trt:{weight.name.replace('.', ':')}:shape"

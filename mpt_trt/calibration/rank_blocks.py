@@ -1,0 +1,68 @@
+"""A rank's part of a calibrated matrix, read from the result in blocks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpt_trt.calibration.result import CalibrationResult
+from mpt_trt.model.sharding import Range
+
+# A cache line of each column's 4-bit integers, once they are packed.
+BLOCK_ROWS = 128
+
+
+def held_blocks(
+    calibration: CalibrationResult, layer: int, matrix: str, rows: list[Range], columns: Range
+) -> Iterator[tuple[NDArray, NDArray[np.float32]]]:
+    """Yields a rank's part of a matrix, BLOCK_ROWS rows at a time, with the rows' scales.
+
+    matrix: FT name within the layer, e.g. `attention.dense`. rows: in ascending order. Each block
+    `[BLOCK_ROWS, columns]` is valid until the next one is asked for; its scales are float32
+    `[BLOCK_ROWS, columns / group_size]`.
+
+    Raises MptTrtError when the result is not one of int4_awq.
+    """
+    calibration.require_format("int4_awq")
+    group_size = calibration.group_size
+    groups = slice(columns.start // group_size, columns.stop // group_size)
+    whole = calibration.awq_scales(layer, matrix)
+    scales = np.concatenate([whole[part.start : part.stop, groups] for part in rows])
+    parts = _held_parts(calibration.awq_rows(layer, matrix, BLOCK_ROWS), rows, columns)
+    start = 0
+    for block in _joined(parts, BLOCK_ROWS):
+        yield block, scales[start : start + len(block)]
+        start += len(block)
+
+
+def _held_parts(blocks: Iterator[NDArray], rows: list[Range], columns: Range) -> Iterator[NDArray]:
+    """What a rank holds of successive rows of a matrix. rows: in ascending order."""
+    start = 0
+    for block in blocks:
+        for part in rows:
+            held_rows = block[max(part.start - start, 0) : max(part.stop - start, 0)]
+            yield held_rows[:, columns.start : columns.stop]
+        start += len(block)
+
+
+def _joined(parts: Iterator[NDArray], number: int) -> Iterator[NDArray]:
+    """The same rows, so many at a time, where need be in memory that is used again."""
+    block, filled = np.empty((0, 0)), 0
+    for part in parts:
+        rest = part
+        if not filled and len(rest) == number:
+            yield rest
+            continue
+        while len(rest):
+            if not block.size:
+                block = np.empty((number, rest.shape[1]), rest.dtype)
+            taken = rest[: number - filled]
+            np.copyto(block[filled : filled + len(taken)], taken, casting="safe")
+            filled, rest = filled + len(taken), rest[len(taken) :]
+            if filled == number:
+                yield block
+                filled = 0
+    if filled:
+        yield block[:filled]

@@ -1,0 +1,258 @@
+"""A calibration result, of ours or of AMMO, and whether it belongs to a model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpt_trt.calibration.npz_file import NpzFile
+from mpt_trt.calibration.npz_keys import (
+    ACTIVATION_SCALE,
+    SMOOTHING,
+    WEIGHT,
+    WEIGHT_SCALE,
+    WITH_MATRICES,
+    amax_key,
+    corner_key,
+    heights_of,
+    matrix_keys,
+    shape_key,
+    whole_key,
+)
+from mpt_trt.errors import MptTrtError
+from mpt_trt.ft.checkpoint import FtCheckpoint
+from mpt_trt.ft.joined_tensors import FtTensors
+from mpt_trt.model.config import MptConfig
+from mpt_trt.model.tensors import Weight, block_matrices, weights
+from mpt_trt.quantization.calibrated_weights import (
+    AwqMatrix,
+    Fp8Scales,
+    KvRanges,
+    SmoothQuantMatrix,
+)
+from mpt_trt.quantization.schemes import QuantizationFormat
+
+# ... which may have been rounded to bfloat16 on both sides.
+RELATIVE_TOLERANCE = 2.0**-7
+# The smallest step of float16.
+ABSOLUTE_TOLERANCE = 2.0**-24
+
+
+def read_calibration(path: Path, checkpoint: FtCheckpoint) -> CalibrationResult:
+    """Opens a calibration result, of ours or of AMMO, for a model.
+
+    Raises MptTrtError, with what differs and the remedy, when the file is damaged or was made for
+    another model: another architecture, or other weights.
+    """
+    file = NpzFile(path)
+    result = CalibrationResult(file, checkpoint.config)
+    _require_layers(file, checkpoint.config)
+    _require_same_weights(file, checkpoint)
+    if result.quantization_format in WITH_MATRICES:
+        for layer in range(checkpoint.config.num_layers):
+            for matrix, weight in block_matrices(checkpoint.config, layer).items():
+                _require_shapes(result, layer, matrix, weight)
+    return result
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """What calibration found, by layer and by FT name of a matrix, e.g. `attention.dense`."""
+
+    file: NpzFile
+    config: MptConfig
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @cached_property
+    def quantization_format(self) -> QuantizationFormat:
+        """What the keys say: AMMO's files have no other word for it."""
+        base = matrix_keys(0, "attention.dense")[0]
+        is_quantized = f"{base}:{ACTIVATION_SCALE}" in self.file.keys
+        if f"{base}:{SMOOTHING}" in self.file.keys:
+            return "int8_sq" if is_quantized else "int4_awq"
+        return "fp8" if is_quantized else "kv_cache"
+
+    @cached_property
+    def group_size(self) -> int | None:
+        """Input features that share a scale; None unless the format is int4_awq."""
+        if self.quantization_format != "int4_awq":
+            return None
+        base = matrix_keys(0, "attention.dense")[0]
+        elements = math.prod(self.file.shape(f"{base}:{WEIGHT}"))
+        scales = math.prod(self.file.shape(f"{base}:{WEIGHT_SCALE}"))
+        if not scales or elements % scales:
+            raise self.file.refused(f"{base} has {scales} scales for {elements} weights")
+        return elements // scales
+
+    def awq_matrix(self, layer: int, matrix: str) -> AwqMatrix:
+        self.require_format("int4_awq")
+        weight, scales = self._weight(layer, matrix), self.awq_scales(layer, matrix)
+        return AwqMatrix(weight, scales, self._smoothing(layer, matrix))
+
+    def awq_rows(self, layer: int, matrix: str, number: int) -> Iterator[NDArray]:
+        """The weight of `awq_matrix`, at most so many rows at a time."""
+        self.require_format("int4_awq")
+        for key in matrix_keys(layer, matrix):
+            yield from self.file.rows(f"{key}:{WEIGHT}", number)
+
+    def awq_scales(self, layer: int, matrix: str) -> NDArray[np.float32]:
+        """`[out, in / group_size]`, without reading the matrix."""
+        self.require_format("int4_awq")
+        out_features, _ = block_matrices(self.config, layer)[matrix].shape
+        return self._joined(layer, matrix, WEIGHT_SCALE).reshape(out_features, -1)
+
+    def pre_quant_scale(self, layer: int, matrix: str) -> NDArray[np.float32]:
+        """What the input of a matrix is multiplied by, `[in]`, without reading the matrix."""
+        return self._smoothing(layer, matrix)
+
+    def smoothquant_matrix(self, layer: int, matrix: str) -> SmoothQuantMatrix:
+        self.require_format("int8_sq")
+        return SmoothQuantMatrix(
+            self._weight(layer, matrix),
+            *self.smoothquant_scales(layer, matrix),
+        )
+
+    def smoothquant_scales(
+        self, layer: int, matrix: str
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
+        """Scales, pre-quant scale and activation scale, without reading the matrix."""
+        self.require_format("int8_sq")
+        return (
+            self._joined(layer, matrix, WEIGHT_SCALE),
+            self._smoothing(layer, matrix),
+            self._largest(layer, matrix, ACTIVATION_SCALE),
+        )
+
+    def fp8_scales(self, layer: int, matrix: str) -> Fp8Scales:
+        """Of QKV, the largest of the scales of Q, K and V."""
+        self.require_format("fp8")
+        return Fp8Scales(
+            self._largest(layer, matrix, WEIGHT_SCALE),
+            self._largest(layer, matrix, ACTIVATION_SCALE),
+        )
+
+    def kv_ranges(self, layer: int) -> KvRanges:
+        """Raises MptTrtError for a file that AMMO made: it has none."""
+        if amax_key(layer, "key") not in self.file.keys:
+            raise self.file.refused(
+                "holds no ranges of keys and values, as files made by AMMO; an 8-bit KV cache "
+                "needs them"
+            )
+        return KvRanges(*(self._scalar(amax_key(layer, name)) for name in ("key", "value")))
+
+    def require_format(self, asked: QuantizationFormat) -> None:
+        if self.quantization_format != asked:
+            raise MptTrtError(
+                f"{self.file.path}: holds the result of {self.quantization_format}, but {asked} is "
+                f"needed; calibrate with --qformat {asked}"
+            )
+
+    def _weight(self, layer: int, matrix: str) -> NDArray:
+        """Q, K and V one below the other, in the type in which they are stored."""
+        keys = matrix_keys(layer, matrix)
+        parts = [self.file.numbers(f"{key}:{WEIGHT}") for key in keys]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _joined(self, layer: int, matrix: str, name: str) -> NDArray[np.float32]:
+        """Scales of Q, K and V one after the other, flat."""
+        parts = [self.file.floats(f"{key}:{name}") for key in matrix_keys(layer, matrix)]
+        return np.concatenate([part.reshape(-1) for part in parts])
+
+    def _smoothing(self, layer: int, matrix: str) -> NDArray[np.float32]:
+        keys = matrix_keys(layer, matrix)
+        first, *others = (self.file.floats(f"{key}:{SMOOTHING}") for key in keys)
+        for key, other in zip(keys[1:], others, strict=True):
+            if not np.array_equal(first, other):
+                raise self.file.refused(
+                    f"{key}:{SMOOTHING} differs from that of {keys[0]}, although both multiply the "
+                    "same activations"
+                )
+        if first.min() <= 0:
+            raise self.file.refused(f"{keys[0]}:{SMOOTHING} holds {first.min()}, not positive")
+        return first
+
+    def _largest(self, layer: int, matrix: str, name: str) -> float:
+        return max(self._scalar(f"{key}:{name}") for key in matrix_keys(layer, matrix))
+
+    def _scalar(self, key: str) -> float:
+        found = self.file.floats(key)
+        if found.size != 1:
+            raise self.file.refused(f"{key} holds {found.size} values instead of one")
+        return float(found.item())
+
+
+# --- whether a file belongs to a model ----------------------------------------------------------
+
+
+def _require_layers(file: NpzFile, config: MptConfig) -> None:
+    norm = re.compile(r"_np:layers:[0-9]+:input_layernorm:weight")
+    if not (found := sum(bool(norm.fullmatch(key)) for key in file.keys)):
+        raise file.refused("holds no layers in AMMO's layout")
+    if found != config.num_layers:
+        raise _other_model(file, "the number of layers", found, config.num_layers)
+
+
+def _require_same_weights(file: NpzFile, checkpoint: FtCheckpoint) -> None:
+    """Compares what the file holds of the model's own weights with those of the checkpoint."""
+    tensors = FtTensors(checkpoint)
+    for weight in weights(checkpoint.config):
+        # Smoothing has changed the blocks' weights, and neither keys nor values.
+        if checkpoint.smoothing is not None and weight.name.startswith("layers."):
+            continue
+        if shape_key(weight) in file.keys:
+            shape, key = tuple(file.array(shape_key(weight)).tolist()), corner_key(weight)
+        elif (key := whole_key(weight)) in file.keys:
+            shape = file.shape(key)
+        else:
+            continue
+        if shape != weight.shape:
+            raise _other_model(file, f"the shape of {weight.name}", list(shape), list(weight.shape))
+        found = file.floats(key)
+        expected = tensors.corner(weight, found.shape).astype(np.float32)
+        _require_near(file, weight.name, found[tuple(map(slice, expected.shape))], expected)
+
+
+def _require_near(file: NpzFile, name: str, found: NDArray, expected: NDArray) -> None:
+    is_near = np.isclose(found, expected, RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE)
+    if not is_near.all():
+        place = tuple(int(i) for i in np.argwhere(~is_near)[0])
+        what = f"{name} at {list(place)}"
+        raise _other_model(file, what, f"{found[place]:g}", f"{expected[place]:g}")
+
+
+def _require_shapes(result: CalibrationResult, layer: int, matrix: str, weight: Weight) -> None:
+    """Of a matrix and its scales."""
+    file, group_size = result.file, result.group_size
+    out_features, in_features = weight.shape
+    if group_size is not None and in_features % group_size:
+        raise file.refused(
+            f"groups of {group_size} do not divide the {in_features} input features of "
+            f"{weight.name}"
+        )
+    scales_per_row = 1 if group_size is None else in_features // group_size
+    heights = heights_of(result.config, matrix, out_features)
+    for key, height in zip(matrix_keys(layer, matrix), heights, strict=True):
+        for name, expected in ((WEIGHT, (height, in_features)), (SMOOTHING, (in_features,))):
+            if (found := file.shape(f"{key}:{name}")) != expected:
+                what = f"the shape of {key}:{name}"
+                raise _other_model(file, what, list(found), list(expected))
+        if (found := math.prod(file.shape(f"{key}:{WEIGHT_SCALE}"))) != height * scales_per_row:
+            raise file.refused(
+                f"{key}:{WEIGHT_SCALE} holds {found} scales instead of {height * scales_per_row}"
+            )
+
+
+def _other_model(file: NpzFile, what: str, recorded: object, expected: object) -> MptTrtError:
+    return file.refused(
+        f"made for another model: {what} is {recorded} there, but {expected} in the checkpoint"
+    )

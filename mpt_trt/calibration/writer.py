@@ -1,0 +1,147 @@
+"""Writes a calibration result as a stream of arrays, in the layout of AMMO's npz files."""
+
+from __future__ import annotations
+
+import contextlib
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from mpt_trt.arrays.cast import convert, is_finite
+from mpt_trt.calibration.npz_keys import (
+    ACTIVATION_SCALE,
+    CORNER,
+    SMOOTHING,
+    WEIGHT,
+    WEIGHT_SCALE,
+    WITH_MATRICES,
+    amax_key,
+    corner_key,
+    heights_of,
+    matrix_keys,
+    shape_key,
+    whole_key,
+)
+from mpt_trt.errors import MptTrtError
+from mpt_trt.model.config import MptConfig
+from mpt_trt.model.tensors import Weight, WeightReader, weights
+from mpt_trt.quantization.calibrated_weights import (
+    CalibratedMatrix,
+    Fp8Scales,
+    KvRanges,
+    SmoothQuantMatrix,
+)
+from mpt_trt.quantization.schemes import QuantizationFormat
+from mpt_trt.system.files import WRITE_BYTES, replace_file, write_in_pieces
+
+# The earliest time that a zip archive can name.
+TIME_STAMP = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class CalibrationWriter:
+    """An archive that grows by one array at a time; the same arrays make the same bytes.
+
+    weight_dtype: float16 or float32, of weights; everything else is float32.
+    """
+
+    archive: zipfile.ZipFile
+    config: MptConfig
+    reader: WeightReader
+    weight_dtype: np.dtype
+
+    def model(self, quantization_format: QuantizationFormat) -> None:
+        """What the model is known by: all norms, and a part of each matrix.
+
+        And the embedding, where there are matrices: then AMMO's loader takes all weights from here.
+        """
+        for weight in weights(self.config):
+            if len(weight.shape) == 2:
+                self._fingerprint(weight)
+            is_wanted = weight.name != "wte" or quantization_format in WITH_MATRICES
+            if is_wanted and (key := whole_key(weight)) is not None:
+                self._weight(key, self.reader.tensor(weight), weight.name)
+
+    def block(self, layer: int, ranges: KvRanges, matrices: Mapping[str, CalibratedMatrix]) -> None:
+        """matrices: by FT name within the layer, e.g. `attention.dense`."""
+        self.kv_ranges(layer, ranges)
+        for name, found in matrices.items():
+            self.matrix(layer, name, found)
+
+    def kv_ranges(self, layer: int, ranges: KvRanges) -> None:
+        self._scalar(amax_key(layer, "key"), ranges.key)
+        self._scalar(amax_key(layer, "value"), ranges.value)
+
+    def matrix(self, layer: int, matrix: str, found: CalibratedMatrix) -> None:
+        """matrix: FT name within the layer, e.g. `attention.dense`."""
+        keys = matrix_keys(layer, matrix)
+        if isinstance(found, Fp8Scales):
+            for key in keys:
+                self._scalar(f"{key}:{WEIGHT_SCALE}", found.weight)
+                self._scalar(f"{key}:{ACTIVATION_SCALE}", found.activation)
+            return
+        heights = heights_of(self.config, matrix, len(found.weight))
+        cuts = np.cumsum(heights)[:-1]
+        parts = zip(keys, np.split(found.weight, cuts), np.split(found.scales, cuts), strict=True)
+        for key, weight, scales in parts:
+            self._weight(f"{key}:{WEIGHT}", weight, key)
+            self._write(f"{key}:{WEIGHT_SCALE}", scales)
+            self._write(f"{key}:{SMOOTHING}", found.pre_quant_scale)
+            if isinstance(found, SmoothQuantMatrix):
+                self._scalar(f"{key}:{ACTIVATION_SCALE}", found.activation_scale)
+
+    def _fingerprint(self, weight: Weight) -> None:
+        rows, columns = CORNER
+        corner = self.reader.tensor(weight)[:rows, :columns].astype(np.float32)
+        self._write(corner_key(weight), corner)
+        self._write(shape_key(weight), np.array(weight.shape, np.int64))
+
+    def _weight(self, key: str, values: NDArray, name: str) -> None:
+        """Writes `values` in weight_dtype; raises MptTrtError for what is not finite there."""
+        with self._entry(key, self.weight_dtype, values.shape) as stream:
+            for piece in _pieces(values):
+                stored = convert(piece, self.weight_dtype)
+                if not is_finite(stored):
+                    raise MptTrtError(
+                        f"{name} holds NaN, Inf or values that {self.weight_dtype} cannot hold; "
+                        "calibrate with --dtype float32, or check the checkpoint"
+                    )
+                stream.write(memoryview(stored).cast("B"))
+
+    def _scalar(self, key: str, value: float) -> None:
+        self._write(key, np.array([value], np.float32))
+
+    def _write(self, key: str, values: NDArray) -> None:
+        with self._entry(key, values.dtype, values.shape) as stream:
+            write_in_pieces(stream, np.ascontiguousarray(values))
+
+    @contextlib.contextmanager
+    def _entry(self, key: str, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
+        """An array of the archive whose elements, in C order, are written to the stream."""
+        entry = zipfile.ZipInfo(f"{key}.npy", TIME_STAMP)
+        header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        with self.archive.open(entry, "w", force_zip64=True) as stream:
+            npy.write_array_header_1_0(stream, header)
+            yield stream
+
+
+@contextlib.contextmanager
+def calibration_writer(
+    target: Path, config: MptConfig, reader: WeightReader, weight_dtype: np.dtype
+) -> Iterator[CalibrationWriter]:
+    """Writes `target` as a whole, or not at all. reader: of the model that is calibrated."""
+    with replace_file(target) as partial, zipfile.ZipFile(partial, "w") as archive:
+        yield CalibrationWriter(archive, config, reader, weight_dtype)
+
+
+def _pieces(values: NDArray) -> Iterator[NDArray]:
+    """The elements in C order, in flat parts that fit into the processor's cache."""
+    flat, step = values.reshape(-1), WRITE_BYTES // values.itemsize
+    for start in range(0, flat.size, step):
+        yield flat[start : start + step]

@@ -1,0 +1,172 @@
+"""Writes an FT checkpoint directory from the tensors of a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import configparser
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpt_trt.checkpoint.tensors import HfCheckpoint
+from mpt_trt.ft.checkpoint import MANIFEST, SECTION
+from mpt_trt.ft.int8 import Int8Conversion
+from mpt_trt.ft.layout import Int8Layers, files_of
+from mpt_trt.ft.streams import FtWriter, TensorSource
+from mpt_trt.model import sharding
+from mpt_trt.model.config import MptConfig
+from mpt_trt.model.tensors import Weight, preceding_norm, weights
+from mpt_trt.system.files import replace_directory, write_json
+from mpt_trt.system.process_pool import Advance, Job, run_forked
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """How to write a directory.
+
+    model_name: recorded in config.ini as FT's converter does (its `-i` argument).
+    source: where the weights came from, recorded in the manifest.
+    int8: what int8 weights and scales are made from; None for a plain checkpoint.
+    """
+
+    storage_type: str
+    tp_size: int
+    workers: int
+    model_name: str
+    source: dict
+    int8: Int8Conversion | None = None
+
+    @property
+    def alpha(self) -> float | None:
+        return None if self.int8 is None else self.int8.alpha
+
+    @property
+    def int8_layers(self) -> Int8Layers:
+        return Int8Layers.NONE if self.int8 is None else self.int8.layers
+
+
+def write_ft_checkpoint(
+    checkpoint: HfCheckpoint,
+    config: MptConfig,
+    settings: ConversionSettings,
+    target: Path,
+    advance: Advance = lambda _: None,
+) -> None:
+    """Writes `target` (a `{tp_size}-gpu` folder) as a whole or not at all.
+
+    Tensors are streamed through small slabs, so memory does not grow with the model. `advance`
+    is called with the number of bytes written.
+
+    Raises MptTrtError for an illegal tp_size, a NaN or Inf in the checkpoint, a value that the
+    storage type cannot hold, a full disk, and activation ranges that do not fit the model.
+    """
+    sharding.require_legal(config, settings.tp_size)
+    if settings.int8 is not None:
+        settings.int8.require_fitting(config)
+    with replace_directory(target) as folder:
+        _write_ini(folder / "config.ini", config, settings)
+        source = TensorSource(checkpoint, config, settings.storage_type)
+        jobs = list(_writing_jobs(source, folder, settings))
+        found = run_forked(jobs, settings.workers, advance)
+        hashes = {name: found_hash for of_job in found for name, found_hash in of_job.items()}
+        _write_manifest(folder, settings, hashes)
+
+
+def _writing_jobs(
+    source: TensorSource, folder: Path, settings: ConversionSettings
+) -> Iterator[Job[dict[str, str]]]:
+    """Functions that together write all `.bin` files; each returns content hashes by file name."""
+    found = weights(source.config)
+    quantized = [weight for weight in found if settings.int8_layers.includes(weight)]
+    folded = {preceding_norm(weight) for weight in quantized}
+    if settings.int8 is not None:
+        for weight in quantized:
+            yield functools.partial(
+                _write_int8, source, folder, settings.tp_size, settings.int8, weight
+            )
+    for weight in found:
+        if weight not in quantized and weight.name.rpartition(".")[0] not in folded:
+            yield functools.partial(_write_plain, source, folder, settings.tp_size, weight)
+
+
+def _write_int8(
+    source: TensorSource,
+    folder: Path,
+    tp_size: int,
+    int8: Int8Conversion,
+    weight: Weight,
+    advance: Advance,
+) -> dict[str, str]:
+    """Writes all files of a linear layer but its bias, for all ranks."""
+    return int8.writer(source, FtWriter(folder, advance), tp_size).write(weight)
+
+
+def _write_plain(
+    source: TensorSource, folder: Path, tp_size: int, weight: Weight, advance: Advance
+) -> dict[str, str]:
+    """Writes one tensor for all ranks."""
+    source.prefetch(weight)
+    files = files_of(source.config, weight, tp_size, source.storage_type)
+    return FtWriter(folder, advance).write_all(files, source.pieces(files))
+
+
+def _write_ini(path: Path, config: MptConfig, settings: ConversionSettings) -> None:
+    values: dict[str, object] = {
+        "model_name": settings.model_name or "mpt",
+        "n_head": config.num_heads,
+        "n_embd": config.hidden_size,
+        "n_inner": config.intermediate_size,
+        "n_positions": config.max_seq_len,
+        "n_layer": config.num_layers,
+        "vocab_size": config.vocab_size,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "storage_dtype": settings.storage_type,
+        "tensor_parallelism": settings.tp_size,
+        "activation_function": "gelu",
+        "calibrate_kv_cache": False,
+        "smoothquant": settings.alpha,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+    }
+    if config.position_embedding == "alibi":
+        values["position_embedding_type"] = "alibi"
+    if config.num_kv_heads != config.num_heads:
+        values["n_kv_head"] = config.num_kv_heads
+    if not config.bias:
+        values["bias"] = False
+    values |= _keys_beyond_ft(config)
+    parser = configparser.ConfigParser(interpolation=None)
+    parser[SECTION] = {key: str(value) for key, value in values.items()}
+    with path.open("w") as stream:
+        parser.write(stream)
+
+
+def _keys_beyond_ft(config: MptConfig) -> dict[str, object]:
+    """What FT's config.ini has no key for; written only when it differs from what FT assumes."""
+    usual_scale = 1.0 / math.sqrt(config.head_dim)
+    found = {
+        "position_embedding_type": "learned_absolute"
+        if config.position_embedding == "learned"
+        else None,
+        "alibi_bias_max": config.alibi_bias_max if config.alibi_bias_max != 8 else None,
+        "clip_qkv": config.clip_qkv,
+        "qk_ln": True if config.qk_ln else None,
+        "qk_ln_epsilon": config.qk_ln_epsilon if config.qk_ln_epsilon != 1e-5 else None,
+        "softmax_scale": config.softmax_scale if config.softmax_scale != usual_scale else None,
+        "logit_scale": config.logit_scale if config.logit_scale != 1.0 else None,
+        "norm_type": config.norm_type if config.norm_type != "layernorm" else None,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _write_manifest(folder: Path, settings: ConversionSettings, hashes: dict[str, str]) -> None:
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "hash": hashes[name]}
+        for name in sorted(hashes)
+    }
+    content: dict[str, object] = {"source": settings.source}
+    if settings.int8 is not None:
+        content["calibration"] = settings.int8.origin
+    content["files"] = files
+    write_json(folder / MANIFEST, content)
