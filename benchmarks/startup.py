@@ -31,12 +31,13 @@ ENGINE = "mpt-demo/fp16/1-gpu"
 # run.py as it is, ended where it would load the engine.
 UNTIL_LOADING = """
 import sys
-sys.path.insert(0, sys.argv.pop(1))
-import run
-from mpt_trt.engines import loading
+sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]
+from run import make_parser
+options = make_parser().parse_args()
+from mpt_trt.commands import run
 def load_engine(*_): sys.exit()
-loading.load_engine = load_engine
-run.main()
+run.load_engine = load_engine
+run.run(options)
 sys.exit("run.py did not come to loading")
 """
 
@@ -156,7 +157,7 @@ def starts(scratch: Path) -> dict[str, Command]:
             "--output", scratch / "report.html", "--items_dir", scratch / "items",
         ),
         "run.py, until it loads the engine": [
-            sys.executable, "-c", UNTIL_LOADING, SCRIPTS, *engine,
+            sys.executable, "-c", UNTIL_LOADING, REPOSITORY, SCRIPTS, *engine,
         ],
     }  # fmt: skip
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.checkpoint.known_models import SHAPES, hub_config
-from mpt_trt.cli.console import bytes_progress, run_cli
+from mpt_trt.cli.console import run_cli
+from mpt_trt.cli.progress import bytes_progress
 
 if TYPE_CHECKING:
     import torch

@@ -5,22 +5,19 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpt_trt.quantization.schemes import CALIBRATION_BATCH_SIZE
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mpt_trt.calibration.block_stream import Computation
-    from mpt_trt.checkpoint.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class _ConfigDefault:
-    """A default of config.yaml, which is read where it counts: that takes 0.03 s."""
+    """A default of config.yaml's schema, read only by tools that calibrate.
+
+    Conversion has these options, too, and mostly does not: reading YAML takes 0.05 s of its 0.2 s.
+    """
 
     key: str
 
@@ -28,8 +25,8 @@ class _ConfigDefault:
     def value(self) -> Any:
         from mpt_trt.workflow.settings import default_calibration
 
-        found = getattr(default_calibration(), self.key)
-        return REPOSITORY / found if self.key == "text" else found
+        default = getattr(default_calibration(), self.key)
+        return REPOSITORY / default if self.key == "text" else default
 
     def __str__(self) -> str:
         """For the help."""
@@ -37,10 +34,7 @@ class _ConfigDefault:
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """Adds the options from which `computation` and `calibration_samples` are read.
-
-    After `fill_in`, that is.
-    """
+    """Adds the options that `calibration_requests` reads, after `fill_in`."""
     group = parser.add_argument_group("calibration")
     add, default = group.add_argument, "(default: %(default)s)"
     add(
@@ -80,38 +74,8 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def fill_in(arguments: argparse.Namespace) -> None:
+def fill_in(options: argparse.Namespace) -> None:
     """Reads the defaults of the options that were not given."""
-    for name, found in list(vars(arguments).items()):
-        if isinstance(found, _ConfigDefault):
-            setattr(arguments, name, found.value)
-
-
-def calibration_samples(arguments: argparse.Namespace, tokenizer: Tokenizer) -> Tensor:
-    """Token ids, int64 `[calib_size, calib_max_seq_length]`."""
-    from mpt_trt.calibration.samples import read_samples
-
-    return read_samples(
-        arguments.calib_text, tokenizer, arguments.calib_size, arguments.calib_max_seq_length
-    )
-
-
-def computation(arguments: argparse.Namespace, dtype: str) -> Computation:
-    """How to calibrate. dtype: what a GPU computes in; a CPU computes in float32.
-
-    Raises MptTrtError for a number below 1, and when there is no GPU but one is asked for.
-    """
-    import torch
-
-    from mpt_trt.calibration.block_stream import Computation
-    from mpt_trt.errors import MptTrtError
-
-    for name in ("calib_size", "calib_max_seq_length", "batch_size"):
-        if (value := getattr(arguments, name)) < 1:
-            raise MptTrtError(f"--{name} = {value}: at least 1 is required")
-    has_gpu = torch.cuda.is_available()
-    if arguments.device == "cuda" and not has_gpu:
-        raise MptTrtError("--device = cuda: PyTorch finds no GPU; take cpu, or auto")
-    if arguments.device == "cpu" or not has_gpu:
-        return Computation("cpu", torch.float32, arguments.batch_size)
-    return Computation("cuda", getattr(torch, dtype), arguments.batch_size)
+    for name, value in list(vars(options).items()):
+        if isinstance(value, _ConfigDefault):
+            setattr(options, name, value.value)

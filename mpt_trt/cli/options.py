@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from mpt_trt.engines.spec import BuildLimits
+from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.workflow.settings import (
     TENSORRT_LLM,
     Tolerance,
@@ -17,12 +18,17 @@ from mpt_trt.workflow.settings import (
     variant_default,
 )
 
-if TYPE_CHECKING:
-    from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
-    from mpt_trt.engines.build.build import BuildRequest
-    from mpt_trt.engines.spec import BuildLimits
-    from mpt_trt.ft.checkpoint import FtCheckpoint
-    from mpt_trt.model.sharding import VocabularySharding
+WITHOUT_EFFECT = (
+    "use_gpt_attention_plugin",
+    "use_gemm_plugin",
+    "use_layernorm_plugin",
+    "use_weight_only_quant_matmul_plugin",
+    "use_smooth_quant_gemm_plugin",
+    "strongly_typed",
+    "enable_context_fmha",
+    "enable_context_fmha_fp32_acc",
+    "remove_input_padding",
+)
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
@@ -65,14 +71,13 @@ def add_vocabulary(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def vocabulary(arguments: argparse.Namespace) -> VocabularySharding:
-    from mpt_trt.model.sharding import VocabularySharding
-
-    return VocabularySharding(arguments.shard_embedding, arguments.shard_head)
+def vocabulary(options: argparse.Namespace) -> VocabularySharding:
+    """Which of the vocabulary's matrices the ranks share."""
+    return VocabularySharding(options.shard_embedding, options.shard_head)
 
 
 def add_quantization(parser: argparse.ArgumentParser) -> None:
-    """Adds the options from which `calibrated` is read."""
+    """Adds the options from which `engine_requests.calibrated` is read."""
     group = parser.add_argument_group("quantization; see config.yaml")
     group.add_argument(
         "--quantization",
@@ -111,26 +116,8 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibration", type=Path, help="npz file that quantize.py made")
 
 
-def calibrated(arguments: argparse.Namespace, checkpoint: FtCheckpoint) -> CalibratedQuantization:
-    """The quantization asked for; the calibration is checked against the checkpoint."""
-    from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
-    from mpt_trt.calibration.result import read_calibration
-    from mpt_trt.quantization.schemes import Quantization, make_weight_quantization
-
-    scheme = make_weight_quantization(
-        arguments.quantization,
-        group_size=arguments.group_size,
-        alpha=arguments.alpha,
-        per_channel=arguments.per_channel,
-        per_token=arguments.per_token,
-    )
-    path = arguments.calibration
-    calibration = None if path is None else read_calibration(path, checkpoint)
-    return CalibratedQuantization(Quantization(scheme, arguments.kv_cache_dtype), calibration)
-
-
 def add_builder(parser: argparse.ArgumentParser) -> None:
-    """Adds the options from which `build_request` is read, limits aside."""
+    """Adds the options from which `engine_requests.build_request` is read, limits aside."""
     group = parser.add_argument_group("builder")
     group.add_argument(
         "--backend",
@@ -149,24 +136,13 @@ def add_builder(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def limits(arguments: argparse.Namespace) -> BuildLimits:
-    from mpt_trt.engines.spec import BuildLimits
-
+def limits(options: argparse.Namespace) -> BuildLimits:
+    """The limits of the engine."""
     return BuildLimits(
-        max_batch_size=arguments.max_batch_size,
-        max_input_len=arguments.max_input_len,
-        max_output_len=arguments.max_output_len,
-        gather_all_token_logits=arguments.gather_all_token_logits,
-    )
-
-
-def build_request(arguments: argparse.Namespace, engine_limits: BuildLimits) -> BuildRequest:
-    from mpt_trt.engines.build.build import BuildRequest
-
-    return BuildRequest(
-        limits=engine_limits,
-        backend=arguments.backend,
-        compute_capabilities=tuple(arguments.compute_capabilities),
+        max_batch_size=options.max_batch_size,
+        max_input_len=options.max_input_len,
+        max_output_len=options.max_output_len,
+        gather_all_token_logits=options.gather_all_token_logits,
     )
 
 
@@ -183,8 +159,9 @@ def add_tolerance(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=float, default=default, help="(default: %(default)s)")
 
 
-def tolerance(arguments: argparse.Namespace) -> Tolerance:
-    return Tolerance(arguments.max_abs, arguments.mean_kl, arguments.min_top1)
+def tolerance(options: argparse.Namespace) -> Tolerance:
+    """How far the engine's logits may be from the reference's."""
+    return Tolerance(options.max_abs, options.mean_kl, options.min_top1)
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
@@ -209,3 +186,15 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
         help="int8: ONNX Runtime on a CPU rounds what 4- and 8-bit weights are multiplied by to 8 "
         "bits, which is faster and less exact (default: %(default)s)",
     )
+
+
+def add_ignored(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that chose TensorRT-LLM's plugins."""
+    group = parser.add_argument_group("accepted, without effect")
+    for name in WITHOUT_EFFECT:
+        group.add_argument(f"--{name}", nargs="?", const=True, default=False)
+
+
+def ignored(options: argparse.Namespace) -> list[str]:
+    """The flags among those that were given."""
+    return [f"--{name}" for name in WITHOUT_EFFECT if getattr(options, name)]

@@ -24,6 +24,8 @@ BASE_VARIANT = "fp16"
 # How much worse than the reference's perplexity counts as nearly as good.
 NEARLY = 0.01
 TABLE = "table.csv"
+# The page that ships.
+TEMPLATE = Path(__file__).parent / "page.html.jinja"
 MISSING = "\N{EN DASH}"
 
 

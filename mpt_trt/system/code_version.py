@@ -2,6 +2,9 @@
 
 Snakemake notices neither edits to a script that a shell rule calls nor to the modules behind it.
 The rules hand it this hash as a parameter, and a changed parameter makes the outputs anew.
+
+A script NAME.py runs the module `mpt_trt.commands.NAME`, which it imports late, by its name: see
+`mpt_trt.cli.console.run_command`.
 """
 
 from __future__ import annotations
@@ -13,64 +16,74 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = "mpt_trt"
-# The folder that holds the package, and beside it the scripts.
-ROOT = Path(__file__).resolve().parents[2]
+# The folder of the package mpt_trt.
+PACKAGE = Path(__file__).resolve().parents[1]
 # The kinds of nodes in which statements are.
 BLOCKS = (ast.stmt, ast.excepthandler, ast.match_case)
 
 
 @functools.cache
-def source_hash(script: Path) -> str:
+def source_hash(script: Path, package: Path = PACKAGE) -> str:
     """Hash of all files that the script runs through; it does not depend on where they lie."""
     digest = hashlib.sha256()
-    for path in source_files(script):
-        digest.update(f"{path.relative_to(ROOT)}\0".encode())
+    for path in source_files(script, package):
+        name = path.relative_to(package) if path.is_relative_to(package) else path.name
+        digest.update(f"{name}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def source_files(script: Path) -> tuple[Path, ...]:
-    """`script` first, then every module of the library that it imports, directly or not."""
-    found, known = [script], {script}
-    for path in found:  # grows while it is walked
-        new = [module for module in _imported(path, ROOT) if module not in known]
-        found += new
+def source_files(script: Path, package: Path = PACKAGE) -> tuple[Path, ...]:
+    """`script` first, then every module of the package that it runs, directly or not."""
+    paths = [script, *_command_files(script, package)]
+    known = set(paths)
+    for path in paths:  # grows while it is walked
+        new = [module for module in _imported(path, package) if module not in known]
+        paths += new
         known.update(new)
-    return tuple(found)
+    return tuple(paths)
+
+
+def _command_files(script: Path, package: Path) -> tuple[Path, ...]:
+    """The files of the script's command; none for a script that is not a command."""
+    command = package / "commands" / f"{script.stem}.py"
+    return _module_files(package, ("commands", script.stem)) if command.is_file() else ()
 
 
 @functools.cache
-def _imported(path: Path, root: Path) -> tuple[Path, ...]:
-    """The library's files that run when the lines of `path` do; most are behind many scripts."""
-    names = dict.fromkeys(_imported_names(ast.parse(path.read_text())))
-    files = (file for name in names for file in _module_files(root, tuple(name.split("."))))
+def _imported(path: Path, package: Path) -> tuple[Path, ...]:
+    """The package's files that run when the lines of `path` do; most are behind many scripts."""
+    names = dict.fromkeys(_imported_names(ast.parse(path.read_text()), package.name))
+    files = (file for name in names for file in _module_files(package, tuple(name.split(".")[1:])))
     return tuple(dict.fromkeys(files))
 
 
-def _imported_names(module: ast.Module) -> Iterator[str]:
-    """What may be a module of the library: `from a.b import c` names `a.b` and `a.b.c`."""
+def _imported_names(module: ast.Module, package: str) -> Iterator[str]:
+    """What may be a module of the package: `from a.b import c` names `a.b` and `a.b.c`."""
     for node in _statements(module):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
-            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+        if isinstance(node, ast.ImportFrom):
+            if node.module is not None and node.module.split(".")[0] == package:
+                yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
         elif isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.split(".")[0] == PACKAGE)
+            yield from (a.name for a in node.names if a.name.split(".")[0] == package)
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
     """All statements within a node, in the order of ast.walk, which looks at expressions, too."""
     waiting = deque([node])
     while waiting:
-        found = [n for n in ast.iter_child_nodes(waiting.popleft()) if isinstance(n, BLOCKS)]
-        waiting += found
-        yield from found
+        nodes = [n for n in ast.iter_child_nodes(waiting.popleft()) if isinstance(n, BLOCKS)]
+        waiting += nodes
+        yield from nodes
 
 
 @functools.cache
-def _module_files(root: Path, parts: tuple[str, ...]) -> tuple[Path, ...]:
-    """The files that run when the module is imported, its packages' `__init__` included."""
-    if not parts:
-        return ()
-    base = root.joinpath(*parts)
-    candidates = (base / "__init__.py", base.with_suffix(".py"))
-    return *_module_files(root, parts[:-1]), *(path for path in candidates if path.is_file())
+def _module_files(package: Path, parts: tuple[str, ...]) -> tuple[Path, ...]:
+    """The files that run when the module is imported, its packages' `__init__` included.
+
+    parts: the module's name after the package's.
+    """
+    base = package.joinpath(*parts)
+    candidates = [base / "__init__.py"] + [base.with_suffix(".py")] * bool(parts)
+    own = tuple(path for path in candidates if path.is_file())
+    return _module_files(package, parts[:-1]) + own if parts else own

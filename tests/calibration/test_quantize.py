@@ -145,7 +145,7 @@ def test_ft_checkpoints_of_unknown_origin_need_a_tokenizer(
 def test_modelopt_is_imported_by_calibration_alone() -> None:
     """It takes seconds; reading results takes not even PyTorch."""
     code = (
-        "import sys, mpt_trt.calibration.result, mpt_trt.cli.options;"
+        "import sys, mpt_trt.calibration.result, mpt_trt.cli.engine_requests;"
         "assert 'torch' not in sys.modules;"
         "import mpt_trt.evaluation.reference, mpt_trt.calibration.modelopt;"
         "assert 'modelopt' not in sys.modules"

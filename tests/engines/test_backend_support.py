@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import yaml
@@ -23,7 +22,6 @@ from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.quantization.schemes import Awq, Fp8, Quantization, SmoothQuant, WeightOnly
 from mpt_trt.workflow.settings import parse_settings, variant_choices
-from support.engines import call_tool
 from support.workflow import REPOSITORY
 from tools import markdown
 
@@ -132,14 +130,5 @@ def test_backends_are_those_of_the_configuration() -> None:
 
 def test_committed_table_is_what_is_known() -> None:
     assert markdown.between_marks(REPOSITORY / "docs/backends.md") == backend_support.table(), (
-        "run tools/show_backends.py --update docs/backends.md"
+        "run make docs"
     )
-
-
-def test_tool_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "doc.md"
-    path.write_text(f"before\n{markdown.BEGIN}\nstale\n{markdown.END}\nafter\n")
-    call_tool("show_backends.py", "--update", path)
-    call_tool("show_backends.py")
-    assert markdown.between_marks(path) == capsys.readouterr().out.strip()
-    assert "stale" not in path.read_text()

@@ -47,8 +47,7 @@ from support.checkpoints import CheckpointSpec, config_dict, write_checkpoint
 from support.engines import FEATURES, call_tool
 from support.paths import REPOSITORY
 from support.workflow import SMALL, SPEC, Workflow
-from tools import markdown
-from workflow_scripts import show_requirements
+from tools import markdown, update_docs
 
 LIMITS = BuildLimits(8, 512, 64)
 WHOLE = VocabularySharding(embedding=False, head=False)
@@ -420,39 +419,18 @@ def test_fewer_layers_change_nothing_else(name: str) -> None:
 
 def test_committed_table_is_what_is_computed() -> None:
     found = markdown.between_marks(REPOSITORY / "docs" / "models.md")
-    assert found == show_requirements.tables().strip(), (
-        "run workflow_scripts/show_requirements.py --update docs/models.md"
-    )
+    assert found == update_docs.requirements().strip(), "run make docs"
 
 
 def test_table_has_every_model_type_and_legal_number_of_ranks() -> None:
-    headings = re.findall(r"^### (.*)$", show_requirements.tables(), re.MULTILINE)
+    headings = re.findall(r"^### (.*)$", update_docs.requirements(), re.MULTILINE)
     assert sorted(", ".join(headings).split(", ")) == sorted(SHIPPED)
-    cells = [row.split(" | ")[:2] for row in show_requirements.table_rows(known_config("mpt-30b"))]
-    expected = {(kind, tp) for kind in show_requirements.KINDS for tp in "1248"}
+    cells = [row.split(" | ")[:2] for row in update_docs.table_rows(known_config("mpt-30b"))]
+    expected = {(kind, tp) for kind in update_docs.KINDS for tp in "1248"}
     found = {(kind, tp) for kinds, tp in cells for kind in kinds.strip("| ").split(", ")}
     assert found == expected
     odd = config_of(CheckpointSpec(num_heads=6))
-    assert {row.split(" | ")[1] for row in show_requirements.table_rows(odd)} == {"1", "2"}
-
-
-def test_update_replaces_what_is_between_the_marks(tmp_path: Path) -> None:
-    begin, end = markdown.BEGIN, markdown.END
-    path = tmp_path / "doc.md"
-    path.write_text(f"before\n{begin}\nstale\n{end}\nafter\n")
-    for _ in range(2):
-        call_tool("show_requirements.py", "--update", path)
-        text = path.read_text()
-        assert text.startswith(f"before\n{begin}\n") and text.endswith(f"{end}\nafter\n")
-        assert "stale" not in text and text.count("### mpt-7b,") == 1
-
-
-def test_update_without_marks_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "doc.md"
-    path.write_text("text\n")
-    with pytest.raises(MptTrtError, match=r"doc\.md: lines .* are expected"):
-        call_tool("show_requirements.py", "--update", path)
-    assert path.read_text() == "text\n"
+    assert {row.split(" | ")[1] for row in update_docs.table_rows(odd)} == {"1", "2"}
 
 
 def test_tool_shows_a_folder_as_it_shows_the_known_shape(tmp_path: Path, capsys) -> None:

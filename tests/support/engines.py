@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import runpy
@@ -218,13 +219,14 @@ def run_tool(script: str, *arguments: object, **options: object) -> subprocess.C
 
 
 def call_tool(script: str, *arguments: object) -> None:
-    """Runs a tool's main function in this process, which is faster; its errors come through."""
-    argv, handlers, level = sys.argv, logging.root.handlers[:], logging.root.level
-    sys.argv = [script, *map(str, arguments)]
+    """Runs a script's command in this process, which is faster; its errors come through."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    path = tool_path(script)
+    options = runpy.run_path(str(path))["make_parser"]().parse_args(list(map(str, arguments)))
     try:
-        runpy.run_path(str(tool_path(script)))["main"]()
+        importlib.import_module(f"mpt_trt.commands.{path.stem}").run(options)
     finally:
-        sys.argv, logging.root.handlers = argv, handlers
+        logging.root.handlers = handlers
         logging.root.setLevel(level)
 
 

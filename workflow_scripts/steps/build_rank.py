@@ -9,11 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpt_trt.cli import options as options
-from mpt_trt.cli.console import run_cli
+from mpt_trt.cli import options
+from mpt_trt.cli.console import run_command
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--network_dir", type=Path, required=True, help="folder that make_networks.py made"
@@ -21,18 +21,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=0, help="which rank (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the result")
     options.add_builder(parser)
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    from mpt_trt.engines.build.build import build_rank
-    from mpt_trt.engines.manifest import read_network_limits
-
-    limits = read_network_limits(arguments.network_dir, arguments.rank)
-    request = options.build_request(arguments, limits)
-    build_rank(arguments.network_dir, arguments.rank, request, arguments.output_dir)
+    return parser
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(make_parser(), "mpt_trt.commands.build_rank")

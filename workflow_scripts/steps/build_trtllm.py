@@ -7,17 +7,15 @@ Runs in TensorRT-LLM's environment (0.20 to 1.2.1), on the GPUs that the engine 
 from __future__ import annotations
 
 import argparse
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpt_trt.cli.console import run_cli
+from mpt_trt.cli.console import run_command
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--checkpoint_dir", type=Path, required=True, help="what convert_ft_to_trtllm.py made")
@@ -28,39 +26,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--gather_all_token_logits", action="store_true", help="logits of a prompt's every token")
     add("--workers", type=int, default=1, help="ranks built at a time (default: %(default)s)")
     add("--show", action="store_true", help="print trtllm-build's command line and do nothing")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    from mpt_trt.engines.spec import BuildLimits
-    from mpt_trt.engines.trtllm import package
-    from mpt_trt.engines.trtllm.build_command import build_command
-    from mpt_trt.errors import MptTrtError
-    from mpt_trt.system.files import replace_directory
-
-    limits = BuildLimits(
-        arguments.max_batch_size,
-        arguments.max_input_len,
-        arguments.max_output_len,
-        arguments.gather_all_token_logits,
-    )
-
-    def command(builder: str, target: Path) -> list[str]:
-        return build_command(builder, arguments.checkpoint_dir, limits, arguments.workers, target)
-
-    if arguments.show:
-        print(shlex.join(command(package.BUILDER, arguments.output_dir)))
-        return
-    package.require_tensorrt_llm()
-    builder = package.builder_path()
-    with replace_directory(arguments.output_dir) as folder:
-        status = subprocess.run(command(builder, folder), check=False).returncode
-        if status:
-            raise MptTrtError(
-                f"{package.BUILDER} ended with status {status}; its own message is above"
-            )
+    return parser
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(make_parser(), "mpt_trt.commands.build_trtllm")

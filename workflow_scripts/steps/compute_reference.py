@@ -12,11 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpt_trt.cli.console import run_cli
+from mpt_trt.cli.console import run_command
 from mpt_trt.workflow.settings import parse_settings
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     usual = parse_settings({}).quality
     parser.add_argument(
@@ -40,38 +40,8 @@ def parse_arguments() -> argparse.Namespace:
         help="tokens of a window (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    from mpt_trt.checkpoint import hub
-    from mpt_trt.checkpoint.tokenizer import read_tokenizer
-    from mpt_trt.errors import MptTrtError
-    from mpt_trt.evaluation.heldout import HeldOut, read_text, windows, write_heldout
-    from mpt_trt.evaluation.reference import reference_hidden, reference_name
-    from mpt_trt.system.files import content_hash
-
-    for name in ("num_windows", "window_length"):
-        if getattr(arguments, name) < 1:
-            raise MptTrtError(f"--{name} = {getattr(arguments, name)}: at least 1 is required")
-    folder, _ = hub.local_folder(arguments.model_dir, arguments.revision)
-    tokenizer_dir = arguments.tokenizer_dir
-    tokenizer = read_tokenizer(
-        folder if tokenizer_dir is None else hub.tokenizer_folder(tokenizer_dir, "main")
-    )
-    tokens = tokenizer.encode(read_text(arguments.text))
-    chosen = windows(tokens, arguments.num_windows, arguments.window_length)
-    print(f"{arguments.text}: {len(tokens)} tokens; {len(chosen)} windows of {chosen.shape[1] - 1}")
-    heldout = HeldOut(
-        tokens=chosen,
-        hidden=reference_hidden(folder, chosen[:, :-1]).numpy(),
-        text=str(arguments.text),
-        text_hash=content_hash(arguments.text),
-        reference=reference_name(folder),
-    )
-    write_heldout(heldout, arguments.output)
+    return parser
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(make_parser(), "mpt_trt.commands.compute_reference")

@@ -15,11 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpt_trt.cli import options as options
-from mpt_trt.cli.console import run_cli
+from mpt_trt.cli import options
+from mpt_trt.cli.console import run_command
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--model_dir", type=Path, required=True, help="a {tp_size}-gpu folder of an FT checkpoint"
@@ -30,25 +30,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     options.add_vocabulary(parser)
     options.add_quantization(parser)
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    from mpt_trt.engines.trtllm.checkpoint import TrtllmConversion, write_trtllm_checkpoint
-    from mpt_trt.errors import MptTrtError
-    from mpt_trt.ft.checkpoint import read_ft_checkpoint
-
-    if arguments.workers < 1:
-        raise MptTrtError(f"--workers = {arguments.workers}: at least 1 is required")
-    checkpoint = read_ft_checkpoint(arguments.model_dir)
-    conversion = TrtllmConversion(
-        checkpoint, options.calibrated(arguments, checkpoint), options.vocabulary(arguments)
-    )
-    write_trtllm_checkpoint(conversion, arguments.output_dir, arguments.workers)
-    size = sum(path.stat().st_size for path in arguments.output_dir.iterdir())
-    print(f"{arguments.output_dir}: {checkpoint.tp_size} ranks, {size / 1e9:.2f} GB")
+    return parser
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(make_parser(), "mpt_trt.commands.convert_ft_to_trtllm")

@@ -9,27 +9,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpt_trt.cli.console import run_cli
+from mpt_trt.cli.console import run_command
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokenizer_dir", required=True, help="hub id or folder of the tokenizer")
     parser.add_argument("--prompt", required=True, help="the text")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    from mpt_trt.checkpoint import hub
-    from mpt_trt.checkpoint.tokenizer import read_tokenizer
-    from mpt_trt.system.files import write_json
-
-    tokenizer = read_tokenizer(hub.tokenizer_folder(arguments.tokenizer_dir, "main"))
-    content = {"prompt": arguments.prompt, "tokens": tokenizer.encode(arguments.prompt)}
-    write_json(arguments.output, content)
+    return parser
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(make_parser(), "mpt_trt.commands.encode_prompt")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpt_trt.cli import options as options
-from mpt_trt.cli.console import run_cli
+from mpt_trt.cli import options
+from mpt_trt.cli.console import run_command
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--model_dir", type=Path, required=True, help="a {tp_size}-gpu folder of an FT checkpoint"
@@ -25,23 +25,8 @@ def parse_arguments() -> argparse.Namespace:
     options.add_limits(parser)
     options.add_vocabulary(parser)
     options.add_quantization(parser)
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    from mpt_trt.engines.build.build import make_networks
-    from mpt_trt.ft.checkpoint import read_ft_checkpoint
-
-    checkpoint = read_ft_checkpoint(arguments.model_dir)
-    make_networks(
-        checkpoint,
-        options.limits(arguments),
-        arguments.output_dir,
-        options.vocabulary(arguments),
-        options.calibrated(arguments, checkpoint),
-    )
+    return parser
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(make_parser(), "mpt_trt.commands.make_networks")

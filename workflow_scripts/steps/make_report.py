@@ -13,12 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpt_trt.cli.console import run_cli
-
-TEMPLATE = Path(__file__).resolve().parents[2] / "mpt_trt" / "report" / "page.html.jinja"
+from mpt_trt.cli.console import run_command
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="name of the model, for the title")
     group = parser.add_argument_group("engines, the same number of each, in the order of the table")
@@ -29,30 +27,11 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument(
         "--smoke_tests", nargs="+", type=Path, required=True, help="files of smoke_test.py"
     )
-    parser.add_argument(
-        "--template", type=Path, default=TEMPLATE, help="of the page (default: the one that ships)"
-    )
+    parser.add_argument("--template", type=Path, help="of the page (default: the one that ships)")
     parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
     parser.add_argument("--items_dir", type=Path, required=True, help="folder of table and plots")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    from mpt_trt.errors import MptTrtError
-    from mpt_trt.report.page import read_entry, write_report
-
-    engines = (arguments.variants, arguments.quality, arguments.smoke_tests)
-    if len(set(map(len, engines))) > 1:
-        counts = ", ".join(str(len(values)) for values in engines)
-        raise MptTrtError(
-            f"--variants, --quality and --smoke_tests have {counts} values; "
-            "give one of each an engine"
-        )
-    entries = [read_entry(*engine) for engine in zip(*engines, strict=True)]
-    template, output = arguments.template, arguments.output
-    write_report(arguments.model, entries, template, output, arguments.items_dir)
+    return parser
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(make_parser(), "mpt_trt.commands.make_report")

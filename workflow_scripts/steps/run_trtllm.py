@@ -12,32 +12,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpt_trt.cli.console import run_cli
+from mpt_trt.cli.console import run_command
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--engine_dir", type=Path, required=True, help="what build_trtllm.py made")
     add("--prompt", type=Path, required=True, help="JSON file that encode_prompt.py wrote")
     add("--max_output_len", type=int, required=True, help="tokens to generate, at least 2")
     add("--output", type=Path, required=True, help="npz file of the result")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    from mpt_trt.engines.trtllm.package import require_tensorrt_llm
-    from mpt_trt.system.files import read_json
-
-    version = require_tensorrt_llm()
-    from mpt_trt.engines.trtllm.generation_run import record_generation
-
-    prompt = read_json(arguments.prompt)["tokens"]
-    record_generation(
-        arguments.engine_dir, prompt, arguments.max_output_len, version, arguments.output
-    )
+    return parser
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(make_parser(), "mpt_trt.commands.run_trtllm")

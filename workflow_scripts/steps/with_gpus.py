@@ -14,45 +14,21 @@ driver finds, or else as many as MPT_TRT_GPUS says.
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpt_trt.cli.console import run_cli
+from mpt_trt.cli.console import run_command
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gpus", type=_count, required=True, help="how many")
     parser.add_argument("command", nargs="+", help="the command and its arguments, after --")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    from mpt_trt.errors import MptTrtError
-    from mpt_trt.system import gpu_locks
-
-    def say_waiting() -> None:
-        print(f"waiting for {arguments.gpus} free GPUs", file=sys.stderr)
-
-    available = gpu_locks.devices()
-    taken = gpu_locks.acquire(arguments.gpus, available, gpu_locks.scope(), say_waiting)
-    taken.pass_to_child()
-    if taken.names:
-        print(f"GPUs of this job: {', '.join(taken.names)}", file=sys.stderr)
-    program, *_ = arguments.command
-    # Python ignores this one, and what is ignored stays so in the command.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    try:
-        os.execvpe(program, arguments.command, os.environ | gpu_locks.environment(taken.names))
-    except OSError as error:
-        raise MptTrtError(f"{program}: cannot be run: {error.strerror}") from None
+    return parser
 
 
 def _count(text: str) -> int:
@@ -62,4 +38,4 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(make_parser(), "mpt_trt.commands.with_gpus")

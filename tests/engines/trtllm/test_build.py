@@ -212,13 +212,12 @@ def test_a_failed_build_leaves_nothing(tmp_path):
 def test_nothing_heavy_is_imported_where_tensorrt_llm_runs() -> None:
     """Its environment has the packages that it needs itself, and rich and xxhash, but not ours."""
     code = (
-        "import sys, mpt_trt.cli.console, mpt_trt.engines.trtllm.package, "
-        "mpt_trt.engines.trtllm.build_command, "
-        "mpt_trt.engines.trtllm.generation_run; "
+        "import sys, mpt_trt.cli.console, mpt_trt.commands.check_trtllm, "
+        "mpt_trt.commands.build_trtllm, mpt_trt.commands.run_trtllm; "
         "sys.exit(bool({'onnx', 'onnxruntime', 'ml_dtypes', 'jsonschema', 'torch', 'mpi4py'} "
         "& sys.modules.keys()))"
     )
-    folder = REPOSITORY / "workflow_scripts"
+    folder = REPOSITORY
     assert subprocess.run([sys.executable, "-c", code], cwd=folder, check=False).returncode == 0
 
 

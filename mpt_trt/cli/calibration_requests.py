@@ -1,0 +1,36 @@
+"""What parsed options ask for, where a model reads the calibration text."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from mpt_trt.calibration.block_stream import Computation
+from mpt_trt.calibration.samples import read_samples
+from mpt_trt.checkpoint.tokenizer import Tokenizer
+from mpt_trt.errors import MptTrtError
+
+
+def calibration_samples(options: argparse.Namespace, tokenizer: Tokenizer) -> Tensor:
+    """Token ids, int64 `[calib_size, calib_max_seq_length]`."""
+    return read_samples(
+        options.calib_text, tokenizer, options.calib_size, options.calib_max_seq_length
+    )
+
+
+def computation(options: argparse.Namespace, dtype: str) -> Computation:
+    """How to calibrate. dtype: what a GPU computes in; a CPU computes in float32.
+
+    Raises MptTrtError for a number below 1, and when there is no GPU but one is asked for.
+    """
+    for name in ("calib_size", "calib_max_seq_length", "batch_size"):
+        if (value := getattr(options, name)) < 1:
+            raise MptTrtError(f"--{name} = {value}: at least 1 is required")
+    has_gpu = torch.cuda.is_available()
+    if options.device == "cuda" and not has_gpu:
+        raise MptTrtError("--device = cuda: PyTorch finds no GPU; take cpu, or auto")
+    if options.device == "cpu" or not has_gpu:
+        return Computation("cpu", torch.float32, options.batch_size)
+    return Computation("cuda", getattr(torch, dtype), options.batch_size)

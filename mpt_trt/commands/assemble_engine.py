@@ -1,0 +1,12 @@
+"""Puts the networks and plans of all ranks together as an engine directory, by hard links."""
+
+from __future__ import annotations
+
+import argparse
+
+from mpt_trt.engines.manifest import collect, read_network_tp_size
+
+
+def run(options: argparse.Namespace) -> None:
+    tp_size = read_network_tp_size(options.network_dir)
+    collect([(options.network_dir, options.plan_dir)] * tp_size, options.output_dir)

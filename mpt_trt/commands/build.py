@@ -1,0 +1,96 @@
+"""Builds TensorRT engines from an FT checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
+from mpt_trt.calibration.result import read_calibration
+from mpt_trt.cli import engine_requests
+from mpt_trt.cli import options as cli_options
+from mpt_trt.cli.terminal import set_up_logging
+from mpt_trt.engines.build.build import BuildRequest, build_engine, build_one_by_one
+from mpt_trt.engines.build.parallel import build_side_by_side
+from mpt_trt.errors import MptTrtError
+from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
+from mpt_trt.quantization.schemes import (
+    Awq,
+    Fp8,
+    Quantization,
+    SmoothQuant,
+    WeightOnly,
+    WeightQuantization,
+)
+
+
+def run(options: argparse.Namespace) -> None:
+    set_up_logging(options.log_level)
+    if ignored := cli_options.ignored(options):
+        logging.info("Without effect here: %s", " ".join(ignored))
+    checkpoint = read_ft_checkpoint(_rank_folder(options.model_dir, options.world_size))
+    if checkpoint.tp_size != options.world_size:
+        raise MptTrtError(
+            f"--world_size = {options.world_size}, but {options.model_dir} was converted for "
+            f"{checkpoint.tp_size}; convert with -tp {options.world_size}"
+        )
+    if options.dtype not in (None, checkpoint.storage_type):
+        raise MptTrtError(
+            f"--dtype = {options.dtype}, but {options.model_dir} is stored in "
+            f"{checkpoint.storage_type}; convert with -t {options.dtype}"
+        )
+    request = engine_requests.build_request(options, cli_options.limits(options))
+    build_plans = build_all_at_once if options.parallel_build else build_one_by_one
+    vocabulary = cli_options.vocabulary(options)
+    calibrated = _calibrated(options, checkpoint)
+    build_engine(checkpoint, request, vocabulary, options.output_dir, build_plans, calibrated)
+    print(options.output_dir)
+
+
+def _rank_folder(model_dir: Path, world_size: int) -> Path:
+    """The {tp_size}-gpu folder, where only the one above it is named."""
+    below = model_dir / f"{world_size}-gpu"
+    is_above = not (model_dir / "config.ini").exists() and (below / "config.ini").exists()
+    return below if is_above else model_dir
+
+
+def _calibrated(options: argparse.Namespace, checkpoint: FtCheckpoint) -> CalibratedQuantization:
+    path = options.quant_ckpt_path
+    calibration = None if path is None else read_calibration(path, checkpoint)
+    cache = "fp8" if options.fp8_kv_cache else "int8" if options.int8_kv_cache else "auto"
+    return CalibratedQuantization(
+        Quantization(_scheme(options, checkpoint.smoothing), cache), calibration
+    )
+
+
+def _scheme(options: argparse.Namespace, alpha: float | None) -> WeightQuantization | None:
+    """alpha: of the checkpoint, None when it is not smoothed."""
+    methods = ("use_weight_only", "use_smooth_quant", "enable_fp8")
+    chosen = [f"--{name}" for name in methods if getattr(options, name)]
+    if len(chosen) > 1:
+        raise MptTrtError(f"{' and '.join(chosen)} exclude each other; choose one")
+    if options.use_smooth_quant:
+        usual = SmoothQuant().alpha if alpha is None else alpha
+        return SmoothQuant(usual, options.per_channel, options.per_token)
+    if options.per_channel or options.per_token:
+        raise MptTrtError("--per_channel and --per_token belong to --use_smooth_quant; add it")
+    if options.enable_fp8:
+        return Fp8()
+    if not options.use_weight_only:
+        return None
+    if options.weight_only_precision == "int4_awq":
+        return Awq()
+    if options.weight_only_precision == "int8":
+        return WeightOnly(8)
+    return WeightOnly(4, options.group_size if options.per_group else None)
+
+
+def build_all_at_once(folder: Path, request: BuildRequest, tp_size: int) -> None:
+    """Adds the plans of all ranks to the folder that has their networks, a process a rank."""
+    plans = {rank: folder / f"plan{rank}" for rank in range(tp_size)}
+    build_side_by_side(folder, request, plans, at_once=tp_size)
+    for plan in plans.values():
+        for path in plan.iterdir():
+            path.rename(folder / path.name)
+        plan.rmdir()

@@ -1,0 +1,34 @@
+"""Computes the float32 reference on held-out text, for measurements of quality."""
+
+from __future__ import annotations
+
+import argparse
+
+from mpt_trt.checkpoint import hub
+from mpt_trt.checkpoint.tokenizer import read_tokenizer
+from mpt_trt.errors import MptTrtError
+from mpt_trt.evaluation.heldout import HeldOut, read_text, windows, write_heldout
+from mpt_trt.evaluation.reference import reference_hidden, reference_name
+from mpt_trt.system.files import content_hash
+
+
+def run(options: argparse.Namespace) -> None:
+    for name in ("num_windows", "window_length"):
+        if getattr(options, name) < 1:
+            raise MptTrtError(f"--{name} = {getattr(options, name)}: at least 1 is required")
+    folder, _ = hub.local_folder(options.model_dir, options.revision)
+    tokenizer_dir = options.tokenizer_dir
+    tokenizer = read_tokenizer(
+        folder if tokenizer_dir is None else hub.tokenizer_folder(tokenizer_dir, "main")
+    )
+    tokens = tokenizer.encode(read_text(options.text))
+    chosen = windows(tokens, options.num_windows, options.window_length)
+    print(f"{options.text}: {len(tokens)} tokens; {len(chosen)} windows of {chosen.shape[1] - 1}")
+    heldout = HeldOut(
+        tokens=chosen,
+        hidden=reference_hidden(folder, chosen[:, :-1]).numpy(),
+        text=str(options.text),
+        text_hash=content_hash(options.text),
+        reference=reference_name(folder),
+    )
+    write_heldout(heldout, options.output)

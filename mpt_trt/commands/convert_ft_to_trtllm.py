@@ -1,0 +1,23 @@
+"""Makes a TensorRT-LLM checkpoint (0.20 to 1.2.1) from an FT checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+
+from mpt_trt.cli import engine_requests
+from mpt_trt.cli import options as cli_options
+from mpt_trt.engines.trtllm.checkpoint import TrtllmConversion, write_trtllm_checkpoint
+from mpt_trt.errors import MptTrtError
+from mpt_trt.ft.checkpoint import read_ft_checkpoint
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.workers < 1:
+        raise MptTrtError(f"--workers = {options.workers}: at least 1 is required")
+    checkpoint = read_ft_checkpoint(options.model_dir)
+    conversion = TrtllmConversion(
+        checkpoint, engine_requests.calibrated(options, checkpoint), cli_options.vocabulary(options)
+    )
+    write_trtllm_checkpoint(conversion, options.output_dir, options.workers)
+    size = sum(path.stat().st_size for path in options.output_dir.iterdir())
+    print(f"{options.output_dir}: {checkpoint.tp_size} ranks, {size / 1e9:.2f} GB")

@@ -1,0 +1,77 @@
+"""Converts a Hugging Face MPT checkpoint to a FasterTransformer (FT) checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from mpt_trt.checkpoint import hub
+from mpt_trt.checkpoint.hf_config import read_hf_config
+from mpt_trt.checkpoint.tensors import HfCheckpoint
+from mpt_trt.checkpoint.tokenizer import read_tokenizer, special_token_ids
+from mpt_trt.cli.calibration_options import fill_in
+from mpt_trt.cli.progress import bytes_progress
+from mpt_trt.errors import MptTrtError
+from mpt_trt.ft.int8 import Int8Conversion, require_calibratable
+from mpt_trt.ft.layout import total_bytes
+from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
+from mpt_trt.model import sharding
+from mpt_trt.model.config import MptConfig
+from mpt_trt.model.tensors import weights
+from mpt_trt.system.files import content_hash
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.processes < 1:
+        raise MptTrtError(f"--processes = {options.processes}: at least 1 is required")
+    folder, source = hub.local_folder(options.in_file, options.revision)
+    config = read_hf_config(folder)
+    sharding.require_legal(config, options.tensor_parallelism)
+    bos, eos = special_token_ids(folder)
+    config = dataclasses.replace(
+        config,
+        bos_token_id=bos if config.bos_token_id is None else config.bos_token_id,
+        eos_token_id=eos if config.eos_token_id is None else config.eos_token_id,
+    )
+    checkpoint = HfCheckpoint(folder, weights(config))
+    settings = ConversionSettings(
+        storage_type=options.storage_type,
+        tp_size=options.tensor_parallelism,
+        workers=options.processes,
+        model_name=options.in_file,
+        source=source,
+        int8=_int8(options, folder, config),
+    )
+    target = options.out_dir / f"{settings.tp_size}-gpu"
+    total = total_bytes(config, settings.storage_type, settings.tp_size, settings.int8_layers)
+    with bytes_progress(f"Converting {options.in_file}", total) as advance:
+        write_ft_checkpoint(checkpoint, config, settings, target, advance)
+    print(f"{target}: {total / 1e9:.2f} GB in {settings.storage_type}")
+
+
+def _int8(options: argparse.Namespace, folder: Path, config: MptConfig) -> Int8Conversion | None:
+    """What int8 weights and scales are made from, where they are asked for."""
+    alpha = options.smoothquant
+    if alpha is None and not options.calibrate_kv_cache:
+        return None
+    # These import PyTorch and Rich, which a plain conversion can do without.
+    from mpt_trt.calibration.block_stream import activation_ranges
+    from mpt_trt.cli import calibration_requests
+    from mpt_trt.cli.terminal import steps_progress
+
+    fill_in(options)
+    require_calibratable(config, alpha)
+    computation = calibration_requests.computation(options, options.storage_type)
+    tokenizer = read_tokenizer(hub.tokenizer_folder(options.tokenizer_dir or str(folder)))
+    samples = calibration_requests.calibration_samples(options, tokenizer)
+    with steps_progress(f"Calibrating {options.in_file}", config.num_layers) as advance:
+        ranges = activation_ranges(folder, samples, computation, advance)
+    origin = {
+        "text": options.calib_text.name,
+        "text_hash": content_hash(options.calib_text),
+        "num_samples": options.calib_size,
+        "sequence_length": options.calib_max_seq_length,
+        "computed_in": str(computation.dtype).removeprefix("torch."),
+    }
+    return Int8Conversion(ranges, alpha, origin)

@@ -1,0 +1,41 @@
+"""Fetches a checkpoint from the Hugging Face hub, in two steps."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from mpt_trt.checkpoint import hub
+from mpt_trt.cli.terminal import set_up_logging
+from mpt_trt.errors import MptTrtError
+from mpt_trt.system.files import write_json
+
+log = logging.getLogger("fetch_checkpoint")
+
+
+def run(options: argparse.Namespace) -> None:
+    set_up_logging(options.log_level)
+    steps = {"resolve": resolve, "fetch": fetch}
+    steps[options.step](options)
+
+
+def resolve(options: argparse.Namespace) -> None:
+    source, revision = options.source, options.revision
+    if not hub.is_hub_id(source):
+        raise MptTrtError(f"--source = {source}: not a hub id (owner/name), nothing to resolve")
+    record = hub.read_record(options.output) if options.output.is_file() else {}
+    if (record.get("source"), record.get("revision")) != (source, revision):
+        commit = hub.resolve_revision(source, revision)
+        record = {"source": source, "revision": revision, "commit": commit}
+    # Written in either case: make-like tools expect a new time stamp.
+    write_json(options.output, record)
+    log.info("%s (revision %s) is commit %s", source, revision, record["commit"])
+
+
+def fetch(options: argparse.Namespace) -> None:
+    record = hub.read_record(options.revision_file)
+    fetchers = {"checkpoint": hub.fetch_checkpoint, "tokenizer": hub.fetch_tokenizer}
+    snapshot = fetchers[options.content](**record)
+    hub.link_folder(snapshot, options.output_dir)
+    size = sum((options.output_dir / name).stat().st_size for name in snapshot.files)
+    log.info("%s: %d files, %.2f GB", options.output_dir, len(snapshot.files), size / 1e9)

@@ -1,0 +1,21 @@
+"""Makes the networks of all ranks: rank{r}.onnx of each, and their weights."""
+
+from __future__ import annotations
+
+import argparse
+
+from mpt_trt.cli import engine_requests
+from mpt_trt.cli import options as cli_options
+from mpt_trt.engines.build.build import make_networks
+from mpt_trt.ft.checkpoint import read_ft_checkpoint
+
+
+def run(options: argparse.Namespace) -> None:
+    checkpoint = read_ft_checkpoint(options.model_dir)
+    make_networks(
+        checkpoint,
+        cli_options.limits(options),
+        options.output_dir,
+        cli_options.vocabulary(options),
+        engine_requests.calibrated(options, checkpoint),
+    )

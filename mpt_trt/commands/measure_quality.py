@@ -1,0 +1,80 @@
+"""Measures how well an engine predicts held-out text, beside the float32 reference."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import resource
+
+from mpt_trt.checkpoint import hub
+from mpt_trt.engines.load import LoadedEngine, load_engine
+from mpt_trt.evaluation.distance import measure_speed
+from mpt_trt.evaluation.heldout import read_heldout
+from mpt_trt.evaluation.quality_result import QualityResult, write_quality
+from mpt_trt.quantization.schemes import as_mapping
+from mpt_trt.system.machine import describe_machine
+
+SPEED_PROMPT, SPEED_NEW_TOKENS, SPEED_ROUNDS = 128, 32, 3
+KIB = 1 << 10
+
+
+def run(options: argparse.Namespace) -> None:
+    heldout = read_heldout(options.reference)
+    engine = load_engine(
+        options.engine_dir, options.runtime, options.num_threads, options.activations
+    )
+    window_length = heldout.inputs.shape[1]
+    engine.manifest.limits.require_window(window_length)
+    new_tokens = min(SPEED_NEW_TOKENS, engine.model.capacity // 2)
+    prompt_len = min(SPEED_PROMPT, window_length, engine.model.capacity - new_tokens)
+    prompt = heldout.inputs[0, :prompt_len].tolist()
+    speed = measure_speed(engine, prompt, new_tokens, SPEED_ROUNDS)
+    peak_memory = peak_memory_of_ranks(engine)
+
+    # Both import PyTorch, whose memory is not the engine's.
+    from mpt_trt.evaluation.perplexity import engine_size, measure, require_same_model
+    from mpt_trt.evaluation.reference import read_head
+
+    head = None
+    if engine.is_first_rank:
+        head = read_head(hub.local_folder(options.model_dir, options.revision)[0])
+        require_same_model(options.engine_dir, engine.manifest, heldout, head)
+    figures = measure(engine, heldout, head)
+    if figures is None:
+        return
+    result = QualityResult(
+        engine_dir=str(options.engine_dir),
+        model_name=engine.manifest.model_name,
+        ranks=engine.manifest.tp_size,
+        dtype=engine.manifest.dtype,
+        quantization=as_mapping(engine.manifest.quantization.scheme),
+        kv_cache=engine.manifest.quantization.kv_cache,
+        builder=engine.manifest.builder,
+        runtime=engine.runtime,
+        fallback_reason=engine.fallback_reason,
+        machine=describe_machine(),
+        date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        reference=heldout.reference,
+        text=heldout.text,
+        text_hash=heldout.text_hash,
+        window_length=window_length,
+        figures=figures,
+        size=engine_size(options.engine_dir, engine.manifest),
+        speed=speed,
+        prompt_len=prompt_len,
+        new_tokens=new_tokens,
+        peak_memory=peak_memory,
+    )
+    write_quality(result, options.output)
+    excess = figures.excess
+    print(
+        f"perplexity {figures.perplexity:.4f} (reference {figures.reference_perplexity:.4f}), "
+        f"{excess.mean:+.2g} nats a token, KL {figures.kl.mean:.2g}, "
+        f"same top token {figures.top1.mean:.2%}, over {figures.tokens} tokens"
+    )
+
+
+def peak_memory_of_ranks(engine: LoadedEngine) -> int:
+    """Bytes of host memory, the sum of each rank's largest resident set so far."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+    return own if engine.communicator is None else sum(engine.communicator.exchange(own))

@@ -1,0 +1,83 @@
+"""Shows what this machine has, and which targets can be built and run on it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mpt_trt.engines.memory import GB
+from mpt_trt.errors import MptTrtError
+from mpt_trt.system.files import write_json
+from mpt_trt.workflow import preflight
+from mpt_trt.workflow.preflight import Machine, Needs, Verdict
+
+
+def run(options: argparse.Namespace) -> None:
+    once = options.once and options.once / f"{platform.node()}.json"
+    if once and once.exists():
+        return
+    targets = read_needs(options.needs)
+    machine = preflight.inspect(Path.cwd())
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    show_machine(machine, console)
+    verdicts = {needs.target: preflight.judge(needs, machine) for needs in targets}
+    if verdicts:
+        show_verdicts(verdicts, console)
+    if once:
+        verdict_fields = {target: asdict(verdict) for target, verdict in verdicts.items()}
+        write_json(once, {"machine": asdict(machine), "targets": verdict_fields})
+
+
+def read_needs(text: str) -> list[Needs]:
+    """Raises MptTrtError when `text` is not what the workflow passes."""
+    try:
+        entries = [Needs(**entry) for entry in json.loads(text)]
+    except (ValueError, TypeError) as error:
+        raise MptTrtError(f"--needs: not a JSON list of what targets need: {error}") from None
+    return entries
+
+
+def show_machine(machine: Machine, console: Console) -> None:
+    table = Table(title=f"This machine: {machine.host}", show_header=False, title_justify="left")
+    table.add_row("processor", f"{machine.cores} cores, {machine.memory / GB:.0f} GB of memory")
+    table.add_row("free disk", f"{machine.free_disk / GB:.0f} GB")
+    for index, gpu in enumerate(machine.gpus):
+        details = f"{gpu.memory / GB:.0f} GB, compute capability {gpu.compute_capability}"
+        table.add_row(f"GPU {index}", f"{gpu.name}, {details}")
+    if not machine.gpus:
+        table.add_row("GPU", "none")
+    packages = {
+        "driver": machine.driver,
+        "TensorRT": machine.tensorrt,
+        "TensorRT-RTX": machine.tensorrt_rtx,
+        "ONNX Runtime": machine.onnxruntime,
+        "MPI": machine.mpi,
+        "NCCL (nccl4py)": machine.nccl,
+        "ModelOpt": machine.modelopt,
+    }
+    for name, version in packages.items():
+        table.add_row(name, version or "none")
+    console.print(table)
+
+
+def show_verdicts(verdicts: dict[str, Verdict], console: Console) -> None:
+    table = Table("target", "can be built", "can be run", title="Targets", title_justify="left")
+    for target, verdict in verdicts.items():
+        table.add_row(target, in_words(verdict.build), running_in_words(verdict))
+    console.print(table)
+
+
+def in_words(missing: tuple[str, ...]) -> str:
+    return f"no; missing: {'; '.join(missing)}" if missing else "yes"
+
+
+def running_in_words(verdict: Verdict) -> str:
+    if verdict.run or not verdict.tensorrt:
+        return in_words(verdict.run)
+    return f"by ONNX Runtime; for TensorRT missing: {'; '.join(verdict.tensorrt)}"

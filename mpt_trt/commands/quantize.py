@@ -1,0 +1,51 @@
+"""Calibrates a model for quantization and writes {export_path}/mpt_tp1_rank0.npz."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+
+from mpt_trt.calibration.model_source import open_model
+from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
+from mpt_trt.calibration.npz_keys import FILE_NAME
+from mpt_trt.checkpoint import hub
+from mpt_trt.checkpoint.tokenizer import read_tokenizer
+from mpt_trt.cli import calibration_requests
+from mpt_trt.cli.calibration_options import fill_in
+from mpt_trt.cli.terminal import set_up_logging, steps_progress
+from mpt_trt.errors import MptTrtError
+from mpt_trt.model.config import MptConfig
+from mpt_trt.quantization.schemes import default_group_size, require_fitting_groups
+
+
+def run(options: argparse.Namespace) -> None:
+    fill_in(options)
+    set_up_logging(options.log_level)
+    folder, _ = hub.local_folder(options.model_dir, options.revision)
+    source = open_model(folder)
+    plan = _plan(options, source.config)
+    computation = calibration_requests.computation(options, options.dtype)
+    tokenizer = read_tokenizer(
+        hub.tokenizer_folder_of(folder, source.origin, options.tokenizer_dir)
+    )
+    samples = calibration_requests.calibration_samples(options, tokenizer)
+    target = options.export_path / FILE_NAME
+    weight_dtype = np.dtype(np.float16 if options.dtype == "float16" else np.float32)
+    with steps_progress(f"Calibrating {folder}", source.config.num_layers) as advance:
+        calibrate(source, samples, plan, computation, weight_dtype, target, advance)
+    print(f"{target}: {options.qformat}, {target.stat().st_size / 1e6:.1f} MB")
+
+
+def _plan(options: argparse.Namespace, config: MptConfig) -> CalibrationPlan:
+    group_size = options.awq_block_size
+    if options.qformat != "int4_awq":
+        if group_size is not None:
+            raise MptTrtError(
+                f"--awq_block_size = {group_size}: {options.qformat} has no groups; leave it out"
+            )
+        return CalibrationPlan(options.qformat)
+    if group_size is None:
+        group_size = default_group_size(config)
+    require_fitting_groups(config, 1, group_size)
+    return CalibrationPlan(options.qformat, group_size)

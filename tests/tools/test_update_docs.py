@@ -1,0 +1,44 @@
+"""The tool that writes the generated tables of the documentation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpt_trt.engines import backend_support
+from mpt_trt.errors import MptTrtError
+from support.paths import tool_path
+from tools import update_docs
+from tools.markdown import BEGIN, END, between_marks
+
+FILES = ("models.md", "backends.md")
+
+
+def write_stale(folder: Path) -> None:
+    for name in FILES:
+        (folder / name).write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n")
+
+
+def test_what_is_between_the_marks_is_replaced(tmp_path: Path) -> None:
+    write_stale(tmp_path)
+    command = [sys.executable, tool_path("update_docs.py"), f"--docs_dir={tmp_path}"]
+    for _ in range(2):
+        subprocess.run(command, check=True)
+        for name in FILES:
+            text = (tmp_path / name).read_text()
+            assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n")
+            assert "stale" not in text
+    assert (tmp_path / "models.md").read_text().count("### mpt-7b,") == 1
+    assert between_marks(tmp_path / "backends.md") == backend_support.table()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_without_marks_is_not_changed(tmp_path: Path, name: str) -> None:
+    write_stale(tmp_path)
+    (tmp_path / name).write_text("text\n")
+    with pytest.raises(MptTrtError, match=rf"{name}: lines .* are expected"):
+        update_docs.update(tmp_path)
+    assert (tmp_path / name).read_text() == "text\n"
