@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 from mpt_trt.engines.spec import BuildLimits
+from mpt_trt.evaluation.distance import Tolerance
 from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.workflow.settings import (
     TENSORRT_LLM,
-    Tolerance,
     default_tolerance,
     quantization_choices,
     quantization_default,

@@ -7,10 +7,12 @@ import argparse
 from mpt_trt.checkpoint import hub
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.cli import options as cli_options
-from mpt_trt.engines.trtllm.generation_run import read_recorded_generation
-from mpt_trt.evaluation.distance import measure_distance
+from mpt_trt.engines.spec import BuilderInfo
+from mpt_trt.engines.trtllm.generation_run import read_trtllm_generation
+from mpt_trt.evaluation.logits import measure_distance
 from mpt_trt.evaluation.reference import reference_logits, reference_name
-from mpt_trt.evaluation.smoke_result import write_smoke_result
+from mpt_trt.evaluation.smoke_result import SmokeResult, write_smoke_result
+from mpt_trt.evaluation.speed import Speed
 
 
 def run(options: argparse.Namespace) -> None:
@@ -19,28 +21,24 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = read_tokenizer(
         folder if tokenizer_dir is None else hub.tokenizer_folder(tokenizer_dir, "main")
     )
-    generation = read_recorded_generation(options.generation)
+    generation = read_trtllm_generation(options.generation)
     prompt_len = generation.prompt_len
     reference = reference_logits(folder, generation.tokens[:-1]).numpy()[prompt_len - 1 :]
     engines = sorted(path.name for path in options.engine_dir.glob("rank*.engine"))
-    facts = {
-        "engine_dir": str(options.engine_dir),
-        "engines": engines,
-        "builder": {
-            "package": "tensorrt_llm",
-            "version": generation.version,
-            "compute_capabilities": [generation.compute_capability],
-        },
-        "ranks": len(engines),
-        "runtime": "tensorrt_llm",
-        "fallback_reason": None,
-        "prompt": tokenizer.decode(generation.tokens[:prompt_len]),
-        "text": tokenizer.decode(generation.tokens[prompt_len:]),
-        "tokens": generation.tokens,
-        "prompt_len": prompt_len,
-        "prefill_tokens_per_s": generation.prefill_tokens_per_s,
-        "decode_tokens_per_s": generation.decode_tokens_per_s,
-        "reference": reference_name(folder),
-    }
-    distance = measure_distance(generation.logits, reference)
-    write_smoke_result(options.output, facts, distance, cli_options.tolerance(options))
+    result = SmokeResult(
+        engine_dir=str(options.engine_dir),
+        engines=tuple(engines),
+        builder=BuilderInfo("tensorrt_llm", generation.version, (generation.compute_capability,)),
+        ranks=len(engines),
+        runtime="tensorrt_llm",
+        fallback_reason=None,
+        prompt=tokenizer.decode(generation.tokens[:prompt_len]),
+        text=tokenizer.decode(generation.tokens[prompt_len:]),
+        tokens=tuple(generation.tokens),
+        prompt_len=prompt_len,
+        speed=Speed(generation.prefill_tokens_per_s, generation.decode_tokens_per_s),
+        reference=reference_name(folder),
+        distance=measure_distance(generation.logits, reference),
+        tolerance=cli_options.tolerance(options),
+    )
+    write_smoke_result(result, options.output)

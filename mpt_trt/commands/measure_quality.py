@@ -8,9 +8,9 @@ import resource
 
 from mpt_trt.checkpoint import hub
 from mpt_trt.engines.load import LoadedEngine, load_engine
-from mpt_trt.evaluation.distance import measure_speed
 from mpt_trt.evaluation.heldout import read_heldout
 from mpt_trt.evaluation.quality_result import QualityResult, write_quality
+from mpt_trt.evaluation.recorded_generation import measure_speed
 from mpt_trt.quantization.schemes import as_mapping
 from mpt_trt.system.machine import describe_machine
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mpt_trt.engines.trtllm.generation_run import record_generation
+from mpt_trt.engines.trtllm.generation_run import record_trtllm_generation
 from mpt_trt.engines.trtllm.package import require_tensorrt_llm
 from mpt_trt.system.files import read_json
 
@@ -13,4 +13,6 @@ def run(options: argparse.Namespace) -> None:
     version = require_tensorrt_llm()
 
     prompt = read_json(options.prompt)["tokens"]
-    record_generation(options.engine_dir, prompt, options.max_output_len, version, options.output)
+    record_trtllm_generation(
+        options.engine_dir, prompt, options.max_output_len, version, options.output
+    )

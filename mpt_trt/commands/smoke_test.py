@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 
 from mpt_trt.checkpoint import hub
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.cli import options as cli_options
 from mpt_trt.engines.load import load_engine
-from mpt_trt.evaluation.distance import measure_distance, record_generation
+from mpt_trt.evaluation.logits import measure_distance
+from mpt_trt.evaluation.recorded_generation import record_generation
 from mpt_trt.evaluation.reference import reference_logits, reference_name
-from mpt_trt.evaluation.smoke_result import write_smoke_result
+from mpt_trt.evaluation.smoke_result import SmokeResult, write_smoke_result
 
 
 def run(options: argparse.Namespace) -> None:
@@ -28,20 +28,20 @@ def run(options: argparse.Namespace) -> None:
     if not engine.is_first_rank:
         return
     reference = reference_logits(folder, generation.tokens[:-1]).numpy()
-    distance = measure_distance(generation.logits, reference)
-    facts = {
-        "engine_dir": str(options.engine_dir),
-        "engines": [rank.engine for rank in engine.manifest.ranks],
-        "builder": asdict(engine.manifest.builder),
-        "ranks": engine.manifest.tp_size,
-        "runtime": engine.runtime,
-        "fallback_reason": engine.fallback_reason,
-        "prompt": options.prompt,
-        "text": tokenizer.decode(generation.tokens[generation.prompt_len :]),
-        "tokens": generation.tokens,
-        "prompt_len": generation.prompt_len,
-        "prefill_tokens_per_s": generation.prefill_tokens_per_s,
-        "decode_tokens_per_s": generation.decode_tokens_per_s,
-        "reference": reference_name(folder),
-    }
-    write_smoke_result(options.output, facts, distance, cli_options.tolerance(options))
+    result = SmokeResult(
+        engine_dir=str(options.engine_dir),
+        engines=tuple(rank.engine for rank in engine.manifest.ranks),
+        builder=engine.manifest.builder,
+        ranks=engine.manifest.tp_size,
+        runtime=engine.runtime,
+        fallback_reason=engine.fallback_reason,
+        prompt=options.prompt,
+        text=tokenizer.decode(generation.tokens[generation.prompt_len :]),
+        tokens=tuple(generation.tokens),
+        prompt_len=generation.prompt_len,
+        speed=generation.speed,
+        reference=reference_name(folder),
+        distance=measure_distance(generation.logits, reference),
+        tolerance=cli_options.tolerance(options),
+    )
+    write_smoke_result(result, options.output)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
-from mpt_trt.engines.spec import BuildLimits
+from mpt_trt.engines.spec import BuilderInfo, BuildLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.model.config import MptConfig
@@ -37,18 +37,6 @@ COMMON_KEYS = (
     "source",
     "calibration",
 )
-
-
-@dataclass(frozen=True)
-class BuilderInfo:
-    """What built a plan, and where it runs.
-
-    package: `tensorrt` or `tensorrt_rtx`. compute_capabilities: as "8.9".
-    """
-
-    package: str
-    version: str
-    compute_capabilities: tuple[str, ...]
 
 
 @dataclass(frozen=True)

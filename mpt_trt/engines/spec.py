@@ -59,3 +59,15 @@ class BuildLimits:
         """Most logit rows of one step."""
         tokens = self.max_input_len if self.gather_all_token_logits else 1
         return self.max_batch_size * tokens
+
+
+@dataclass(frozen=True)
+class BuilderInfo:
+    """The builder of a plan, and the GPUs that it runs on.
+
+    package: `tensorrt` or `tensorrt_rtx`. compute_capabilities: as "8.9".
+    """
+
+    package: str
+    version: str
+    compute_capabilities: tuple[str, ...]

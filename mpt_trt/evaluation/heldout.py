@@ -1,8 +1,8 @@
-"""Held-out text in windows, and what the float32 reference makes of it.
+"""Windows of held-out text, and the float32 reference's hidden states on them, in a file.
 
-The reference is the same for every engine of a model, so it is computed once. What is stored is
-what its head reads, a token's `hidden` values instead of its `vocab` logits: of MPT-7B 16 kB
-instead of 200 kB a token, without any rounding. The head's product gives the logits back.
+The reference is the same for every engine of a model, so it is computed once. The file has the
+head's inputs, the `hidden` values of each token instead of its `vocab` logits: for MPT-7B 16 kB
+instead of 200 kB per token, without any rounding. A product with the head gives the logits.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ TEXT_KEYS = ("text", "text_hash", "reference")
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Windows of a text, and the reference on them.
+    """Windows of a text, and the reference's hidden states on them.
 
     tokens: int64 `[windows, length + 1]`; the model reads all but the last token of a window and
-    predicts all but the first. hidden: float32 `[windows, length, hidden]`, what the reference's
-    head reads. text: name of the file. text_hash: its content hash. reference: what computed it.
+    predicts all but the first. hidden: float32 `[windows, length, hidden]`, the input of the
+    reference's head. text: name of the file. text_hash: its content hash. reference: the software
+    that computed the reference.
     """
 
     tokens: NDArray[np.int64]
@@ -40,17 +41,17 @@ class HeldOut:
 
     @property
     def inputs(self) -> NDArray[np.int64]:
-        """`[windows, length]`"""
+        """The tokens that the model reads, `[windows, length]`."""
         return self.tokens[:, :-1]
 
     @property
     def targets(self) -> NDArray[np.int64]:
-        """`[windows, length]`: the token that follows each input."""
+        """The token after each input, `[windows, length]`."""
         return self.tokens[:, 1:]
 
 
 def read_text(path: Path) -> str:
-    """The text, byte by byte: line ends are left as they are."""
+    """Reads a text and leaves its line ends as they are; raises MptTrtError if that fails."""
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
@@ -60,7 +61,7 @@ def read_text(path: Path) -> str:
 
 
 def windows(tokens: list[int], num_windows: int, length: int) -> NDArray[np.int64]:
-    """At most `num_windows` windows that do not overlap, evenly spread over the text.
+    """Cuts out at most `num_windows` windows that do not overlap, evenly spread over the text.
 
     Returns `[windows, length + 1]`; each window's last token is the next one's first.
 
@@ -78,9 +79,9 @@ def windows(tokens: list[int], num_windows: int, length: int) -> NDArray[np.int6
 
 def write_heldout(heldout: HeldOut, target: Path) -> None:
     """Writes a safetensors file, atomically."""
-    tensors = {"tokens": heldout.tokens, "hidden": heldout.hidden}
+    tensors: dict[str, NDArray] = {"tokens": heldout.tokens, "hidden": heldout.hidden}
     texts = {key: getattr(heldout, key) for key in TEXT_KEYS}
-    # One entry, since safetensors writes several in an order of chance.
+    # One entry, because safetensors writes several in random order.
     metadata = {METADATA_KEY: json.dumps(texts)}
     with replace_file(target) as partial:
         # Not by save_file, which makes a file that only its owner may read.
@@ -88,7 +89,7 @@ def write_heldout(heldout: HeldOut, target: Path) -> None:
 
 
 def read_heldout(path: Path) -> HeldOut:
-    """Reads what `write_heldout` wrote; raises MptTrtError when it is something else."""
+    """Reads a file that `write_heldout` wrote; raises MptTrtError for any other."""
     try:
         with safe_open(path, framework="np") as file:
             stored = json.loads(file.metadata()[METADATA_KEY])

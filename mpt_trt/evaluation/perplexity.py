@@ -1,4 +1,4 @@
-"""How good an engine's predictions of held-out text are, beside those of the float32 reference."""
+"""Quality of an engine: its predictions of held-out text against the float32 reference's."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from numpy.typing import NDArray
 from mpt_trt.engines.load import LoadedEngine
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.errors import MptTrtError
-from mpt_trt.evaluation.distance import divergence, logits_in_pieces
 from mpt_trt.evaluation.heldout import HeldOut
+from mpt_trt.evaluation.logits import divergence, logits_in_pieces
 from mpt_trt.evaluation.quality_result import Estimate, Figures, Size
 from mpt_trt.evaluation.reference import Head
 from mpt_trt.generation.logits import log_softmax, require_finite
 
-# Values of float64 log-probabilities that are held at a time.
+# Values of float64 log-probabilities in memory at a time.
 CHUNK_VALUES = 1 << 21
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What is kept of each position, `[windows, length]` each."""
+    """Figures of each position, `[windows, length]` each; logarithms are natural.
+
+    nats, reference_nats: negative log-probability of the next token. kl: KL(reference || engine).
+    is_same: whether both have the same most likely token.
+    """
 
     nats: NDArray[np.float64]
     reference_nats: NDArray[np.float64]
@@ -35,9 +39,11 @@ class Predictions:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> Predictions:
-        return cls(*(np.empty(shape) for _ in range(3)), np.empty(shape, np.bool_))
+        """Arrays to be filled in."""
+        return cls(np.empty(shape), np.empty(shape), np.empty(shape), np.empty(shape, np.bool_))
 
     def figures(self) -> Figures:
+        """Means over the windows, with standard errors."""
         nats, reference_nats = estimate(self.nats), estimate(self.reference_nats)
         return Figures(
             nats_per_token=nats,
@@ -53,7 +59,7 @@ class Predictions:
 
 
 def estimate(values: NDArray) -> Estimate:
-    """The mean of `[windows, length]`, with windows as the independent samples.
+    """The mean of `[windows, length]` and its standard error, with windows as the samples.
 
     Tokens of one window are not independent of each other; windows nearly are.
     """
@@ -63,9 +69,9 @@ def estimate(values: NDArray) -> Estimate:
 
 
 def measure(engine: LoadedEngine, heldout: HeldOut, head: Head | None) -> Figures | None:
-    """Reads the windows with the engine and compares.
+    """Reads the windows with the engine and compares its predictions with the reference's.
 
-    Every rank takes part; the first, which alone needs the reference's head, gets the figures.
+    Every rank takes part. Only the first has the reference's head and gets the figures.
 
     Raises FloatingPointError when a logit is not finite.
     """
@@ -92,7 +98,7 @@ def _compare(
     head: Head,
     predictions: Predictions,
 ) -> None:
-    """Fills in some predictions; logits `[positions, vocab]`, places: which ones, `[positions]`."""
+    """Fills in the predictions at `places`, `[positions]`, from logits `[positions, vocab]`."""
     hidden = heldout.hidden.reshape(-1, heldout.hidden.shape[-1])[places]
     reference = head.logits(torch.from_numpy(hidden)).numpy()
     log_q = log_softmax(require_finite(logits).astype(np.float64))
@@ -104,10 +110,8 @@ def _compare(
     predictions.is_same.flat[places] = logits.argmax(axis=-1) == reference.argmax(axis=-1)
 
 
-# --- the engine itself ---------------------------------------------------------------------------
-
-
 def engine_size(engine_dir: Path, manifest: Manifest) -> Size:
+    """Bytes on disk of an engine directory's plans, networks and files in total."""
     plans = {rank.engine for rank in manifest.ranks}
     named = {name for rank in manifest.ranks for name in rank.files}
     everything = {str(path.relative_to(engine_dir)) for path in engine_dir.rglob("*")}
@@ -119,18 +123,18 @@ def engine_size(engine_dir: Path, manifest: Manifest) -> Size:
 
 
 def _disk(folder: Path, names: set[str]) -> int:
-    """Bytes of the files of these names, directories left out, each file once."""
+    """Bytes of the named files; directories are left out, a file with two names counts once."""
     paths = [folder / name for name in names]
-    found = [path.stat() for path in paths if path.is_file()]
-    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in found}.values())
+    stats = [path.stat() for path in paths if path.is_file()]
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
 
 
 def require_same_model(engine_dir: Path, manifest: Manifest, heldout: HeldOut, head: Head) -> None:
-    """Raises MptTrtError when the engine and its reference are not of one architecture."""
-    wanted = manifest.config.vocab_size, manifest.config.hidden_size
-    found = head.weight.shape[0], heldout.hidden.shape[-1]
-    if found != wanted or head.weight.shape[1] != wanted[1]:
+    """Raises MptTrtError when the engine and its reference have different sizes."""
+    of_engine = manifest.config.vocab_size, manifest.config.hidden_size
+    of_reference = head.weight.shape[0], heldout.hidden.shape[-1]
+    if of_reference != of_engine or head.weight.shape[1] != of_engine[1]:
         raise MptTrtError(
-            f"{engine_dir}: vocabulary and hidden size are {wanted}, but those of the checkpoint "
-            f"and its reference are {found}; they are of different models"
+            f"{engine_dir}: vocabulary and hidden size are {of_engine}, but those of the checkpoint"
+            f" and its reference are {of_reference}; they belong to different models"
         )

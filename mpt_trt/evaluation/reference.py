@@ -1,8 +1,8 @@
-"""float32 logits straight from a Hugging Face checkpoint, computed without any code of the engines.
+"""The reference: float32 logits from a Hugging Face checkpoint, without any code of the engines.
 
-The blocks are transformers' own where it has the architecture, and `plain_block`'s where it has
-not. They are run one after the other, each with its weights when its turn comes: memory is that of
-one block, or of the embedding, so that a 30B model is checked on a laptop.
+The blocks are transformers' own if it has the architecture, and `model.torch_block`'s if it does
+not. They run one after the other, and each gets its weights when its turn comes: memory is that of
+one block, or of the embedding, so that a laptop can check a 30B model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Block = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
 def reference_logits(folder: Path, token_ids: list[int]) -> Tensor:
-    """Logits of every token of one sequence, float32 `[len(token_ids), vocab]`.
+    """Logits at every token of one sequence, float32 `[len(token_ids), vocab]`.
 
     Raises MptTrtError when the model has learned positions and the sequence is longer.
     """
@@ -38,9 +38,9 @@ def reference_logits(folder: Path, token_ids: list[int]) -> Tensor:
 
 
 def reference_hidden(folder: Path, token_ids: NDArray[np.int64]) -> Tensor:
-    """What the head reads: the last norm's output, float32 `[sequences, seq, hidden]`.
+    """Inputs of the head: the last norm's output, float32 `[sequences, seq, hidden]`.
 
-    token_ids: `[sequences, seq]`. Each block is read once and run on all sequences, one at a time.
+    token_ids: `[sequences, seq]`. Each block is read once and runs on one sequence after the other.
 
     Raises MptTrtError when the model has learned positions and the sequences are longer.
     """
@@ -53,28 +53,28 @@ def reference_hidden(folder: Path, token_ids: NDArray[np.int64]) -> Tensor:
 
 @dataclass(frozen=True)
 class Head:
-    """The last product. weight: float32 `[vocab, hidden]`."""
+    """The last matrix product. weight: float32 `[vocab, hidden]`. scale: factor of its result."""
 
     weight: Tensor
     scale: float
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 `[..., vocab]` of hidden `[..., hidden]`."""
+        """Logits, float32 `[..., vocab]`, for hidden states `[..., hidden]`."""
         with torch.inference_mode():
             return hidden @ self.weight.T * self.scale
 
 
 def read_head(folder: Path) -> Head:
-    """The head of a checkpoint, which with `reference_hidden` makes the reference's logits."""
+    """Reads the head of a checkpoint, which turns `reference_hidden` into logits."""
     model = _open(folder)
     name = "wte.weight" if model.config.tie_word_embeddings else "lm_head.weight"
     return Head(model.tensor(name), model.config.logit_scale)
 
 
 def reference_name(folder: Path) -> str:
-    """What computes the reference of a checkpoint, for reports."""
+    """Name of the software that computes the reference of a checkpoint, for reports."""
     if not is_in_transformers(read_hf_config(folder)):
-        # Without what follows the `+`, which says for what hardware PyTorch was built.
+        # Without the part after `+`, which names the hardware that PyTorch was built for.
         return f"plain PyTorch {torch.__version__.split('+')[0]}, float32"
     import transformers
 
@@ -103,12 +103,12 @@ def _hidden(model: ModelTensors, block: Block, token_ids: Tensor) -> Tensor:
     config = model.config
     hidden = embed(model, model.tensor("wte.weight"), token_ids)
     for layer in range(config.num_layers):
-        # Not kept in a variable: this block's weights are freed before the next one's are read.
-        hidden = _of_every_sequence(block, model.tensors(f"blocks.{layer}."), hidden)
+        # No variable holds them: this block's weights are freed before the next one's are read.
+        hidden = _each_sequence(block, model.tensors(f"blocks.{layer}."), hidden)
     return with_weights(partial(model_norm, config), model.tensors("norm_f."))(hidden)
 
 
-def _of_every_sequence(block: Block, tensors: dict[str, Tensor], hidden: Tensor) -> Tensor:
+def _each_sequence(block: Block, tensors: dict[str, Tensor], hidden: Tensor) -> Tensor:
     return torch.stack([block(tensors, sequence) for sequence in hidden])
 
 

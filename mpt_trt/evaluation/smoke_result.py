@@ -1,38 +1,69 @@
-"""The file that a smoke test leaves: its result, or what was rejected, beside it."""
+"""The file of a smoke test: `smoke_tests/{model}/{variant}/{tp}-gpu.json`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from mpt_trt.engines.spec import BuilderInfo
 from mpt_trt.errors import MptTrtError
-from mpt_trt.evaluation.distance import Distance
+from mpt_trt.evaluation.distance import Distance, Tolerance
+from mpt_trt.evaluation.result_file import read_result
+from mpt_trt.evaluation.speed import Speed
 from mpt_trt.system.files import write_json
-from mpt_trt.workflow.settings import Tolerance
 
 
-def write_smoke_result(
-    output: Path, facts: dict[str, Any], distance: Distance, tolerance: Tolerance
-) -> None:
-    """Writes `facts` and the distance to `output`.
+@dataclass(frozen=True)
+class SmokeResult:
+    """One generation by an engine, against the float32 reference.
 
-    Raises MptTrtError when the distance exceeds the tolerance; then they go to {output}.rejected
-    instead. The other of the two files is removed.
+    engines: names of the ranks' plans in engine_dir. runtime: the runtime that ran the engine.
+    fallback_reason: why that was not TensorRT; None when it was. text: the continuation of prompt.
+    tokens: prompt and continuation. prompt_len: tokens of the prompt. reference: the software that
+    computed the reference.
     """
-    violations = distance.violations(tolerance)
-    result = facts | {
-        "distance": asdict(distance),
-        "tolerance": asdict(tolerance),
-        "passed": not violations,
-    }
+
+    engine_dir: str
+    engines: tuple[str, ...]
+    builder: BuilderInfo
+    ranks: int
+    runtime: str
+    fallback_reason: str | None
+    prompt: str
+    text: str
+    tokens: tuple[int, ...]
+    prompt_len: int
+    speed: Speed
+    reference: str
+    distance: Distance
+    tolerance: Tolerance
+
+    @property
+    def violations(self) -> list[str]:
+        """Each figure of the distance that exceeds the tolerance, in words."""
+        return self.distance.violations(self.tolerance)
+
+
+def write_smoke_result(result: SmokeResult, output: Path) -> None:
+    """Writes the result to `output`, with a key `passed`.
+
+    Raises MptTrtError when the distance exceeds the tolerance; then the result goes to
+    {output}.rejected instead. The other of the two files is removed.
+    """
+    violations = result.violations
+    content = asdict(result) | {"passed": not violations}
     rejected = output.with_name(output.name + ".rejected")
     if violations:
         output.unlink(missing_ok=True)
-        write_json(rejected, result)
+        write_json(rejected, content)
         raise MptTrtError(
-            f"{facts['engine_dir']}: too far from the reference: {', '.join(violations)}; "
+            f"{result.engine_dir}: too far from the reference: {', '.join(violations)}; "
             f"see {rejected}"
         )
     rejected.unlink(missing_ok=True)
-    write_json(output, result)
+    write_json(output, content)
+
+
+def read_smoke_result(path: Path) -> SmokeResult:
+    """Reads a result; raises MptTrtError when `write_smoke_result` did not write the file."""
+    return read_result(path, SmokeResult, "a result of a smoke test")

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.quality_result import Estimate, QualityResult, read_quality
+from mpt_trt.evaluation.smoke_result import SmokeResult, read_smoke_result
 from mpt_trt.report.numbers import TIMES, number, with_error
 from mpt_trt.report.plots import Plot, draw_divergence, draw_size, draw_speed
-from mpt_trt.system.files import read_json, replace_file
+from mpt_trt.system.files import replace_file
 from mpt_trt.system.machine import Machine
 
 # The variant whose size others are compared with.
@@ -31,12 +32,11 @@ MISSING = "\N{EN DASH}"
 
 @dataclass(frozen=True)
 class Entry:
-    """One engine of a report. max_abs: of its smoke test, and allowed_max_abs what was allowed."""
+    """One engine of a report: the name of its variant, and the results of its measurements."""
 
     variant: str
     quality: QualityResult
-    max_abs: float
-    allowed_max_abs: float
+    smoke: SmokeResult
 
     @property
     def label(self) -> str:
@@ -52,33 +52,26 @@ class Entry:
 
 
 def read_entry(variant: str, quality: Path, smoke_test: Path) -> Entry:
-    """Raises MptTrtError when a file is not what it should be."""
-    result, smoke = read_quality(quality), read_json(smoke_test)
-    try:
-        found, allowed = smoke["distance"]["max_abs"], smoke["tolerance"]["max_abs"]
-    except (KeyError, TypeError) as error:
-        raise MptTrtError(
-            f"{smoke_test}: no result of a smoke test ({error!r}); make it again"
-        ) from None
-    return Entry(variant, result, found, allowed)
+    """Reads an engine's results; raises MptTrtError when a file is not a result."""
+    return Entry(variant, read_quality(quality), read_smoke_result(smoke_test))
 
 
 def require_comparable(entries: list[Entry]) -> None:
     """Raises MptTrtError when engines were measured on different text or windows."""
     if not entries:
         raise MptTrtError("a report needs at least one engine; see report in config.yaml")
-    first = entries[0].quality
+    first = _text_measured(entries[0])
     for entry in entries:
-        found = entry.quality
-        if (found.text_hash, found.window_length, found.figures.tokens) != (
-            first.text_hash,
-            first.window_length,
-            first.figures.tokens,
-        ):
+        if _text_measured(entry) != first:
             raise MptTrtError(
                 f"{entries[0].label} and {entry.label} were measured on different text; "
                 "measure both again"
             )
+
+
+def _text_measured(entry: Entry) -> tuple[str, int, int]:
+    quality = entry.quality
+    return quality.text_hash, quality.window_length, quality.figures.tokens
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -122,10 +115,10 @@ def _text_columns(entries: list[Entry]) -> list[Column]:
     figures = [entry.quality.figures for entry in entries]
     changes = [entry.perplexity_change for entry in entries]
     return [
-        Column("Perplexity", "", [number(found.perplexity, 5) for found in figures]),
+        Column("Perplexity", "", [number(each.perplexity, 5) for each in figures]),
         Column("Change", "%", [with_error(change, 100, show_sign=True) for change in changes]),
-        Column("Mean KL", "nats", [with_error(found.kl) for found in figures]),
-        Column("Same top token", "%", [with_error(found.top1, 100) for found in figures]),
+        Column("Mean KL", "nats", [with_error(each.kl) for each in figures]),
+        Column("Same top token", "%", [with_error(each.top1, 100) for each in figures]),
     ]
 
 
@@ -135,12 +128,13 @@ def _speed_columns(entries: list[Entry]) -> list[Column]:
         "Generating": [speed.decode_tokens_per_s for speed in speeds],
         "Prompt": [speed.prefill_tokens_per_s for speed in speeds],
     }
-    return [Column(name, "tokens/s", list(map(number, found))) for name, found in rates.items()]
+    return [Column(name, "tokens/s", list(map(number, each))) for name, each in rates.items()]
 
 
 def _run_columns(entries: list[Entry]) -> list[Column]:
     distances = [
-        f"{number(entry.max_abs, 2)} of {number(entry.allowed_max_abs, 2)}" for entry in entries
+        f"{number(entry.smoke.distance.max_abs, 2)} of {number(entry.smoke.tolerance.max_abs, 2)}"
+        for entry in entries
     ]
     memory = [number(entry.quality.peak_memory / 1e6) for entry in entries]
     return [
@@ -190,7 +184,7 @@ def _csv_row(entry: Entry) -> dict[str, object]:
         "top1_standard_error": figures.top1.standard_error,
         "decode_tokens_per_s": result.speed.decode_tokens_per_s,
         "prefill_tokens_per_s": result.speed.prefill_tokens_per_s,
-        "smoke_test_max_abs": entry.max_abs,
+        "smoke_test_max_abs": entry.smoke.distance.max_abs,
         "peak_memory_bytes": result.peak_memory,
         "runtime": result.runtime,
     }
@@ -226,18 +220,15 @@ def findings(entries: list[Entry]) -> list[str]:
     by_size = sorted(entries, key=lambda entry: (entry.quality.size.networks, entry.quality.ranks))
     good = [entry for entry in by_size if entry.perplexity_change.mean <= NEARLY]
     fastest = max(entries, key=lambda entry: entry.quality.speed.decode_tokens_per_s)
-    found = []
-    if good:
-        size = good[0].quality.size.networks / 1e6
-        found.append(
-            f"Smallest weights within {NEARLY:.0%} of the reference's perplexity: "
-            f"{good[0].label}, {number(size)} MB."
-        )
-    else:
-        found.append(f"No engine is within {NEARLY:.0%} of the reference's perplexity.")
     rate = number(fastest.quality.speed.decode_tokens_per_s)
-    found.append(f"Fastest here: {fastest.label}, {rate} tokens/s for one sequence.")
-    return found
+    smallest = f"No engine is within {NEARLY:.0%} of the reference's perplexity."
+    if good:
+        size = number(good[0].quality.size.networks / 1e6)
+        smallest = (
+            f"Smallest weights within {NEARLY:.0%} of the reference's perplexity: "
+            f"{good[0].label}, {size} MB."
+        )
+    return [smallest, f"Fastest here: {fastest.label}, {rate} tokens/s for one sequence."]
 
 
 def conditions(entries: list[Entry]) -> dict[str, list[str]]:

@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from mpt_trt.evaluation.distance import Speed
 from mpt_trt.evaluation.quality_result import Estimate
+from mpt_trt.evaluation.speed import Speed
 from mpt_trt.report.numbers import number
 
 # What is drawn, the page's variable that it becomes, and its value where there is no page. Blue and

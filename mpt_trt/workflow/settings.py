@@ -13,6 +13,7 @@ import yaml
 
 from mpt_trt.engines.spec import TENSORRT_LLM
 from mpt_trt.errors import MptTrtError
+from mpt_trt.evaluation.distance import Tolerance
 from mpt_trt.quantization.schemes import (
     METHODS,
     KvCacheType,
@@ -27,15 +28,6 @@ if TYPE_CHECKING:
 Entry = TypeVar("Entry")
 
 SCHEMA = Path(__file__).with_name("config.schema.yaml")
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """See the schema."""
-
-    max_abs: float
-    mean_kl: float
-    min_top1: float
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,8 @@ from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines.build.build import BuildRequest, build_engine
 from mpt_trt.engines.load import load_engine
-from mpt_trt.engines.manifest import (
-    BuilderInfo,
-    engine_name,
-    read_network_hash,
-    write_plan_description,
-)
+from mpt_trt.engines.manifest import engine_name, read_network_hash, write_plan_description
+from mpt_trt.engines.spec import BuilderInfo
 from mpt_trt.evaluation.quality_result import read_quality
 from mpt_trt.ft.checkpoint import read_ft_checkpoint
 from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint

@@ -34,7 +34,7 @@ from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.engines.build.build import BuildRequest, build_rank, make_networks
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
-from mpt_trt.evaluation.distance import measure_distance
+from mpt_trt.evaluation.logits import measure_distance
 from mpt_trt.evaluation.reference import reference_logits
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.ft.int8 import Int8Conversion

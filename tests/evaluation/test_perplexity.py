@@ -23,8 +23,8 @@ from mpt_trt.engines.load import load_engine
 from mpt_trt.engines.manifest import read_manifest
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
-from mpt_trt.evaluation.distance import logits_in_pieces
 from mpt_trt.evaluation.heldout import HeldOut, read_heldout, read_text, windows, write_heldout
+from mpt_trt.evaluation.logits import logits_in_pieces
 from mpt_trt.evaluation.perplexity import engine_size, estimate, measure
 from mpt_trt.evaluation.quality_result import Figures, read_quality
 from mpt_trt.evaluation.reference import Head, read_head, reference_hidden
@@ -346,7 +346,7 @@ def test_windows_that_the_engine_cannot_hold_are_refused(built: Built, text: Pat
 def test_another_models_reference_is_refused(built: Built, text: Path, tmp_path):
     other = write_checkpoint(tmp_path / "hf", CheckpointSpec(vocab_size=80, seed=1))
     stored = compute_reference(other, text, tmp_path / "reference.safetensors")
-    with pytest.raises(MptTrtError, match="they are of different models"):
+    with pytest.raises(MptTrtError, match="they belong to different models"):
         call_tool(
             "measure_quality.py",
             *("--engine_dir", built.engine, "--model_dir", other),

@@ -18,13 +18,16 @@ import transformers
 from torch.nn import functional
 from transformers import MptForCausalLM
 
+from mpt_trt.engines.interface import GreedyModel
 from mpt_trt.engines.load import LoadedEngine, load_engine
 from mpt_trt.errors import MptTrtError
-from mpt_trt.evaluation.distance import Distance, all_logits, measure_distance, record_generation
+from mpt_trt.evaluation.distance import Distance, Tolerance
+from mpt_trt.evaluation.logits import all_logits, measure_distance
+from mpt_trt.evaluation.recorded_generation import record_generation
 from mpt_trt.evaluation.reference import reference_logits, reference_name
 from mpt_trt.ft.checkpoint import read_ft_checkpoint
+from mpt_trt.generation.logits import log_softmax
 from mpt_trt.system import gpus
-from mpt_trt.workflow.settings import Tolerance
 from support.built import Built
 from support.checkpoints import CheckpointSpec, write_checkpoint
 from support.engines import (
@@ -215,7 +218,7 @@ import re, sys, threading, time
 from pathlib import Path
 import torch
 import transformers.models.mpt.modeling_mpt
-from mpt_trt.reference import reference_logits
+from mpt_trt.evaluation.reference import reference_logits
 
 def held():
     status = Path("/proc/self/status").read_text()
@@ -312,8 +315,31 @@ def test_trial_continues_as_transformers_does_and_keeps_all_logits(
     seen = np.array([generation.tokens[:-1]])
     assert generation.logits.shape == (prompt_len + new_tokens - 1, built.spec.vocab_size)
     assert deviation(generation.logits, reference(built.spec, seen)[0]) < 2e-5
-    assert generation.prefill_tokens_per_s > 0
-    assert (generation.decode_tokens_per_s > 0) == (new_tokens > 1)
+    assert generation.speed.prefill_tokens_per_s > 0
+    assert (generation.speed.decode_tokens_per_s > 0) == (new_tokens > 1)
+
+
+def test_a_model_that_chooses_itself_is_recorded_step_by_step(built, engine):
+    """Because only `step` returns the logits that are compared."""
+
+    class Choosing:
+        def __getattr__(self, name):
+            return getattr(engine.model, name)
+
+        def greedy_steps(self, tokens, write_positions, count):
+            rows = np.arange(len(tokens))
+            where = np.stack([rows, np.zeros_like(rows)], axis=1)
+            for index in range(count):
+                logits = self.step(tokens[:, None], write_positions + index, where)
+                tokens = logits.argmax(axis=-1)
+                yield tokens, log_softmax(logits)[rows, tokens]
+
+    model = Choosing()
+    assert isinstance(model, GreedyModel)
+    prompt = random_ids(built.spec, 1, 5, seed=4)[0].tolist()
+    generation = record_generation(replace(engine, model=model), prompt, 6)
+    assert generation.tokens == record_generation(engine, prompt, 6).tokens
+    assert len(generation.logits) == 10
 
 
 # --- the smoke test ------------------------------------------------------------------------------
@@ -345,7 +371,8 @@ def test_smoke_test_reports_text_speed_runtime_and_distance(built: Built, tmp_pa
     assert result["tolerance"] == dict(
         zip(("max_abs", "mean_kl", "min_top1"), astuple(STRICT), strict=True)
     )
-    assert result["prefill_tokens_per_s"] > 0 and result["decode_tokens_per_s"] > 0
+    assert result["speed"]["prefill_tokens_per_s"] > 0
+    assert result["speed"]["decode_tokens_per_s"] > 0
 
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(built.hf)
     tokens = result["tokens"]

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from mpt_trt.engines.manifest import BuilderInfo
+from mpt_trt.engines.spec import BuilderInfo
 from mpt_trt.errors import MptTrtError
-from mpt_trt.evaluation.distance import Speed
+from mpt_trt.evaluation.distance import Distance, Tolerance
 from mpt_trt.evaluation.quality_result import Estimate, Figures, QualityResult, Size, write_quality
+from mpt_trt.evaluation.smoke_result import SmokeResult, write_smoke_result
+from mpt_trt.evaluation.speed import Speed
 from mpt_trt.report.numbers import number, with_error
 from mpt_trt.report.page import read_entry, require_comparable
 from mpt_trt.report.plots import _spread
@@ -64,6 +66,25 @@ def result(kl: float, excess: float, megabytes: float, ranks: int = 1) -> Qualit
     )
 
 
+def smoke_result(quality: QualityResult) -> SmokeResult:
+    return SmokeResult(
+        engine_dir=quality.engine_dir,
+        engines=("rank0.engine",),
+        builder=quality.builder,
+        ranks=quality.ranks,
+        runtime=quality.runtime,
+        fallback_reason=quality.fallback_reason,
+        prompt="to be or",
+        text=" not",
+        tokens=(7, 8, 9),
+        prompt_len=2,
+        speed=quality.speed,
+        reference=quality.reference,
+        distance=Distance(0.0123, 0.0, 1.0, 2),
+        tolerance=Tolerance(0.1, 0.001, 0.95),
+    )
+
+
 RESULTS = {
     "fp32": result(4e-12, 0.0, 26),
     "fp16": result(5e-7, 1e-5, 13),
@@ -79,7 +100,7 @@ def write_inputs(folder: Path, results: dict[str, QualityResult]) -> list[str]:
         quality.append(folder / f"quality{index}.json")
         smoke.append(folder / f"smoke{index}.json")
         write_quality(entry, quality[-1])
-        smoke[-1].write_text('{"distance": {"max_abs": 0.0123}, "tolerance": {"max_abs": 0.1}}')
+        write_smoke_result(smoke_result(entry), smoke[-1])
     names = [name.strip() for name in results]
     return [
         "--model=toy & co", "--variants", *names, "--quality", *map(str, quality),
@@ -335,6 +356,7 @@ def test_results_come_back_as_they_were(tmp_path: Path):
     write_inputs(tmp_path, RESULTS)
     entry = read_entry("fp32", tmp_path / "quality0.json", tmp_path / "smoke0.json")
     assert entry.quality == RESULTS["fp32"]
+    assert entry.smoke == smoke_result(RESULTS["fp32"])
     assert json.loads((tmp_path / "quality0.json").read_text())["size"] == asdict(
         RESULTS["fp32"].size
     )
@@ -345,7 +367,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path):
     (tmp_path / "smoke0.json").write_text("{}")
     outputs = ("--output", tmp_path / "page.html", "--items_dir", tmp_path / "items")
     result = run_tool("make_report.py", *arguments, *outputs)
-    assert "smoke0.json: no result of a smoke test" in one_line_error(result)
+    assert "smoke0.json: not a result of a smoke test of this version" in one_line_error(result)
     assert not (tmp_path / "page.html").exists() and not (tmp_path / "items").exists()
 
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from mpt_trt.errors import MptTrtError
+from mpt_trt.evaluation.distance import Tolerance
 from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
 from mpt_trt.workflow import settings
 from mpt_trt.workflow.settings import (
@@ -21,7 +22,6 @@ from mpt_trt.workflow.settings import (
     Report,
     Site,
     SmokeTest,
-    Tolerance,
     Variant,
     parse_settings,
 )

@@ -47,7 +47,7 @@ def test_smoke_test_says_what_ran_and_how_far_it_is(made: Workflow) -> None:
     assert result["runtime"].startswith("ONNX Runtime") or result["fallback_reason"] is None
     assert 0 <= result["distance"]["max_abs"] < 1e-3
     assert result["distance"]["positions"] == result["prompt_len"] + 6 - 1
-    assert result["decode_tokens_per_s"] > 0
+    assert result["speed"]["decode_tokens_per_s"] > 0
 
 
 def test_engine_directory_shares_its_weights_with_the_ft_checkpoint(made: Workflow) -> None:

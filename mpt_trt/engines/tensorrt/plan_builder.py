@@ -22,8 +22,7 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mpt_trt.engines.manifest import BuilderInfo
-from mpt_trt.engines.spec import BuildLimits
+from mpt_trt.engines.spec import BuilderInfo, BuildLimits
 from mpt_trt.engines.tensorrt.packages import Package
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import gpus

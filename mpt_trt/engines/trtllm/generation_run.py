@@ -1,7 +1,7 @@
 """One generation by TensorRT-LLM's C++ runtime, recorded as an npz file.
 
-Not run where this was written: TensorRT-LLM was read, not installed. So it calls as little of it as
-possible: ModelRunnerCpp.from_dir and generate, as they are in 0.20 to 1.2.1.
+This was written from TensorRT-LLM's source and has never run with it. So it calls as little of it
+as possible: ModelRunnerCpp.from_dir and generate, as they are in 0.20 to 1.2.1.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ NO_END_TOKEN = -1
 
 
 @dataclass(frozen=True)
-class RecordedGeneration:
-    """What is compared with the reference.
+class TrtllmGeneration:
+    """One greedy generation by TensorRT-LLM.
 
-    tokens: prompt and continuation. logits: float32 `[len(tokens) - prompt_len, vocab]`, those
-    that each token of the continuation was chosen by. version: of TensorRT-LLM.
-    compute_capability: of the first rank's GPU. Speeds in tokens per second.
+    tokens: prompt and continuation. prompt_len: tokens of the prompt. logits: float32
+    `[len(tokens) - prompt_len, vocab]`, those that each token of the continuation was chosen by.
+    version: of TensorRT-LLM. compute_capability: of the first rank's GPU. Speeds in tokens per
+    second.
     """
 
     tokens: list[int]
@@ -37,12 +38,12 @@ class RecordedGeneration:
     decode_tokens_per_s: float
 
 
-def record_generation(
+def record_trtllm_generation(
     engine_dir: Path, prompt: list[int], max_new_tokens: int, version: str, target: Path
 ) -> None:
     """Continues `prompt` greedily on every rank; the first one writes the file `target`.
 
-    Prefill's speed is that of the first token, and decoding's that of the others.
+    The speed of prefill is measured on the first token, that of decoding on the others.
     """
     import tensorrt_llm
     import torch
@@ -54,7 +55,7 @@ def record_generation(
 
     def generate(new_tokens: int) -> tuple[dict, float]:
         started = time.perf_counter()
-        found = runner.generate(
+        output = runner.generate(
             token_ids,
             max_new_tokens=new_tokens,
             top_k=1,
@@ -65,44 +66,48 @@ def record_generation(
             output_generation_logits=True,
         )
         torch.cuda.synchronize()
-        return found, time.perf_counter() - started
+        return output, time.perf_counter() - started
 
-    generate(max_new_tokens)  # warm-up: first-time set-up is no part of the speed
+    generate(max_new_tokens)  # warm-up: the first run sets things up, slowly
     _, first = generate(1)
-    found, whole = generate(max_new_tokens)
+    output, whole = generate(max_new_tokens)
     if rank == 0:
         major, minor = torch.cuda.get_device_capability()
-        origin = {"version": version, "compute_capability": f"{major}.{minor}"}
-        _write(found, prompt, (first, whole - first), origin, target)
+        generation = _generation(
+            output, prompt, (first, whole - first), version, f"{major}.{minor}"
+        )
+        with replace_file(target) as partial, partial.open("wb") as stream:
+            tokens = np.array(generation.tokens, np.int32)
+            np.savez(stream, **vars(generation) | {"tokens": tokens})
 
 
-def _write(
-    found: dict,
+def _generation(
+    output: dict,
     prompt: list[int],
     seconds: tuple[float, float],
-    origin: dict[str, str],
-    target: Path,
-) -> None:
-    length = int(found["sequence_lengths"][0, 0])
+    version: str,
+    compute_capability: str,
+) -> TrtllmGeneration:
+    """output: of ModelRunnerCpp.generate. seconds: of prefill and decoding."""
+    length = int(output["sequence_lengths"][0, 0])
     new_tokens = length - len(prompt)
     prefill, decode = seconds
-    with replace_file(target) as partial, partial.open("wb") as stream:
-        np.savez(
-            stream,
-            tokens=found["output_ids"][0, 0, :length].cpu().numpy(),
-            prompt_len=len(prompt),
-            logits=found["generation_logits"][0, 0, :new_tokens].float().cpu().numpy(),
-            **origin,
-            prefill_tokens_per_s=len(prompt) / prefill,
-            decode_tokens_per_s=(new_tokens - 1) / max(decode, 1e-9),
-        )
+    return TrtllmGeneration(
+        tokens=output["output_ids"][0, 0, :length].tolist(),
+        prompt_len=len(prompt),
+        logits=output["generation_logits"][0, 0, :new_tokens].float().cpu().numpy(),
+        version=version,
+        compute_capability=compute_capability,
+        prefill_tokens_per_s=len(prompt) / prefill,
+        decode_tokens_per_s=(new_tokens - 1) / max(decode, 1e-9),
+    )
 
 
-def read_recorded_generation(path: Path) -> RecordedGeneration:
-    """Raises MptTrtError when the file is none that `record_generation` wrote."""
+def read_trtllm_generation(path: Path) -> TrtllmGeneration:
+    """Reads a file that `record_trtllm_generation` wrote; raises MptTrtError for any other."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return RecordedGeneration(
+            return TrtllmGeneration(
                 tokens=stored["tokens"].tolist(),
                 prompt_len=int(stored["prompt_len"]),
                 logits=stored["logits"],
@@ -112,4 +117,6 @@ def read_recorded_generation(path: Path) -> RecordedGeneration:
                 decode_tokens_per_s=float(stored["decode_tokens_per_s"]),
             )
     except (OSError, KeyError, ValueError) as error:
-        raise MptTrtError(f"{path}: no result of run_trtllm.py ({error}); run it again") from None
+        raise MptTrtError(
+            f"{path}: not a result of run_trtllm.py ({error}); run it again"
+        ) from None

@@ -23,7 +23,7 @@ import yaml
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.engines.trtllm import package
 from mpt_trt.engines.trtllm.build_command import build_command
-from mpt_trt.engines.trtllm.generation_run import read_recorded_generation, record_generation
+from mpt_trt.engines.trtllm.generation_run import read_trtllm_generation, record_trtllm_generation
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.reference import reference_logits
 from mpt_trt.workflow.settings import parse_settings
@@ -284,7 +284,7 @@ def test_a_wrong_generation_is_rejected(generation):
 def test_a_damaged_trial_is_named(generation):
     folder, tmp_path = generation
     (tmp_path / "generation.npz").write_bytes(b"nothing")
-    with pytest.raises(MptTrtError, match=r"generation\.npz: no result of run_trtllm\.py"):
+    with pytest.raises(MptTrtError, match=r"generation\.npz: not a result of run_trtllm\.py"):
         judge(folder, tmp_path)
 
 
@@ -322,11 +322,11 @@ def test_what_the_first_rank_records_is_read(rank, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt_llm.runtime", runtime)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    record_generation(tmp_path, [7, 8, 9], 4, "1.2.1", tmp_path / "generation.npz")
+    record_trtllm_generation(tmp_path, [7, 8, 9], 4, "1.2.1", tmp_path / "generation.npz")
     if rank != 0:
         assert not (tmp_path / "generation.npz").exists()
         return
-    found = read_recorded_generation(tmp_path / "generation.npz")
+    found = read_trtllm_generation(tmp_path / "generation.npz")
     assert (found.tokens, found.prompt_len) == ([7, 8, 9, 3, 4, 5, 6], 3)
     assert (found.version, found.compute_capability) == ("1.2.1", "9.0")
     assert found.logits.dtype == np.float32
