@@ -19,7 +19,7 @@ from transformers import MptForCausalLM
 
 from mpt_trt.evaluation.heldout import read_heldout
 from mpt_trt.evaluation.quality_result import QualityResult, read_quality
-from support.workflow import LINKED, REPOSITORY
+from support.workflow import COPIED, LINKED, REPOSITORY
 
 DEMO = REPOSITORY / "resources" / "mpt-demo"
 WINDOWS, LENGTH = 4, 256
@@ -53,7 +53,7 @@ BOUNDS = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with the shipped configuration, a few windows, and all results."""
     folder = tmp_path_factory.mktemp("quality")
-    for name in (*LINKED, "workflow_scripts"):
+    for name in (*LINKED, *COPIED):
         (folder / name).symlink_to(REPOSITORY / name)
     config = yaml.safe_load((REPOSITORY / "config.yaml").read_text())
     config["quality"] |= {"num_windows": WINDOWS, "window_length": LENGTH}

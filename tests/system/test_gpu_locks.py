@@ -270,7 +270,7 @@ time.sleep(60)
 
 def test_ranks_end_with_a_killed_mpirun(scope: str) -> None:
     mpirun = Path(sys.executable).with_name("mpirun")
-    ranks = [sys.executable, "-c", RANK, str(REPOSITORY / "workflow_scripts")]
+    ranks = [sys.executable, "-c", RANK, str(REPOSITORY)]
     options = ["-n", "2", "--allow-run-as-root", "--oversubscribe"]
     process = start(scope, 2, str(mpirun), *options, *ranks)
     found = [int(process.stdout.readline()) for _ in range(2)]
