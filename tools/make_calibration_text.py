@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.cli.console import run_cli
-from tools.demo_model.train import (
+from mpt_trt.system.files import replace_file
+from tools.demo_model.corpus import (
     HELD_BACK_BYTES,
     HELDOUT_BYTES,
     VALIDATION_BYTES,
@@ -45,8 +46,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from mpt_trt.system.files import replace_file
-
     documents = read_corpus(arguments.stdlib)
     split = split_corpus(documents, HELDOUT_BYTES, VALIDATION_BYTES)
     chosen = choose(without_paragraphs_of(split["heldout"], split["training"]), arguments.bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import hashlib
@@ -19,8 +20,10 @@ from transformers import AutoTokenizer, MptConfig, MptForCausalLM
 
 from mpt_trt.errors import MptTrtError
 from support.paths import REPOSITORY
-from tools.demo_model import train as demo
-from tools.demo_model import training
+from tools.demo_model import corpus, make, training
+from tools.demo_model.model_card import model_card
+from tools.demo_model.model_folder import hf_config, to_float16
+from tools.demo_model.recipe import Architecture, Recipe
 from tools.demo_model.snippets import render, snippets_of
 
 ROOT = REPOSITORY
@@ -87,7 +90,7 @@ def test_config_is_read_by_transformers():
 
 def test_heldout_loss_is_the_recorded_one(model, tokenizer, heldout_text, figures):
     length = model.config.max_seq_len
-    ids = torch.tensor(tokenizer(heldout_text).input_ids)[: demo.FIRST_WINDOWS * length + 1]
+    ids = torch.tensor(tokenizer(heldout_text).input_ids)[: make.FIRST_WINDOWS * length + 1]
     total = 0.0
     for start in range(0, len(ids) - 1, length):
         window = ids[start : start + length + 1]
@@ -101,7 +104,7 @@ def test_heldout_loss_is_the_recorded_one(model, tokenizer, heldout_text, figure
 def test_heldout_figures_follow_from_the_loss_and_the_text(heldout_text, figures):
     quality, part = figures["quality"], figures["corpus"]["heldout"]
     nats = quality["nats_per_token"]["heldout"]
-    documents = heldout_text.split(demo.END_OF_TEXT)
+    documents = heldout_text.split(corpus.END_OF_TEXT)
     assert part["documents"] == len(documents) == len(figures["corpus"]["heldout_names"])
     assert part["bytes"] == sum(len(document.encode()) for document in documents)
     assert part["sha256"] == hashlib.sha256(heldout_text.encode()).hexdigest()
@@ -155,19 +158,19 @@ def test_tokenizer_begins_a_text_as_training_began_documents(tokenizer):
 
 
 def test_card_and_figures_agree(figures):
-    assert (FOLDER / "README.md").read_text(encoding="utf-8") == demo.model_card(figures)
+    assert (FOLDER / "README.md").read_text(encoding="utf-8") == model_card(figures)
 
 
 def test_defaults_are_the_recorded_recipe(figures):
     first, second = figures["stages"]
-    assert demo.Recipe() == demo.Recipe(**first["recipe"])
-    assert demo.Recipe(**second["recipe"]).snippet_windows > 0
-    assert demo.Architecture() == demo.Architecture(**figures["architecture"])
+    assert Recipe() == Recipe(**first["recipe"])
+    assert Recipe(**second["recipe"]).snippet_windows > 0
+    assert Architecture() == Architecture(**figures["architecture"])
 
 
 # --- the script's parts -------------------------------------------------------------------------
 
-ARCHITECTURE = demo.Architecture(
+ARCHITECTURE = Architecture(
     hidden_size=64, num_heads=4, num_layers=2, vocab_size=300, max_seq_len=600
 )
 
@@ -177,7 +180,7 @@ def test_network_computes_what_transformers_computes():
     own = training.DemoMpt(ARCHITECTURE, dropout=0.1).eval()
     for parameter in own.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    settings = demo.hf_config(ARCHITECTURE)
+    settings = hf_config(ARCHITECTURE)
     del settings["dtype"], settings["torch_dtype"]
     reference = MptForCausalLM(MptConfig(**settings)).eval()
     report = reference.load_state_dict(own.state_dict(), strict=False)
@@ -235,7 +238,7 @@ def test_batches_cover_an_epoch_without_overlap():
 
 def test_training_stops_when_the_loss_is_no_number():
     stream = torch.randint(0, 300, (2000,))
-    recipe = demo.Recipe(steps=9, batch_size=2, warmup_steps=1, evaluate_every=3)
+    recipe = Recipe(steps=9, batch_size=2, warmup_steps=1, evaluate_every=3)
     network = training.DemoMpt(ARCHITECTURE, dropout=0.0)
     torch.nn.init.constant_(network.transformer["norm_f"].weight, math.nan)
     streams = {"training": stream, "validation": stream[:500]}
@@ -276,17 +279,17 @@ def library(tmp_path_factory) -> Path:
 
 
 def test_corpus_leaves_out_what_is_no_source(library):
-    names = {document.name for document in demo.read_corpus(library)}
+    names = {document.name for document in corpus.read_corpus(library)}
     modules = {f"module{number}.py" for number in range(1, 12)} | {"copy_of_module0.py"}
     topics = {f"topics/topic{n}" for n in range(4)}
     assert names == modules | topics | {"test/test_one.py"}
 
 
 def test_split_is_stable_disjoint_and_keeps_copies_together(library):
-    documents = demo.read_corpus(library)
-    altered = demo.Document("nearly.py", documents[0].text + "print('one line more than that')\n")
-    split = demo.split_corpus([*documents, altered], 3_000, 3_000)
-    again = demo.split_corpus([altered, *reversed(documents)], 3_000, 3_000)
+    documents = corpus.read_corpus(library)
+    altered = corpus.Document("nearly.py", documents[0].text + "print('one line more than that')\n")
+    split = corpus.split_corpus([*documents, altered], 3_000, 3_000)
+    again = corpus.split_corpus([altered, *reversed(documents)], 3_000, 3_000)
     names = [document.name for part in split.values() for document in part]
     assert sorted(names) == sorted(d.name for d in [*documents, altered])
     assert split["heldout"] == again["heldout"]
@@ -296,21 +299,20 @@ def test_split_is_stable_disjoint_and_keeps_copies_together(library):
 
 
 def test_split_says_when_the_corpus_is_too_small(library):
-    documents = demo.read_corpus(library)[:1]
+    documents = corpus.read_corpus(library)[:1]
     with pytest.raises(MptTrtError, match="larger --stdlib"):
-        demo.split_corpus(documents, 1_000, 1_000)
+        corpus.split_corpus(documents, 1_000, 1_000)
 
 
 def test_weights_outside_float16_are_refused():
     with pytest.raises(MptTrtError, match="big"):
-        demo.to_float16({"small": torch.ones(2), "big": torch.tensor([1e6])})
+        to_float16({"small": torch.ones(2), "big": torch.tensor([1e6])})
 
 
-def test_folder_with_other_content_is_kept(tmp_path, monkeypatch):
+def test_folder_with_other_content_is_kept(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    monkeypatch.setattr(sys, "argv", ["train.py", f"--output={tmp_path}"])
     with pytest.raises(MptTrtError, match="something else"):
-        demo.main()
+        make.run(argparse.Namespace(output=tmp_path))
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
@@ -335,12 +337,12 @@ def test_script_runs_from_sources_to_folder(library, tmp_path):
     output = tmp_path / "tiny"
     figures = train_tiny(library, output)
     assert [stage["recipe"]["steps"] for stage in figures["stages"]] == [4]
-    assert set(figures["samples"]) == set(demo.PROMPTS)
+    assert set(figures["samples"]) == set(make.PROMPTS)
     card = (output / "README.md").read_text()
     assert "Python 9.9.9" in card
-    assert card == demo.model_card(figures)
+    assert card == model_card(figures)
     heldout = (output / "heldout.txt").read_text()
-    assert len(heldout.split(demo.END_OF_TEXT)) == figures["corpus"]["heldout"]["documents"]
+    assert len(heldout.split(corpus.END_OF_TEXT)) == figures["corpus"]["heldout"]["documents"]
     MptForCausalLM.from_pretrained(output)
     assert list(tmp_path.iterdir()) == [output]
 
@@ -376,7 +378,7 @@ def no_arguments():
 
 
 def test_snippets_stand_alone():
-    document = demo.Document("module.py", SNIPPET_SOURCE)
+    document = corpus.Document("module.py", SNIPPET_SOURCE)
     found = {snippet.name: snippet.name.join(snippet.parts) for snippet in snippets_of(document)}
     assert set(found) == {"power", "Stack", "size"}
     for text in found.values():
@@ -386,7 +388,7 @@ def test_snippets_stand_alone():
 
 
 def test_made_up_names_replace_recursive_calls_too():
-    document = demo.Document("module.py", SNIPPET_SOURCE)
+    document = corpus.Document("module.py", SNIPPET_SOURCE)
     power = [snippet for snippet in snippets_of(document) if snippet.name == "power"]
     texts = set(render(power * 20, ["alpha", "beta", "gamma"], random.Random(0)))
     assert len(texts) > 1

@@ -10,10 +10,8 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tools.demo_model.train import Document
+from tools.demo_model.corpus import Document
 
 SNIPPET_LINES = (2, 60)
 MADE_UP_SHARE = 0.5

@@ -1,4 +1,4 @@
-"""The network of the demo model and its training; train_demo_model.py is the command."""
+"""The network of the demo model and its training."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpt_trt.errors import MptTrtError
-
-if TYPE_CHECKING:
-    from tools.demo_model.train import Architecture, Recipe
+from tools.demo_model.recipe import Architecture, Recipe
 
 log = logging.getLogger(__name__)
 
