@@ -1,4 +1,4 @@
-"""Numbers as people read them: few digits, standard errors, powers of ten."""
+"""Numbers for readers: few digits, standard errors, powers of ten."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLAIN = range(-3, 6)
 
 
 def number(value: float, digits: int = 3) -> str:
-    """`value` with that many significant digits: `13.1`, `4,550`, `5.01 x 10⁻⁷`."""
+    """Formats `value` with `digits` significant digits: `13.1`, `4,550`, `5.01 x 10⁻⁷`."""
     if value == 0:
         return "0"
     if not math.isfinite(value):
@@ -27,9 +27,9 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def with_error(estimate: Estimate, scale: float = 1, show_sign: bool = False) -> str:
-    """`mean ± standard error`, the error with two significant digits; both times `scale`.
+    """Formats `mean ± standard error`, both times `scale`, the error with two significant digits.
 
-    Without an error, or with an error of zero, it is the mean with three digits.
+    If there is no error, or it is zero, the result is the mean with three digits.
     """
     mean = estimate.mean * scale
     if not estimate.standard_error:

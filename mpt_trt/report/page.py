@@ -1,6 +1,6 @@
-"""A model's engines side by side: `reports/{model}.html`, and its table and plots as files.
+"""A comparison of a model's engines: `reports/{model}.html`, and its table and plots as files.
 
-The page needs nothing but itself: styles and plots are inside, there are no scripts.
+The page needs no other files: styles and plots are inside it, and it has no scripts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
+
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.quality_result import Estimate, QualityResult, read_quality
 from mpt_trt.evaluation.smoke_result import SmokeResult, read_smoke_result
@@ -22,7 +24,7 @@ from mpt_trt.system.machine import Machine
 
 # The variant whose size others are compared with.
 BASE_VARIANT = "fp16"
-# How much worse than the reference's perplexity counts as nearly as good.
+# Relative increase of perplexity up to which an engine counts as nearly as good as the reference.
 NEARLY = 0.01
 TABLE = "table.csv"
 # The page that ships.
@@ -40,12 +42,13 @@ class Entry:
 
     @property
     def label(self) -> str:
+        """The engine's name in the report."""
         ranks = self.quality.ranks
         return self.variant if ranks == 1 else f"{self.variant}, {ranks} ranks"
 
     @property
     def perplexity_change(self) -> Estimate:
-        """Relative to the reference; the error by the exponential's derivative."""
+        """Change relative to the reference; its error follows from the exponential's derivative."""
         excess = self.quality.figures.excess
         change, error = math.expm1(excess.mean), excess.standard_error
         return Estimate(change, None if error is None else error * (1 + change))
@@ -79,7 +82,7 @@ def _text_measured(entry: Entry) -> tuple[str, int, int]:
 
 @dataclass(frozen=True)
 class Column:
-    """name, unit: of the header. values: a cell for each engine, ready to be read."""
+    """A column of the table. name, unit: its header. values: the text of each engine's cell."""
 
     name: str
     unit: str
@@ -88,7 +91,7 @@ class Column:
 
 
 def column_groups(entries: list[Entry]) -> dict[str, list[Column]]:
-    """All columns behind the engine's name, by what they are about."""
+    """All columns after the engine's name, grouped by subject."""
     return {
         "Size on disk": _size_columns(entries),
         "Held-out text": _text_columns(entries),
@@ -145,7 +148,7 @@ def _run_columns(entries: list[Entry]) -> list[Column]:
 
 
 def _multiples(entries: list[Entry], sizes: list[int]) -> list[str]:
-    """Each size as a multiple of the base variant's on the fewest ranks; dashes without one."""
+    """Each size as a multiple of the base variant's on the fewest ranks, or a dash without it."""
     bases = [
         (entry.quality.ranks, size)
         for entry, size in zip(entries, sizes, strict=True)
@@ -158,7 +161,7 @@ def _multiples(entries: list[Entry], sizes: list[int]) -> list[str]:
 
 
 def table_csv(entries: list[Entry]) -> str:
-    """The figures in full precision, a line an engine."""
+    """The figures in full precision as CSV, one line per engine."""
     stream = io.StringIO()
     rows = [_csv_row(entry) for entry in entries]
     writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
@@ -194,9 +197,10 @@ def _csv_row(entry: Entry) -> dict[str, object]:
 
 
 def plots(entries: list[Entry]) -> list[Plot]:
+    """Draws size against quality, distance from the reference, and speed."""
     results = [entry.quality for entry in entries]
     labels = [entry.label for entry in entries]
-    # One point a variant: more ranks share the same weights.
+    # One point per variant, because ranks share the same weights.
     fewest = {entry.variant: entry for entry in reversed(entries)}
     single = [entry for entry in entries if fewest[entry.variant] is entry]
     return [
@@ -216,7 +220,7 @@ def plots(entries: list[Entry]) -> list[Plot]:
 
 
 def findings(entries: list[Entry]) -> list[str]:
-    """What the table says, in sentences."""
+    """The main findings of the table, in sentences."""
     by_size = sorted(entries, key=lambda entry: (entry.quality.size.networks, entry.quality.ranks))
     good = [entry for entry in by_size if entry.perplexity_change.mean <= NEARLY]
     fastest = max(entries, key=lambda entry: entry.quality.speed.decode_tokens_per_s)
@@ -232,7 +236,7 @@ def findings(entries: list[Entry]) -> list[str]:
 
 
 def conditions(entries: list[Entry]) -> dict[str, list[str]]:
-    """Where and by what the figures were obtained, each thing once."""
+    """Machines, software and settings behind the figures, without repetition."""
     results = [entry.quality for entry in entries]
     return {
         "Variants": _distinct(f"{entry.variant}: {_made_of(entry.quality)}" for entry in entries),
@@ -256,7 +260,7 @@ def conditions(entries: list[Entry]) -> dict[str, list[str]]:
 
 
 def _made_of(result: QualityResult) -> str:
-    """What an engine computes in and stores, in words."""
+    """Data type, quantization and cache type of an engine, in words."""
     options = dict(result.quantization)
     method = options.pop("method")
     given = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
@@ -279,9 +283,7 @@ def _machine_text(machine: Machine) -> str:
 
 
 def page(model: str, entries: list[Entry], template: Path, drawn: list[Plot]) -> str:
-    """The report as HTML."""
-    import jinja2
-
+    """Renders the report as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
         autoescape=True,

@@ -1,7 +1,7 @@
-"""The plots of a report, as SVG that takes its colours from the page and its text from the reader.
+"""The plots of a report, as SVG that takes its colours from the page and its font from the reader.
 
-Nothing is told by colour alone: every point and bar has its name beside it. Text stays text, so
-that it can be searched, read aloud and scaled.
+No information is in colour only: every point and bar has its name next to it. Text stays text, so
+that readers can search it, scale it and have it read aloud.
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from mpt_trt.evaluation.quality_result import Estimate
 from mpt_trt.evaluation.speed import Speed
 from mpt_trt.report.numbers import number
 
-# What is drawn, the page's variable that it becomes, and its value where there is no page. Blue and
-# orange of Okabe and Ito's palette, which colour-blind people can tell apart.
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
+# Each colour as drawn, and the page's variable that replaces it, with a value for use without the
+# page. Colour-blind people can tell these colours of Okabe and Ito's palette apart.
 COLOURS = {
     "#000001": "var(--ink, #1b1f24)",
     "#000002": "var(--faint, #6a737d)",
@@ -35,7 +40,7 @@ COLOURS = {
 }
 INK, FAINT, GRID, *SERIES = COLOURS
 HATCHES = ("", "////", "....")
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -55,9 +60,9 @@ STYLE = {
     "hatch.linewidth": 0.8,
     "legend.frameon": False,
 }
-WIDTH = 4.7  # inches: at a phone's width, text comes out at its own size
+WIDTH = 4.7  # inches: text has its nominal size at a phone's width
 ROW = 0.27
-# KL below this is drawn at the edge: float32 logits do not resolve it.
+# Smaller KL is drawn at the edge, because float32 logits do not resolve it.
 LEAST_KL = 1e-13
 # The axis of perplexity spans at least this share of the reference's.
 LEAST_SPAN = 0.02
@@ -65,7 +70,7 @@ LEAST_SPAN = 0.02
 
 @dataclass(frozen=True)
 class Plot:
-    """name: of its file. caption: what is to be seen. svg: a whole SVG element."""
+    """One plot. name: stem of its file. svg: a whole SVG element."""
 
     name: str
     title: str
@@ -76,7 +81,7 @@ class Plot:
 def draw_size(
     labels: Sequence[str], megabytes: Sequence[float], perplexities: Sequence[float], base: float
 ) -> Plot:
-    """Perplexity over the size of the weights; `base` is the reference's perplexity."""
+    """Draws perplexity over the size of the weights; `base` is the reference's perplexity."""
     with _figure(max(3.0, ROW * len(labels) + 0.9)) as figure:
         axes = figure.subplots()
         figure.subplots_adjust(left=0.15, right=0.62, bottom=0.16, top=0.97)
@@ -89,25 +94,25 @@ def draw_size(
         axes.grid(True)
         axes.set_axisbelow(True)
         points = [*zip(megabytes, perplexities, labels, strict=True)]
-        _label_at_the_side(axes, points)
+        _label_at_the_side(axes, points, figure.get_figheight())
         told = ", ".join(f"{label} {number(size)} MB {number(y, 5)}" for size, y, label in points)
         return _plot(
             figure,
             "size",
             "Size against quality",
             "Perplexity on held-out text (lower is better) over the size of the weights on disk. "
-            "The dashed line is the float32 reference. One point a variant.",
+            "The dashed line is the float32 reference. There is one point per variant.",
             f"Reference {number(base, 5)}. {told}.",
         )
 
 
 def draw_divergence(labels: Sequence[str], divergences: Sequence[Estimate]) -> Plot:
-    """Mean KL of each engine, on a logarithmic axis."""
+    """Draws the mean KL of each engine on a logarithmic axis."""
     with _figure(ROW * len(labels) + 0.85) as figure:
         axes = _row_axes(figure, labels)
         means = [max(divergence.mean, LEAST_KL) for divergence in divergences]
         errors = [divergence.standard_error or 0 for divergence in divergences]
-        # Not below a tenth of the mean, where the logarithm has no use for it.
+        # Bars end at a tenth of the mean, because the axis is logarithmic.
         lower = [min(error, 0.9 * mean) for mean, error in zip(means, errors, strict=True)]
         axes.set_xscale("log")
         axes.errorbar(
@@ -120,7 +125,7 @@ def draw_divergence(labels: Sequence[str], divergences: Sequence[Estimate]) -> P
             capsize=3,
             linewidth=1.2,
         )
-        # Room for the numbers at the points' right.
+        # Room for the numbers to the right of the points.
         axes.set_xlim(min(means) / 10, max(means) * 10 ** (1 + 0.3 * _decades(means)))
         axes.xaxis.set_major_locator(LogLocator(numticks=5))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -140,7 +145,7 @@ def draw_divergence(labels: Sequence[str], divergences: Sequence[Estimate]) -> P
 
 
 def draw_speed(labels: Sequence[str], speeds: Sequence[Speed], runtimes: Sequence[str]) -> Plot:
-    """Bars of tokens/s, for generating and for reading a prompt."""
+    """Draws bars of tokens/s, for generating and for reading a prompt."""
     kinds = list(dict.fromkeys(runtimes))
     panels = {
         "generating, tokens/s": [speed.decode_tokens_per_s for speed in speeds],
@@ -175,7 +180,7 @@ def draw_speed(labels: Sequence[str], speeds: Sequence[Speed], runtimes: Sequenc
             figure,
             "speed",
             "Speed",
-            "Tokens a second of one sequence, by the runtime that the table names (longer is "
+            "Tokens per second of one sequence, under the runtime that the table names (longer is "
             "better).",
             f"Generating, and reading a prompt: {', '.join(told)}.",
         )
@@ -196,10 +201,12 @@ def _span(values: Sequence[float], base: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _label_at_the_side(axes: Axes, points: list[tuple[float, float, str]]) -> None:
-    """Names of points (x, y, name) in a column at the right, in their order, with lines to them."""
+def _label_at_the_side(
+    axes: Axes, points: list[tuple[float, float, str]], figure_height: float
+) -> None:
+    """Writes names of points (x, y, name) into a column at the right, with lines to the points."""
     bottom, top = axes.get_ylim()
-    gap = (top - bottom) * 0.16 / axes.figure.get_figheight() / 0.81
+    gap = (top - bottom) * 0.16 / figure_height / 0.81
     ordered = sorted(points, key=lambda point: (point[1], point[0]))
     heights = _spread([y for _, y, _ in ordered], gap, bottom, top)
     for (x, y, name), height in zip(ordered, heights, strict=True):
@@ -223,7 +230,7 @@ def _label_at_the_side(axes: Axes, points: list[tuple[float, float, str]]) -> No
 
 
 def _spread(heights: Sequence[float], gap: float, bottom: float, top: float) -> list[float]:
-    """Ascending heights, moved as little as it takes to be `gap` apart and between the ends."""
+    """Moves ascending heights until they are `gap` apart, between `bottom` and `top`."""
     placed: list[float] = []
     for height in heights:
         placed.append(max(height, placed[-1] + gap if placed else bottom))
@@ -245,12 +252,12 @@ def _row_axes(figure: Figure, labels: Sequence[str]) -> Axes:
 
 
 def _label_width(labels: Sequence[str]) -> float:
-    """Share of the figure's width that names of rows need, at 9 points."""
+    """Share of the figure's width that the names of rows need at 9 points."""
     return min(0.5, 0.03 + 0.0165 * max(map(len, labels)))
 
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:
-    """A row for each label, the first one on top."""
+    """Gives each label a row, from top to bottom."""
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
@@ -258,9 +265,9 @@ def _rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.set_axisbelow(True)
 
 
-def _bar(axes: Axes, row: int, length: float, kind: int):
-    """A bar whose colour and hatching say which runtime it is of."""
-    return axes.barh(
+def _bar(axes: Axes, row: int, length: float, kind: int) -> Rectangle:
+    """Draws a bar with the colour and hatching of its runtime, number `kind`."""
+    [bar] = axes.barh(
         row,
         length,
         height=0.62,
@@ -269,6 +276,7 @@ def _bar(axes: Axes, row: int, length: float, kind: int):
         edgecolor=INK if kind else "none",
         linewidth=0,
     )
+    return bar
 
 
 def _beside(axes: Axes, x: float, row: int, text: str, points: float) -> None:
@@ -282,18 +290,18 @@ def _decades(values: Sequence[float]) -> float:
 
 
 def _plot(figure: Figure, name: str, title: str, caption: str, told: str) -> Plot:
-    """told: the plot's content in words, for those who do not see it."""
+    """Renders a figure. told: its content in words, for screen readers."""
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        # No dates: the same figures give the same bytes.
+        # No date, so that the same figures give the same bytes.
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     return Plot(name, title, caption, _inline(stream.getvalue(), name, title, told))
 
 
 def _inline(svg: str, name: str, title: str, told: str) -> str:
-    """The SVG element alone, in the page's colours, with a text for screen readers.
+    """Extracts the SVG element, with the page's colours and a text for screen readers.
 
-    Its ids begin with `name`, since other plots of the page have the same ones.
+    Its ids get the prefix `name`, because other plots of the page have the same ones.
     """
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
