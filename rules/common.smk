@@ -15,7 +15,8 @@ SCRIPTS = REPOSITORY / "workflow_scripts"
 sys.path.insert(0, str(REPOSITORY))
 
 from mpt_trt.workflow import target_names, seals
-from mpt_trt.checkpoint import hub, known_models
+from mpt_trt.checkpoint import known_models
+from mpt_trt.checkpoint.source import is_hub_id
 from mpt_trt.engines import memory
 from mpt_trt.model import sharding
 from mpt_trt.engines.backend_support import Request, require_supported
@@ -165,7 +166,7 @@ def intact(folder: str):
 
 
 def is_on_hub(model: Model) -> bool:
-    return hub.is_hub_id(model.source)
+    return is_hub_id(model.source)
 
 
 def checkpoint_folder(wildcards) -> str:

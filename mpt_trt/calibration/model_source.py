@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
@@ -15,12 +16,12 @@ from mpt_trt.model.tensors import WeightReader, weights
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on disk. origin: of an FT checkpoint, where its weights came from; {} if unknown."""
+    """A model on disk. provenance: where its weights came from; {} if unknown."""
 
     folder: Path
     config: MptConfig
     reader: WeightReader
-    origin: dict
+    provenance: dict[str, Any]
 
 
 def is_ft_folder(folder: Path) -> bool:
@@ -35,8 +36,8 @@ def open_model(folder: Path) -> ModelSource:
     if is_ft_folder(folder):
         checkpoint = read_ft_checkpoint(folder)
         checkpoint.require_plain()
-        origin = checkpoint.manifest.get("source", {})
-        return ModelSource(folder, checkpoint.config, FtTensors(checkpoint), origin)
+        provenance = checkpoint.provenance
+        return ModelSource(folder, checkpoint.config, FtTensors(checkpoint), provenance)
     config = read_hf_config(folder)
     reader = HfCheckpoint(folder, weights(config))
     return ModelSource(folder, config, reader, {"source": str(folder)})

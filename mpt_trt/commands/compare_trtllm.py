@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mpt_trt.checkpoint import hub
+from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.cli import options as cli_options
 from mpt_trt.engines.spec import BuilderInfo
@@ -16,10 +16,10 @@ from mpt_trt.evaluation.speed import Speed
 
 
 def run(options: argparse.Namespace) -> None:
-    folder, _ = hub.local_folder(options.model_dir)
+    folder, _ = checkpoint_folder(options.model_dir)
     tokenizer_dir = options.tokenizer_dir
     tokenizer = read_tokenizer(
-        folder if tokenizer_dir is None else hub.tokenizer_folder(tokenizer_dir, "main")
+        folder if tokenizer_dir is None else tokenizer_folder(tokenizer_dir, "main")
     )
     generation = read_trtllm_generation(options.generation)
     prompt_len = generation.prompt_len

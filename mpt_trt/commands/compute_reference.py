@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mpt_trt.checkpoint import hub
+from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.heldout import HeldOut, read_text, windows, write_heldout
@@ -16,10 +16,10 @@ def run(options: argparse.Namespace) -> None:
     for name in ("num_windows", "window_length"):
         if getattr(options, name) < 1:
             raise MptTrtError(f"--{name} = {getattr(options, name)}: at least 1 is required")
-    folder, _ = hub.local_folder(options.model_dir, options.revision)
+    folder, _ = checkpoint_folder(options.model_dir, options.revision)
     tokenizer_dir = options.tokenizer_dir
     tokenizer = read_tokenizer(
-        folder if tokenizer_dir is None else hub.tokenizer_folder(tokenizer_dir, "main")
+        folder if tokenizer_dir is None else tokenizer_folder(tokenizer_dir, "main")
     )
     tokens = tokenizer.encode(read_text(options.text))
     chosen = windows(tokens, options.num_windows, options.window_length)

@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from mpt_trt.checkpoint import hub
 from mpt_trt.checkpoint.hf_config import read_hf_config
+from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.checkpoint.tokenizer import read_tokenizer, special_token_ids
 from mpt_trt.cli.calibration_options import fill_in
@@ -25,7 +25,7 @@ from mpt_trt.system.files import content_hash
 def run(options: argparse.Namespace) -> None:
     if options.processes < 1:
         raise MptTrtError(f"--processes = {options.processes}: at least 1 is required")
-    folder, source = hub.local_folder(options.in_file, options.revision)
+    folder, provenance = checkpoint_folder(options.in_file, options.revision)
     config = read_hf_config(folder)
     sharding.require_legal(config, options.tensor_parallelism)
     bos, eos = special_token_ids(folder)
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
         tp_size=options.tensor_parallelism,
         workers=options.processes,
         model_name=options.in_file,
-        source=source,
+        provenance=provenance,
         int8=_int8(options, folder, config),
     )
     target = options.out_dir / f"{settings.tp_size}-gpu"
@@ -63,15 +63,15 @@ def _int8(options: argparse.Namespace, folder: Path, config: MptConfig) -> Int8C
     fill_in(options)
     require_calibratable(config, alpha)
     computation = calibration_requests.computation(options, options.storage_type)
-    tokenizer = read_tokenizer(hub.tokenizer_folder(options.tokenizer_dir or str(folder)))
+    tokenizer = read_tokenizer(tokenizer_folder(options.tokenizer_dir or str(folder)))
     samples = calibration_requests.calibration_samples(options, tokenizer)
     with steps_progress(f"Calibrating {options.in_file}", config.num_layers) as advance:
         ranges = activation_ranges(folder, samples, computation, advance)
-    origin = {
+    provenance = {
         "text": options.calib_text.name,
         "text_hash": content_hash(options.calib_text),
         "num_samples": options.calib_size,
         "sequence_length": options.calib_max_seq_length,
         "computed_in": str(computation.dtype).removeprefix("torch."),
     }
-    return Int8Conversion(ranges, alpha, origin)
+    return Int8Conversion(ranges, alpha, provenance)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 
-from mpt_trt.checkpoint import hub
+from mpt_trt.checkpoint.hub import fetch_checkpoint, fetch_tokenizer, resolve_revision
+from mpt_trt.checkpoint.snapshot import link_folder, read_record
+from mpt_trt.checkpoint.source import is_hub_id
 from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import write_json
@@ -21,11 +23,11 @@ def run(options: argparse.Namespace) -> None:
 
 def resolve(options: argparse.Namespace) -> None:
     source, revision = options.source, options.revision
-    if not hub.is_hub_id(source):
+    if not is_hub_id(source):
         raise MptTrtError(f"--source = {source}: not a hub id (owner/name), nothing to resolve")
-    record = hub.read_record(options.output) if options.output.is_file() else {}
+    record = read_record(options.output) if options.output.is_file() else {}
     if (record.get("source"), record.get("revision")) != (source, revision):
-        commit = hub.resolve_revision(source, revision)
+        commit = resolve_revision(source, revision)
         record = {"source": source, "revision": revision, "commit": commit}
     # Written in either case: make-like tools expect a new time stamp.
     write_json(options.output, record)
@@ -33,9 +35,9 @@ def resolve(options: argparse.Namespace) -> None:
 
 
 def fetch(options: argparse.Namespace) -> None:
-    record = hub.read_record(options.revision_file)
-    fetchers = {"checkpoint": hub.fetch_checkpoint, "tokenizer": hub.fetch_tokenizer}
+    record = read_record(options.revision_file)
+    fetchers = {"checkpoint": fetch_checkpoint, "tokenizer": fetch_tokenizer}
     snapshot = fetchers[options.content](**record)
-    hub.link_folder(snapshot, options.output_dir)
+    link_folder(snapshot, options.output_dir)
     size = sum((options.output_dir / name).stat().st_size for name in snapshot.files)
     log.info("%s: %d files, %.2f GB", options.output_dir, len(snapshot.files), size / 1e9)

@@ -6,7 +6,7 @@ import argparse
 import datetime
 import resource
 
-from mpt_trt.checkpoint import hub
+from mpt_trt.checkpoint.source import checkpoint_folder
 from mpt_trt.engines.load import LoadedEngine, load_engine
 from mpt_trt.evaluation.heldout import read_heldout
 from mpt_trt.evaluation.quality_result import QualityResult, write_quality
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
 
     head = None
     if engine.is_first_rank:
-        head = read_head(hub.local_folder(options.model_dir, options.revision)[0])
+        head = read_head(checkpoint_folder(options.model_dir, options.revision)[0])
         require_same_model(options.engine_dir, engine.manifest, heldout, head)
     figures = measure(engine, heldout, head)
     if figures is None:

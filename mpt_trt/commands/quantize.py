@@ -9,7 +9,7 @@ import numpy as np
 from mpt_trt.calibration.model_source import open_model
 from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
 from mpt_trt.calibration.npz_keys import FILE_NAME
-from mpt_trt.checkpoint import hub
+from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder_of
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.cli import calibration_requests
 from mpt_trt.cli.calibration_options import fill_in
@@ -22,12 +22,12 @@ from mpt_trt.quantization.schemes import default_group_size, require_fitting_gro
 def run(options: argparse.Namespace) -> None:
     fill_in(options)
     set_up_logging(options.log_level)
-    folder, _ = hub.local_folder(options.model_dir, options.revision)
+    folder, _ = checkpoint_folder(options.model_dir, options.revision)
     source = open_model(folder)
     plan = _plan(options, source.config)
     computation = calibration_requests.computation(options, options.dtype)
     tokenizer = read_tokenizer(
-        hub.tokenizer_folder_of(folder, source.origin, options.tokenizer_dir)
+        tokenizer_folder_of(folder, source.provenance, options.tokenizer_dir)
     )
     samples = calibration_requests.calibration_samples(options, tokenizer)
     target = options.export_path / FILE_NAME

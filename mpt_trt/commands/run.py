@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpt_trt.checkpoint import hub
+from mpt_trt.checkpoint.source import tokenizer_folder_of
 from mpt_trt.checkpoint.tokenizer import Tokenizer, read_tokenizer
 from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.engines.load import LoadedEngine, load_engine
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
     if options.streaming and len(options.input_text) > 1:
         raise MptTrtError("--streaming prints one prompt's text; give one --input_text")
     manifest = read_manifest(options.engine_dir)
-    tokenizer = _tokenizer(options, manifest.source)
+    tokenizer = _tokenizer(options, manifest.provenance)
     prompts = _prompts(options, tokenizer)
     engine = load_engine(
         options.engine_dir, options.runtime, options.num_threads, options.activations
@@ -50,9 +50,9 @@ def run(options: argparse.Namespace) -> None:
     logging.info("%d tokens in %.2f s: %.1f tokens/s", count, seconds, count / seconds)
 
 
-def _tokenizer(options: argparse.Namespace, source: dict) -> Tokenizer:
+def _tokenizer(options: argparse.Namespace, provenance: dict) -> Tokenizer:
     asked, made = options.tokenizer_dir, options.engine_dir
-    return read_tokenizer(hub.tokenizer_folder_of(made, source, asked))
+    return read_tokenizer(tokenizer_folder_of(made, provenance, asked))
 
 
 def _prompts(options: argparse.Namespace, tokenizer: Tokenizer) -> list[list[int]]:

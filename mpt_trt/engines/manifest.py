@@ -34,7 +34,7 @@ COMMON_KEYS = (
     "tp_size",
     "limits",
     "vocabulary_sharding",
-    "source",
+    "provenance",
     "calibration",
 )
 
@@ -60,8 +60,8 @@ class RankFiles:
 class Manifest:
     """The content of `config.json`.
 
-    dtype: type of activations and of what is not quantized. source: origin of the checkpoint, as
-    its own manifest says. calibration: hash of the calibration result, None where there was none.
+    dtype: type of activations and of what is not quantized. provenance: where the checkpoint came
+    from, copied from its own manifest. calibration: hash of the calibration result, or None.
     """
 
     model_name: str
@@ -72,7 +72,7 @@ class Manifest:
     tp_size: int
     limits: BuildLimits
     vocabulary_sharding: VocabularySharding
-    source: dict
+    provenance: dict
     builder: BuilderInfo
     ranks: tuple[RankFiles, ...]
 
@@ -126,7 +126,7 @@ def write_rank_network(
         "tp_size": checkpoint.tp_size,
         "limits": asdict(limits),
         "vocabulary_sharding": asdict(vocabulary),
-        "source": checkpoint.manifest.get("source", {}),
+        "provenance": checkpoint.provenance,
         "calibration": None if calibration is None else content_hash(calibration.path),
         "network": graph_path.name,
         "files": _records(folder, {graph_path.name: content_hash(graph_path)} | hashes),
@@ -328,7 +328,7 @@ def _parse(content: dict) -> Manifest:
         quantization=_quantization(content),
         calibration=content["calibration"],
         tp_size=content["tp_size"],
-        source=content["source"],
+        provenance=content["provenance"],
         config=MptConfig(**content["config"]),
         limits=BuildLimits(**content["limits"]),
         vocabulary_sharding=VocabularySharding(**content["vocabulary_sharding"]),

@@ -12,7 +12,7 @@ import configparser
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,12 @@ class FtCheckpoint:
             for weight in weights(self.config)
             if self.int8_layers.includes(weight)
         }
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the weights came from, as the manifest records it; {} if it does not."""
+        provenance = self.manifest.get("provenance", {})
+        return provenance if isinstance(provenance, dict) else {}
 
     def require_plain(self) -> None:
         """Raises MptTrtError when the weights are smoothed: the network would compute nonsense."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +39,12 @@ class Int8Conversion:
     """What int8 weights and scales are made from.
 
     alpha: of smoothing; None: no smoothing, and int8 files of QKV alone, as `-kv` has them.
-    origin: how the ranges were found, recorded in the manifest.
+    provenance: how the ranges were found, recorded in the manifest.
     """
 
     ranges: ActivationRanges
     alpha: float | None
-    origin: dict
+    provenance: dict[str, Any]
 
     @property
     def layers(self) -> Int8Layers:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.ft.checkpoint import MANIFEST, SECTION
@@ -26,7 +27,7 @@ class ConversionSettings:
     """How to write a directory.
 
     model_name: recorded in config.ini as FT's converter does (its `-i` argument).
-    source: where the weights came from, recorded in the manifest.
+    provenance: where the weights came from, recorded in the manifest.
     int8: what int8 weights and scales are made from; None for a plain checkpoint.
     """
 
@@ -34,7 +35,7 @@ class ConversionSettings:
     tp_size: int
     workers: int
     model_name: str
-    source: dict
+    provenance: dict[str, Any]
     int8: Int8Conversion | None = None
 
     @property
@@ -165,8 +166,8 @@ def _write_manifest(folder: Path, settings: ConversionSettings, hashes: dict[str
         name: {"bytes": (folder / name).stat().st_size, "hash": hashes[name]}
         for name in sorted(hashes)
     }
-    content: dict[str, object] = {"source": settings.source}
+    content: dict[str, object] = {"provenance": settings.provenance}
     if settings.int8 is not None:
-        content["calibration"] = settings.int8.origin
+        content["calibration"] = settings.int8.provenance
     content["files"] = files
     write_json(folder / MANIFEST, content)

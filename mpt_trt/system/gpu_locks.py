@@ -32,10 +32,10 @@ PAUSE_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Devices:
-    """GPUs that may be taken: values for CUDA_VISIBLE_DEVICES, and who names them."""
+    """GPUs that may be acquired: values for CUDA_VISIBLE_DEVICES, and who names them."""
 
     names: tuple[str, ...]
-    origin: str
+    named_by: str
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def require(count: int, available: Devices) -> None:
     if count > len(available.names):
         raise MptTrtError(
             f"{count} GPUs are needed, but there are {len(available.names)} "
-            f"(says {available.origin}); ask for fewer ranks, or use a machine that has them"
+            f"(says {available.named_by}); ask for fewer ranks, or use a machine that has them"
         )
 
 

@@ -133,12 +133,12 @@ def test_smoothed_checkpoints_are_refused(model: Path, text: Path, tmp_path: Pat
     assert_refused(message, tmp_path / "ft", text, tmp_path / "a", *options)
 
 
-def test_ft_checkpoints_of_unknown_origin_need_a_tokenizer(
+def test_ft_checkpoints_of_unknown_provenance_need_a_tokenizer(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
     write_ft(model, tmp_path / "ft")
     (tmp_path / "ft" / "manifest.json").unlink()
-    message = "does not say where its checkpoint came from; give --tokenizer_dir"
+    message = "does not record where its checkpoint came from; give --tokenizer_dir"
     assert_refused(message, tmp_path / "ft", text, tmp_path / "a", "--qformat=fp8")
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from mpt_trt.checkpoint import hub
 from mpt_trt.checkpoint.files import weight_files
+from mpt_trt.checkpoint.snapshot import Snapshot, link_folder
+from mpt_trt.checkpoint.source import checkpoint_folder, is_hub_id
 from mpt_trt.errors import MptTrtError
 from support.hub_server import HubServer, Refusal, Repository, running_hub
 from support.paths import REPOSITORY, tool_path
@@ -260,7 +261,7 @@ def test_the_tokenizer_alone(place: Workplace):
 
 
 def test_a_cached_tokenizer_needs_no_request(place: Workplace):
-    code = f"from mpt_trt.checkpoint.hub import *; print(tokenizer_folder('{SOURCE}', '{A}'))"
+    code = f"from mpt_trt.checkpoint.source import *; print(tokenizer_folder('{SOURCE}', '{A}'))"
     first = place.run("-c", code)
     succeeded(first)
     place.server.requests.clear()
@@ -272,17 +273,19 @@ def test_a_cached_tokenizer_needs_no_request(place: Workplace):
 
 
 def test_a_hub_id_where_a_folder_is_expected(place: Workplace):
-    code = f"from mpt_trt.checkpoint.hub import *; print(*local_folder('{SOURCE}'), sep='|')"
+    code = (
+        f"from mpt_trt.checkpoint.source import *; print(*checkpoint_folder('{SOURCE}'), sep='|')"
+    )
     result = place.run("-c", code)
     succeeded(result)
-    folder, origin = result.stdout.strip().split("|")
+    folder, provenance = result.stdout.strip().split("|")
     assert (Path(folder) / "model.safetensors").read_bytes() == SAFETENSORS["model.safetensors"]
-    assert origin == str({"source": SOURCE, "revision": "main", "commit": A})
+    assert provenance == str({"source": SOURCE, "revision": "main", "commit": A})
 
 
 def test_importing_does_not_load_the_client(place: Workplace):
     code = (
-        "import sys, mpt_trt.checkpoint.hub; "
+        "import sys, mpt_trt.checkpoint.source; "
         "print(*{'huggingface_hub', 'httpx', 'torch'} & {*sys.modules})"
     )
     assert place.run("-c", code).stdout.strip() == ""
@@ -324,7 +327,10 @@ def test_a_hub_that_is_down_is_like_no_network(place: Workplace):
 
 def test_a_hub_that_does_not_answer(place: Workplace):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        code = f"from mpt_trt import hub; hub.ANSWER_SECONDS = 0.2; hub.local_folder('{SOURCE}')"
+        code = (
+            "from mpt_trt.checkpoint import hub; hub.ANSWER_SECONDS = 0.2; "
+            f"hub.fetch_checkpoint('{SOURCE}', 'main')"
+        )
         result = place.run("-c", code, HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}")
     assert f"MptTrtError: {SOURCE} (revision main): the hub cannot be reached (" in result.stderr
 
@@ -367,7 +373,7 @@ def test_a_cache_that_lacks_a_shard(place: Workplace):
     [
         ("owner/absent", "main", ["no such model", "local folder", "hf auth login"]),
         (SOURCE, "v9", ["no such revision", f"/{SOURCE}"]),
-        ("some--one/mpt", "main", ["not a possible hub id"]),
+        ("some--one/mpt", "main", ["nor a valid hub id"]),
         ("no-such-folder", "main", ["not a hub id"]),
     ],
 )
@@ -569,7 +575,7 @@ def test_what_counts_as_a_hub_id(
     (tmp_path / "exists/folder").mkdir(parents=True)
     (tmp_path / "exists/file").touch()
     monkeypatch.chdir(tmp_path)
-    assert hub.is_hub_id(source) is expected
+    assert is_hub_id(source) is expected
 
 
 @pytest.mark.parametrize(
@@ -581,58 +587,58 @@ def test_missing_folders(source: str, tmp_path: Path, monkeypatch: pytest.Monkey
     Path("f").touch()
     kind = "not a folder" if source == "f" else "no such folder"
     with pytest.raises(MptTrtError, match=f"^{source}: {kind}; .* hub id"):
-        hub.local_folder(source)
+        checkpoint_folder(source)
 
 
 def test_plain_folders_are_named_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "models/x").mkdir(parents=True)
-    assert hub.local_folder("models/x") == (Path("models/x"), {"source": "models/x"})
-    assert hub.local_folder("~/models/x") == (tmp_path / "models/x", {"source": "~/models/x"})
+    assert checkpoint_folder("models/x") == (Path("models/x"), {"source": "models/x"})
+    assert checkpoint_folder("~/models/x") == (tmp_path / "models/x", {"source": "~/models/x"})
     (tmp_path / "models/x/source.json").write_text('{"url": "of another tool"}')
-    assert hub.local_folder("models/x")[1] == {"source": "models/x"}
+    assert checkpoint_folder("models/x")[1] == {"source": "models/x"}
 
 
 @pytest.fixture
-def snapshot(tmp_path: Path) -> hub.Snapshot:
+def snapshot(tmp_path: Path) -> Snapshot:
     folder = tmp_path / "cache/snapshots" / A
     folder.mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "not_ours.py"):
         (folder / name).write_text(name)
-    return hub.Snapshot(SOURCE, "main", A, folder, ("config.json", "model.safetensors"))
+    return Snapshot(SOURCE, "main", A, folder, ("config.json", "model.safetensors"))
 
 
-def test_linked_folders_know_their_origin(snapshot: hub.Snapshot, tmp_path: Path):
-    hub.link_folder(snapshot, tmp_path / "linked")
-    folder, origin = hub.local_folder(str(tmp_path / "linked"))
-    assert origin == {"source": SOURCE, "revision": "main", "commit": A}
+def test_linked_folders_know_their_provenance(snapshot: Snapshot, tmp_path: Path):
+    link_folder(snapshot, tmp_path / "linked")
+    folder, provenance = checkpoint_folder(str(tmp_path / "linked"))
+    assert provenance == {"source": SOURCE, "revision": "main", "commit": A}
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "model.safetensors", "source.json"}
 
     (snapshot.folder / "model.safetensors").unlink()
     with pytest.raises(MptTrtError, match=r"linked/model\.safetensors: .* fetch .* again"):
-        hub.local_folder(str(tmp_path / "linked"))
+        checkpoint_folder(str(tmp_path / "linked"))
 
 
 def test_file_systems_without_symbolic_links(
-    snapshot: hub.Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    hub.link_folder(snapshot, tmp_path / "linked")
+    link_folder(snapshot, tmp_path / "linked")
     assert (tmp_path / "linked/config.json").read_text() == "config.json"
     assert not (tmp_path / "linked/config.json").is_symlink()
 
 
-def test_folders_of_something_else_are_kept(snapshot: hub.Snapshot, tmp_path: Path):
+def test_folders_of_something_else_are_kept(snapshot: Snapshot, tmp_path: Path):
     (tmp_path / "mine").mkdir()
-    hub.link_folder(snapshot, tmp_path / "mine")  # empty: nothing is lost
+    link_folder(snapshot, tmp_path / "mine")  # empty: nothing is lost
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.txt").touch()
     for target in (tmp_path / "other", tmp_path / "other/thesis.txt"):
         with pytest.raises(MptTrtError, match="name another folder"):
-            hub.link_folder(snapshot, target)
+            link_folder(snapshot, target)
     assert (tmp_path / "other/thesis.txt").is_file()

@@ -436,7 +436,7 @@ def test_engine_of_two_ranks_says_what_it_is(engine: Path, converted):
         "tp_size": 2,
         "limits": vars(LIMITS),
         "vocabulary_sharding": {"embedding": False, "head": True},
-        "source": {"folder": "somewhere"},
+        "provenance": {"folder": "somewhere"},
         "builder": {
             "package": "tensorrt_rtx",
             "version": version,

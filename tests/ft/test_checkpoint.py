@@ -483,7 +483,7 @@ class TestManifest:
         convert("-i", "hf", "-o", ".", "-tp", 2)
         folder = tmp_path / "2-gpu"
         manifest = json.loads((folder / "manifest.json").read_text())
-        assert manifest["source"] == {"source": "hf"}
+        assert manifest["provenance"] == {"source": "hf"}
         expected = {
             path.name: {
                 "bytes": len(path.read_bytes()),

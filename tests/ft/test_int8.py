@@ -547,9 +547,9 @@ class TestCommandLine:
         require_smoothed(found)
         ranges = ranges_by_transformers(checkpoint, tmp_path / "text.txt")
         require_scales(found, ranges, list(FT_LAYERS.values()), of_ranges=1e-5)
-        origin = json.loads((folder / "manifest.json").read_text())["calibration"]
-        assert origin["text"] == "text.txt"
-        assert (origin["num_samples"], origin["sequence_length"]) == (4, 16)
+        provenance = json.loads((folder / "manifest.json").read_text())["calibration"]
+        assert provenance["text"] == "text.txt"
+        assert (provenance["num_samples"], provenance["sequence_length"]) == (4, 16)
 
     @pytest.mark.parametrize("option", ["-kv", "--calibrate_kv_cache", "--calibrate-kv-cache"])
     def test_kv_scales(self, checkpoint, tmp_path, convert, option: str) -> None:

@@ -111,7 +111,7 @@ def test_config_says_what_it_is_from_what_by_what_for_what(built: Built):
             "gather_all_token_logits": False,
         },
         "vocabulary_sharding": {"embedding": False, "head": True},
-        "source": {"folder": "somewhere"},
+        "provenance": {"folder": "somewhere"},
         "builder": {
             "package": "tensorrt_rtx",
             "version": BUILDER_VERSION,
@@ -138,7 +138,7 @@ def test_hashes_are_computed_where_the_checkpoint_has_none(tmp_path):
     (checkpoint.folder / "manifest.json").unlink()
     network = make_network(replace(checkpoint, manifest={}), tmp_path / "network")
     described = json.loads((network / "rank0.network.json").read_text())
-    assert described["source"] == {}
+    assert described["provenance"] == {}
     assert {name: entry["hash"] for name, entry in described["files"].items()} == {
         str(path.relative_to(network)): xxh3(path)
         for path in (network / "rank0.onnx", *(network / "weights").iterdir())
@@ -236,7 +236,7 @@ def write_config(engine: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["model_name", "config", "dtype", "tp_size", "limits", "source", "builder", "ranks"]
+    "key", ["model_name", "config", "dtype", "tp_size", "limits", "provenance", "builder", "ranks"]
 )
 def test_missing_key_is_named(engine, key):
     content = config_of(engine)

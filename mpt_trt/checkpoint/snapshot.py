@@ -1,0 +1,98 @@
+"""Files of one commit of a hub model, and the folder of links that stands for them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.system.files import hard_link, read_json, replace_directory
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+RECORD = "source.json"
+RECORD_FIELDS = ("source", "revision", "commit")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Files of one commit in the hub cache.
+
+    source: hub id. revision: as asked for. commit: 40 hexadecimal digits. folder: holds the files,
+    and maybe others that other programs have downloaded.
+    """
+
+    source: str
+    revision: str
+    commit: str
+    folder: Path
+    files: tuple[str, ...]
+
+    def provenance(self) -> dict[str, str]:
+        """Where the files come from, for manifests."""
+        return {"source": self.source, "revision": self.revision, "commit": self.commit}
+
+
+def link_folder(snapshot: Snapshot, target: Path) -> None:
+    """Makes `target` a folder of symbolic links to the files of `snapshot`, plus `source.json`.
+
+    If the file system has no symbolic links, they are hard links or copies. `target` is complete or
+    absent. Raises MptTrtError when it already exists and holds something else.
+    """
+    _require_replaceable(target)
+    sizes = {name: (snapshot.folder / name).stat().st_size for name in snapshot.files}
+    with replace_directory(target) as partial:
+        for name in snapshot.files:
+            try:
+                (partial / name).symlink_to(snapshot.folder / name)
+            except PermissionError:
+                hard_link(snapshot.folder / name, partial / name)
+        record = {**snapshot.provenance(), "files": sizes}
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _require_replaceable(target: Path) -> None:
+    if target.is_dir():
+        if (target / RECORD).is_file() or not any(target.iterdir()):
+            return
+    elif not target.exists():
+        return
+    raise MptTrtError(
+        f"{target}: holds something else than a fetched checkpoint, which would be lost; "
+        "name another folder"
+    )
+
+
+def read_record(path: Path) -> dict[str, str]:
+    """Reads source, revision and commit from a JSON file.
+
+    Raises MptTrtError when one of them is missing or malformed.
+    """
+    content = read_json(path)
+    record = {name: content[name] for name in RECORD_FIELDS if isinstance(content.get(name), str)}
+    if len(record) < len(RECORD_FIELDS):
+        raise MptTrtError(f"{path}: fields {', '.join(RECORD_FIELDS)} are expected; make it again")
+    if not COMMIT.fullmatch(record["commit"]):
+        raise MptTrtError(f"{path}: commit = {record['commit']!r}: 40 hexadecimal digits expected")
+    return record
+
+
+def recorded_provenance(folder: Path) -> dict[str, str] | None:
+    """Reads what `link_folder` recorded in `folder`; None for any other folder.
+
+    Raises MptTrtError when the hub cache has lost a file that the folder links to.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    if not content.keys() >= {*RECORD_FIELDS, "files"}:
+        return None
+    for name in content["files"]:
+        if not (folder / name).is_file():
+            raise MptTrtError(
+                f"{folder / name}: the hub cache no longer holds the file that it links to; "
+                "fetch the checkpoint again"
+            )
+    return read_record(path)
