@@ -12,7 +12,7 @@ INSTALL_SLURM := (apt-get update && apt-get install -y --no-install-recommends $
 
 DEMO := smoke_tests/mpt-demo/fp16/1-gpu.json
 
-.PHONY: demo test slurm-ready test-slurm test-gpu nightly bench check clean
+.PHONY: demo test test-install slurm-ready test-slurm test-gpu nightly bench check docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/snakemake --cores 2 $(DEMO)
@@ -20,6 +20,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# `pip install .` and `pip install -e .` in fresh environments: half a minute.
+test-install: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m install tests/install
 
 # Whether SLURM can run here: Debian's packages, installed if need be, and root, for device files.
 slurm-ready:
@@ -45,12 +49,17 @@ nightly: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/regressions.py $(BENCH)
 
-# Formatting and lint of Python and Snakemake files.
+# Style, spelling, types, and which package imports which.
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
+	$(BIN)/codespell
+
+# The generated tables of docs/.
+docs: $(VENV)/installed
+	$(BIN)/python tools/update_docs.py
 
 # A folder is made for the Python at hand; a stamp says that the pinned packages are in it.
 $(VENV)/installed: requirements.txt constraints.txt
@@ -63,5 +72,7 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(PIP) install --quiet --requirement requirements-dev.txt --constraint constraints.txt
 	touch $@
 
+# Deletes only what Snakemake has recorded as an output, and logs: checkpoints, engines and results
+# that you made or put there yourself are kept, and so is .venv.
 clean:
-	rm -rf build revisions checkpoints ft_ckpts quantized trtllm_ckpts trt_engines smoke_tests quality reports logs .snakemake
+	$(PYTHON) tools/clean.py

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mpt_trt
 from mpt_trt.quantization.schemes import CALIBRATION_BATCH_SIZE
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+# The text that ships, which config.yaml names by its place in the repository.
+TEXT = Path(mpt_trt.__file__).parent / "calibration" / "calibration.txt"
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,7 @@ class _ConfigDefault:
     def value(self) -> Any:
         from mpt_trt.workflow.settings import default_calibration
 
-        default = getattr(default_calibration(), self.key)
-        return REPOSITORY / default if self.key == "text" else default
+        return TEXT if self.key == "text" else getattr(default_calibration(), self.key)
 
     def __str__(self) -> str:
         """For the help."""

@@ -1,0 +1,119 @@
+"""`pip install .` and `pip install -e .` in fresh environments; `make test-install` runs these.
+
+Dependencies are not installed: a fresh environment sees those of the Python that runs the tests.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from support.paths import REPOSITORY
+
+pytestmark = pytest.mark.install
+
+# What a build needs of the repository.
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "mpt_trt")
+PSF_LICENSE = Path("resources", "mpt-demo", "LICENSE.txt")
+
+USE = """
+import importlib, pkgutil
+from importlib import metadata
+from pathlib import Path
+import mpt_trt
+from mpt_trt.cli.calibration_options import TEXT
+from mpt_trt.report.page import TEMPLATE
+from mpt_trt.workflow.settings import parse_settings
+
+for module in pkgutil.walk_packages(mpt_trt.__path__, "mpt_trt."):
+    importlib.import_module(module.name)
+parse_settings({})
+assert TEXT.read_text() and TEMPLATE.read_text()
+folder = Path(mpt_trt.__file__).parent
+assert (folder / "py.typed").is_file()
+assert metadata.version("mpt-trt") == mpt_trt.__version__
+print(folder)
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, in which builds leave their files."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in SOURCES:
+        path = REPOSITORY / name
+        if path.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(path, folder / name, ignore=ignored)
+        else:
+            shutil.copyfile(path, folder / name)
+    (folder / PSF_LICENSE).parent.mkdir(parents=True)
+    shutil.copyfile(REPOSITORY / PSF_LICENSE, folder / PSF_LICENSE)
+    return folder
+
+
+def python_with(installed: Path, folder: Path, *options: str) -> Path:
+    """The Python of a fresh environment in `folder` that has `installed`, and our dependencies."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = folder / "bin" / "python"
+    site = subprocess.check_output(
+        [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], text=True
+    ).strip()
+    ours = sysconfig.get_paths()["purelib"]
+    (Path(site) / "dependencies.pth").write_text(f"{ours}\n")
+    pip = [sys.executable, "-m", "pip", f"--python={python}", "--disable-pip-version-check"]
+    install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, *install, *options, installed], check=True)
+    return python
+
+
+def use(python: Path, outside: Path) -> Path:
+    """Uses the package outside the checkout; returns the folder that it was imported from."""
+    command = [python, "-c", USE]
+    return Path(subprocess.check_output(command, text=True, cwd=outside).strip())
+
+
+def test_installed(sources: Path, tmp_path: Path) -> None:
+    python = python_with(sources, tmp_path / "environment")
+    assert use(python, tmp_path).is_relative_to(tmp_path / "environment")
+    site = use(python, tmp_path).parent
+    assert not [name for name in ("tests", "tools", "benchmarks") if (site / name).exists()]
+    licenses = {path.name for path in site.glob("mpt_trt-*.dist-info/licenses/**/*")}
+    assert {"LICENSE", "NOTICE", "LICENSE.txt"} <= licenses
+
+
+def test_installed_in_place(sources: Path, tmp_path: Path) -> None:
+    python = python_with(sources, tmp_path / "environment", "--editable")
+    assert use(python, tmp_path) == sources / "mpt_trt"
+
+
+def test_extras_are_what_is_tested() -> None:
+    """Each pinned requirement is a dependency or belongs to an extra, and the other way round."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = {k: v for k, v in project["optional-dependencies"].items() if k != "dev"}
+    named = {_name(line) for lines in (project["dependencies"], *extras.values()) for line in lines}
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    pinned = {_name(line) for line in lines if re.match(r"\w", line)}
+    assert named - {"mpt-trt"} == pinned
+
+
+def test_pins_satisfy_the_bounds() -> None:
+    packaging = pytest.importorskip("packaging.requirements")
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    for line in (line for group in groups for line in group):
+        requirement = packaging.Requirement(line)
+        if requirement.name != "mpt-trt":
+            assert metadata.version(requirement.name) in requirement.specifier, line
+
+
+def _name(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")

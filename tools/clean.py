@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Deletes what the workflow has made in a folder: its outputs, logs, and Snakemake's records.
+
+Snakemake records each output in `.snakemake`; nothing else is deleted, so a checkpoint of your own
+in `checkpoints/` stays, as does what you made by hand. Files that you put into a folder that the
+workflow made are deleted with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Where the workflow's outputs lie.
+FOLDERS = (
+    "build",
+    "revisions",
+    "checkpoints",
+    "ft_ckpts",
+    "quantized",
+    "trtllm_ckpts",
+    "trt_engines",
+    "smoke_tests",
+    "quality",
+    "reports",
+)
+# Snakemake's records have the names of finished and of interrupted outputs.
+RECORDS = ("metadata", "incomplete")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--directory", type=Path, default=Path(), help="working directory (default: this one)"
+    )
+    folder = parser.parse_args().directory
+    with contextlib.suppress(FileNotFoundError):
+        if any((folder / ".snakemake" / "locks").iterdir()):
+            sys.exit(
+                "error: .snakemake is locked: wait for Snakemake to end, or `snakemake --unlock`"
+            )
+    clean(folder)
+    kept = [f"{name}/" for name in FOLDERS if (folder / name).exists()]
+    if kept:
+        print(f"Kept, since the workflow did not make all that is there: {', '.join(kept)}")
+
+
+def clean(folder: Path) -> None:
+    """Deletes the workflow's outputs below `folder`, then folders that are empty."""
+    for output in outputs(folder):
+        path = folder / output
+        # Unfinished copies and records of it, and a smoke test's rejected result.
+        siblings = (*path.parent.glob(f".{path.name}.*"), path.with_name(f"{path.name}.rejected"))
+        for each in (path, *siblings):
+            remove(each)
+        for parent in list(path.relative_to(folder).parents)[:-1]:
+            with contextlib.suppress(OSError):  # not empty, or gone
+                (folder / parent).rmdir()
+    for name in ("logs", ".snakemake"):
+        remove(folder / name)
+
+
+def outputs(folder: Path) -> Iterator[Path]:
+    """The outputs that Snakemake has recorded, by their paths below `folder`."""
+    for kind in RECORDS:
+        records = folder / ".snakemake" / kind
+        for record in records.rglob("*"):
+            # A long name is cut into folders, whose names begin with @.
+            parts = record.relative_to(records).parts
+            if record.is_dir() or parts[-1].startswith("."):
+                continue
+            encoded = "".join(part.removeprefix("@") for part in parts)
+            output = Path(base64.urlsafe_b64decode(encoded).decode())
+            if not output.is_absolute() and ".." not in output.parts and output.parts[0] in FOLDERS:
+                yield output
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
