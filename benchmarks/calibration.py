@@ -50,7 +50,9 @@ WRITTEN_AT_ONCE = 64 * MIB
 
 @dataclass
 class Cost:
-    """cpu_seconds: of all threads. peak_gpu_mib: most that PyTorch allocated. peak_private_mib: of
+    """What a run took.
+
+    cpu_seconds: of all threads. peak_gpu_mib: most that PyTorch allocated. peak_private_mib: of
     host memory, see Measured.
     """
 

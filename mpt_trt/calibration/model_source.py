@@ -25,6 +25,7 @@ class ModelSource:
 
 
 def is_ft_folder(folder: Path) -> bool:
+    """Whether the folder holds an FT checkpoint."""
     return (folder / "config.ini").is_file()
 
 

@@ -63,12 +63,15 @@ def whole_key(weight: Weight) -> str | None:
 
 
 def amax_key(layer: int, name: str) -> str:
+    """Key of the largest magnitude of a block's keys or values."""
     return f"mpt_trt:layers:{layer}:attention:{name}:amax"
 
 
 def corner_key(weight: Weight) -> str:
+    """Key of a corner of the weight, by which a checkpoint is recognized."""
     return f"mpt_trt:{weight.name.replace('.', ':')}:corner"
 
 
 def shape_key(weight: Weight) -> str:
+    """Key of the weight's shape."""
     return f"mpt_trt:{weight.name.replace('.', ':')}:shape"

@@ -80,6 +80,8 @@ class SafetensorsShard:
 
 
 class PickleShard:
+    """One file of a checkpoint in PyTorch's own format, memory-mapped."""
+
     def __init__(self, path: Path):
         self.path = path
         import torch

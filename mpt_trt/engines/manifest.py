@@ -78,18 +78,22 @@ class Manifest:
 
 
 def network_name(rank: int) -> str:
+    """File name of a rank's network."""
     return f"rank{rank}.onnx"
 
 
 def engine_name(rank: int) -> str:
+    """File name of a rank's plan."""
     return f"rank{rank}.engine"
 
 
 def network_description_name(rank: int) -> str:
+    """File name of the description of a rank's network."""
     return f"rank{rank}.network.json"
 
 
 def plan_description_name(rank: int) -> str:
+    """File name of the description of a rank's plan."""
     return f"rank{rank}.engine.json"
 
 

@@ -56,6 +56,7 @@ class VocabularySharding:
 
 
 def all_ranks(tp_size: int) -> list[Rank]:
+    """The ranks 0 to tp_size - 1."""
     return [Rank(index, tp_size) for index in range(tp_size)]
 
 

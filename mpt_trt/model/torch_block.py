@@ -71,6 +71,8 @@ class PlainAttention(nn.Module):
 
 
 class PlainFeedForward(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
     def __init__(self, config: MptConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)

@@ -25,6 +25,7 @@ class Machine:
 
 
 def describe_machine() -> Machine:
+    """This machine, as results record it."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(
         processor=_processor(),

@@ -94,7 +94,7 @@ def test_variant_is_within_its_bounds(results: dict[str, QualityResult], variant
 def test_fp32_has_the_loss_of_transformers(
     folder: Path, results: dict[str, QualityResult], one_thread: None
 ) -> None:
-    """transformers' own loss, of its own model, on the same windows."""
+    """The loss that transformers computes itself, with its own model, on the same windows."""
     tokens = torch.from_numpy(
         read_heldout(folder / "quality/mpt-demo/reference.safetensors").tokens
     )

@@ -195,7 +195,7 @@ def test_reference_reads_native_configs_and_bare_names(style, prefix, tmp_path):
 
 @pytest.mark.parametrize("num_heads", [4, 6])
 def test_reference_knows_alibi_bias_max(num_heads, tmp_path):
-    """transformers' model ignores it, its blocks take what they are given."""
+    """The model of transformers ignores it, its blocks take what they are given."""
     spec = CheckpointSpec(num_heads=num_heads, alibi_bias_max=16)
     ids = random_ids(spec, 1, 20)
     found = reference_logits(write_checkpoint(tmp_path, spec), ids[0].tolist()).numpy()

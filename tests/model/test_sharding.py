@@ -41,8 +41,10 @@ def kv_heads_used(config: MptConfig, tp_size: int) -> list[set[int]]:
 
 
 def fits(config: MptConfig, tp_size: int) -> bool:
-    """By definition: equal shares of query heads, of feed-forward units, of K/V heads, and no K/V
-    head on more ranks than another."""
+    """By definition: equal shares of query heads, of feed-forward units and of K/V heads.
+
+    And no K/V head is on more ranks than another.
+    """
     if config.num_heads % tp_size or config.intermediate_size % tp_size:
         return False
     used = kv_heads_used(config, tp_size)

@@ -149,7 +149,7 @@ def block_norm(spec: CheckpointSpec) -> nn.Module:
 
 
 def extended_transformers(spec: CheckpointSpec) -> MptForCausalLM:
-    """transformers' model with the modules replaced that it has no option for.
+    """The model of transformers with the modules replaced that it has no option for.
 
     `logit_scale` and learned positions are the caller's.
     """

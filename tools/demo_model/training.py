@@ -69,6 +69,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         inner = architecture.expansion_ratio * architecture.hidden_size
@@ -80,6 +82,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and feed-forward, each after a norm, added to what came in."""
+
     def __init__(self, architecture: Architecture, dropout: float) -> None:
         super().__init__()
         size, epsilon = architecture.hidden_size, architecture.layer_norm_epsilon

@@ -27,8 +27,9 @@ class StoredBytes:
 
 @dataclass(frozen=True)
 class SharedWeight:
-    """A weight that sessions are given. element_type: ONNX's. content: its bytes, or what makes
-    them.
+    """A weight that sessions are given.
+
+    element_type: ONNX's. content: its bytes, or what makes them.
     """
 
     name: str

@@ -61,6 +61,7 @@ class Graph:
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, object]:
+    """A node's attributes by name."""
     return {each.name: helper.get_attribute_value(each) for each in node.attribute}
 
 
