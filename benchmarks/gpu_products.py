@@ -49,8 +49,8 @@ def main() -> None:
     figures: dict = {"gpu": gpu_name(), "read_gb_per_s": read_rate() / 1e9, "layers": []}
     with tempfile.TemporaryDirectory() as folder:
         for bits in TYPES:
-            for layout, tiled_bits in (("columns", ()), ("tiles", (bits,))):
-                network = LinearLayers(Path(folder), bits, tiled_bits)
+            for layout, prepacked_bits in (("columns", ()), ("tiles", (bits,))):
+                network = LinearLayers(Path(folder), bits, prepacked_bits)
                 found = {rows: network.milliseconds(rows) for rows in arguments.rows}
                 figures["layers"].append({"bits": bits, "layout": layout, "ms": found})
                 print(figures["layers"][-1], flush=True)
@@ -60,9 +60,9 @@ def main() -> None:
 class LinearLayers:
     """A network of nothing but products, on the GPU."""
 
-    def __init__(self, folder: Path, bits: int, tiled_bits: Collection[int]):
+    def __init__(self, folder: Path, bits: int, prepacked_bits: Collection[int]):
         model = integer_network(folder, bits)
-        weights = share_weights(model, folder, tiled_bits)
+        weights = share_weights(model, folder, prepacked_bits)
         constants = {weight.name: weight.as_value() for weight in weights.constants}
         self._stream = call(cudart.cudaStreamCreate())
         self._session = CudaSession(model, folder / "products", self._stream, constants)

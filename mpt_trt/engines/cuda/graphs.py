@@ -1,4 +1,4 @@
-"""CUDA graphs of steps that come again and again."""
+"""CUDA graphs of repeated steps."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from cuda.bindings import runtime as cudart
 
 from mpt_trt.engines.cuda.memory import call
 
-# What runtimes set up for new shapes, they have set up after as many runs.
+# Runs after which runtimes have finished their set-up for new shapes.
 PLAIN_RUNS = 2
 
 
 class StepGraphs:
-    """Captures what is put on a stream when it has come PLAIN_RUNS times, and replays it from then.
+    """Captures a step when it is repeated after PLAIN_RUNS runs, and replays it from then on.
 
-    Not before: after beam search has moved the cache there may be no other time.
+    Capturing earlier would be in vain for beam search, which moves the cache after most steps.
     """
 
     def __init__(self, stream: Any):
@@ -28,10 +28,11 @@ class StepGraphs:
     def run(
         self, key: Hashable, enqueue: Callable[[], None], enqueue_captured: Callable[[], None]
     ) -> None:
-        """key: all that decides which kernels run, and on which memory.
+        """Runs a step, or replays its graph.
 
-        enqueue_captured: does what enqueue does, and nothing that must not be captured, such as
-        waiting for the stream.
+        key: everything that decides which kernels run, and on which memory. enqueue: puts the step
+        on the stream. enqueue_captured: does the same without anything that must not be captured,
+        such as waiting for the stream.
         """
         if self._plain_runs[key] < PLAIN_RUNS:
             self._plain_runs[key] += 1
@@ -42,13 +43,13 @@ class StepGraphs:
         call(cudart.cudaGraphLaunch(self._graphs[key], self._stream))
 
     def _capture(self, enqueue: Callable[[], None]) -> Any:
-        # Runtimes may still allocate memory of their own, which other modes forbid.
+        # Runtimes may still allocate memory, which other modes forbid.
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         call(cudart.cudaStreamBeginCapture(self._stream, mode))
         try:
             enqueue()
         except BaseException:
-            # What went wrong says more than that the capture is of no use then.
+            # The error is more helpful than one about the capture that it ends.
             cudart.cudaStreamEndCapture(self._stream)
             raise
         return call(cudart.cudaGraphInstantiate(call(cudart.cudaStreamEndCapture(self._stream)), 0))

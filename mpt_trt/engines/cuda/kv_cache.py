@@ -1,4 +1,4 @@
-"""The key-value cache of an engine, in GPU memory."""
+"""The key-value cache of an engine in GPU memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpt_trt.network.kv_cache import CacheShape, cache_names
 from mpt_trt.quantization.schemes import KvCacheType
 
 SetAddress = Callable[[str, int], None]
-"""Tells the runtime where a value of the network lies."""
+"""Tells the runtime the address of a value of the network, by name."""
 
 
 class DeviceCache(Protocol):
@@ -21,23 +21,23 @@ class DeviceCache(Protocol):
 
     @property
     def address(self) -> int:
-        """Where the buffers begin, 0 before the first start."""
+        """Address of the buffers, 0 before the first start."""
         ...
 
     def start(self, batch_size: int, stream: Any) -> None:
-        """Makes it `batch_size` empty rows."""
+        """Empties the cache and gives it `batch_size` rows."""
         ...
 
     def before_step(self, seq: int) -> None:
-        """Prepares for a step of `seq` tokens a row."""
+        """Prepares for a step of `seq` tokens per row."""
         ...
 
     def after_step(self, write_positions: NDArray[np.int64], stream: Any) -> None:
-        """Takes in what the step has computed."""
+        """Stores the keys and values that the step has computed."""
         ...
 
     def reorder(self, rows: NDArray[np.int64], stream: Any) -> None:
-        """Row i becomes a copy of old row rows[i]."""
+        """Makes row i a copy of the old row rows[i]."""
         ...
 
 
@@ -51,12 +51,12 @@ class _Array:
         self.buffer = DeviceBuffer(self.parts * rows * self.row_bytes)
 
     def bind(self, names: list[str], set_address: SetAddress) -> None:
-        """names: of the parts, in order."""
+        """Binds the parts, keys and values of every layer. names: theirs, in order."""
         for part, name in enumerate(names):
             set_address(name, self.buffer.address + part * self.rows * self.row_bytes)
 
     def block(self, row: int, position: int) -> Block:
-        """The box that begins with a row and a position, as `[parts, rows * heads, bytes]`."""
+        """The box that starts at a row and a position of `[parts, rows * heads, bytes]`."""
         return Block(
             self.buffer.address,
             height=self.rows * self.kv_heads,
@@ -65,13 +65,13 @@ class _Array:
         )
 
     def copy_row(self, row: int, source: _Array, source_row: int, stream: Any) -> None:
-        """Copies a row of an array of the same number of positions."""
+        """Copies a row of an array with the same number of positions."""
         extent = (self.parts, self.kv_heads, self.positions * self.head_bytes)
         copy_block(source.block(source_row, 0), self.block(row, 0), extent, stream)
 
 
 class _Buffers:
-    """What both kinds of cache have: the array of what is kept, and its rows."""
+    """The keys and values of all earlier positions, for both kinds of cache."""
 
     def __init__(self, shape: CacheShape, element_bytes: int, set_address: SetAddress):
         self._shape, self._set_address = shape, set_address
@@ -79,23 +79,31 @@ class _Buffers:
         self._kept: _Array | None = None
 
     def start(self, batch_size: int, stream: Any) -> None:
-        # What a row held is overwritten before anything sees it. So buffers of as many rows stay,
-        # and with them the graphs that were captured.
+        """Empties the cache and gives it `batch_size` rows."""
+        # Old values are overwritten before anything reads them. So buffers with the right number of
+        # rows stay, and with them the graphs that were captured.
         if self._kept is None or self._kept.rows != batch_size:
-            # Freed before there are others.
+            # Frees the old buffers before there are new ones.
             self._kept = None
             self._keep(self._array(batch_size, self._shape.cache_len))
 
     @property
     def address(self) -> int:
-        """Where the cache begins; another one after every `reorder`, as a rule."""
+        """Address of the buffers, 0 before the first start; `reorder` usually changes it."""
         return 0 if self._kept is None else self._kept.buffer.address
 
     def reorder(self, rows: NDArray[np.int64], stream: Any) -> None:
-        old, new = self._kept, self._array(len(rows), self._shape.cache_len)
+        """Makes row i a copy of the old row rows[i]."""
+        old, new = self._filled, self._array(len(rows), self._shape.cache_len)
         for target, source in enumerate(rows):
             new.copy_row(target, old, int(source), stream)
         self._keep(new)
+
+    @property
+    def _filled(self) -> _Array:
+        if self._kept is None:
+            raise RuntimeError("the cache has no rows before `start`")
+        return self._kept
 
     def _array(self, rows: int, positions: int) -> _Array:
         return _Array(self._shape, self._head_bytes, rows, positions)
@@ -106,13 +114,13 @@ class _Buffers:
 
 
 class InPlaceCache(_Buffers):
-    """Each buffer is input and output at once."""
+    """A cache that each step updates in place: every buffer is an input and an output."""
 
     def before_step(self, seq: int) -> None:
-        pass
+        """Does nothing, because the buffers stay bound."""
 
     def after_step(self, write_positions: NDArray[np.int64], stream: Any) -> None:
-        pass
+        """Does nothing, because the step has updated the cache itself."""
 
     def _keep(self, array: _Array) -> None:
         super()._keep(array)
@@ -120,29 +128,32 @@ class InPlaceCache(_Buffers):
 
 
 class CopiedCache(_Buffers):
-    """One byte an element; what a step computes is copied into the cache afterwards.
+    """A quantized cache, one byte per element. A step's keys and values are copied into it.
 
-    Keys and values of all layers are one array, so rows that write at one position take one copy,
-    and others one each.
+    Those of all layers are one array, so rows that write at the same position need one copy, and
+    other rows one each.
     """
 
     def __init__(self, shape: CacheShape, set_address: SetAddress):
         super().__init__(shape, 1, set_address)
-        # By (rows, seq): a captured step writes where it wrote when it was captured.
+        # By (rows, seq), because a captured step always writes to the same address.
         self._new: dict[tuple[int, int], _Array] = {}
         self._seq = 0
 
     def before_step(self, seq: int) -> None:
-        key = (self._kept.rows, seq)
+        """Prepares for a step of `seq` tokens per row."""
+        key = (self._filled.rows, seq)
         if key not in self._new:
-            # One that is not for single tokens is used once, mostly: the pieces of a prompt.
+            # Arrays for several tokens, the pieces of a prompt, are mostly used once.
             self._new = {k: array for k, array in self._new.items() if k[1] == 1}
             self._new[key] = self._array(*key)
         self._new[key].bind(cache_names("new", self._shape.num_layers), self._set_address)
         self._seq = seq
 
     def after_step(self, write_positions: NDArray[np.int64], stream: Any) -> None:
-        kept, new = self._kept, self._new[self._kept.rows, self._seq]
+        """Copies the keys and values that the step has computed into the cache."""
+        kept = self._filled
+        new = self._new[kept.rows, self._seq]
         width = self._seq * self._head_bytes
         if len(set(write_positions.tolist())) == 1:
             extent = (kept.parts, kept.rows * kept.kv_heads, width)
@@ -156,7 +167,7 @@ class CopiedCache(_Buffers):
 def make_device_cache(
     shape: CacheShape, cache_type: KvCacheType, element_bytes: int, set_address: SetAddress
 ) -> DeviceCache:
-    """element_bytes: of the network's own type."""
+    """Makes a cache. element_bytes: bytes of the network's own type."""
     if cache_type == "auto":
         return InPlaceCache(shape, element_bytes, set_address)
     return CopiedCache(shape, set_address)

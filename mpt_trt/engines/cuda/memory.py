@@ -1,4 +1,4 @@
-"""GPU memory, and host memory for it, by CUDA's runtime."""
+"""GPU memory, and host memory for copies to and from it, through CUDA's runtime."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEVICE_TO_DEVICE = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
 
 
 class DeviceBuffer:
-    """GPU memory, zeroed, freed when no longer referred to. address: as an integer."""
+    """Zeroed GPU memory that is freed with the object. size: bytes. address: as an integer."""
 
     def __init__(self, size: int):
         self.size = size
@@ -43,7 +43,7 @@ class DeviceBuffer:
 
 
 class PinnedBuffer:
-    """Host memory that the GPU reads and writes while the host goes on, freed with the object.
+    """Host memory for asynchronous copies, freed with the object.
 
     array: uint8 `[size]`, not to be used after the object is gone.
     """
@@ -58,7 +58,7 @@ class PinnedBuffer:
 
 
 def call(result: tuple) -> Any:
-    """The value that a CUDA call returned; raises MptTrtError with CUDA's message if it failed."""
+    """Returns a CUDA call's value; raises MptTrtError with CUDA's message if it failed."""
     status, *values = result
     if status != cudart.cudaError_t.cudaSuccess:
         text = cudart.cudaGetErrorString(status)[1].decode()

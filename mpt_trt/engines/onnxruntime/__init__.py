@@ -1,1 +1,1 @@
-"""Running a rank's network under ONNX Runtime on a CPU."""
+"""ONNX Runtime as the runtime of a rank's network: on a CPU, and in `cuda` on a GPU."""

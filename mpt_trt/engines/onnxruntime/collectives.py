@@ -1,12 +1,14 @@
-"""DistCollective nodes under ONNX Runtime: Python operators that let the ranks meet over MPI.
+"""DistCollective nodes under ONNX Runtime: Python operators that exchange values over MPI.
 
 ONNX Runtime does not know DistCollective. When a graph is loaded, each such node becomes an
-operator of onnxruntime-extensions that calls the communicator. Those operators take float32 only,
-so there is a Cast on either side.
+operator of onnxruntime-extensions that calls the communicator. These operators support only
+float32, so there is a Cast before and after each.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from mpt_trt.errors import MptTrtError
 from mpt_trt.network.graph import COLLECTIVE
 from mpt_trt.system.mpi import Communicator
 
@@ -32,8 +35,8 @@ Array = NDArray[np.float32]
 class Collectives:
     """The collectives of one session.
 
-    An exception must not cross ONNX Runtime's frames: it would end the process on the spot. So the
-    first one is kept, the rest of the step runs on zeros, and `step` raises at the end.
+    An exception that crosses ONNX Runtime's frames ends the process. So the first exception is
+    kept, the rest of the step runs on zeros, and `step` raises it at the end.
     """
 
     def __init__(self, communicator: Communicator):
@@ -42,7 +45,7 @@ class Collectives:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around a run of the session. Raises what went wrong where ranks met."""
+        """Surrounds a run of the session; raises the first error of its collectives."""
         token = _running.set(self)
         try:
             with self._communicator.deferred_interrupts():
@@ -54,13 +57,15 @@ class Collectives:
             raise failure
 
     def all_reduce(self, value: Array) -> Array:
-        return self._meet(self._communicator.all_reduce, value, value.shape)
+        """The sum of all ranks' values, or zeros after an error."""
+        return self._call(self._communicator.all_reduce, value, value.shape)
 
     def all_gather(self, value: Array) -> Array:
+        """All ranks' values along the first axis, or zeros after an error."""
         shape = (len(value) * self._communicator.size, *value.shape[1:])
-        return self._meet(self._communicator.all_gather, value, shape)
+        return self._call(self._communicator.all_gather, value, shape)
 
-    def _meet(self, action: Callable[[Array], Array], value: Array, shape: tuple) -> Array:
+    def _call(self, action: Callable[[Array], Array], value: Array, shape: tuple) -> Array:
         if self._failure is None:
             try:
                 return action(value)
@@ -69,12 +74,12 @@ class Collectives:
         return np.zeros(shape, np.float32)
 
 
-# Whose step runs: an operator is one of the process, not of a session.
+# The session whose step runs, because operators belong to the process, not to a session.
 _running: ContextVar[Collectives] = ContextVar("running")
 
 
 def replace_collectives(model: onnx.ModelProto, options: onnxruntime.SessionOptions) -> None:
-    """Makes the graph's collectives operators, which run within Collectives.step."""
+    """Replaces the graph's collectives by operators, which run within Collectives.step."""
     options.register_custom_ops_library(_library())
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     nodes = [new for node in model.graph.node for new in _replaced(node, types)]
@@ -85,38 +90,44 @@ def replace_collectives(model: onnx.ModelProto, options: onnxruntime.SessionOpti
 
 @cache
 def _library() -> str:
-    """Path of onnxruntime-extensions, with the operators registered.
+    """Registers the operators and returns the path of onnxruntime-extensions' library.
 
-    Only once a process: a second time crashes it.
+    Only once per process, because a second time crashes it.
     """
-    extensions = _import_extensions()
-    number = extensions.PyCustomOpDef.dt_float
+    operators = _import_operators()
+    number = operators.PyCustomOpDef.dt_float
     types = {"inputs": [number], "outputs": [number]}
+    declare = operators.Opdef.declare
 
-    @extensions.onnx_op(op_type=OPERATORS[b"all_reduce"], **types)
+    @declare(op_type=OPERATORS[b"all_reduce"], **types)
     def all_reduce(value: Array) -> Array:
         return _running.get().all_reduce(value)
 
-    @extensions.onnx_op(op_type=OPERATORS[b"all_gather"], **types)
+    @declare(op_type=OPERATORS[b"all_gather"], **types)
     def all_gather(value: Array) -> Array:
         return _running.get().all_gather(value)
 
-    return extensions.get_library_path()
+    return operators.get_library_path()
 
 
-def _import_extensions() -> ModuleType:
-    """onnxruntime_extensions, without the packages of which it only converts tokenizers.
+def _import_operators() -> ModuleType:
+    """Imports onnxruntime-extensions' module for operators in Python, without the package.
 
-    They take seconds to import, in every rank; it does without them where they are not installed.
+    The package also converts tokenizers. For that it imports torch and transformers, which takes
+    seconds in every rank.
     """
-    hidden = [name for name in ("torch", "transformers") if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
+    spec = importlib.util.find_spec("onnxruntime_extensions")
+    if spec is None:
+        raise MptTrtError(
+            "onnxruntime-extensions is not installed, and several ranks under ONNX Runtime need it;"
+            " install requirements.txt"
+        )
+    # A package that is present but has not run: enough for its modules to be found.
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
-        import onnxruntime_extensions
+        return importlib.import_module(f"{spec.name}._ocos")
     finally:
-        for name in hidden:
-            del sys.modules[name]
-    return onnxruntime_extensions
+        del sys.modules[spec.name]
 
 
 def _replaced(node: onnx.NodeProto, types: dict[str, int]) -> list[onnx.NodeProto]:

@@ -1,12 +1,12 @@
 """The key-value cache of a network under ONNX Runtime on a CPU.
 
-A step reads all of the buffers that it is given, whatever they hold. So they are as long as what is
-in use, in steps of POSITIONS_AT_ONCE, and the loaded network takes them at any length.
+A step reads its whole buffers, used or not. So they are only as long as the positions in use,
+rounded up to a multiple of POSITIONS_AT_ONCE, and the loaded network accepts any length.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import onnx
@@ -17,7 +17,7 @@ from onnx import helper
 from mpt_trt.network.kv_cache import QUANTIZED_TYPES, CacheShape, cache_names
 from mpt_trt.quantization.schemes import KvCacheType
 
-Binding = onnxruntime.IOBinding
+Binding: TypeAlias = onnxruntime.IOBinding
 
 POSITIONS_AT_ONCE = 64
 # The axis of positions in a layer's keys or values.
@@ -25,9 +25,9 @@ POSITIONS_AXIS = 2
 
 
 def take_any_cache_length(model: onnx.ModelProto) -> None:
-    """Lets the network's cache have as many positions as it is given, which were a constant.
+    """Makes the number of cache positions, a constant before, an input dimension.
 
-    Its graph takes their number from the buffers' shape.
+    The graph reads the number from the buffers' shape.
     """
     for value in (*model.graph.input, *model.graph.output):
         if value.name.startswith(("past_", "present_")):
@@ -38,24 +38,24 @@ class CpuCache(Protocol):
     """A cache whose buffers are bound to a session."""
 
     def start(self, batch_size: int) -> None:
-        """Makes it `batch_size` empty rows."""
+        """Empties the cache and gives it `batch_size` rows."""
         ...
 
     def before_step(self, seq: int, write_positions: NDArray[np.int64]) -> None:
-        """Prepares for a step of `seq` tokens a row."""
+        """Prepares for a step of `seq` tokens per row."""
         ...
 
     def after_step(self, write_positions: NDArray[np.int64]) -> None:
-        """Takes in what the step has computed."""
+        """Stores the keys and values that the step has computed."""
         ...
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
-        """Row i becomes a copy of old row rows[i]."""
+        """Makes row i a copy of the old row rows[i]."""
         ...
 
 
 class InPlaceCache:
-    """Each buffer is input and output at once."""
+    """A cache that each step updates in place: every buffer is an input and an output."""
 
     def __init__(self, binding: Binding, shape: CacheShape, element_type: int):
         self._binding, self._shape, self._element_type = binding, shape, element_type
@@ -63,19 +63,22 @@ class InPlaceCache:
         self._buffers = _no_rows(shape, self._dtype)
 
     def start(self, batch_size: int) -> None:
+        """Empties the cache and gives it `batch_size` rows."""
         self._buffers = _zeros(self._shape, batch_size, _in_use(self._shape, 0), self._dtype)
         self._bind()
 
     def before_step(self, seq: int, write_positions: NDArray[np.int64]) -> None:
+        """Prepares for a step of `seq` tokens per row."""
         positions = _in_use(self._shape, int(write_positions.max()) + seq)
         if positions > _length(self._buffers):
             self._buffers = _lengthened(self._buffers, positions)
             self._bind()
 
     def after_step(self, write_positions: NDArray[np.int64]) -> None:
-        pass
+        """Does nothing: the step has updated the cache itself."""
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
+        """Makes row i a copy of the old row rows[i]."""
         self._buffers = np.take(self._buffers, rows, axis=1)
         self._bind()
 
@@ -88,10 +91,9 @@ class InPlaceCache:
 
 
 class CopiedCache:
-    """A quantized cache; what a step computes is copied into it afterwards.
+    """A quantized cache. The keys and values that a step computes are copied into it afterwards.
 
-    A step's keys and values of all layers are one array, as the cache is, so that a row takes one
-    copy.
+    Those of all layers are one array, like the cache, so that each row takes one copy.
     """
 
     def __init__(self, binding: Binding, shape: CacheShape, cache_type: KvCacheType):
@@ -100,24 +102,28 @@ class CopiedCache:
         self._buffers = self._new = _no_rows(shape, np.uint8)
 
     def start(self, batch_size: int) -> None:
+        """Empties the cache and gives it `batch_size` rows."""
         self._buffers = _zeros(self._shape, batch_size, _in_use(self._shape, 0), np.uint8)
         self._bind("past", self._buffers)
 
     def before_step(self, seq: int, write_positions: NDArray[np.int64]) -> None:
+        """Prepares for a step of `seq` tokens per row."""
         rows = self._buffers.shape[1]
-        # A step reads what was there before it.
+        # A step reads the positions before it.
         self._lengthen(int(write_positions.max()))
         if (self._new.shape[1], _length(self._new)) != (rows, seq):
             self._new = _zeros(self._shape, rows, seq, np.uint8)
             self._bind("new", self._new)
 
     def after_step(self, write_positions: NDArray[np.int64]) -> None:
+        """Stores the keys and values that the step has computed."""
         seq = _length(self._new)
         self._lengthen(int(write_positions.max()) + seq)
         for row, start in enumerate(write_positions):
             self._buffers[:, row, :, start : start + seq] = self._new[:, row]
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
+        """Makes row i a copy of the old row rows[i]."""
         self._buffers = np.take(self._buffers, rows, axis=1)
         self._bind("past", self._buffers)
 
@@ -139,7 +145,7 @@ class CopiedCache:
 def make_cpu_cache(
     binding: Binding, shape: CacheShape, cache_type: KvCacheType, element_type: int
 ) -> CpuCache:
-    """element_type: of a cache that is not quantized, the network's."""
+    """Makes a session's cache. element_type: the network's, for a cache without quantization."""
     if cache_type == "auto":
         return InPlaceCache(binding, shape, element_type)
     return CopiedCache(binding, shape, cache_type)
@@ -162,13 +168,13 @@ def _length(array: NDArray) -> int:
 
 
 def _in_use(shape: CacheShape, used: int) -> int:
-    """Positions of a buffer that holds `used` ones, never more than the cache may have."""
+    """Length of a buffer for `used` positions, at most the cache's."""
     steps = max(-(-used // POSITIONS_AT_ONCE), 1)
     return min(steps * POSITIONS_AT_ONCE, shape.cache_len)
 
 
 def _lengthened(array: NDArray, positions: int) -> NDArray:
-    """The array with zeros behind its last positions."""
+    """The array with zeros after its last positions."""
     dimensions = list(array.shape)
     dimensions[1 + POSITIONS_AXIS] = positions
     longer = np.zeros(dimensions, array.dtype)
@@ -178,5 +184,5 @@ def _lengthened(array: NDArray, positions: int) -> NDArray:
 
 def _parts(array: NDArray, element_type: int) -> list[onnxruntime.OrtValue]:
     """The keys and values of every layer, in the array's memory."""
-    of = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
-    return [of(part, element_type) for part in array]
+    as_value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
+    return [as_value(part, element_type) for part in array]

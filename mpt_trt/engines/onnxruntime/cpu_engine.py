@@ -1,7 +1,7 @@
-"""Runs a rank's network under ONNX Runtime, on a CPU.
+"""Runs a rank's network under ONNX Runtime on a CPU: the fallback on machines without a GPU.
 
-It stands in where no TensorRT GPU is: same graph, same weights. What it does not take as it is, is
-rewritten when the graph is loaded, in memory only (see onnx_rewrites).
+It uses the same graph and the same weights as TensorRT. Parts that ONNX Runtime does not support
+are rewritten in memory when the graph is loaded (see `rewrites`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
 from mpt_trt.system.mpi import Communicator
 
 CPU = "CPUExecutionProvider"
-# ONNX Runtime's names of what integer weights are multiplied by: float32, int8.
+# ONNX Runtime's accuracy levels: integer weights are multiplied by float32, or by int8.
 ACCURACY_LEVELS = {"exact": "1", "int8": "4"}
 
 
@@ -69,13 +69,14 @@ class OnnxRuntimeEngine:
 
     @property
     def description(self) -> str:
+        """Runtime, version and arithmetic, for reports."""
         version = onnxruntime.__version__
         arithmetic = ", float32 arithmetic" if self._weights else ""
         rounding = ", int8 activations" if self._rounds_activations else ""
         return f"ONNX Runtime {version} ({CPU}{arithmetic}{rounding})"
 
     def start(self, batch_size: int) -> None:
-        """An empty cache of `batch_size` rows; raises MptTrtError when the rows do not fit."""
+        """Empties the cache; raises MptTrtError when it cannot have `batch_size` rows."""
         self._limits.require_rows(batch_size)
         self._cache.start(batch_size)
 
@@ -85,7 +86,7 @@ class OnnxRuntimeEngine:
         write_positions: NDArray[np.int64],
         logit_positions: NDArray[np.int64],
     ) -> NDArray[np.float32]:
-        """One step; see the network's docstring. Returns `[num_logits, vocab]`."""
+        """Runs one step; see `StepModel.step`."""
         feeds = (
             ("input_ids", input_ids),
             ("write_positions", write_positions),
@@ -104,14 +105,14 @@ class OnnxRuntimeEngine:
         return logits
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
-        """Cache row i becomes a copy of old row rows[i]."""
+        """Makes cache row i a copy of the old row rows[i]."""
         self._cache.reorder(rows)
 
 
 def _lacks_kernels(manifest: Manifest) -> bool:
-    """Whether ONNX Runtime's CPU provider is no good at the network's type.
+    """Whether ONNX Runtime's CPU provider lacks kernels for the network's type.
 
-    It has no bfloat16 kernels, and integer products with float32 results alone.
+    It has none for bfloat16, and its products of integers return only float32.
     """
     quantizes_activations = isinstance(manifest.quantization.scheme, SmoothQuant | Fp8)
     is_half = manifest.dtype == "float16"
@@ -121,20 +122,20 @@ def _lacks_kernels(manifest: Manifest) -> bool:
 def _require_integer_weights(engine_dir: Path, manifest: Manifest) -> None:
     if not isinstance(manifest.quantization.scheme, WeightOnly | Awq):
         raise MptTrtError(
-            f"{engine_dir}: its weights are no 4- or 8-bit integers with exact activations, so "
-            "activations = int8 is not for it; leave it out"
+            f"{engine_dir}: activations = int8 needs 4- or 8-bit integer weights with exact "
+            "activations, which this engine does not have; leave it out"
         )
 
 
 def _computing_type(manifest: Manifest) -> int:
-    """ONNX's type of what the session computes, and of a cache that is not quantized."""
+    """ONNX type that the session computes in, and of a cache without quantization."""
     return TensorProto.FLOAT if _lacks_kernels(manifest) else ELEMENT_TYPES[manifest.dtype]
 
 
 def _open_session(
     path: Path, cpu: CpuSettings, manifest: Manifest
 ) -> tuple[onnxruntime.InferenceSession, list[onnxruntime.OrtValue]]:
-    """The session, and the converted weights that must live as long as it does."""
+    """Opens the session; returns it with the converted weights, which must live as long."""
     model = read_network(path)
     options = session_options(path)
     options.intra_op_num_threads = cpu.num_threads
@@ -142,8 +143,8 @@ def _open_session(
     level = ACCURACY_LEVELS[cpu.activations]
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
     if isinstance(manifest.quantization.scheme, Fp8):
-        # Else weights are dequantized at every step, one by one, and 1.31 even fuses such products
-        # into an operator that takes no fp8.
+        # Otherwise weights are dequantized at every step, one by one, and 1.31 even fuses such
+        # products into an operator that does not support fp8.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     weights = []
     if _lacks_kernels(manifest):

@@ -1,4 +1,4 @@
-"""Where a network's weights lie: parts of files beside the graph."""
+"""Locates and reads a network's weights: parts of files next to the graph."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from onnx import TensorProto, helper
 
 @dataclass(frozen=True)
 class StoredBytes:
-    """A part of a file."""
+    """A part of a file, in bytes."""
 
     path: Path
     offset: int
     size: int
 
     def read(self) -> NDArray[np.uint8]:
+        """Reads the part, `[size]`."""
         return np.fromfile(self.path, np.uint8, self.size, offset=self.offset)
 
 
 @dataclass(frozen=True)
 class SharedWeight:
-    """A weight that sessions are given.
+    """A weight that is passed to sessions.
 
-    element_type: ONNX's. content: its bytes, or what makes them.
+    element_type: ONNX's. content: its bytes in a file, or a function that computes them.
     """
 
     name: str
@@ -39,23 +40,24 @@ class SharedWeight:
 
     @property
     def size(self) -> int:
+        """Bytes in memory."""
         itemsize = helper.tensor_dtype_to_np_dtype(self.element_type).itemsize
         return math.prod(self.shape) * itemsize
 
     def read(self) -> NDArray:
         """The weight's bytes in a contiguous array."""
-        found = self.content
-        return found.read() if isinstance(found, StoredBytes) else found()
+        content = self.content
+        return content.read() if isinstance(content, StoredBytes) else content()
 
     def as_value(self) -> onnxruntime.OrtValue:
-        """In host memory."""
+        """Reads the weight into host memory, as a value of ONNX Runtime."""
         dtype = helper.tensor_dtype_to_np_dtype(self.element_type)
         content = self.read().reshape(-1).view(dtype).reshape(self.shape)
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(content, self.element_type)
 
 
 def stored_bytes(tensor: TensorProto, folder: Path) -> StoredBytes:
-    """The content of an external initializer. folder: that of the network."""
+    """Locates the content of an external initializer. folder: the network's."""
     place = {entry.key: entry.value for entry in tensor.external_data}
     path = folder / place["location"]
     offset = int(place.get("offset", 0))
@@ -63,7 +65,7 @@ def stored_bytes(tensor: TensorProto, folder: Path) -> StoredBytes:
 
 
 def map_tensor(tensor: TensorProto, folder: Path) -> NDArray:
-    """An external initializer, mapped into memory. Not for types of less than a byte."""
+    """Maps an external initializer into memory. Its type must have at least a byte per element."""
     stored = stored_bytes(tensor, folder)
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     return np.memmap(stored.path, dtype, "r", offset=stored.offset, shape=tuple(tensor.dims))

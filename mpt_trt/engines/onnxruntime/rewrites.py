@@ -1,4 +1,4 @@
-"""What becomes of a network when ONNX Runtime loads it."""
+"""Rewrites a network in memory for ONNX Runtime, on any device."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import numpy as np
 import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from mpt_trt.arrays.cast import convert
 from mpt_trt.engines.onnxruntime.external_data import map_tensor
+from mpt_trt.engines.onnxruntime.graph_editor import cast
 from mpt_trt.errors import MptTrtError
 
 FLOAT32 = np.dtype(np.float32)
@@ -21,7 +22,7 @@ QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 
 
 def read_network(path: Path) -> onnx.ModelProto:
-    """The graph, without its weights; raises MptTrtError when it cannot be read."""
+    """Reads the graph, without its weights; raises MptTrtError when it cannot be read."""
     try:
         return onnx.load(path, load_external_data=False)
     except DecodeError as error:
@@ -31,9 +32,11 @@ def read_network(path: Path) -> onnx.ModelProto:
 def compute_in_float32(
     model: onnx.ModelProto, element_type: int, folder: Path, options: onnxruntime.SessionOptions
 ) -> list[onnxruntime.OrtValue]:
-    """Turns everything of `element_type` in the graph to float32.
+    """Turns everything of ONNX type `element_type` in the graph to float32.
 
-    Returns the weights, converted in memory; they must live as long as the session.
+    folder: the network's. options: of the session, which get the converted weights.
+
+    Returns the converted weights, which must live as long as the session.
     """
     graph = model.graph
     for value in (*graph.input, *graph.output, *graph.value_info):
@@ -51,17 +54,17 @@ def compute_in_float32(
             external[tensor.name] = convert(map_tensor(tensor, folder), FLOAT32)
             tensor.data_type = TensorProto.FLOAT
         else:
-            value = numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+            numbers = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(numbers, tensor.name))
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in external.values()]
     options.add_external_initializers(list(external), values)
     return values
 
 
 def spell_out_scale_types(model: onnx.ModelProto, element_type: int) -> None:
-    """Puts Casts where a quantization's scale is of another type than the network.
+    """Adds Casts where the scale of a (de)quantization has another type than the network.
 
-    element_type: the network's. ONNX Runtime 1.32 forgets the difference where it moves such nodes,
+    element_type: the network's. ONNX Runtime 1.32 forgets the difference when it moves such nodes,
     and then refuses the network (seen with a float16 cache of a single head).
     """
     scales = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
@@ -82,8 +85,3 @@ def spell_out_scale_types(model: onnx.ModelProto, element_type: int) -> None:
             nodes += [node, cast(node.output[0], output, element_type)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-
-
-def cast(value: str, output: str, element_type: int) -> onnx.NodeProto:
-    """A node that makes `output` of `value`, in another type."""
-    return helper.make_node("Cast", [value], [output], name=f"{output}/cast", to=element_type)

@@ -1,4 +1,4 @@
-"""Loads networks into ONNX Runtime, on whatever it computes."""
+"""Loads networks into ONNX Runtime, on any device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ERROR_SEVERITY = 3
 
 
 def session_options(path: Path) -> onnxruntime.SessionOptions:
-    """For a network that is, or was made of, the one at `path`, beside which its weights lie."""
+    """Options for the network at `path`, or one rewritten from it; its weights are next to it."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERROR_SEVERITY
     options.add_session_config_entry(
@@ -29,7 +29,10 @@ def open_session(
     options: onnxruntime.SessionOptions,
     provider: tuple[str, dict[str, Any]],
 ) -> onnxruntime.InferenceSession:
-    """provider: its name and its options. Raises MptTrtError when the network cannot be loaded."""
+    """Opens a session on a network; raises MptTrtError when it cannot be loaded.
+
+    path: of the network that became `model`. provider: its name and its options.
+    """
     try:
         return onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=[provider]

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
-from mpt_trt.engines.onnxruntime.cuda import rewrites
+from mpt_trt.engines.onnxruntime.cuda.norms import NORMS
 from mpt_trt.engines.onnxruntime.cuda.shared_weights import share_weights
 from mpt_trt.quantization.schemes import Quantization, WeightOnly
 from support.checkpoints import CheckpointSpec
@@ -48,12 +48,12 @@ def test_norms_take_in_the_residual(name, tmp_path):
     _, steps = require_same(
         make_network(checkpoint, tmp_path / "network"), checkpoint.config.vocab_size
     )
-    norms = [node for node in steps.graph.node if node.op_type in rewrites.NORMS.values()]
+    norms = [node for node in steps.graph.node if node.op_type in NORMS.values()]
     assert len(norms) == 2 * spec.num_layers + 1
     # The first norms the embedding, to which only learned positions have been added.
     residuals = [not name.startswith("zeros") for node in norms for name in node.input[1:2]]
     assert residuals == [not spec.alibi] + [True] * (2 * spec.num_layers)
-    assert count(steps, *rewrites.NORMS) == 0
+    assert count(steps, *NORMS) == 0
 
 
 WIDE = CheckpointSpec(hidden_size=256, num_heads=4, num_layers=2, vocab_size=301)

@@ -1,1 +1,1 @@
-"""Running a rank's network under ONNX Runtime on a GPU."""
+"""ONNX Runtime as the runtime of a network on a GPU."""

@@ -1,10 +1,9 @@
 """Runs a network of one rank under ONNX Runtime's CUDA provider.
 
-Two sessions read one copy of the weights: the network as it is, for prompts, and one that is
-rewritten for steps of one token a row (see cuda_rewrites). Such a step is captured in a CUDA
-graph when it has come twice for the same cache. (ONNX Runtime has graphs of its own, but waits
-after each.) Weights, cache and what a step takes and gives lie in this module's own buffers, and
-everything happens on one stream.
+Two sessions read one copy of the weights: one graph for prompts, and one for steps of one token per
+row (see `rewrites`). After two such steps with the same cache, the next one is captured in a CUDA
+graph. (ONNX Runtime has CUDA graphs of its own, but waits after each.) Weights, cache, inputs and
+outputs are in this module's own buffers, and everything runs on one stream.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ from mpt_trt.network.kv_cache import QUANTIZED_TYPES, CacheShape, cache_shape
 LOADING_THREADS = 8
 INT64_BYTES = 8
 FLOAT32_BYTES = 4
-# By bits of weights: of engines for as many rows, products take them in tiles. Fewer rows decode
-# faster by columns, and so are prompts read. See docs/performance.md.
-ROWS_FOR_TILES = {4: 16, 8: 2}
-# What has kernels for tiles.
-TILED_TYPES = ("float16", "bfloat16")
-LEAST_COMPUTE_CAPABILITY = 8
-# Of a step's result, a row: the token, its position, and a number.
+# Batch size from which an engine uses the prepacked layout, by bits of weights. Smaller batches
+# decode faster with the column layout, and prompts are read faster. See docs/performance.md.
+PREPACKED_ROWS = {4: 16, 8: 2}
+# Data types and major compute capability that have kernels for the prepacked layout.
+PREPACKED_TYPES = ("float16", "bfloat16")
+PREPACKED_COMPUTE_CAPABILITY = 8
+# Bytes per row of a step's result: the token, its position, and a float32.
 RESULT_BYTES = 2 * INT64_BYTES + FLOAT32_BYTES
 
 
@@ -57,7 +56,7 @@ class OnnxCudaEngine:
         self.max_batch_size = limits.max_batch_size
         self.max_step_tokens = limits.max_input_len
         self.max_logits: int | None = None
-        # CUDA's libraries from Python packages, where they are not the system's.
+        # Finds CUDA's libraries in Python packages if the system has none.
         onnxruntime.preload_dlls()
         self._stream = call(cudart.cudaStreamCreate())
         self._load(engine_dir / manifest.ranks[0].network, manifest)
@@ -75,7 +74,7 @@ class OnnxCudaEngine:
     def _load(self, path: Path, manifest: Manifest) -> None:
         network = read_network(path)
         spell_out_scale_types(network, ELEMENT_TYPES[manifest.dtype])
-        weights = share_weights(network, path.parent, _tiled_bits(manifest))
+        weights = share_weights(network, path.parent, _prepacked_bits(manifest))
         prompts, steps = rewrites.prefill_graph(network), rewrites.decode_graph(network)
         with ThreadPoolExecutor(LOADING_THREADS) as pool:
             values = pool.map(SharedWeight.as_value, weights.constants)
@@ -90,10 +89,11 @@ class OnnxCudaEngine:
 
     @property
     def description(self) -> str:
+        """Runtime, version and provider, for reports."""
         return f"ONNX Runtime {onnxruntime.__version__} ({PROVIDER})"
 
     def start(self, batch_size: int) -> None:
-        """An empty cache of `batch_size` rows; raises MptTrtError when the rows do not fit."""
+        """Empties the cache; raises MptTrtError when it cannot have `batch_size` rows."""
         self._limits.require_rows(batch_size)
         self._use_rows(batch_size)
         self._cache.start(batch_size, self._stream)
@@ -104,11 +104,11 @@ class OnnxCudaEngine:
         write_positions: NDArray[np.int64],
         logit_positions: NDArray[np.int64],
     ) -> NDArray[np.float32]:
-        """One step; see the network's docstring. Returns `[num_logits, vocab]`."""
+        """Runs one step; see `StepModel.step`."""
         if input_ids.shape[1] == 1:
             self._state.write(input_ids[:, 0], write_positions, self._stream)
             self._step_one(write_positions)
-            # Those of every row are there.
+            # The step returns the logits of every row.
             logits = np.empty((self._rows, self.vocab_size), np.float32)
             self._state.logits.copy_to(logits, self._stream)
             call(cudart.cudaStreamSynchronize(self._stream))
@@ -118,9 +118,10 @@ class OnnxCudaEngine:
     def greedy_steps(
         self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64], count: int
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Steps of one token a row, each of which takes the likeliest tokens of the one before.
+        """Runs steps of one token per row, each on the most likely tokens of the one before.
 
-        The next step runs while the caller looks at the last one's result.
+        The next step runs while the caller looks at the result of the last one. See
+        `GreedyModel.greedy_steps`.
         """
         results = [_StepResult(self._rows), _StepResult(self._rows)]
         self._state.write(tokens, write_positions, self._stream)
@@ -132,11 +133,11 @@ class OnnxCudaEngine:
                 if index:
                     yield results[(index - 1) % 2].wait()
         finally:
-            # A step that nobody waits for still writes to a result.
+            # A step that nobody waits for still writes to its result.
             call(cudart.cudaStreamSynchronize(self._stream))
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
-        """Cache row i becomes a copy of old row rows[i]."""
+        """Makes cache row i a copy of the old row rows[i]."""
         self._use_rows(len(rows))
         self._cache.reorder(rows, self._stream)
         call(cudart.cudaStreamSynchronize(self._stream))
@@ -175,7 +176,7 @@ class OnnxCudaEngine:
         feeds = {
             "input_ids": input_ids,
             "write_positions": write_positions,
-            # Of no rows, one is computed and dropped.
+            # If no logits are wanted, those of one row are computed and dropped.
             "logit_rows": logit_rows if num_logits else [0],
         }
         staged = {name: np.ascontiguousarray(value, np.int64) for name, value in feeds.items()}
@@ -198,7 +199,7 @@ class OnnxCudaEngine:
         return logits
 
     def _prompt_buffer(self, name: str, size: int) -> DeviceBuffer:
-        """A buffer of at least `size` bytes, the last one's where it is enough."""
+        """A buffer of at least `size` bytes: the last one of that name if it is large enough."""
         if name not in self._prompt_buffers or self._prompt_buffers[name].size < size:
             self._prompt_buffers.pop(name, None)
             self._prompt_buffers[name] = DeviceBuffer(size)
@@ -206,7 +207,10 @@ class OnnxCudaEngine:
 
 
 class _CacheBinder:
-    """Binds parts of the cache, or of what a step adds to it, for `rows` rows and `seq` tokens."""
+    """Binds parts of the cache, or of a step's new keys and values, to the sessions.
+
+    rows, seq: the present number of rows, and of tokens per step.
+    """
 
     def __init__(self, sessions: tuple[CudaSession, ...], shape: CacheShape, element_type: int):
         self._sessions, self._shape, self._element_type = sessions, shape, element_type
@@ -223,10 +227,10 @@ class _CacheBinder:
 
 
 class _StepState:
-    """What a step of one token a row takes and gives, for up to `rows` rows.
+    """Inputs and outputs of a step of one token per row, for up to `rows` rows.
 
-    A step's tokens and positions lie one behind the other, and so do the next step's, with what
-    the host wants to know behind them: one copy between two steps, and one to the host.
+    One buffer has a step's tokens and positions. Another has the next step's, followed by their
+    likelihood. So there is one copy between two steps, and one to the host.
     """
 
     def __init__(self, rows: int, vocab_size: int):
@@ -253,16 +257,16 @@ class _StepState:
         self._present.copy_from(np.concatenate([tokens, write_positions]), stream)
 
     def advance(self, stream: Any) -> None:
-        """The next step's tokens and positions become the present ones."""
+        """Makes the next step's tokens and positions the present ones."""
         self._present.copy_from_device(self._next, 2 * self._rows * INT64_BYTES, stream)
 
     def read_result(self, target: NDArray[np.uint8], stream: Any) -> None:
-        """target: `[rows * RESULT_BYTES]`."""
+        """Copies the result to the host. target: `[rows * RESULT_BYTES]`."""
         self._next.copy_to(target, stream)
 
 
 class _StepResult:
-    """The tokens that a step has chosen, on their way to the host."""
+    """The tokens that a step has chosen, which are being copied to the host."""
 
     def __init__(self, rows: int):
         self._buffer = PinnedBuffer(rows * RESULT_BYTES)
@@ -277,29 +281,29 @@ class _StepResult:
         call(cudart.cudaEventRecord(self._event, stream))
 
     def wait(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Tokens and their log-probabilities. Copies, since the buffer is used again."""
+        """Waits for the tokens and returns copies of them and of their log-probabilities."""
         call(cudart.cudaEventSynchronize(self._event))
         return self._tokens.copy(), -np.log(self._sum_exp_relative_to_max)
 
 
 def _cache_type(manifest: Manifest) -> int:
-    """ONNX's type of the cache."""
+    """ONNX type of the cache."""
     kv_cache = manifest.quantization.kv_cache
     return ELEMENT_TYPES[manifest.dtype] if kv_cache == "auto" else QUANTIZED_TYPES[kv_cache][0]
 
 
-def _tiled_bits(manifest: Manifest) -> tuple[int, ...]:
-    """Of integers that products take in tiles."""
+def _prepacked_bits(manifest: Manifest) -> tuple[int, ...]:
+    """Bits of the integers to store in the prepacked layout."""
     attribute = cudart.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor
     major = call(cudart.cudaDeviceGetAttribute(attribute, 0))
-    if manifest.dtype not in TILED_TYPES or major < LEAST_COMPUTE_CAPABILITY:
+    if manifest.dtype not in PREPACKED_TYPES or major < PREPACKED_COMPUTE_CAPABILITY:
         return ()
     rows = manifest.limits.max_batch_size
-    return tuple(bits for bits, least in ROWS_FOR_TILES.items() if rows >= least)
+    return tuple(bits for bits, least in PREPACKED_ROWS.items() if rows >= least)
 
 
 def _upload(weights: list[SharedWeight], stream: Any) -> dict[str, DeviceBuffer]:
-    """Puts weights into GPU memory."""
+    """Copies weights into GPU memory; returns buffers by name."""
     buffers = {weight.name: DeviceBuffer(weight.size) for weight in weights}
 
     def upload(weight: SharedWeight) -> None:

@@ -1,7 +1,8 @@
-"""Products with integer matrices as ONNX Runtime's own operator, MatMulNBits, takes them.
+"""Products with integer matrices through ONNX Runtime's own operator, MatMulNBits.
 
-There are two layouts. A product by columns is the faster one for few rows of activations, one by
-tiles for more (docs/performance.md). Either holds unsigned numbers, of which 8, or 128, is 0.
+There are two layouts of the integers. The column layout is faster for few rows of activations, the
+prepacked one for more (docs/performance.md). Both hold unsigned numbers, of which 8 (4 bits) or 128
+(8 bits) is 0.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,21 +19,23 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from mpt_trt.arrays.cast import transposed_copy
-from mpt_trt.engines.onnxruntime.cuda.rewrites import DOMAIN
 from mpt_trt.engines.onnxruntime.external_data import SharedWeight, stored_bytes
+from mpt_trt.engines.onnxruntime.graph_editor import MICROSOFT_DOMAIN
 
-INTEGER_BITS = {TensorProto.INT4: 4, TensorProto.INT8: 8}
-# Of two's complement nibbles and bytes: what flips their sign bits, so that 0 becomes 8 and 128.
+# Bits of an integer, by ONNX type.
+INTEGER_BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.INT8: 8}
+# Masks, by bits, that flip the sign bits of two's complement, so that 0 becomes 8 and 128.
 SIGN_BITS = {4: np.uint8(0x88), 8: np.uint8(0x80)}
-# Rows of a column that share a stored scale, where the network has one scale for all of it.
-BLOCK_OF_COLUMN = 128
-# The same of tiles; the only number that ONNX Runtime 1.31 has kernels for.
-BLOCK_OF_TILES = 32
-ROWS_OF_TILE = 64
-BYTES_TOGETHER = 128
-# Columns are a multiple of that many, by bits.
-COLUMNS_OF_TILES = {4: 64, 8: 32}
-# Activations are not rounded.
+# Rows of a column that share a stored scale if the network has one scale for the whole column.
+COLUMN_BLOCK_SIZE = 128
+# Rows that share a stored scale in the prepacked layout: the only number that ONNX Runtime 1.31 has
+# kernels for.
+PREPACKED_BLOCK_SIZE = 32
+TILE_ROWS = 64
+INTERLEAVED_BYTES = 128
+# The prepacked layout needs a multiple of so many columns, by bits.
+PREPACKED_COLUMNS = {4: 64, 8: 32}
+# MatMulNBits' accuracy_level at which activations are not rounded.
 EXACT = 1
 
 
@@ -39,7 +43,7 @@ EXACT = 1
 class IntegerMatrix:
     """Integers `[in_features, out_features]`, scales `[blocks, out_features]` or `[out_features]`.
 
-    block_size: rows that share a scale; None: all. folder: of the network.
+    block_size: rows that share a scale; None: all. folder: the network's.
     """
 
     integers: TensorProto
@@ -49,30 +53,32 @@ class IntegerMatrix:
 
     @property
     def bits(self) -> int:
+        """Bits of an integer, 4 or 8."""
         return INTEGER_BITS[self.integers.data_type]
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(in_features, out_features)."""
         height, width = self.integers.dims
         return height, width
 
-    def fits_tiles(self) -> bool:
-        """Whether `prepacked_layout` can take it."""
+    def can_be_prepacked(self) -> bool:
+        """Whether `prepacked_layout` supports its shape and block size."""
         height, width = self.shape
-        rows = self.block_size or BLOCK_OF_TILES
+        rows = self.block_size or PREPACKED_BLOCK_SIZE
         return (
-            rows % BLOCK_OF_TILES == 0
-            and height % ROWS_OF_TILE == 0
-            and width % COLUMNS_OF_TILES[self.bits] == 0
+            rows % PREPACKED_BLOCK_SIZE == 0
+            and height % TILE_ROWS == 0
+            and width % PREPACKED_COLUMNS[self.bits] == 0
         )
 
     def read_integers(self) -> NDArray[np.uint8]:
-        """`[in_features, out_features * bits / 8]`; the lower nibble is the first column's."""
+        """Bytes `[in_features, out_features * bits / 8]`; a lower nibble comes before a higher."""
         stored = stored_bytes(self.integers, self.folder).read() ^ SIGN_BITS[self.bits]
         return stored.reshape(self.shape[0], -1)
 
     def read_scales(self, rows_of_scale: int) -> NDArray:
-        """`[out_features, in_features / rows_of_scale]`."""
+        """Scales `[out_features, in_features / rows_of_scale]`."""
         height, width = self.shape
         dtype = helper.tensor_dtype_to_np_dtype(self.scales.data_type)
         stored = stored_bytes(self.scales, self.folder).read().view(dtype).reshape(-1, width)
@@ -81,16 +87,19 @@ class IntegerMatrix:
 
 
 @dataclass(frozen=True)
-class FusedProduct:
-    """An operator, its weights, and those of them that it takes as constants only."""
+class QuantizedMatMul:
+    """A MatMulNBits node and its weights: inputs of the graph, and constants.
+
+    The operator accepts the constants only as initializers.
+    """
 
     node: onnx.NodeProto
     inputs: tuple[SharedWeight, ...]
     constants: tuple[SharedWeight, ...] = ()
 
 
-def column_layout(matrix: IntegerMatrix, node: onnx.NodeProto) -> FusedProduct:
-    """In the place of MatMul: integers `[out_features, blocks, block_size * bits / 8]`."""
+def column_layout(matrix: IntegerMatrix, node: onnx.NodeProto) -> QuantizedMatMul:
+    """Replaces a MatMul; stores integers as `[out_features, blocks, block_size * bits / 8]`."""
 
     def columns() -> NDArray[np.uint8]:
         stored = matrix.read_integers()
@@ -99,32 +108,32 @@ def column_layout(matrix: IntegerMatrix, node: onnx.NodeProto) -> FusedProduct:
         pairs = stored.reshape(-1, 2, stored.shape[1])
         return _columns_of_pairs(pairs[:, 0], pairs[:, 1])
 
-    rows = matrix.block_size or BLOCK_OF_COLUMN
+    rows = matrix.block_size or COLUMN_BLOCK_SIZE
     integers, scales = _weights(matrix, rows, columns)
-    return FusedProduct(_product(matrix, node, rows), (integers, scales))
+    return QuantizedMatMul(_matmul_nbits(matrix, node, rows), (integers, scales))
 
 
-def prepacked_layout(matrix: IntegerMatrix, node: onnx.NodeProto) -> FusedProduct:
-    """In the place of MatMul: the layout of FasterTransformer's kernels for compute capability 8.
+def prepacked_layout(matrix: IntegerMatrix, node: onnx.NodeProto) -> QuantizedMatMul:
+    """Replaces a MatMul; stores integers as FasterTransformer does for compute capability 8.
 
-    That of `preprocess_weights_for_mixed_gemm`, in TensorRT-LLM and ONNX Runtime (there,
-    `weight_prepacked` of 1). Columns are cut into tiles of 64 rows, and as many tiles as fill 128
-    bytes, one of each neighbouring column, lie together. Within a tile, a byte holds the rows k and
-    k + 8 of 4 bits each.
+    The layout is that of `preprocess_weights_for_mixed_gemm` in TensorRT-LLM and of
+    `weight_prepacked = 1` in ONNX Runtime. Columns are cut into tiles of 64 rows. Tiles of
+    neighbouring columns are interleaved, as many as fill 128 bytes. Within a tile, a byte of 4-bit
+    integers holds the rows k and k + 8.
     """
 
     def tiles() -> NDArray[np.uint8]:
         stored = matrix.read_integers()
         if matrix.bits == 8:
-            return _interleaved(transposed_copy(_alternating(stored)), ROWS_OF_TILE)
+            return _interleaved(transposed_copy(_alternating(stored)), TILE_ROWS)
         width = stored.shape[1]
         halves = stored.reshape(-1, 2, 2, 8, width).transpose(2, 0, 3, 1, 4)
         low, high = halves.reshape(2, -1, width)
-        return _interleaved(_columns_of_pairs(low, high), ROWS_OF_TILE // 2)
+        return _interleaved(_columns_of_pairs(low, high), TILE_ROWS // 2)
 
-    integers, scales = _weights(matrix, BLOCK_OF_TILES, tiles)
-    product = _product(matrix, node, BLOCK_OF_TILES, weight_prepacked=1)
-    return FusedProduct(product, (integers,), (scales,))
+    integers, scales = _weights(matrix, PREPACKED_BLOCK_SIZE, tiles)
+    matmul = _matmul_nbits(matrix, node, PREPACKED_BLOCK_SIZE, weight_prepacked=1)
+    return QuantizedMatMul(matmul, (integers,), (scales,))
 
 
 def _weights(
@@ -148,27 +157,30 @@ def _weights(
     )
 
 
-def _product(
+def _matmul_nbits(
     matrix: IntegerMatrix, node: onnx.NodeProto, rows_of_scale: int, **more: int
 ) -> onnx.NodeProto:
     height, width = matrix.shape
+    options: dict[str, Any] = {
+        "K": height,
+        "N": width,
+        "bits": matrix.bits,
+        "block_size": rows_of_scale,
+        "accuracy_level": EXACT,
+        **more,
+    }
     return helper.make_node(
         "MatMulNBits",
         [node.input[0], matrix.integers.name, matrix.scales.name],
         list(node.output),
         name=node.name,
-        domain=DOMAIN,
-        K=height,
-        N=width,
-        bits=matrix.bits,
-        block_size=rows_of_scale,
-        accuracy_level=EXACT,
-        **more,
+        domain=MICROSOFT_DOMAIN,
+        **options,
     )
 
 
 def _columns_of_pairs(low: NDArray[np.uint8], high: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Bytes `[width, n]` of a nibble of `low` and one of `high`, both `[n, width / 2]` bytes."""
+    """Joins nibbles of `low` and `high`, both bytes `[n, width / 2]`, to bytes `[width, n]`."""
     height, pairs = low.shape
     columns = np.empty((pairs, 2, height), np.uint8)
     columns[:, 0] = transposed_copy((low & 0x0F) | (high << 4))
@@ -177,13 +189,13 @@ def _columns_of_pairs(low: NDArray[np.uint8], high: NDArray[np.uint8]) -> NDArra
 
 
 def _alternating(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Rows 0, 8, 1, 9, ... of every 16."""
+    """Reorders every 16 rows as 0, 8, 1, 9, ..."""
     width = rows.shape[1]
     return rows.reshape(-1, 2, 8, width).transpose(0, 2, 1, 3).reshape(-1, width)
 
 
 def _interleaved(columns: NDArray[np.uint8], tile: int) -> NDArray[np.uint8]:
-    """Columns `[width, bytes]` as `[width / n, bytes / tile, n, tile]`, n * tile being 128."""
+    """Reorders columns `[width, bytes]` as `[width / n, bytes / tile, n, tile]`; n * tile = 128."""
     width = len(columns)
-    tiles = columns.reshape(-1, BYTES_TOGETHER // tile, columns.shape[1] // tile, tile)
+    tiles = columns.reshape(-1, INTERLEAVED_BYTES // tile, columns.shape[1] // tile, tile)
     return np.ascontiguousarray(tiles.transpose(0, 2, 1, 3)).reshape(width, -1)

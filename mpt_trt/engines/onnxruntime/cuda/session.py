@@ -1,4 +1,4 @@
-"""A network, loaded by ONNX Runtime's CUDA provider, that works in its caller's buffers."""
+"""Sessions of ONNX Runtime's CUDA provider, with all values in their callers' buffers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROVIDER = "CUDAExecutionProvider"
 
 
 class CudaSession:
-    """A network that is loaded, and what its values are bound to."""
+    """A loaded network and the bindings of its values."""
 
     def __init__(
         self,
@@ -25,17 +25,19 @@ class CudaSession:
         stream: Any,
         constants: dict[str, onnxruntime.OrtValue],
     ):
-        """path: of the network that became `model`. constants: initializers that it leaves out.
+        """Loads the network; raises MptTrtError if that fails.
 
-        Raises MptTrtError when it cannot be loaded.
+        path: of the network that became `model`. stream: CUDA's, for all runs. constants: the
+        initializers that the model lacks.
         """
         options = session_options(path)
-        # Planned memory is allocated in a second run, which for steps is the one to be captured.
+        # Memory patterns allocate in the second run, which may be the one that is captured.
         options.enable_mem_pattern = False
         entries = {
-            # What operators make of constants replaces them.
+            # Converted constants replace the original ones.
             "session.use_device_allocator_for_initializers": "1",
-            # Constants are scales of tiles. Kernels are chosen when numbers of rows first come.
+            # Only the prepacked layout has constants. Kernels are chosen at the first run of each
+            # number of rows.
             "ep.cuda.fpa_intb_gemm": "1" if constants else "0",
             "ep.cuda.fpa_intb_profile_m": "1",
         }
@@ -61,28 +63,31 @@ class CudaSession:
     def bind_input(
         self, name: str, element_type: int, shape: tuple[int, ...], address: int
     ) -> None:
+        """Binds an input to GPU memory. element_type: ONNX's."""
         self._binding.bind_input(name, "cuda", 0, element_type, shape, address)
 
     def bind_output(
         self, name: str, element_type: int, shape: tuple[int, ...], address: int
     ) -> None:
+        """Binds an output to GPU memory. element_type: ONNX's."""
         self._binding.bind_output(name, "cuda", 0, element_type, shape, address)
 
     def has_input(self, name: str) -> bool:
+        """Whether the network has such an input."""
         return name in self._inputs
 
     def bind_host_input(self, name: str, value: NDArray) -> None:
-        """In host memory, copied."""
+        """Binds an input to a copy of `value` in host memory."""
         self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
 
     def run(self) -> None:
-        """Runs, and waits for the end."""
+        """Runs the network and waits for its end."""
         self._session.run_with_iobinding(self._binding)
 
     def enqueue(self) -> None:
-        """Puts a run on the stream, to be captured.
+        """Puts a run on the stream that is being captured.
 
-        Outside of a capture that would not be safe: what some operators need on the host, ONNX
-        Runtime releases in a callback of the stream, from where CUDA does not permit that.
+        This is not safe outside of a capture: ONNX Runtime releases host memory of some operators
+        in a callback of the stream, in which CUDA does not permit that.
         """
         self._session.run_with_iobinding(self._binding, self._without_waiting)

@@ -1,6 +1,6 @@
-"""Takes large weights out of a network: inputs, which several sessions read in one place.
+"""Turns large weights of a network into inputs, so that several sessions read one copy.
 
-ONNX Runtime would load them once for every session that it opens on a network.
+ONNX Runtime would load the weights once per session.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import onnx
 from onnx import TensorProto, helper
 
 from mpt_trt.engines.onnxruntime.cuda.matmul_nbits import (
-    BLOCK_OF_COLUMN,
+    COLUMN_BLOCK_SIZE,
     INTEGER_BITS,
-    FusedProduct,
     IntegerMatrix,
+    QuantizedMatMul,
     column_layout,
     prepacked_layout,
 )
-from mpt_trt.engines.onnxruntime.cuda.rewrites import Graph, attributes
 from mpt_trt.engines.onnxruntime.external_data import SharedWeight, stored_bytes
+from mpt_trt.engines.onnxruntime.graph_editor import Graph, Replacements, attributes
 from mpt_trt.network.graph import external_tensor
 
 # Smaller tensors stay: norms, biases, and scales of whole columns.
@@ -30,24 +30,26 @@ LEAST_BYTES = 1 << 18
 
 @dataclass(frozen=True)
 class SharedWeights:
-    """Inputs of the network; and initializers that it leaves to whoever loads it."""
+    """Weights that became inputs of the network, and constants that its loader must provide."""
 
     inputs: list[SharedWeight]
     constants: list[SharedWeight]
 
 
 def share_weights(
-    model: onnx.ModelProto, folder: Path, tiled_bits: Collection[int] = ()
+    model: onnx.ModelProto, folder: Path, prepacked_bits: Collection[int] = ()
 ) -> SharedWeights:
-    """Makes inputs of large external weights, and of integers that a product takes dequantized.
+    """Turns large external weights, and integers that a product reads dequantized, into inputs.
 
-    folder: that of the network. The nodes that dequantize such a matrix and multiply by it become
-    one operator of ONNX Runtime (MatMulNBits), which reads integers. tiled_bits: of integers that
-    are laid out in tiles, if all of the network's can be; see integer_products.
+    The nodes that dequantize such integers and multiply by them become one operator of ONNX
+    Runtime, MatMulNBits, which reads integers.
+
+    folder: the network's. prepacked_bits: bits of the integers to store in the prepacked layout,
+    if it supports all matrices of the network; see `matmul_nbits`.
     """
-    products = _fuse_integer_products(model, folder, tiled_bits)
-    inputs = [weight for product in products for weight in product.inputs]
-    constants = [weight for product in products for weight in product.constants]
+    matmuls = _fuse_quantized_matmuls(model, folder, prepacked_bits)
+    inputs = [weight for matmul in matmuls for weight in matmul.inputs]
+    constants = [weight for matmul in matmuls for weight in matmul.constants]
     graph = Graph(model)
     for tensor in list(graph.initializers.values()):
         if tensor.data_location != TensorProto.EXTERNAL:
@@ -65,33 +67,42 @@ def share_weights(
 
 
 def _left_out(weight: SharedWeight) -> TensorProto:
-    """An initializer whose content is not where it says."""
+    """An initializer without content, which the loader provides."""
     location = "given when the network is loaded"
     return external_tensor(weight.name, weight.element_type, weight.shape, location)
 
 
-def _fuse_integer_products(
-    model: onnx.ModelProto, folder: Path, tiled_bits: Collection[int]
-) -> list[FusedProduct]:
+def _fuse_quantized_matmuls(
+    model: onnx.ModelProto, folder: Path, prepacked_bits: Collection[int]
+) -> list[QuantizedMatMul]:
     graph = Graph(model)
-    found = dict(_integer_products(graph, folder))
-    # All or none: a session's products either use the kernels for tiles or do not.
-    is_tiled = all(each.bits in tiled_bits and each.fits_tiles() for each, _ in found.values())
-    fuse = prepacked_layout if is_tiled else column_layout
-    replaced: dict[str, list[onnx.NodeProto]] = {}
-    products: list[FusedProduct] = []
-    for dequantizing, (matrix, node) in found.items():
-        products.append(fuse(matrix, node))
-        del graph.initializers[matrix.integers.name], graph.initializers[matrix.scales.name]
-        replaced |= {dequantizing: [], node.name: [products[-1].node]}
-    graph.store(replaced)
-    return products
+    candidates = list(_dequantized_matmuls(graph, folder))
+    # All or none: the kernels of the prepacked layout are on or off for a whole session.
+    is_prepacked = all(
+        each.matrix.bits in prepacked_bits and each.matrix.can_be_prepacked() for each in candidates
+    )
+    layout = prepacked_layout if is_prepacked else column_layout
+    replacements: Replacements = {}
+    matmuls: list[QuantizedMatMul] = []
+    for each in candidates:
+        matmuls.append(layout(each.matrix, each.matmul))
+        del graph.initializers[each.matrix.integers.name]
+        del graph.initializers[each.matrix.scales.name]
+        replacements |= {each.dequantize.name: [], each.matmul.name: [matmuls[-1].node]}
+    graph.store(replacements)
+    return matmuls
 
 
-def _integer_products(
-    graph: Graph, folder: Path
-) -> Iterator[tuple[str, tuple[IntegerMatrix, onnx.NodeProto]]]:
-    """Matrices that a product alone takes, and the product, by the node that dequantizes them."""
+@dataclass(frozen=True)
+class _DequantizedMatMul:
+    """A matrix of integers, the node that dequantizes it, and its only reader."""
+
+    matrix: IntegerMatrix
+    dequantize: onnx.NodeProto
+    matmul: onnx.NodeProto
+
+
+def _dequantized_matmuls(graph: Graph, folder: Path) -> Iterator[_DequantizedMatMul]:
     for node in graph.nodes:
         if node.op_type != "DequantizeLinear" or node.input[0] not in graph.initializers:
             continue
@@ -99,17 +110,21 @@ def _integer_products(
         readers = graph.readers[node.output[0]]
         if _is_fusible(node, integers, [reader.op_type for reader in readers]):
             block_size = attributes(node).get("block_size")
-            yield node.name, (IntegerMatrix(integers, scales, block_size, folder), readers[0])
+            matrix = IntegerMatrix(integers, scales, block_size, folder)
+            yield _DequantizedMatMul(matrix, node, readers[0])
 
 
 def _is_fusible(node: onnx.NodeProto, integers: TensorProto, readers: list[str]) -> bool:
-    """Whether the matrix, `[in_features, out_features]`, has scales by rows or by column."""
+    """Whether only a MatMul reads the matrix, and scales are per block of rows or per column.
+
+    node: the matrix's DequantizeLinear. integers: `[in_features, out_features]`.
+    """
     if readers != ["MatMul"] or integers.data_type not in INTEGER_BITS or len(node.input) > 2:
         return False
-    found = attributes(node)
-    if found.get("output_dtype", 0):
+    options = attributes(node)
+    if options.get("output_dtype", 0):
         return False
-    block_size = found.get("block_size", 0)
-    if block_size:
-        return found.get("axis", 1) == 0
-    return found.get("axis", 1) == 1 and integers.dims[0] % BLOCK_OF_COLUMN == 0
+    axis = options.get("axis", 1)
+    if options.get("block_size", 0):
+        return axis == 0
+    return axis == 1 and integers.dims[0] % COLUMN_BLOCK_SIZE == 0
