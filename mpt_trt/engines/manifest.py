@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import mpt_trt
 from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
 from mpt_trt.engines.spec import BuilderInfo, BuildLimits
 from mpt_trt.errors import MptTrtError
@@ -246,6 +247,7 @@ def write_manifest(folder: Path, rank_folders: list[tuple[Path, Path]]) -> None:
         raise MptTrtError(f"{len(networks)} ranks given, but {networks[0]['tp_size']} are needed")
     content = {
         "format": FORMAT,
+        "mpt_trt_version": mpt_trt.__version__,
         **{key: networks[0][key] for key in COMMON_KEYS},
         "builder": plans[0]["builder"],
         "ranks": [asdict(_rank_files(n, p)) for n, p in zip(networks, plans, strict=True)],

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mpt_trt
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.ft.checkpoint import MANIFEST, SECTION
 from mpt_trt.ft.int8 import Int8Conversion
@@ -166,7 +167,10 @@ def _write_manifest(folder: Path, settings: ConversionSettings, hashes: dict[str
         name: {"bytes": (folder / name).stat().st_size, "hash": hashes[name]}
         for name in sorted(hashes)
     }
-    content: dict[str, object] = {"provenance": settings.provenance}
+    content: dict[str, object] = {
+        "mpt_trt_version": mpt_trt.__version__,
+        "provenance": settings.provenance,
+    }
     if settings.int8 is not None:
         content["calibration"] = settings.int8.provenance
     content["files"] = files

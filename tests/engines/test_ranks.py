@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper
 
+import mpt_trt
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines.build.build import BuildRequest, build_rank
@@ -428,6 +429,7 @@ def test_engine_of_two_ranks_says_what_it_is(engine: Path, converted):
     version = installed_package("tensorrt_rtx").version
     assert content == {
         "format": 2,
+        "mpt_trt_version": mpt_trt.__version__,
         "model_name": "test-model",
         "dtype": "float32",
         "quantization": {"method": "none"},

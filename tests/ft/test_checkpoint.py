@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import mpt_trt
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.errors import MptTrtError
@@ -484,6 +485,7 @@ class TestManifest:
         folder = tmp_path / "2-gpu"
         manifest = json.loads((folder / "manifest.json").read_text())
         assert manifest["provenance"] == {"source": "hf"}
+        assert manifest["mpt_trt_version"] == mpt_trt.__version__
         expected = {
             path.name: {
                 "bytes": len(path.read_bytes()),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import xxhash
 
+import mpt_trt
 from mpt_trt.engines import load
 from mpt_trt.engines.build.build import BuildRequest, build_rank
 from mpt_trt.engines.load import load_engine, tensorrt_obstacle
@@ -76,6 +77,7 @@ def test_config_says_what_it_is_from_what_by_what_for_what(built: Built):
     ranks = content.pop("ranks")
     assert content == {
         "format": 2,
+        "mpt_trt_version": mpt_trt.__version__,
         "model_name": "test-model",
         "config": {
             "hidden_size": 48,
