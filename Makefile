@@ -56,6 +56,7 @@ check: $(VENV)/installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 	$(BIN)/codespell
+	$(BIN)/lint-imports
 
 # The generated tables of docs/.
 docs: $(VENV)/installed

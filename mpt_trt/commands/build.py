@@ -18,6 +18,7 @@ from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.quantization.schemes import (
     Awq,
     Fp8,
+    KvCacheType,
     Quantization,
     SmoothQuant,
     WeightOnly,
@@ -58,7 +59,9 @@ def _rank_folder(model_dir: Path, world_size: int) -> Path:
 def _calibrated(options: argparse.Namespace, checkpoint: FtCheckpoint) -> CalibratedQuantization:
     path = options.quant_ckpt_path
     calibration = None if path is None else read_calibration(path, checkpoint)
-    cache = "fp8" if options.fp8_kv_cache else "int8" if options.int8_kv_cache else "auto"
+    cache: KvCacheType = "auto"
+    if options.fp8_kv_cache or options.int8_kv_cache:
+        cache = "fp8" if options.fp8_kv_cache else "int8"
     return CalibratedQuantization(
         Quantization(_scheme(options, checkpoint.smoothing), cache), calibration
     )
