@@ -88,6 +88,7 @@ def test_installed(sources: Path, tmp_path: Path) -> None:
     assert not [name for name in ("tests", "tools", "benchmarks") if (site / name).exists()]
     licenses = {path.name for path in site.glob("mpt_trt-*.dist-info/licenses/**/*")}
     assert {"LICENSE", "NOTICE", "LICENSE.txt"} <= licenses
+    assert not (sources / "build").exists()  # which belongs to the workflow
 
 
 def test_installed_in_place(sources: Path, tmp_path: Path) -> None:
