@@ -10,10 +10,11 @@ from common import REPOSITORY, make_random_checkpoint, measure, script
 sys.path.insert(0, str(REPOSITORY))
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
-from mpt_trt.engines.manifest import Manifest, read_network_manifest, write_rank_network
+from mpt_trt.engines.build.rank_network import NetworkInputs, write_networks
+from mpt_trt.engines.manifest import Manifest, read_network_manifest
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
-from mpt_trt.model.sharding import Rank, VocabularySharding
+from mpt_trt.model.sharding import VocabularySharding
 
 
 def random_ft_checkpoint(folder: Path, like: str, dtype: str) -> FtCheckpoint:
@@ -32,5 +33,5 @@ def network_without_plan(
 ) -> Manifest:
     """Puts the network of the only rank into `folder`, and returns what describes it."""
     folder.mkdir(parents=True)
-    write_rank_network(checkpoint, Rank(0, 1), limits, folder, VocabularySharding(), calibrated)
+    write_networks(NetworkInputs(checkpoint, limits, VocabularySharding(), calibrated), folder)
     return read_network_manifest(folder)

@@ -19,18 +19,16 @@ from mpt_trt.checkpoint import known_models
 from mpt_trt.checkpoint.source import is_hub_id
 from mpt_trt.engines import memory
 from mpt_trt.model import sharding
-from mpt_trt.engines.backend_support import Request, require_supported
+from mpt_trt.engines.backend_support import require_supported
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.model.config import MptConfig
-from mpt_trt.engines.spec import TENSORRT_LLM, BuildLimits
+from mpt_trt.engines.spec import TENSORRT_LLM, EngineSpec
 from mpt_trt.engines.tensorrt.packages import choose_package
 from mpt_trt.system.process import prefer_this_python
 from mpt_trt.errors import MptTrtError
 from mpt_trt.checkpoint.files import checkpoint_files
 from mpt_trt.quantization.schemes import as_mapping, require_fitting_groups
-from mpt_trt.engines.memory import EngineSpec
 from mpt_trt.workflow.settings import Model, Variant, parse_settings
-from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.system.code_version import source_hash
 from mpt_trt.workflow.trtllm_sources import trtllm_calibration, trtllm_ft_storage
 
@@ -129,16 +127,7 @@ def engine_spec(wildcards) -> EngineSpec:
 @functools.cache
 def spec_of(config: MptConfig, variant: Variant, tp_size: int) -> EngineSpec:
     """Made once, since many jobs ask for it."""
-    limits = BuildLimits(
-        variant.max_batch_size,
-        variant.max_input_len,
-        variant.max_output_len,
-        variant.gather_all_token_logits,
-    )
-    vocabulary = vocabulary_of(variant)
-    return checked(
-        EngineSpec, config, variant.dtype, tp_size, limits, vocabulary, variant.quantized
-    )
+    return checked(variant.spec, config, tp_size)
 
 
 def megabytes(size: int) -> int:
@@ -261,10 +250,6 @@ def limit_options(wildcards) -> list[str]:
     return options + ["--gather_all_token_logits"] * variant.gather_all_token_logits
 
 
-def vocabulary_of(variant: Variant) -> VocabularySharding:
-    return VocabularySharding(variant.shard_embedding, variant.shard_head)
-
-
 def vocabulary_options(wildcards) -> list[str]:
     """Which of the vocabulary's matrices ranks share, as command-line options."""
     variant = variant_of(wildcards)
@@ -350,9 +335,7 @@ def what_trtllm_can(wildcards) -> list[str]:
     """
     if (config := stored_config(wildcards)) is not None:
         variant, tp_size = variant_of(wildcards), int(wildcards.tp)
-        checked(sharding.require_legal, config, tp_size)
-        request = Request(config, variant.dtype, variant.quantized, tp_size, vocabulary_of(variant))
-        checked(require_supported, request, TENSORRT_LLM)
+        checked(require_supported, spec_of(config, variant, tp_size), TENSORRT_LLM)
     return []
 
 

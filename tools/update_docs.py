@@ -17,8 +17,8 @@ sys.path.insert(0, str(REPOSITORY))
 from mpt_trt.checkpoint.known_models import SHIPPED, known_config
 from mpt_trt.cli.console import run_cli
 from mpt_trt.engines import backend_support, memory
-from mpt_trt.engines.memory import GB, EngineSpec
-from mpt_trt.engines.spec import BuildLimits
+from mpt_trt.engines.memory import GB
+from mpt_trt.engines.spec import BuildLimits, EngineSpec
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import VocabularySharding, is_legal
 from mpt_trt.quantization.schemes import UNQUANTIZED, Awq, Fp8, Quantization, WeightOnly

@@ -1,4 +1,4 @@
-"""What parsed options ask for, where an engine's network and plans are made."""
+"""The quantization that parsed options ask for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import argparse
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.result import read_calibration
-from mpt_trt.engines.build.build import BuildRequest
-from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.quantization.schemes import Quantization, make_weight_quantization
 
@@ -24,12 +22,3 @@ def calibrated(options: argparse.Namespace, checkpoint: FtCheckpoint) -> Calibra
     path = options.calibration
     calibration = None if path is None else read_calibration(path, checkpoint)
     return CalibratedQuantization(Quantization(scheme, options.kv_cache_dtype), calibration)
-
-
-def build_request(options: argparse.Namespace, engine_limits: BuildLimits) -> BuildRequest:
-    """The builder and its GPUs, with the limits of the engine."""
-    return BuildRequest(
-        limits=engine_limits,
-        backend=options.backend,
-        compute_capabilities=tuple(options.compute_capabilities),
-    )

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from mpt_trt.engines.spec import BuildLimits
+from mpt_trt.engines.spec import BuilderChoice, BuildLimits
 from mpt_trt.evaluation.distance import Tolerance
 from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.workflow.settings import (
@@ -117,7 +117,7 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
 
 
 def add_builder(parser: argparse.ArgumentParser) -> None:
-    """Adds the options from which `engine_requests.build_request` is read, limits aside."""
+    """Adds the options from which `builder_choice` is read."""
     group = parser.add_argument_group("builder")
     group.add_argument(
         "--backend",
@@ -144,6 +144,11 @@ def limits(options: argparse.Namespace) -> BuildLimits:
         max_output_len=options.max_output_len,
         gather_all_token_logits=options.gather_all_token_logits,
     )
+
+
+def builder_choice(options: argparse.Namespace) -> BuilderChoice:
+    """The builder of the engine's plans, and its GPUs."""
+    return BuilderChoice(options.backend, tuple(options.compute_capabilities))
 
 
 def _compute_capability(text: str) -> str:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.result import read_calibration
-from mpt_trt.cli import engine_requests
 from mpt_trt.cli import options as cli_options
 from mpt_trt.cli.terminal import set_up_logging
-from mpt_trt.engines.build.build import BuildRequest, build_engine, build_one_by_one
+from mpt_trt.engines.build.build import build_engine, build_one_by_one
 from mpt_trt.engines.build.parallel import build_side_by_side
+from mpt_trt.engines.build.rank_network import NetworkInputs
+from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.quantization.schemes import (
@@ -41,11 +42,14 @@ def run(options: argparse.Namespace) -> None:
             f"--dtype = {options.dtype}, but {options.model_dir} is stored in "
             f"{checkpoint.storage_type}; convert with -t {options.dtype}"
         )
-    request = engine_requests.build_request(options, cli_options.limits(options))
     build_plans = build_all_at_once if options.parallel_build else build_one_by_one
-    vocabulary = cli_options.vocabulary(options)
-    calibrated = _calibrated(options, checkpoint)
-    build_engine(checkpoint, request, vocabulary, options.output_dir, build_plans, calibrated)
+    inputs = NetworkInputs(
+        checkpoint,
+        cli_options.limits(options),
+        cli_options.vocabulary(options),
+        _calibrated(options, checkpoint),
+    )
+    build_engine(inputs, cli_options.builder_choice(options), options.output_dir, build_plans)
     print(options.output_dir)
 
 
@@ -89,10 +93,10 @@ def _scheme(options: argparse.Namespace, alpha: float | None) -> WeightQuantizat
     return WeightOnly(4, options.group_size if options.per_group else None)
 
 
-def build_all_at_once(folder: Path, request: BuildRequest, tp_size: int) -> None:
+def build_all_at_once(folder: Path, builder: BuilderChoice, tp_size: int) -> None:
     """Adds the plans of all ranks to the folder that has their networks, a process a rank."""
     plans = {rank: folder / f"plan{rank}" for rank in range(tp_size)}
-    build_side_by_side(folder, request, plans, at_once=tp_size)
+    build_side_by_side(folder, builder, plans, at_once=tp_size)
     for plan in plans.values():
         for path in plan.iterdir():
             path.rename(folder / path.name)

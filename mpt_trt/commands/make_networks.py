@@ -6,16 +6,16 @@ import argparse
 
 from mpt_trt.cli import engine_requests
 from mpt_trt.cli import options as cli_options
-from mpt_trt.engines.build.build import make_networks
+from mpt_trt.engines.build.rank_network import NetworkInputs, make_networks
 from mpt_trt.ft.checkpoint import read_ft_checkpoint
 
 
 def run(options: argparse.Namespace) -> None:
     checkpoint = read_ft_checkpoint(options.model_dir)
-    make_networks(
+    inputs = NetworkInputs(
         checkpoint,
         cli_options.limits(options),
-        options.output_dir,
         cli_options.vocabulary(options),
         engine_requests.calibrated(options, checkpoint),
     )
+    make_networks(inputs, options.output_dir)

@@ -23,8 +23,8 @@ def run(options: argparse.Namespace) -> None:
     engine = load_engine(
         options.engine_dir, options.runtime, options.num_threads, options.activations
     )
-    window_length = heldout.inputs.shape[1]
-    engine.manifest.limits.require_window(window_length)
+    spec, window_length = engine.manifest.spec, heldout.inputs.shape[1]
+    spec.limits.require_window(window_length)
     new_tokens = min(SPEED_NEW_TOKENS, engine.model.capacity // 2)
     prompt_len = min(SPEED_PROMPT, window_length, engine.model.capacity - new_tokens)
     prompt = heldout.inputs[0, :prompt_len].tolist()
@@ -45,10 +45,10 @@ def run(options: argparse.Namespace) -> None:
     result = QualityResult(
         engine_dir=str(options.engine_dir),
         model_name=engine.manifest.model_name,
-        ranks=engine.manifest.tp_size,
-        dtype=engine.manifest.dtype,
-        quantization=as_mapping(engine.manifest.quantization.scheme),
-        kv_cache=engine.manifest.quantization.kv_cache,
+        ranks=spec.tp_size,
+        dtype=spec.dtype,
+        quantization=as_mapping(spec.scheme),
+        kv_cache=spec.quantization.kv_cache,
         builder=engine.manifest.builder,
         runtime=engine.runtime,
         fallback_reason=engine.fallback_reason,

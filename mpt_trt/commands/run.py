@@ -91,7 +91,7 @@ def _generation_config(
 ) -> GenerationConfig:
     candidates = (
         options.end_id,
-        engine.manifest.config.eos_token_id,
+        engine.manifest.spec.config.eos_token_id,
         tokenizer.eos_token_id,
     )
     end_id = next((candidate for candidate in candidates if candidate is not None), None)

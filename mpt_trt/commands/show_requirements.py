@@ -8,7 +8,8 @@ from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.known_models import known_config
 from mpt_trt.cli import options as cli_options
 from mpt_trt.engines import memory
-from mpt_trt.engines.memory import GB, EngineSpec
+from mpt_trt.engines.memory import GB
+from mpt_trt.engines.spec import EngineSpec
 from mpt_trt.model.sharding import VocabularySharding
 
 WORKERS = 2

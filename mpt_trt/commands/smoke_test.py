@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
         engine_dir=str(options.engine_dir),
         engines=tuple(rank.engine for rank in engine.manifest.ranks),
         builder=engine.manifest.builder,
-        ranks=engine.manifest.tp_size,
+        ranks=engine.manifest.spec.tp_size,
         runtime=engine.runtime,
         fallback_reason=engine.fallback_reason,
         prompt=options.prompt,

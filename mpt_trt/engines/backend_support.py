@@ -11,16 +11,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mpt_trt.engines.spec import BACKENDS, TENSORRT_LLM
+from mpt_trt.engines.spec import BACKENDS, TENSORRT_LLM, EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.layout import ft_file
-from mpt_trt.model.config import MptConfig
-from mpt_trt.model.sharding import Rank, VocabularySharding
+from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import weights
 from mpt_trt.quantization.schemes import (
     SMOOTHQUANT_ALPHA,
     Awq,
-    Quantization,
     SmoothQuant,
     WeightOnly,
     WeightQuantization,
@@ -36,23 +34,8 @@ DEFAULT_ALIBI_BIAS_MAX = 8
 WEIGHT_ONLY_MULTIPLE, AWQ_MULTIPLE = 64, 128
 
 
-@dataclass(frozen=True)
-class Request:
-    """An engine that somebody asks for. dtype: float32, float16 or bfloat16."""
-
-    config: MptConfig
-    dtype: str
-    quantization: Quantization
-    tp_size: int
-    vocabulary: VocabularySharding
-
-    @property
-    def scheme(self) -> WeightQuantization | None:
-        return self.quantization.scheme
-
-
-RequestedValue = Callable[[Request], object]
-"""The offending value when the request has the feature, else None. (False is a value.)"""
+RequestedValue = Callable[[EngineSpec], object]
+"""The offending value when the spec has the feature, else None. (False is a value.)"""
 
 
 @dataclass(frozen=True)
@@ -90,12 +73,12 @@ def uses_plugin_form(scheme: WeightQuantization | None) -> bool:
     return isinstance(scheme, SmoothQuant) and not uses_modelopt_form(scheme)
 
 
-def require_supported(request: Request, backend: str) -> None:
+def require_supported(spec: EngineSpec, backend: str) -> None:
     """Raises MptTrtError that names the field, its value and the backends that can."""
     for feature in FEATURES:
         if backend not in feature.unsupported or feature.requested_value is None:
             continue
-        if (value := feature.requested_value(request)) is not None:
+        if (value := feature.requested_value(spec)) is not None:
             others = " or ".join(feature.able())
             raise MptTrtError(
                 f"{feature.field} = {value}: backend {backend} cannot have it: "
@@ -103,65 +86,65 @@ def require_supported(request: Request, backend: str) -> None:
             )
 
 
-# --- what a request asks for ---------------------------------------------------------------------
+# --- what a spec asks for ------------------------------------------------------------------------
 
 
-def _float32_of_integers(request: Request) -> str | None:
-    has_integers = isinstance(request.scheme, WeightOnly | Awq)
-    return request.dtype if has_integers and request.dtype == "float32" else None
+def _float32_of_integers(spec: EngineSpec) -> str | None:
+    has_integers = isinstance(spec.scheme, WeightOnly | Awq)
+    return spec.dtype if has_integers and spec.dtype == "float32" else None
 
 
-def _weight_only_groups(request: Request) -> int | None:
-    return request.scheme.group_size if isinstance(request.scheme, WeightOnly) else None
+def _weight_only_groups(spec: EngineSpec) -> int | None:
+    return spec.scheme.group_size if isinstance(spec.scheme, WeightOnly) else None
 
 
-def _small_awq_groups(request: Request) -> int | None:
-    if not isinstance(request.scheme, Awq):
+def _small_awq_groups(spec: EngineSpec) -> int | None:
+    if not isinstance(spec.scheme, Awq):
         return None
-    size = request.scheme.group_size or default_group_size(request.config)
+    size = spec.scheme.group_size or default_group_size(spec.config)
     return None if size in AWQ_GROUP_SIZES else size
 
 
-def _uneven_matrices(request: Request) -> str | None:
+def _uneven_matrices(spec: EngineSpec) -> str | None:
     """The first of a rank's matrices whose sizes the 4-bit or 8-bit kernels cannot take."""
-    if not isinstance(request.scheme, WeightOnly | Awq):
+    if not isinstance(spec.scheme, WeightOnly | Awq):
         return None
-    multiple = AWQ_MULTIPLE if isinstance(request.scheme, Awq) else WEIGHT_ONLY_MULTIPLE
-    for weight in filter(lambda weight: weight.is_linear, weights(request.config)):
-        shape = ft_file(request.config, weight, Rank(0, request.tp_size), request.dtype).shape
+    multiple = AWQ_MULTIPLE if isinstance(spec.scheme, Awq) else WEIGHT_ONLY_MULTIPLE
+    for weight in filter(lambda weight: weight.is_linear, weights(spec.config)):
+        shape = ft_file(spec.config, weight, Rank(0, spec.tp_size), spec.dtype).shape
         if any(size % multiple for size in shape):
-            return f"{list(shape)} of {weight.name} on each of {request.tp_size} ranks"
+            return f"{list(shape)} of {weight.name} on each of {spec.tp_size} ranks"
     return None
 
 
-def _plugin_clipping(request: Request) -> float | None:
-    return request.config.clip_qkv if uses_plugin_form(request.scheme) else None
+def _plugin_clipping(spec: EngineSpec) -> float | None:
+    return spec.config.clip_qkv if uses_plugin_form(spec.scheme) else None
 
 
-def _plugin_alibi(request: Request) -> int | None:
-    value = request.config.alibi_bias_max
-    is_other = uses_plugin_form(request.scheme) and value != DEFAULT_ALIBI_BIAS_MAX
+def _plugin_alibi(spec: EngineSpec) -> int | None:
+    value = spec.config.alibi_bias_max
+    is_other = uses_plugin_form(spec.scheme) and value != DEFAULT_ALIBI_BIAS_MAX
     return value if is_other else None
 
 
-def _softmax_scale(request: Request) -> float | None:
-    value, usual = request.config.softmax_scale, 1 / math.sqrt(request.config.head_dim)
+def _softmax_scale(spec: EngineSpec) -> float | None:
+    value, usual = spec.config.softmax_scale, 1 / math.sqrt(spec.config.head_dim)
     return None if math.isclose(value, usual, rel_tol=1e-6) else value
 
 
-def _expansion(request: Request) -> float | None:
-    config = request.config
+def _expansion(spec: EngineSpec) -> float | None:
+    config = spec.config
     is_usual = config.intermediate_size == 4 * config.hidden_size
     return None if is_usual else config.intermediate_size / config.hidden_size
 
 
-def _uneven_vocabulary(request: Request) -> int | None:
-    size = request.config.vocab_size
-    return size if size % request.tp_size else None
+def _uneven_vocabulary(spec: EngineSpec) -> int | None:
+    size = spec.config.vocab_size
+    return size if size % spec.tp_size else None
 
 
-def _whole_head(request: Request) -> bool | None:
-    is_whole = request.tp_size > 1 and not request.vocabulary.head
+def _whole_head(spec: EngineSpec) -> bool | None:
+    is_whole = spec.tp_size > 1 and not spec.vocabulary.head
     return False if is_whole else None
 
 
@@ -242,25 +225,25 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "biases (`no_bias: false`)",
         "no_bias",
-        lambda request: "false" if request.config.bias else None,
+        lambda spec: "false" if spec.config.bias else None,
         {TENSORRT_LLM: "its MPT model has no biases in norms"},
     ),
     Feature(
         "learned positions",
         "attn_config.alibi",
-        lambda request: "false" if request.config.position_embedding != "alibi" else None,
+        lambda spec: "false" if spec.config.position_embedding != "alibi" else None,
         {TENSORRT_LLM: "its MPT model has ALiBi alone"},
     ),
     Feature(
         "RMS norms",
         "norm_type",
-        lambda request: _if_not(request.config.norm_type, "layernorm"),
+        lambda spec: _if_not(spec.config.norm_type, "layernorm"),
         {TENSORRT_LLM: "its MPT model has layer norms alone"},
     ),
     Feature(
         "another epsilon of norms than 1e-5",
         "layer_norm_epsilon",
-        lambda request: _if_not(request.config.layer_norm_epsilon, FIXED_EPSILON),
+        lambda spec: _if_not(spec.config.layer_norm_epsilon, FIXED_EPSILON),
         {TENSORRT_LLM: f"its last norm has {FIXED_EPSILON:g} in any case"},
     ),
     Feature(
@@ -272,7 +255,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "`qk_ln`",
         "attn_config.qk_ln",
-        lambda request: "true" if request.config.qk_ln else None,
+        lambda spec: "true" if spec.config.qk_ln else None,
         {TENSORRT_LLM: NO_ARGUMENT},
     ),
     Feature(
@@ -284,7 +267,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "`logit_scale`",
         "logit_scale",
-        lambda request: _if_not(request.config.logit_scale, 1.0),
+        lambda spec: _if_not(spec.config.logit_scale, 1.0),
         {TENSORRT_LLM: NO_ARGUMENT},
     ),
     Feature("a sharded embedding (`shard_embedding`)"),

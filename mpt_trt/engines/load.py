@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from mpt_trt.engines.interface import StepModel
 from mpt_trt.engines.manifest import Manifest, check_content, read_manifest
-from mpt_trt.engines.memory import EngineSpec, gpu_obstacle
+from mpt_trt.engines.memory import gpu_obstacle
 from mpt_trt.engines.onnxruntime.cpu_settings import Activations, CpuSettings
+from mpt_trt.engines.spec import EngineSpec
 from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.errors import MptTrtError, SharedError
 from mpt_trt.system import gpus
@@ -59,7 +60,7 @@ def load_engine(
     load it, or another number of processes was started than the engine has ranks.
     """
     manifest = read_manifest(engine_dir)
-    ranks = communicator(manifest.tp_size)
+    ranks = communicator(manifest.spec.tp_size)
     if ranks is not None and num_threads == 0:
         num_threads = ranks.num_cores()
     cpu = CpuSettings(num_threads, activations)
@@ -144,17 +145,9 @@ def tensorrt_obstacle(manifest: Manifest) -> str | None:
             f"the plan was built by {package.module} {manifest.builder.version}, installed is "
             f"{package.version}; build the engine again"
         )
-    return _memory_obstacle(manifest)
+    return _memory_obstacle(manifest.spec)
 
 
-def _memory_obstacle(manifest: Manifest) -> str | None:
-    spec = EngineSpec(
-        manifest.config,
-        manifest.dtype,
-        manifest.tp_size,
-        manifest.limits,
-        manifest.vocabulary_sharding,
-        manifest.quantization,
-    )
+def _memory_obstacle(spec: EngineSpec) -> str | None:
     sizes = gpus.memory_sizes()
     return gpu_obstacle(spec, min(sizes)) if sizes else None

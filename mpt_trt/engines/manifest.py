@@ -11,19 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mpt_trt
-from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
-from mpt_trt.engines.spec import BuilderInfo, BuildLimits
+from mpt_trt.engines.spec import BuilderInfo, BuildLimits, EngineSpec
 from mpt_trt.errors import MptTrtError
-from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.sharding import Rank, VocabularySharding
-from mpt_trt.network.decoder import build_network
-from mpt_trt.network.graph import WEIGHTS_FOLDER
-from mpt_trt.network.weight_files import write_weights
+from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.quantization.schemes import Quantization, as_mapping, make_weight_quantization
 from mpt_trt.system.files import content_hash, hard_link, read_json, replace_directory, write_json
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "config.json"
 # What all ranks of an engine have in common.
 COMMON_KEYS = (
@@ -34,7 +29,7 @@ COMMON_KEYS = (
     "kv_cache",
     "tp_size",
     "limits",
-    "vocabulary_sharding",
+    "vocabulary",
     "provenance",
     "calibration",
 )
@@ -61,19 +56,14 @@ class RankFiles:
 class Manifest:
     """The content of `config.json`.
 
-    dtype: type of activations and of what is not quantized. provenance: where the checkpoint came
-    from, copied from its own manifest. calibration: hash of the calibration result, or None.
+    provenance: where the checkpoint came from, as its own manifest records it. calibration: content
+    hash of the calibration result, None for an engine that needed none.
     """
 
     model_name: str
-    config: MptConfig
-    dtype: str
-    quantization: Quantization
-    calibration: str | None
-    tp_size: int
-    limits: BuildLimits
-    vocabulary_sharding: VocabularySharding
+    spec: EngineSpec
     provenance: dict
+    calibration: str | None
     builder: BuilderInfo
     ranks: tuple[RankFiles, ...]
 
@@ -98,45 +88,29 @@ def plan_description_name(rank: int) -> str:
     return f"rank{rank}.engine.json"
 
 
-def write_rank_network(
-    checkpoint: FtCheckpoint,
-    rank: Rank,
-    limits: BuildLimits,
+def write_network_description(
     folder: Path,
-    vocabulary: VocabularySharding,
-    calibrated: CalibratedQuantization = NOT_QUANTIZED,
+    rank: int,
+    model_name: str,
+    spec: EngineSpec,
+    provenance: dict,
+    calibration: str | None,
+    hashes: dict[str, str],
 ) -> None:
-    """Adds one rank's network to `folder`: the graph, its weights, and a description beside it.
+    """Writes `rank{r}.network.json` beside a rank's network.
 
-    Raises MptTrtError when the model has learned positions and the limits exceed them.
+    provenance, calibration: see `Manifest`. hashes: content hash of each of the network's files, by
+    path in the folder.
     """
-    config = checkpoint.config
-    if config.position_embedding == "learned" and limits.cache_len > config.max_seq_len:
-        raise MptTrtError(
-            f"max_input_len + max_output_len = {limits.cache_len}, but the model has learned "
-            f"positions for {config.max_seq_len} tokens; lower the limits"
-        )
-    network = build_network(checkpoint, rank, limits.cache_len, vocabulary, calibrated)
-    quantization, calibration = calibrated.quantization, calibrated.calibration
-    contents = write_weights(network, checkpoint, folder / WEIGHTS_FOLDER)
-    graph_path = folder / network_name(rank.index)
-    graph_path.write_bytes(network.model.SerializeToString())
-    hashes = {f"{WEIGHTS_FOLDER}/{name}": content for name, content in sorted(contents.items())}
     description = {
-        "model_name": checkpoint.model_name,
-        "config": asdict(config),
-        "dtype": checkpoint.storage_type,
-        "quantization": as_mapping(quantization.scheme),
-        "kv_cache": quantization.kv_cache,
-        "tp_size": checkpoint.tp_size,
-        "limits": asdict(limits),
-        "vocabulary_sharding": asdict(vocabulary),
-        "provenance": checkpoint.provenance,
-        "calibration": None if calibration is None else content_hash(calibration.path),
-        "network": graph_path.name,
-        "files": _records(folder, {graph_path.name: content_hash(graph_path)} | hashes),
+        "model_name": model_name,
+        **_spec_content(spec),
+        "provenance": provenance,
+        "calibration": calibration,
+        "network": network_name(rank),
+        "files": _records(folder, hashes),
     }
-    write_json(folder / network_description_name(rank.index), description)
+    write_json(folder / network_description_name(rank), description)
 
 
 def read_network_manifest(folder: Path) -> Manifest:
@@ -147,23 +121,17 @@ def read_network_manifest(folder: Path) -> Manifest:
     return _parse(described | {"builder": builder, "ranks": [asdict(_rank_files(described, plan))]})
 
 
-def read_network_tp_size(folder: Path) -> int:
-    """The number of ranks that networks were made for; the first one must be in the folder."""
-    return read_json(folder / network_description_name(0))["tp_size"]
+def read_network_spec(folder: Path, rank: int = 0) -> EngineSpec:
+    """The spec that a rank's network was made for.
 
-
-def read_network_limits(folder: Path, rank: int) -> BuildLimits:
-    """The limits that a rank's network was made for."""
-    return BuildLimits(**read_json(folder / network_description_name(rank))["limits"])
-
-
-def read_network_quantization(folder: Path, rank: int) -> Quantization:
-    """How a rank's network is quantized."""
-    return _quantization(read_json(folder / network_description_name(rank)))
-
-
-def _quantization(content: dict) -> Quantization:
-    return Quantization(make_weight_quantization(**content["quantization"]), content["kv_cache"])
+    Raises MptTrtError when the network's description is missing or damaged.
+    """
+    path = folder / network_description_name(rank)
+    content = read_json(path)
+    try:
+        return _parse_spec(content)
+    except (KeyError, TypeError) as error:
+        raise MptTrtError(f"{path}: damaged ({error!r}); make the networks again") from None
 
 
 def read_network_hash(folder: Path, rank: int) -> str:
@@ -306,9 +274,10 @@ def read_manifest(engine_dir: Path) -> Manifest:
         manifest = _parse(content)
     except (KeyError, TypeError) as error:
         raise MptTrtError(f"{path}: damaged ({error!r}); build the engine again") from None
-    if len(manifest.ranks) != manifest.tp_size:
+    tp_size = manifest.spec.tp_size
+    if len(manifest.ranks) != tp_size:
         raise MptTrtError(
-            f"{path}: damaged ({len(manifest.ranks)} ranks, but tp_size = {manifest.tp_size}); "
+            f"{path}: damaged ({len(manifest.ranks)} ranks, but tp_size = {tp_size}); "
             "build the engine again"
         )
     _check_files(engine_dir, manifest)
@@ -330,16 +299,35 @@ def _parse(content: dict) -> Manifest:
     }
     return Manifest(
         model_name=content["model_name"],
-        dtype=content["dtype"],
-        quantization=_quantization(content),
-        calibration=content["calibration"],
-        tp_size=content["tp_size"],
+        spec=_parse_spec(content),
         provenance=content["provenance"],
-        config=MptConfig(**content["config"]),
-        limits=BuildLimits(**content["limits"]),
-        vocabulary_sharding=VocabularySharding(**content["vocabulary_sharding"]),
+        calibration=content["calibration"],
         builder=BuilderInfo(**builder),
         ranks=tuple(_rank_files(rank, rank) for rank in content["ranks"]),
+    )
+
+
+def _spec_content(spec: EngineSpec) -> dict:
+    return {
+        "config": asdict(spec.config),
+        "dtype": spec.dtype,
+        "quantization": as_mapping(spec.scheme),
+        "kv_cache": spec.quantization.kv_cache,
+        "tp_size": spec.tp_size,
+        "limits": asdict(spec.limits),
+        "vocabulary": asdict(spec.vocabulary),
+    }
+
+
+def _parse_spec(content: dict) -> EngineSpec:
+    scheme = make_weight_quantization(**content["quantization"])
+    return EngineSpec(
+        config=MptConfig(**content["config"]),
+        dtype=content["dtype"],
+        tp_size=content["tp_size"],
+        limits=BuildLimits(**content["limits"]),
+        vocabulary=VocabularySharding(**content["vocabulary"]),
+        quantization=Quantization(scheme, content["kv_cache"]),
     )
 
 

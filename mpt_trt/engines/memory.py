@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from mpt_trt.engines.spec import BuildLimits
-from mpt_trt.ft.layout import ELEMENT_BYTES, Int8Layers, ft_file, ft_files
+from mpt_trt.engines.spec import EngineSpec
+from mpt_trt.ft.layout import Int8Layers, ft_file, ft_files
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.sharding import Rank, VocabularySharding
+from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import Split, Weight, block_matrices, weights
 from mpt_trt.network.linear import NETWORK_WORKERS
 from mpt_trt.quantization.schemes import (
     CALIBRATION_BATCH_SIZE,
-    UNQUANTIZED,
     Awq,
     Fp8,
-    Quantization,
     SmoothQuant,
     WeightOnly,
     default_group_size,
@@ -88,28 +86,6 @@ CALIBRATION_PASSES = 10
 BASE_MINUTES = 10
 
 
-@dataclass(frozen=True)
-class EngineSpec:
-    """An engine to plan for. dtype: float32, float16 or bfloat16.
-
-    Raises MptTrtError, with the legal sizes, when the model cannot be cut in tp_size parts.
-    """
-
-    config: MptConfig
-    dtype: str
-    tp_size: int
-    limits: BuildLimits
-    vocabulary: VocabularySharding
-    quantization: Quantization = UNQUANTIZED
-
-    def __post_init__(self) -> None:
-        sharding.require_legal(self.config, self.tp_size)
-
-    @property
-    def element_bytes(self) -> int:
-        return ELEMENT_BYTES[self.dtype]
-
-
 # --- GPU -----------------------------------------------------------------------------------------
 
 
@@ -132,7 +108,7 @@ def _rank_shape(spec: EngineSpec, weight: Weight) -> tuple[int, ...]:
 def _matrix_bytes(spec: EngineSpec, weight: Weight) -> int:
     """A rank's part of a block's matrix, with its scales."""
     height, width = _rank_shape(spec, weight)
-    elements, size, scheme = height * width, spec.element_bytes, spec.quantization.scheme
+    elements, size, scheme = height * width, spec.element_bytes, spec.scheme
     match scheme:
         case None:
             return elements * size
@@ -274,7 +250,7 @@ def gpu_obstacle(spec: EngineSpec, available: int) -> str | None:
 
 def ft_checkpoint_disk(spec: EngineSpec) -> int:
     """All `.bin` files of the FT checkpoint; exact. config.ini and manifest.json are small."""
-    is_smoothed = isinstance(spec.quantization.scheme, SmoothQuant)
+    is_smoothed = isinstance(spec.scheme, SmoothQuant)
     int8_layers = Int8Layers.ALL if is_smoothed else Int8Layers.NONE
     return _ft_bytes(spec.config, spec.tp_size, spec.dtype, int8_layers)
 
@@ -293,7 +269,7 @@ def engine_disk(spec: EngineSpec) -> int:
     """
     plan = rank_weights(spec) + PLAN_BASE + spec.config.num_layers * PLAN_PER_LAYER
     made = 0
-    if isinstance(spec.quantization.scheme, WeightOnly | Awq | Fp8):
+    if isinstance(spec.scheme, WeightOnly | Awq | Fp8):
         matrices = (weight for weight in weights(spec.config) if weight.is_linear)
         made = sum(_matrix_bytes(spec, weight) for weight in matrices)
     return spec.tp_size * (plan + made)
@@ -328,7 +304,7 @@ def network_memory(spec: EngineSpec) -> int:
 
     SmoothQuant's integers are linked, too.
     """
-    if isinstance(spec.quantization.scheme, SmoothQuant | None):
+    if isinstance(spec.scheme, SmoothQuant | None):
         return NETWORK_BASE
     largest = max(math.prod(weight.shape) for weight in weights(spec.config) if weight.is_linear)
     return NETWORK_BASE + NETWORK_WORKERS * NETWORK_PER_ELEMENT * largest
@@ -347,7 +323,7 @@ def build_memory(spec: EngineSpec) -> int:
 
 def _unpacked_bytes(spec: EngineSpec) -> int:
     """What 4-bit weights take beyond their packed size when each has a byte."""
-    match spec.quantization.scheme:
+    match spec.scheme:
         case Awq() | WeightOnly(bits=4):
             matrices = (weight for weight in weights(spec.config) if weight.is_linear)
             return sum(math.prod(_rank_shape(spec, weight)) // 2 for weight in matrices)
@@ -392,7 +368,7 @@ def _onnx_runtime_memory(spec: EngineSpec, rows: int) -> int:
     quantized ones, too, the second time in the order that its kernels want.
     """
     in_float32 = replace(spec, dtype="float32")
-    is_quantized = spec.quantization.scheme is not None
+    is_quantized = spec.scheme is not None
     copies = 2 if spec.dtype == "bfloat16" or is_quantized else 1
     cache = rows * kv_cache(in_float32) // spec.limits.max_batch_size
     return math.ceil(1.1 * copies * rank_weights(in_float32)) + cache + SMOKE_TEST_BASE
@@ -423,7 +399,7 @@ def network_minutes(spec: EngineSpec) -> int:
 
     A rank of an integer type without groups reads the whole of each matrix of which it holds rows.
     """
-    scheme = spec.quantization.scheme
+    scheme = spec.scheme
     if scheme is None:
         return BASE_MINUTES
     size = 2 * _ft_bytes(spec.config, 1, spec.dtype)

@@ -1,10 +1,15 @@
-"""The largest inputs of an engine."""
+"""What an engine is made for, and the builder of its plans."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from mpt_trt.errors import MptTrtError
+from mpt_trt.ft.layout import ELEMENT_BYTES
+from mpt_trt.model import sharding
+from mpt_trt.model.config import MptConfig
+from mpt_trt.model.sharding import VocabularySharding
+from mpt_trt.quantization.schemes import UNQUANTIZED, Quantization, WeightQuantization
 
 TENSORRT_LLM = "tensorrt_llm"
 """The backend whose engines TensorRT-LLM builds from a checkpoint in its own format."""
@@ -15,11 +20,10 @@ BACKENDS = ("tensorrt", "tensorrt_rtx", TENSORRT_LLM)
 class BuildLimits:
     """The largest inputs of an engine.
 
-    max_batch_size: rows of the KV cache (prompts times beams).
-    max_input_len: tokens a row takes in one step; longer prompts are fed in pieces.
-    max_output_len: cache positions a row has beyond max_input_len.
-    gather_all_token_logits: logits of every token of a step can be asked for, not only of one
-        token a row.
+    max_batch_size: rows of the KV cache (prompts x beams).
+    max_input_len: tokens per row and step; longer prompts are fed in pieces.
+    max_output_len: cache positions per row in addition to max_input_len.
+    gather_all_token_logits: a step can return the logits of every token instead of one per row.
     """
 
     max_batch_size: int
@@ -33,7 +37,7 @@ class BuildLimits:
                 raise MptTrtError(f"{name} = {getattr(self, name)}: at least 1 is required")
 
     def require_rows(self, batch_size: int) -> None:
-        """Raises MptTrtError when the KV cache cannot have that many rows."""
+        """Raise MptTrtError when the KV cache has fewer than `batch_size` rows."""
         if batch_size > self.max_batch_size:
             raise MptTrtError(
                 f"{batch_size} rows are asked for, but the engine was built for max_batch_size = "
@@ -41,7 +45,7 @@ class BuildLimits:
             )
 
     def require_window(self, length: int) -> None:
-        """Raises MptTrtError when a row of the KV cache cannot hold that many tokens."""
+        """Raise MptTrtError when a row of the KV cache holds fewer than `length` tokens."""
         if length > self.cache_len:
             raise MptTrtError(
                 f"window_length = {length}, but a row of the engine's cache holds {self.cache_len} "
@@ -51,12 +55,12 @@ class BuildLimits:
 
     @property
     def cache_len(self) -> int:
-        """Cache positions of a row: its longest prompt in one step and the longest output."""
+        """Cache positions per row: the longest prompt of one step and the longest output."""
         return self.max_input_len + self.max_output_len
 
     @property
     def max_logits(self) -> int:
-        """Most logit rows of one step."""
+        """Maximum number of logit rows that one step returns."""
         tokens = self.max_input_len if self.gather_all_token_logits else 1
         return self.max_batch_size * tokens
 
@@ -70,4 +74,43 @@ class BuilderInfo:
 
     package: str
     version: str
+    compute_capabilities: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine is made for. dtype: float32, float16 or bfloat16.
+
+    Raises MptTrtError with the valid sizes when the model cannot be divided among tp_size ranks.
+    """
+
+    config: MptConfig
+    dtype: str
+    tp_size: int
+    limits: BuildLimits
+    vocabulary: VocabularySharding
+    quantization: Quantization = UNQUANTIZED
+
+    def __post_init__(self) -> None:
+        sharding.require_legal(self.config, self.tp_size)
+
+    @property
+    def scheme(self) -> WeightQuantization | None:
+        """Quantization of the weights."""
+        return self.quantization.scheme
+
+    @property
+    def element_bytes(self) -> int:
+        """Size of an unquantized element."""
+        return ELEMENT_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class BuilderChoice:
+    """The builder of an engine's plans and the GPUs that it builds for.
+
+    backend: `auto` or one of BACKENDS. compute_capabilities: as "8.9".
+    """
+
+    backend: str
     compute_capabilities: tuple[str, ...]

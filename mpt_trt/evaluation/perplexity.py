@@ -131,7 +131,7 @@ def _disk(folder: Path, names: set[str]) -> int:
 
 def require_same_model(engine_dir: Path, manifest: Manifest, heldout: HeldOut, head: Head) -> None:
     """Raises MptTrtError when the engine and its reference have different sizes."""
-    of_engine = manifest.config.vocab_size, manifest.config.hidden_size
+    of_engine = manifest.spec.config.vocab_size, manifest.spec.config.hidden_size
     of_reference = head.weight.shape[0], heldout.hidden.shape[-1]
     if of_reference != of_engine or head.weight.shape[1] != of_engine[1]:
         raise MptTrtError(

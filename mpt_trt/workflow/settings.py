@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from mpt_trt.engines.spec import TENSORRT_LLM
+from mpt_trt.engines.spec import TENSORRT_LLM, BuilderChoice, BuildLimits, EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.distance import Tolerance
+from mpt_trt.model.config import MptConfig
+from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.quantization.schemes import (
     METHODS,
     KvCacheType,
@@ -59,6 +61,24 @@ class Variant:
     @property
     def quantized(self) -> Quantization:
         return Quantization(self.quantization, self.kv_cache_dtype)
+
+    @property
+    def builder(self) -> BuilderChoice:
+        return BuilderChoice(self.backend, self.compute_capabilities)
+
+    def spec(self, config: MptConfig, tp_size: int) -> EngineSpec:
+        """The engine of a model in this variant.
+
+        Raises MptTrtError when the model cannot be divided among tp_size ranks.
+        """
+        limits = BuildLimits(
+            self.max_batch_size,
+            self.max_input_len,
+            self.max_output_len,
+            self.gather_all_token_logits,
+        )
+        vocabulary = VocabularySharding(self.shard_embedding, self.shard_head)
+        return EngineSpec(config, self.dtype, tp_size, limits, vocabulary, self.quantized)
 
 
 @dataclass(frozen=True)

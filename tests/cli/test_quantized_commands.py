@@ -48,7 +48,7 @@ def build(made: Path, target: Path, *arguments: object) -> Quantization:
     filled = [str(argument).replace("MADE", str(made)) for argument in arguments]
     capable = "--compute_capabilities=8.9"
     call_tool("build.py", *filled, *PLUGINS, *LIMITS, capable, f"--output_dir={target}")
-    return read_manifest(target).quantization
+    return read_manifest(target).spec.quantization
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from mpt_trt.engines.backend_support import (
     BACKENDS,
     FEATURES,
     TENSORRT_LLM,
-    Request,
     require_supported,
 )
+from mpt_trt.engines.spec import BuildLimits, EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import VocabularySharding
@@ -25,30 +25,33 @@ from mpt_trt.workflow.settings import parse_settings, variant_choices
 from support.workflow import REPOSITORY
 from tools import markdown
 
-USUAL = Request(
-    known_config("mpt-7b"), "float16", Quantization(), tp_size=2, vocabulary=VocabularySharding()
+USUAL = EngineSpec(
+    known_config("mpt-7b"), "float16", 2, BuildLimits(8, 512, 256), VocabularySharding()
 )
 
 
-def with_config(**changes: object) -> Request:
+def with_config(**changes: object) -> EngineSpec:
     return replace(USUAL, config=replace(USUAL.config, **changes))
 
 
-def with_scheme(scheme: object, **changes: object) -> Request:
+def with_scheme(scheme: object, **changes: object) -> EngineSpec:
     return replace(with_config(**changes), quantization=Quantization(scheme))
 
 
 # 65 heads of 64 features: multiples of 64, not of 128.
 NARROW = {"hidden_size": 4160, "num_heads": 65, "num_kv_heads": 65, "softmax_scale": 1 / 8}
-# Of each feature that some backend lacks, a request that has it and no other such feature.
-REQUESTS = {
+# Of each feature that some backend lacks, a spec that has it and no other such feature.
+SPECS = {
     "`int4_weight_only` in groups": with_scheme(WeightOnly(4, 64)),
     "`int4_awq` in groups of 32 or 16": with_scheme(Awq(32)),
     "`int8_weight_only`, `int4_weight_only`, `int4_awq` in float32": replace(
         with_scheme(WeightOnly(8)), dtype="float32"
     ),
     "the same with matrices of any size": replace(
-        with_scheme(Awq(64), intermediate_size=4 * 4160, **NARROW), tp_size=1
+        USUAL,
+        config=replace(USUAL.config, intermediate_size=4 * 4160, **NARROW),
+        tp_size=1,
+        quantization=Quantization(Awq(64)),
     ),
     "the same, of a model with `clip_qkv`": with_scheme(SmoothQuant(), clip_qkv=6.0),
     "the same, of a model with another `alibi_bias_max` than 8": with_scheme(
@@ -69,28 +72,28 @@ REQUESTS = {
 }
 
 
-def test_every_refusal_has_a_request() -> None:
+def test_every_refusal_has_a_spec() -> None:
     assert {
         f.name for f in FEATURES if f.requested_value is not None and f.unsupported
-    } == REQUESTS.keys()
+    } == SPECS.keys()
 
 
-@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("name", SPECS)
 def test_backends_refuse_what_the_table_says_they_lack(name: str) -> None:
     (feature,) = (feature for feature in FEATURES if feature.name == name)
-    request = REQUESTS[name]
+    spec = SPECS[name]
     for backend in BACKENDS:
         if backend not in feature.unsupported:
-            require_supported(request, backend)
+            require_supported(spec, backend)
             continue
         able = " or ".join(b for b in BACKENDS if b not in feature.unsupported)
         pattern = f"^{re.escape(feature.field)} = .*backend {backend} .*use backend {able}$"
         with pytest.raises(MptTrtError, match=pattern):
-            require_supported(request, backend)
+            require_supported(spec, backend)
 
 
 @pytest.mark.parametrize(
-    "request_",
+    "spec",
     [
         USUAL,
         with_config(clip_qkv=6.0, alibi_bias_max=16, num_kv_heads=1, tie_word_embeddings=False),
@@ -103,9 +106,9 @@ def test_backends_refuse_what_the_table_says_they_lack(name: str) -> None:
         replace(USUAL, tp_size=1, vocabulary=VocabularySharding(head=False)),
     ],
 )
-def test_what_every_backend_has(request_: Request) -> None:
+def test_what_every_backend_has(spec: EngineSpec) -> None:
     for backend in BACKENDS:
-        require_supported(request_, backend)
+        require_supported(spec, backend)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
@@ -115,13 +118,13 @@ def test_models_and_variants_that_ship(name: str, tp_size: int) -> None:
     config: MptConfig = known_config(name)
     content = yaml.safe_load((REPOSITORY / "config.yaml").read_text())
     for variant in parse_settings(content).variants.values():
-        request = Request(config, variant.dtype, variant.quantized, tp_size, USUAL.vocabulary)
+        spec = variant.spec(config, tp_size)
         is_plain = config.clip_qkv is None and config.alibi_bias_max == 8
         if is_plain or not backend_support.uses_plugin_form(variant.quantization):
-            require_supported(request, TENSORRT_LLM)
+            require_supported(spec, TENSORRT_LLM)
         else:
             with pytest.raises(MptTrtError, match=r"(clip_qkv|alibi_bias_max) = "):
-                require_supported(request, TENSORRT_LLM)
+                require_supported(spec, TENSORRT_LLM)
 
 
 def test_backends_are_those_of_the_configuration() -> None:

@@ -23,8 +23,8 @@ from mpt_trt.checkpoint.hf_config import parse_hf_config, read_hf_config
 from mpt_trt.checkpoint.known_models import SHAPES, SHIPPED, hub_config, known_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines import memory
-from mpt_trt.engines.memory import GB, EngineSpec
-from mpt_trt.engines.spec import BuildLimits
+from mpt_trt.engines.memory import GB
+from mpt_trt.engines.spec import BuildLimits, EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.ft.layout import Int8Layers

@@ -21,10 +21,11 @@ import pytest
 
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
-from mpt_trt.engines.build.build import BuildRequest, build_engine
+from mpt_trt.engines.build.build import build_engine
+from mpt_trt.engines.build.rank_network import NetworkInputs
 from mpt_trt.engines.load import load_engine
 from mpt_trt.engines.manifest import engine_name, read_network_hash, write_plan_description
-from mpt_trt.engines.spec import BuilderInfo
+from mpt_trt.engines.spec import BuilderChoice, BuilderInfo
 from mpt_trt.evaluation.quality_result import read_quality
 from mpt_trt.ft.checkpoint import read_ft_checkpoint
 from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
@@ -120,9 +121,10 @@ class Engines:
         sharded = "sharded" if vocabulary.head else "whole"
         target = self.folder / f"{storage}-{tp_size}-{sharded}"
         if not target.exists():
-            request = BuildRequest(LIMITS, "tensorrt_rtx", COMPUTE_CAPABILITIES)
+            builder = BuilderChoice("tensorrt_rtx", COMPUTE_CAPABILITIES)
             checkpoint = read_ft_checkpoint(self.convert(tp_size, storage))
-            build_engine(checkpoint, request, vocabulary, target, write_empty_plans)
+            inputs = NetworkInputs(checkpoint, LIMITS, vocabulary)
+            build_engine(inputs, builder, target, write_empty_plans)
         return target
 
     def convert(self, tp_size: int, storage: str) -> Path:
@@ -135,14 +137,14 @@ class Engines:
         return target
 
 
-def write_empty_plans(folder: Path, request: BuildRequest, tp_size: int) -> None:
-    builder = BuilderInfo("tensorrt_rtx", "0", request.compute_capabilities)
+def write_empty_plans(folder: Path, builder: BuilderChoice, tp_size: int) -> None:
+    builder_info = BuilderInfo("tensorrt_rtx", "0", builder.compute_capabilities)
     for rank in range(tp_size):
         plan = folder / engine_name(rank)
         plan.write_bytes(b"")
         known = content_hash(plan)
         network_hash = read_network_hash(folder, rank)
-        write_plan_description(plan, known, network_hash, builder, {})
+        write_plan_description(plan, known, network_hash, builder_info, {})
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +327,7 @@ def test_workflow_makes_and_tests_an_engine_of_two_ranks(variant, is_sharded, wo
     assert len(result["tokens"]) == result["prompt_len"] + 6
     engine = workflow.folder / f"trt_engines/toy/{variant}/2-gpu"
     config = json.loads((engine / "config.json").read_text())
-    assert config["vocabulary_sharding"] == {"embedding": is_sharded, "head": True}
+    assert config["vocabulary"] == {"embedding": is_sharded, "head": True}
     for rank in (0, 1):
         plan = workflow.folder / f"build/plans/toy/{variant}/2-gpu/rank{rank}.engine"
         assert (engine / f"rank{rank}.engine").samefile(plan)
@@ -395,7 +397,7 @@ def test_network_of_another_build_is_reported_by_all(engines, damaged, tmp_path)
     """Of the same size, so that only the rank that reads it notices."""
     checkpoint = read_ft_checkpoint(engines.convert(2, "float32"))
     shorter = replace(LIMITS, max_output_len=15)
-    make_rank_network(checkpoint, Rank(1, 2), shorter, tmp_path / "other", BOTH)
+    make_rank_network(NetworkInputs(checkpoint, shorter, BOTH), Rank(1, 2), tmp_path / "other")
     before = (damaged / "rank1.onnx").stat().st_size
     shutil.copyfile(tmp_path / "other" / "rank1.onnx", damaged / "rank1.onnx")
     assert (damaged / "rank1.onnx").stat().st_size == before

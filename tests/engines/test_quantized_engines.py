@@ -31,8 +31,9 @@ from mpt_trt.calibration.result import read_calibration
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
-from mpt_trt.engines.build.build import BuildRequest, build_rank, make_networks
-from mpt_trt.engines.spec import BuildLimits
+from mpt_trt.engines.build.build import build_rank
+from mpt_trt.engines.build.rank_network import NetworkInputs, make_networks
+from mpt_trt.engines.spec import BuilderChoice, BuildLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.logits import measure_distance
 from mpt_trt.evaluation.reference import reference_logits
@@ -139,7 +140,7 @@ class Model:
         """The float32 networks of all ranks in one folder."""
         checkpoint = self.checkpoint(quantization, tp_size)
         calibrated = self.calibrated(quantization, checkpoint)
-        make_networks(checkpoint, LIMITS, target, VocabularySharding(), calibrated)
+        make_networks(NetworkInputs(checkpoint, LIMITS, VocabularySharding(), calibrated), target)
         return target
 
 
@@ -304,8 +305,10 @@ def test_tensorrt_builds_a_rank_of_two(name, storage_type, tmp_path):
     calibrated = model.calibrated(quantization, checkpoint)
     networks, plan = tmp_path / "networks", tmp_path / "plan"
     rank = all_ranks(2)[1]
-    make_rank_network(checkpoint, rank, LIMITS, networks, VocabularySharding(), calibrated)
-    build_rank(networks, 1, BuildRequest(LIMITS, "tensorrt_rtx", ("8.9",)), plan)
+    make_rank_network(
+        NetworkInputs(checkpoint, LIMITS, VocabularySharding(), calibrated), rank, networks
+    )
+    build_rank(networks, 1, BuilderChoice("tensorrt_rtx", ("8.9",)), plan)
     assert (plan / "rank1.engine").stat().st_size > 0
 
 
@@ -319,11 +322,11 @@ def test_fp8_is_refused_for_gpus_without_it(name, tmp_path):
     folder = make_network(
         checkpoint, tmp_path / "n", LIMITS, model.calibrated(quantization, checkpoint)
     )
-    request = BuildRequest(LIMITS, "tensorrt_rtx", ("8.0", *COMPUTE_CAPABILITIES, "8.9"))
+    builder = BuilderChoice("tensorrt_rtx", ("8.0", *COMPUTE_CAPABILITIES, "8.9"))
     with pytest.raises(MptTrtError, match=r"8\.0, 8\.6 cannot compute with fp8, which takes 8\.9"):
-        build_rank(folder, 0, request, tmp_path / "plan")
+        build_rank(folder, 0, builder, tmp_path / "plan")
     assert not (tmp_path / "plan").exists()
-    only_new = replace(request, compute_capabilities=("8.9",))
+    only_new = replace(builder, compute_capabilities=("8.9",))
     build_rank(folder, 0, only_new, tmp_path / "plan")
 
 
@@ -333,7 +336,7 @@ def test_a_failed_build_says_who_multiplies_integers(tmp_path):
     model = Model(
         write_checkpoint(tmp_path / "hf", spec), tmp_path, torch.arange(16).reshape(1, 16), 16
     )
-    request = BuildRequest(LIMITS, "tensorrt_rtx", COMPUTE_CAPABILITIES)
+    builder = BuilderChoice("tensorrt_rtx", COMPUTE_CAPABILITIES)
     for name, is_named in (("sq", True), ("int8_weight_only", False)):
         quantization = QUANTIZATIONS[name]
         checkpoint = model.checkpoint(quantization, 1)
@@ -341,7 +344,7 @@ def test_a_failed_build_says_who_multiplies_integers(tmp_path):
         folder = make_network(checkpoint, tmp_path / name, LIMITS, calibrated)
         (folder / "rank0.onnx").write_bytes(b"no network")
         with pytest.raises(MptTrtError, match="cannot parse the network") as caught:
-            build_rank(folder, 0, request, tmp_path / "plan")
+            build_rank(folder, 0, builder, tmp_path / "plan")
         assert ("backend: tensorrt_llm" in str(caught.value)) == is_named
 
 

@@ -25,8 +25,10 @@ from onnx import helper
 import mpt_trt
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
-from mpt_trt.engines.build.build import BuildRequest, build_rank
-from mpt_trt.engines.manifest import check_content, collect, read_manifest, write_rank_network
+from mpt_trt.engines.build.build import build_rank
+from mpt_trt.engines.build.rank_network import NetworkInputs, write_networks
+from mpt_trt.engines.manifest import check_content, collect, read_manifest
+from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.engines.tensorrt import plan_builder
 from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.engines.tensorrt.plan_builder import BuildOptions
@@ -91,7 +93,7 @@ VOCABULARIES = {
     "head sharded": VocabularySharding(embedding=False, head=True),
     "both sharded": VocabularySharding(embedding=True, head=True),
 }
-REQUEST = BuildRequest(LIMITS, "tensorrt_rtx", COMPUTE_CAPABILITIES)
+BUILDER = BuilderChoice("tensorrt_rtx", COMPUTE_CAPABILITIES)
 LIMIT_FLAGS = ("--max_batch_size=4", "--max_input_len=16", "--max_output_len=16")
 
 
@@ -119,8 +121,7 @@ def converted(tmp_path_factory):
 
 def make_networks(checkpoint: FtCheckpoint, folder: Path, vocabulary: VocabularySharding) -> Path:
     """The networks of all ranks in one folder."""
-    for rank in sharding.all_ranks(checkpoint.tp_size):
-        write_rank_network(checkpoint, rank, LIMITS, folder, vocabulary)
+    write_networks(NetworkInputs(checkpoint, LIMITS, vocabulary), folder)
     return folder
 
 
@@ -320,7 +321,7 @@ def test_a_rank_reads_its_own_files_and_the_common_ones(name, vocabulary, conver
     numbered = re.compile(r"\.([0-9])\.bin$")
     for rank in sharding.all_ranks(4):
         folder = tmp_path / f"rank{rank.index}"
-        make_rank_network(checkpoint, rank, LIMITS, folder, VOCABULARIES[vocabulary])
+        make_rank_network(NetworkInputs(checkpoint, LIMITS, VOCABULARIES[vocabulary]), rank, folder)
         linked = {path.name for path in (folder / "weights").iterdir()}
         read = {
             entry.value
@@ -428,7 +429,7 @@ def test_engine_of_two_ranks_says_what_it_is(engine: Path, converted):
     assert content.pop("config") == vars(checkpoint.config)
     version = installed_package("tensorrt_rtx").version
     assert content == {
-        "format": 2,
+        "format": 3,
         "mpt_trt_version": mpt_trt.__version__,
         "model_name": "test-model",
         "dtype": "float32",
@@ -437,7 +438,7 @@ def test_engine_of_two_ranks_says_what_it_is(engine: Path, converted):
         "calibration": None,
         "tp_size": 2,
         "limits": vars(LIMITS),
-        "vocabulary_sharding": {"embedding": False, "head": True},
+        "vocabulary": {"embedding": False, "head": True},
         "provenance": {"folder": "somewhere"},
         "builder": {
             "package": "tensorrt_rtx",
@@ -469,7 +470,7 @@ def test_each_rank_lists_its_files_and_no_others(engine: Path):
 
 def test_engine_of_two_ranks_reads_back(engine: Path):
     manifest = read_manifest(engine)
-    assert manifest.tp_size == 2
+    assert manifest.spec.tp_size == 2
     for rank, files in enumerate(manifest.ranks):
         for name in files.files:
             check_content(engine, files, name)
@@ -489,8 +490,9 @@ def make_parts(checkpoint: FtCheckpoint, folder: Path, ranks=(0, 1), **changes) 
     vocabulary = changes.get("vocabulary", VocabularySharding())
     for rank in ranks:
         part = Rank(rank, checkpoint.tp_size)
-        make_rank_network(checkpoint, part, limits, folder / f"network{rank}", vocabulary)
-        build_rank(folder / f"network{rank}", rank, REQUEST, folder / f"plan{rank}")
+        inputs = NetworkInputs(checkpoint, limits, vocabulary)
+        make_rank_network(inputs, part, folder / f"network{rank}")
+        build_rank(folder / f"network{rank}", rank, BUILDER, folder / f"plan{rank}")
 
 
 def collected(networks: list[Path], plans: list[Path], target: Path) -> Path:
@@ -514,7 +516,7 @@ def test_collected_ranks_are_what_the_one_command_makes(parts: Path, engine: Pat
     ("changes", "differing"),
     [
         ({"limits": replace(LIMITS, max_output_len=8)}, "limits"),
-        ({"vocabulary": VocabularySharding(embedding=True)}, "vocabulary_sharding"),
+        ({"vocabulary": VocabularySharding(embedding=True)}, "vocabulary"),
     ],
 )
 def test_a_rank_of_another_build_is_refused(changes, differing, parts, converted, tmp_path):
@@ -560,9 +562,8 @@ def test_ranks_in_the_wrong_order_name_the_missing_file(parts, tmp_path):
 def test_network_of_another_build_and_the_same_size_is_named(engine, converted, tmp_path):
     copy = Path(shutil.copytree(engine, tmp_path / "engine"))
     shorter = replace(LIMITS, max_output_len=15)
-    make_rank_network(
-        converted(SPEC, 2), Rank(1, 2), shorter, tmp_path / "other", VocabularySharding()
-    )
+    inputs = NetworkInputs(converted(SPEC, 2), shorter, VocabularySharding())
+    make_rank_network(inputs, Rank(1, 2), tmp_path / "other")
     other = tmp_path / "other" / "rank1.onnx"
     assert other.read_bytes() != (copy / "rank1.onnx").read_bytes()
     shutil.copyfile(other, copy / "rank1.onnx")

@@ -153,7 +153,7 @@ def test_demo_model_has_the_loss_of_its_card():
 @pytest.mark.parametrize("number", [1, 3, 7])
 def test_pieces_cover_everything_within_the_limits(built: Built, number, max_logits):
     engine = load_engine(built.engine)
-    limits = engine.manifest.limits
+    limits = engine.manifest.spec.limits
     ids = random_ids(built.spec, number, 19)
     steps = []
     run = engine.model.step

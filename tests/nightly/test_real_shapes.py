@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpt_trt.engines.build.build import BuildRequest, build_rank
-from mpt_trt.engines.manifest import BuildLimits, write_rank_network
-from mpt_trt.engines.memory import EngineSpec, rank_weights
+from mpt_trt.engines.build.build import build_rank
+from mpt_trt.engines.build.rank_network import NetworkInputs, write_networks
+from mpt_trt.engines.memory import rank_weights
+from mpt_trt.engines.spec import BuilderChoice, BuildLimits, EngineSpec
 from mpt_trt.evaluation.reference import reference_logits
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
-from mpt_trt.model import sharding
 from mpt_trt.model.sharding import VocabularySharding
 from references.merged_ranks import MergedRanks
 from support.engines import call_tool, deviation, feed
@@ -70,8 +70,8 @@ def test_conversion_network_logits_and_plan(checkpoint, expected, tp_size, work)
     call_tool("convert_hf_mpt_to_ft.py", *arguments)
     ft_checkpoint = read_ft_checkpoint(work / f"{tp_size}-gpu")
     networks = work / "networks"
-    for rank in sharding.all_ranks(tp_size):
-        write_rank_network(ft_checkpoint, rank, LIMITS, networks, VOCABULARIES[tp_size])
+    networks.mkdir()
+    write_networks(NetworkInputs(ft_checkpoint, LIMITS, VOCABULARIES[tp_size]), networks)
 
     ids, logits = expected
     found = feed(MergedRanks(networks, tp_size, num_threads=2), ids, [PROMPT_LEN - 2, 1, 1])
@@ -83,7 +83,7 @@ def test_conversion_network_logits_and_plan(checkpoint, expected, tp_size, work)
 
 def check_plan(networks: Path, rank: int, checkpoint: FtCheckpoint, target: Path) -> None:
     """Builds a rank's plan, which must hold what the tables of models say, and little else."""
-    build_rank(networks, rank, BuildRequest(LIMITS, "tensorrt_rtx", ("8.0",)), target)
+    build_rank(networks, rank, BuilderChoice("tensorrt_rtx", ("8.0",)), target)
     tp_size = checkpoint.tp_size
     spec = EngineSpec(checkpoint.config, "float16", tp_size, LIMITS, VOCABULARIES[tp_size])
     expected = rank_weights(spec)

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
-from mpt_trt.engines.build.build import BuildRequest, build_engine
+from mpt_trt.engines.build.build import build_engine
+from mpt_trt.engines.build.rank_network import NetworkInputs, write_rank_network
 from mpt_trt.engines.interface import StepModel
-from mpt_trt.engines.manifest import read_network_manifest, write_rank_network
+from mpt_trt.engines.manifest import read_network_manifest
 from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
-from mpt_trt.engines.spec import BuildLimits
+from mpt_trt.engines.spec import BuilderChoice, BuildLimits
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
 from mpt_trt.model.sharding import Rank, VocabularySharding
@@ -109,17 +110,10 @@ def make_ft_checkpoint(
     return convert(hf_folder, folder / "ft" / "1-gpu", storage_type)
 
 
-def make_rank_network(
-    checkpoint: FtCheckpoint,
-    rank: Rank,
-    limits: BuildLimits,
-    target: Path,
-    vocabulary: VocabularySharding,
-    calibrated: CalibratedQuantization = NOT_QUANTIZED,
-) -> None:
-    """Makes the folder `target` with the network of one rank alone, and its description."""
+def make_rank_network(inputs: NetworkInputs, rank: Rank, target: Path) -> None:
+    """Makes the folder `target` with the network of only one rank, and its description."""
     with replace_directory(target) as folder:
-        write_rank_network(checkpoint, rank, limits, folder, vocabulary, calibrated)
+        write_rank_network(inputs, rank, folder)
 
 
 def make_network(
@@ -129,14 +123,15 @@ def make_network(
     calibrated: CalibratedQuantization = NOT_QUANTIZED,
 ) -> Path:
     """The folder `target` with the network of the only rank."""
-    make_rank_network(checkpoint, ONLY_RANK, limits, target, VocabularySharding(), calibrated)
+    inputs = NetworkInputs(checkpoint, limits, VocabularySharding(), calibrated)
+    make_rank_network(inputs, ONLY_RANK, target)
     return target
 
 
 def build(checkpoint: FtCheckpoint, target: Path, limits: BuildLimits = LIMITS) -> Path:
     """The engine directory `target`, built by TensorRT-RTX."""
-    request = BuildRequest(limits, "tensorrt_rtx", COMPUTE_CAPABILITIES)
-    build_engine(checkpoint, request, VocabularySharding(), target)
+    inputs = NetworkInputs(checkpoint, limits, VocabularySharding())
+    build_engine(inputs, BuilderChoice("tensorrt_rtx", COMPUTE_CAPABILITIES), target)
     return target
 
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from mpt_trt.checkpoint.known_models import SHIPPED, known_config
 from mpt_trt.engines import memory
-from mpt_trt.engines.memory import GB, EngineSpec
-from mpt_trt.engines.spec import BuildLimits
+from mpt_trt.engines.memory import GB
+from mpt_trt.engines.spec import BuildLimits, EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.sharding import VocabularySharding, is_legal
 from mpt_trt.quantization.schemes import Quantization, WeightOnly

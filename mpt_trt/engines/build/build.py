@@ -4,36 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
 from mpt_trt.engines import manifest
-from mpt_trt.engines.spec import BuildLimits
+from mpt_trt.engines.build.rank_network import NetworkInputs, write_networks
+from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.engines.tensorrt import plan_builder
 from mpt_trt.engines.tensorrt.packages import choose_package
 from mpt_trt.engines.tensorrt.plan_builder import BuildOptions
 from mpt_trt.errors import MptTrtError
-from mpt_trt.ft.checkpoint import FtCheckpoint
-from mpt_trt.model.sharding import VocabularySharding, all_ranks
 from mpt_trt.quantization.schemes import Fp8, Quantization, SmoothQuant
 from mpt_trt.system import gpus
 from mpt_trt.system.code_version import source_hash
 from mpt_trt.system.files import content_hash, replace_directory
-
-
-@dataclass(frozen=True)
-class BuildRequest:
-    """What to build a plan for. backend and compute_capabilities: as in config.yaml."""
-
-    limits: BuildLimits
-    backend: str
-    compute_capabilities: tuple[str, ...]
-
-    def options(self) -> BuildOptions:
-        package = choose_package(self.backend)
-        return BuildOptions(package, self.limits, self.compute_capabilities)
-
 
 # The first GPUs with E4M3 arithmetic (Ada).
 FP8_CAPABILITY = (8, 9)
@@ -42,93 +26,70 @@ FP8_CAPABILITY = (8, 9)
 RANK_TOOL = Path(__file__).resolve().parents[3] / "workflow_scripts" / "steps" / "build_rank.py"
 
 # Adds the plans of tp_size ranks to the folder that has their networks.
-PlanBuilder = Callable[[Path, BuildRequest, int], None]
+PlanBuilder = Callable[[Path, BuilderChoice, int], None]
 
 
-def make_networks(
-    checkpoint: FtCheckpoint,
-    limits: BuildLimits,
-    target: Path,
-    vocabulary: VocabularySharding,
-    calibrated: CalibratedQuantization = NOT_QUANTIZED,
-) -> None:
-    """Makes the folder `target` with the networks of all ranks and the descriptions of them."""
-    with replace_directory(target) as folder:
-        _write_networks(checkpoint, limits, folder, vocabulary, calibrated)
-
-
-def _write_networks(
-    checkpoint: FtCheckpoint,
-    limits: BuildLimits,
-    folder: Path,
-    vocabulary: VocabularySharding,
-    calibrated: CalibratedQuantization,
-) -> None:
-    for rank in all_ranks(checkpoint.tp_size):
-        manifest.write_rank_network(checkpoint, rank, limits, folder, vocabulary, calibrated)
-
-
-def build_rank(networks: Path, rank: int, request: BuildRequest, target: Path) -> None:
+def build_rank(networks: Path, rank: int, builder: BuilderChoice, target: Path) -> None:
     """Makes the folder `target` with one rank's plan, from the folder that has its network."""
     with replace_directory(target) as folder:
-        _build_plan(networks, rank, request, folder)
+        _build_plan(networks, rank, builder, folder)
 
 
-def build_one_by_one(folder: Path, request: BuildRequest, tp_size: int) -> None:
+def build_one_by_one(folder: Path, builder: BuilderChoice, tp_size: int) -> None:
     """Adds the plans of all ranks to the folder that has their networks."""
     for rank in range(tp_size):
-        _build_plan(folder, rank, request, folder)
+        _build_plan(folder, rank, builder, folder)
 
 
 def build_engine(
-    checkpoint: FtCheckpoint,
-    request: BuildRequest,
-    vocabulary: VocabularySharding,
+    inputs: NetworkInputs,
+    builder: BuilderChoice,
     target: Path,
     build_plans: PlanBuilder = build_one_by_one,
-    calibrated: CalibratedQuantization = NOT_QUANTIZED,
 ) -> None:
     """Makes the engine directory `target` of all ranks."""
+    tp_size = inputs.checkpoint.tp_size
     with replace_directory(target) as folder:
-        _write_networks(checkpoint, request.limits, folder, vocabulary, calibrated)
-        build_plans(folder, request, checkpoint.tp_size)
-        manifest.write_manifest(folder, [(folder, folder)] * checkpoint.tp_size)
+        write_networks(inputs, folder)
+        build_plans(folder, builder, tp_size)
+        manifest.write_manifest(folder, [(folder, folder)] * tp_size)
         for description in folder.glob("rank*.json"):
             description.unlink()
 
 
-def _build_plan(networks: Path, rank: int, request: BuildRequest, folder: Path) -> None:
-    network = networks / manifest.network_name(rank)
-    _require_capable(request, manifest.read_network_quantization(networks, rank))
+def _build_plan(networks: Path, rank: int, builder: BuilderChoice, folder: Path) -> None:
+    spec = manifest.read_network_spec(networks, rank)
+    _require_capable(builder, spec.quantization)
+    package = choose_package(builder.backend)
+    options = BuildOptions(package, spec.limits, builder.compute_capabilities)
     plan = folder / manifest.engine_name(rank)
-    with _naming_who_has_kernels(manifest.read_network_quantization(networks, rank)):
-        built = plan_builder.build_plan(network, request.options(), plan)
+    with _naming_who_has_kernels(spec.quantization):
+        built = plan_builder.build_plan(networks / manifest.network_name(rank), options, plan)
     network_hash = manifest.read_network_hash(networks, rank)
-    origin = plan_origin(networks, rank, request)
+    origin = plan_origin(networks, rank, builder)
     manifest.write_plan_description(plan, built.hash, network_hash, built.builder, origin)
 
 
-def plan_origin(networks: Path, rank: int, request: BuildRequest) -> dict:
+def plan_origin(networks: Path, rank: int, builder: BuilderChoice) -> dict:
     """All that a rank's plan depends on, as JSON: plans of the same origin are interchangeable."""
     return {
-        # It has the hashes of all weights.
+        # It has the hashes of all weights, and the limits.
         "network": content_hash(networks / manifest.network_description_name(rank)),
-        "package": asdict(choose_package(request.backend)),
-        "limits": asdict(request.limits),
-        "compute_capabilities": list(_capabilities(request)),
+        "package": asdict(choose_package(builder.backend)),
+        "compute_capabilities": list(_capabilities(builder)),
         "code": source_hash(RANK_TOOL),
     }
 
 
-def _capabilities(request: BuildRequest) -> tuple[str, ...]:
+def _capabilities(builder: BuilderChoice) -> tuple[str, ...]:
     """The GPUs to build for; only tensorrt_rtx can choose."""
-    is_chosen = choose_package(request.backend).module == "tensorrt_rtx"
-    return request.compute_capabilities if is_chosen else gpus.compute_capabilities()[:1]
+    is_chosen = choose_package(builder.backend).module == "tensorrt_rtx"
+    return builder.compute_capabilities if is_chosen else gpus.compute_capabilities()[:1]
 
 
-def _require_capable(request: BuildRequest, quantization: Quantization) -> None:
+def _require_capable(builder: BuilderChoice, quantization: Quantization) -> None:
     """Raises MptTrtError, naming them, when some of the GPUs to build for have no E4M3."""
-    lacking = [c for c in _capabilities(request) if tuple(map(int, c.split("."))) < FP8_CAPABILITY]
+    lacking = [c for c in _capabilities(builder) if tuple(map(int, c.split("."))) < FP8_CAPABILITY]
     uses_fp8 = isinstance(quantization.scheme, Fp8) or quantization.kv_cache == "fp8"
     if uses_fp8 and lacking:
         raise MptTrtError(

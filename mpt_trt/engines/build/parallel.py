@@ -9,7 +9,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from mpt_trt.engines.build.build import RANK_TOOL, BuildRequest
+from mpt_trt.engines.build.build import RANK_TOOL
+from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.engines.tensorrt.packages import choose_package
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import gpu_locks
@@ -18,7 +19,7 @@ PAUSE_SECONDS = 0.05
 
 
 def build_side_by_side(
-    networks: Path, request: BuildRequest, targets: Mapping[int, Path], at_once: int
+    networks: Path, builder: BuilderChoice, targets: Mapping[int, Path], at_once: int
 ) -> None:
     """Makes the folder of each rank in `targets` with its plan, `at_once` of them at a time.
 
@@ -26,28 +27,28 @@ def build_side_by_side(
 
     Raises MptTrtError that names the rank; its own message has been printed before.
     """
-    commands = {rank: _command(networks, rank, request, path) for rank, path in targets.items()}
-    if failed := _run(commands, _environments(request, at_once)):
+    commands = {rank: _command(networks, rank, builder, path) for rank, path in targets.items()}
+    if failed := _run(commands, _environments(builder, at_once)):
         raise MptTrtError(f"rank {failed[0]} could not be built; its own message is above")
 
 
-def _command(networks: Path, rank: int, request: BuildRequest, target: Path) -> list[str]:
+def _command(networks: Path, rank: int, builder: BuilderChoice, target: Path) -> list[str]:
     return [
         sys.executable,
         str(RANK_TOOL),
         f"--network_dir={networks}",
         f"--rank={rank}",
-        f"--backend={request.backend}",
+        f"--backend={builder.backend}",
         f"--output_dir={target}",
         "--compute_capabilities",
-        *request.compute_capabilities,
+        *builder.compute_capabilities,
     ]
 
 
-def _environments(request: BuildRequest, at_once: int) -> list[dict[str, str]]:
+def _environments(builder: BuilderChoice, at_once: int) -> list[dict[str, str]]:
     """Of each process that may run at a time; the GPUs there are go round."""
     names = gpu_locks.devices().names
-    if choose_package(request.backend).module != "tensorrt" or not names:
+    if choose_package(builder.backend).module != "tensorrt" or not names:
         return [dict(os.environ)] * at_once
     gpus = [names[index % len(names)] for index in range(at_once)]
     return [os.environ | gpu_locks.environment([gpu]) for gpu in gpus]

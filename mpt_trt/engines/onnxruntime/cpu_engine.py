@@ -24,6 +24,7 @@ from mpt_trt.engines.onnxruntime.rewrites import (
     spell_out_scale_types,
 )
 from mpt_trt.engines.onnxruntime.session import open_session, session_options
+from mpt_trt.engines.spec import EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.sharding import Rank
 from mpt_trt.network.graph import ELEMENT_TYPES
@@ -47,24 +48,24 @@ class OnnxRuntimeEngine:
         communicator: Communicator | None = None,
     ):
         rank = 0 if communicator is None else communicator.rank
-        path = engine_dir / manifest.ranks[rank].network
-        self._limits = manifest.limits
+        path, spec = engine_dir / manifest.ranks[rank].network, manifest.spec
+        self._limits = spec.limits
         self._rounds_activations = cpu.activations == "int8"
         if self._rounds_activations:
-            _require_integer_weights(engine_dir, manifest)
-        self.vocab_size = manifest.config.vocab_size
-        self.capacity = manifest.limits.cache_len
-        self.max_batch_size = manifest.limits.max_batch_size
-        self.max_step_tokens = manifest.limits.max_input_len
+            _require_integer_weights(engine_dir, spec)
+        self.vocab_size = spec.config.vocab_size
+        self.capacity = spec.limits.cache_len
+        self.max_batch_size = spec.limits.max_batch_size
+        self.max_step_tokens = spec.limits.max_input_len
         self.max_logits: int | None = None
         self._collectives = None if communicator is None else Collectives(communicator)
-        self._session, self._weights = _open_session(path, cpu, manifest)
+        self._session, self._weights = _open_session(path, cpu, spec)
         self._binding = self._session.io_binding()
         self._cache = make_cpu_cache(
             self._binding,
-            cache_shape(manifest.config, Rank(rank, manifest.tp_size), self.capacity),
-            manifest.quantization.kv_cache,
-            _computing_type(manifest),
+            cache_shape(spec.config, Rank(rank, spec.tp_size), self.capacity),
+            spec.quantization.kv_cache,
+            _computing_type(spec),
         )
 
     @property
@@ -109,31 +110,31 @@ class OnnxRuntimeEngine:
         self._cache.reorder(rows)
 
 
-def _lacks_kernels(manifest: Manifest) -> bool:
+def _lacks_kernels(spec: EngineSpec) -> bool:
     """Whether ONNX Runtime's CPU provider lacks kernels for the network's type.
 
     It has none for bfloat16, and its products of integers return only float32.
     """
-    quantizes_activations = isinstance(manifest.quantization.scheme, SmoothQuant | Fp8)
-    is_half = manifest.dtype == "float16"
-    return manifest.dtype == "bfloat16" or (is_half and quantizes_activations)
+    quantizes_activations = isinstance(spec.scheme, SmoothQuant | Fp8)
+    is_half = spec.dtype == "float16"
+    return spec.dtype == "bfloat16" or (is_half and quantizes_activations)
 
 
-def _require_integer_weights(engine_dir: Path, manifest: Manifest) -> None:
-    if not isinstance(manifest.quantization.scheme, WeightOnly | Awq):
+def _require_integer_weights(engine_dir: Path, spec: EngineSpec) -> None:
+    if not isinstance(spec.scheme, WeightOnly | Awq):
         raise MptTrtError(
             f"{engine_dir}: activations = int8 needs 4- or 8-bit integer weights with exact "
             "activations, which this engine does not have; leave it out"
         )
 
 
-def _computing_type(manifest: Manifest) -> int:
+def _computing_type(spec: EngineSpec) -> int:
     """ONNX type that the session computes in, and of a cache without quantization."""
-    return TensorProto.FLOAT if _lacks_kernels(manifest) else ELEMENT_TYPES[manifest.dtype]
+    return TensorProto.FLOAT if _lacks_kernels(spec) else ELEMENT_TYPES[spec.dtype]
 
 
 def _open_session(
-    path: Path, cpu: CpuSettings, manifest: Manifest
+    path: Path, cpu: CpuSettings, spec: EngineSpec
 ) -> tuple[onnxruntime.InferenceSession, list[onnxruntime.OrtValue]]:
     """Opens the session; returns it with the converted weights, which must live as long."""
     model = read_network(path)
@@ -142,16 +143,16 @@ def _open_session(
     # By default, products of quantized weights would round activations to 8 bits.
     level = ACCURACY_LEVELS[cpu.activations]
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
-    if isinstance(manifest.quantization.scheme, Fp8):
+    if isinstance(spec.scheme, Fp8):
         # Otherwise weights are dequantized at every step, one by one, and 1.31 even fuses such
         # products into an operator that does not support fp8.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     weights = []
-    if _lacks_kernels(manifest):
-        stored_type = ELEMENT_TYPES[manifest.dtype]
+    if _lacks_kernels(spec):
+        stored_type = ELEMENT_TYPES[spec.dtype]
         weights = compute_in_float32(model, stored_type, path.parent, options)
-    spell_out_scale_types(model, _computing_type(manifest))
+    spell_out_scale_types(model, _computing_type(spec))
     take_any_cache_length(model)
-    if manifest.tp_size > 1:
+    if spec.tp_size > 1:
         replace_collectives(model, options)
     return open_session(model, path, options, (CPU, {})), weights

@@ -38,24 +38,25 @@ class TensorRtEngine:
     """One rank's plan, loaded; see `mpt_trt.engines.interface.StepModel` for the contract."""
 
     def __init__(self, engine_dir: Path, manifest: Manifest, rank: int = 0):
-        self._limits = limits = manifest.limits
-        self.vocab_size = manifest.config.vocab_size
+        spec = manifest.spec
+        self._limits = limits = spec.limits
+        self.vocab_size = spec.config.vocab_size
         self.capacity = limits.cache_len
         self.max_batch_size = limits.max_batch_size
         self.max_step_tokens = limits.max_input_len
         self.max_logits: int | None = limits.max_logits
         self._trt = importlib.import_module(manifest.builder.package)
-        if manifest.tp_size > 1:
+        if spec.tp_size > 1:
             # Ranks of one machine take its GPUs in turn.
             call(cudart.cudaSetDevice(rank % call(cudart.cudaGetDeviceCount())))
         self._stream = call(cudart.cudaStreamCreate())
         self._engine = self._deserialize(engine_dir / manifest.ranks[rank].engine)
         self._contexts = self._create_contexts()
-        shape = cache_shape(manifest.config, Rank(rank, manifest.tp_size), limits.cache_len)
+        shape = cache_shape(spec.config, Rank(rank, spec.tp_size), limits.cache_len)
         self._cache = make_device_cache(
             shape,
-            manifest.quantization.kv_cache,
-            STORAGE_TYPES[manifest.dtype].itemsize,
+            spec.quantization.kv_cache,
+            STORAGE_TYPES[spec.dtype].itemsize,
             self._set_address,
         )
         self._row_shape = (shape.num_kv_heads, shape.cache_len, shape.head_dim)

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.engines.backend_support import (
-    TENSORRT_LLM,
-    Request,
     require_supported,
     uses_modelopt_form,
     uses_plugin_form,
 )
+from mpt_trt.engines.spec import TENSORRT_LLM, BuildLimits, EngineSpec
 from mpt_trt.engines.trtllm.linear_tensors import LinearForm, Tensors, choose_form, vector
 from mpt_trt.engines.trtllm.names import EMBEDDING, HEAD, module_name
 from mpt_trt.engines.trtllm.safetensors_file import StreamedTensor, write_safetensors
@@ -36,6 +35,8 @@ from mpt_trt.quantization.integers import row_blocks
 from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
 from mpt_trt.system.files import replace_directory, write_json
 
+# The checkpoint does not depend on limits: trtllm-build takes them.
+NO_LIMITS = BuildLimits(max_batch_size=1, max_input_len=1, max_output_len=1)
 KV_CACHE_ALGORITHMS = {"auto": None, "int8": "INT8", "fp8": "FP8"}
 KV_CACHE_MAX = {"int8": INT8_MAX, "fp8": FP8_MAX}
 # By (per_channel, per_token).
@@ -60,22 +61,11 @@ class TrtllmConversion:
     vocabulary: VocabularySharding
 
     def __post_init__(self) -> None:
-        scheme, cache = self.calibrated.quantization.scheme, self.calibrated.quantization.kv_cache
-        if isinstance(scheme, Awq):
-            scheme = Awq(self.calibrated.calibration.group_size)
-        require_supported(
-            Request(
-                self.config,
-                self.checkpoint.storage_type,
-                replace(self.calibrated.quantization, scheme=scheme),
-                self.checkpoint.tp_size,
-                self.vocabulary,
-            ),
-            TENSORRT_LLM,
-        )
-        if uses_modelopt_form(scheme):
+        spec = self.spec
+        require_supported(spec, TENSORRT_LLM)
+        if uses_modelopt_form(spec.scheme):
             self._require_int8_sq()
-        if cache != "auto":
+        if spec.quantization.kv_cache != "auto":
             # Raises for a result without ranges.
             self.calibrated.calibration.kv_ranges(0)
         # Raises for a checkpoint that is smoothed or plain and should not be.
@@ -84,6 +74,22 @@ class TrtllmConversion:
     @property
     def config(self) -> MptConfig:
         return self.checkpoint.config
+
+    @property
+    def spec(self) -> EngineSpec:
+        """What the engine is made for, with the calibration result's group size."""
+        quantization = self.calibrated.quantization
+        if isinstance(quantization.scheme, Awq):
+            scheme = Awq(self.calibrated.calibration.group_size)
+            quantization = replace(quantization, scheme=scheme)
+        return EngineSpec(
+            self.config,
+            self.checkpoint.storage_type,
+            self.checkpoint.tp_size,
+            NO_LIMITS,
+            self.vocabulary,
+            quantization,
+        )
 
     def linear_form(self, rank: Rank) -> LinearForm:
         return choose_form(self.checkpoint, rank, self.calibrated)

@@ -18,8 +18,9 @@ from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines.build import parallel
 from mpt_trt.engines.build.all_ranks import build_all_plans, unfinished_folder
-from mpt_trt.engines.build.build import BuildRequest, make_networks
+from mpt_trt.engines.build.rank_network import NetworkInputs, make_networks
 from mpt_trt.engines.manifest import collect, read_manifest
+from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 RANKS = 3
 SPEC = CheckpointSpec(num_layers=1, num_heads=6)
-REQUEST = BuildRequest(LIMITS, "tensorrt_rtx", ("8.6",))
+BUILDER = BuilderChoice("tensorrt_rtx", ("8.6",))
 ENGINES = [f"rank{rank}.engine" for rank in range(RANKS)]
 
 
@@ -50,18 +51,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> FtCheckpoint:
 
 @pytest.fixture
 def networks(checkpoint: FtCheckpoint, tmp_path: Path) -> Path:
-    make_networks(checkpoint, LIMITS, tmp_path / "networks", VocabularySharding())
+    inputs = NetworkInputs(checkpoint, LIMITS, VocabularySharding())
+    make_networks(inputs, tmp_path / "networks")
     return tmp_path / "networks"
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_all_plans_are_built(networks: Path, tmp_path: Path, at_once: int) -> None:
-    build_all_plans(networks, REQUEST, at_once, tmp_path / "plans")
+    build_all_plans(networks, BUILDER, at_once, tmp_path / "plans")
     descriptions = [f"{name}.json" for name in ENGINES]
     assert tree(tmp_path / "plans") == sorted([*ENGINES, *descriptions])
     assert not unfinished_folder(tmp_path / "plans").exists()
     collect([(networks, tmp_path / "plans")] * RANKS, tmp_path / "engine")
-    assert read_manifest(tmp_path / "engine").tp_size == RANKS
+    assert read_manifest(tmp_path / "engine").spec.tp_size == RANKS
 
 
 def fail_at_last_rank(networks: Path, target: Path, at_once: int = 1) -> dict[str, int]:
@@ -70,7 +72,7 @@ def fail_at_last_rank(networks: Path, target: Path, at_once: int = 1) -> dict[st
     content = graph.read_bytes()
     graph.write_bytes(content[: len(content) // 2])
     with pytest.raises(MptTrtError):
-        build_all_plans(networks, REQUEST, at_once, target)
+        build_all_plans(networks, BUILDER, at_once, target)
     assert not target.exists()
     graph.write_bytes(content)
     found = unfinished_folder(target).glob("rank*/rank*.engine")
@@ -82,7 +84,7 @@ def test_finished_plans_outlast_a_failure(networks: Path, tmp_path: Path, at_onc
     target = tmp_path / "plans"
     finished = fail_at_last_rank(networks, target, at_once)
     assert sorted(finished) == ENGINES[:-1]
-    build_all_plans(networks, REQUEST, 1, target)
+    build_all_plans(networks, BUILDER, 1, target)
     for name, inode in finished.items():
         assert (target / name).stat().st_ino == inode
     collect([(networks, target)] * RANKS, tmp_path / "engine")
@@ -114,7 +116,7 @@ def test_what_no_longer_fits_is_built_again(
     finished = fail_at_last_rank(networks, target)
     size = (unfinished_folder(target) / "rank0" / "rank0.engine").stat().st_size
     change(unfinished_folder(target), networks)
-    build_all_plans(networks, REQUEST, 1, target)
+    build_all_plans(networks, BUILDER, 1, target)
     assert (target / "rank0.engine").stat().st_ino != finished["rank0.engine"]
     assert (target / "rank1.engine").stat().st_ino == finished["rank1.engine"]
     assert (target / "rank0.engine").stat().st_size == pytest.approx(size, rel=0.05)
@@ -123,7 +125,7 @@ def test_what_no_longer_fits_is_built_again(
 def test_other_gpus_to_build_for_build_all_again(networks: Path, tmp_path: Path) -> None:
     target = tmp_path / "plans"
     finished = fail_at_last_rank(networks, target)
-    build_all_plans(networks, replace(REQUEST, compute_capabilities=("8.9",)), 1, target)
+    build_all_plans(networks, replace(BUILDER, compute_capabilities=("8.9",)), 1, target)
     assert all((target / name).stat().st_ino != inode for name, inode in finished.items())
     collect([(networks, target)] * RANKS, tmp_path / "engine")
     assert read_manifest(tmp_path / "engine").builder.compute_capabilities == ("8.9",)
@@ -149,7 +151,7 @@ def test_termination_ends_all_ranks_and_leaves_nothing_half_built(
         os.killpg(process.pid, 0)
     assert not target.exists()
     assert not list(tmp_path.rglob(".*partial*"))
-    build_all_plans(networks, REQUEST, 1, target)
+    build_all_plans(networks, BUILDER, 1, target)
     assert set(ENGINES) <= set(tree(target))
 
 
@@ -195,7 +197,7 @@ def test_ranks_that_build_on_gpus_have_one_each(
     monkeypatch.setattr(parallel, "RANK_TOOL", tool)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     targets = {rank: tmp_path / f"rank{rank}" for rank in range(3)}
-    request = replace(REQUEST, backend="tensorrt")
+    request = replace(BUILDER, backend="tensorrt")
     parallel.build_side_by_side(tmp_path, request, targets, at_once)
     found = [(path / "gpus").read_text() for path in targets.values()]
     assert set(found) == expected

@@ -16,9 +16,10 @@ import xxhash
 
 import mpt_trt
 from mpt_trt.engines import load
-from mpt_trt.engines.build.build import BuildRequest, build_rank
+from mpt_trt.engines.build.build import build_rank
 from mpt_trt.engines.load import load_engine, tensorrt_obstacle
-from mpt_trt.engines.manifest import BuildLimits, Manifest, collect, read_manifest, write_manifest
+from mpt_trt.engines.manifest import Manifest, collect, read_manifest, write_manifest
+from mpt_trt.engines.spec import BuilderChoice, BuildLimits
 from mpt_trt.engines.tensorrt import packages
 from mpt_trt.engines.tensorrt.packages import Package
 from mpt_trt.errors import MptTrtError
@@ -43,7 +44,7 @@ from support.engines import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-REQUEST = BuildRequest(LIMITS, "tensorrt_rtx", COMPUTE_CAPABILITIES)
+BUILDER = BuilderChoice("tensorrt_rtx", COMPUTE_CAPABILITIES)
 BUILDER_VERSION = metadata.version("tensorrt_rtx_cu13")
 WEIGHT = "weights/model.layers.1.mlp.dense_4h_to_h.weight.0.bin"
 LIMIT_FLAGS = ("--max_batch_size=4", "--max_input_len=16", "--max_output_len=16")
@@ -76,7 +77,7 @@ def test_config_says_what_it_is_from_what_by_what_for_what(built: Built):
     content = config_of(built.engine)
     ranks = content.pop("ranks")
     assert content == {
-        "format": 2,
+        "format": 3,
         "mpt_trt_version": mpt_trt.__version__,
         "model_name": "test-model",
         "config": {
@@ -112,7 +113,7 @@ def test_config_says_what_it_is_from_what_by_what_for_what(built: Built):
             "max_output_len": 16,
             "gather_all_token_logits": False,
         },
-        "vocabulary_sharding": {"embedding": False, "head": True},
+        "vocabulary": {"embedding": False, "head": True},
         "provenance": {"folder": "somewhere"},
         "builder": {
             "package": "tensorrt_rtx",
@@ -161,9 +162,9 @@ def test_weights_are_the_checkpoints_own_files(built: Built):
 
 def test_manifest_reads_back(built: Built):
     manifest = read_manifest(built.engine)
-    assert manifest.config == built.checkpoint.config
-    assert manifest.limits == LIMITS
-    assert (manifest.dtype, manifest.tp_size) == ("float32", 1)
+    assert manifest.spec.config == built.checkpoint.config
+    assert manifest.spec.limits == LIMITS
+    assert (manifest.spec.dtype, manifest.spec.tp_size) == ("float32", 1)
     assert asdict(manifest.builder) == {
         "package": "tensorrt_rtx",
         "version": BUILDER_VERSION,
@@ -229,7 +230,7 @@ def test_other_format_numbers_are_refused(engine, number):
     with pytest.raises(MptTrtError) as caught:
         read_manifest(engine)
     assert f"{engine / 'config.json'}: format = {number!r}" in str(caught.value)
-    assert "reads engine directories of format 2" in str(caught.value)
+    assert "reads engine directories of format 3" in str(caught.value)
 
 
 def write_config(engine: Path, **changes: object) -> None:
@@ -270,7 +271,7 @@ def test_nonsense_is_refused(engine, changes):
         read_manifest(engine)
 
 
-@pytest.mark.parametrize("text", ["", '{"format": 2, "mod', "[]", "\x00"])
+@pytest.mark.parametrize("text", ["", '{"format": 3, "mod', "[]", "\x00"])
 def test_broken_json_is_refused(engine, text):
     (engine / "config.json").write_text(text)
     with pytest.raises(MptTrtError, match=r"config\.json: .*JSON"):
@@ -291,7 +292,7 @@ def parts(built: Built, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     network = make_network(built.checkpoint, folder / "network")
     make_network(built.checkpoint, folder / "longer_network", replace(LIMITS, max_output_len=17))
-    build_rank(network, 0, REQUEST, folder / "plan")
+    build_rank(network, 0, BUILDER, folder / "plan")
     return folder
 
 
@@ -368,7 +369,7 @@ def test_step_by_step_tools_make_an_engine_directory(built: Built, tmp_path):
     folders = ("--network_dir", network, "--plan_dir", plan, "--output_dir", engine)
     call_tool("assemble_engine.py", *folders)
     manifest = read_manifest(engine)
-    assert manifest.limits == LIMITS
+    assert manifest.spec.limits == LIMITS
     assert manifest.builder.compute_capabilities == ("8.0", "8.6", "8.9", "12.0")
 
 
@@ -545,7 +546,7 @@ def test_commands_of_the_reference_document(built: Built, spelling, tmp_path, ca
     call_tool(
         "build.py", f"--model_dir={built.ft}", *arguments, "--output_dir", tmp_path / "engine"
     )
-    limits = read_manifest(tmp_path / "engine").limits
+    limits = read_manifest(tmp_path / "engine").spec.limits
     is_given = "--max_input_len" in arguments
     assert limits == BuildLimits(64, 12 if is_given else 512, 7 if is_given else 64)
     flags = {a.partition("=")[0] for a in arguments if a.startswith("--")}
@@ -595,7 +596,7 @@ def test_all_limits_reach_the_engine(built: Built, tmp_path):
         *("--compute_capabilities", "8.9", "12.0"),
     )
     manifest = read_manifest(tmp_path / "engine")
-    assert manifest.limits == BuildLimits(3, 10, 6, gather_all_token_logits=True)
+    assert manifest.spec.limits == BuildLimits(3, 10, 6, gather_all_token_logits=True)
     assert manifest.builder.compute_capabilities == ("8.9", "12.0")
 
 
@@ -604,7 +605,7 @@ def test_new_build_replaces_the_old_directory_as_a_whole(built: Built, tmp_path)
     (engine / "left_over.txt").write_text("of an older version")
     build(built.checkpoint, engine, replace(LIMITS, max_output_len=20))
     assert tree(engine) == tree(built.engine)
-    assert read_manifest(engine).limits.max_output_len == 20
+    assert read_manifest(engine).spec.limits.max_output_len == 20
     assert tree(tmp_path) == ["engine", *(f"engine/{name}" for name in tree(engine))]
 
 

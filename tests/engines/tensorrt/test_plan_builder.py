@@ -25,8 +25,10 @@ import onnx
 import pytest
 import tensorrt_rtx as trt
 
-from mpt_trt.engines.build.build import BuildRequest, build_engine, build_rank
+from mpt_trt.engines.build.build import build_engine, build_rank
+from mpt_trt.engines.build.rank_network import NetworkInputs
 from mpt_trt.engines.manifest import BuildLimits
+from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.engines.tensorrt import plan_builder
 from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.engines.tensorrt.plan_builder import BuildOptions
@@ -62,7 +64,7 @@ BUILT_FEATURES = (
     "learned positions",
     "rmsnorm",
 )
-REQUEST = BuildRequest(LIMITS, "tensorrt_rtx", COMPUTE_CAPABILITIES)
+BUILDER = BuilderChoice("tensorrt_rtx", COMPUTE_CAPABILITIES)
 MIB = 1 << 20
 
 
@@ -100,7 +102,7 @@ def test_network_builds_with_native_attention_and_cache(name, storage_type, tmp_
     assert layers[trt.LayerType.ATTENTION_OUTPUT] == spec.num_layers
     assert not layers[trt.LayerType.SOFTMAX] and not layers[trt.LayerType.SCATTER]
 
-    build_rank(network, 0, REQUEST, tmp_path / "plan")
+    build_rank(network, 0, BUILDER, tmp_path / "plan")
     plan = (tmp_path / "plan" / "rank0.engine").read_bytes()
     graph = onnx.load(network / "rank0.onnx", load_external_data=False).graph
     for value in (*graph.input, *graph.output):
@@ -114,7 +116,7 @@ def test_network_builds_with_native_attention_and_cache(name, storage_type, tmp_
 def test_build_leaves_plan_and_description(tmp_path):
     checkpoint = make_ft_checkpoint(tmp_path, CheckpointSpec(num_layers=1))
     network = make_network(checkpoint, tmp_path / "network")
-    build_rank(network, 0, REQUEST, tmp_path / "plan")
+    build_rank(network, 0, BUILDER, tmp_path / "plan")
     assert tree(tmp_path / "plan") == ["rank0.engine", "rank0.engine.json"]
 
 
@@ -240,7 +242,7 @@ def test_failed_build_gives_tensorrts_message_and_leaves_nothing(
 ):
     damage(network / file)
     with pytest.raises(MptTrtError, match=message) as caught:
-        build_rank(network, 0, REQUEST, tmp_path / "plans" / "rank0")
+        build_rank(network, 0, BUILDER, tmp_path / "plans" / "rank0")
     text = str(caught.value)
     assert text.startswith(f"{network / 'rank0.onnx'}: tensorrt_rtx 1.")
     assert "no message" not in text and "CUDA driver" not in text and "\n" not in text
@@ -253,9 +255,8 @@ def test_failed_build_keeps_the_engine_that_was_there(tmp_path):
     before = {name: (engine / name).stat().st_mtime_ns for name in tree(engine)}
     with pytest.raises(MptTrtError, match=r"compute_capabilities = 9\.0"):
         build_engine(
-            checkpoint,
-            replace(REQUEST, compute_capabilities=("9.0",)),
-            VocabularySharding(),
+            NetworkInputs(checkpoint, LIMITS, VocabularySharding()),
+            replace(BUILDER, compute_capabilities=("9.0",)),
             engine,
         )
     assert {name: (engine / name).stat().st_mtime_ns for name in tree(engine)} == before

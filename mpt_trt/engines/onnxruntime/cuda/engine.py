@@ -29,6 +29,7 @@ from mpt_trt.engines.onnxruntime.cuda.session import PROVIDER, CudaSession
 from mpt_trt.engines.onnxruntime.cuda.shared_weights import share_weights
 from mpt_trt.engines.onnxruntime.external_data import SharedWeight
 from mpt_trt.engines.onnxruntime.rewrites import read_network, spell_out_scale_types
+from mpt_trt.engines.spec import EngineSpec
 from mpt_trt.model.sharding import Rank
 from mpt_trt.network.graph import ELEMENT_TYPES
 from mpt_trt.network.kv_cache import QUANTIZED_TYPES, CacheShape, cache_shape
@@ -50,8 +51,9 @@ class OnnxCudaEngine:
     """A network, loaded on a GPU; see `GreedyModel` for the contract."""
 
     def __init__(self, engine_dir: Path, manifest: Manifest):
-        self._limits = limits = manifest.limits
-        self.vocab_size = manifest.config.vocab_size
+        spec = manifest.spec
+        self._limits = limits = spec.limits
+        self.vocab_size = spec.config.vocab_size
         self.capacity = limits.cache_len
         self.max_batch_size = limits.max_batch_size
         self.max_step_tokens = limits.max_input_len
@@ -59,22 +61,22 @@ class OnnxCudaEngine:
         # Finds CUDA's libraries in Python packages if the system has none.
         onnxruntime.preload_dlls()
         self._stream = call(cudart.cudaStreamCreate())
-        self._load(engine_dir / manifest.ranks[0].network, manifest)
-        shape = cache_shape(manifest.config, Rank(0, 1), limits.cache_len)
-        self._binder = _CacheBinder((self._prompts, self._steps), shape, _cache_type(manifest))
-        element_bytes = STORAGE_TYPES[manifest.dtype].itemsize
+        self._load(engine_dir / manifest.ranks[0].network, spec)
+        shape = cache_shape(spec.config, Rank(0, 1), limits.cache_len)
+        self._binder = _CacheBinder((self._prompts, self._steps), shape, _cache_type(spec))
+        element_bytes = STORAGE_TYPES[spec.dtype].itemsize
         self._cache = make_device_cache(
-            shape, manifest.quantization.kv_cache, element_bytes, self._binder.bind
+            shape, spec.quantization.kv_cache, element_bytes, self._binder.bind
         )
         self._rows = 0
         self._state = _StepState(limits.max_batch_size, self.vocab_size)
         self._prompt_buffers: dict[str, DeviceBuffer] = {}
         self._graphs = StepGraphs(self._stream)
 
-    def _load(self, path: Path, manifest: Manifest) -> None:
+    def _load(self, path: Path, spec: EngineSpec) -> None:
         network = read_network(path)
-        spell_out_scale_types(network, ELEMENT_TYPES[manifest.dtype])
-        weights = share_weights(network, path.parent, _prepacked_bits(manifest))
+        spell_out_scale_types(network, ELEMENT_TYPES[spec.dtype])
+        weights = share_weights(network, path.parent, _prepacked_bits(spec))
         prompts, steps = rewrites.prefill_graph(network), rewrites.decode_graph(network)
         with ThreadPoolExecutor(LOADING_THREADS) as pool:
             values = pool.map(SharedWeight.as_value, weights.constants)
@@ -286,19 +288,19 @@ class _StepResult:
         return self._tokens.copy(), -np.log(self._sum_exp_relative_to_max)
 
 
-def _cache_type(manifest: Manifest) -> int:
+def _cache_type(spec: EngineSpec) -> int:
     """ONNX type of the cache."""
-    kv_cache = manifest.quantization.kv_cache
-    return ELEMENT_TYPES[manifest.dtype] if kv_cache == "auto" else QUANTIZED_TYPES[kv_cache][0]
+    kv_cache = spec.quantization.kv_cache
+    return ELEMENT_TYPES[spec.dtype] if kv_cache == "auto" else QUANTIZED_TYPES[kv_cache][0]
 
 
-def _prepacked_bits(manifest: Manifest) -> tuple[int, ...]:
+def _prepacked_bits(spec: EngineSpec) -> tuple[int, ...]:
     """Bits of the integers to store in the prepacked layout."""
     attribute = cudart.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor
     major = call(cudart.cudaDeviceGetAttribute(attribute, 0))
-    if manifest.dtype not in PREPACKED_TYPES or major < PREPACKED_COMPUTE_CAPABILITY:
+    if spec.dtype not in PREPACKED_TYPES or major < PREPACKED_COMPUTE_CAPABILITY:
         return ()
-    rows = manifest.limits.max_batch_size
+    rows = spec.limits.max_batch_size
     return tuple(bits for bits, least in PREPACKED_ROWS.items() if rows >= least)
 
 

@@ -1,0 +1,83 @@
+"""The networks of an engine's ranks, from an FT checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
+from mpt_trt.engines.manifest import network_name, write_network_description
+from mpt_trt.engines.spec import BuildLimits, EngineSpec
+from mpt_trt.errors import MptTrtError
+from mpt_trt.ft.checkpoint import FtCheckpoint
+from mpt_trt.model.sharding import Rank, VocabularySharding, all_ranks
+from mpt_trt.network.decoder import build_network
+from mpt_trt.network.graph import WEIGHTS_FOLDER
+from mpt_trt.network.weight_files import write_weights
+from mpt_trt.system.files import content_hash, replace_directory
+
+
+@dataclass(frozen=True)
+class NetworkInputs:
+    """Everything that the networks of an engine are made from.
+
+    Raises MptTrtError when the model has learned positions and the limits exceed them.
+    """
+
+    checkpoint: FtCheckpoint
+    limits: BuildLimits
+    vocabulary: VocabularySharding
+    calibrated: CalibratedQuantization = NOT_QUANTIZED
+
+    def __post_init__(self) -> None:
+        config, cache_len = self.checkpoint.config, self.limits.cache_len
+        if config.position_embedding == "learned" and cache_len > config.max_seq_len:
+            raise MptTrtError(
+                f"max_input_len + max_output_len = {cache_len}, but the model has learned "
+                f"positions for {config.max_seq_len} tokens; lower the limits"
+            )
+
+    @property
+    def spec(self) -> EngineSpec:
+        """What the engine is made for."""
+        return EngineSpec(
+            self.checkpoint.config,
+            self.checkpoint.storage_type,
+            self.checkpoint.tp_size,
+            self.limits,
+            self.vocabulary,
+            self.calibrated.quantization,
+        )
+
+
+def make_networks(inputs: NetworkInputs, target: Path) -> None:
+    """Makes the folder `target` with the networks of all ranks and their descriptions."""
+    with replace_directory(target) as folder:
+        write_networks(inputs, folder)
+
+
+def write_networks(inputs: NetworkInputs, folder: Path) -> None:
+    """Adds the networks of all ranks to `folder`."""
+    for rank in all_ranks(inputs.checkpoint.tp_size):
+        write_rank_network(inputs, rank, folder)
+
+
+def write_rank_network(inputs: NetworkInputs, rank: Rank, folder: Path) -> None:
+    """Adds one rank's network to `folder`: the graph, its weights, and a description beside it."""
+    checkpoint, calibration = inputs.checkpoint, inputs.calibrated.calibration
+    network = build_network(
+        checkpoint, rank, inputs.limits.cache_len, inputs.vocabulary, inputs.calibrated
+    )
+    weights = write_weights(network, checkpoint, folder / WEIGHTS_FOLDER)
+    graph = folder / network_name(rank.index)
+    graph.write_bytes(network.model.SerializeToString())
+    weight_hashes = {f"{WEIGHTS_FOLDER}/{name}": known for name, known in sorted(weights.items())}
+    write_network_description(
+        folder,
+        rank.index,
+        checkpoint.model_name,
+        inputs.spec,
+        provenance=checkpoint.provenance,
+        calibration=None if calibration is None else content_hash(calibration.path),
+        hashes={graph.name: content_hash(graph)} | weight_hashes,
+    )
