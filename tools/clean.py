@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Deletes what the workflow has made in a folder: its outputs, logs, and Snakemake's records.
+"""Delete what the workflow has made in a folder: its outputs, its logs, and Snakemake's records.
 
-Snakemake records each output in `.snakemake`; nothing else is deleted, so a checkpoint of your own
-in `checkpoints/` stays, as does what you made by hand. Files that you put into a folder that the
-workflow made are deleted with it.
+Snakemake records each output in `.snakemake`, and nothing else is deleted: your own checkpoints in
+`checkpoints/` stay, and so do outputs of tools that you ran by hand. Files that you put into a
+folder that the workflow made are deleted with it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def clean(folder: Path) -> None:
-    """Deletes the workflow's outputs below `folder`, then folders that are empty."""
+    """Delete the workflow's outputs below `folder`, then folders that are empty."""
     for output in outputs(folder):
         path = folder / output
         # Unfinished copies and records of it, and a smoke test's rejected result.
@@ -66,7 +66,7 @@ def clean(folder: Path) -> None:
 
 
 def outputs(folder: Path) -> Iterator[Path]:
-    """The outputs that Snakemake has recorded, by their paths below `folder`."""
+    """Outputs that Snakemake has recorded, by their paths below `folder`."""
     for kind in RECORDS:
         records = folder / ".snakemake" / kind
         for record in records.rglob("*"):
@@ -81,7 +81,7 @@ def outputs(folder: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a folder, if it is there."""
+    """Remove a file, a link or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

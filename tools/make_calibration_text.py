@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Makes the default calibration text: English prose and code of Python's standard library.
+"""Make the default calibration text: English prose and code from Python's standard library.
 
-It is taken from what the demo model may have learnt, and holds nothing of what is held out for that
-model's figures. The same library makes the same text.
+The text comes from documents that the demo model was trained on, and contains nothing that is held
+out for that model's figures. The same library gives the same text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tools.demo_model.corpus import (
     split_corpus,
 )
 
-# What is shorter says nothing: an import, a heading.
+# Shorter paragraphs, such as imports and headings, occur in many documents.
 PARAGRAPH_CHARACTERS = 80
 
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def without_paragraphs_of(heldout: list[Document], documents: list[Document]) -> list[Document]:
-    """The documents that repeat no paragraph of what is held out, as a few topics do."""
+    """Documents that share no paragraph with a held-out document; a few topics do."""
     paragraphs = {
         paragraph
         for document in heldout
@@ -66,7 +66,7 @@ def without_paragraphs_of(heldout: list[Document], documents: list[Document]) ->
 
 
 def choose(documents: list[Document], total_bytes: int) -> list[Document]:
-    """Topics and library files of moderate size, of both about half, in the order of a hash."""
+    """Topics and library files of moderate size, about half of each, in the order of a hash."""
     small, large = HELD_BACK_BYTES
     chosen: list[Document] = []
     for kind in ("topic", "library"):

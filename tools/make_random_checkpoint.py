@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes an MPT checkpoint of a known model's shape with random weights, for tests and benchmarks.
+"""Write an MPT checkpoint of a known model's shape with random weights, for tests and benchmarks.
 
-Weights are made and written a rank at a time, so that a full MPT-7B is made on a small machine.
+Weights are made and written one file at a time, so a small machine can make a full MPT-7B.
 """
 
 from __future__ import annotations

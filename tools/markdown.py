@@ -11,7 +11,7 @@ BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
 def replace_between_marks(path: Path, content: str) -> None:
-    """Replaces what stands between the lines BEGIN and END.
+    """Replace the text between the lines BEGIN and END.
 
     Raises MptTrtError when the file does not have them.
     """
@@ -25,5 +25,5 @@ def replace_between_marks(path: Path, content: str) -> None:
 
 
 def between_marks(path: Path) -> str:
-    """What stands there now, without white space around it."""
+    """Text between the lines BEGIN and END, without surrounding white space."""
     return path.read_text().partition(BEGIN)[2].partition(END)[0].strip()

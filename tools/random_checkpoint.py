@@ -24,7 +24,7 @@ WEIGHT_STD = 0.02
 
 
 def run(options: argparse.Namespace) -> None:
-    """Writes the checkpoint that the options of make_random_checkpoint.py ask for."""
+    """Write the checkpoint that the options of make_random_checkpoint.py ask for."""
     dtype = getattr(torch, options.dtype)
     with replace_directory(options.output_dir) as folder:
         content = hub_config(options.like, options.layers, options.dtype)
@@ -42,7 +42,7 @@ def write_shards(
     seed: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Writes the weights in files of about 1 GiB, and their index."""
+    """Write the weights in files of about 1 GiB, and their index."""
     groups = list(_groups(stored, dtype))
     weight_map = {}
     for number, group in enumerate(groups, start=1):

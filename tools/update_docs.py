@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the generated tables of the documentation: what models need and what backends can do.
+"""Write the generated tables of the documentation: what models need and what backends can do.
 
 The tables stand between two lines that mark their place in models.md and backends.md.
 """
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def update(docs: Path) -> None:
-    """Writes the tables into the files of the folder.
+    """Write the tables into the files of the folder.
 
     Raises MptTrtError when a file lacks the lines that mark their place.
     """
@@ -63,7 +63,7 @@ def update(docs: Path) -> None:
 
 
 def requirements() -> str:
-    """A markdown table of all shipped models; models that need the same share one."""
+    """Markdown tables of all predefined models; models with the same requirements share one."""
     models: dict[tuple[str, ...], list[str]] = {}
     for name in SHIPPED:
         models.setdefault(tuple(table_rows(known_config(name))), []).append(name)
@@ -76,7 +76,7 @@ def requirements() -> str:
 
 
 def table_rows(config: MptConfig) -> Iterator[str]:
-    """A row for each type and number of ranks; types that need the same share one."""
+    """Rows for each type and tensor-parallel size; types with the same requirements share one."""
     limits = BuildLimits(
         *(variant_default(f"max_{name}") for name in ("batch_size", "input_len", "output_len"))
     )
@@ -93,7 +93,7 @@ def table_rows(config: MptConfig) -> Iterator[str]:
 
 
 def table_cells(spec: EngineSpec) -> tuple[str, ...]:
-    """All cells but the first."""
+    """Cells of a row, except the first."""
     sizes = (
         memory.ft_checkpoint_disk(spec),
         memory.engine_disk(spec),

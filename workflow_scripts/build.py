@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Builds TensorRT engines from an FT checkpoint.
+"""Build TensorRT engines from an FT checkpoint.
 
-Flags that chose TensorRT-LLM's plugins are accepted and change nothing: attention, products and
-padding are TensorRT's own layers here.
+Flags that choose TensorRT-LLM's plugins are accepted and ignored: here, attention, matrix products
+and padding are TensorRT's own layers.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="the engine directory")
     parser.add_argument(
-        "--world_size", type=int, default=1, help="number of ranks (default: %(default)s)"
+        "--world_size", type=int, default=1, help="tensor-parallel size (default: %(default)s)"
     )
     parser.add_argument(
         "--parallel_build",
         action="store_true",
-        help="build the ranks' plans at the same time; each needs the memory of one rank",
+        help="build the plans of all ranks at the same time; each needs the memory of one rank",
     )
     parser.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
-        help="must be the checkpoint's storage type, which is the default",
+        help="storage type of the checkpoint (default); no other type is possible",
     )
     parser.add_argument("--log_level", default="info", help="(default: %(default)s)")
     options.add_limits(parser)
@@ -48,24 +48,24 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_quantization(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantization")
-    group.add_argument("--use_weight_only", action="store_true", help="integer weights")
+    group.add_argument("--use_weight_only", action="store_true", help="store weights as integers")
     group.add_argument(
         "--weight_only_precision",
         choices=["int8", "int4", "int4_awq"],
         default="int8",
-        help="their kind; int4_awq needs --quant_ckpt_path (default: %(default)s)",
+        help="type of the integers; int4_awq needs --quant_ckpt_path (default: %(default)s)",
     )
     group.add_argument(
         "--per_group",
         action="store_true",
-        help="int4: a scale for each group of input features; int4_awq has that in any case",
+        help="int4: one scale per group of input features; int4_awq always has groups",
     )
     group.add_argument(
         "--group_size",
         type=int,
         choices=GROUP_SIZES,
         default=GROUP_SIZES[0],
-        help="input features of a group, for int4 --per_group (default: %(default)s)",
+        help="input features per group, for int4 --per_group (default: %(default)s)",
     )
     group.add_argument(
         "--use_smooth_quant",
@@ -73,20 +73,28 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         help="8-bit weights and activations, from a checkpoint converted with -sq",
     )
     group.add_argument(
-        "--per_channel", action="store_true", help="a weight scale for every output feature"
+        "--per_channel", action="store_true", help="one weight scale per output feature"
     )
     group.add_argument(
-        "--per_token", action="store_true", help="activation scales computed for every token"
+        "--per_token",
+        action="store_true",
+        help="one activation scale per token, computed at run time",
     )
     group.add_argument(
-        "--enable_fp8", action="store_true", help="E4M3; needs --quantized_fp8_model_path"
+        "--enable_fp8",
+        action="store_true",
+        help="store weights as E4M3; needs --quantized_fp8_model_path",
     )
     cache = group.add_mutually_exclusive_group()
     cache.add_argument(
-        "--fp8_kv_cache", action="store_true", help="keys and values as E4M3, calibrated"
+        "--fp8_kv_cache",
+        action="store_true",
+        help="store keys and values as E4M3, with calibrated scales",
     )
     cache.add_argument(
-        "--int8_kv_cache", action="store_true", help="keys and values as int8, calibrated"
+        "--int8_kv_cache",
+        action="store_true",
+        help="store keys and values as int8, with calibrated scales",
     )
     group.add_argument(
         "--quant_ckpt_path",

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Converts a Hugging Face MPT checkpoint to a FasterTransformer (FT) checkpoint.
+"""Convert a Hugging Face MPT checkpoint to a FasterTransformer (FT) checkpoint.
 
-Writes {out_dir}/{tensor_parallelism}-gpu. A folder of that name is replaced as a whole.
+Writes {out_dir}/{tensor_parallelism}-gpu, and replaces a folder of that name.
 
-With -sq and -kv, the model reads pieces of a text first, one block at a time.
+With -sq or -kv, it first runs the model over samples of a calibration text, one block at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--tensor-parallelism",
         type=int,
         default=1,
-        help="number of ranks (default: %(default)s)",
+        help="tensor-parallel size (default: %(default)s)",
     )
     parser.add_argument(
         "-t",
@@ -41,14 +41,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--storage-type",
         choices=["float32", "float16", "bfloat16"],
         default="float16",
-        help="type of the stored weights (default: %(default)s)",
+        help="data type of the stored weights (default: %(default)s)",
     )
     parser.add_argument(
         "-p",
         "--processes",
         type=int,
         default=min(4, os.cpu_count() or 1),
-        help="tensors converted at a time (default: %(default)s)",
+        help="number of tensors converted at a time (default: %(default)s)",
     )
     parser.add_argument(
         "--revision", default="main", help="revision on the hub (default: %(default)s)"
@@ -58,16 +58,16 @@ def make_parser() -> argparse.ArgumentParser:
         "--smoothquant",
         type=float,
         metavar="ALPHA",
-        help="write a SmoothQuant checkpoint: smoothed weights, int8 weights and scales; alpha, 0 "
-        "to 1, says how much of the activations' range the weights take over (0.5 is a good start)",
+        help="write a SmoothQuant checkpoint: smoothed weights, int8 weights and scales. ALPHA is "
+        "the migration strength, 0 to 1; 0.5 is a good start",
     )
     parser.add_argument(
         "-kv",
         "--calibrate_kv_cache",
         "--calibrate-kv-cache",
         action="store_true",
-        help="write the scale of an int8 KV cache, too, as FT's readers expect it (engines made by "
-        "build.py take it from the result of quantize.py)",
+        help="also write the scales of an int8 KV cache, for readers of FT checkpoints (build.py "
+        "takes them from the result of quantize.py)",
     )
     options.add_calibration(parser)
     return parser

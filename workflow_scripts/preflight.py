@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Shows what this machine has, and which targets can be built and run on it.
+"""Show what this machine has, and which targets it can build and run.
 
     snakemake preflight
 
-calls it for the targets of config.yaml, and jobs that use GPUs call it before the first of them
-starts on a machine.
+runs it for the targets of config.yaml. The first job that uses GPUs on a machine runs it, too.
 """
 
 from __future__ import annotations
@@ -21,13 +20,15 @@ from mpt_trt.cli.console import run_command
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--needs", default="[]", help="JSON list of targets and what they need, from the workflow"
+        "--needs",
+        default="[]",
+        help="JSON list of targets and their requirements, from the workflow",
     )
     parser.add_argument(
         "--once",
         type=Path,
         metavar="FOLDER",
-        help="record what was found in FOLDER/{host}.json; do nothing where that is there already",
+        help="write the result to FOLDER/{host}.json; do nothing if that file exists",
     )
     return parser
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Calibrates a model for quantization and writes {export_path}/mpt_tp1_rank0.npz.
+"""Calibrate a model for quantization and write {export_path}/mpt_tp1_rank0.npz.
 
-The model reads pieces of a text while NVIDIA's ModelOpt watches its linear layers, one block at a
-time: memory is that of two blocks and of the pieces' hidden states. The file is in AMMO's layout;
-an engine of any number of ranks is made from it.
+The model reads samples of a text while NVIDIA's ModelOpt observes its linear layers, one block at a
+time, so memory holds two blocks and the samples' hidden states. The file has AMMO's layout, and
+serves engines of any tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
         default="float16",
-        help="what a GPU computes in (a CPU: float32); with float16, weights are stored in it, "
-        "otherwise in float32 (default: %(default)s)",
+        help="data type of computation on a GPU; a CPU computes in float32. Weights are stored in "
+        "float16 if it is float16, otherwise in float32 (default: %(default)s)",
     )
     add(
         "--qformat",
         choices=FORMATS,
         required=True,
-        help="what for; kv_cache: ranges of keys and values alone, which the others have, too",
+        help="quantization format; kv_cache: only scales of keys and values, part of each format",
     )
     add("--export_path", type=Path, required=True, help="folder of the result")
     add(
         "--awq_block_size",
         type=int,
         choices=GROUP_SIZES,
-        help="input features that share a scale, with int4_awq (default: 128, or less where ranks "
-        "would share a group)",
+        help="input features per scale, for int4_awq (default: 128, or less if ranks would share a "
+        "group)",
     )
     add("--log_level", default="info", help="(default: %(default)s)")
     options.add_calibration(parser)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Generates text with an engine."""
+"""Generate text with an engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine_dir", type=Path, required=True, help="the engine directory")
     parser.add_argument(
-        "--max_output_len", type=int, required=True, help="most new tokens of a prompt"
+        "--max_output_len", type=int, required=True, help="maximum number of new tokens per prompt"
     )
     parser.add_argument(
         "--tokenizer_dir",
@@ -42,20 +42,22 @@ def _add_input_and_output(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--input_file",
         type=Path,
-        help="prompts: .txt one text a line, .csv one row of token ids a prompt, .npy likewise",
+        help="prompts: .txt with a text per line, .csv or .npy with a row of token ids per prompt",
     )
     group.add_argument(
-        "--max_input_length", type=int, help="keep only this many last tokens of a prompt"
+        "--max_input_length",
+        type=int,
+        help="keep only the last tokens of each prompt, at most this many",
     )
     group.add_argument(
         "--no_add_special_tokens",
         action="store_true",
         help="do not let the tokenizer add its special tokens",
     )
-    group.add_argument("--output_csv", type=Path, help="write token ids, one row an output")
+    group.add_argument("--output_csv", type=Path, help="write token ids, one row per output")
     group.add_argument("--output_npy", type=Path, help="write token ids, padded, as an array")
     group.add_argument(
-        "--streaming", action="store_true", help="print text as it is generated (one prompt)"
+        "--streaming", action="store_true", help="print text while it is generated (one prompt)"
     )
 
 

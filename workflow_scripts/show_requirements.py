@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Shows what an engine needs, before anything is fetched or made: disk, host and GPU memory.
+"""Show the disk space, host memory and GPU memory that an engine needs.
 
 docs/models.md has tables of all predefined models.
 """
@@ -22,15 +22,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model_dir", type=Path, help="folder of a Hugging Face checkpoint")
-    model.add_argument("--like", choices=SHAPES, help="a known model instead")
+    model.add_argument("--like", choices=SHAPES, help="a predefined model")
     parser.add_argument(
         "--dtype",
         choices=variant_choices("dtype"),
         default=variant_default("dtype"),
-        help="type of weights, activations and KV cache (default: %(default)s)",
+        help="data type of weights, activations and KV cache (default: %(default)s)",
     )
     parser.add_argument(
-        "-tp", "--tensor_parallelism", type=int, default=1, help="ranks (default: %(default)s)"
+        "-tp",
+        "--tensor_parallelism",
+        type=int,
+        default=1,
+        help="tensor-parallel size (default: %(default)s)",
     )
     options.add_limits(parser)
     options.add_vocabulary(parser)

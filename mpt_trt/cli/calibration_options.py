@@ -30,53 +30,53 @@ class _ConfigDefault:
         return TEXT if self.key == "text" else getattr(default_calibration(), self.key)
 
     def __str__(self) -> str:
-        """For the help."""
+        """Default value as `--help` shows it."""
         return str(self.value)
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that `calibration_requests` reads, after `fill_in`."""
+    """Add the options that `calibration_requests` reads, after `fill_in`."""
     group = parser.add_argument_group("calibration")
     add, default = group.add_argument, "(default: %(default)s)"
     add(
         "--calib_text",
         type=Path,
         default=_ConfigDefault("text"),
-        help=f"text that the model reads {default}",
+        help=f"calibration text {default}",
     )
     add(
         "--calib_size",
         type=int,
         default=_ConfigDefault("num_samples"),
-        help=f"pieces of it {default}",
+        help=f"number of samples of the text {default}",
     )
     add(
         "--calib_max_seq_length",
         type=int,
         default=_ConfigDefault("sequence_length"),
-        help=f"tokens of a piece {default}",
+        help=f"tokens per sample {default}",
     )
     add(
         "--batch_size",
         type=int,
         default=CALIBRATION_BATCH_SIZE,
-        help="pieces read at a time, at most; less takes less memory, and more time on a GPU "
+        help="samples per batch; a smaller number takes less memory, and more time on a GPU "
         f"{default}",
     )
     add(
         "--device",
         choices=["auto", "cuda", "cpu"],
         default=_ConfigDefault("device"),
-        help=f"what computes; auto: a GPU where PyTorch finds one {default}",
+        help=f"device of the computation; auto: a GPU if PyTorch finds one {default}",
     )
     add(
         "--tokenizer_dir",
-        help="hub id or folder of the tokenizer (default: that of the Hugging Face checkpoint)",
+        help="hub id or folder of the tokenizer (default: the Hugging Face checkpoint)",
     )
 
 
 def fill_in(options: argparse.Namespace) -> None:
-    """Reads the defaults of the options that were not given."""
+    """Fill in the defaults of the options that were not given."""
     for name, value in list(vars(options).items()):
         if isinstance(value, _ConfigDefault):
             setattr(options, name, value.value)

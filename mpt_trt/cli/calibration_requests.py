@@ -21,7 +21,9 @@ def calibration_samples(options: argparse.Namespace, tokenizer: Tokenizer) -> Te
 
 
 def computation(options: argparse.Namespace, dtype: str) -> Computation:
-    """How to calibrate. dtype: what a GPU computes in; a CPU computes in float32.
+    """Device, type and batch size of calibration.
+
+    dtype: of computation on a GPU; a CPU computes in float32.
 
     Raises MptTrtError for a number below 1, and when there is no GPU but one is asked for.
     """
@@ -30,7 +32,7 @@ def computation(options: argparse.Namespace, dtype: str) -> Computation:
             raise MptTrtError(f"--{name} = {value}: at least 1 is required")
     has_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:
-        raise MptTrtError("--device = cuda: PyTorch finds no GPU; take cpu, or auto")
+        raise MptTrtError("--device = cuda: PyTorch finds no GPU; choose cpu or auto")
     if options.device == "cpu" or not has_gpu:
         return Computation("cpu", torch.float32, options.batch_size)
     return Computation("cuda", getattr(torch, dtype), options.batch_size)

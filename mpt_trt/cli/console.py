@@ -19,10 +19,10 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def run_command(parser: argparse.ArgumentParser, command: str) -> None:
-    """Parses the options, then imports the module `command` and calls its `run(options)`.
+    """Parse the options, then import the module `command` and call its `run(options)`.
 
-    So modules of commands import at their top whatever they need, and `--help` and wrong options
-    need not wait for it. Exits as `run_cli` does.
+    So modules of commands import at their top whatever they need, and `--help` and wrong options do
+    not wait for it. Exits as `run_cli` does.
     """
 
     def main() -> None:
@@ -33,7 +33,7 @@ def run_command(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Runs `main` and exits: 0, 1 with one line for bad input, 130 when interrupted.
+    """Run `main` and exit: 0, 1 with one line for bad input, 130 when interrupted.
 
     SIGTERM is treated like Ctrl-C, so that unfinished outputs are removed in both cases.
     """

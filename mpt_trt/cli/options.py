@@ -32,12 +32,12 @@ WITHOUT_EFFECT = (
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
-    """Adds the options from which `limits` is read."""
+    """Add the options from which `limits` is read."""
     group = parser.add_argument_group("limits of the engine")
     helps = {
-        "max_batch_size": "most rows at a time (prompts times beams)",
-        "max_input_len": "most tokens that a row takes in one step",
-        "max_output_len": "cache positions that a row has beyond max_input_len",
+        "max_batch_size": "maximum batch size (prompts x beams)",
+        "max_input_len": "maximum number of tokens per row and step",
+        "max_output_len": "maximum number of new tokens per prompt",
     }
     for name, text in helps.items():
         group.add_argument(
@@ -49,57 +49,57 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gather_all_token_logits",
         action="store_true",
-        help="let a step return the logits of every token, not only of one a row",
+        help="return the logits of every token, not only of the last one per row",
     )
 
 
 def add_vocabulary(parser: argparse.ArgumentParser) -> None:
-    """Adds the options from which `vocabulary` is read."""
-    group = parser.add_argument_group("several ranks")
+    """Add the options from which `vocabulary` is read."""
+    group = parser.add_argument_group("tensor parallelism")
     group.add_argument(
         "--shard_embedding",
         "--use_parallel_embedding",
         action=argparse.BooleanOptionalAction,
         default=variant_default("shard_embedding"),
-        help="each rank holds a part of the embedding, not the whole (default: %(default)s)",
+        help="split the embedding over the ranks (default: %(default)s)",
     )
     group.add_argument(
         "--shard_head",
         action=argparse.BooleanOptionalAction,
         default=variant_default("shard_head"),
-        help="each rank computes a part of the logits, not all (default: %(default)s)",
+        help="split the computation of logits over the ranks (default: %(default)s)",
     )
 
 
 def vocabulary(options: argparse.Namespace) -> VocabularySharding:
-    """Which of the vocabulary's matrices the ranks share."""
+    """Which of the vocabulary's matrices are split over the ranks."""
     return VocabularySharding(options.shard_embedding, options.shard_head)
 
 
 def add_quantization(parser: argparse.ArgumentParser) -> None:
-    """Adds the options from which `engine_requests.calibrated` is read."""
-    group = parser.add_argument_group("quantization; see config.yaml")
+    """Add the options from which `engine_requests.calibrated` is read."""
+    group = parser.add_argument_group("quantization, as in config.yaml")
     group.add_argument(
         "--quantization",
         choices=quantization_choices("method"),
         default=quantization_default("method"),
-        help="how the matrices of the blocks are stored (default: %(default)s)",
+        help="quantization of the linear layers (default: %(default)s)",
     )
     group.add_argument(
         "--group_size",
         type=int,
         choices=[size for size in quantization_choices("group_size") if size is not None],
-        help="input features that share a scale, for int4_weight_only (default: all)",
+        help="input features per scale, for int4_weight_only (default: all)",
     )
     group.add_argument(
         "--alpha",
         type=float,
         default=quantization_default("alpha"),
-        help="of the checkpoint, for smoothquant (default: %(default)s)",
+        help="migration strength of the checkpoint, for smoothquant (default: %(default)s)",
     )
     for name, text in (
-        ("per_channel", "a weight scale for every output feature"),
-        ("per_token", "activation scales computed for every token"),
+        ("per_channel", "one weight scale per output feature"),
+        ("per_token", "one activation scale per token, computed at run time"),
     ):
         group.add_argument(
             f"--{name}",
@@ -111,20 +111,20 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
         "--kv_cache_dtype",
         choices=variant_choices("kv_cache_dtype"),
         default=variant_default("kv_cache_dtype"),
-        help="how keys and values are stored (default: %(default)s)",
+        help="data type of the KV cache (default: %(default)s)",
     )
-    group.add_argument("--calibration", type=Path, help="npz file that quantize.py made")
+    group.add_argument("--calibration", type=Path, help="npz file that quantize.py wrote")
 
 
 def add_builder(parser: argparse.ArgumentParser) -> None:
-    """Adds the options from which `builder_choice` is read."""
+    """Add the options from which `builder_choice` is read."""
     group = parser.add_argument_group("builder")
     group.add_argument(
         "--backend",
         # TensorRT-LLM builds from checkpoints of its own; see build_trtllm.py.
         choices=[name for name in variant_choices("backend") if name != TENSORRT_LLM],
         default=variant_default("backend"),
-        help="what builds the engine (default: %(default)s)",
+        help="builder of the plan (default: %(default)s)",
     )
     group.add_argument(
         "--compute_capabilities",
@@ -132,7 +132,7 @@ def add_builder(parser: argparse.ArgumentParser) -> None:
         type=_compute_capability,
         default=variant_default("compute_capabilities"),
         metavar="X.Y",
-        help="GPUs that tensorrt_rtx builds for (default: %(default)s)",
+        help="compute capabilities that tensorrt_rtx builds for (default: %(default)s)",
     )
 
 
@@ -158,48 +158,48 @@ def _compute_capability(text: str) -> str:
 
 
 def add_tolerance(parser: argparse.ArgumentParser) -> None:
-    """Adds the options from which `tolerance` is read."""
-    group = parser.add_argument_group("tolerance; see config.yaml")
+    """Add the options from which `tolerance` is read."""
+    group = parser.add_argument_group("tolerance, as in config.yaml")
     for name, default in vars(default_tolerance()).items():
         group.add_argument(f"--{name}", type=float, default=default, help="(default: %(default)s)")
 
 
 def tolerance(options: argparse.Namespace) -> Tolerance:
-    """How far the engine's logits may be from the reference's."""
+    """The distance that the engine's logits may have from the reference's."""
     return Tolerance(options.max_abs, options.mean_kl, options.min_top1)
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that choose what runs an engine."""
+    """Add the options that choose what runs an engine."""
     group = parser.add_argument_group("runtime")
     group.add_argument(
         "--runtime",
         choices=["auto", "tensorrt", "onnxruntime"],
         default="auto",
-        help="auto: TensorRT where it can run the engine, else ONNX Runtime (default: %(default)s)",
+        help="auto: TensorRT if it can run the engine, else ONNX Runtime (default: %(default)s)",
     )
     group.add_argument(
         "--num_threads",
         type=int,
         default=0,
-        help="CPU threads of ONNX Runtime; 0 for one a core (default: %(default)s)",
+        help="CPU threads of ONNX Runtime; 0: one per core (default: %(default)s)",
     )
     group.add_argument(
         "--activations",
         choices=["exact", "int8"],
         default="exact",
-        help="int8: ONNX Runtime on a CPU rounds what 4- and 8-bit weights are multiplied by to 8 "
-        "bits, which is faster and less exact (default: %(default)s)",
+        help="int8: ONNX Runtime on a CPU rounds the inputs of layers with 4- and 8-bit weights to "
+        "8 bits, which is faster and less exact (default: %(default)s)",
     )
 
 
 def add_ignored(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that chose TensorRT-LLM's plugins."""
+    """Add the flags that chose TensorRT-LLM's plugins."""
     group = parser.add_argument_group("accepted, without effect")
     for name in WITHOUT_EFFECT:
         group.add_argument(f"--{name}", nargs="?", const=True, default=False)
 
 
 def ignored(options: argparse.Namespace) -> list[str]:
-    """The flags among those that were given."""
+    """Those of these flags that were given."""
     return [f"--{name}" for name in WITHOUT_EFFECT if getattr(options, name)]

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def bytes_progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """A progress bar with bytes, rate and time; yields the function that advances it.
 
-    The bar is there from the first step on; then what draws it is imported by one thread, while
-    others work. Where no terminal can show it, there is one line at the end.
+    The bar appears with the first step: one thread then imports the library that draws it, while
+    others work. Without a terminal, there is one line at the end.
     """
     bar: _LazyBar | _Line
     if sys.stderr.isatty():
@@ -32,7 +32,7 @@ def bytes_progress(title: str, total_bytes: int) -> Iterator[Callable[[int], Non
 
 
 class _Line:
-    """What has been done, as one line: without what draws bars, whose import takes 0.05 s."""
+    """One line at the end, without the library that draws bars."""
 
     def __init__(self, title: str, total_bytes: int):
         self._title, self._total = title, total_bytes
@@ -59,7 +59,7 @@ def _in_units(size: float) -> str:
 
 
 class _LazyBar:
-    """A progress bar that is made when it advances first."""
+    """Progress bar that is made when it first advances."""
 
     def __init__(self, start: Callable[[], Progress]):
         self._start = start

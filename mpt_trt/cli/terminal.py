@@ -23,7 +23,7 @@ from mpt_trt.errors import MptTrtError
 
 
 def set_up_logging(level: str) -> None:
-    """Logs to stderr. level: a name of the logging module, in any case.
+    """Log to stderr. level: a name of the logging module, in any case.
 
     Raises MptTrtError when there is no such level.
     """
@@ -38,7 +38,7 @@ def set_up_logging(level: str) -> None:
 
 
 def bytes_bar(title: str, total_bytes: int) -> Progress:
-    """A progress bar with bytes, rate and time, started."""
+    """Started progress bar with bytes, rate and time."""
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -54,7 +54,7 @@ def bytes_bar(title: str, total_bytes: int) -> Progress:
 
 @contextlib.contextmanager
 def steps_progress(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar with steps, elapsed and remaining time; yields what advances it by one."""
+    """Progress bar with steps and times; yields the function that advances it by one step."""
     console = Console(stderr=True)
     columns = [
         TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""Puts the networks and plans of all ranks together as an engine directory, by hard links."""
+"""Assemble an engine directory from the networks and plans of all ranks, by hard links."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds TensorRT engines from an FT checkpoint."""
+"""Build TensorRT engines from an FT checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds the TensorRT plan of one rank, rank{r}.engine, from its network."""
+"""Build the TensorRT plan of one rank, rank{r}.engine, from its network."""
 
 from __future__ import annotations
 

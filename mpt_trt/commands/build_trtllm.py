@@ -1,4 +1,4 @@
-"""Builds an engine directory from a TensorRT-LLM checkpoint with TensorRT-LLM's trtllm-build."""
+"""Build an engine directory from a TensorRT-LLM checkpoint with TensorRT-LLM's trtllm-build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compares what run_trtllm.py recorded with the float32 reference."""
+"""Compare the generation that run_trtllm.py recorded with the float32 reference."""
 
 from __future__ import annotations
 

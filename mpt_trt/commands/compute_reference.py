@@ -1,4 +1,4 @@
-"""Computes the float32 reference on held-out text, for measurements of quality."""
+"""Compute the float32 reference on held-out text, for measurements of quality."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes a TensorRT-LLM checkpoint (0.20 to 1.2.1) from an FT checkpoint."""
+"""Convert an FT checkpoint to a checkpoint of TensorRT-LLM 0.20 to 1.2.1."""
 
 from __future__ import annotations
 

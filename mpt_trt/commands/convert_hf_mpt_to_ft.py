@@ -1,4 +1,4 @@
-"""Converts a Hugging Face MPT checkpoint to a FasterTransformer (FT) checkpoint."""
+"""Convert a Hugging Face MPT checkpoint to a FasterTransformer (FT) checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a prompt and its tokens as JSON."""
+"""Write a prompt and its tokens as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetches a checkpoint from the Hugging Face hub, in two steps."""
+"""Fetch a checkpoint from the Hugging Face hub, in two steps."""
 
 from __future__ import annotations
 

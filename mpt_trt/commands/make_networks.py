@@ -1,4 +1,4 @@
-"""Makes the networks of all ranks: rank{r}.onnx of each, and their weights."""
+"""Write the networks of all ranks: one rank{r}.onnx per rank, and their weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes a page that shows a model's engines side by side, from their quality and smoke tests."""
+"""Write a page that compares a model's engines, from their quality and smoke test results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures how well an engine predicts held-out text, beside the float32 reference."""
+"""Measure how well an engine predicts held-out text, compared with the float32 reference."""
 
 from __future__ import annotations
 

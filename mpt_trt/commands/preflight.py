@@ -1,4 +1,4 @@
-"""Shows what this machine has, and which targets can be built and run on it."""
+"""Show what this machine has, and which targets it can build and run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibrates a model for quantization and writes {export_path}/mpt_tp1_rank0.npz."""
+"""Calibrate a model for quantization and write {export_path}/mpt_tp1_rank0.npz."""
 
 from __future__ import annotations
 

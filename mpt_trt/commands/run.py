@@ -1,4 +1,4 @@
-"""Generates text with an engine."""
+"""Generate text with an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Continues a prompt with TensorRT-LLM's runtime, and records tokens, logits and times."""
+"""Continue a prompt with TensorRT-LLM's runtime, and record tokens, logits and times."""
 
 from __future__ import annotations
 

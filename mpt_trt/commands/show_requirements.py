@@ -1,4 +1,4 @@
-"""Shows what an engine needs, before anything is fetched or made: disk, host and GPU memory."""
+"""Show the disk space, host memory and GPU memory that an engine needs."""
 
 from __future__ import annotations
 

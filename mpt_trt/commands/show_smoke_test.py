@@ -1,4 +1,4 @@
-"""Prints the result of a smoke test for people."""
+"""Print the result of a smoke test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs an engine and compares its logits with the float32 reference."""
+"""Run an engine and compare its logits with the float32 reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a command with GPUs that no other job of this machine has."""
+"""Run a command with GPUs that no other job on this machine uses."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def assert_refused(message: str, model: Path, text: Path, target: Path, *options
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_named(model: Path, text: Path, tmp_path: Path) -> None:
-    message = "--device = cuda: PyTorch finds no GPU; take cpu, or auto"
+    message = "--device = cuda: PyTorch finds no GPU; choose cpu or auto"
     assert_refused(message, model, text, tmp_path / "a", "--qformat=fp8", "--device=cuda")
 
 

@@ -36,7 +36,7 @@ log = logging.getLogger("train_demo_model")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains as the options of train.py say."""
+    """Train and write the model that the options of train.py ask for."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output = options.output
     if output.exists() and any(output.iterdir()) and not (output / "training.json").is_file():

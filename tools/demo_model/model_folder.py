@@ -83,7 +83,7 @@ def write_model(
 
 
 def to_float16(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rounds to float16; raises MptTrtError where a value leaves its range."""
+    """Round to float16; raises MptTrtError if a value leaves its range."""
     rounded = {name: tensor.half().cpu().contiguous() for name, tensor in weights.items()}
     broken = [name for name, tensor in rounded.items() if not tensor.isfinite().all()]
     if broken:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Trains the small MPT that ships in resources/mpt-demo, and writes its whole folder.
+"""Train the small MPT that ships in resources/mpt-demo, and write its whole folder.
 
-Learns the sources and pydoc topics of a Python standard library. Writes the model as transformers
-reads it (float16), heldout.txt, training.json (every figure), README.md (the model card, from the
-same figures) and the library's licence. One seed fixes everything random; GPUs of different kinds
-still round differently, so figures agree closely, not exactly.
+The model learns the sources and pydoc topics of a Python standard library. The folder has the model
+as transformers reads it (float16), heldout.txt, training.json (every figure), README.md (the model
+card, from the same figures) and the library's licence. One seed fixes everything random. Different
+kinds of GPU round differently, so figures agree closely, but not exactly.
 """
 
 from __future__ import annotations

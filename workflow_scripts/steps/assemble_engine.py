@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Puts the networks and plans of all ranks together as an engine directory, by hard links."""
+"""Assemble an engine directory from the networks and plans of all ranks, by hard links."""
 
 from __future__ import annotations
 

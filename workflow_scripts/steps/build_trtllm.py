@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Builds an engine directory from a TensorRT-LLM checkpoint with TensorRT-LLM's trtllm-build.
+"""Build an engine directory from a TensorRT-LLM checkpoint with TensorRT-LLM's trtllm-build.
 
 Runs in TensorRT-LLM's environment (0.20 to 1.2.1), on the GPUs that the engine will run on.
 """
@@ -18,14 +18,28 @@ from mpt_trt.cli.console import run_command
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint_dir", type=Path, required=True, help="what convert_ft_to_trtllm.py made")
+    add(
+        "--checkpoint_dir",
+        type=Path,
+        required=True,
+        help="folder that convert_ft_to_trtllm.py wrote",
+    )
     add("--output_dir", type=Path, required=True, help="the engine directory")
-    add("--max_batch_size", type=int, required=True, help="most rows at a time")
-    add("--max_input_len", type=int, required=True, help="most tokens of a prompt")
-    add("--max_output_len", type=int, required=True, help="most tokens beyond max_input_len")
-    add("--gather_all_token_logits", action="store_true", help="logits of a prompt's every token")
-    add("--workers", type=int, default=1, help="ranks built at a time (default: %(default)s)")
-    add("--show", action="store_true", help="print trtllm-build's command line and do nothing")
+    add("--max_batch_size", type=int, required=True, help="maximum batch size")
+    add("--max_input_len", type=int, required=True, help="maximum number of tokens per prompt")
+    add("--max_output_len", type=int, required=True, help="maximum number of new tokens per prompt")
+    add(
+        "--gather_all_token_logits",
+        action="store_true",
+        help="return the logits of every prompt token",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=1,
+        help="number of ranks built at a time (default: %(default)s)",
+    )
+    add("--show", action="store_true", help="only print the command line of trtllm-build")
     return parser
 
 

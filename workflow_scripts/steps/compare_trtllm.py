@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Compares what run_trtllm.py recorded with the float32 reference.
+"""Compare the generation that run_trtllm.py recorded with the float32 reference.
 
-The result is like that of smoke_test.py, over the tokens that were generated.
+The result has the format of smoke_test.py's, and covers the generated tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model_dir", required=True, help="hub id or folder of the Hugging Face checkpoint"
     )
-    parser.add_argument("--tokenizer_dir", help="likewise (default: that of --model_dir)")
+    parser.add_argument(
+        "--tokenizer_dir", help="hub id or folder of the tokenizer (default: --model_dir)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
     options.add_tolerance(parser)
     return parser

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Computes the float32 reference on held-out text, which the quality of engines is measured with.
+"""Compute the float32 reference on held-out text, for measurements of quality.
 
-Writes the windows of the text and what the reference's head reads, as safetensors.
+Writes the windows of the text, and the hidden states that the reference's head reads, as
+safetensors.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model_dir", required=True, help="hub id or folder of the Hugging Face checkpoint"
     )
-    parser.add_argument("--tokenizer_dir", help="likewise (default: that of --model_dir)")
-    parser.add_argument("--revision", default="main", help="on the hub (default: %(default)s)")
+    parser.add_argument(
+        "--tokenizer_dir", help="hub id or folder of the tokenizer (default: --model_dir)"
+    )
+    parser.add_argument(
+        "--revision", default="main", help="revision on the hub (default: %(default)s)"
+    )
     parser.add_argument(
         "--text", type=Path, default=Path(usual.text), help="UTF-8 file (default: %(default)s)"
     )
@@ -31,13 +36,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--num_windows",
         type=int,
         default=usual.num_windows,
-        help="most windows, spread over the text evenly (default: %(default)s)",
+        help="maximum number of windows, spread evenly over the text (default: %(default)s)",
     )
     parser.add_argument(
         "--window_length",
         type=int,
         default=usual.window_length,
-        help="tokens of a window (default: %(default)s)",
+        help="tokens per window (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
     return parser

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Makes a TensorRT-LLM checkpoint (0.20 to 1.2.1) from an FT checkpoint.
+"""Convert an FT checkpoint to a checkpoint of TensorRT-LLM 0.20 to 1.2.1.
 
-Writes config.json and rank{r}.safetensors, for as many ranks as the FT checkpoint has. int4_awq and
-fp8 need the result of quantize.py, as 8-bit KV caches do, and smoothquant with per_channel and
-without per_token (--qformat int8_sq); smoothquant with other settings needs an FT checkpoint that
-was converted with -sq.
+Writes config.json and one rank{r}.safetensors per rank of the FT checkpoint.
+
+int4_awq, fp8 and 8-bit KV caches need the result of quantize.py. So does smoothquant with
+per_channel and without per_token (--qformat int8_sq). smoothquant with other settings needs an FT
+checkpoint that was converted with -sq.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the result")
     parser.add_argument(
-        "--workers", type=int, default=1, help="ranks written at a time (default: %(default)s)"
+        "--workers",
+        type=int,
+        default=1,
+        help="number of ranks written at a time (default: %(default)s)",
     )
     options.add_vocabulary(parser)
     options.add_quantization(parser)

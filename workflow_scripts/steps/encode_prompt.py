@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes a prompt and its tokens as JSON."""
+"""Write a prompt and its tokens as JSON."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Fetches a checkpoint from the Hugging Face hub, in two steps.
+"""Fetch a checkpoint from the Hugging Face hub, in two steps.
 
-`resolve` records which commit a revision stands for. `fetch` downloads the files of that commit
-into the hub's cache and makes a folder of links to them. So a branch that moves later does not
-change what was made from it.
+`resolve` records the commit that a revision stands for. `fetch` downloads the files of that commit
+into the hub's cache and makes a folder of links to them. So a branch that moves later changes
+nothing.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _add_fetch(steps: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--content",
         choices=["checkpoint", "tokenizer"],
         default="checkpoint",
-        help="everything, or the tokenizer alone (default: %(default)s)",
+        help="all files, or only those of the tokenizer (default: %(default)s)",
     )
     return step
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Makes the networks of all ranks: rank{r}.onnx of each, and their weights.
+"""Write the networks of all ranks: one rank{r}.onnx per rank, and their weights.
 
-Unquantized weights are hard links to the FT files; quantized ones are made here.
+Unquantized weights are hard links to the FT files; quantized weights are written here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""Makes a page that shows a model's engines side by side, from their quality and smoke tests.
+"""Write a page that compares a model's engines, from their quality and smoke test results.
 
-The page is one HTML file that needs nothing else. Its table (CSV) and plots (SVG) are written as
-files, too.
+The page is a single HTML file. Its table (CSV) and plots (SVG) are also written as files.
 """
 
 from __future__ import annotations
@@ -19,15 +18,19 @@ from mpt_trt.cli.console import run_command
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="name of the model, for the title")
-    group = parser.add_argument_group("engines, the same number of each, in the order of the table")
-    group.add_argument("--variants", nargs="+", required=True, help="names")
+    group = parser.add_argument_group(
+        "engines, in the order of the table; give one value of each option per engine"
+    )
+    group.add_argument("--variants", nargs="+", required=True, help="names of the variants")
     group.add_argument(
         "--quality", nargs="+", type=Path, required=True, help="files of measure_quality.py"
     )
     group.add_argument(
         "--smoke_tests", nargs="+", type=Path, required=True, help="files of smoke_test.py"
     )
-    parser.add_argument("--template", type=Path, help="of the page (default: the one that ships)")
+    parser.add_argument(
+        "--template", type=Path, help="Jinja template of the page (default: the one that ships)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
     parser.add_argument("--items_dir", type=Path, required=True, help="folder of table and plots")
     return parser

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures how well an engine predicts held-out text, beside the float32 reference.
+"""Measure how well an engine predicts held-out text, compared with the float32 reference.
 
 Writes perplexity, KL divergence and top-1 agreement, the engine's size and its speed, as JSON.
 """
@@ -23,7 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model_dir", required=True, help="hub id or folder of the Hugging Face checkpoint"
     )
-    parser.add_argument("--revision", default="main", help="on the hub (default: %(default)s)")
+    parser.add_argument(
+        "--revision", default="main", help="revision on the hub (default: %(default)s)"
+    )
     parser.add_argument(
         "--reference", type=Path, required=True, help="file that compute_reference.py wrote"
     )

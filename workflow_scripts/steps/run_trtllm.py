@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Continues a prompt with TensorRT-LLM's runtime, and records tokens, logits and times.
+"""Continue a prompt with TensorRT-LLM's runtime, and record tokens, logits and times.
 
-Runs in TensorRT-LLM's environment, a process a rank: `mpirun -n 2 python run_trtllm.py ...`.
+Runs in TensorRT-LLM's environment, one process per rank: `mpirun -n 2 python run_trtllm.py ...`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from mpt_trt.cli.console import run_command
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--engine_dir", type=Path, required=True, help="what build_trtllm.py made")
+    add("--engine_dir", type=Path, required=True, help="engine directory that build_trtllm.py made")
     add("--prompt", type=Path, required=True, help="JSON file that encode_prompt.py wrote")
-    add("--max_output_len", type=int, required=True, help="tokens to generate, at least 2")
+    add(
+        "--max_output_len", type=int, required=True, help="number of tokens to generate, at least 2"
+    )
     add("--output", type=Path, required=True, help="npz file of the result")
     return parser
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints the result of a smoke test for people."""
+"""Print the result of a smoke test."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Runs an engine and compares its logits with the float32 reference.
+"""Run an engine and compare its logits with the float32 reference.
 
-Writes the result as JSON. When the distance exceeds the tolerance, the result goes to
+Writes the result as JSON. If the distance exceeds the tolerance, the result goes to
 {output}.rejected instead and the exit status is 1. The other of the two files is removed.
 """
 
@@ -25,8 +25,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model_dir", required=True, help="hub id or folder of the Hugging Face checkpoint"
     )
-    parser.add_argument("--tokenizer_dir", help="likewise (default: that of --model_dir)")
-    parser.add_argument("--revision", default="main", help="on the hub (default: %(default)s)")
+    parser.add_argument(
+        "--tokenizer_dir", help="hub id or folder of the tokenizer (default: --model_dir)"
+    )
+    parser.add_argument(
+        "--revision", default="main", help="revision on the hub (default: %(default)s)"
+    )
     usual = parse_settings({}).smoke_test
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
     parser.add_argument("--prompt", default=usual.prompt, help="(default: %(default)s)")

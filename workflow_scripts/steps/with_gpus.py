@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Runs a command with GPUs that no other job of this machine has.
+"""Run a command with GPUs that no other job on this machine uses.
 
     with_gpus.py --gpus 2 -- python job.py
 
-It waits until they are free, and names them to the command in CUDA_VISIBLE_DEVICES. They are free
-again when the command and what it has started have ended, for whatever reason. It fails at once if
-there are less than that. --gpus 0 hides all GPUs from the command.
+It waits until enough GPUs are free, and passes them to the command in CUDA_VISIBLE_DEVICES. They
+become free again when the command and its child processes have ended, for whatever reason. It fails
+at once if the machine has fewer GPUs. --gpus 0 hides all GPUs from the command.
 
-The GPUs are those in CUDA_VISIBLE_DEVICES, which SLURM sets in its jobs, or else all that the
-driver finds, or else as many as MPT_TRT_GPUS says.
+It chooses from the GPUs in CUDA_VISIBLE_DEVICES, which SLURM sets in its jobs. Without that
+variable, it chooses from all GPUs that the driver finds, or from as many as MPT_TRT_GPUS says.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gpus", type=_count, required=True, help="how many")
+    parser.add_argument("--gpus", type=_count, required=True, help="number of GPUs")
     parser.add_argument("command", nargs="+", help="the command and its arguments, after --")
     return parser
 
