@@ -28,7 +28,7 @@ from mpt_trt.calibration.writer import calibration_writer
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.model.tensors import block_matrices, weights
-from mpt_trt.quantization.calibrated_weights import AwqMatrix, KvRanges
+from mpt_trt.quantization.calibrated_weights import AwqMatrix, KvAmax
 
 QUANTIZATIONS = ("none", "int8_weight_only", "int4_weight_only", "int4_awq")
 
@@ -120,7 +120,7 @@ def write_calibration(folder: Path, target: Path) -> None:
         for layer in range(config.num_layers):
             matrices = block_matrices(config, layer)
             made = {name: _unscaled(found.tensor(w)) for name, w in matrices.items()}
-            writer.block(layer, KvRanges(1.0, 1.0), made)
+            writer.block(layer, KvAmax(1.0, 1.0), made)
 
 
 def _unscaled(weight: np.ndarray) -> AwqMatrix:

@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--qformat",
         choices=FORMATS,
         required=True,
-        help="quantization format; kv_cache: only scales of keys and values, part of each format",
+        help="quantization format; kv_cache: only the amax of keys and values, part of each format",
     )
     add("--export_path", type=Path, required=True, help="folder of the result")
     add(

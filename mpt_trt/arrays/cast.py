@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 # The types in which weights are stored.
-STORAGE_TYPES = {
+STORAGE_TYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": BFLOAT16,
 }
-# The bits of the exponent; they are all ones in infinities and NaNs alone.
-EXPONENTS = {
+# The bits of the exponent, which are all ones only in infinities and NaNs.
+EXPONENTS: dict[np.dtype[Any], np.unsignedinteger[Any]] = {
     np.dtype(np.float16): np.uint16(0x7C00),
     BFLOAT16: np.uint16(0x7F80),
     np.dtype(np.float32): np.uint32(0x7F800000),
@@ -44,7 +45,7 @@ OPSET, IR_VERSION = 21, 10
 TWO_STEP_VALUES = 1 << 17
 
 
-def is_finite(values: NDArray) -> bool:
+def is_finite(values: NDArray[Any]) -> bool:
     """Whether no element is a NaN or an infinity.
 
     Their bits, as integers, are above those of all finite values of the same sign: two maxima need
@@ -56,7 +57,7 @@ def is_finite(values: NDArray) -> bool:
     return bool(signed < exponent and values.view(exponent.dtype).max(initial=0) < sign | exponent)
 
 
-def convert(values: NDArray, dtype: np.dtype) -> NDArray:
+def convert(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """`values` in another floating-point type, rounded to nearest, ties to even.
 
     What is beyond the type's range becomes an infinity. The values must be finite.
@@ -69,7 +70,7 @@ def convert(values: NDArray, dtype: np.dtype) -> NDArray:
     return converted
 
 
-def conversion(source: NDArray, target: NDArray) -> Callable[[], None]:
+def conversion(source: NDArray[Any], target: NDArray[Any]) -> Callable[[], None]:
     """A function that fills `target` with what `source` holds by then, rounded as by `convert`.
 
     Both are contiguous, of one shape and of two types.
@@ -90,7 +91,7 @@ def conversion(source: NDArray, target: NDArray) -> Callable[[], None]:
     return functools.partial(_in_turn, steps)
 
 
-def _round_doubles(values: NDArray, rounded: NDArray) -> None:
+def _round_doubles(values: NDArray[Any], rounded: NDArray[Any]) -> None:
     with np.errstate(over="ignore"):
         rounded[...] = values.astype(rounded.dtype)
 
@@ -100,7 +101,7 @@ def _in_turn(steps: list[Callable[[], None]]) -> None:
         step()
 
 
-def transposed_copy(block: NDArray) -> NDArray:
+def transposed_copy(block: NDArray[Any]) -> NDArray[Any]:
     """A contiguous `[b, a]` of the contiguous `block` `[a, b]`.
 
     ONNX Runtime's kernel does it several times faster than NumPy's copy.
@@ -110,7 +111,7 @@ def transposed_copy(block: NDArray) -> NDArray:
     return target
 
 
-def transposition(blocks: NDArray, targets: NDArray) -> Callable[[], None]:
+def transposition(blocks: NDArray[Any], targets: NDArray[Any]) -> Callable[[], None]:
     """A function that fills `targets` `[n, b, a]` with what `blocks` `[n, a, b]` holds by then.
 
     Both are contiguous.
@@ -120,7 +121,7 @@ def transposition(blocks: NDArray, targets: NDArray) -> Callable[[], None]:
 
 
 def _bound(
-    session: onnxruntime.InferenceSession, source: NDArray, target: NDArray
+    session: onnxruntime.InferenceSession, source: NDArray[Any], target: NDArray
 ) -> Callable[[], None]:
     """A function that computes `target` from `source`, both contiguous."""
     binding = session.io_binding()
@@ -129,7 +130,7 @@ def _bound(
     return functools.partial(session.run_with_iobinding, binding)
 
 
-def _as_runtime_value(values: NDArray) -> onnxruntime.OrtValue:
+def _as_runtime_value(values: NDArray[Any]) -> onnxruntime.OrtValue:
     of = onnxruntime.OrtValue
     if values.dtype != BFLOAT16:
         return of.ortvalue_from_numpy(values)
@@ -137,14 +138,14 @@ def _as_runtime_value(values: NDArray) -> onnxruntime.OrtValue:
 
 
 @functools.cache
-def _transposer(dtype: np.dtype) -> onnxruntime.InferenceSession:
+def _transposer(dtype: np.dtype[Any]) -> onnxruntime.InferenceSession:
     axes = b"".join(_field(8, axis) for axis in (0, 2, 1))
     permutation = _field(5, _field(1, b"perm") + axes + _field(20, 7))
     return _session(b"Transpose", permutation, (dtype, b"nab"), (dtype, b"nba"))
 
 
 @functools.cache
-def _caster(source: np.dtype, target: np.dtype) -> onnxruntime.InferenceSession:
+def _caster(source: np.dtype[Any], target: np.dtype[Any]) -> onnxruntime.InferenceSession:
     to = _field(5, _field(1, b"to") + _field(3, ELEMENT_TYPES[target]) + _field(20, 2))
     return _session(b"Cast", to, (source, b"a"), (target, b"a"))
 
@@ -174,7 +175,7 @@ def one_thread_session(model: bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, options)
 
 
-def _value(name: bytes, dtype: np.dtype, dimensions: bytes) -> bytes:
+def _value(name: bytes, dtype: np.dtype[Any], dimensions: bytes) -> bytes:
     """A ValueInfoProto."""
     shape = b"".join(_field(1, _field(2, bytes([letter]))) for letter in dimensions)
     tensor_type = _field(1, ELEMENT_TYPES[dtype]) + _field(2, shape)

@@ -1,9 +1,8 @@
-"""One pass over a model's blocks, with the hidden states of all samples between two of them.
+"""One pass over a model's blocks, which keeps the hidden states of all samples between blocks.
 
-Memory is that of one block and of the samples' hidden states, on the CPU or on a GPU, however large
-the model. What calibration asks of a linear layer is local to it and sees the activations of the
-unquantized model; so blocks that are calibrated one after the other become what they would become
-inside the whole model.
+Memory holds one block and the samples' hidden states, on the CPU or on a GPU, however large the
+model. Calibration of a linear layer uses only that layer and the activations of the unquantized
+model, so blocks that are calibrated one by one get the same results as inside the whole model.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.model.tensors import block_matrices
 from mpt_trt.model.torch_block import PlainBlock, causal_bias, with_weights
 from mpt_trt.model.torch_tensors import ModelTensors, embed
-from mpt_trt.quantization.activation_ranges import ActivationRanges, LinearRanges
-from mpt_trt.quantization.calibrated_weights import KvRanges
+from mpt_trt.quantization.activation_amax import ActivationAmax, LinearAmax
+from mpt_trt.quantization.calibrated_weights import KvAmax
 from mpt_trt.quantization.schemes import CALIBRATION_BATCH_SIZE
 
 
 @dataclass(frozen=True)
 class Computation:
-    """Where, in what type and on how many samples at a time (at most) the blocks are computed."""
+    """Device, type and maximum number of samples at a time with which blocks are computed."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -42,7 +41,7 @@ class Computation:
 class SampleRun:
     """Feeds all samples to a block, as often as it is called.
 
-    The first call must meet the unquantized block: what comes out is what the next block gets.
+    The first call must see the unquantized block, because its outputs are the next block's inputs.
     """
 
     hidden: list[Tensor]
@@ -50,13 +49,14 @@ class SampleRun:
     outputs: list[Tensor] = field(default_factory=list)
 
     def __call__(self, block: nn.Module) -> None:
-        found = [block(batch, self.attention_bias) for batch in self.hidden]
+        """Runs the block on all samples."""
+        outputs = [block(batch, self.attention_bias) for batch in self.hidden]
         if not self.outputs:
-            self.outputs = found
+            self.outputs = outputs
 
 
-# (layer, block, run): does with the block what it wants, and calls run(block) at least once.
 Visit = Callable[[int, PlainBlock, SampleRun], None]
+"""Receives (layer, block, run), may change the block, and calls run(block) at least once."""
 
 
 @torch.no_grad()
@@ -90,9 +90,9 @@ def stream_blocks(
 
 
 def equal_batch_size(num_samples: int, at_most: int) -> int:
-    """The largest size of batches that hold the same number of samples each.
+    """Chooses the largest batch size that divides the samples equally.
 
-    Statistics that are means over batches become means over samples.
+    Statistics that are means over batches are then means over samples.
     """
     return next(size for size in range(at_most, 0, -1) if num_samples % size == 0)
 
@@ -106,103 +106,104 @@ def _require_known_tokens(samples: Tensor, vocab_size: int) -> None:
 
 
 def not_finite() -> MptTrtError:
-    """The error for NaN or Inf among activations or weights."""
+    """Makes the error for NaN or Inf among activations or weights."""
     return MptTrtError(
         "calibration met NaN or Inf: values are beyond the type that is computed in, or the "
         "checkpoint is damaged; calibrate in bfloat16 or float32, or check the checkpoint"
     )
 
 
-# --- ranges --------------------------------------------------------------------------------------
+# --- amax ----------------------------------------------------------------------------------------
 
 
-class AbsoluteMaximum:
-    """The largest absolute value of each feature, over all batches and tokens seen."""
+class AmaxObserver:
+    """Computes the amax of each feature over all batches and tokens that it observes."""
 
     def __init__(self) -> None:
-        self._found: Tensor | None = None
+        self._amax: Tensor | None = None
 
-    def see(self, values: Tensor) -> None:
-        """values: `[..., features]`."""
-        largest = values.detach().abs().flatten(0, -2).amax(0)
-        self._found = largest if self._found is None else self._found.maximum(largest)
+    def observe(self, values: Tensor) -> None:
+        """Takes values `[..., features]` into account."""
+        amax = values.detach().abs().flatten(0, -2).amax(0)
+        self._amax = amax if self._amax is None else self._amax.maximum(amax)
 
     def by_feature(self) -> NDArray[np.float32]:
-        """float32 `[features]`; raises MptTrtError when something seen was not finite."""
-        if self._found is None:
-            raise ValueError("no values were seen")
-        found = self._found.float().cpu().numpy()
-        if not np.isfinite(found).all():
+        """Returns the amax, float32 `[features]`; raises MptTrtError when it is not finite."""
+        if self._amax is None:
+            raise ValueError("no values were observed")
+        amax = self._amax.float().cpu().numpy()
+        if not np.isfinite(amax).all():
             raise not_finite()
-        return found
+        return amax
 
 
 @contextlib.contextmanager
-def watched_cache(block: PlainBlock) -> Iterator[Callable[[], KvRanges]]:
-    """Within it, runs of the block are watched; yields the function that returns the ranges."""
+def observed_cache(block: PlainBlock) -> Iterator[Callable[[], KvAmax]]:
+    """Observes keys and values of a block's runs; yields a function that returns their amax."""
     attention = block.attn
-    with _watched_output(attention.key) as key, _watched_output(attention.value) as value:
-        yield lambda: KvRanges(*(float(part.by_feature().max()) for part in (key, value)))
+    with _observed_output(attention.key) as key, _observed_output(attention.value) as value:
+        yield lambda: KvAmax(*(float(part.by_feature().max()) for part in (key, value)))
 
 
-def activation_ranges(
+def activation_amax(
     folder: Path,
     samples: Tensor,
     computation: Computation,
     advance: Callable[[], None] = lambda: None,
-) -> ActivationRanges:
-    """What enters and leaves the linear layers of a model while it reads samples.
+) -> ActivationAmax:
+    """Computes the amax of inputs and outputs of a model's linear layers while it reads samples.
 
     folder: in Hugging Face format, or an FT checkpoint. samples: int64 `[number, seq]`. advance is
     called after each block.
     """
     source = open_model(folder)
-    found: ActivationRanges = []
+    amax: ActivationAmax = []
 
     def visit(layer: int, block: PlainBlock, run: SampleRun) -> None:
         modules = linear_modules(source, layer, block)
         with contextlib.ExitStack() as stack:
-            watched = {
+            observers = {
                 name: (
-                    stack.enter_context(_watched_input(module)),
-                    stack.enter_context(_watched_output(module)),
+                    stack.enter_context(_observed_input(module)),
+                    stack.enter_context(_observed_output(module)),
                 )
                 for name, module in modules.items()
             }
             run(block)
-        found.append(
-            {n: LinearRanges(x.by_feature(), y.by_feature()) for n, (x, y) in watched.items()}
+        amax.append(
+            {n: LinearAmax(x.by_feature(), y.by_feature()) for n, (x, y) in observers.items()}
         )
         advance()
 
     stream_blocks(source, samples, computation, visit)
-    return found
+    return amax
 
 
 def linear_modules(source: ModelSource, layer: int, block: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a block by FT name, whatever class they have become."""
+    """The linear layers of a block by FT name, also after ModelOpt has replaced their class."""
     prefix = f"blocks.{layer}."
     return {
         name: block.get_submodule(weight.hf_name.removeprefix(prefix).removesuffix(".weight"))
         for name, weight in block_matrices(source.config, layer).items()
+        if weight.hf_name is not None
     }
 
 
 @contextlib.contextmanager
-def _watched_input(module: nn.Module) -> Iterator[AbsoluteMaximum]:
-    seen = AbsoluteMaximum()
-    handle = module.register_forward_pre_hook(lambda _, inputs: seen.see(inputs[0]))
+def _observed_input(module: nn.Module) -> Iterator[AmaxObserver]:
+    observer = AmaxObserver()
+    handle = module.register_forward_pre_hook(lambda _, inputs: observer.observe(inputs[0]))
     try:
-        yield seen
+        yield observer
     finally:
         handle.remove()
 
 
 @contextlib.contextmanager
-def _watched_output(module: nn.Module) -> Iterator[AbsoluteMaximum]:
-    seen = AbsoluteMaximum()
-    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.see(output))
+def _observed_output(module: nn.Module) -> Iterator[AmaxObserver]:
+    observer = AmaxObserver()
+    handle = module.register_forward_hook(lambda _module, _inputs, output: observer.observe(output))
     try:
-        yield seen
+        yield observer
     finally:
         handle.remove()

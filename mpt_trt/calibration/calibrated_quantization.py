@@ -11,7 +11,7 @@ from mpt_trt.quantization.schemes import UNQUANTIZED, Quantization, calibration_
 
 @dataclass(frozen=True)
 class CalibratedQuantization:
-    """All that a network has to know of its quantization.
+    """Everything that a network needs to know about its quantization.
 
     Raises MptTrtError when the calibration is missing, or is of another format.
     """
@@ -30,11 +30,11 @@ class CalibratedQuantization:
                 f"{what} needs a calibration result: make one with quantize.py --qformat {needed} "
                 "and name it"
             )
-        found = self.calibration.quantization_format
-        if needed != "kv_cache" and found != needed:
+        available = self.calibration.quantization_format
+        if needed != "kv_cache" and available != needed:
             raise MptTrtError(
-                f"{self.calibration.path}: a calibration result of {found}, but {what} needs one "
-                f"of {needed}; make it with quantize.py --qformat {needed}"
+                f"{self.calibration.path}: a calibration result of {available}, but {what} needs "
+                f"one of {needed}; make it with quantize.py --qformat {needed}"
             )
 
 

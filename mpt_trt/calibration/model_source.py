@@ -1,4 +1,4 @@
-"""A model from whatever folder holds it."""
+"""Opens a model in a folder of Hugging Face format or an FT checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ModelSource:
 
 
 def is_ft_folder(folder: Path) -> bool:
-    """Whether the folder holds an FT checkpoint."""
+    """Whether the folder is a {tp_size}-gpu folder of an FT checkpoint."""
     return (folder / "config.ini").is_file()
 
 

@@ -24,8 +24,8 @@ from mpt_trt.calibration.block_stream import (
     SampleRun,
     linear_modules,
     not_finite,
+    observed_cache,
     stream_blocks,
-    watched_cache,
 )
 from mpt_trt.calibration.model_source import ModelSource
 from mpt_trt.calibration.writer import calibration_writer
@@ -62,15 +62,16 @@ def calibrate(
     target: Path,
     advance: Callable[[], None] = lambda: None,
 ) -> None:
-    """Writes what calibration finds to the npz file `target`, as a whole or not at all.
+    """Calibrates a model and writes the result to the npz file `target`, or nothing at all.
 
-    samples: token ids, int64 `[number, seq]`. weight_dtype: float16 or float32, of weights in the
-    file. advance is called after each block. A block is written while the next one is calibrated.
+    samples: token ids, int64 `[number, seq]`. weight_dtype: float16 or float32, the type of weights
+    in the file. advance is called after each block. A block is written while the next one is
+    calibrated.
 
     Raises MptTrtError for samples that the model cannot read, and values that the computation's
     type or weight_dtype cannot hold.
     """
-    # The writer comes first: when the block is left, nothing is being written any more.
+    # The writer comes first, so that it closes the file after the last block has been written.
     with (
         calibration_writer(target, source.config, source.reader, weight_dtype) as writer,
         background() as writing,
@@ -78,13 +79,13 @@ def calibrate(
         writing.start(partial(writer.model, plan.quantization_format))
 
         def visit(layer: int, block: PlainBlock, run: SampleRun) -> None:
-            with watched_cache(block) as ranges:
+            with observed_cache(block) as cache_amax:
                 quantize_module(block, plan, run)
-            cache, modules = ranges(), linear_modules(source, layer, block)
+            kv_amax, modules = cache_amax(), linear_modules(source, layer, block)
             if plan.quantization_format == "kv_cache":
                 modules = {}
-            found = {n: calibrated_matrix(m, plan, weight_dtype) for n, m in modules.items()}
-            writing.start(partial(writer.block, layer, cache, found))
+            matrices = {n: calibrated_matrix(m, plan, weight_dtype) for n, m in modules.items()}
+            writing.start(partial(writer.block, layer, kv_amax, matrices))
             advance()
 
         stream_blocks(source, samples, computation, visit)
@@ -93,25 +94,26 @@ def calibrate(
 def quantize_module(
     module: nn.Module, plan: CalibrationPlan, forward_loop: Callable[[nn.Module], None]
 ) -> None:
-    """Calibrates a module's linear layers in place; of kv_cache only runs the loop."""
+    """Calibrates a module's linear layers in place; for kv_cache, only runs the loop."""
     if plan.quantization_format == "kv_cache":
         forward_loop(module)
         return
+    # ModelOpt takes seconds to import, and -kv and -sq conversions do without it.
     import modelopt.torch.quantization as mtq
 
     try:
         with _quiet():
             mtq.quantize(module, modelopt_config(plan), forward_loop)
     except AssertionError as error:
-        # ModelOpt asserts that what its calibrators see is finite.
+        # ModelOpt asserts that its calibrators see finite values.
         if re.search("detected (nan|inf) values", str(error)):
             raise not_finite() from None
         raise
 
 
 def modelopt_config(plan: CalibrationPlan) -> dict[str, Any]:
-    """ModelOpt's preset of the format, with the plan's group size."""
-    import modelopt.torch.quantization as mtq
+    """Makes ModelOpt's preset of the format, with the plan's group size."""
+    import modelopt.torch.quantization as mtq  # as above
 
     presets = {
         "int4_awq": mtq.INT4_AWQ_CFG,
@@ -130,22 +132,24 @@ def modelopt_config(plan: CalibrationPlan) -> dict[str, Any]:
 def calibrated_matrix(
     module: nn.Module, plan: CalibrationPlan, weight_dtype: np.dtype
 ) -> CalibratedMatrix:
-    """What ModelOpt found for one linear layer, weights rounded to weight_dtype."""
-    weight, inputs = module.weight_quantizer, module.input_quantizer
+    """Reads ModelOpt's results for one linear layer, with weights rounded to weight_dtype."""
+    # Modules that ModelOpt adds, which nn.Module's type does not know.
+    weight: Any = module.weight_quantizer
+    inputs: Any = module.input_quantizer
     if plan.quantization_format == "fp8":
         return Fp8Scales(_scale(weight.amax, FP8_MAX), _scale(inputs.amax, FP8_MAX))
-    # Whether weights are finite is seen by their scales, and when they are written.
-    values = _on_host(module.weight.detach().to(getattr(torch, weight_dtype.name)))
+    # Weights that are not finite show in their scales, and when they are written.
+    values = _on_host(module.get_parameter("weight").detach().to(getattr(torch, weight_dtype.name)))
     smoothing = _floats(inputs.pre_quant_scale).reshape(-1)
     if plan.quantization_format == "int4_awq":
-        scales = _scales(weight.amax, INT4_MAX).reshape(len(values), -1)
-        return AwqMatrix(values, scales, smoothing)
-    scales = _scales(weight.amax, INT8_MAX).reshape(-1)
-    return SmoothQuantMatrix(values, scales, smoothing, _scale(inputs.amax, INT8_MAX))
+        group_scales = _scales(weight.amax, INT4_MAX).reshape(len(values), -1)
+        return AwqMatrix(values, group_scales, smoothing)
+    row_scales = _scales(weight.amax, INT8_MAX).reshape(-1)
+    return SmoothQuantMatrix(values, row_scales, smoothing, _scale(inputs.amax, INT8_MAX))
 
 
 def _on_host(values: Tensor) -> NDArray:
-    """A GPU fills page-locked memory, which PyTorch keeps for the next block, far faster."""
+    """Copies values from a GPU to page-locked memory, which is faster and reused by PyTorch."""
     if values.device.type == "cpu":
         return values.numpy()
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values).numpy()
@@ -156,24 +160,24 @@ def _scale(amax: Tensor, largest: int) -> float:
 
 
 def _scales(amax: Tensor, largest: int) -> NDArray[np.float32]:
-    """1 where all values are 0: any scale serves there, but readers divide by it."""
-    found = _floats(amax) / np.float32(largest)
-    return np.where(found == 0, np.float32(1), found)
+    """Computes amax / largest; 1 instead of 0, because readers divide by scales."""
+    scales = _floats(amax) / np.float32(largest)
+    return np.where(scales == 0, np.float32(1), scales)
 
 
 def _floats(values: Tensor) -> NDArray[np.float32]:
-    found = values.detach().float().cpu().numpy()
-    if not np.isfinite(found).all():
+    floats = values.detach().float().cpu().numpy()
+    if not np.isfinite(floats).all():
         raise not_finite()
-    return found
+    return floats
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What ModelOpt prints and warns of for each block goes to the debug log."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), warnings.catch_warnings(record=True) as caught:
+    """Sends what ModelOpt prints and warns of for each block to the debug log."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    for line in [*said.getvalue().splitlines(), *(str(w.message) for w in caught)]:
+    for line in [*printed.getvalue().splitlines(), *(str(w.message) for w in caught)]:
         log.debug("%s", line)

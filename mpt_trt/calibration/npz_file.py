@@ -20,14 +20,14 @@ from mpt_trt.arrays.cast import EXPONENTS, convert, is_finite
 from mpt_trt.calibration.npz_keys import FILE_NAME
 from mpt_trt.errors import MptTrtError
 
-# Of zip, up to the name; it ends with the lengths of name and extra field.
+# Size of zip's local header up to the name; it ends with the lengths of name and extra field.
 LOCAL_HEADER_BYTES = 30
 
 
 class NpzFile:
-    """An npz archive whose arrays are read when they are asked for.
+    """An npz archive whose arrays are read on request.
 
-    Raises MptTrtError, naming the file, when there is none or it is no such archive.
+    Raises MptTrtError, naming the file, when it does not exist or is not such an archive.
     """
 
     def __init__(self, path: Path):
@@ -43,35 +43,39 @@ class NpzFile:
         self.keys = frozenset(name.removesuffix(".npy") for name in names)
 
     def _archive(self) -> zipfile.ZipFile:
-        """One a thread: Python 3.12 opens an entry at a wrong place while another one is read."""
-        if not hasattr(self._of_thread, "archive"):
-            self._of_thread.archive = zipfile.ZipFile(self.path)
-        return self._of_thread.archive
+        """The calling thread's own archive.
+
+        Python 3.12 opens an entry at a wrong place while another thread reads one.
+        """
+        archive: zipfile.ZipFile | None = getattr(self._of_thread, "archive", None)
+        if archive is None:
+            archive = self._of_thread.archive = zipfile.ZipFile(self.path)
+        return archive
 
     def array(self, key: str) -> NDArray:
-        """Raises MptTrtError when there is no such array, or it is damaged."""
+        """Reads a whole array; raises MptTrtError when it is missing or damaged."""
         with self._stream(key) as stream:
             shape, is_by_column, dtype = self._header(stream)
-            order = "F" if is_by_column else "C"
-            return np.frombuffer(stream.read(), dtype).reshape(shape, order=order)
+            flat = np.frombuffer(stream.read(), dtype)
+            return flat.reshape(shape, order="F" if is_by_column else "C")
 
     def floats(self, key: str) -> NDArray[np.float32]:
-        """The array in float32; raises MptTrtError also when it holds NaN or Inf."""
+        """Reads an array in float32; raises MptTrtError also when it holds NaN or Inf."""
         return convert(self.numbers(key), np.dtype(np.float32))
 
     def numbers(self, key: str) -> NDArray:
-        """The array as it is stored; raises MptTrtError also when it holds NaN or Inf."""
-        found = self.array(key)
-        if found.dtype not in EXPONENTS:
-            found = found.astype(np.float32)
-        if not is_finite(found):
+        """Reads an array as stored; raises MptTrtError also when it holds NaN or Inf."""
+        numbers = self.array(key)
+        if numbers.dtype not in EXPONENTS:
+            numbers = numbers.astype(np.float32)
+        if not is_finite(numbers):
             raise self.refused(f"{key} holds NaN or Inf")
-        return found
+        return numbers
 
     def rows(self, key: str, number: int) -> Iterator[NDArray]:
-        """`numbers` of a matrix, so many rows at a time; what is damaged shows at the end.
+        """Yields `numbers` of a matrix, up to `number` rows at a time.
 
-        Rows are valid until the next ones are asked for.
+        Rows are valid until the next ones are requested. Some damage is noticed only at the end.
         """
         with self._stream(key) as stream:
             shape, is_by_column, dtype = self._header(stream)
@@ -89,47 +93,52 @@ class NpzFile:
     def _rows(
         self, key: str, entry: zipfile.ZipInfo, header_bytes: int, height: int, buffer: NDArray
     ) -> Iterator[NDArray]:
-        """Rows of an entry that is not compressed, read into `buffer`.
+        """Yields rows of an uncompressed entry, read into `buffer`.
 
-        Not by way of zipfile, which makes each time an object of their size.
+        It bypasses zipfile, which would allocate memory for each piece.
         """
-        descriptor = self._archive().fp.fileno()
+        stream = self._archive().fp
+        assert stream is not None
+        descriptor = stream.fileno()
         place = _content_offset(descriptor, entry)
         check = zlib.crc32(os.pread(descriptor, header_bytes, place))
         place += header_bytes
         for start in range(0, height, len(buffer)):
-            found = buffer[: height - start]
-            if os.preadv(descriptor, [memoryview(found).cast("B")], place) != found.nbytes:
+            rows = buffer[: height - start]
+            content = memoryview(rows.data).cast("B")
+            if os.preadv(descriptor, [content], place) != rows.nbytes:
                 raise self.refused(f"{key} is damaged (it ends in row {start} or later)")
-            check = zlib.crc32(found, check)
-            place += found.nbytes
-            if not is_finite(found):
+            check = zlib.crc32(content, check)
+            place += rows.nbytes
+            if not is_finite(rows):
                 raise self.refused(f"{key} holds NaN or Inf")
-            yield found
+            yield rows
         if check != entry.CRC:
             raise self.refused(f"{key} is damaged (its check sum is another)")
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The shape alone, without reading the data."""
+        """Reads only an array's shape."""
         with self._stream(key) as stream:
             return self._header(stream)[0]
 
     def _header(self, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-        """Shape, whether columns lie one after the other, and type.
+        """Reads shape, whether columns are contiguous, and type.
 
-        By one thread at a time: NumPy has Python parse it, which in CPython 3.11 fails now and then
-        where two threads do that ("AST constructor recursion depth mismatch", gh-106905).
+        One thread at a time: NumPy lets Python parse the header, which occasionally fails in
+        CPython 3.11 when two threads do so ("AST constructor recursion depth mismatch", gh-106905).
         """
         with self._parsing:
             old = npy.read_magic(stream) == (1, 0)
             read = npy.read_array_header_1_0 if old else npy.read_array_header_2_0
-            return read(stream)
+            shape, is_by_column, dtype = read(stream)
+            return shape, is_by_column, dtype
 
     def refused(self, what: str) -> MptTrtError:
+        """Makes the error that names the file, `what` is wrong, and the remedy."""
         return MptTrtError(f"{self.path}: {what}; calibrate the model again with quantize.py")
 
     @contextlib.contextmanager
-    def _stream(self, key: str) -> Iterator[zipfile.ZipExtFile]:
+    def _stream(self, key: str) -> Iterator[IO[bytes]]:
         if key not in self.keys:
             raise self.refused(f"{key} is missing")
         try:
@@ -140,6 +149,6 @@ class NpzFile:
 
 
 def _content_offset(descriptor: int, entry: zipfile.ZipInfo) -> int:
-    """Where the bytes of an entry begin: behind its local header, a name and an extra field."""
+    """Where the bytes of an entry begin: after its local header, a name and an extra field."""
     lengths = os.pread(descriptor, 4, entry.header_offset + LOCAL_HEADER_BYTES - 4)
     return entry.header_offset + LOCAL_HEADER_BYTES + sum(struct.unpack("<HH", lengths))

@@ -31,7 +31,7 @@ NORM_KEYS = {
 WEIGHT, SMOOTHING = "weight", "prequant_scaling_factor"
 WEIGHT_SCALE, ACTIVATION_SCALE = "weights_scaling_factor", "activation_scaling_factor"
 
-# Formats whose results have whole matrices in them.
+# Formats whose results contain whole matrices.
 WITH_MATRICES: tuple[QuantizationFormat, ...] = ("int4_awq", "int8_sq")
 
 # Rows and columns of each matrix by which models are told apart.
@@ -39,7 +39,7 @@ CORNER = (8, 64)
 
 
 def matrix_keys(layer: int, matrix: str) -> list[str]:
-    """Of a matrix, or of Q, K and V."""
+    """Keys of a matrix, or of Q, K and V."""
     return [f"_np:layers:{layer}:{key}" for key in MATRIX_KEYS[matrix]]
 
 
@@ -51,7 +51,7 @@ def heights_of(config: MptConfig, matrix: str, out_features: int) -> list[int]:
 
 
 def whole_key(weight: Weight) -> str | None:
-    """Where AMMO's layout has the embedding or the weight of a norm."""
+    """Key of the embedding or of a norm's weight in AMMO's layout; None for other tensors."""
     if weight.name == "wte":
         return "_np:vocab_embedding:weight"
     if weight.name == "final_layernorm.weight":
@@ -63,15 +63,15 @@ def whole_key(weight: Weight) -> str | None:
 
 
 def amax_key(layer: int, name: str) -> str:
-    """Key of the largest magnitude of a block's keys or values."""
+    """Key of the amax of keys or values (name: `key` or `value`)."""
     return f"mpt_trt:layers:{layer}:attention:{name}:amax"
 
 
 def corner_key(weight: Weight) -> str:
-    """Key of a corner of the weight, by which a checkpoint is recognized."""
+    """Key of the first rows and columns of a matrix."""
     return f"mpt_trt:{weight.name.replace('.', ':')}:corner"
 
 
 def shape_key(weight: Weight) -> str:
-    """Key of the weight's shape."""
+    """Key of the shape of a matrix."""
     return f"mpt_trt:{weight.name.replace('.', ':')}:shape"

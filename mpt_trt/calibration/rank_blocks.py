@@ -25,8 +25,7 @@ def held_blocks(
 
     Raises MptTrtError when the result is not one of int4_awq.
     """
-    calibration.require_format("int4_awq")
-    group_size = calibration.group_size
+    group_size = calibration.awq_group_size
     groups = slice(columns.start // group_size, columns.stop // group_size)
     whole = calibration.awq_scales(layer, matrix)
     scales = np.concatenate([whole[part.start : part.stop, groups] for part in rows])
@@ -38,7 +37,7 @@ def held_blocks(
 
 
 def _held_parts(blocks: Iterator[NDArray], rows: list[Range], columns: Range) -> Iterator[NDArray]:
-    """What a rank holds of successive rows of a matrix. rows: in ascending order."""
+    """Yields a rank's part of successive blocks of a matrix. rows: in ascending order."""
     start = 0
     for block in blocks:
         for part in rows:
@@ -48,7 +47,7 @@ def _held_parts(blocks: Iterator[NDArray], rows: list[Range], columns: Range) ->
 
 
 def _joined(parts: Iterator[NDArray], number: int) -> Iterator[NDArray]:
-    """The same rows, so many at a time, where need be in memory that is used again."""
+    """Yields the same rows, `number` at a time, copied to a reused block if need be."""
     block, filled = np.empty((0, 0)), 0
     for part in parts:
         rest = part

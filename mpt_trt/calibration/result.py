@@ -1,4 +1,4 @@
-"""A calibration result, of ours or of AMMO, and whether it belongs to a model."""
+"""Reads a calibration result, of ours or of AMMO, and checks that it belongs to a model."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from mpt_trt.model.tensors import Weight, block_matrices, weights
 from mpt_trt.quantization.calibrated_weights import (
     AwqMatrix,
     Fp8Scales,
-    KvRanges,
+    KvAmax,
     SmoothQuantMatrix,
 )
 from mpt_trt.quantization.schemes import QuantizationFormat
 
-# ... which may have been rounded to bfloat16 on both sides.
+# Weights of the same model may have been rounded to bfloat16 on both sides.
 RELATIVE_TOLERANCE = 2.0**-7
 # The smallest step of float16.
 ABSOLUTE_TOLERANCE = 2.0**-24
@@ -64,18 +64,19 @@ def read_calibration(path: Path, checkpoint: FtCheckpoint) -> CalibrationResult:
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """What calibration found, by layer and by FT name of a matrix, e.g. `attention.dense`."""
+    """Results of calibration, by layer and by FT name of a matrix, e.g. `attention.dense`."""
 
     file: NpzFile
     config: MptConfig
 
     @property
     def path(self) -> Path:
+        """The npz file."""
         return self.file.path
 
     @cached_property
     def quantization_format(self) -> QuantizationFormat:
-        """What the keys say: AMMO's files have no other word for it."""
+        """The format that the keys imply; AMMO's files do not name it."""
         base = matrix_keys(0, "attention.dense")[0]
         is_quantized = f"{base}:{ACTIVATION_SCALE}" in self.file.keys
         if f"{base}:{SMOOTHING}" in self.file.keys:
@@ -94,28 +95,37 @@ class CalibrationResult:
             raise self.file.refused(f"{base} has {scales} scales for {elements} weights")
         return elements // scales
 
+    @property
+    def awq_group_size(self) -> int:
+        """Input features that share a scale; raises MptTrtError unless the format is int4_awq."""
+        self.require_format("int4_awq")
+        assert self.group_size is not None
+        return self.group_size
+
     def awq_matrix(self, layer: int, matrix: str) -> AwqMatrix:
+        """Reads a matrix; raises MptTrtError unless the format is int4_awq."""
         self.require_format("int4_awq")
         weight, scales = self._weight(layer, matrix), self.awq_scales(layer, matrix)
         return AwqMatrix(weight, scales, self._smoothing(layer, matrix))
 
     def awq_rows(self, layer: int, matrix: str, number: int) -> Iterator[NDArray]:
-        """The weight of `awq_matrix`, at most so many rows at a time."""
+        """Yields the weight of `awq_matrix`, up to `number` rows at a time."""
         self.require_format("int4_awq")
         for key in matrix_keys(layer, matrix):
             yield from self.file.rows(f"{key}:{WEIGHT}", number)
 
     def awq_scales(self, layer: int, matrix: str) -> NDArray[np.float32]:
-        """`[out, in / group_size]`, without reading the matrix."""
+        """Reads scales `[out, in / group_size]`, without the matrix."""
         self.require_format("int4_awq")
         out_features, _ = block_matrices(self.config, layer)[matrix].shape
         return self._joined(layer, matrix, WEIGHT_SCALE).reshape(out_features, -1)
 
     def pre_quant_scale(self, layer: int, matrix: str) -> NDArray[np.float32]:
-        """What the input of a matrix is multiplied by, `[in]`, without reading the matrix."""
+        """Reads the factors of a matrix's input features, `[in]`, without the matrix."""
         return self._smoothing(layer, matrix)
 
     def smoothquant_matrix(self, layer: int, matrix: str) -> SmoothQuantMatrix:
+        """Reads a matrix; raises MptTrtError unless the format is int8_sq."""
         self.require_format("int8_sq")
         return SmoothQuantMatrix(
             self._weight(layer, matrix),
@@ -125,7 +135,7 @@ class CalibrationResult:
     def smoothquant_scales(
         self, layer: int, matrix: str
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
-        """Scales, pre-quant scale and activation scale, without reading the matrix."""
+        """Reads scales, pre-quant scale and activation scale, without the matrix."""
         self.require_format("int8_sq")
         return (
             self._joined(layer, matrix, WEIGHT_SCALE),
@@ -134,37 +144,38 @@ class CalibrationResult:
         )
 
     def fp8_scales(self, layer: int, matrix: str) -> Fp8Scales:
-        """Of QKV, the largest of the scales of Q, K and V."""
+        """Reads scales; those of QKV are the largest of Q, K and V."""
         self.require_format("fp8")
         return Fp8Scales(
             self._largest(layer, matrix, WEIGHT_SCALE),
             self._largest(layer, matrix, ACTIVATION_SCALE),
         )
 
-    def kv_ranges(self, layer: int) -> KvRanges:
-        """Raises MptTrtError for a file that AMMO made: it has none."""
+    def kv_amax(self, layer: int) -> KvAmax:
+        """Reads the amax of keys and values; raises MptTrtError for AMMO's files, which lack it."""
         if amax_key(layer, "key") not in self.file.keys:
             raise self.file.refused(
-                "holds no ranges of keys and values, as files made by AMMO; an 8-bit KV cache "
-                "needs them"
+                "holds no amax of keys and values, like files made by AMMO; an 8-bit KV cache "
+                "needs it"
             )
-        return KvRanges(*(self._scalar(amax_key(layer, name)) for name in ("key", "value")))
+        return KvAmax(*(self._scalar(amax_key(layer, name)) for name in ("key", "value")))
 
-    def require_format(self, asked: QuantizationFormat) -> None:
-        if self.quantization_format != asked:
+    def require_format(self, needed: QuantizationFormat) -> None:
+        """Raises MptTrtError when the result is of another format."""
+        if self.quantization_format != needed:
             raise MptTrtError(
-                f"{self.file.path}: holds the result of {self.quantization_format}, but {asked} is "
-                f"needed; calibrate with --qformat {asked}"
+                f"{self.file.path}: holds the result of {self.quantization_format}, but {needed} "
+                f"is needed; calibrate with --qformat {needed}"
             )
 
     def _weight(self, layer: int, matrix: str) -> NDArray:
-        """Q, K and V one below the other, in the type in which they are stored."""
+        """Reads a matrix (rows Q | K | V for QKV) in the type in which it is stored."""
         keys = matrix_keys(layer, matrix)
         parts = [self.file.numbers(f"{key}:{WEIGHT}") for key in keys]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _joined(self, layer: int, matrix: str, name: str) -> NDArray[np.float32]:
-        """Scales of Q, K and V one after the other, flat."""
+        """Reads flat scales, those of Q, K and V joined."""
         parts = [self.file.floats(f"{key}:{name}") for key in matrix_keys(layer, matrix)]
         return np.concatenate([part.reshape(-1) for part in parts])
 
@@ -185,10 +196,10 @@ class CalibrationResult:
         return max(self._scalar(f"{key}:{name}") for key in matrix_keys(layer, matrix))
 
     def _scalar(self, key: str) -> float:
-        found = self.file.floats(key)
-        if found.size != 1:
-            raise self.file.refused(f"{key} holds {found.size} values instead of one")
-        return float(found.item())
+        values = self.file.floats(key)
+        if values.size != 1:
+            raise self.file.refused(f"{key} holds {values.size} values instead of one")
+        return float(values.item())
 
 
 # --- whether a file belongs to a model ----------------------------------------------------------
@@ -196,42 +207,44 @@ class CalibrationResult:
 
 def _require_layers(file: NpzFile, config: MptConfig) -> None:
     norm = re.compile(r"_np:layers:[0-9]+:input_layernorm:weight")
-    if not (found := sum(bool(norm.fullmatch(key)) for key in file.keys)):
+    num_layers = sum(bool(norm.fullmatch(key)) for key in file.keys)
+    if num_layers == 0:
         raise file.refused("holds no layers in AMMO's layout")
-    if found != config.num_layers:
-        raise _other_model(file, "the number of layers", found, config.num_layers)
+    if num_layers != config.num_layers:
+        raise _other_model(file, "the number of layers", num_layers, config.num_layers)
 
 
 def _require_same_weights(file: NpzFile, checkpoint: FtCheckpoint) -> None:
-    """Compares what the file holds of the model's own weights with those of the checkpoint."""
+    """Compares the model's own weights in the file with those of the checkpoint."""
     tensors = FtTensors(checkpoint)
     for weight in weights(checkpoint.config):
-        # Smoothing has changed the blocks' weights, and neither keys nor values.
+        # Smoothing changes the blocks' weights, but neither keys nor values.
         if checkpoint.smoothing is not None and weight.name.startswith("layers."):
             continue
+        ammo_key = whole_key(weight)
         if shape_key(weight) in file.keys:
             shape, key = tuple(file.array(shape_key(weight)).tolist()), corner_key(weight)
-        elif (key := whole_key(weight)) in file.keys:
-            shape = file.shape(key)
+        elif ammo_key is not None and ammo_key in file.keys:
+            shape, key = file.shape(ammo_key), ammo_key
         else:
             continue
         if shape != weight.shape:
             raise _other_model(file, f"the shape of {weight.name}", list(shape), list(weight.shape))
-        found = file.floats(key)
-        expected = tensors.corner(weight, found.shape).astype(np.float32)
-        _require_near(file, weight.name, found[tuple(map(slice, expected.shape))], expected)
+        recorded = file.floats(key)
+        expected = tensors.corner(weight, recorded.shape).astype(np.float32)
+        _require_near(file, weight.name, recorded[tuple(map(slice, expected.shape))], expected)
 
 
-def _require_near(file: NpzFile, name: str, found: NDArray, expected: NDArray) -> None:
-    is_near = np.isclose(found, expected, RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE)
+def _require_near(file: NpzFile, name: str, recorded: NDArray, expected: NDArray) -> None:
+    is_near = np.isclose(recorded, expected, RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE)
     if not is_near.all():
         place = tuple(int(i) for i in np.argwhere(~is_near)[0])
         what = f"{name} at {list(place)}"
-        raise _other_model(file, what, f"{found[place]:g}", f"{expected[place]:g}")
+        raise _other_model(file, what, f"{recorded[place]:g}", f"{expected[place]:g}")
 
 
 def _require_shapes(result: CalibrationResult, layer: int, matrix: str, weight: Weight) -> None:
-    """Of a matrix and its scales."""
+    """Raises MptTrtError when a matrix or its scales have another shape than the model's."""
     file, group_size = result.file, result.group_size
     out_features, in_features = weight.shape
     if group_size is not None and in_features % group_size:
@@ -243,12 +256,15 @@ def _require_shapes(result: CalibrationResult, layer: int, matrix: str, weight: 
     heights = heights_of(result.config, matrix, out_features)
     for key, height in zip(matrix_keys(layer, matrix), heights, strict=True):
         for name, expected in ((WEIGHT, (height, in_features)), (SMOOTHING, (in_features,))):
-            if (found := file.shape(f"{key}:{name}")) != expected:
+            shape = file.shape(f"{key}:{name}")
+            if shape != expected:
                 what = f"the shape of {key}:{name}"
-                raise _other_model(file, what, list(found), list(expected))
-        if (found := math.prod(file.shape(f"{key}:{WEIGHT_SCALE}"))) != height * scales_per_row:
+                raise _other_model(file, what, list(shape), list(expected))
+        num_scales = math.prod(file.shape(f"{key}:{WEIGHT_SCALE}"))
+        if num_scales != height * scales_per_row:
             raise file.refused(
-                f"{key}:{WEIGHT_SCALE} holds {found} scales instead of {height * scales_per_row}"
+                f"{key}:{WEIGHT_SCALE} holds {num_scales} scales instead of "
+                f"{height * scales_per_row}"
             )
 
 

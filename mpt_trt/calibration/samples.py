@@ -1,4 +1,4 @@
-"""What a model reads while it is calibrated: pieces of a text."""
+"""Samples that a model reads while it is calibrated: pieces of a text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mpt_trt.errors import MptTrtError
 
 
 def read_samples(path: Path, tokenizer: Tokenizer, number: int, length: int) -> Tensor:
-    """Pieces of the text, evenly spread over it: token ids, int64 `[number, length]`.
+    """Cuts samples from a text, evenly spread: token ids, int64 `[number, length]`.
 
-    Raises MptTrtError, with the numbers, when the text is too short for pieces that do not overlap.
+    Raises MptTrtError, with the numbers, when the text is too short for samples without overlap.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -34,13 +34,13 @@ from mpt_trt.model.tensors import Weight, WeightReader, weights
 from mpt_trt.quantization.calibrated_weights import (
     CalibratedMatrix,
     Fp8Scales,
-    KvRanges,
+    KvAmax,
     SmoothQuantMatrix,
 )
 from mpt_trt.quantization.schemes import QuantizationFormat
 from mpt_trt.system.files import WRITE_BYTES, replace_file, write_in_pieces
 
-# The earliest time that a zip archive can name.
+# The earliest time that a zip archive can record: the same arrays make the same bytes.
 TIME_STAMP = (1980, 1, 1, 0, 0, 0)
 
 
@@ -48,7 +48,8 @@ TIME_STAMP = (1980, 1, 1, 0, 0, 0)
 class CalibrationWriter:
     """An archive that grows by one array at a time; the same arrays make the same bytes.
 
-    weight_dtype: float16 or float32, of weights; everything else is float32.
+    reader: of the calibrated model. weight_dtype: float16 or float32, the type of weights;
+    everything else is float32.
     """
 
     archive: zipfile.ZipFile
@@ -57,44 +58,46 @@ class CalibrationWriter:
     weight_dtype: np.dtype
 
     def model(self, quantization_format: QuantizationFormat) -> None:
-        """What the model is known by: all norms, and a part of each matrix.
+        """Writes what identifies the model: all norms, and a corner of each matrix.
 
-        And the embedding, where there are matrices: then AMMO's loader takes all weights from here.
+        If the format has matrices, the embedding is written too, because AMMO's loader then reads
+        all weights from the file.
         """
         for weight in weights(self.config):
             if len(weight.shape) == 2:
                 self._fingerprint(weight)
-            is_wanted = weight.name != "wte" or quantization_format in WITH_MATRICES
-            if is_wanted and (key := whole_key(weight)) is not None:
+            is_needed = weight.name != "wte" or quantization_format in WITH_MATRICES
+            if is_needed and (key := whole_key(weight)) is not None:
                 self._weight(key, self.reader.tensor(weight), weight.name)
 
-    def block(self, layer: int, ranges: KvRanges, matrices: Mapping[str, CalibratedMatrix]) -> None:
-        """matrices: by FT name within the layer, e.g. `attention.dense`."""
-        self.kv_ranges(layer, ranges)
-        for name, found in matrices.items():
-            self.matrix(layer, name, found)
+    def block(self, layer: int, amax: KvAmax, matrices: Mapping[str, CalibratedMatrix]) -> None:
+        """Writes a block; matrices: by FT name within the layer, e.g. `attention.dense`."""
+        self.kv_amax(layer, amax)
+        for name, calibrated in matrices.items():
+            self.matrix(layer, name, calibrated)
 
-    def kv_ranges(self, layer: int, ranges: KvRanges) -> None:
-        self._scalar(amax_key(layer, "key"), ranges.key)
-        self._scalar(amax_key(layer, "value"), ranges.value)
+    def kv_amax(self, layer: int, amax: KvAmax) -> None:
+        """Writes the amax of a layer's keys and values."""
+        self._scalar(amax_key(layer, "key"), amax.key)
+        self._scalar(amax_key(layer, "value"), amax.value)
 
-    def matrix(self, layer: int, matrix: str, found: CalibratedMatrix) -> None:
-        """matrix: FT name within the layer, e.g. `attention.dense`."""
-        keys = matrix_keys(layer, matrix)
-        if isinstance(found, Fp8Scales):
+    def matrix(self, layer: int, name: str, calibrated: CalibratedMatrix) -> None:
+        """Writes a matrix; name: FT name within the layer, e.g. `attention.dense`."""
+        keys = matrix_keys(layer, name)
+        if isinstance(calibrated, Fp8Scales):
             for key in keys:
-                self._scalar(f"{key}:{WEIGHT_SCALE}", found.weight)
-                self._scalar(f"{key}:{ACTIVATION_SCALE}", found.activation)
+                self._scalar(f"{key}:{WEIGHT_SCALE}", calibrated.weight)
+                self._scalar(f"{key}:{ACTIVATION_SCALE}", calibrated.activation)
             return
-        heights = heights_of(self.config, matrix, len(found.weight))
-        cuts = np.cumsum(heights)[:-1]
-        parts = zip(keys, np.split(found.weight, cuts), np.split(found.scales, cuts), strict=True)
-        for key, weight, scales in parts:
+        cuts = np.cumsum(heights_of(self.config, name, len(calibrated.weight)))[:-1]
+        weights_by_key = np.split(calibrated.weight, cuts)
+        scales_by_key = np.split(calibrated.scales, cuts)
+        for key, weight, scales in zip(keys, weights_by_key, scales_by_key, strict=True):
             self._weight(f"{key}:{WEIGHT}", weight, key)
             self._write(f"{key}:{WEIGHT_SCALE}", scales)
-            self._write(f"{key}:{SMOOTHING}", found.pre_quant_scale)
-            if isinstance(found, SmoothQuantMatrix):
-                self._scalar(f"{key}:{ACTIVATION_SCALE}", found.activation_scale)
+            self._write(f"{key}:{SMOOTHING}", calibrated.pre_quant_scale)
+            if isinstance(calibrated, SmoothQuantMatrix):
+                self._scalar(f"{key}:{ACTIVATION_SCALE}", calibrated.activation_scale)
 
     def _fingerprint(self, weight: Weight) -> None:
         rows, columns = CORNER
@@ -103,7 +106,7 @@ class CalibrationWriter:
         self._write(shape_key(weight), np.array(weight.shape, np.int64))
 
     def _weight(self, key: str, values: NDArray, name: str) -> None:
-        """Writes `values` in weight_dtype; raises MptTrtError for what is not finite there."""
+        """Writes `values` in weight_dtype; raises MptTrtError when one is not finite there."""
         with self._entry(key, self.weight_dtype, values.shape) as stream:
             for piece in _pieces(values):
                 stored = convert(piece, self.weight_dtype)
@@ -112,7 +115,7 @@ class CalibrationWriter:
                         f"{name} holds NaN, Inf or values that {self.weight_dtype} cannot hold; "
                         "calibrate with --dtype float32, or check the checkpoint"
                     )
-                stream.write(memoryview(stored).cast("B"))
+                stream.write(memoryview(stored.data).cast("B"))
 
     def _scalar(self, key: str, value: float) -> None:
         self._write(key, np.array([value], np.float32))
@@ -123,7 +126,7 @@ class CalibrationWriter:
 
     @contextlib.contextmanager
     def _entry(self, key: str, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
-        """An array of the archive whose elements, in C order, are written to the stream."""
+        """Opens an array of the archive; its elements, in C order, are written to the stream."""
         entry = zipfile.ZipInfo(f"{key}.npy", TIME_STAMP)
         header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         with self.archive.open(entry, "w", force_zip64=True) as stream:
@@ -135,13 +138,13 @@ class CalibrationWriter:
 def calibration_writer(
     target: Path, config: MptConfig, reader: WeightReader, weight_dtype: np.dtype
 ) -> Iterator[CalibrationWriter]:
-    """Writes `target` as a whole, or not at all. reader: of the model that is calibrated."""
+    """Writes `target` as a whole or not at all. reader: of the calibrated model."""
     with replace_file(target) as partial, zipfile.ZipFile(partial, "w") as archive:
         yield CalibrationWriter(archive, config, reader, weight_dtype)
 
 
 def _pieces(values: NDArray) -> Iterator[NDArray]:
-    """The elements in C order, in flat parts that fit into the processor's cache."""
+    """Yields the elements in C order, in flat parts that fit into the processor's cache."""
     flat, step = values.reshape(-1), WRITE_BYTES // values.itemsize
     for start in range(0, flat.size, step):
         yield flat[start : start + step]

@@ -7,7 +7,7 @@ from pathlib import Path
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
 
-# In order of preference; an index stands for the shards that it names.
+# In order of preference; an index represents the shards that it names.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -19,9 +19,9 @@ OTHER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Every file of the folder that is read: configuration, tokenizer, weights and their index.
+    """Lists the files that are read: configuration, tokenizer, weights and their index.
 
-    Raises MptTrtError when the folder or its weights are not there.
+    Raises MptTrtError when the folder or its weights are missing.
     """
     if not folder.is_dir():
         raise MptTrtError(f"{folder}: no such folder; models.*.source names a hub id or a folder")
@@ -32,9 +32,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights of a checkpoint folder, all of them present.
+    """Lists the files that hold the weights of a checkpoint folder.
 
-    Raises MptTrtError when there are none, or when an index names a file that is not there.
+    Raises MptTrtError when there are none, or when an index names a missing file.
     """
     source = _weight_source(folder)
     return _indexed_files(source) if source.name.endswith(INDEX_SUFFIX) else [source]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig, NormType
@@ -31,8 +32,8 @@ def read_hf_config(folder: Path) -> MptConfig:
     return parse_hf_config(read_json(path), path)
 
 
-def parse_hf_config(content: dict, path: Path) -> MptConfig:
-    """The same of a config.json's content; `path` is how messages call it."""
+def parse_hf_config(content: dict[str, Any], path: Path) -> MptConfig:
+    """Reads a config.json's content; `path` is its name in error messages."""
     return _Reader(path, content).config()
 
 
@@ -42,9 +43,9 @@ def _token_id(value: object) -> int | None:
 
 
 class _Reader:
-    """One `config.json` on its way to an MptConfig; keeps the path for error messages."""
+    """Reads one `config.json`; keeps its path for error messages."""
 
-    # Keys that are read below, or that change nothing at inference.
+    # Keys that are read below, or that do not affect inference.
     KNOWN_ATTENTION_KEYS = frozenset(
         {
             "_name_or_path",
@@ -85,14 +86,14 @@ class _Reader:
         }
     )
     # Values of other attention keys that mean "not used".
-    ABSENT = (None, False, 0, -1, "", [], {})
+    ABSENT: tuple[object, ...] = (None, False, 0, -1, "", [], {})
     UNSUPPORTED_TOP_LEVEL = {
         "moe_num_experts": "mixture of experts",
         "block_overrides": "per-block overrides",
         "final_logit_softcapping": "soft-capped logits",
     }
 
-    def __init__(self, path: Path, content: dict):
+    def __init__(self, path: Path, content: dict[str, Any]):
         self.path = path
         self.top = content
         self.attention = self._object("attn_config", content.get("attn_config"))
@@ -154,7 +155,7 @@ class _Reader:
         if (activation.get("name"), activation.get("approximate", "none")) != ("gelu", "none"):
             raise self.refused(field, activation, "only exact GELU is supported")
 
-    def _object(self, field: str, value: object) -> dict:
+    def _object(self, field: str, value: object) -> dict[str, Any]:
         if value is not None and not isinstance(value, dict):
             raise self.refused(field, value, "an object is expected")
         return value or {}
@@ -166,10 +167,9 @@ class _Reader:
         return value
 
     def _number(self, field: str, value: object) -> float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value < math.inf:
-            raise self.refused(field, value, "a positive number is required")
-        return float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+            return float(value)
+        raise self.refused(field, value, "a positive number is required")
 
     def _num_kv_heads(self, num_heads: int) -> int:
         kind = self.attention.get("attn_type", "multihead_attention")
@@ -180,10 +180,9 @@ class _Reader:
         value = self.attention.get("kv_n_heads") or default
         is_integer = isinstance(value, int) and not isinstance(value, bool)
         if not is_integer or value < 1 or num_heads % value:
-            raise self.refused(
-                "attn_config.kv_n_heads", value, f"it must divide n_heads ({num_heads})"
-            )
-        return value
+            why = f"it must divide n_heads ({num_heads})"
+            raise self.refused("attn_config.kv_n_heads", value, why)
+        return int(value)
 
     def _intermediate_size(self, hidden_size: int) -> int:
         explicit = self.feed_forward.get("ffn_hidden_size")

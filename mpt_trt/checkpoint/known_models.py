@@ -1,22 +1,23 @@
-"""Shapes of known models, for what happens without their checkpoints: planning and random weights.
+"""Shapes of known models, for planning and random weights without their checkpoints.
 
-Nothing that makes or runs an engine reads them; that takes each checkpoint's own config.json.
+Building and running engines use each checkpoint's own config.json instead.
 """
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 from mpt_trt.checkpoint.hf_config import parse_hf_config
 from mpt_trt.model.config import MptConfig
 
-COMMON = {"vocab_size": 50432, "max_seq_len": 2048}
+COMMON: dict[str, Any] = {"vocab_size": 50432, "max_seq_len": 2048}
 MPT_7B = COMMON | {"d_model": 4096, "n_heads": 32, "n_layers": 32}
 MPT_30B = COMMON | {"d_model": 7168, "n_heads": 64, "n_layers": 48, "max_seq_len": 8192}
 
 # Fields of each model's own config.json on the hub, by the last part of its hub id.
-SHIPPED = {
+SHIPPED: dict[str, dict[str, Any]] = {
     "mpt-7b": MPT_7B,
     "mpt-7b-instruct": MPT_7B,
     "mpt-7b-chat": MPT_7B,
@@ -34,16 +35,16 @@ SHIPPED = {
         "attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": 8},
     },
 }
-# Sizes of our own, for benchmarks.
-BENCHMARKS = {
+# Made-up sizes for benchmarks.
+BENCHMARKS: dict[str, dict[str, Any]] = {
     "bench-1.3b": COMMON | {"d_model": 2048, "n_heads": 16, "n_layers": 24, "vocab_size": 50368},
     "bench-354m": COMMON | {"d_model": 1024, "n_heads": 16, "n_layers": 24, "vocab_size": 50368},
 }
 SHAPES = SHIPPED | BENCHMARKS
 
 
-def hub_config(name: str, num_layers: int | None = None, dtype: str = "float16") -> dict:
-    """A hub-style config.json of a key of SHAPES. num_layers: None for the model's own number."""
+def hub_config(name: str, num_layers: int | None = None, dtype: str = "float16") -> dict[str, Any]:
+    """A hub-style config.json for a key of SHAPES. num_layers: None for the model's own number."""
     shape = SHAPES[name]
     attention = {"attn_type": "multihead_attention", "alibi": True}
     return {

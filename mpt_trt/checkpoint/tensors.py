@@ -1,8 +1,8 @@
-"""Lazy tensors from a Hugging Face checkpoint folder.
+"""Reads tensors of a Hugging Face checkpoint folder lazily.
 
-safetensors or PyTorch `.bin`, in one file or in shards with an index, with or without the
-`transformer.` prefix. Files are memory-mapped: a tensor takes no memory that the system cannot
-reclaim until someone computes with it. Nothing in the checkpoint is executed.
+Weights are safetensors or PyTorch `.bin`, in one file or in shards with an index, with or without
+the `transformer.` prefix. Files are memory-mapped: until a tensor is computed with, it takes no
+memory that the system cannot reclaim. Nothing in the checkpoint is executed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,13 +38,21 @@ class WeightFile(Protocol):
 
     path: Path
 
-    def names(self) -> Iterable[str]: ...
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        ...
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        ...
 
-    def tensor(self, name: str) -> NDArray: ...
+    def tensor(self, name: str) -> NDArray:
+        """A tensor as stored, memory-mapped; raises MptTrtError if it is not floating point."""
+        ...
 
-    def prefetch(self, name: str) -> None: ...
+    def prefetch(self, name: str) -> None:
+        """Reads a tensor ahead, in the order of its file."""
+        ...
 
 
 class SafetensorsShard:
@@ -61,12 +69,15 @@ class SafetensorsShard:
             raise _broken(path, error, _first_incomplete_tensor(path)) from None
 
     def names(self) -> Iterable[str]:
+        """See `WeightFile`."""
         return self._header
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """See `WeightFile`."""
         return tuple(self._header[name]["shape"])
 
     def tensor(self, name: str) -> NDArray:
+        """See `WeightFile`."""
         entry = self._header[name]
         if entry["dtype"] not in SAFETENSORS_TYPES:
             raise _not_float(self.path, name, entry["dtype"])
@@ -75,17 +86,19 @@ class SafetensorsShard:
         return data.reshape(entry["shape"])
 
     def prefetch(self, name: str) -> None:
+        """See `WeightFile`."""
         start, stop = self._header[name]["data_offsets"]
         map_pages(self._data[start:stop])
 
 
 class PickleShard:
-    """One file of a checkpoint in PyTorch's own format, memory-mapped."""
+    """A PyTorch `.bin` file, mapped into memory; only tensors are unpickled."""
 
     def __init__(self, path: Path):
-        self.path = path
+        # PyTorch takes a second to import, and safetensors do without it.
         import torch
 
+        self.path = path
         try:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError as error:
@@ -102,27 +115,29 @@ class PickleShard:
             raise _broken(path, error, "every tensor") from None
         if not isinstance(content, dict):
             raise MptTrtError(f"{path}: a state dict is expected, found {type(content).__name__}")
-        found = {name: t for name, t in content.items() if isinstance(t, torch.Tensor)}
-        self._tensors = {name: t.detach() for name, t in found.items()}
+        self._tensors = {n: t.detach() for n, t in content.items() if isinstance(t, torch.Tensor)}
+        self._bfloat16 = torch.bfloat16
+        self._uint16 = torch.uint16
 
     def names(self) -> Iterable[str]:
+        """See `WeightFile`."""
         return self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """See `WeightFile`."""
         return tuple(self._tensors[name].shape)
 
     def tensor(self, name: str) -> NDArray:
-        import torch
-
+        """See `WeightFile`."""
         tensor = self._tensors[name]
-        if tensor.dtype is torch.bfloat16:
-            return tensor.view(torch.uint16).numpy().view(BFLOAT16)
+        if tensor.dtype is self._bfloat16:
+            return tensor.view(self._uint16).numpy().view(BFLOAT16)
         if not tensor.is_floating_point() or tensor.itemsize < 2:
             raise _not_float(self.path, name, str(tensor.dtype).removeprefix("torch."))
         return tensor.numpy()
 
     def prefetch(self, name: str) -> None:
-        pass  # PyTorch maps the file
+        """Does nothing: PyTorch has mapped the file."""
 
 
 class HfCheckpoint:
@@ -144,17 +159,17 @@ class HfCheckpoint:
         self._check_shapes(weights)
 
     def tensor(self, weight: Weight) -> NDArray:
-        """The tensor as stored: `weight.shape`, float (EXPONENTS' types); memory-mapped."""
+        """A memory-mapped tensor as stored: `weight.shape`, of one of EXPONENTS' types."""
         shard, name = self._location[_hf_name(weight)]
         return shard.tensor(name)
 
     def prefetch(self, weight: Weight) -> None:
-        """Reads a tensor in the order of its file, before parts are read from here and there."""
+        """Reads a tensor ahead, in the order of its file, before its parts are read in another."""
         shard, name = self._location[_hf_name(weight)]
         shard.prefetch(name)
 
     def describe(self, weight: Weight) -> str:
-        """`file: tensor name`, for messages."""
+        """Label of a tensor for error messages: `file: tensor name`."""
         shard, name = self._location[_hf_name(weight)]
         return f"{shard.path}: tensor {name}"
 
@@ -208,13 +223,13 @@ def _open_weight_file(path: Path) -> WeightFile:
 
 
 def _culprit(error: pickle.UnpicklingError) -> str:
-    """What PyTorch refused to load, without its advice to load it all the same."""
+    """Names what PyTorch refused to load, without its advice to load it anyway."""
     name = re.search(r"GLOBAL (\S+)", str(error))
     return name[1] if name else "it is no state dict"
 
 
 def _is_bare_pickle(path: Path) -> bool:
-    """Whether the file is no zip archive but a pickle, as PyTorch wrote before version 1.6."""
+    """Whether the file is a pickle without zip archive, as PyTorch wrote before version 1.6."""
     try:
         with path.open("rb") as stream:
             return stream.read(1) == pickle.PROTO
@@ -229,8 +244,8 @@ def _broken(path: Path, error: Exception, tensor: str) -> MptTrtError:
     )
 
 
-def _safetensors_header(path: Path) -> tuple[dict[str, dict], int]:
-    """The entries of a safetensors file by tensor name, and where the data begins.
+def _safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Reads the entries of a safetensors file by tensor name, and where the data begins.
 
     Format: 8 bytes little-endian header length, JSON header with `data_offsets` relative to the end
     of the header, data (safetensors README, section "Format").
@@ -265,7 +280,7 @@ def _and_others(names: list[str]) -> str:
 
 
 def not_finite(tensor: NDArray, description: str) -> MptTrtError:
-    """The error that says where `tensor` holds a NaN or an infinity."""
+    """Makes the error that names the place of the first NaN or infinity in `tensor`."""
     # Row by row: a mask of the whole tensor would take as much memory as the tensor.
     rows = tensor if tensor.ndim > 1 else tensor[None]
     index, row = next((i, row) for i, row in enumerate(rows) if not is_finite(row))

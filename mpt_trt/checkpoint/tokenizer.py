@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the `tokenizers` library, from a checkpoint's tokenizer.json."""
+"""Converts text to token ids and back, with the `tokenizers` library and tokenizer.json."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer and the ids of its begin and end tokens (None where it names none)."""
+    """A tokenizer and the ids of its begin and end tokens (None if it names none)."""
 
     backend: TokenizerFile
     bos_token_id: int | None
     eos_token_id: int | None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of a text, with the tokenizer's special tokens unless told otherwise."""
+        token_ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return token_ids
 
     def decode(self, token_ids: list[int]) -> str:
-        return self.backend.decode(token_ids, skip_special_tokens=True)
+        """The text of token ids, without special tokens."""
+        return str(self.backend.decode(token_ids, skip_special_tokens=True))
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -44,7 +47,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def special_token_ids(folder: Path) -> tuple[int | None, int | None]:
-    """(bos, eos) ids of the folder's tokenizer; (None, None) when there is no tokenizer."""
+    """Ids (bos, eos) of the folder's tokenizer; (None, None) when there is no tokenizer."""
     if not (folder / "tokenizer.json").is_file():
         return None, None
     tokenizer = read_tokenizer(folder)

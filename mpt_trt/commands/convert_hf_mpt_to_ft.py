@@ -56,7 +56,7 @@ def _int8(options: argparse.Namespace, folder: Path, config: MptConfig) -> Int8C
     if alpha is None and not options.calibrate_kv_cache:
         return None
     # These import PyTorch and Rich, which a plain conversion can do without.
-    from mpt_trt.calibration.block_stream import activation_ranges
+    from mpt_trt.calibration.block_stream import activation_amax
     from mpt_trt.cli import calibration_requests
     from mpt_trt.cli.terminal import steps_progress
 
@@ -66,7 +66,7 @@ def _int8(options: argparse.Namespace, folder: Path, config: MptConfig) -> Int8C
     tokenizer = read_tokenizer(tokenizer_folder(options.tokenizer_dir or str(folder)))
     samples = calibration_requests.calibration_samples(options, tokenizer)
     with steps_progress(f"Calibrating {options.in_file}", config.num_layers) as advance:
-        ranges = activation_ranges(folder, samples, computation, advance)
+        ranges = activation_amax(folder, samples, computation, advance)
     provenance = {
         "text": options.calib_text.name,
         "text_hash": content_hash(options.calib_text),

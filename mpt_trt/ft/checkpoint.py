@@ -1,9 +1,9 @@
-"""The FasterTransformer (FT) checkpoint directory: `config.ini` and raw `.bin` tensors, by rank.
+"""Reads a FasterTransformer (FT) checkpoint directory: `config.ini` and raw `.bin` files by rank.
 
 Files have no header: C order, little endian. Linear weights are transposed to
-`[in_features, out_features]`, which is what a MatMul wants. Names, splits and keys are those of
+`[in_features, out_features]`, as a MatMul expects them. Names, splits and keys are those of
 NVIDIA's convert_hf_mpt_to_ft.py; docs/ft_differences.md lists where that is wrong and ours is not.
-`manifest.json` is our addition: where the weights came from and a hash of every file.
+`manifest.json` is our addition: where the weights came from, and a hash of every file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 SECTION = "gpt"
 MANIFEST = "manifest.json"
-# Beside a plain checkpoint, there are int8 files of QKV if this one is there.
+# A plain checkpoint also has int8 files of QKV if this file exists.
 KV_SCALE = "model.layers.0.attention.query_key_value.scale_y_quant_orig.bin"
 
 
@@ -47,9 +47,9 @@ KV_SCALE = "model.layers.0.attention.query_key_value.scale_y_quant_orig.bin"
 class FtCheckpoint:
     """A checked FT directory.
 
-    storage_type: a key of STORAGE_TYPES. manifest: {} when absent. smoothing: SmoothQuant's alpha,
-    if the weights and norms are smoothed; such a directory is no plain checkpoint. int8_layers: of
-    which linear layers there are int8 weights and scales.
+    storage_type: a key of STORAGE_TYPES. manifest: {} when absent. smoothing: SmoothQuant's alpha
+    if the weights and norms are smoothed; such a directory is not a plain checkpoint. int8_layers:
+    linear layers that have int8 weights and scales.
     """
 
     folder: Path
@@ -57,19 +57,19 @@ class FtCheckpoint:
     storage_type: str
     tp_size: int
     model_name: str
-    manifest: dict
+    manifest: dict[str, Any]
     smoothing: float | None = None
     int8_layers: Int8Layers = Int8Layers.NONE
 
     def rank_files(self, rank: Rank) -> dict[str, FtFile]:
-        """The files that one rank reads in the storage type, by FT weight name."""
+        """The files in the storage type that one rank reads, by FT weight name."""
         return {
             weight.name: ft_file(self.config, weight, rank, self.storage_type)
             for weight in weights(self.config)
         }
 
     def rank_int8_files(self, rank: Rank) -> dict[str, Int8Files]:
-        """What one rank reads for 8-bit products, by FT layer name: `layers.0.attention.dense`."""
+        """The int8 files that one rank reads, by FT layer name: `layers.0.attention.dense`."""
         return {
             linear_name(weight): int8_files(self.config, weight, rank)
             for weight in weights(self.config)
@@ -94,17 +94,17 @@ class FtCheckpoint:
         """The file from which a rank reads a tensor."""
         return ft_file(self.config, weight, rank, self.storage_type)
 
-    def matrix(self, weight: Weight, rank: Rank) -> NDArray:
+    def matrix(self, weight: Weight, rank: Rank) -> NDArray[Any]:
         """A rank's part of a linear layer's weight, `[in, out]`, memory-mapped."""
         return self.mapped(self.file_of(weight, rank))
 
-    def mapped(self, file: FtFile) -> NDArray:
+    def mapped(self, file: FtFile) -> NDArray[Any]:
         """The content of a file in the storage type, `file.shape`, memory-mapped for reading."""
         dtype = STORAGE_TYPES[self.storage_type]
         return np.memmap(self.folder / file.name, dtype, "r", shape=file.shape)
 
     def hashes(self, names: list[str]) -> dict[str, str]:
-        """Content hash of each named file; read from the manifest where it has one."""
+        """Content hash of each named file, from the manifest if it records one."""
         known = {name: entry["hash"] for name, entry in self.manifest.get("files", {}).items()}
         unknown = {name: self.folder / name for name in names if name not in known}
         known.update(content_hashes(unknown))
@@ -145,7 +145,7 @@ def read_ft_checkpoint(folder: Path) -> FtCheckpoint:
 def _int8_layers(folder: Path, smoothing: float | None) -> Int8Layers:
     if smoothing is not None:
         return Int8Layers.ALL
-    # NVIDIA's config.ini says `calibrate_kv_cache = False` in any case.
+    # NVIDIA's config.ini always has `calibrate_kv_cache = False`.
     has_kv_scale = (folder / KV_SCALE).is_file()
     return Int8Layers.QKV if has_kv_scale else Int8Layers.NONE
 
@@ -157,10 +157,10 @@ def _check_sizes(checkpoint: FtCheckpoint) -> None:
         path = checkpoint.folder / file.name
         if not path.is_file():
             raise MptTrtError(f"{path}: tensor file is missing; convert the checkpoint again")
-        found = path.stat().st_size
-        if found != file.byte_size:
+        size = path.stat().st_size
+        if size != file.byte_size:
             raise MptTrtError(
-                f"{path}: has {found} bytes, but {list(file.shape)} of {file.dtype} "
+                f"{path}: has {size} bytes, but {list(file.shape)} of {file.dtype} "
                 f"are {file.byte_size}; convert the checkpoint again"
             )
 
@@ -187,7 +187,7 @@ class _Ini:
 
     def number(self, key: str, default: float | None = None) -> float:
         raw = self.values.get(key)
-        if raw in (None, "None"):
+        if raw is None or raw == "None":
             if default is None:
                 raise MptTrtError(f"{self.path}: {key} is missing; convert the checkpoint again")
             return default
@@ -233,7 +233,7 @@ def _config_from_ini(ini: _Ini, folder: Path) -> MptConfig:
     hidden_size = ini.integer("n_embd")
     num_heads = ini.divisor("n_head", hidden_size)
     usual_scale = 1.0 / math.sqrt(hidden_size // num_heads)
-    # NVIDIA's converter writes wpe.bin without saying so in config.ini.
+    # NVIDIA's converter writes wpe.bin without recording it in config.ini.
     learned = (folder / "model.wpe.bin").is_file()
     return MptConfig(
         hidden_size=hidden_size,

@@ -1,6 +1,6 @@
 """Writes what an FT checkpoint holds for 8-bit products: smoothed and int8 weights, and scales.
 
-Every matrix is streamed three times: for the largest weight of each input feature, for that of each
+Every matrix is streamed three times: for the amax of each input feature, for the amax of each
 output feature after smoothing, and into its files.
 """
 
@@ -22,7 +22,7 @@ from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import Range, Rank
 from mpt_trt.model.tensors import Split, Weight, preceding_norm, weights
-from mpt_trt.quantization.activation_ranges import ActivationRanges, ranges_of, require_ranges
+from mpt_trt.quantization.activation_amax import ActivationAmax, amax_of, require_amax
 from mpt_trt.quantization.smoothing import (
     Int8Scales,
     int8_scales,
@@ -36,48 +36,50 @@ from mpt_trt.quantization.smoothing import (
 
 @dataclass(frozen=True)
 class Int8Conversion:
-    """What int8 weights and scales are made from.
+    """Inputs of int8 weights and scales.
 
-    alpha: of smoothing; None: no smoothing, and int8 files of QKV alone, as `-kv` has them.
-    provenance: how the ranges were found, recorded in the manifest.
+    amax: of the activations. alpha: of smoothing; None: no smoothing, and int8 files only of QKV,
+    as with `-kv`. provenance: how the amax was computed, recorded in the manifest.
     """
 
-    ranges: ActivationRanges
+    amax: ActivationAmax
     alpha: float | None
     provenance: dict[str, Any]
 
     @property
     def layers(self) -> Int8Layers:
+        """The linear layers that get int8 weights and scales."""
         return Int8Layers.QKV if self.alpha is None else Int8Layers.ALL
 
     def require_fitting(self, config: MptConfig) -> None:
-        """Raises MptTrtError when such int8 files, or from such ranges, cannot be right."""
+        """Raises MptTrtError when the model cannot have such files, or the amax does not fit it."""
         require_calibratable(config, self.alpha)
-        require_ranges(self.ranges, config)
+        require_amax(self.amax, config)
 
     def writer(self, source: TensorSource, writer: FtWriter, tp_size: int) -> Int8Writer:
-        return Int8Writer(source, writer, tp_size, self.ranges, self.alpha)
+        """Makes the writer of these layers' files."""
+        return Int8Writer(source, writer, tp_size, self.amax, self.alpha)
 
 
 def require_calibratable(config: MptConfig, alpha: float | None) -> None:
-    """Raises MptTrtError when int8 files of this kind cannot be right for the model."""
+    """Raises MptTrtError when the model cannot have int8 files of this kind."""
     if alpha is not None:
         require_alpha(alpha)
     elif config.qk_ln:
         raise MptTrtError(
-            "qk_ln = True: the cache holds normalized keys, whose range -kv cannot record; "
+            "qk_ln = True: the cache holds normalized keys, whose amax -kv cannot record; "
             "calibrate with quantize.py"
         )
 
 
 @dataclass(frozen=True)
 class Int8Writer:
-    """Writes linear layers of one directory, and the norms that take over their smoothing."""
+    """Writes linear layers of one directory, and the norms that absorb their smoothing."""
 
     source: TensorSource
     writer: FtWriter
     tp_size: int
-    ranges: ActivationRanges
+    amax: ActivationAmax
     alpha: float | None
 
     def write(self, weight: Weight) -> dict[str, str]:
@@ -100,27 +102,27 @@ class Int8Writer:
         return hashes
 
     def _factors(self, weight: Weight) -> NDArray[np.float64]:
-        """What each input feature's weights are multiplied by, `[in_features]`."""
-        found = ranges_of(self.ranges, weight)
+        """Computes the factor of each input feature's weights, `[in_features]`."""
+        input_amax = amax_of(self.amax, weight).x
         if self.alpha is None:
-            return np.ones(found.x.shape)
+            return np.ones(input_amax.shape)
         blocks = self.source.rows(self._whole(weight))
-        maxima = np.concatenate([_magnitudes(block).max(axis=1) for _, block in blocks])
-        return smoothing_factors(found.x, maxima, self.alpha, self._dtype)
+        weight_amax = np.concatenate([_magnitudes(block).max(axis=1) for _, block in blocks])
+        return smoothing_factors(input_amax, weight_amax, self.alpha, self._dtype)
 
     def _scales(self, weight: Weight, factors: NDArray[np.float64]) -> Int8Scales:
-        config, found = self.source.config, ranges_of(self.ranges, weight)
-        maxima = np.zeros(weight.shape[0], np.float32)
+        config, amax = self.source.config, amax_of(self.amax, weight)
+        weight_amax = np.zeros(weight.shape[0], np.float32)
         for block in self._smoothed(self._whole(weight), factors):
-            np.maximum(maxima, _magnitudes(block).max(axis=0), out=maxima)
-        parts, largest_output = [weight.shape[0]], float(found.y.max())
+            np.maximum(weight_amax, _magnitudes(block).max(axis=0), out=weight_amax)
+        parts, output_amax = [weight.shape[0]], float(amax.y.max())
         if weight.split is Split.QKV:
             parts = [config.hidden_size, config.kv_size, config.kv_size]
             if config.clip_qkv is not None:
-                # Nobody sees the layer's output before it is clipped.
-                largest_output = min(largest_output, config.clip_qkv)
-        largest_input = float((found.x / factors).max())
-        return int8_scales(maxima, parts, largest_input, largest_output, self._dtype)
+                # The layer's output is used only after clipping.
+                output_amax = min(output_amax, config.clip_qkv)
+        input_amax = float((amax.x / factors).max())
+        return int8_scales(weight_amax, parts, input_amax, output_amax, self._dtype)
 
     def _write_norm(self, weight: Weight, factors: NDArray[np.float64]) -> dict[str, str]:
         hashes: dict[str, str] = {}
@@ -164,8 +166,8 @@ class Int8Writer:
         files: Int8Files,
         factors: NDArray[np.float64],
         scales: Int8Scales,
-    ) -> Iterator[tuple[FtFile, NDArray]]:
-        """A rank's scales and smoother."""
+    ) -> Iterator[tuple[FtFile, NDArray[Any]]]:
+        """Yields a rank's scales and smoother, with the file of each."""
         outputs, inputs = held(self.source.config, weight, rank)
         yield files.scale_x_orig_quant, np.array([scales.x_orig_quant])
         yield files.scale_y_quant_orig, np.array([scales.y_quant_orig])
@@ -175,19 +177,19 @@ class Int8Writer:
             (files.scale_y_accum_quant, scales.y_accum_quant),
             (files.scale_y_accum_quant_col, scales.y_accum_quant_col),
         ):
-            # Of one value for the whole matrix, the first stands for all.
+            # If the whole matrix shares one scale, the file holds only the first value.
             yield file, _part(values, outputs)[: file.num_elements]
         if files.smoother is not None:
             yield files.smoother, factors[inputs.start : inputs.stop]
 
-    def _smoothed(self, file: FtFile, factors: NDArray[np.float64]) -> Iterator[NDArray]:
-        """Blocks of rows of a weight's file, smoothed, in the storage type."""
+    def _smoothed(self, file: FtFile, factors: NDArray[np.float64]) -> Iterator[NDArray[Any]]:
+        """Yields blocks of rows of a weight's file, smoothed, in the storage type."""
         for rows, block in self.source.rows(file):
             smoothed = smoothed_weight(block, factors[rows.start : rows.stop])
             self._require_finite(smoothed, file.weight)
             yield smoothed
 
-    def _require_finite(self, smoothed: NDArray, weight: Weight) -> None:
+    def _require_finite(self, smoothed: NDArray[Any], weight: Weight) -> None:
         if not is_finite(smoothed):
             raise MptTrtError(
                 f"{self.source.describe(weight)}: smoothing with alpha {self.alpha:g} takes it "
@@ -199,20 +201,21 @@ class Int8Writer:
         return ft_file(self.source.config, weight, Rank(0, 1), self.source.storage_type)
 
     @property
-    def _dtype(self) -> np.dtype:
+    def _dtype(self) -> np.dtype[Any]:
         return STORAGE_TYPES[self.source.storage_type]
 
 
 def _norm_tensors(source: TensorSource, weight: Weight) -> list[Weight]:
-    """Weight and bias of the norm before a linear layer; none where no norm precedes it."""
+    """Weight and bias of the norm before a linear layer; empty if no norm precedes it."""
     norm = preceding_norm(weight)
     names = {f"{norm}.weight", f"{norm}.bias"}
     return [other for other in weights(source.config) if other.name in names]
 
 
-def _magnitudes(block: NDArray) -> NDArray[np.float32]:
-    return np.abs(convert(block, np.dtype(np.float32)))
+def _magnitudes(block: NDArray[Any]) -> NDArray[np.float32]:
+    magnitudes: NDArray[np.float32] = np.abs(convert(block, np.dtype(np.float32)))
+    return magnitudes
 
 
-def _part(values: NDArray, rows: list[Range]) -> NDArray:
+def _part(values: NDArray[Any], rows: list[Range]) -> NDArray[Any]:
     return np.concatenate([values[r.start : r.stop] for r in rows])

@@ -1,15 +1,16 @@
-"""Whole tensors of an FT checkpoint, re-joined from the files of its ranks."""
+"""Whole tensors of an FT checkpoint, joined from the files of its ranks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpt_trt.arrays.cast import STORAGE_TYPES
 from mpt_trt.ft.checkpoint import FtCheckpoint
-from mpt_trt.ft.layout import FtFile, held
+from mpt_trt.ft.layout import held
 from mpt_trt.model.sharding import Rank, all_ranks
 from mpt_trt.model.tensors import Weight
 
@@ -20,21 +21,19 @@ class FtTensors:
 
     checkpoint: FtCheckpoint
 
-    def tensor(self, weight: Weight) -> NDArray:
-        """The whole tensor, `weight.shape`, in the checkpoint's storage type."""
-        files = [self.checkpoint.file_of(weight, s) for s in all_ranks(self.checkpoint.tp_size)]
-        if files[0].rank is None:
-            return self.checkpoint.mapped(files[0])
+    def tensor(self, weight: Weight) -> NDArray[Any]:
+        """Joins a whole tensor, `weight.shape`, in the checkpoint's storage type."""
+        ranks = all_ranks(self.checkpoint.tp_size)
+        shared = self.checkpoint.file_of(weight, ranks[0])
+        if shared.rank is None:
+            return self.checkpoint.mapped(shared)
         whole = np.empty(weight.shape, STORAGE_TYPES[self.checkpoint.storage_type])
-        for file in files:
-            self._fill_part(whole, file)
+        for rank in ranks:
+            self._fill_part(whole, weight, rank)
         return whole
 
-    def corner(self, weight: Weight, size: tuple[int, ...]) -> NDArray:
-        """The first rows and columns of a tensor, as many of `size` as the first rank's file has.
-
-        Reads nothing else.
-        """
+    def corner(self, weight: Weight, size: tuple[int, ...]) -> NDArray[Any]:
+        """Reads the first rows and columns of a tensor: at most `size`, all from one file."""
         file = self.checkpoint.file_of(weight, Rank(0, self.checkpoint.tp_size))
         stored = self.checkpoint.mapped(file)
         if file.rank is None:
@@ -43,11 +42,11 @@ class FtTensors:
         height = min(len(rows[0]), size[0])
         return stored.T[(slice(height), *map(slice, size[1:]))]
 
-    def _fill_part(self, whole: NDArray, file: FtFile) -> None:
-        """Copies what one rank holds to its place; ranks that replicate K/V heads agree on it."""
-        rows, columns = held(self.checkpoint.config, file.weight, file.rank)
-        part = self.checkpoint.mapped(file).T
-        place = whole[:, columns.start : columns.stop] if file.weight.is_linear else whole
+    def _fill_part(self, whole: NDArray[Any], weight: Weight, rank: Rank) -> None:
+        """Copies a rank's part to its place; ranks that replicate K/V heads have equal copies."""
+        rows, columns = held(self.checkpoint.config, weight, rank)
+        part = self.checkpoint.mapped(self.checkpoint.file_of(weight, rank)).T
+        place = whole[:, columns.start : columns.stop] if weight.is_linear else whole
         start = 0
         for row in rows:
             place[row.start : row.stop] = part[start : start + len(row)]

@@ -32,23 +32,26 @@ class FtFile:
 
     @property
     def name(self) -> str:
+        """The file's name within the directory."""
         rank = "" if self.rank is None else f".{self.rank.index}"
         return f"model.{self.tensor}{rank}.bin"
 
     @property
     def num_elements(self) -> int:
+        """Number of values in the file."""
         return math.prod(self.shape)
 
     @property
     def byte_size(self) -> int:
+        """Size of the file in bytes."""
         return self.num_elements * ELEMENT_BYTES[self.dtype]
 
 
 class Int8Layers(Enum):
-    """Of which linear layers a directory holds int8 weights and scales.
+    """Linear layers of a directory that have int8 weights and scales.
 
-    NONE: a plain checkpoint. QKV: with `-kv`, beside a plain checkpoint. ALL: with `-sq`, where
-    the plain files hold smoothed values.
+    NONE: a plain checkpoint. QKV: with `-kv`, in addition to a plain checkpoint. ALL: with `-sq`;
+    the plain files then hold smoothed values.
     """
 
     NONE = "none"
@@ -56,6 +59,7 @@ class Int8Layers(Enum):
     ALL = "all"
 
     def includes(self, weight: Weight) -> bool:
+        """Whether the layer of `weight` has int8 weights and scales."""
         if self is Int8Layers.QKV:
             return weight.is_linear and weight.split is Split.QKV
         return weight.is_linear and self is Int8Layers.ALL
@@ -105,11 +109,11 @@ def ft_file(config: MptConfig, weight: Weight, rank: Rank, dtype: str) -> FtFile
 
 
 def int8_files(config: MptConfig, weight: Weight, rank: Rank) -> Int8Files:
-    """What rank `rank.index` reads of a linear layer beside its plain files."""
+    """The int8 files of a linear layer that rank `rank.index` reads."""
     rows, columns = held(config, weight, rank)
     out_features, in_features = sum(map(len, rows)), len(columns)
     layer = linear_name(weight)
-    # Every rank has all outputs of a layer that is cut by input rows.
+    # Every rank has all outputs of a layer that is split by input rows.
     by_output = None if weight.split is Split.ROWS else rank
 
     def scale(name: str, size: int = 1, of: Rank | None = None) -> FtFile:
@@ -137,7 +141,7 @@ def int8_files(config: MptConfig, weight: Weight, rank: Rank) -> Int8Files:
 
 
 def linear_name(weight: Weight) -> str:
-    """FT name of the layer whose weight it is: `layers.0.attention.dense`."""
+    """FT name of the layer that `weight` belongs to, e.g. `layers.0.attention.dense`."""
     return weight.name.removesuffix(".weight")
 
 
@@ -145,15 +149,15 @@ def ft_files(
     config: MptConfig, tp_size: int, dtype: str, int8_layers: Int8Layers = Int8Layers.NONE
 ) -> list[FtFile]:
     """Every `.bin` file of a directory for tp_size ranks."""
-    found: dict[str, FtFile] = {}
+    by_name: dict[str, FtFile] = {}
     for weight in weights(config):
         files = files_of(config, weight, tp_size, dtype)
         if int8_layers.includes(weight):
             for rank in sharding.all_ranks(tp_size):
                 files += int8_files(config, weight, rank)
         # Ranks share some of them.
-        found |= {file.name: file for file in files}
-    return list(found.values())
+        by_name |= {file.name: file for file in files}
+    return list(by_name.values())
 
 
 def total_bytes(
@@ -167,7 +171,7 @@ def total_bytes(
 
 
 def files_of(config: MptConfig, weight: Weight, tp_size: int, dtype: str) -> list[FtFile]:
-    """The files of one tensor: one for all ranks, or one a rank."""
+    """The files of one tensor: one for all ranks, or one per rank."""
     if weight.split is Split.WHOLE:
         return [FtFile(weight.name, weight, None, weight.shape, dtype)]
     return [ft_file(config, weight, rank, dtype) for rank in sharding.all_ranks(tp_size)]

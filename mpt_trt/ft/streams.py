@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from mpt_trt.model.tensors import Weight
 from mpt_trt.system.files import ContentHash, reserve, write_in_pieces
 from mpt_trt.system.process_pool import Advance
 
-# What a worker takes at a time of a tensor that is not transposed.
+# Bytes that a worker reads at a time from a tensor that is not transposed.
 SLAB_BYTES = 1 << 20
 # Bytes after which progress is reported.
 REPORTED_BYTES = 16 << 20
@@ -33,8 +33,8 @@ class TensorSource:
     """The tensors of a checkpoint in the type and the order in which FT files hold them.
 
     storage_type: a key of STORAGE_TYPES. All methods raise MptTrtError for a NaN or Inf in the
-    checkpoint, and for a value that the storage type cannot hold. What they yield may be a buffer
-    that the next piece overwrites, of whichever tensor.
+    checkpoint, and for a value that the storage type cannot hold. They may yield buffers that the
+    next piece, of any tensor, overwrites.
     """
 
     checkpoint: HfCheckpoint
@@ -43,18 +43,18 @@ class TensorSource:
     _buffers: Buffers = field(default_factory=Buffers)
 
     def describe(self, weight: Weight) -> str:
-        """For messages."""
+        """Label of a tensor for error messages."""
         return weight.name if weight.hf_name is None else self.checkpoint.describe(weight)
 
     def prefetch(self, weight: Weight) -> None:
-        """Says that all of a tensor will be read."""
+        """Reads a tensor ahead, in the order of its file."""
         if weight.hf_name is not None:
             self.checkpoint.prefetch(weight)
 
-    def pieces(self, files: list[FtFile]) -> Iterator[list[NDArray]]:
-        """Pieces of what a tensor's files hold, flat: one of each file at a time.
+    def pieces(self, files: list[FtFile]) -> Iterator[list[NDArray[Any]]]:
+        """Yields flat pieces of the content of a tensor's files: one of each file at a time.
 
-        files: as files_of has them, or one of those.
+        files: the result of `files_of`, or one element of it.
         """
         weight = files[0].weight
         if weight.hf_name is None:
@@ -62,20 +62,20 @@ class TensorSource:
             return
         source = self.checkpoint.tensor(weight)
         for slab in self._slabs(files, source):
-            # What is not finite in the checkpoint is not finite in any type.
+            # Values that are not finite in the checkpoint are not finite in any type.
             if not is_finite(slab):
                 raise self._unfit(source, weight)
             yield list(slab.reshape(len(files), -1))
 
-    def values(self, file: FtFile) -> Iterator[NDArray]:
-        """Pieces of what one file holds, flat."""
+    def values(self, file: FtFile) -> Iterator[NDArray[Any]]:
+        """Yields flat pieces of the content of one file."""
         for (piece,) in self.pieces([file]):
             yield piece
 
-    def rows(self, file: FtFile) -> Iterator[tuple[Range, NDArray]]:
-        """Blocks of rows of a linear layer's weight, `[some of in, out]`, and which rows they are.
+    def rows(self, file: FtFile) -> Iterator[tuple[Range, NDArray[Any]]]:
+        """Yields blocks of rows of a linear layer's weight, `[rows, out]`, with their indices.
 
-        Rows are counted in the whole matrix, of which the file may hold a rank's part.
+        Rows are counted in the whole matrix; the file may hold only a rank's part of it.
         """
         assert file.rank is not None
         _, columns = held(self.config, file.weight, file.rank)
@@ -85,8 +85,8 @@ class TensorSource:
             yield Range(start, start + len(block)), block
             start += len(block)
 
-    def _slabs(self, files: list[FtFile], source: NDArray) -> Iterator[NDArray]:
-        """What `pieces` are made of, of all files."""
+    def _slabs(self, files: list[FtFile], source: NDArray[Any]) -> Iterator[NDArray[Any]]:
+        """Yields what `pieces` splits by file: values of all files."""
         if files[0].rank is None:
             return _flat_slabs(source, self._dtype, self._buffers)
         parts = [self._parts(file, source) for file in files]
@@ -95,8 +95,8 @@ class TensorSource:
         joined = np.concatenate([part for of_file in parts for part in of_file])
         return iter([convert(joined, self._dtype)])
 
-    def _parts(self, file: FtFile, source: NDArray) -> list[NDArray]:
-        """The parts of a tensor that a file holds, one under the other."""
+    def _parts(self, file: FtFile, source: NDArray[Any]) -> list[NDArray[Any]]:
+        """The parts of a tensor that a file holds, from top to bottom."""
         assert file.rank is not None
         rows, columns = held(self.config, file.weight, file.rank)
         parts = [source[r.start : r.stop] for r in rows]
@@ -104,8 +104,8 @@ class TensorSource:
             return [part[:, columns.start : columns.stop] for part in parts]
         return parts
 
-    def _unfit(self, source: NDArray, weight: Weight) -> MptTrtError:
-        """Why a tensor holds something that is not finite in the storage type."""
+    def _unfit(self, source: NDArray[Any], weight: Weight) -> MptTrtError:
+        """Makes the error for a tensor that is not finite in the storage type."""
         rows = source if source.ndim > 1 else source[None]
         if not all(map(is_finite, rows)):
             return not_finite(source, self.describe(weight))
@@ -116,12 +116,12 @@ class TensorSource:
         )
 
     @property
-    def _dtype(self) -> np.dtype:
+    def _dtype(self) -> np.dtype[Any]:
         return STORAGE_TYPES[self.storage_type]
 
 
 class FtOutput:
-    """One `.bin` file that is being written; use it as a context manager."""
+    """A `.bin` file that is being written; a context manager."""
 
     def __init__(self, folder: Path, file: FtFile, advance: Advance):
         self.name = file.name
@@ -138,8 +138,8 @@ class FtOutput:
         self._stream.close()
         self._report()
 
-    def write(self, values: NDArray) -> None:
-        """Appends values, contiguous, in the file's type."""
+    def write(self, values: NDArray[Any]) -> None:
+        """Appends contiguous values of the file's type."""
         content = values.view(np.uint8)
         write_in_pieces(self._stream, content)
         self._digest.update(content)
@@ -153,7 +153,7 @@ class FtOutput:
 
     @property
     def hash(self) -> str:
-        """ContentHash of what has been written."""
+        """ContentHash of the bytes written so far."""
         return str(self._digest)
 
 
@@ -165,14 +165,17 @@ class FtWriter:
     advance: Advance
 
     def open(self, file: FtFile) -> FtOutput:
+        """Opens a new file for writing."""
         return FtOutput(self.folder, file, self.advance)
 
-    def write(self, file: FtFile, pieces: Iterable[NDArray]) -> dict[str, str]:
+    def write(self, file: FtFile, pieces: Iterable[NDArray[Any]]) -> dict[str, str]:
         """Writes a whole file; returns its content hash by its name."""
         return self.write_all([file], ([piece] for piece in pieces))
 
-    def write_all(self, files: list[FtFile], pieces: Iterable[list[NDArray]]) -> dict[str, str]:
-        """Writes whole files, of which pieces come together; returns content hashes by name."""
+    def write_all(
+        self, files: list[FtFile], pieces: Iterable[list[NDArray[Any]]]
+    ) -> dict[str, str]:
+        """Writes whole files whose pieces arrive together; returns content hashes by name."""
         with ExitStack() as stack:
             outputs = [stack.enter_context(self.open(file)) for file in files]
             for together in pieces:
@@ -181,15 +184,19 @@ class FtWriter:
         return {output.name: output.hash for output in outputs}
 
 
-def _flat_slabs(source: NDArray, dtype: np.dtype, buffers: Buffers) -> Iterator[NDArray]:
+def _flat_slabs(
+    source: NDArray[Any], dtype: np.dtype[Any], buffers: Buffers
+) -> Iterator[NDArray[Any]]:
     flat = np.ascontiguousarray(source).reshape(-1)
     step = SLAB_BYTES // source.itemsize
     slabs = (flat[start : start + step] for start in range(0, flat.size, step))
     return slabs if flat.dtype == dtype else _converted(slabs, dtype, buffers)
 
 
-def _converted(slabs: Iterator[NDArray], dtype: np.dtype, buffers: Buffers) -> Iterator[NDArray]:
-    """The same in another type, through reused buffers."""
+def _converted(
+    slabs: Iterator[NDArray[Any]], dtype: np.dtype[Any], buffers: Buffers
+) -> Iterator[NDArray[Any]]:
+    """Yields the slabs in another type, through reused buffers."""
     copied = converted = np.empty(0)
     for slab in slabs:
         if len(slab) != len(copied):

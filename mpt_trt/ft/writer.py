@@ -25,11 +25,12 @@ from mpt_trt.system.process_pool import Advance, Job, run_forked
 
 @dataclass(frozen=True)
 class ConversionSettings:
-    """How to write a directory.
+    """Settings of a conversion.
 
-    model_name: recorded in config.ini as FT's converter does (its `-i` argument).
+    workers: number of processes. model_name: recorded in config.ini, as by FT's converter (its `-i`
+    argument).
     provenance: where the weights came from, recorded in the manifest.
-    int8: what int8 weights and scales are made from; None for a plain checkpoint.
+    int8: inputs of int8 weights and scales; None for a plain checkpoint.
     """
 
     storage_type: str
@@ -41,10 +42,12 @@ class ConversionSettings:
 
     @property
     def alpha(self) -> float | None:
+        """SmoothQuant's alpha; None without smoothing."""
         return None if self.int8 is None else self.int8.alpha
 
     @property
     def int8_layers(self) -> Int8Layers:
+        """The linear layers that get int8 weights and scales."""
         return Int8Layers.NONE if self.int8 is None else self.int8.layers
 
 
@@ -57,11 +60,11 @@ def write_ft_checkpoint(
 ) -> None:
     """Writes `target` (a `{tp_size}-gpu` folder) as a whole or not at all.
 
-    Tensors are streamed through small slabs, so memory does not grow with the model. `advance`
-    is called with the number of bytes written.
+    Tensors are streamed through small slabs, so memory does not grow with the model. `advance` is
+    called with the number of bytes written.
 
     Raises MptTrtError for an illegal tp_size, a NaN or Inf in the checkpoint, a value that the
-    storage type cannot hold, a full disk, and activation ranges that do not fit the model.
+    storage type cannot hold, a full disk, and an activation amax that does not fit the model.
     """
     sharding.require_legal(config, settings.tp_size)
     if settings.int8 is not None:
@@ -70,24 +73,25 @@ def write_ft_checkpoint(
         _write_ini(folder / "config.ini", config, settings)
         source = TensorSource(checkpoint, config, settings.storage_type)
         jobs = list(_writing_jobs(source, folder, settings))
-        found = run_forked(jobs, settings.workers, advance)
-        hashes = {name: found_hash for of_job in found for name, found_hash in of_job.items()}
+        hashes: dict[str, str] = {}
+        for job_hashes in run_forked(jobs, settings.workers, advance):
+            hashes |= job_hashes
         _write_manifest(folder, settings, hashes)
 
 
 def _writing_jobs(
     source: TensorSource, folder: Path, settings: ConversionSettings
 ) -> Iterator[Job[dict[str, str]]]:
-    """Functions that together write all `.bin` files; each returns content hashes by file name."""
-    found = weights(source.config)
-    quantized = [weight for weight in found if settings.int8_layers.includes(weight)]
+    """Yields jobs that together write all `.bin` files and return content hashes by file name."""
+    all_weights = weights(source.config)
+    quantized = [weight for weight in all_weights if settings.int8_layers.includes(weight)]
     folded = {preceding_norm(weight) for weight in quantized}
     if settings.int8 is not None:
         for weight in quantized:
             yield functools.partial(
                 _write_int8, source, folder, settings.tp_size, settings.int8, weight
             )
-    for weight in found:
+    for weight in all_weights:
         if weight not in quantized and weight.name.rpartition(".")[0] not in folded:
             yield functools.partial(_write_plain, source, folder, settings.tp_size, weight)
 
@@ -100,7 +104,7 @@ def _write_int8(
     weight: Weight,
     advance: Advance,
 ) -> dict[str, str]:
-    """Writes all files of a linear layer but its bias, for all ranks."""
+    """Writes all files of a linear layer except its bias, for all ranks."""
     return int8.writer(source, FtWriter(folder, advance), tp_size).write(weight)
 
 
@@ -145,9 +149,9 @@ def _write_ini(path: Path, config: MptConfig, settings: ConversionSettings) -> N
 
 
 def _keys_beyond_ft(config: MptConfig) -> dict[str, object]:
-    """What FT's config.ini has no key for; written only when it differs from what FT assumes."""
-    usual_scale = 1.0 / math.sqrt(config.head_dim)
-    found = {
+    """Settings that FT's config.ini has no key for, if they differ from what FT assumes."""
+    default_scale = 1.0 / math.sqrt(config.head_dim)
+    values = {
         "position_embedding_type": "learned_absolute"
         if config.position_embedding == "learned"
         else None,
@@ -155,11 +159,11 @@ def _keys_beyond_ft(config: MptConfig) -> dict[str, object]:
         "clip_qkv": config.clip_qkv,
         "qk_ln": True if config.qk_ln else None,
         "qk_ln_epsilon": config.qk_ln_epsilon if config.qk_ln_epsilon != 1e-5 else None,
-        "softmax_scale": config.softmax_scale if config.softmax_scale != usual_scale else None,
+        "softmax_scale": config.softmax_scale if config.softmax_scale != default_scale else None,
         "logit_scale": config.logit_scale if config.logit_scale != 1.0 else None,
         "norm_type": config.norm_type if config.norm_type != "layernorm" else None,
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _write_manifest(folder: Path, settings: ConversionSettings, hashes: dict[str, str]) -> None:

@@ -20,8 +20,8 @@ class MptConfig:
 
     intermediate_size: width of the feed-forward layer.
     softmax_scale: factor on `Q K^T`.
-    qk_ln: queries and keys go through a layer norm of their own, whatever norm_type says; it has
-        qk_ln_epsilon (llm-foundry hands the model's norm settings to the blocks only).
+    qk_ln: queries and keys pass through layer norms with qk_ln_epsilon, regardless of norm_type
+        (llm-foundry passes the model's norm settings only to the blocks).
     logit_scale: factor on the logits.
     bias: linear layers and norms have biases.
     bos_token_id, eos_token_id: None when neither the config nor the tokenizer names one.
@@ -50,6 +50,7 @@ class MptConfig:
 
     @property
     def head_dim(self) -> int:
+        """Features of one attention head."""
         return self.hidden_size // self.num_heads
 
     @property
@@ -59,15 +60,17 @@ class MptConfig:
 
     @property
     def qkv_size(self) -> int:
+        """Output features of the QKV projection: columns Q | K | V."""
         return self.hidden_size + 2 * self.kv_size
 
 
 def alibi_slopes(num_heads: int, alibi_bias_max: int) -> list[float]:
-    """ALiBi slope of each head, `[num_heads]`.
+    """Computes the ALiBi slope of each head, `[num_heads]`.
 
-    Press et al. 2021 (arXiv:2108.12409), section 3, with MPT's `alibi_bias_max` in place of 8: of a
-    power of two of heads, head i (from 1) has 2^(-i * alibi_bias_max / num_heads). Other counts
-    take the slopes of the next power of two, first every second one, then the rest (llm-foundry).
+    Formula: Press et al. 2021 (arXiv:2108.12409), section 3, with MPT's `alibi_bias_max` instead of
+    8. If num_heads is a power of two, head i (from 1) has 2^(-i * alibi_bias_max / num_heads).
+    Otherwise the slopes of the next power of two are used: first every second one, then the rest
+    (llm-foundry).
     """
     rounded_up = 2 ** math.ceil(math.log2(num_heads))
     slopes = [2.0 ** (-i * alibi_bias_max / rounded_up) for i in range(1, rounded_up + 1)]

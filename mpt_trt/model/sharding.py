@@ -25,6 +25,7 @@ class Range:
         return self.stop - self.start
 
     def shifted(self, offset: int) -> Range:
+        """The range moved up by `offset`."""
         return Range(self.start + offset, self.stop + offset)
 
 
@@ -56,7 +57,7 @@ class VocabularySharding:
 
 
 def all_ranks(tp_size: int) -> list[Rank]:
-    """The ranks 0 to tp_size - 1."""
+    """Every rank of a tensor-parallel group, in order."""
     return [Rank(index, tp_size) for index in range(tp_size)]
 
 

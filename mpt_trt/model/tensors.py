@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mpt_trt.model.config import MptConfig
 
@@ -49,7 +49,7 @@ class Weight:
 class WeightReader(Protocol):
     """What reads single tensors of a checkpoint."""
 
-    def tensor(self, weight: Weight) -> NDArray:
+    def tensor(self, weight: Weight) -> NDArray[Any]:
         """`weight.shape`, in the stored type; maybe memory-mapped."""
         ...
 

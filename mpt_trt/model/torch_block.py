@@ -1,8 +1,9 @@
 """One MPT block in plain PyTorch: the mathematics that the reference and calibration share.
 
-Its source is llm-foundry's definition of MPT (`models/layers/{attention,blocks,ffn,norm}.py`):
-pre-norm; `Wqkv` has rows Q | K | V; its output is clamped before `q_ln` and `k_ln`, which span all
-heads, see it; query head i reads key-value head `i // (num_heads / num_kv_heads)`; exact GELU.
+It follows llm-foundry's definition of MPT (`models/layers/{attention,blocks,ffn,norm}.py`):
+pre-norm; `Wqkv` has rows Q | K | V; its output is clamped before it reaches `q_ln` and `k_ln`,
+which span all heads; query head i reads key-value head `i // (num_heads / num_kv_heads)`; exact
+GELU.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ class PlainBlock(nn.Module):
         self.ffn = PlainFeedForward(config)
 
     def forward(self, hidden: Tensor, attention_bias: Tensor) -> Tensor:
-        """`[batch, seq, hidden]` to `[batch, seq, hidden]`; attention_bias: see `causal_bias`."""
-        hidden = hidden + self.attn(self.norm_1(hidden), attention_bias)
-        return hidden + self.ffn(self.norm_2(hidden))
+        """Maps `[batch, seq, hidden]` to `[batch, seq, hidden]`; attention_bias: `causal_bias`."""
+        attended: Tensor = hidden + self.attn(self.norm_1(hidden), attention_bias)
+        output: Tensor = attended + self.ffn(self.norm_2(attended))
+        return output
 
 
 class PlainAttention(nn.Module):
-    """Self-attention. What leaves `key` and `value` is what a KV cache would take."""
+    """Self-attention; the outputs of `key` and `value` are what a KV cache would store."""
 
     def __init__(self, config: MptConfig):
         super().__init__()
@@ -50,28 +52,33 @@ class PlainAttention(nn.Module):
         self.out_proj = nn.Linear(hidden, hidden, bias=config.bias)
 
     def forward(self, normed: Tensor, attention_bias: Tensor) -> Tensor:
+        """Maps `[batch, seq, hidden]` to `[batch, seq, hidden]`."""
         config = self.config
-        packed = self.Wqkv(normed)
+        packed: Tensor = self.Wqkv(normed)
         if config.clip_qkv is not None:
             packed = packed.clamp(-config.clip_qkv, config.clip_qkv)
         sizes = [config.hidden_size, config.kv_size, config.kv_size]
-        query, key, value = packed.split(sizes, dim=-1)
+        query, key, value = torch.split(packed, sizes, dim=-1)
         query, key, value = self.q_ln(query), self.key(self.k_ln(key)), self.value(value)
         context = functional.scaled_dot_product_attention(
-            *(self._by_head(part) for part in (query, key, value)),
+            self._by_head(query),
+            self._by_head(key),
+            self._by_head(value),
             attn_mask=attention_bias[None],
             scale=config.softmax_scale,
             enable_gqa=True,
         )
-        return self.out_proj(context.transpose(1, 2).flatten(2))
+        output: Tensor = self.out_proj(context.transpose(1, 2).flatten(2))
+        return output
 
     def _by_head(self, features: Tensor) -> Tensor:
-        """`[batch, seq, heads * head_dim]` to `[batch, heads, seq, head_dim]`."""
-        return features.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+        """Maps `[batch, seq, heads * head_dim]` to `[batch, heads, seq, head_dim]`."""
+        by_head = features.reshape(*features.shape[:-1], -1, self.config.head_dim)
+        return by_head.transpose(1, 2)
 
 
 class PlainFeedForward(nn.Module):
-    """Two linear layers with an exact GELU between them."""
+    """The feed-forward layer: two linear layers with exact GELU between them."""
 
     def __init__(self, config: MptConfig):
         super().__init__()
@@ -79,11 +86,13 @@ class PlainFeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
 
     def forward(self, normed: Tensor) -> Tensor:
-        return self.down_proj(functional.gelu(self.up_proj(normed)))
+        """Maps `[batch, seq, hidden]` to `[batch, seq, hidden]`."""
+        output: Tensor = self.down_proj(functional.gelu(self.up_proj(normed)))
+        return output
 
 
 def model_norm(config: MptConfig) -> nn.Module:
-    """The model's kind of norm over the hidden features."""
+    """Makes a norm over the hidden features, of the model's kind."""
     size, epsilon = config.hidden_size, config.layer_norm_epsilon
     if config.norm_type == "layernorm":
         return nn.LayerNorm(size, epsilon, bias=config.bias)
@@ -97,9 +106,9 @@ def _qk_norm(config: MptConfig, size: int) -> nn.Module:
 
 
 def causal_bias(config: MptConfig, length: int) -> Tensor:
-    """What is added to the scores: ALiBi where the model has it, -inf for keys after the query.
+    """Computes the term added to attention scores: ALiBi, if any, and -inf after the query.
 
-    float32 `[num_heads, length, length]`, or `[1, length, length]` without ALiBi.
+    Returns float32 `[num_heads, length, length]`, or `[1, length, length]` without ALiBi.
     """
     positions = torch.arange(length)
     distance = positions[None, :] - positions[:, None]
@@ -110,9 +119,9 @@ def causal_bias(config: MptConfig, length: int) -> Tensor:
 
 
 def with_weights(make: Callable[[], Module], tensors: Tensors) -> Module:
-    """The module that `make` makes, with `tensors` themselves as its weights, for inference.
+    """Makes a module for inference that uses `tensors` themselves as its weights.
 
-    tensors: by name within the module, e.g. `attn.Wqkv.weight`; neither more nor fewer.
+    tensors: all the module's weights, by name within it, e.g. `attn.Wqkv.weight`.
     """
     with torch.device("meta"):
         module = make()

@@ -1,8 +1,9 @@
-"""A model's tensors in PyTorch, by Hugging Face name, whatever kind of checkpoint holds them."""
+"""A model's tensors in PyTorch, by Hugging Face name, from any kind of checkpoint."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,22 +33,22 @@ class ModelTensors:
         self._weights = {w.hf_name: w for w in weights(config) if w.hf_name is not None}
 
     def tensor(self, name: str) -> Tensor:
-        """name: e.g. `blocks.0.norm_1.weight`."""
+        """A copy of the tensor with this name, e.g. `blocks.0.norm_1.weight`."""
         stored = _as_torch(self.reader.tensor(self._weights[name]))
-        # A copy in any case: the file is mapped for reading only.
+        # Always a copy, because the file is mapped for reading only.
         return stored.to(self.device, self.dtype, copy=True)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors whose names start with `prefix`, by what follows it."""
+        """All tensors whose names start with `prefix`, by the rest of their names."""
         names = [name for name in self._weights if name.startswith(prefix)]
         return {name.removeprefix(prefix): self.tensor(name) for name in names}
 
 
 def embed(model: ModelTensors, embedding: Tensor, token_ids: Tensor) -> Tensor:
-    """What the first block sees: `[..., seq]` to `[..., seq, hidden]`.
+    """Computes the first block's input: token ids `[..., seq]` to `[..., seq, hidden]`.
 
-    embedding: the model's `wte.weight`. Raises MptTrtError when the model has learned positions and
-    the sequence is longer.
+    embedding: the model's `wte.weight`. Raises MptTrtError when the sequence is longer than the
+    model's learned positions.
     """
     config, length = model.config, token_ids.shape[-1]
     hidden = embedding[token_ids]
@@ -61,10 +62,10 @@ def embed(model: ModelTensors, embedding: Tensor, token_ids: Tensor) -> Tensor:
     return hidden + model.tensor("wpe.weight")[:length]
 
 
-def _as_torch(stored: NDArray) -> Tensor:
-    """The same memory as a tensor, which must not be written to."""
+def _as_torch(stored: NDArray[Any]) -> Tensor:
+    """Makes a tensor that shares the array's memory and must not be written to."""
     with warnings.catch_warnings():
-        # Of the array being read-only.
+        # PyTorch warns that the array is read-only.
         warnings.simplefilter("ignore", UserWarning)
         if stored.dtype == BFLOAT16:
             return torch.from_numpy(stored.view(np.uint16)).view(torch.bfloat16)

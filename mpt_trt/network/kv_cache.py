@@ -17,7 +17,7 @@ from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import Rank
 from mpt_trt.network.graph import GraphBuilder
-from mpt_trt.quantization.calibrated_weights import FP8_MAX, INT8_MAX, KvRanges
+from mpt_trt.quantization.calibrated_weights import FP8_MAX, INT8_MAX, KvAmax
 from mpt_trt.quantization.schemes import KvCacheType
 
 KINDS = ("key", "value")
@@ -95,12 +95,12 @@ class CopiedCache:
     runtimes. So the network does not write at all: it attends to what the buffer held before the
     step and, after it, to the step's own keys and values as they will be read back later.
 
-    ranges: largest magnitude of keys and of values, of every layer.
+    amax: amax of keys and of values, by layer.
     """
 
     shape: CacheShape
     type: KvCacheType
-    ranges: tuple[KvRanges, ...]
+    amax: tuple[KvAmax, ...]
 
     def add_inputs(self, graph: GraphBuilder) -> None:
         for name in cache_names("past", self.shape.num_layers):
@@ -120,7 +120,7 @@ class CopiedCache:
     def update(self, graph: GraphBuilder, layer: int, kind: str, new: str) -> str:
         quantized_type, largest = QUANTIZED_TYPES[self.type]
         name = f"layers.{layer}.attention/{kind}"
-        amax = getattr(self.ranges[layer], kind) or 1.0
+        amax = getattr(self.amax[layer], kind) or 1.0
         # In float32: a float16 scale would make ONNX Runtime divide in float16.
         scale = graph.constant(f"{name}_scale", amax / largest, np.float32)
         output = f"new_{kind}.{layer}"
@@ -147,8 +147,8 @@ def make_cache(shape: CacheShape, calibrated: CalibratedQuantization) -> Cache:
     cache_type, calibration = calibrated.quantization.kv_cache, calibrated.calibration
     if cache_type == "auto" or calibration is None:
         return InPlaceCache(shape)
-    ranges = tuple(calibration.kv_ranges(layer) for layer in range(shape.num_layers))
-    return CopiedCache(shape, cache_type, ranges)
+    amax = tuple(calibration.kv_amax(layer) for layer in range(shape.num_layers))
+    return CopiedCache(shape, cache_type, amax)
 
 
 def cache_names(age: str, num_layers: int) -> list[str]:

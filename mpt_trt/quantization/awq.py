@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -13,26 +14,26 @@ from mpt_trt.arrays.cast import IR_VERSION, OPSET, convert, one_thread_session
 from mpt_trt.quantization.integers import BLOCK_ELEMENTS, FLOAT32
 
 
-def quantized_rows(weight: NDArray, scales: NDArray[np.float32]) -> NDArray[np.int8]:
-    """round(weight / scale), halves to even, in -8..7.
+def quantized_rows(weight: NDArray[Any], scales: NDArray[np.float32]) -> NDArray[np.int8]:
+    """Computes round(weight / scale), halves to even, in -8..7.
 
     weight: `[out_features, in_features]`. scales: `[out_features, in_features / group_size]`.
     """
     nonzero = np.where(scales == 0, np.float32(1), scales)
-    found = np.empty(weight.shape, np.int8)
+    quantized = np.empty(weight.shape, np.int8)
     quantizer = _quantizer(weight.shape[1] // max(1, scales.shape[1]))
     step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, len(weight), step):
         part = slice(start, start + step)
         rows = convert(np.ascontiguousarray(weight[part]), FLOAT32)
         [rounded] = quantizer.run(None, {"weight": rows, "scales": nonzero[part]})
-        np.clip(rounded, -8, 7, out=found[part])
-    return found
+        np.clip(rounded, -8, 7, out=quantized[part])
+    return quantized
 
 
 @functools.cache
 def _quantizer(group_size: int) -> onnxruntime.InferenceSession:
-    """round(weight / scale), halves to even, within int8, in one pass over the weights."""
+    """A session that computes round(weight / scale), halves to even, in one pass over weights."""
     node = helper.make_node(
         "QuantizeLinear",
         ["weight", "scales"],

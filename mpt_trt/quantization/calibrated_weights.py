@@ -1,13 +1,14 @@
-"""What calibration finds out about a matrix and about a layer's cache."""
+"""Results of calibration for one matrix, and for the KV cache of one layer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-# The largest values of the formats; a scale is the largest magnitude over it.
+# The largest values of the formats: scale = amax / largest value.
 INT4_MAX, INT8_MAX, FP8_MAX = 7, 127, 448
 
 
@@ -15,12 +16,12 @@ INT4_MAX, INT8_MAX, FP8_MAX = 7, 127, 448
 class AwqMatrix:
     """A matrix for 4-bit groups; `x W^T` is `(x * pre_quant_scale) weight^T`.
 
-    weight: `[out, in]`, already divided by pre_quant_scale. scales: `[out, in / group_size]`, a
-    group's largest magnitude over 7. pre_quant_scale: `[in]`. All float32; of a matrix that was
-    read from a file, weight has the type in which it is stored.
+    weight: `[out, in]`, already divided by pre_quant_scale; float32, or the stored type if it was
+    read from a file. scales: float32 `[out, in / group_size]`, amax / 7 of each group.
+    pre_quant_scale: float32 `[in]`.
     """
 
-    weight: NDArray
+    weight: NDArray[Any]
     scales: NDArray[np.float32]
     pre_quant_scale: NDArray[np.float32]
 
@@ -29,11 +30,11 @@ class AwqMatrix:
 class SmoothQuantMatrix:
     """A matrix for 8-bit weights and activations; types and pre_quant_scale as in AwqMatrix.
 
-    weight: `[out, in]`. scales: `[out]`, a row's largest magnitude over 127. pre_quant_scale:
-    `[in]`. activation_scale: the largest magnitude of `x * pre_quant_scale` over 127.
+    weight: `[out, in]`. scales: `[out]`, amax / 127 of each row. pre_quant_scale: `[in]`.
+    activation_scale: amax / 127 of `x * pre_quant_scale`.
     """
 
-    weight: NDArray
+    weight: NDArray[Any]
     scales: NDArray[np.float32]
     pre_quant_scale: NDArray[np.float32]
     activation_scale: float
@@ -41,7 +42,7 @@ class SmoothQuantMatrix:
 
 @dataclass(frozen=True)
 class Fp8Scales:
-    """The largest magnitudes over 448, of a matrix and of what it is multiplied with."""
+    """Scales of a matrix and of its input: amax / 448."""
 
     weight: float
     activation: float
@@ -51,8 +52,8 @@ CalibratedMatrix = AwqMatrix | SmoothQuantMatrix | Fp8Scales
 
 
 @dataclass(frozen=True)
-class KvRanges:
-    """The largest magnitudes of keys and of values as they enter the cache."""
+class KvAmax:
+    """Amax of keys and of values as they enter the cache."""
 
     key: float
     value: float

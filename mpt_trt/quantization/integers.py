@@ -1,20 +1,23 @@
 """Symmetric integer quantization of matrices, in blocks of rows: pure functions of NumPy arrays.
 
-Matrices are `[in_features, out_features]`, as FT stores them and a MatMul wants them. They may be
-memory-mapped and in any float type; work is done in float32, on some rows at a time.
+Matrices are `[in_features, out_features]`, as FT stores them and a MatMul expects them. They may be
+memory-mapped and of any float type; the arithmetic is float32, on a few rows at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpt_trt.arrays.cast import convert
 
+Word = TypeVar("Word", np.uint8, np.uint64)
+
 FLOAT32 = np.dtype(np.float32)
-# Elements of a block: few enough for its temporaries to stay in the processor's cache.
+# Elements of a block: its temporaries must stay in the processor's cache.
 BLOCK_ELEMENTS = 1 << 18
 # The lower half of each byte of a word.
 LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
@@ -22,39 +25,41 @@ LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
 BELOW_HALF, SIGN = np.uint32(0x3EFFFFFF), np.uint32(0x80000000)
 
 
-def row_blocks(matrix: NDArray, multiple: int = 1) -> Iterator[NDArray]:
-    """Successive rows of a matrix, as many multiples of `multiple` at a time as a block holds."""
+def row_blocks(matrix: NDArray[Any], multiple: int = 1) -> Iterator[NDArray[Any]]:
+    """Yields successive rows of a matrix: as many multiples of `multiple` as a block holds."""
     step = max(1, BLOCK_ELEMENTS // (matrix.shape[1] * multiple)) * multiple
     for start in range(0, len(matrix), step):
         yield matrix[start : start + step]
 
 
-def column_amax(matrix: NDArray) -> NDArray[np.float32]:
-    """Largest magnitude of each column, float32 `[out_features]`."""
-    found = np.zeros(matrix.shape[1], np.float32)
+def column_amax(matrix: NDArray[Any]) -> NDArray[np.float32]:
+    """Computes the amax of each column, float32 `[out_features]`."""
+    amax = np.zeros(matrix.shape[1], np.float32)
     for block in row_blocks(matrix):
-        # Without their sign, bits are in the order of magnitudes.
+        # Without the sign bit, unsigned integers sort like the absolute values they encode.
         bits = np.ascontiguousarray(block).view(f"u{block.itemsize}")
-        largest = (bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)).max(axis=0)
-        np.maximum(found, _float32(largest.view(matrix.dtype)), out=found)
-    return found
+        block_amax = (bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)).max(axis=0)
+        np.maximum(amax, _float32(block_amax.view(matrix.dtype)), out=amax)
+    return amax
 
 
-def group_amax(matrix: NDArray, group_size: int) -> NDArray[np.float32]:
-    """Largest magnitude of each group of rows in each column.
+def group_amax(matrix: NDArray[Any], group_size: int) -> NDArray[np.float32]:
+    """Computes the amax of each group of rows in each column.
 
-    float32 `[in_features / group_size, out_features]`.
+    Returns float32 `[in_features / group_size, out_features]`.
     """
     starts = range(0, len(matrix), group_size)
     return np.stack([column_amax(matrix[start : start + group_size]) for start in starts])
 
 
-def quantize(matrix: NDArray, scales: NDArray[np.float32], bits: int) -> Iterator[NDArray[np.int8]]:
-    """Blocks of rows of round(matrix / scale), clipped to the signed range of `bits` bits.
+def quantize(
+    matrix: NDArray[Any], scales: NDArray[np.float32], bits: int
+) -> Iterator[NDArray[np.int8]]:
+    """Yields blocks of rows of round(matrix / scale), clipped to the signed range of `bits` bits.
 
     scales: float32 `[groups, out_features]`, each for in_features / groups rows; columns of zeros
-    may have scale 0. Halves are rounded away from zero (ft_checkpoint, section 5). All blocks but
-    the last have an even number of rows, where groups have.
+    may have scale 0. Halves are rounded away from zero, as in FT's weight-only layers. If groups
+    have an even number of rows, so have all blocks but the last.
     """
     limit = 1 << (bits - 1)
     nonzero = np.where(scales == 0, np.float32(1), scales)
@@ -63,31 +68,32 @@ def quantize(matrix: NDArray, scales: NDArray[np.float32], bits: int) -> Iterato
         rows = matrix[group * group_size :][:group_size]
         for block in row_blocks(rows, 2):
             shifted = _past_halves(_float32(block) / scale)
-            # The conversion cuts off what is behind the point.
+            # The conversion truncates.
             yield np.clip(shifted, -limit, limit - 1, out=shifted).astype(np.int8)
 
 
 def _past_halves(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`values` moved away from zero so that, cut off, they are rounded, halves away from zero.
+    """Moves values away from zero so that truncating rounds them, halves away from zero.
 
-    By the largest number below a half: what is just below a half must not get to the next integer.
+    They move by the largest number below a half: by a half, values just below a half would reach
+    the next integer.
     """
-    moves = values.view(np.uint32) & SIGN
-    moves |= BELOW_HALF
-    found = moves.view(np.float32)
-    return np.add(found, values, out=found)
+    bits = values.view(np.uint32) & SIGN
+    bits |= BELOW_HALF
+    moved = bits.view(np.float32)
+    return np.add(moved, values, out=moved)
 
 
 def packed(blocks: Iterator[NDArray[np.int8]]) -> Iterator[NDArray[np.uint8]]:
-    """`pack_int4` of a matrix in blocks, all but the last of an even number of rows."""
+    """Applies `pack_int4` to blocks of a matrix, all but the last with an even number of rows."""
     return map(pack_int4, blocks)
 
 
 def pack_int4(values: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Two values a byte along the flattened array, the even one in the low nibble.
+    """Packs two values per byte along the flattened array, the even one in the low nibble.
 
-    The layout of ONNX's INT4 and of FT's weight-only files; of an odd number of values, the last
-    high nibble is 0.
+    This is the layout of ONNX's INT4 and of FT's weight-only files. If the number of values is odd,
+    the last high nibble is 0.
     """
     flat = values.reshape(-1)
     if flat.size % 2:
@@ -98,27 +104,31 @@ def pack_int4(values: NDArray[np.int8]) -> NDArray[np.uint8]:
 
 
 def pack_int4_rows(values: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Two values a byte down each column, of an even number of rows: the even row's is low.
+    """Packs two values per byte down each column, the even row's in the low nibble.
 
-    The transpose is `pack_int4` of the transposed values.
+    The number of rows must be even. The transpose is `pack_int4` of the transposed values.
     """
-    # Eight bytes at a time where rows are whole words: a shift of masked nibbles stays in its byte.
-    is_of_words = values.flags.c_contiguous and values.shape[1] % 8 == 0
-    nibbles = values.view(np.uint64 if is_of_words else np.uint8)
-    low = nibbles.dtype.type(LOW_NIBBLES & np.iinfo(nibbles.dtype).max)
-    pairs = nibbles[0::2] & low
-    pairs |= (nibbles[1::2] & low) << nibbles.dtype.type(4)
-    return pairs.view(np.uint8)
+    # Eight bytes at a time if rows are whole words: a shift of masked nibbles stays in its byte.
+    if values.flags.c_contiguous and values.shape[1] % 8 == 0:
+        words = values.view(np.uint64)
+        return _packed_pairs(words, np.uint64(LOW_NIBBLES), np.uint64(4)).view(np.uint8)
+    return _packed_pairs(values.view(np.uint8), np.uint8(LOW_NIBBLES & 0xFF), np.uint8(4))
 
 
-def stored_scales(scales: NDArray[np.float32], dtype: np.dtype) -> NDArray:
-    """Scales in a network's type, none of them 0, which TensorRT refuses.
+def _packed_pairs(rows: NDArray[Word], low_nibbles: Word, nibble_bits: Word) -> NDArray[Word]:
+    pairs: NDArray[Word] = rows[0::2] & low_nibbles
+    pairs |= (rows[1::2] & low_nibbles) << nibble_bits
+    return pairs
 
-    Where a scale was 0, or is too small for the type, the weights are 0 or vanish with it.
+
+def stored_scales(scales: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Rounds scales to a network's type; none becomes 0, which TensorRT refuses.
+
+    If a scale is 0 or too small for the type, its weights are 0 or too small as well.
     """
     smallest = np.float32(2.0**-24 if dtype == np.float16 else 2.0**-126)
     return convert(np.maximum(scales, smallest), dtype)
 
 
-def _float32(block: NDArray) -> NDArray[np.float32]:
+def _float32(block: NDArray[Any]) -> NDArray[np.float32]:
     return convert(np.ascontiguousarray(block), FLOAT32)

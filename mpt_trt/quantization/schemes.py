@@ -1,6 +1,6 @@
-"""How a variant stores its block matrices and its KV cache, and what calibration that takes.
+"""Ways to store a model's block matrices and KV cache, and the calibration that each needs.
 
-A scheme is a dataclass of its own, so that no code has to know which options belong together. The
+Each scheme is a dataclass, so that no code has to know which options belong together. The
 embedding, the head, norms and biases stay in the network's own type.
 """
 
@@ -16,18 +16,18 @@ from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import is_legal
 
 QuantizationFormat = Literal["int4_awq", "fp8", "int8_sq", "kv_cache"]
-"""What calibration is made for; the first three are AMMO's names. `kv_cache`: ranges of keys and
-values alone."""
+"""What calibration is made for; the first three are AMMO's names. `kv_cache`: only the amax of keys
+and values."""
 
 KvCacheType = Literal["auto", "int8", "fp8"]
 """How keys and values are stored; `auto`: in the network's own type."""
 
 CALIBRATION_BATCH_SIZE = 8
-"""Samples that calibration computes at a time, at most, unless told otherwise."""
+"""Default for the maximum number of samples that calibration computes at a time."""
 
 SMOOTHQUANT_ALPHA = 0.5
-"""Of calibration results of int8_sq, as AMMO had it; ModelOpt's own default, 1, moves all of the
-activations' range into the weights."""
+"""Migration strength of int8_sq calibration results, as in AMMO. ModelOpt's own default, 1, moves
+all of the activations' range into the weights."""
 
 DEFAULT_GROUP_SIZE = 128
 GROUP_SIZES = (128, 64, 32, 16)
@@ -38,7 +38,7 @@ GROUP_SIZES = (128, 64, 32, 16)
 class WeightOnly:
     """Integer weights, rounded to nearest, and activations in the network's own type.
 
-    bits: 4 or 8. group_size: input features that share a scale; None: all of an output feature.
+    bits: 4 or 8. group_size: input features that share a scale; None: one scale per output feature.
     """
 
     bits: int
@@ -59,9 +59,9 @@ class Awq:
 class SmoothQuant:
     """8-bit weights and activations (Xiao et al., arXiv:2211.10438).
 
-    alpha: how much of the activations' range the weights take over, 0 to 1. per_channel: a scale
-    for each output feature instead of one a matrix. per_token: activation scales are computed for
-    every token instead of calibrated.
+    alpha: migration strength, 0 to 1: the share of the activations' range that moves to the
+    weights. per_channel: one weight scale per output feature instead of one per matrix. per_token:
+    activation scales are computed for every token instead of calibrated.
     """
 
     alpha: float = 0.5
@@ -71,12 +71,12 @@ class SmoothQuant:
 
 @dataclass(frozen=True)
 class Fp8:
-    """E4M3 weights and activations, a calibrated scale for each matrix and each of its inputs."""
+    """E4M3 weights and activations, with one calibrated scale per matrix and one per input."""
 
 
 WeightQuantization = WeightOnly | Awq | SmoothQuant | Fp8
 
-# What each method of config.yaml makes a scheme of, and which options it has.
+# For each method of config.yaml, how to make its scheme, and the options that it has.
 METHODS: dict[str, tuple[Callable[..., WeightQuantization], frozenset[str]]] = {
     "int8_weight_only": (functools.partial(WeightOnly, 8), frozenset()),
     "int4_weight_only": (functools.partial(WeightOnly, 4), frozenset({"group_size"})),
@@ -88,7 +88,7 @@ METHODS: dict[str, tuple[Callable[..., WeightQuantization], frozenset[str]]] = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """What of an engine is quantized, and how. scheme: of the blocks' matrices."""
+    """Quantization of an engine: of the blocks' matrices (scheme) and of the KV cache."""
 
     scheme: WeightQuantization | None = None
     kv_cache: KvCacheType = "auto"
@@ -98,7 +98,7 @@ UNQUANTIZED = Quantization()
 
 
 def make_weight_quantization(method: str, **options: Any) -> WeightQuantization | None:
-    """The scheme of a `quantization` mapping; options of other methods change nothing."""
+    """Makes the scheme of a `quantization` mapping; options of other methods are ignored."""
     if method == "none":
         return None
     make, known = METHODS[method]
@@ -106,7 +106,7 @@ def make_weight_quantization(method: str, **options: Any) -> WeightQuantization 
 
 
 def method_of(scheme: WeightQuantization | None) -> str:
-    """The method that a scheme is of, as config.yaml calls it."""
+    """The name of a scheme's method in config.yaml."""
     if scheme is None:
         return "none"
     if isinstance(scheme, WeightOnly):
@@ -115,7 +115,7 @@ def method_of(scheme: WeightQuantization | None) -> str:
 
 
 def as_mapping(scheme: WeightQuantization | None) -> dict[str, Any]:
-    """What `make_weight_quantization` makes the scheme of again."""
+    """The mapping from which `make_weight_quantization` makes this scheme."""
     method = method_of(scheme)
     known = METHODS[method][1] if scheme else ()
     return {"method": method, **{name: getattr(scheme, name) for name in sorted(known)}}
@@ -124,9 +124,9 @@ def as_mapping(scheme: WeightQuantization | None) -> dict[str, Any]:
 def calibration_format(
     scheme: WeightQuantization | None, kv_cache: KvCacheType
 ) -> QuantizationFormat | None:
-    """What must be calibrated before an engine's network is made; None when nothing has to.
+    """The calibration that an engine's network needs; None if it needs none.
 
-    Every calibration result has the ranges of keys and values in it.
+    Every calibration result contains the amax of keys and values.
     """
     if isinstance(scheme, Awq):
         return "int4_awq"
@@ -136,9 +136,9 @@ def calibration_format(
 
 
 def scale_block(scheme: WeightOnly, in_features: int) -> int | None:
-    """Input features of a rank's matrix that share a stored scale; None: all of them.
+    """Number of a rank's input features that share a stored scale; None: all of them.
 
-    A 4-bit scale of a whole column is stored once a block: the runtimes' 4-bit kernels want that.
+    A 4-bit scale of a whole column is stored once per block, as the runtimes' 4-bit kernels expect.
     """
     if scheme.bits == 8 or scheme.group_size is not None:
         return scheme.group_size
@@ -146,19 +146,19 @@ def scale_block(scheme: WeightOnly, in_features: int) -> int | None:
 
 
 def folds_into_values(config: MptConfig, kv_cache: KvCacheType) -> bool:
-    """Whether V's columns can take the pre-quant scale of the layer behind attention.
+    """Whether V's columns can absorb the pre-quant scale of the layer after attention.
 
-    Each column must have one use, and nothing may depend on its range: no clipping, no scale of a
-    quantized cache.
+    Each column must have only one use, and nothing may depend on its amax: neither clipping nor the
+    scale of a quantized cache.
     """
     has_one_use = config.num_kv_heads == config.num_heads
     return has_one_use and config.clip_qkv is None and kv_cache == "auto"
 
 
 def default_group_size(config: MptConfig) -> int:
-    """128, or less for models so narrow that their ranks would get parts of a group.
+    """Chooses 128, or less for models so narrow that a group would lie across ranks.
 
-    It depends on the model alone: every number of ranks up to 8 is cut from the same groups.
+    It depends only on the model: all tensor-parallel sizes up to 8 share the same groups.
     """
     narrowest = [
         size // tp_size

@@ -1,21 +1,22 @@
 """SmoothQuant (Xiao et al., arXiv:2211.10438) as NVIDIA's converter computes it: pure functions.
 
-A linear layer computes the same when its input is divided by a factor s for each input feature and
-its weight is multiplied by it. The factors shift range from the activations, which are hard to
-quantize, to the weights. Where a norm precedes the layer, its weight and bias take the division;
-where none does, the network divides by the smoother at run time.
+A linear layer computes the same if each input feature is divided by a factor s and its weights are
+multiplied by it. The factors shift amax from the activations, which are hard to quantize, to the
+weights. If a norm precedes the layer, its weight and bias absorb the division; otherwise the
+network divides by the smoother at run time.
 
-Everything is computed on the whole matrix, before it is cut for ranks: every number of ranks gets
-the same integers and scales. Arithmetic is that of NVIDIA's converter, whose bytes these are; it is
-left where it is wrong (docs/ft_differences.md).
+Everything is computed on the whole matrix, before it is split among ranks, so every tensor-parallel
+size gets the same integers and scales. The arithmetic reproduces the bytes of NVIDIA's converter,
+except where that is wrong (docs/ft_differences.md).
 
-A layer's weight here is `[in_features, out_features]`, as FT stores it.
+A layer's weight is `[in_features, out_features]` here, as FT stores it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +26,10 @@ from mpt_trt.errors import MptTrtError
 
 LARGEST = 127
 """Integers are symmetric: -128 is not used."""
-# Of smoothing factors, and of the weight maxima that they are computed from.
+# Lower bound of smoothing factors, and of the weight amax that they are computed from.
 SMALLEST_FACTOR = 1e-5
-# Below any real range: a scale of zeros alone is computed from it.
-SMALLEST_RANGE = 1e-8
+# Below any real amax: stands in for the amax of zeros, which would have no scale.
+SMALLEST_AMAX = 1e-8
 
 FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
 
@@ -43,42 +44,44 @@ def require_alpha(alpha: float) -> None:
 
 
 def smoothing_factors(
-    input_range: NDArray[np.float32],
-    weight_maxima: NDArray[np.float32],
+    input_amax: NDArray[np.float32],
+    weight_amax: NDArray[np.float32],
     alpha: float,
-    dtype: np.dtype,
+    dtype: np.dtype[Any],
 ) -> NDArray[np.float64]:
-    """s[k] = max(1e-5, x[k]^alpha / w[k]^(1 - alpha)), `[in_features]`.
+    """Computes s[k] = max(1e-5, x[k]^alpha / w[k]^(1 - alpha)), `[in_features]`.
 
-    input_range: largest magnitude of each input feature. weight_maxima: of each input feature's
-    weights. dtype: of the weights.
+    input_amax: x, amax of each input feature. weight_amax: w, amax of each input feature's weights.
+    dtype: type of the weights.
     """
     # float32 powers are PyTorch's, as in the original: they differ from NumPy's in the last place.
+    # Imported here because plain conversions and networks of smoothed weights do without PyTorch.
     import torch
 
-    of_weights = np.maximum(weight_maxima, np.float32(SMALLEST_FACTOR))
+    of_weights = np.maximum(weight_amax, np.float32(SMALLEST_FACTOR))
     power = torch.from_numpy(of_weights).pow(1 - alpha).numpy()
     if dtype == FLOAT16:
         power = _in_float16(power)
-    of_activations = input_range.astype(np.float64) ** alpha
-    return np.maximum(SMALLEST_FACTOR, of_activations / power)
+    of_activations = input_amax.astype(np.float64) ** alpha
+    factors: NDArray[np.float64] = np.maximum(SMALLEST_FACTOR, of_activations / power)
+    return factors
 
 
-def smoothed_weight(weight: NDArray, factors: NDArray[np.float64]) -> NDArray:
-    """Rows of a weight `[rows, out]` times their factors `[rows]`; in the weight's own type."""
+def smoothed_weight(weight: NDArray[Any], factors: NDArray[np.float64]) -> NDArray[Any]:
+    """Multiplies rows of a weight `[rows, out]` by their factors `[rows]`, in the weight's type."""
     product = convert(weight, FLOAT32) * factors[:, None]
     return convert(product.astype(np.float32), weight.dtype)
 
 
-def smoothed_norm(values: NDArray, factors: NDArray[np.float64]) -> NDArray:
-    """A norm's weight or bias `[in_features]`, divided by the factors; in its own type."""
+def smoothed_norm(values: NDArray[Any], factors: NDArray[np.float64]) -> NDArray[Any]:
+    """Divides a norm's weight or bias `[in_features]` by the factors, in its own type."""
     quotient = convert(values, FLOAT32) / factors
     with np.errstate(over="ignore"):
         return convert(quotient.astype(np.float32), values.dtype)
 
 
-def quantized(weight: NDArray, scales: NDArray[np.float32]) -> NDArray[np.int8]:
-    """`[rows, out]` times the scales `[out]`, rounded to nearest even, -127 to 127."""
+def quantized(weight: NDArray[Any], scales: NDArray[np.float32]) -> NDArray[np.int8]:
+    """Multiplies `[rows, out]` by the scales `[out]` and rounds to nearest even, -127 to 127."""
     product = convert(weight, FLOAT32) * scales
     if weight.dtype == FLOAT16:
         product = product.astype(np.float16).astype(np.float32)
@@ -89,11 +92,12 @@ def quantized(weight: NDArray, scales: NDArray[np.float32]) -> NDArray[np.int8]:
 class Int8Scales:
     """The scales of one layer's whole matrix, by the names that FT has for them.
 
-    w_orig_quant: what the weights of each output feature are multiplied by to quantize them, one
-    value a matrix (one each for Q, K and V). w_orig_quant_col: one value an output feature.
-    w_quant_orig(_col): their reciprocals. y_accum_quant(_col): from an integer sum of products to a
-    quantized output. All float32 `[out_features]`.
-    x_orig_quant: from input to integer. y_quant_orig: from integer to output. Numbers.
+    Arrays, float32 `[out_features]`. w_orig_quant: factor that quantizes the weights of an output
+    feature, one value per matrix (one each for Q, K and V). w_orig_quant_col: likewise, one value
+    per output feature. w_quant_orig(_col): their reciprocals. y_accum_quant(_col): factor from an
+    integer sum of products to a quantized output.
+
+    Numbers. x_orig_quant: factor from input to integer. y_quant_orig: from integer to output.
     """
 
     w_orig_quant: NDArray[np.float32]
@@ -107,26 +111,26 @@ class Int8Scales:
 
 
 def int8_scales(
-    weight_maxima: NDArray[np.float32],
+    weight_amax: NDArray[np.float32],
     parts: Sequence[int],
-    largest_input: float,
-    largest_output: float,
-    dtype: np.dtype,
+    input_amax: float,
+    output_amax: float,
+    dtype: np.dtype[Any],
 ) -> Int8Scales:
-    """All scales of a layer.
+    """Computes all scales of a layer.
 
-    weight_maxima: largest magnitude of each output feature's weights, `[out_features]`. parts:
-    numbers of output features that share a weight scale per tensor. dtype: of the weights.
-    largest_input: largest magnitude of what the weight is multiplied with, smoothed if it is.
+    weight_amax: amax of each output feature's weights, `[out_features]`. parts: numbers of output
+    features that share a weight scale per tensor. input_amax: amax of the layer's input, after
+    smoothing, if any. output_amax: amax of its output. dtype: type of the weights.
     """
-    largest = np.maximum(weight_maxima, np.float32(SMALLEST_RANGE))
-    by_column = _rounded(np.float32(LARGEST) / largest, dtype)
+    nonzero_amax = np.maximum(weight_amax, np.float32(SMALLEST_AMAX))
+    by_column = _rounded(np.divide(np.float32(LARGEST), nonzero_amax), dtype)
     ends = np.cumsum(parts)[:-1]
-    # The least scale is that of the largest weight.
+    # The smallest scale is that of the largest weight.
     by_part = np.concatenate([np.full_like(part, part.min()) for part in np.split(by_column, ends)])
-    largest_input = max(largest_input, SMALLEST_RANGE)
-    largest_output = max(largest_output, SMALLEST_RANGE)
-    x_orig_quant, y_orig_quant = LARGEST / largest_input, LARGEST / largest_output
+    input_amax = max(input_amax, SMALLEST_AMAX)
+    output_amax = max(output_amax, SMALLEST_AMAX)
+    x_orig_quant, y_orig_quant = LARGEST / input_amax, LARGEST / output_amax
 
     def accumulated(scales: NDArray[np.float32]) -> NDArray[np.float32]:
         return (y_orig_quant / (x_orig_quant * scales.astype(np.float64))).astype(np.float32)
@@ -142,15 +146,15 @@ def int8_scales(
         y_accum_quant=accumulated(by_part),
         y_accum_quant_col=accumulated(by_column),
         x_orig_quant=x_orig_quant,
-        y_quant_orig=largest_output / LARGEST,
+        y_quant_orig=output_amax / LARGEST,
     )
 
 
-def _rounded(values: NDArray[np.float32], dtype: np.dtype) -> NDArray[np.float32]:
-    """Scales as the original's arithmetic has them: in float16 for weights in float16.
+def _rounded(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[np.float32]:
+    """Rounds scales as the original's arithmetic does: to float16 for weights in float16.
 
-    What float16 holds in part or not at all stays as it is, where the original has infinities,
-    zeros and denormal numbers.
+    Scales outside float16's normal range stay as they are; the original gets infinities, zeros and
+    denormal numbers there.
     """
     if dtype != FLOAT16:
         return values

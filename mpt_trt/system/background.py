@@ -1,4 +1,4 @@
-"""Work in a second thread, beside the caller's own."""
+"""Runs work in a second thread while the caller continues."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class Background:
-    """Runs functions in order, in one other thread, at most one behind the caller."""
+    """Runs functions in order in one other thread, at most one at a time."""
 
     def __init__(self, thread: ThreadPoolExecutor):
         self._thread = thread
         self._running: Future[None] | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Waits for what runs, and starts `work`; raises what the former raised."""
+        """Waits for the running work, whose errors it raises, and starts `work`."""
         self.wait()
         self._running = self._thread.submit(work)
 
     def wait(self) -> None:
-        """Returns when nothing runs any more; raises what the work raised."""
+        """Waits for the running work; raises its errors."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
@@ -28,9 +28,9 @@ class Background:
 
 @contextlib.contextmanager
 def background() -> Iterator[Background]:
-    """All that was started has ended when the block is left, and its errors have been raised.
+    """Ends all started work, and raises its errors, when the block is left.
 
-    An error of the block itself goes before those of the work.
+    An error of the block itself takes precedence.
     """
     with ThreadPoolExecutor(1) as thread:
         work = Background(thread)

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, hard links, and content hashes."""
+"""Writes files that are either complete or absent; hard links and content hashes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import xxhash
 
@@ -24,6 +24,10 @@ from mpt_trt.errors import MptTrtError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from typing_extensions import Buffer
+
+    # NumPy's stubs declare the buffer protocol only from Python 3.12 on.
+    Bytes = Buffer | NDArray[Any]
 
 
 HASH_CHUNK_BYTES = 1 << 22
@@ -34,10 +38,10 @@ SYNC_FILE_RANGE_WRITE = 2
 
 @contextlib.contextmanager
 def replace_directory(target: Path) -> Iterator[Path]:
-    """Yields a new empty folder beside `target` that takes its place when the block succeeds.
+    """Yields a new empty folder next to `target` that replaces it when the block succeeds.
 
-    Whatever stood at `target` is replaced as a whole; when the block raises, it is left as it was
-    and the new folder is removed.
+    `target` is replaced as a whole; when the block raises, it stays as it was and the new folder is
+    removed.
 
     Raises MptTrtError when the disk is full or the folder cannot be written.
     """
@@ -53,7 +57,7 @@ def replace_directory(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_file(target: Path) -> Iterator[Path]:
-    """Yields a path beside `target`; the file written there takes its place if the block succeeds.
+    """Yields a path next to `target`; the file written there replaces it if the block succeeds.
 
     Raises MptTrtError when the disk is full or the folder cannot be written.
     """
@@ -67,23 +71,23 @@ def replace_file(target: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def write_in_pieces(stream: BinaryIO, content: bytes | memoryview | NDArray) -> None:
+def write_in_pieces(stream: IO[bytes], content: Bytes) -> None:
     """Writes `content` in pieces of 128 KiB.
 
-    Linux's page cache holds a piece in one block of memory (ext4, Linux 6.18). The larger the
-    blocks, the more often they are ones that were not in use lately, whose memory the host of a
-    virtual machine may have taken back: pieces of a mebibyte went at 0.7 GB/s in place of 6.
+    Linux's page cache holds a piece in one block of memory (ext4, Linux 6.18). Large blocks are
+    often ones that were not used lately, whose memory the host of a virtual machine may have
+    reclaimed: pieces of a mebibyte were written at 0.7 GB/s instead of 6.
     """
-    view = memoryview(content).cast("B")
+    view = memoryview(cast("Buffer", content)).cast("B")
     for start in range(0, len(view), WRITE_BYTES):
         stream.write(view[start : start + WRITE_BYTES])
 
 
-def reserve(stream: BinaryIO, size: int) -> None:
-    """Makes the file system set `size` bytes aside for a new file, where it can.
+def reserve(stream: IO[bytes], size: int) -> None:
+    """Reserves `size` bytes for a new file, if the file system supports it.
 
-    Pages of reserved blocks take a third less time to write (ext4), and a full disk shows at once.
-    Not `os.posix_fallocate`, which writes the file where the file system has no such call.
+    Reserved blocks take a third less time to write (ext4), and a full disk is noticed at once.
+    `os.posix_fallocate` would write the file itself on file systems without support.
     """
     if sys.platform != "linux" or size == 0:
         return
@@ -92,21 +96,21 @@ def reserve(stream: BinaryIO, size: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def start_writing(stream: BinaryIO) -> None:
-    """Makes the system begin to write to the disk what it holds of a file; ends before it is there.
+def start_writing(stream: IO[bytes]) -> None:
+    """Makes the system start writing a file's cached content to disk; does not wait for it.
 
-    By itself it begins when a tenth of the memory is to be written, and from twice that on makes
-    those who write wait.
+    By itself, it starts when a tenth of the memory waits to be written, and from twice that on it
+    makes writers wait.
     """
     if sys.platform == "linux":
         stream.flush()
         _libc().sync_file_range(stream.fileno(), 0, 0, SYNC_FILE_RANGE_WRITE)
 
 
-def map_pages(mapped: NDArray) -> None:
-    """Reads a part of a memory-mapped file, in its order, and lets other threads run meanwhile.
+def map_pages(mapped: NDArray[Any]) -> None:
+    """Reads part of a memory-mapped file sequentially, and lets other threads run meanwhile.
 
-    Linux before 5.14 leaves it to those who use the pages.
+    Linux before 5.14 reads pages only when they are used.
     """
     if sys.platform != "linux":
         return
@@ -133,7 +137,7 @@ def write_json(target: Path, content: object) -> None:
         partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; raises MptTrtError that names the file when it is not one."""
     try:
         content = json.loads(path.read_text())
@@ -151,9 +155,9 @@ def read_json(path: Path) -> dict:
 
 
 def hard_link(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`; copies where the file system cannot link.
+    """Makes `target` the same file as `source`, or a copy if the file system cannot link.
 
-    Raises MptTrtError when there is no `source`.
+    Raises MptTrtError when `source` does not exist.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -169,14 +173,15 @@ def hard_link(source: Path, target: Path) -> None:
 class ContentHash:
     """XXH3-128 of bytes that come in pieces, as `xxh3:<32 hex digits>`.
 
-    It identifies content at memory speed; it is no protection against forgery.
+    It identifies content at memory speed; it does not protect against forgery.
     """
 
     def __init__(self) -> None:
         self._digest = xxhash.xxh3_128()
 
-    def update(self, content: bytes | NDArray) -> None:
-        self._digest.update(content)
+    def update(self, content: Bytes) -> None:
+        """Appends bytes to the content."""
+        self._digest.update(cast("Buffer", content))
 
     def __str__(self) -> str:
         return f"xxh3:{self._digest.hexdigest()}"
@@ -192,13 +197,13 @@ def content_hash(path: Path) -> str:
 
 
 def content_hashes(paths: dict[str, Path]) -> dict[str, str]:
-    """The content hash of every path, computed on all cores; the keys are kept."""
+    """Computes the content hash of every path, on all cores; the keys are kept."""
     with ThreadPoolExecutor() as pool:
         return dict(zip(paths, pool.map(content_hash, paths.values()), strict=True))
 
 
 def _partial_name(target: Path) -> Path:
-    """A name beside `target` that no other process uses; leftovers of dead ones are removed."""
+    """A name next to `target` that no other process uses; removes leftovers of dead processes."""
     prefix = f".{target.name}.partial-{socket.gethostname()}-"
     own = str(os.getpid())
     for leftover in target.parent.glob(glob.escape(prefix) + "*"):

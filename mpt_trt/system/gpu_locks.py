@@ -1,13 +1,13 @@
 """GPUs for jobs of one machine: every job gets GPUs that no other job has.
 
-A GPU is taken by binding a Unix socket to a name in the kernel's own ("abstract") name space, one
-name a GPU. A name has one owner on the whole machine, whoever the users are; there is no folder to
-agree on, and no file that a cleaner could delete or a crash leave behind. The kernel gives the name
-back when the last process that has the socket ends, by whatever signal. The socket passes from the
-process that took it to the command it becomes and to what that starts, so a GPU is taken for just
-as long as a process that may use it lives.
+A GPU is acquired by binding a Unix socket to a name in the kernel's own ("abstract") name space,
+one name per GPU. A name has one owner on the whole machine, whoever the users are; there is no
+folder to agree on, and no file that a cleaner could delete or a crash leave behind. The kernel
+frees the name when the last process that has the socket ends, by whatever signal. The socket passes
+from the process that acquired it to the command it becomes and to that command's children, so a GPU
+stays acquired exactly as long as a process that may use it lives.
 
-Containers with a network of their own have name spaces of their own: hand each its GPUs.
+Containers with a network of their own have name spaces of their own: give each its own GPUs.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import gpus
 
-# Declares how many GPUs there are where no driver can be asked.
+# Declares the number of GPUs if there is no driver to ask.
 DECLARED = "MPT_TRT_GPUS"
-# Set for a command that has got GPUs: what it starts shares them out anew, among itself.
+# Set for a command that has GPUs: its children share these GPUs among themselves.
 SCOPE = "MPT_TRT_GPU_SCOPE"
 SLURM_JOB = "SLURM_JOB_ID"
 PAUSE_SECONDS = 0.1
@@ -40,40 +40,41 @@ class Devices:
 
 @dataclass(frozen=True)
 class AcquiredGpus:
-    """GPUs that this process has, and the sockets that hold them."""
+    """GPUs that this process has acquired, and the sockets that hold them."""
 
     names: tuple[str, ...]
     sockets: tuple[socket.socket, ...]
 
     def pass_to_child(self) -> None:
-        """Lets the commands that this process becomes or starts have the GPUs, too."""
+        """Passes the GPUs to the commands that this process becomes or starts."""
         for held in self.sockets:
             held.set_inheritable(True)
 
     def release(self) -> None:
+        """Frees the GPUs, unless a child has them too."""
         for held in self.sockets:
             held.close()
 
 
 def devices() -> Devices:
-    """The GPUs of this machine, or those that a scheduler or user has left of them.
+    """The GPUs of this machine, or the part of them that a scheduler or user allows.
 
-    CUDA_VISIBLE_DEVICES comes first, then the driver, then the number in MPT_TRT_GPUS, which counts
-    only outside of SLURM's jobs: there it would overrule what SLURM has assigned.
+    CUDA_VISIBLE_DEVICES has precedence, then the driver, then the number in MPT_TRT_GPUS. The
+    latter is ignored within SLURM's jobs, where it would overrule SLURM's assignment.
 
     Raises MptTrtError when MPT_TRT_GPUS is not a number.
     """
-    if found := gpus.identifiers():
-        return Devices(found, gpus.VISIBLE if gpus.visible() is not None else "the driver")
-    if (named := gpus.visible()) is not None:
-        return Devices(named, gpus.VISIBLE)
+    if identifiers := gpus.identifiers():
+        return Devices(identifiers, gpus.VISIBLE if gpus.visible() is not None else "the driver")
+    if (visible := gpus.visible()) is not None:
+        return Devices(visible, gpus.VISIBLE)
     if DECLARED in os.environ and SLURM_JOB not in os.environ:
         return Devices(tuple(map(str, range(_declared()))), DECLARED)
     return Devices((), "no driver")
 
 
 def scope() -> str:
-    """Within which names of GPUs mean the same: this machine, a SLURM job, or a job of ours.
+    """The scope of GPU names: this machine, a SLURM job, or a job of this workflow.
 
     SLURM may number each job's GPUs from 0, and keeps the jobs apart itself.
     """
@@ -83,7 +84,7 @@ def scope() -> str:
 
 
 def require(count: int, available: Devices) -> None:
-    """Raises MptTrtError when there are less than `count` GPUs."""
+    """Raises MptTrtError when there are fewer than `count` GPUs."""
     if count > len(available.names):
         raise MptTrtError(
             f"{count} GPUs are needed, but there are {len(available.names)} "
@@ -97,12 +98,12 @@ def acquire(
     within: str,
     on_wait: Callable[[], None] = lambda: None,
 ) -> AcquiredGpus:
-    """Takes `count` GPUs, once they are free; calls `on_wait` once if they are not.
+    """Acquires `count` GPUs, once they are free; calls `on_wait` once if they are not.
 
-    Only one process of a scope collects GPUs at a time. So none waits for another that waits for
-    it, and a job that needs many gets them, however many jobs need few.
+    Only one process of a scope collects GPUs at a time. So no two processes wait for each other,
+    and a job that needs many GPUs gets them, however many jobs need few.
 
-    Raises MptTrtError, without waiting, when there are less than `count`.
+    Raises MptTrtError, without waiting, when there are fewer than `count`.
     """
     require(count, available)
     if count == 0:
@@ -115,9 +116,9 @@ def acquire(
         while True:
             for name in available.names:
                 if name not in held and len(held) < count:
-                    taken = _bind(f"{within}/{name}")
-                    if taken is not None:
-                        held[name] = taken
+                    lock = _bind(f"{within}/{name}")
+                    if lock is not None:
+                        held[name] = lock
             if len(held) == count:
                 break
             wait()
@@ -126,12 +127,12 @@ def acquire(
 
 
 def environment(names: Sequence[str]) -> dict[str, str]:
-    """What a command that has these GPUs needs to know. Without any it sees none."""
+    """Environment variables for a command that may use these GPUs, and no others."""
     return {gpus.VISIBLE: ",".join(names), SCOPE: f"within-{os.getpid()}"}
 
 
 class _Wait:
-    """Pauses; the first time it says so."""
+    """Pauses; the first time, it also calls `on_wait`."""
 
     def __init__(self, on_wait: Callable[[], None]):
         self._on_wait = on_wait
@@ -145,7 +146,7 @@ class _Wait:
 
 
 def _bind(name: str) -> socket.socket | None:
-    """The socket that owns the name; None when another has it."""
+    """Binds a socket to the name; None when another process has it."""
     own = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         own.bind(f"\0mpt-trt/{name}")

@@ -1,14 +1,15 @@
-"""Which NVIDIA GPUs this process may use, from the driver's management library (NVML).
+"""NVIDIA GPUs that this process may use, from the driver's management library (NVML).
 
-NVML itself shows all GPUs of the machine. Here CUDA_VISIBLE_DEVICES counts, as it does for CUDA.
+NVML itself shows all GPUs of the machine. Here CUDA_VISIBLE_DEVICES is respected, as by CUDA.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -17,52 +18,36 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 @functools.cache
 def compute_capabilities() -> tuple[str, ...]:
     """Compute capability of every GPU as "8.9", in the order of CUDA; empty without a driver."""
-    import pynvml
-
-    pairs = _of_every_gpu(pynvml.nvmlDeviceGetCudaComputeCapability)
+    pairs = _of_every_gpu("nvmlDeviceGetCudaComputeCapability")
     return tuple(f"{major}.{minor}" for major, minor in pairs)
 
 
 @functools.cache
 def memory_sizes() -> tuple[int, ...]:
     """Memory of every GPU in bytes, in the order of CUDA; empty without a driver."""
-    import pynvml
-
-    return tuple(memory.total for memory in _of_every_gpu(pynvml.nvmlDeviceGetMemoryInfo))
+    return tuple(memory.total for memory in _of_every_gpu("nvmlDeviceGetMemoryInfo"))
 
 
 @functools.cache
 def names() -> tuple[str, ...]:
     """Product name of every GPU, in the order of CUDA; empty without a driver."""
-    import pynvml
-
-    return tuple(_of_every_gpu(pynvml.nvmlDeviceGetName))
+    return tuple(_of_every_gpu("nvmlDeviceGetName"))
 
 
 @functools.cache
 def identifiers() -> tuple[str, ...]:
     """UUID of every GPU, in the order of CUDA; empty without a driver."""
-    import pynvml
-
-    return tuple(_of_every_gpu(pynvml.nvmlDeviceGetUUID))
+    return tuple(_of_every_gpu("nvmlDeviceGetUUID"))
 
 
 def driver_version() -> str | None:
     """Version of NVIDIA's driver; None without one."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        return pynvml.nvmlSystemGetDriverVersion()
-    finally:
-        pynvml.nvmlShutdown()
+    with _driver() as nvml:
+        return None if nvml is None else str(nvml.nvmlSystemGetDriverVersion())
 
 
 def visible() -> tuple[str, ...] | None:
-    """The entries of CUDA_VISIBLE_DEVICES up to the first that is no GPU, where CUDA stops.
+    """The entries of CUDA_VISIBLE_DEVICES up to the first that is not a GPU, where CUDA stops.
 
     An entry is an index or (the beginning of) a UUID. None when the variable is not set.
     """
@@ -74,37 +59,46 @@ def visible() -> tuple[str, ...] | None:
     return tuple(entries[:end])
 
 
-def _of_every_gpu(query: Callable[[Any], Any]) -> list[Any]:
+@contextlib.contextmanager
+def _driver() -> Iterator[Any]:
+    """Starts the driver's library and yields `pynvml`; None without a driver."""
+    # Planning imports this module, but never asks the driver.
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return []
+        yield None
+        return
     try:
-        count = pynvml.nvmlDeviceGetCount()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
-        return [query(handle) for handle in _visible_of(handles)]
+        yield pynvml
     finally:
         pynvml.nvmlShutdown()
 
 
-def _visible_of(handles: list[Any]) -> list[Any]:
-    """The handles that CUDA_VISIBLE_DEVICES names, in its order; all if it is not set."""
-    import pynvml
+def _of_every_gpu(query: str) -> list[Any]:
+    """Answers of one of NVML's functions for every visible GPU; empty without a driver."""
+    with _driver() as nvml:
+        if nvml is None:
+            return []
+        return [getattr(nvml, query)(handle) for handle in _visible_handles(nvml)]
 
+
+def _visible_handles(nvml: Any) -> list[Any]:
+    """The handles that CUDA_VISIBLE_DEVICES names, in its order; all if it is not set."""
+    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     entries = visible()
     if entries is None:
         return handles
-    named = {str(index): handle for index, handle in enumerate(handles)}
-    uuids = {pynvml.nvmlDeviceGetUUID(handle): handle for handle in handles}
-    found = []
+    by_index = {str(index): handle for index, handle in enumerate(handles)}
+    by_uuid = {nvml.nvmlDeviceGetUUID(handle): handle for handle in handles}
+    named = []
     for entry in entries:
-        whole = [handle for uuid, handle in uuids.items() if uuid.startswith(entry)]
-        match = named.get(entry) or next(iter(whole), None)
+        whole = [handle for uuid, handle in by_uuid.items() if uuid.startswith(entry)]
+        match = by_index.get(entry) or next(iter(whole), None)
         if match is None and entry.startswith("MIG-"):
-            match = pynvml.nvmlDeviceGetHandleByUUID(entry)
+            match = nvml.nvmlDeviceGetHandleByUUID(entry)
         if match is None:
             break
-        found.append(match)
-    return found
+        named.append(match)
+    return named

@@ -1,4 +1,4 @@
-"""What this machine is, for results that depend on it."""
+"""Describes this machine, for results that depend on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Machine:
-    """cores: that this process may use. gpus: their names. python: its version."""
+    """Hardware and versions. cores: those that this process may use. gpus: their product names."""
 
     processor: str
     cores: int
@@ -25,7 +25,7 @@ class Machine:
 
 
 def describe_machine() -> Machine:
-    """This machine, as results record it."""
+    """Reads the processor, cores, memory, GPUs and versions of this machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(
         processor=_processor(),

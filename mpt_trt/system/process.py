@@ -9,44 +9,43 @@ import sys
 from pathlib import Path
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-# Of C's allocator: ask for huge pages, and cut blocks of up to 32 MiB from one range. By default
-# they may get ranges of their own, whose ends lie in ordinary pages: half of a matrix of 4 MiB, an
-# eighth of one of 16.
+# Settings of C's allocator: ask for huge pages, and allocate blocks of up to 32 MiB from one range.
+# By default large blocks may get ranges of their own, whose ends lie in ordinary pages: half of a
+# matrix of 4 MiB, an eighth of one of 16 MiB.
 TUNABLES = {"glibc.malloc.hugetlb": 1, "glibc.malloc.mmap_threshold": 32 << 20}
 # From Linux's sys/prctl.h.
 PR_SET_PDEATHSIG = 1
 
 
 def prefer_this_python() -> None:
-    """Makes jobs run the Python that runs now, although its environment is not activated.
+    """Makes jobs use the running Python, even if its environment is not activated.
 
-    A conda environment or a container of a rule comes before it.
+    A conda environment or a container of a rule has precedence.
     """
     own = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
 
 
 def wait_without_spinning() -> None:
-    """PyTorch's and NumPy's threads sleep while they wait, unless told otherwise outside.
+    """Lets PyTorch's and NumPy's threads sleep while they wait, unless the environment disagrees.
 
-    By default they spin, on cores that other work needs: beside one busy process, calibration of
-    the demo model on two cores took thrice as long or more. It counts until they are imported.
+    By default they spin on cores that other work needs: with one busy process, calibration of the
+    demo model on two cores took at least three times as long. It must run before their import.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # OpenBLAS: 2**4 cycles, the fewest. Its threads spin from NumPy's import on.
+    # OpenBLAS: 2**4 cycles, the minimum. Its threads spin as soon as NumPy is imported.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 
 def restart_with_huge_pages(offer: Path = HUGE_PAGES) -> None:
-    """Starts this program anew with large blocks of memory in huge pages, where one has to ask.
+    """Restarts this program with huge pages for large blocks of memory, if it must ask for them.
 
-    Weights that ONNX Runtime holds are then loaded and read faster (see docs/performance.md). C's
-    allocator asks for such pages when GLIBC_TUNABLES says so at a program's start, and at no other
-    time; C libraries other than glibc ignore that. Returns where the system gives huge pages to all
-    or to none, where GLIBC_TUNABLES says something about them already, and where only --help is
-    asked for.
+    ONNX Runtime then loads and reads its weights faster (docs/performance.md). C's allocator reads
+    GLIBC_TUNABLES only when a program starts; C libraries other than glibc ignore it. Returns
+    without a restart if the system gives huge pages to all programs or to none, if GLIBC_TUNABLES
+    already mentions them, and for --help.
 
-    offer: the system's setting.
+    offer: file with the system's setting.
     """
     asked = os.environ.get("GLIBC_TUNABLES", "")
     if {"-h", "--help"}.intersection(sys.argv):
@@ -59,6 +58,6 @@ def restart_with_huge_pages(offer: Path = HUGE_PAGES) -> None:
 
 
 def end_with_parent() -> None:
-    """Makes Linux end this process when its parent has ended, in whatever way."""
+    """Makes Linux kill this process when its parent ends, in whatever way."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mpt_trt.calibration import modelopt
 from mpt_trt.calibration.block_stream import (
-    ActivationRanges,
+    ActivationAmax,
     Computation,
-    activation_ranges,
+    activation_amax,
     equal_batch_size,
     stream_blocks,
 )
@@ -157,8 +157,8 @@ def test_ranges_of_keys_and_values_are_modelopts(name: str, qformat: str, tmp_pa
             kind: next(q for n, q in quantizers.items() if n.endswith(f"{kind}_bmm_quantizer")).amax
             for kind in "kv"
         }
-        assert_near(result.kv_ranges(layer).key, amax["k"])
-        assert_near(result.kv_ranges(layer).value, amax["v"])
+        assert_near(result.kv_amax(layer).key, amax["k"])
+        assert_near(result.kv_amax(layer).value, amax["v"])
 
 
 def test_smoothed_weights_and_scales_belong_to_the_checkpoint(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_groups_of_zeros_have_a_scale_that_divides(tmp_path: Path) -> None:
 # --- the streaming pass --------------------------------------------------------------------------
 
 
-def whole_ranges(folder: Path, spec: CheckpointSpec) -> ActivationRanges:
+def whole_amax(folder: Path, spec: CheckpointSpec) -> ActivationAmax:
     """max|x| and max|y| of every linear layer, by hooks in the whole model, sample by sample."""
     model = whole_model(folder)
     seen: dict[tuple[int, str], list[list[Tensor]]] = {}
@@ -203,15 +203,15 @@ def whole_ranges(folder: Path, spec: CheckpointSpec) -> ActivationRanges:
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_activation_ranges_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
+def test_activation_amax_is_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
     spec = SPECS[name]
     folder = write_checkpoint(tmp_path / "hf", spec)
     steps: list[None] = []
-    found = activation_ranges(
+    found = activation_amax(
         folder, samples_of(spec), Computation(), advance=lambda: steps.append(None)
     )
     assert len(steps) == len(found) == spec.num_layers
-    for ours, expected in zip(found, whole_ranges(folder, spec), strict=True):
+    for ours, expected in zip(found, whole_amax(folder, spec), strict=True):
         assert list(ours) == list(MATRICES)
         for matrix, (x, y) in expected.items():
             assert ours[matrix].x.dtype == ours[matrix].y.dtype == np.float32
@@ -224,7 +224,7 @@ def test_ft_checkpoints_have_the_ranges_of_their_model(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "hf", spec)
     ft = ft_of(tmp_path).folder
     from_hf, from_ft = (
-        activation_ranges(place, samples_of(spec), Computation()) for place in (folder, ft)
+        activation_amax(place, samples_of(spec), Computation()) for place in (folder, ft)
     )
     for ours, theirs in zip(from_hf, from_ft, strict=True):
         for matrix in MATRICES:

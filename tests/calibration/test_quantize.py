@@ -21,7 +21,7 @@ from mpt_trt.ft.checkpoint import read_ft_checkpoint
 from mpt_trt.ft.int8 import Int8Conversion
 from support.checkpoints import CheckpointSpec, write_checkpoint
 from support.engines import call_tool
-from support.ft import random_ranges, write_ft
+from support.ft import random_amax, write_ft
 from support.paths import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,7 +127,7 @@ def test_models_without_legal_groups_are_refused(text: Path, tmp_path: Path) -> 
 
 
 def test_smoothed_checkpoints_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
-    write_ft(model, tmp_path / "ft", int8=Int8Conversion(random_ranges(SPEC), 0.5, {}))
+    write_ft(model, tmp_path / "ft", int8=Int8Conversion(random_amax(SPEC), 0.5, {}))
     message = "smoothed for int8, not a full-precision checkpoint"
     options = ("--qformat=fp8", f"--tokenizer_dir={model}")
     assert_refused(message, tmp_path / "ft", text, tmp_path / "a", *options)

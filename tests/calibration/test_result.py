@@ -26,7 +26,7 @@ from mpt_trt.quantization.calibrated_weights import (
     AwqMatrix,
     CalibratedMatrix,
     Fp8Scales,
-    KvRanges,
+    KvAmax,
     SmoothQuantMatrix,
 )
 from mpt_trt.quantization.schemes import QuantizationFormat
@@ -34,7 +34,7 @@ from references.ammo_loader import MATRICES as AMMO_MATRICES
 from references.ammo_loader import load_awq, load_fp8
 from support.checkpoints import CheckpointSpec, tensors, write_checkpoint
 from support.engines import convert
-from support.ft import random_ranges, write_ft
+from support.ft import random_amax, write_ft
 
 FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
 SPEC = CheckpointSpec(num_heads=6, num_kv_heads=2)
@@ -70,7 +70,7 @@ def write_result(
     with calibration_writer(target, source.config, source.reader, weight_dtype) as writer:
         writer.model(qformat)
         for layer in range(source.config.num_layers):
-            writer.kv_ranges(layer, KvRanges(1.5 + layer, 2.5 + layer))
+            writer.kv_amax(layer, KvAmax(1.5 + layer, 2.5 + layer))
             for matrix in MATRICES if qformat != "kv_cache" else ():
                 writer.matrix(layer, matrix, values_for(source, layer, matrix, qformat, seed))
     return target
@@ -155,7 +155,7 @@ def test_what_was_written_is_read(
     assert result.quantization_format == qformat
     assert result.group_size == (GROUP_SIZE if qformat == "int4_awq" else None)
     for layer in range(spec.num_layers):
-        assert result.kv_ranges(layer) == KvRanges(1.5 + layer, 2.5 + layer)
+        assert result.kv_amax(layer) == KvAmax(1.5 + layer, 2.5 + layer)
         for matrix in MATRICES if qformat != "kv_cache" else ():
             expected = values_for(source, layer, matrix, qformat)
             assert_same(read_matrix(result, layer, matrix), expected, weight_dtype)
@@ -318,8 +318,8 @@ def test_files_without_our_keys_are_read_as_far_as_they_go(
     ours = read_calibration(made / "int4_awq.npz", checkpoint)
     for matrix in MATRICES:
         assert_same(result.awq_matrix(1, matrix), ours.awq_matrix(1, matrix), FLOAT32)
-    with pytest.raises(MptTrtError, match="no ranges of keys and values, as files made by AMMO"):
-        result.kv_ranges(0)
+    with pytest.raises(MptTrtError, match="no amax of keys and values, like files made by AMMO"):
+        result.kv_amax(0)
 
 
 @pytest.mark.parametrize("name", ["other weights", "vocabulary", "K/V heads", "feed-forward"])
@@ -339,10 +339,10 @@ def test_ranges_belong_to_the_smoothed_form_of_their_model(
 ) -> None:
     spec = replace(SPEC, seed=seed)
     model = write_checkpoint(tmp_path / "hf", spec)
-    write_ft(model, tmp_path / "sq", int8=Int8Conversion(random_ranges(spec), 0.5, {}))
+    write_ft(model, tmp_path / "sq", int8=Int8Conversion(random_amax(spec), 0.5, {}))
     smoothed = read_ft_checkpoint(tmp_path / "sq")
     if seed == SPEC.seed:
-        assert read_calibration(made / "kv_cache.npz", smoothed).kv_ranges(1) == KvRanges(2.5, 3.5)
+        assert read_calibration(made / "kv_cache.npz", smoothed).kv_amax(1) == KvAmax(2.5, 3.5)
     else:
         with pytest.raises(MptTrtError, match=r"made for another model: wte at \[\d+, \d+\]"):
             read_calibration(made / "kv_cache.npz", smoothed)

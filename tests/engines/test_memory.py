@@ -33,7 +33,7 @@ from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import Rank, VocabularySharding, is_legal
 from mpt_trt.model.tensors import weights
 from mpt_trt.network.decoder import build_network
-from mpt_trt.quantization.calibrated_weights import Fp8Scales, KvRanges
+from mpt_trt.quantization.calibrated_weights import Fp8Scales, KvAmax
 from mpt_trt.quantization.schemes import (
     Awq,
     Fp8,
@@ -124,8 +124,8 @@ class Calibrated(CalibrationResult):
     def fp8_scales(self, layer: int, matrix: str) -> Fp8Scales:
         return Fp8Scales(1.0, 1.0)
 
-    def kv_ranges(self, layer: int) -> KvRanges:
-        return KvRanges(1.0, 1.0)
+    def kv_amax(self, layer: int) -> KvAmax:
+        return KvAmax(1.0, 1.0)
 
 
 @pytest.mark.parametrize("name", ["multi-head", "grouped-query", "clip_qkv", "biases"])

@@ -23,7 +23,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mpt_trt.calibration.block_stream import Computation, activation_ranges
+from mpt_trt.calibration.block_stream import Computation, activation_amax
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.model_source import open_model
 from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
@@ -129,7 +129,7 @@ class Model:
             config = read_hf_config(self.hf)
             int8 = None
             if is_smoothed:
-                ranges = activation_ranges(self.hf, self.samples, Computation())
+                ranges = activation_amax(self.hf, self.samples, Computation())
                 int8 = Int8Conversion(ranges, 0.5, {})
             settings = ConversionSettings(storage_type, tp_size, 1, "demo", {}, int8)
             source = HfCheckpoint(self.hf, weights(config))

@@ -18,15 +18,15 @@ from mpt_trt.ft.int8 import Int8Conversion
 from mpt_trt.ft.layout import Int8Files, Int8Layers, total_bytes
 from mpt_trt.model.sharding import Rank, all_ranks
 from mpt_trt.network.decoder import build_network
-from mpt_trt.quantization.activation_ranges import ActivationRanges, LinearRanges
+from mpt_trt.quantization.activation_amax import ActivationAmax, LinearAmax
 from support.checkpoints import CheckpointSpec, tensors, write_checkpoint, write_seeded_checkpoint
 from support.ft import (
     FT_LAYERS,
     hashes_in,
     names_in,
-    random_ranges,
+    random_amax,
     rank_rows,
-    seeded_ranges,
+    seeded_amax,
     write_ft,
 )
 from support.paths import DATA
@@ -53,11 +53,11 @@ def write_int8(
     storage_type: str = "float32",
     tp_size: int = 1,
     alpha: float | None = 0.5,
-    ranges: ActivationRanges | None = None,
+    amax: ActivationAmax | None = None,
 ) -> Path:
-    """An FT directory of random ranges; alpha None means int8 files for the KV cache alone."""
+    """An FT directory of random amax; alpha None means int8 files for the KV cache alone."""
     checkpoint = write_checkpoint(folder / "hf", spec)
-    int8 = Int8Conversion(ranges or random_ranges(spec), alpha, {"text": "some.txt"})
+    int8 = Int8Conversion(amax or random_amax(spec), alpha, {"text": "some.txt"})
     target = folder / f"{tp_size}-gpu"
     write_ft(checkpoint, target, storage_type, tp_size, int8)
     return target
@@ -78,7 +78,7 @@ class TestNvidia:
         folder, tp_size = tmp_path / "ft", int(tp.removeprefix("tp"))
         checkpoint = write_seeded_checkpoint(tmp_path / "hf", name)
         alpha = 0.5 if kind == "sq0.5" else None
-        int8 = Int8Conversion(seeded_ranges(name), alpha, {})
+        int8 = Int8Conversion(seeded_amax(name), alpha, {})
         write_ft(checkpoint, folder, storage_type, tp_size, int8)
         # What config.ini says of the model's name, and whether K/V heads are grouped.
         ini = (folder / "config.ini").read_text()
@@ -202,16 +202,16 @@ def require_smoothed(found: Directory) -> None:
 
 
 def require_scales(
-    found: Directory, ranges: ActivationRanges, layers: list[str], of_ranges: float = 1e-6
+    found: Directory, amax: ActivationAmax, layers: list[str], of_amax: float = 1e-6
 ) -> None:
     """All scales by the format's formulas, and integers that stand for the stored weights.
 
-    of_ranges: relative tolerance of what depends on the ranges.
+    of_amax: relative tolerance of what depends on the amax.
     """
     spec, tolerance = found.spec, 1e-3 if found.storage_type == "float16" else 1e-6
     for number in range(spec.num_layers):
         for name in layers:
-            layer, seen = f"layers.{number}.{name}", ranges[number][name]
+            layer, seen = f"layers.{number}.{name}", amax[number][name]
             weight, x, y = found.matrix(layer), seen.x.astype(np.float64), seen.y.max()
             if name in NORMS:
                 x = x / smoothing_seen_in_norm(found, number, name)
@@ -220,12 +220,12 @@ def require_scales(
             if spec.clip_qkv is not None and "query_key_value" in name:
                 y = min(y, spec.clip_qkv)
             x_scale, y_scale = x.max() / 127, y / 127
-            rtol = 4 * ROUNDING[found.storage_type] + of_ranges
+            rtol = 4 * ROUNDING[found.storage_type] + of_amax
             np.testing.assert_allclose(
                 found.read(f"{layer}.scale_x_orig_quant"), [1 / x_scale], rtol=rtol
             )
             np.testing.assert_allclose(
-                found.read(f"{layer}.scale_y_quant_orig"), [y_scale], rtol=of_ranges
+                found.read(f"{layer}.scale_y_quant_orig"), [y_scale], rtol=of_amax
             )
             parts = [weight]
             if "query_key_value" in name:
@@ -246,7 +246,7 @@ def require_scales(
                 np.testing.assert_allclose(
                     np.broadcast_to(accumulated, maxima.shape),
                     maxima / 127 / x_orig_quant / y_scale,
-                    rtol=tolerance + of_ranges,
+                    rtol=tolerance + of_amax,
                 )
                 integers = found.matrix(layer, f".int8{suffix}", "int8")
                 assert np.abs(integers).max() == 127
@@ -289,14 +289,14 @@ class TestDirectory:
         folder = write_int8(tmp_path, spec, storage_type, tp_size)
         found = Directory(folder, spec, storage_type, tp_size)
         require_smoothed(found)
-        require_scales(found, random_ranges(spec), list(FT_LAYERS.values()))
+        require_scales(found, random_amax(spec), list(FT_LAYERS.values()))
 
     @pytest.mark.parametrize("alpha", [0, 0.3, 1])
     def test_alpha(self, tmp_path: Path, alpha: float) -> None:
         found = Directory(write_int8(tmp_path, BASE, alpha=alpha), BASE, "float32", 1)
         require_smoothed(found)
         smoother = found.smoother("layers.1.attention.dense")
-        seen = random_ranges(BASE)[1]["attention.dense"].x.astype(np.float64)
+        seen = random_amax(BASE)[1]["attention.dense"].x.astype(np.float64)
         weight = tensors(BASE)["transformer.blocks.1.attn.out_proj.weight"].double().numpy()
         expected = seen**alpha / np.abs(weight).max(axis=0) ** (1 - alpha)
         np.testing.assert_allclose(smoother, expected, rtol=1e-6)
@@ -329,12 +329,12 @@ class TestDirectory:
         content["transformer.blocks.0.norm_1.weight"][3] = 0
         content["transformer.blocks.0.norm_2.weight"][3] = 0
         torch.save(content, checkpoint / "pytorch_model.bin")
-        ranges = random_ranges(BASE)
-        for seen in ranges[0].values():
+        amax = random_amax(BASE)
+        for seen in amax[0].values():
             seen.x[3] = 0
         for storage_type in ("float32", "float16"):
             folder = tmp_path / storage_type
-            write_ft(checkpoint, folder, storage_type, 2, Int8Conversion(ranges, 0.5, {}))
+            write_ft(checkpoint, folder, storage_type, 2, Int8Conversion(amax, 0.5, {}))
             found = Directory(folder, BASE, storage_type, 2)
             for path in folder.glob("model.layers.0.*.bin"):
                 if ".int8." not in path.name:
@@ -366,7 +366,7 @@ class TestDirectory:
         scale = Directory(folder, spec, "float32", 2).read(
             "layers.1.attention.query_key_value.scale_y_quant_orig"
         )
-        seen = random_ranges(spec)[1]["attention.query_key_value"].y.max()
+        seen = random_amax(spec)[1]["attention.query_key_value"].y.max()
         np.testing.assert_allclose(scale, [seen / 127], rtol=1e-6)
 
     def test_number_of_workers_changes_nothing(self, tmp_path: Path) -> None:
@@ -489,31 +489,31 @@ class TestRefusals:
     def test_alpha(self, tmp_path: Path, alpha: float) -> None:
         assert self.refusal(tmp_path, alpha=alpha).startswith(f"smoothquant = {alpha}: alpha must")
 
-    def test_ranges_of_another_model(self, tmp_path: Path) -> None:
-        ranges = random_ranges(replace(BASE, num_layers=1))
-        message = self.refusal(tmp_path, ranges=ranges)
-        assert message.startswith("layers.1.attention.query_key_value has no activation ranges")
-        ranges = random_ranges(replace(BASE, hidden_size=64))
-        message = self.refusal(tmp_path, ranges=ranges)
-        assert "the input range has shape [64], but the layer has 48 such features" in message
+    def test_amax_of_another_model(self, tmp_path: Path) -> None:
+        amax = random_amax(replace(BASE, num_layers=1))
+        message = self.refusal(tmp_path, amax=amax)
+        assert message.startswith("layers.1.attention.query_key_value has no activation amax")
+        amax = random_amax(replace(BASE, hidden_size=64))
+        message = self.refusal(tmp_path, amax=amax)
+        assert "the input amax has shape [64], but the layer has 48 such features" in message
 
-    def test_ranges_that_are_not_finite(self, tmp_path: Path) -> None:
-        ranges = random_ranges(BASE)
-        seen = ranges[1]["mlp.dense_4h_to_h"]
-        ranges[1]["mlp.dense_4h_to_h"] = LinearRanges(seen.x, seen.y * np.float32(np.inf))
-        message = self.refusal(tmp_path, ranges=ranges)
-        assert message.startswith("layers.1.mlp.dense_4h_to_h: the output range holds inf")
+    def test_amax_that_is_not_finite(self, tmp_path: Path) -> None:
+        amax = random_amax(BASE)
+        seen = amax[1]["mlp.dense_4h_to_h"]
+        amax[1]["mlp.dense_4h_to_h"] = LinearAmax(seen.x, seen.y * np.float32(np.inf))
+        message = self.refusal(tmp_path, amax=amax)
+        assert message.startswith("layers.1.mlp.dense_4h_to_h: the output amax holds inf")
 
     def test_smoothing_beyond_float16(self, tmp_path: Path) -> None:
-        ranges = random_ranges(BASE)
-        ranges[0]["attention.query_key_value"].x[11] = 1e-12
-        message = self.refusal(tmp_path, storage_type="float16", alpha=1, ranges=ranges)
+        amax = random_amax(BASE)
+        amax[0]["attention.query_key_value"].x[11] = 1e-12
+        message = self.refusal(tmp_path, storage_type="float16", alpha=1, amax=amax)
         assert (
             ": tensor transformer.blocks.0.norm_1.weight: smoothing with alpha 1 takes it"
             in message
         )
         assert "beyond float16; choose another alpha" in message
-        write_int8(tmp_path, BASE, "bfloat16", alpha=1, ranges=ranges)
+        write_int8(tmp_path, BASE, "bfloat16", alpha=1, amax=amax)
 
     def test_kv_scales_of_normalized_keys(self, tmp_path: Path) -> None:
         message = self.refusal(tmp_path, replace(BASE, qk_ln=True), alpha=None)
@@ -545,8 +545,8 @@ class TestCommandLine:
         assert "calibrate_kv_cache = False\n" in ini
         found = Directory(folder, BASE, "float32", 2)
         require_smoothed(found)
-        ranges = ranges_by_transformers(checkpoint, tmp_path / "text.txt")
-        require_scales(found, ranges, list(FT_LAYERS.values()), of_ranges=1e-5)
+        amax = amax_by_transformers(checkpoint, tmp_path / "text.txt")
+        require_scales(found, amax, list(FT_LAYERS.values()), of_amax=1e-5)
         provenance = json.loads((folder / "manifest.json").read_text())["calibration"]
         assert provenance["text"] == "text.txt"
         assert (provenance["num_samples"], provenance["sequence_length"]) == (4, 16)
@@ -609,7 +609,7 @@ class TestCommandLine:
         assert "error: qk_ln = True" in capsys.readouterr().err
 
 
-def ranges_by_transformers(checkpoint: Path, text: Path) -> ActivationRanges:
+def amax_by_transformers(checkpoint: Path, text: Path) -> ActivationAmax:
     """What its linear layers see of four evenly spread pieces of the text, 16 tokens each."""
     from tokenizers import Tokenizer
     from transformers import MptForCausalLM
@@ -618,12 +618,12 @@ def ranges_by_transformers(checkpoint: Path, text: Path) -> ActivationRanges:
     starts = [piece * (len(tokens) - 16) // 3 for piece in range(4)]
     samples = torch.tensor([tokens[start : start + 16] for start in starts])
     model = MptForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    found: ActivationRanges = [{} for _ in model.transformer.blocks]
+    found: ActivationAmax = [{} for _ in model.transformer.blocks]
 
     def watch(layer: int, name: str):
         def see(_module, inputs, output) -> None:
             seen = (values.detach().abs().amax((0, 1)).numpy() for values in (inputs[0], output))
-            found[layer][name] = LinearRanges(*seen)
+            found[layer][name] = LinearAmax(*seen)
 
         return see
 

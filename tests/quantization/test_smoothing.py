@@ -39,17 +39,17 @@ def layers(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return weight, draw(arrays.arrays(np.float32, shape[:1], elements=MAGNITUDES))
 
 
-def factors_of(weight: np.ndarray, input_range: np.ndarray, alpha: float) -> np.ndarray:
+def factors_of(weight: np.ndarray, input_amax: np.ndarray, alpha: float) -> np.ndarray:
     maxima = np.abs(weight.astype(np.float32)).max(axis=1)
-    return smoothing_factors(input_range, maxima, alpha, weight.dtype)
+    return smoothing_factors(input_amax, maxima, alpha, weight.dtype)
 
 
 class TestSmoothing:
     @given(layers(), ALPHAS, st.integers(0, 2**32 - 1))
     def test_the_product_stays(self, layer, alpha: float, seed: int) -> None:
-        weight, input_range = layer
-        factors = factors_of(weight, input_range, alpha)
-        x = np.random.default_rng(seed).uniform(-1, 1, (3, len(weight))) * input_range
+        weight, input_amax = layer
+        factors = factors_of(weight, input_amax, alpha)
+        x = np.random.default_rng(seed).uniform(-1, 1, (3, len(weight))) * input_amax
         smoothed = (x / factors) @ (weight.astype(np.float64) * factors[:, None])
         np.testing.assert_allclose(smoothed, x @ weight.astype(np.float64), atol=1e-10)
 
@@ -76,11 +76,11 @@ class TestSmoothing:
 
     @given(layers(), ALPHAS, DTYPES)
     def test_factors(self, layer, alpha: float, dtype) -> None:
-        weight, input_range = layer[0].astype(dtype), layer[1]
+        weight, input_amax = layer[0].astype(dtype), layer[1]
         largest = np.abs(weight.astype(np.float64)).max(axis=1)
         has_weights = largest > 0
-        found = factors_of(weight, input_range, alpha)[has_weights]
-        expected = input_range[has_weights].astype(np.float64) ** alpha
+        found = factors_of(weight, input_amax, alpha)[has_weights]
+        expected = input_amax[has_weights].astype(np.float64) ** alpha
         expected /= largest[has_weights] ** (1 - alpha)
         rounding = 2.0**-10 if dtype == FLOAT16 else 1e-6
         np.testing.assert_allclose(found, np.maximum(1e-5, expected), rtol=rounding)
@@ -88,9 +88,9 @@ class TestSmoothing:
     @given(layers())
     def test_extremes_of_alpha(self, layer) -> None:
         """At 1, weights take all of the activations' range; at 0, all get the same."""
-        weight, input_range = layer
-        np.testing.assert_allclose(factors_of(weight, input_range, 1), input_range, rtol=1e-6)
-        factors = factors_of(weight, input_range, 0)
+        weight, input_amax = layer
+        np.testing.assert_allclose(factors_of(weight, input_amax, 1), input_amax, rtol=1e-6)
+        factors = factors_of(weight, input_amax, 0)
         rows = np.abs(weight).max(axis=1) > 0
         smoothed = np.abs(smoothed_weight(weight, factors)).max(axis=1)[rows]
         np.testing.assert_allclose(smoothed, 1, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""What tests of FT directories share: hashes, slices taken by hand, activation ranges."""
+"""What tests of FT directories share: hashes, slices taken by hand, activation amax."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mpt_trt.ft.int8 import Int8Conversion
 from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.tensors import weights
-from mpt_trt.quantization.activation_ranges import ActivationRanges, LinearRanges
+from mpt_trt.quantization.activation_amax import ActivationAmax, LinearAmax
 from support.checkpoints import SEEDED_SPECS, CheckpointSpec, seeded_tensors, tensors
 from support.paths import tool_path
 
@@ -67,22 +67,22 @@ def rank_rows(spec: CheckpointSpec, rank: int, tp_size: int) -> list[int]:
     return [head * spec.head_dim + row for head in heads for row in range(spec.head_dim)]
 
 
-def seeded_ranges(name: Literal["a", "gqa"]) -> ActivationRanges:
-    """The ranges that NVIDIA's converter was given instead of calibration, for a seeded checkpoint.
+def seeded_amax(name: Literal["a", "gqa"]) -> ActivationAmax:
+    """The amax that NVIDIA's converter was given instead of calibration, for a seeded checkpoint.
 
     The i-th block matrix in sorted order draws from `PCG64(SeedSequence([seed, 7777, i]))`.
     """
     spec = SEEDED_SPECS[name]
-    return _ranges(spec, seeded_tensors(name), 0.01)
+    return _amax(spec, seeded_tensors(name), 0.01)
 
 
-def random_ranges(spec: CheckpointSpec, smallest: float = 0.01) -> ActivationRanges:
+def random_amax(spec: CheckpointSpec, smallest: float = 0.01) -> ActivationAmax:
     """Ranges of a model that was never run."""
-    return _ranges(spec, tensors(spec), smallest)
+    return _amax(spec, tensors(spec), smallest)
 
 
-def _ranges(spec: CheckpointSpec, content: dict, smallest: float) -> ActivationRanges:
-    found: ActivationRanges = [{} for _ in range(spec.num_layers)]
+def _amax(spec: CheckpointSpec, content: dict, smallest: float) -> ActivationAmax:
+    found: ActivationAmax = [{} for _ in range(spec.num_layers)]
     matrices = sorted(
         name.removesuffix(".weight")
         for name, tensor in content.items()
@@ -96,5 +96,5 @@ def _ranges(spec: CheckpointSpec, content: dict, smallest: float) -> ActivationR
             for size in reversed(content[f"{name}.weight"].shape)
         )
         _, _, layer, hf_name = name.split(".", 3)
-        found[int(layer)][FT_LAYERS[hf_name]] = LinearRanges(x, y)
+        found[int(layer)][FT_LAYERS[hf_name]] = LinearAmax(x, y)
     return found

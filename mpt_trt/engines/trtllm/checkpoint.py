@@ -66,8 +66,8 @@ class TrtllmConversion:
         if uses_modelopt_form(spec.scheme):
             self._require_int8_sq()
         if spec.quantization.kv_cache != "auto":
-            # Raises for a result without ranges.
-            self.calibrated.calibration.kv_ranges(0)
+            # Raises for a result without the amax of keys and values.
+            self.calibrated.calibration.kv_amax(0)
         # Raises for a checkpoint that is smoothed or plain and should not be.
         self.linear_form(Rank(0, self.checkpoint.tp_size))
 
@@ -222,8 +222,8 @@ def _cache_tensors(conversion: TrtllmConversion) -> Tensors:
         return {}
     found = {}
     for layer in range(conversion.config.num_layers):
-        ranges = conversion.calibrated.calibration.kv_ranges(layer)
-        scale = max(ranges.key, ranges.value) / KV_CACHE_MAX[cache]
+        amax = conversion.calibrated.calibration.kv_amax(layer)
+        scale = max(amax.key, amax.value) / KV_CACHE_MAX[cache]
         name = f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"
         found[name] = vector([scale or 1.0])
     return found

@@ -132,7 +132,7 @@ def _rounded_to_int8(graph: GraphBuilder, value: str, scale: str, name: str) -> 
 
 
 def _rounded_by_row(graph: GraphBuilder, value: str, name: str) -> tuple[str, str]:
-    """Each row over its largest magnitude, in steps of 1/127; and those magnitudes `[..., 1]`.
+    """Divides each row by its amax, in steps of 1/127; also returns the amax `[..., 1]`.
 
     Runtimes do not take a scale that is computed; so the row is brought to -1..1 instead.
     """

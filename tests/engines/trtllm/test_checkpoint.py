@@ -34,7 +34,7 @@ from mpt_trt.quantization.schemes import Awq, Fp8, Quantization, SmoothQuant, We
 from references import trtllm_loader
 from support.checkpoints import CheckpointSpec, tensors, write_checkpoint
 from support.engines import call_tool
-from support.ft import random_ranges, write_ft
+from support.ft import random_amax, write_ft
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,7 +97,7 @@ class Workshop:
         return target
 
     def ft(self, storage_type: str = "float16", alpha: float | None = None) -> FtCheckpoint:
-        int8 = None if alpha is None else Int8Conversion(random_ranges(self.spec), alpha, {})
+        int8 = None if alpha is None else Int8Conversion(random_amax(self.spec), alpha, {})
         target = self.folder / f"ft-{storage_type}-{alpha}" / f"{self.tp_size}-gpu"
         write_ft(self.hf, target, storage_type, self.tp_size, int8)
         return read_ft_checkpoint(target)
@@ -396,7 +396,7 @@ def test_caches_have_one_scale_a_layer(scheme, cache, tmp_path):
     found = workshop.write(checkpoint, calibrated)
     assert found.config["quantization"]["kv_cache_quant_algo"] == cache.upper()
     for layer in range(spec.num_layers):
-        ranges = calibrated.calibration.kv_ranges(layer)
+        ranges = calibrated.calibration.kv_amax(layer)
         expected = max(ranges.key, ranges.value) / {"int8": 127, "fp8": 448}[cache]
         for rank in found.ranks:
             scale = rank[f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"]

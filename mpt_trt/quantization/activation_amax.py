@@ -1,4 +1,4 @@
-"""How large the activations of a model get: what a calibration pass finds, by linear layer."""
+"""The amax of a model's activations by linear layer, as a calibration pass finds them."""
 
 from __future__ import annotations
 
@@ -13,34 +13,37 @@ from mpt_trt.model.tensors import Weight, block_matrices
 
 
 @dataclass(frozen=True)
-class LinearRanges:
-    """Of one linear layer, float32: max|x| `[in_features]` and max|y| `[out_features]`."""
+class LinearAmax:
+    """Amax of each input and output feature of a linear layer.
+
+    x: max|x|, float32 `[in_features]`. y: max|y|, float32 `[out_features]`.
+    """
 
     x: NDArray[np.float32]
     y: NDArray[np.float32]
 
 
-ActivationRanges = list[dict[str, LinearRanges]]
+ActivationAmax = list[dict[str, LinearAmax]]
 """By layer, then by FT name of the linear layer within it, e.g. `attention.dense`."""
 
 
-def ranges_of(ranges: ActivationRanges, weight: Weight) -> LinearRanges:
-    """The ranges of the layer whose weight it is; raises KeyError or IndexError without them."""
+def amax_of(amax: ActivationAmax, weight: Weight) -> LinearAmax:
+    """The amax of the layer that `weight` belongs to; raises KeyError or IndexError without it."""
     _, layer, name = weight.name.removesuffix(".weight").split(".", 2)
-    return ranges[int(layer)][name]
+    return amax[int(layer)][name]
 
 
-def require_ranges(ranges: ActivationRanges, config: MptConfig) -> None:
-    """Raises MptTrtError, naming the layer, when ranges are missing, misshapen or not finite."""
+def require_amax(amax: ActivationAmax, config: MptConfig) -> None:
+    """Raises MptTrtError, naming the layer, when an amax is missing, misshapen or not finite."""
     for layer in range(config.num_layers):
         for name, weight in block_matrices(config, layer).items():
-            if len(ranges) <= layer or name not in ranges[layer]:
+            if len(amax) <= layer or name not in amax[layer]:
                 raise MptTrtError(
-                    f"layers.{layer}.{name} has no activation ranges; calibrate this model"
+                    f"layers.{layer}.{name} has no activation amax; calibrate this model"
                 )
-            found = ranges[layer][name]
-            _require_fitting(f"layers.{layer}.{name}: the input range", found.x, weight.shape[1])
-            _require_fitting(f"layers.{layer}.{name}: the output range", found.y, weight.shape[0])
+            linear = amax[layer][name]
+            _require_fitting(f"layers.{layer}.{name}: the input amax", linear.x, weight.shape[1])
+            _require_fitting(f"layers.{layer}.{name}: the output amax", linear.y, weight.shape[0])
 
 
 def _require_fitting(name: str, values: NDArray[np.float32], size: int) -> None:
