@@ -5,6 +5,7 @@ Dependencies are not installed: a fresh environment sees those of the Python tha
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -94,6 +95,37 @@ def test_installed(sources: Path, tmp_path: Path) -> None:
 def test_installed_in_place(sources: Path, tmp_path: Path) -> None:
     python = python_with(sources, tmp_path / "environment", "--editable")
     assert use(python, tmp_path) == sources / "mpt_trt"
+
+
+CORE = """
+import argparse, sys
+from pathlib import Path
+
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+from mpt_trt.engines.load import load_engine
+from mpt_trt.commands import convert_hf_mpt_to_ft, make_networks, show_requirements
+
+convert_hf_mpt_to_ft.run(argparse.Namespace(
+    in_file=sys.argv[2], revision="main", out_dir=Path("ft"), tensor_parallelism=1, processes=1,
+    storage_type="float16", smoothquant=None, calibrate_kv_cache=False,
+))
+"""
+# The modules of the extras' packages.
+EXTRAS = [
+    "cuda", "httpx", "huggingface_hub", "jinja2", "matplotlib", "modelopt", "mpi4py",
+    "onnxruntime_extensions", "pygments", "pynvml", "requests", "snakemake", "tensorrt_rtx",
+    "torch", "transformers",
+]  # fmt: skip
+
+
+def test_dependencies_are_enough_to_convert(tmp_path: Path) -> None:
+    """Without the packages of extras, which cannot be imported here."""
+    model = REPOSITORY / "resources" / "mpt-demo"
+    command = [sys.executable, "-c", CORE, ",".join(EXTRAS), model]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    assert (tmp_path / "ft" / "1-gpu" / "manifest.json").is_file()
 
 
 def test_extras_are_what_is_tested() -> None:
