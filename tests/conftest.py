@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import signal
 import sys
@@ -20,18 +21,14 @@ from support.ft import CLI
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
+# The models of the tests are far too small to gain from more threads, which wait for each other.
+# The variable is for the programs that tests start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # Shells let what they start in the background ignore it, and programs that tests interrupt with it
 # would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """PyTorch on one thread: the models of the tests are far too small to gain from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -32,8 +32,6 @@ from references.modelopt_reference import logits_of, quantize_whole, whole_model
 from support.checkpoints import CheckpointSpec, tensors, write_checkpoint
 from support.engines import convert
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FOUR_AT_A_TIME = Computation(batch_size=4)
 FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
 GROUP_SIZE = 16

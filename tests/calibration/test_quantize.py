@@ -24,8 +24,6 @@ from support.engines import call_tool
 from support.ft import random_amax, write_ft
 from support.paths import REPOSITORY
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXT = REPOSITORY / "resources" / "calibration.txt"
 DEMO = REPOSITORY / "resources" / "mpt-demo"
 SPEC = CheckpointSpec(num_heads=6, num_kv_heads=2)

@@ -59,7 +59,7 @@ def reference() -> MptForCausalLM:
 def run(engine_dir: Path, output: Path, *options: str | Path) -> list[list[int]]:
     """Token ids of every output, as run.py writes them."""
     arguments = ["--engine_dir", engine_dir, "--tokenizer_dir", MODEL, "--output_csv", output]
-    succeed("run.py", *arguments, *options)
+    succeed("run.py", *arguments, "--num_threads=1", *options)
     with output.open(newline="") as stream:
         return [[int(cell) for cell in row] for row in csv.reader(stream)]
 

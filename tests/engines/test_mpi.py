@@ -45,8 +45,6 @@ from support.paths import tool_path
 from support.processes import require_ended
 from support.workflow import SMALL, Workflow
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Where ranks meet in a sum or a gather: K/V heads on two ranks each at 4, norms across ranks, a
 # vocabulary that does not divide evenly.
 SPEC = CheckpointSpec(num_heads=8, num_kv_heads=2, qk_ln=True, no_bias=False, vocab_size=131)

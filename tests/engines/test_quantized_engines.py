@@ -65,8 +65,6 @@ from support.engines import (
 )
 from support.paths import REPOSITORY
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 RESOURCES = REPOSITORY / "resources"
 DEMO = RESOURCES / "mpt-demo"
 GROUP_SIZE = 64

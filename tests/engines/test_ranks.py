@@ -56,8 +56,6 @@ from support.engines import (
     tree,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # In standard deviations of the logits. float32 rounds to 6e-8, and sums of some hundred terms in
 # another order come out a few times that far apart: up to 3.1e-6 was measured. float16 rounds to
 # 5e-4, the partial sums of ranks once more before they meet: up to 2.9e-3 was measured.

@@ -43,8 +43,6 @@ from support.engines import (
 )
 from support.paths import REPOSITORY
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DEMO = REPOSITORY / "resources" / "mpt-demo"
 
 

@@ -91,9 +91,7 @@ def test_variant_is_within_its_bounds(results: dict[str, QualityResult], variant
     assert found.size.networks <= bounds.size * results["fp16"].size.networks
 
 
-def test_fp32_has_the_loss_of_transformers(
-    folder: Path, results: dict[str, QualityResult], one_thread: None
-) -> None:
+def test_fp32_has_the_loss_of_transformers(folder: Path, results: dict[str, QualityResult]) -> None:
     """The loss that transformers computes itself, with its own model, on the same windows."""
     tokens = torch.from_numpy(
         read_heldout(folder / "quality/mpt-demo/reference.safetensors").tokens

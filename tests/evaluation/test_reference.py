@@ -24,8 +24,6 @@ from references import plain_mpt
 from support.checkpoints import CheckpointSpec, config_dict, tensors, write_checkpoint
 from support.engines import FEATURES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOLERANCE = 1e-5
 STORYWRITER = {"clip_qkv": 0.75, "alibi_bias_max": 16}
 MORE = {

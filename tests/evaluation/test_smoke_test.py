@@ -46,8 +46,6 @@ from support.engines import (
 )
 from support.paths import REPOSITORY
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MIB = 1 << 20
 STRICT = Tolerance(max_abs=1e-3, mean_kl=1e-6, min_top1=1.0)
 STRICT_FLAGS = ("--max_abs=0.001", "--mean_kl=0.000001", "--min_top1=1.0")

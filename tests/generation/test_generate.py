@@ -9,7 +9,6 @@ cache row and computes all of it anew in every step. So the only thing under tes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -42,15 +41,6 @@ PROMPTS = [
     [12, 55, 26, 1, 1, 30, 17],
     [46, 20],
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The networks are far too small to gain from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_network(seed: int, num_heads: int) -> MptForCausalLM:

@@ -57,8 +57,6 @@ BFLOAT16_BOUND = 0.15
 
 NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # The three ways in which a position can enter, with as many kinds of heads.
 POSITIONAL = {
     "ALiBi, 6 heads": CheckpointSpec(num_heads=6),

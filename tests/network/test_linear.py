@@ -45,8 +45,6 @@ from support.engines import (
     reference,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FLOAT32_BOUND = 2e-5
 FLOAT16_BOUND = 1.5e-2
 HF_NAMES = {

@@ -192,6 +192,10 @@ def test_pytorch_computes_in_a_job_after_it_has_used_threads() -> None:
         return float(torch.sqrt(torch.full((1 << 20,), 4.0)).mean())
 
     used = torch.get_num_threads()
-    assert mean_root(ignore) == 2
-    assert run_forked([mean_root] * 3, 2, ignore) == [2] * 3
-    assert torch.get_num_threads() == used
+    torch.set_num_threads(2)
+    try:
+        assert mean_root(ignore) == 2
+        assert run_forked([mean_root] * 3, 2, ignore) == [2] * 3
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(used)

@@ -31,8 +31,6 @@ from support.checkpoints import CheckpointSpec, write_checkpoint
 from support.engines import LIMITS, tree
 from support.paths import tool_path
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 RANKS = 3
 SPEC = CheckpointSpec(num_layers=1, num_heads=6)
 BUILDER = BuilderChoice("tensorrt_rtx", ("8.6",))

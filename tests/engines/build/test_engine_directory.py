@@ -42,8 +42,6 @@ from support.engines import (
     tree,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BUILDER = BuilderChoice("tensorrt_rtx", COMPUTE_CAPABILITIES)
 BUILDER_VERSION = metadata.version("tensorrt_rtx_cu13")
 WEIGHT = "weights/model.layers.1.mlp.dense_4h_to_h.weight.0.bin"

@@ -35,8 +35,6 @@ from support.engines import (
 )
 from support.paths import REPOSITORY
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SPEC = CheckpointSpec(num_heads=6, num_kv_heads=2, max_seq_len=160)
 LIMITS = BuildLimits(max_batch_size=3, max_input_len=100, max_output_len=50)
 FLOAT32_BOUND = 2e-5

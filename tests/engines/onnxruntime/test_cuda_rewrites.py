@@ -21,8 +21,6 @@ from support.checkpoints import CheckpointSpec
 from support.cuda import network_of, require_same
 from support.engines import FEATURES, LIMITS, make_ft_checkpoint, make_network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_a_rewritten_network_computes_the_same(name, tmp_path):

@@ -50,8 +50,6 @@ from support.engines import (
     tree,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STORAGE_TYPES = ("float32", "float16", "bfloat16")
 BUILT_FEATURES = (
     "multi-head",

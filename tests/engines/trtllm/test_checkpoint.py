@@ -36,8 +36,6 @@ from support.checkpoints import CheckpointSpec, tensors, write_checkpoint
 from support.engines import call_tool
 from support.ft import random_amax, write_ft
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MODELOPT_SQ = SmoothQuant(per_channel=True, per_token=False)
 PLUGIN_SQ = {
     "per channel, per token": SmoothQuant(0.5, True, True),
