@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -78,7 +79,7 @@ class GraphBuilder:
     initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
     value_types: list[onnx.ValueInfoProto] = field(default_factory=list)
 
-    def node(self, op_type: str, inputs: list[str], output: str, **attributes: object) -> str:
+    def node(self, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """Adds a node with one output, which is named like the node, and returns that name."""
         self.nodes.append(helper.make_node(op_type, inputs, [output], name=output, **attributes))
         return output

@@ -137,7 +137,7 @@ class CopiedCache:
         return graph.node("Concat", [old, new], f"{name}_all", axis=2)
 
     def add_outputs(self, graph: GraphBuilder) -> None:
-        shape = ["batch", self.shape.num_kv_heads, "seq", self.shape.head_dim]
+        shape: list[str | int] = ["batch", self.shape.num_kv_heads, "seq", self.shape.head_dim]
         for name in cache_names("new", self.shape.num_layers):
             graph.output(name, QUANTIZED_TYPES[self.type][0], shape)
 

@@ -22,15 +22,16 @@ def write_weights(network: Network, checkpoint: FtCheckpoint, folder: Path) -> d
     A file that another rank has put there already is left as it is.
     """
     folder.mkdir(exist_ok=True)
-    linked = {name: source for name, source in network.files.items() if isinstance(source, Path)}
+    linked = {name: content for name, content in network.files.items() if isinstance(content, Path)}
+    computed = {
+        name: content for name, content in network.files.items() if not isinstance(content, Path)
+    }
     for name, source in linked.items():
         if not (folder / name).exists():
             hard_link(source, folder / name)
     with ThreadPoolExecutor(min(NETWORK_WORKERS, os.cpu_count() or 1)) as pool:
         written = {
-            name: pool.submit(_write, folder / name, pieces)
-            for name, pieces in network.files.items()
-            if name not in linked
+            name: pool.submit(_write, folder / name, pieces) for name, pieces in computed.items()
         }
     return checkpoint.hashes(sorted(linked)) | {name: job.result() for name, job in written.items()}
 

@@ -108,7 +108,7 @@ def _failure(
     return MptTrtError(f"{path}: {package} cannot {action} the network: {details}")
 
 
-def _make_logger(trt: ModuleType) -> Any:
+def _make_logger(trt: Any) -> Any:
     """A logger that keeps errors: TensorRT reports failure as None or False, never by raising."""
 
     class Logger(trt.ILogger):
@@ -126,7 +126,7 @@ def _make_logger(trt: ModuleType) -> Any:
     return Logger()
 
 
-def _make_writer(trt: ModuleType, stream: BinaryIO, work: Background) -> Any:
+def _make_writer(trt: Any, stream: BinaryIO, work: Background) -> Any:
     """What TensorRT hands its plan to: `error` that stopped it, `digest` of what was written.
 
     A piece is written while TensorRT packs the next one.
@@ -155,7 +155,7 @@ def _make_writer(trt: ModuleType, stream: BinaryIO, work: Background) -> Any:
 
 
 @contextmanager
-def _progress(trt: ModuleType) -> Iterator[tuple[Any, Callable[[], bool]]]:
+def _progress(trt: Any) -> Iterator[tuple[Any, Callable[[], bool]]]:
     """Shows TensorRT's phases as bars; Ctrl-C and SIGTERM make TensorRT stop at the next step.
 
     Yields the monitor and a function that says whether it was interrupted.
