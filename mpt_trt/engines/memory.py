@@ -18,15 +18,13 @@ from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import Split, Weight, block_matrices, weights
 from mpt_trt.network.linear import NETWORK_WORKERS
+from mpt_trt.network.linear.specs import TensorSpec, layer_specs
 from mpt_trt.quantization.schemes import (
     CALIBRATION_BATCH_SIZE,
     Awq,
     Fp8,
     SmoothQuant,
     WeightOnly,
-    default_group_size,
-    folds_into_values,
-    scale_block,
 )
 
 MIB = 1 << 20
@@ -97,46 +95,26 @@ def rank_weights(spec: EngineSpec) -> int:
     elements = sum(math.prod(_rank_shape(spec, weight)) for weight in read if not weight.is_linear)
     if spec.config.qk_ln and spec.tp_size > 1:
         elements -= _qk_norm_elements_of_others(spec.config, spec.tp_size)
-    matrices = sum(_matrix_bytes(spec, weight) for weight in read if weight.is_linear)
-    return matrices + spec.element_bytes * (elements + _vocabulary_elements(spec))
+    return _matrix_bytes(spec) + spec.element_bytes * (elements + _vocabulary_elements(spec))
 
 
 def _rank_shape(spec: EngineSpec, weight: Weight) -> tuple[int, ...]:
     return ft_file(spec.config, weight, Rank(0, spec.tp_size), spec.dtype).shape
 
 
-def _matrix_bytes(spec: EngineSpec, weight: Weight) -> int:
-    """A rank's part of a block's matrix, with its scales."""
-    height, width = _rank_shape(spec, weight)
-    elements, size, scheme = height * width, spec.element_bytes, spec.scheme
-    match scheme:
-        case None:
-            return elements * size
-        case WeightOnly():
-            block = scale_block(scheme, height)
-            scales = width * (1 if block is None else height // block)
-            return math.ceil(elements * scheme.bits / 8) + scales * size
-        case Awq():
-            group_size = scheme.group_size or default_group_size(spec.config)
-            scales = width * height // group_size
-            return elements // 2 + size * (scales + _pre_quant_scales(spec, weight, height))
-        case SmoothQuant():
-            is_packed = weight.split is Split.QKV
-            scales = width if scheme.per_channel or is_packed else 1
-            input_scale = 0 if scheme.per_token else FLOAT32_BYTES
-            smoother = height * size if weight.split is Split.ROWS else 0
-            return elements + scales * FLOAT32_BYTES + input_scale + smoother
-        case Fp8():
-            return elements
+def _matrix_specs(spec: EngineSpec) -> list[TensorSpec]:
+    """What a rank's network stores of a block's matrices."""
+    rank = Rank(0, spec.tp_size)
+    return [
+        tensor
+        for weight in block_matrices(spec.config, 0).values()
+        for tensor in layer_specs(spec.config, weight, rank, spec.dtype, spec.quantization).values()
+    ]
 
 
-def _pre_quant_scales(spec: EngineSpec, weight: Weight, in_features: int) -> int:
-    """Factors of a layer's input that no norm and no other matrix has taken over."""
-    if weight.split is not Split.ROWS:
-        return 0
-    is_behind_attention = weight.name.endswith("attention.dense.weight")
-    is_folded = folds_into_values(spec.config, spec.quantization.kv_cache)
-    return 0 if is_behind_attention and is_folded else in_features
+def _matrix_bytes(spec: EngineSpec) -> int:
+    """The matrices of all blocks of a rank, with their scales."""
+    return spec.config.num_layers * sum(tensor.byte_size for tensor in _matrix_specs(spec))
 
 
 def _is_read(weight: Weight) -> bool:
@@ -270,8 +248,7 @@ def engine_disk(spec: EngineSpec) -> int:
     plan = rank_weights(spec) + PLAN_BASE + spec.config.num_layers * PLAN_PER_LAYER
     made = 0
     if isinstance(spec.scheme, WeightOnly | Awq | Fp8):
-        matrices = (weight for weight in weights(spec.config) if weight.is_linear)
-        made = sum(_matrix_bytes(spec, weight) for weight in matrices)
+        made = _matrix_bytes(spec)
     return spec.tp_size * (plan + made)
 
 
@@ -323,11 +300,8 @@ def build_memory(spec: EngineSpec) -> int:
 
 def _unpacked_bytes(spec: EngineSpec) -> int:
     """What 4-bit weights take beyond their packed size when each has a byte."""
-    match spec.scheme:
-        case Awq() | WeightOnly(bits=4):
-            matrices = (weight for weight in weights(spec.config) if weight.is_linear)
-            return sum(math.prod(_rank_shape(spec, weight)) // 2 for weight in matrices)
-    return 0
+    packed = sum(tensor.byte_size for tensor in _matrix_specs(spec) if tensor.dtype == "int4")
+    return spec.config.num_layers * packed
 
 
 def smoke_test_memory(spec: EngineSpec, num_nodes: int = 1) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mpt_trt.model.config import MptConfig
@@ -25,6 +26,42 @@ class Split(Enum):
     ROWS = "rows"
 
 
+class BlockMatrix(StrEnum):
+    """One of the four matrices of a block, by the name that FasterTransformer gives its layer.
+
+    Formats with names of their own have a table of these members where they are read or written.
+
+    hf_name: Hugging Face name of the layer within a block. split: how ranks share the matrix. norm:
+    name of the norm whose output it multiplies; None when its input comes from another layer.
+    """
+
+    hf_name: str
+    split: Split
+    norm: str | None
+
+    QKV = "attention.query_key_value", "attn.Wqkv", Split.QKV, "input_layernorm"
+    OUTPUT = "attention.dense", "attn.out_proj", Split.ROWS, None
+    UP = "mlp.dense_h_to_4h", "ffn.up_proj", Split.COLUMNS, "post_attention_layernorm"
+    DOWN = "mlp.dense_4h_to_h", "ffn.down_proj", Split.ROWS, None
+
+    def __new__(cls, name: str, hf_name: str, split: Split, norm: str | None) -> BlockMatrix:
+        """Makes a member that equals its name."""
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.hf_name, member.split, member.norm = hf_name, split, norm
+        return member
+
+    def shape(self, config: MptConfig) -> tuple[int, int]:
+        """`[out_features, in_features]`."""
+        hidden = config.hidden_size
+        return {
+            BlockMatrix.QKV: (config.qkv_size, hidden),
+            BlockMatrix.OUTPUT: (hidden, hidden),
+            BlockMatrix.UP: (config.intermediate_size, hidden),
+            BlockMatrix.DOWN: (hidden, config.intermediate_size),
+        }[self]
+
+
 @dataclass(frozen=True)
 class Weight:
     """One tensor.
@@ -33,17 +70,32 @@ class Weight:
     hf_name: Hugging Face name without `transformer.`; None for zeros that FT expects and Hugging
         Face does not store.
     shape: as Hugging Face stores it; a linear layer's weight is `[out_features, in_features]`.
+    layer, matrix: place of a block's matrix, which FT stores transposed: `[in_features,
+        out_features]`; None for all other tensors.
     """
 
     name: str
     hf_name: str | None
     shape: tuple[int, ...]
     split: Split = Split.WHOLE
+    layer: int | None = None
+    matrix: BlockMatrix | None = None
 
     @property
     def is_linear(self) -> bool:
-        """A matrix of a linear layer, which FT stores transposed: `[in_features, out_features]`."""
-        return len(self.shape) == 2 and self.split is not Split.WHOLE
+        """Whether it is a block's matrix."""
+        return self.matrix is not None
+
+    @property
+    def place(self) -> tuple[int, BlockMatrix]:
+        """Layer and matrix; raises ValueError for a tensor that is not a block's matrix."""
+        if self.layer is None or self.matrix is None:
+            raise ValueError(f"{self.name}: not a matrix of a block")
+        return self.layer, self.matrix
+
+
+BlockMatrices = Mapping[BlockMatrix, Weight]
+"""The four matrices of a block."""
 
 
 class WeightReader(Protocol):
@@ -70,8 +122,7 @@ def weights(config: MptConfig) -> list[Weight]:
 
 def _layer_weights(config: MptConfig, layer: int) -> list[Weight]:
     ft, hf = f"layers.{layer}", f"blocks.{layer}"
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    norm_bias = _has_norm_bias(config)
+    hidden, norm_bias = config.hidden_size, _has_norm_bias(config)
     qk_norms = []
     if config.qk_ln:
         qk_norms = [
@@ -79,33 +130,13 @@ def _layer_weights(config: MptConfig, layer: int) -> list[Weight]:
             *_norm(f"{ft}.attention.k_layernorm", f"{hf}.attn.k_ln", config.kv_size, config.bias),
         ]
     return [
-        *_norm(f"{ft}.input_layernorm", f"{hf}.norm_1", hidden, norm_bias),
-        *_linear(
-            f"{ft}.attention.query_key_value",
-            f"{hf}.attn.Wqkv",
-            (config.qkv_size, hidden),
-            Split.QKV,
-            config,
-        ),
+        *_norm(f"{ft}.{BlockMatrix.QKV.norm}", f"{hf}.norm_1", hidden, norm_bias),
+        *_linear(config, layer, BlockMatrix.QKV),
         *qk_norms,
-        *_linear(
-            f"{ft}.attention.dense", f"{hf}.attn.out_proj", (hidden, hidden), Split.ROWS, config
-        ),
-        *_norm(f"{ft}.post_attention_layernorm", f"{hf}.norm_2", hidden, norm_bias),
-        *_linear(
-            f"{ft}.mlp.dense_h_to_4h",
-            f"{hf}.ffn.up_proj",
-            (intermediate, hidden),
-            Split.COLUMNS,
-            config,
-        ),
-        *_linear(
-            f"{ft}.mlp.dense_4h_to_h",
-            f"{hf}.ffn.down_proj",
-            (hidden, intermediate),
-            Split.ROWS,
-            config,
-        ),
+        *_linear(config, layer, BlockMatrix.OUTPUT),
+        *_norm(f"{ft}.{BlockMatrix.UP.norm}", f"{hf}.norm_2", hidden, norm_bias),
+        *_linear(config, layer, BlockMatrix.UP),
+        *_linear(config, layer, BlockMatrix.DOWN),
     ]
 
 
@@ -120,10 +151,10 @@ def _norm(name: str, hf_name: str, size: int, has_bias: bool) -> list[Weight]:
     ]
 
 
-def _linear(
-    name: str, hf_name: str, shape: tuple[int, int], split: Split, config: MptConfig
-) -> list[Weight]:
-    found = [Weight(f"{name}.weight", f"{hf_name}.weight", shape, split)]
+def _linear(config: MptConfig, layer: int, matrix: BlockMatrix) -> list[Weight]:
+    name, hf_name = f"layers.{layer}.{matrix}", f"blocks.{layer}.{matrix.hf_name}"
+    shape, split = matrix.shape(config), matrix.split
+    found = [Weight(f"{name}.weight", f"{hf_name}.weight", shape, split, layer, matrix)]
     if config.bias:
         # A row-split layer's bias is added once, after the ranks' sums have met.
         bias_split = Split.WHOLE if split is Split.ROWS else split
@@ -131,25 +162,16 @@ def _linear(
     return found
 
 
-def block_matrices(config: MptConfig, layer: int) -> dict[str, Weight]:
-    """The four matrices of a block, by their FT name within it, e.g. `attention.dense`."""
+def block_matrices(config: MptConfig, layer: int) -> dict[BlockMatrix, Weight]:
+    """The matrices of a block by their place in it."""
     return {
-        weight.name.removeprefix(f"layers.{layer}.").removesuffix(".weight"): weight
+        weight.matrix: weight
         for weight in _layer_weights(config, layer)
-        if weight.is_linear
+        if weight.matrix is not None
     }
 
 
-# Layers whose input is the output of a norm, within a block.
-NORM_BEFORE = {
-    "attention.query_key_value": "input_layernorm",
-    "mlp.dense_h_to_4h": "post_attention_layernorm",
-}
-
-
 def preceding_norm(weight: Weight) -> str | None:
-    """FT name of the norm whose output a linear layer's weight is multiplied with, if any is."""
-    for layer, norm in NORM_BEFORE.items():
-        if weight.name.endswith(f".{layer}.weight"):
-            return weight.name.replace(f"{layer}.weight", norm)
-    return None
+    """FT name of the norm whose output a block's matrix multiplies, if it multiplies one's."""
+    layer, matrix = weight.place
+    return None if matrix.norm is None else f"layers.{layer}.{matrix.norm}"

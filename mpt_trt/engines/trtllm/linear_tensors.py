@@ -25,7 +25,6 @@ from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.ft.layout import FtFile, held, linear_name
 from mpt_trt.model.sharding import Range, Rank
 from mpt_trt.model.tensors import Weight, preceding_norm
-from mpt_trt.network.linear.base import place
 from mpt_trt.network.linear.smoothquant import require_smoothed
 from mpt_trt.quantization.awq import quantized_rows
 from mpt_trt.quantization.calibrated_weights import INT8_MAX
@@ -93,7 +92,7 @@ class Fp8Form:
 
     def tensors(self, weight: Weight) -> Tensors:
         module = module_name(linear_name(weight))
-        scales = self.calibration.fp8_scales(*place(linear_name(weight)))
+        scales = self.calibration.fp8_scales(*weight.place)
         scale = scales.weight or 1.0
         stored = self.checkpoint.matrix(weight, self.rank)
         return {
@@ -174,17 +173,16 @@ class AwqForm:
     calibration: CalibrationResult
 
     def tensors(self, weight: Weight) -> Tensors:
-        name = linear_name(weight)
-        module, group_size = module_name(name), self.calibration.group_size
+        module, group_size = module_name(linear_name(weight)), self.calibration.group_size
         rows, columns = held(self.checkpoint.config, weight, self.rank)
         height, width = sum(map(len, rows)), len(columns)
 
         def scales() -> NDArray[np.float32]:
             groups = Range(columns.start // group_size, columns.stop // group_size)
-            return part_of(self.calibration.awq_scales(*place(name)), rows, groups)
+            return part_of(self.calibration.awq_scales(*weight.place), rows, groups)
 
         def integers() -> Iterator[NDArray]:
-            for block, block_scales in held_blocks(self.calibration, *place(name), rows, columns):
+            for block, block_scales in held_blocks(self.calibration, *weight.place, rows, columns):
                 yield pack_int4_rows(quantized_rows(block, block_scales)).view(np.int8)
 
         return {
@@ -192,7 +190,7 @@ class AwqForm:
             f"{module}.weights_scaling_factor": StreamedTensor(
                 FLOAT32, (height, width // group_size), lambda: iter([scales()])
             ),
-            f"{module}.prequant_scaling_factor": _pre_quant_scale(self, name, columns),
+            f"{module}.prequant_scaling_factor": _pre_quant_scale(self, weight, columns),
         }
 
 
@@ -205,43 +203,42 @@ class ModelOptSmoothQuantForm:
     calibration: CalibrationResult
 
     def tensors(self, weight: Weight) -> Tensors:
-        name = linear_name(weight)
-        module = module_name(name)
+        module = module_name(linear_name(weight))
         rows, columns = held(self.checkpoint.config, weight, self.rank)
         height, width = sum(map(len, rows)), len(columns)
 
         def integers() -> Iterator[NDArray]:
-            whole = self.calibration.smoothquant_matrix(*place(name))
+            whole = self.calibration.smoothquant_matrix(*weight.place)
             rounded = np.rint(part_of(whole.weight, rows, columns) / column_of(whole.scales, rows))
             yield rounded.clip(-INT8_MAX - 1, INT8_MAX).astype(np.int8)
 
         def scales() -> Iterator[NDArray]:
-            yield column_of(self.calibration.smoothquant_scales(*place(name))[0], rows)
+            yield column_of(self.calibration.smoothquant_scales(*weight.place)[0], rows)
 
         def input_scale() -> Iterator[NDArray]:
-            _, _, found = self.calibration.smoothquant_scales(*place(name))
-            yield np.array([found], np.float32)
+            _, _, scale = self.calibration.smoothquant_scales(*weight.place)
+            yield np.array([scale], np.float32)
 
         return {
             f"{module}.weight": StreamedTensor(INT8, (height, width), integers),
             f"{module}.weights_scaling_factor": StreamedTensor(FLOAT32, (height,), scales),
             f"{module}.activation_scaling_factor": StreamedTensor(FLOAT32, (1,), input_scale),
-            f"{module}.prequant_scaling_factor": _pre_quant_scale(self, name, columns),
+            f"{module}.prequant_scaling_factor": _pre_quant_scale(self, weight, columns),
         }
 
 
 def _pre_quant_scale(
-    form: AwqForm | ModelOptSmoothQuantForm, name: str, columns: Range
+    form: AwqForm | ModelOptSmoothQuantForm, weight: Weight, columns: Range
 ) -> StreamedTensor:
     dtype = STORAGE_TYPES[form.checkpoint.storage_type]
 
     def values() -> Iterator[NDArray]:
-        whole = form.calibration.pre_quant_scale(*place(name))
+        whole = form.calibration.pre_quant_scale(*weight.place)
         stored = convert(np.ascontiguousarray(whole[columns.start : columns.stop]), dtype)
         if not np.isfinite(stored.astype(np.float32)).all():
             raise MptTrtError(
-                f"{form.calibration.path}: pre-quant scales of {name} are beyond {dtype}; choose "
-                "dtype bfloat16"
+                f"{form.calibration.path}: pre-quant scales of {linear_name(weight)} are beyond "
+                f"{dtype}; choose dtype bfloat16"
             )
         yield stored
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from mpt_trt.model.tensors import BlockMatrix
+
 EMBEDDING, HEAD = "transformer.vocab_embedding.weight", "lm_head.weight"
 MODULES = {
-    "attention.query_key_value": "attention.qkv",
-    "attention.dense": "attention.dense",
-    "mlp.dense_h_to_4h": "mlp.fc",
-    "mlp.dense_4h_to_h": "mlp.proj",
-    "input_layernorm": "input_layernorm",
-    "post_attention_layernorm": "post_layernorm",
+    BlockMatrix.QKV: "attention.qkv",
+    BlockMatrix.OUTPUT: "attention.dense",
+    BlockMatrix.UP: "mlp.fc",
+    BlockMatrix.DOWN: "mlp.proj",
+    BlockMatrix.QKV.norm: "input_layernorm",
+    BlockMatrix.UP.norm: "post_layernorm",
 }
 
 

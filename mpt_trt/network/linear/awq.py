@@ -1,4 +1,4 @@
-"""Products with 4-bit weights in groups, after activation-aware scaling (AWQ).
+"""Linear layers with 4-bit weights in groups, after activation-aware scaling (AWQ).
 
 A product's input is multiplied by the pre-quant scale of its layer, by which the weights have been
 divided. Where the input comes from a norm, the norm's weight and bias take the factor; where it is
@@ -12,37 +12,46 @@ positive weight of a group saturates.)
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
 
 from mpt_trt.arrays.cast import STORAGE_TYPES, convert, transposed_copy
 from mpt_trt.calibration.rank_blocks import BLOCK_ROWS, held_blocks
 from mpt_trt.calibration.result import CalibrationResult
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
-from mpt_trt.ft.layout import held
+from mpt_trt.ft.layout import held, linear_name
 from mpt_trt.model import sharding
 from mpt_trt.model.sharding import Rank
-from mpt_trt.model.tensors import Weight, preceding_norm
-from mpt_trt.network.graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
+from mpt_trt.model.tensors import BlockMatrices, BlockMatrix, Weight, block_matrices, preceding_norm
+from mpt_trt.network.graph import GraphBuilder, StoredTensor
 from mpt_trt.network.linear.base import (
+    computed,
     dequantized,
     ft_tensors,
-    linear_weights,
-    made,
-    place,
+    named_by_layer,
     scaled_input,
+)
+from mpt_trt.network.linear.specs import (
+    PRE_QUANT_SCALE,
+    QUANTIZED_MATRIX,
+    SCALE,
+    TensorSpec,
+    layer_specs,
 )
 from mpt_trt.quantization import integers
 from mpt_trt.quantization.awq import quantized_rows
 from mpt_trt.quantization.integers import BLOCK_ELEMENTS, FLOAT32
-from mpt_trt.quantization.schemes import KvCacheType, folds_into_values, require_fitting_groups
-
-QKV, DENSE = "attention.query_key_value", "attention.dense"
+from mpt_trt.quantization.schemes import (
+    Awq,
+    KvCacheType,
+    Quantization,
+    folds_into_values,
+    require_fitting_groups,
+)
 
 Factor = Callable[[], NDArray[np.float32]]
 """A vector that is read from the calibration result when a file is written."""
@@ -72,111 +81,119 @@ class AwqLinear:
             raise MptTrtError(f"{calibration.path}: {error}") from None
         self._checkpoint, self._rank, self._calibration = checkpoint, rank, calibration
         self._group_size = group_size
-        self._weights = linear_weights(config)
+        self._quantization = Quantization(Awq(group_size), kv_cache)
         self._folds_into_values = folds_into_values(config, kv_cache)
 
     def tensors(self) -> dict[str, StoredTensor]:
-        found = ft_tensors(self._checkpoint, self._rank)
-        for name, weight in self._weights.items():
-            del found[weight.name]
-            found |= self._matrix(name, weight)
-            found |= self._takers_of_scale(name, weight, found)
-        return found
+        tensors = ft_tensors(self._checkpoint, self._rank)
+        for layer in range(self._checkpoint.config.num_layers):
+            matrices = block_matrices(self._checkpoint.config, layer)
+            for weight in matrices.values():
+                del tensors[weight.name]
+                tensors |= named_by_layer(weight, self._stored(weight, matrices))
+            tensors |= self._scaled_norms(matrices, tensors)
+            tensors |= self._scaled_value_bias(matrices, tensors)
+        return tensors
 
-    def emit(self, graph: GraphBuilder, name: str, value: str) -> str:
+    def emit(self, graph: GraphBuilder, weight: Weight, value: str) -> str:
+        name = linear_name(weight)
         value = scaled_input(graph, name, value)
-        weight = dequantized(graph, name, axis=0, block_size=self._group_size)
-        return graph.node("MatMul", [value, weight], name)
+        matrix = dequantized(graph, name, axis=0, block_size=self._group_size)
+        return graph.node("MatMul", [value, matrix], name)
 
-    def _matrix(self, name: str, weight: Weight) -> dict[str, StoredTensor]:
-        rank = self._rank.index
-        height, width = self._checkpoint.file_of(weight, self._rank).shape
-        element_type = ELEMENT_TYPES[self._checkpoint.storage_type]
-        return {
-            f"{weight.name}.quantized": made(
-                f"{weight.name}.int4.{rank}",
-                TensorProto.INT4,
-                (height, width),
-                functools.partial(self._integers, name, weight),
-            ),
-            f"{weight.name}.scale": made(
-                f"{weight.name}.scale.{rank}",
-                element_type,
-                (height // self._group_size, width),
-                functools.partial(self._scales, name, weight),
+    def _stored(self, weight: Weight, matrices: BlockMatrices) -> dict[str, StoredTensor]:
+        """The tensors of a layer, by their name after that of the layer."""
+        specs = layer_specs(
+            self._checkpoint.config,
+            weight,
+            self._rank,
+            self._checkpoint.storage_type,
+            self._quantization,
+        )
+        contents = {
+            QUANTIZED_MATRIX: (f"{weight.name}.int4", partial(self._integers, weight)),
+            SCALE: (f"{weight.name}.scale", partial(self._scales, weight, matrices)),
+            PRE_QUANT_SCALE: (
+                f"{linear_name(weight)}.{PRE_QUANT_SCALE}",
+                partial(self._stored_pre_quant_scale, weight),
             ),
         }
+        return {
+            key: computed(f"{name}.{self._rank.index}", specs[key], pieces)
+            for key, (name, pieces) in contents.items()
+            if key in specs
+        }
 
-    def _integers(self, name: str, weight: Weight) -> Iterator[NDArray]:
+    def _integers(self, weight: Weight) -> Iterator[NDArray]:
         rows, columns = held(self._checkpoint.config, weight, self._rank)
         packed = np.empty((len(columns), sum(map(len, rows)) // 2), np.uint8)
         start = 0
-        for block, scales in held_blocks(self._calibration, *place(name), rows, columns):
+        for block, scales in held_blocks(self._calibration, *weight.place, rows, columns):
             stop = start + len(block) // 2
             _quantize_into(packed[:, start:stop], block, scales)
             start = stop
         yield packed
 
-    def _scales(self, name: str, weight: Weight) -> Iterator[NDArray]:
+    def _scales(self, weight: Weight, matrices: BlockMatrices) -> Iterator[NDArray]:
         rows, columns = held(self._checkpoint.config, weight, self._rank)
-        groups = self._groups(columns)
-        whole = self._calibration.awq_scales(*place(name))
-        found = np.concatenate([whole[part.start : part.stop, groups] for part in rows]).T
-        if name.endswith(QKV) and self._folds_into_values:
-            found = found * self._factor_of_qkv(name.replace(QKV, DENSE))
+        groups = slice(columns.start // self._group_size, columns.stop // self._group_size)
+        whole = self._calibration.awq_scales(*weight.place)
+        scales = np.concatenate([whole[part.start : part.stop, groups] for part in rows]).T
+        if weight.matrix is BlockMatrix.QKV and self._folds_into_values:
+            scales = scales * self._factor_of_qkv(matrices[BlockMatrix.OUTPUT])
         dtype = STORAGE_TYPES[self._checkpoint.storage_type]
-        yield integers.stored_scales(np.ascontiguousarray(found, np.float32), dtype)
+        yield integers.stored_scales(np.ascontiguousarray(scales, np.float32), dtype)
 
-    def _groups(self, columns: sharding.Range) -> slice:
-        return slice(columns.start // self._group_size, columns.stop // self._group_size)
+    def _stored_pre_quant_scale(self, weight: Weight) -> Iterator[NDArray]:
+        dtype = STORAGE_TYPES[self._checkpoint.storage_type]
+        yield convert(self._pre_quant_scale(weight), dtype)
 
-    def _takers_of_scale(
-        self, name: str, weight: Weight, found: dict[str, StoredTensor]
+    def _scaled_norms(
+        self, matrices: BlockMatrices, tensors: dict[str, StoredTensor]
     ) -> dict[str, StoredTensor]:
-        """The tensors that take the pre-quant scale of layer `name`; found: those before it."""
-        if (norm := preceding_norm(weight)) is not None:
-            factor = functools.partial(self._pre_quant_scale, name)
-            parts = [f"{norm}.{part}" for part in ("weight", "bias") if f"{norm}.{part}" in found]
-            return {part: self._times(found[part], part, factor) for part in parts}
-        if not (name.endswith(DENSE) and self._folds_into_values):
-            return {f"{name}.pre_quant_scale": self._stored_scale(name, weight)}
-        bias = f"{name.replace(DENSE, QKV)}.bias"
-        if bias not in found:
+        """Weights and biases of a block's norms, times the scale of the layer after each."""
+        scaled = {}
+        for weight in matrices.values():
+            if (norm := preceding_norm(weight)) is None:
+                continue
+            factor = partial(self._pre_quant_scale, weight)
+            for name in (f"{norm}.weight", f"{norm}.bias"):
+                if name in tensors:
+                    scaled[name] = self._times(tensors[name], name, factor)
+        return scaled
+
+    def _scaled_value_bias(
+        self, matrices: BlockMatrices, tensors: dict[str, StoredTensor]
+    ) -> dict[str, StoredTensor]:
+        """The bias of QKV, if V's columns have taken the scale of attention's output."""
+        bias = f"{linear_name(matrices[BlockMatrix.QKV])}.bias"
+        if bias not in tensors or not self._folds_into_values:
             return {}
-        factor = functools.partial(self._factor_of_qkv, name)
-        return {bias: self._times(found[bias], f"{bias}.{self._rank.index}", factor)}
+        factor = partial(self._factor_of_qkv, matrices[BlockMatrix.OUTPUT])
+        return {bias: self._times(tensors[bias], f"{bias}.{self._rank.index}", factor)}
 
     def _times(self, stored: StoredTensor, name: str, factor: Factor) -> StoredTensor:
         """An FT file of one dimension, times a vector."""
-        dtype = STORAGE_TYPES[self._checkpoint.storage_type]
-
-        def pieces() -> Iterator[NDArray]:
-            values = convert(np.fromfile(stored.content, dtype), FLOAT32)
-            yield convert(values * factor(), dtype)
-
-        return made(f"{name}.scaled", stored.element_type, stored.shape, pieces)
-
-    def _stored_scale(self, name: str, weight: Weight) -> StoredTensor:
         storage_type = self._checkpoint.storage_type
 
         def pieces() -> Iterator[NDArray]:
-            yield convert(self._pre_quant_scale(name), STORAGE_TYPES[storage_type])
+            dtype = STORAGE_TYPES[storage_type]
+            values = convert(np.fromfile(stored.content, dtype), FLOAT32)
+            yield convert(values * factor(), dtype)
 
-        file_name = f"{name}.pre_quant_scale.{self._rank.index}"
-        size = self._checkpoint.file_of(weight, self._rank).shape[0]
-        return made(file_name, ELEMENT_TYPES[storage_type], (size,), pieces)
+        return computed(f"{name}.scaled", TensorSpec(storage_type, stored.shape), pieces)
 
-    def _pre_quant_scale(self, name: str) -> NDArray[np.float32]:
+    def _pre_quant_scale(self, weight: Weight) -> NDArray[np.float32]:
         """The rank's part, float32 `[in_features]`."""
-        _, columns = held(self._checkpoint.config, self._weights[name], self._rank)
-        whole = self._calibration.pre_quant_scale(*place(name))
+        _, columns = held(self._checkpoint.config, weight, self._rank)
+        whole = self._calibration.pre_quant_scale(*weight.place)
         return whole[columns.start : columns.stop]
 
-    def _factor_of_qkv(self, dense: str) -> NDArray[np.float32]:
-        """1 for the rank's columns of Q and K; for those of V, the scale of layer `dense`."""
+    def _factor_of_qkv(self, output: Weight) -> NDArray[np.float32]:
+        """1 for the rank's columns of Q and K; for those of V, the scale of attention's output."""
         query, key, _ = sharding.qkv_columns(self._checkpoint.config, self._rank)
         ones = np.ones(len(query) + len(key), np.float32)
-        return np.concatenate([ones, self._pre_quant_scale(dense)])
+        return np.concatenate([ones, self._pre_quant_scale(output)])
 
 
 def _quantize_into(target: NDArray[np.uint8], rows: NDArray, scales: NDArray[np.float32]) -> None:

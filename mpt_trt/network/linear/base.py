@@ -1,4 +1,4 @@
-"""What every kind of product offers to the network, and what the kinds share."""
+"""The interface of linear layers in the network, and what their kinds share."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import Weight, weights
 from mpt_trt.network.graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
+from mpt_trt.network.linear.specs import PRE_QUANT_SCALE, QUANTIZED_MATRIX, SCALE, TensorSpec
 
 
 class LinearLayers(Protocol):
-    """The products of one rank."""
+    """The linear layers of one rank, without their biases."""
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """Everything the rank's network stores, by name; the content is computed when written."""
+        """Everything that the rank's network stores, by name; contents are computed when written.
+
+        Sizes of the matrices are those of `specs.layer_specs`.
+        """
         ...
 
-    def emit(self, graph: GraphBuilder, name: str, value: str) -> str:
-        """Adds `value` `[..., in_features]` times the matrix of layer `name`, named like it."""
+    def emit(self, graph: GraphBuilder, weight: Weight, value: str) -> str:
+        """Adds the product of `value` `[..., in_features]` and a block's matrix.
+
+        Returns the product's name, which is that of the layer.
+        """
         ...
 
 
-def linear_weights(config: MptConfig) -> dict[str, Weight]:
-    """The matrices that quantization is about, by layer: `layers.0.attention.dense`."""
-    return {linear_name(weight): weight for weight in weights(config) if weight.is_linear}
-
-
-def place(name: str) -> tuple[int, str]:
-    """Layer and matrix: (3, "attention.dense") of "layers.3.attention.dense"."""
-    _, layer, matrix = name.split(".", 2)
-    return int(layer), matrix
+def linear_weights(config: MptConfig) -> list[Weight]:
+    """The matrices of all blocks, which are what is quantized."""
+    return [weight for weight in weights(config) if weight.is_linear]
 
 
 def ft_tensors(checkpoint: FtCheckpoint, rank: Rank) -> dict[str, StoredTensor]:
-    """The rank's FT files, without the zeros that FT has where a norm has no bias."""
+    """The rank's FT files, without the zeros that FT has for norms that lack a bias."""
     element_type = ELEMENT_TYPES[checkpoint.storage_type]
     return {
         name: StoredTensor(file.name, element_type, file.shape, checkpoint.folder / file.name)
@@ -48,25 +49,42 @@ def ft_tensors(checkpoint: FtCheckpoint, rank: Rank) -> dict[str, StoredTensor]:
     }
 
 
-def made(
-    name: str, element_type: int, shape: tuple[int, ...], pieces: Callable[[], Iterator[NDArray]]
-) -> StoredTensor:
-    """A tensor whose file is computed; its name is that of the tensor."""
-    return StoredTensor(f"model.{name}.bin", element_type, shape, pieces)
+def with_quantized_matrices(
+    checkpoint: FtCheckpoint, rank: Rank, layer_tensors: Callable[[Weight], dict[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
+    """The rank's FT files, with `layer_tensors` of each matrix instead of the matrix.
+
+    layer_tensors: returns tensors by their name after that of the layer.
+    """
+    tensors = ft_tensors(checkpoint, rank)
+    for weight in linear_weights(checkpoint.config):
+        del tensors[weight.name]
+        tensors |= named_by_layer(weight, layer_tensors(weight))
+    return tensors
+
+
+def named_by_layer(weight: Weight, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors under their full names."""
+    return {f"{linear_name(weight)}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def computed(name: str, spec: TensorSpec, pieces: Callable[[], Iterator[NDArray]]) -> StoredTensor:
+    """A tensor whose file `model.{name}.bin` is computed when it is written."""
+    return StoredTensor(f"model.{name}.bin", ELEMENT_TYPES[spec.dtype], spec.shape, pieces)
 
 
 def dequantized(graph: GraphBuilder, name: str, **attributes: int) -> str:
-    """The stored integers of `name` times the stored scales, in the network's type.
+    """Adds the stored integers of layer `name` times the stored scales, in the network's type.
 
-    Both runtimes fuse this with the product, so that integers are what is read from memory.
+    Both runtimes fuse this with the product, so that they read integers from memory.
     """
-    inputs = [graph.weight(f"{name}.weight.quantized"), graph.weight(f"{name}.weight.scale")]
+    inputs = [graph.weight(f"{name}.{QUANTIZED_MATRIX}"), graph.weight(f"{name}.{SCALE}")]
     return graph.node("DequantizeLinear", inputs, f"{name}/weight", **attributes)
 
 
 def scaled_input(graph: GraphBuilder, name: str, value: str) -> str:
-    """`value` times the pre-quant scale of its layer, where one is stored."""
-    scale = f"{name}.pre_quant_scale"
+    """Adds `value` times the pre-quant scale of layer `name`, if one is stored."""
+    scale = f"{name}.{PRE_QUANT_SCALE}"
     if not graph.has_weight(scale):
         return value
     return graph.node("Mul", [value, graph.weight(scale)], f"{name}/scaled_input")

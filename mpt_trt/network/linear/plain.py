@@ -1,11 +1,13 @@
-"""Products with unquantized matrices: the FT checkpoint's own files."""
+"""Linear layers with unquantized matrices: the FT checkpoint's own files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from mpt_trt.ft.checkpoint import FtCheckpoint
+from mpt_trt.ft.layout import linear_name
 from mpt_trt.model.sharding import Rank
+from mpt_trt.model.tensors import Weight
 from mpt_trt.network.graph import GraphBuilder, StoredTensor
 from mpt_trt.network.linear.base import ft_tensors
 
@@ -20,5 +22,5 @@ class PlainLinear:
     def tensors(self) -> dict[str, StoredTensor]:
         return ft_tensors(self.checkpoint, self.rank)
 
-    def emit(self, graph: GraphBuilder, name: str, value: str) -> str:
-        return graph.node("MatMul", [value, graph.weight(f"{name}.weight")], name)
+    def emit(self, graph: GraphBuilder, weight: Weight, value: str) -> str:
+        return graph.node("MatMul", [value, graph.weight(weight.name)], linear_name(weight))

@@ -1,4 +1,4 @@
-"""Products of 8-bit weights and 8-bit activations, from a SmoothQuant FT checkpoint.
+"""Linear layers with 8-bit weights and activations, from a SmoothQuant FT checkpoint.
 
 The integers are the checkpoint's own files. What a layer multiplies is divided by its smoother,
 where no norm has taken that over, and quantized with the calibrated scale or, per token, with one
@@ -18,12 +18,21 @@ from onnx import TensorProto
 from mpt_trt.arrays.cast import STORAGE_TYPES, convert
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
-from mpt_trt.ft.layout import FtFile, Int8Files
+from mpt_trt.ft.layout import FtFile, int8_files, linear_name
 from mpt_trt.model.sharding import Rank
+from mpt_trt.model.tensors import Weight
 from mpt_trt.network.graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
-from mpt_trt.network.linear.base import ft_tensors, linear_weights, made, scaled_input
+from mpt_trt.network.linear.base import computed, scaled_input, with_quantized_matrices
+from mpt_trt.network.linear.specs import (
+    INPUT_SCALE,
+    PRE_QUANT_SCALE,
+    QUANTIZED_MATRIX,
+    SCALE,
+    TensorSpec,
+    layer_specs,
+)
 from mpt_trt.quantization.calibrated_weights import INT8_MAX
-from mpt_trt.quantization.schemes import SmoothQuant
+from mpt_trt.quantization.schemes import Quantization, SmoothQuant
 
 # Smallest row maximum of activations: a row of zeros would be divided by zero.
 SMALLEST_ROW_MAXIMUM = 2.0**-14
@@ -44,19 +53,14 @@ class SmoothQuantLinear:
         require_smoothed(self.checkpoint, self.scheme.alpha)
 
     def tensors(self) -> dict[str, StoredTensor]:
-        found = ft_tensors(self.checkpoint, self.rank)
-        int8_files = self.checkpoint.rank_int8_files(self.rank)
-        for name, weight in linear_weights(self.checkpoint.config).items():
-            del found[weight.name]
-            found |= self._layer(name, int8_files[name])
-        return found
+        return with_quantized_matrices(self.checkpoint, self.rank, self._layer)
 
-    def emit(self, graph: GraphBuilder, name: str, value: str) -> str:
+    def emit(self, graph: GraphBuilder, weight: Weight, value: str) -> str:
+        name = linear_name(weight)
         value = scaled_input(graph, name, value)
-        stored = graph.weight(f"{name}.weight.quantized")
-        scale = graph.weight(f"{name}.weight.scale")
-        is_scalar = graph.weights[f"{name}.weight.scale"].shape == ()
-        weight = graph.node(
+        stored, scale = graph.weight(f"{name}.{QUANTIZED_MATRIX}"), graph.weight(f"{name}.{SCALE}")
+        is_scalar = self._specs(weight)[SCALE].shape == ()
+        matrix = graph.node(
             "DequantizeLinear",
             [stored, scale],
             f"{name}/weight",
@@ -64,49 +68,54 @@ class SmoothQuantLinear:
             **({} if is_scalar else {"axis": 1}),
         )
         if not self.scheme.per_token:
-            scale = graph.weight(f"{name}.input_scale")
+            scale = graph.weight(f"{name}.{INPUT_SCALE}")
             value = _rounded_to_int8(graph, value, scale, name)
-            return graph.node("MatMul", [value, weight], name)
+            return graph.node("MatMul", [value, matrix], name)
         value, row_maximum = _rounded_by_row(graph, value, name)
-        product = graph.node("MatMul", [value, weight], f"{name}/product")
+        product = graph.node("MatMul", [value, matrix], f"{name}/product")
         return graph.node("Mul", [product, row_maximum], name)
 
-    def _layer(self, name: str, files: Int8Files) -> dict[str, StoredTensor]:
+    def _specs(self, weight: Weight) -> dict[str, TensorSpec]:
+        config, dtype = self.checkpoint.config, self.checkpoint.storage_type
+        return layer_specs(config, weight, self.rank, dtype, Quantization(self.scheme))
+
+    def _layer(self, weight: Weight) -> dict[str, StoredTensor]:
+        specs = self._specs(weight)
+        files = int8_files(self.checkpoint.config, weight, self.rank)
         by_column = self.scheme.per_channel
-        weight = files.weight_col if by_column else files.weight
+        matrix = files.weight_col if by_column else files.weight
         scale = files.scale_w_quant_orig_col if by_column else files.scale_w_quant_orig
-        # A scale of the whole matrix is a scalar of ONNX.
-        shape = scale.shape if scale.shape != (1,) else ()
-        found = {
-            f"{name}.weight.quantized": self._linked(weight, TensorProto.INT8, weight.shape),
-            f"{name}.weight.scale": self._linked(scale, TensorProto.FLOAT, shape),
+        tensors = {
+            QUANTIZED_MATRIX: self._linked(matrix, specs[QUANTIZED_MATRIX]),
+            SCALE: self._linked(scale, specs[SCALE]),
         }
         if files.smoother is not None:
-            found[f"{name}.pre_quant_scale"] = self._inverse_smoother(files.smoother)
+            tensors[PRE_QUANT_SCALE] = self._inverse_smoother(
+                files.smoother, specs[PRE_QUANT_SCALE]
+            )
         if not self.scheme.per_token:
-            found[f"{name}.input_scale"] = self._input_scale(files.scale_x_orig_quant)
-        return found
+            file = files.scale_x_orig_quant
+            tensors[INPUT_SCALE] = self._input_scale(file, specs[INPUT_SCALE])
+        return tensors
 
-    def _linked(self, file: FtFile, element_type: int, shape: tuple[int, ...]) -> StoredTensor:
-        return StoredTensor(file.name, element_type, shape, self.checkpoint.folder / file.name)
+    def _linked(self, file: FtFile, spec: TensorSpec) -> StoredTensor:
+        path = self.checkpoint.folder / file.name
+        return StoredTensor(file.name, ELEMENT_TYPES[spec.dtype], spec.shape, path)
 
-    def _inverse_smoother(self, file: FtFile) -> StoredTensor:
-        storage_type = self.checkpoint.storage_type
-
+    def _inverse_smoother(self, file: FtFile, spec: TensorSpec) -> StoredTensor:
         def pieces() -> Iterator[NDArray]:
-            dtype = STORAGE_TYPES[storage_type]
+            dtype = STORAGE_TYPES[spec.dtype]
             # A feature that calibration never saw active has a smoother of 1e-5.
             most = np.float32(ml_dtypes.finfo(dtype).max)
             yield convert(np.minimum(1 / self._read(file), most), dtype)
 
-        name = f"{file.tensor}.inverse.{self.rank.index}"
-        return made(name, ELEMENT_TYPES[storage_type], file.shape, pieces)
+        return computed(f"{file.tensor}.inverse.{self.rank.index}", spec, pieces)
 
-    def _input_scale(self, file: FtFile) -> StoredTensor:
+    def _input_scale(self, file: FtFile, spec: TensorSpec) -> StoredTensor:
         def pieces() -> Iterator[NDArray]:
             yield 1 / self._read(file)
 
-        return made(f"{file.tensor}.inverse", TensorProto.FLOAT, (), pieces)
+        return computed(f"{file.tensor}.inverse", spec, pieces)
 
     def _read(self, file: FtFile) -> NDArray[np.float32]:
         return np.fromfile(self.checkpoint.folder / file.name, np.float32)

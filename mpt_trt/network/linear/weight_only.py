@@ -1,4 +1,4 @@
-"""Products with integer weights that were rounded to nearest: int8 and int4 weight-only.
+"""Linear layers with integer weights that were rounded to nearest: int8 and int4 weight-only.
 
 Integers and scales are those of FT's weight-only layers (ft_checkpoint, section 5) before the
 permutation for a certain GPU: scale = amax / 128 or amax / 8, and the largest weight saturates.
@@ -12,16 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
 
 from mpt_trt.arrays.cast import STORAGE_TYPES
 from mpt_trt.ft.checkpoint import FtCheckpoint
+from mpt_trt.ft.layout import linear_name
 from mpt_trt.model.sharding import Rank, all_ranks
 from mpt_trt.model.tensors import Split, Weight
-from mpt_trt.network.graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
-from mpt_trt.network.linear.base import dequantized, ft_tensors, linear_weights, made
+from mpt_trt.network.graph import GraphBuilder, StoredTensor
+from mpt_trt.network.linear.base import computed, dequantized, with_quantized_matrices
+from mpt_trt.network.linear.specs import QUANTIZED_MATRIX, SCALE, TensorSpec, layer_specs
 from mpt_trt.quantization import integers
-from mpt_trt.quantization.schemes import WeightOnly, require_fitting_groups, scale_block
+from mpt_trt.quantization.schemes import Quantization, WeightOnly, require_fitting_groups
 
 
 class WeightOnlyLinear:
@@ -33,22 +34,20 @@ class WeightOnlyLinear:
     def __init__(self, checkpoint: FtCheckpoint, rank: Rank, scheme: WeightOnly):
         if scheme.group_size is not None:
             require_fitting_groups(checkpoint.config, rank.tp_size, scheme.group_size)
-        self._checkpoint, self._rank = checkpoint, rank
-        self._matrices = {
-            name: _Matrix(checkpoint, weight, rank, scheme)
-            for name, weight in linear_weights(checkpoint.config).items()
-        }
+        self._checkpoint, self._rank, self._scheme = checkpoint, rank, scheme
 
     def tensors(self) -> dict[str, StoredTensor]:
-        found = ft_tensors(self._checkpoint, self._rank)
-        for name, matrix in self._matrices.items():
-            del found[f"{name}.weight"]
-            found |= matrix.tensors(f"{name}.weight")
-        return found
+        return with_quantized_matrices(
+            self._checkpoint, self._rank, lambda weight: self._matrix(weight).tensors()
+        )
 
-    def emit(self, graph: GraphBuilder, name: str, value: str) -> str:
-        weight = dequantized(graph, name, **self._matrices[name].attributes)
-        return graph.node("MatMul", [value, weight], name)
+    def emit(self, graph: GraphBuilder, weight: Weight, value: str) -> str:
+        name = linear_name(weight)
+        matrix = dequantized(graph, name, **self._matrix(weight).attributes)
+        return graph.node("MatMul", [value, matrix], name)
+
+    def _matrix(self, weight: Weight) -> _Matrix:
+        return _Matrix(self._checkpoint, weight, self._rank, self._scheme)
 
 
 @dataclass(frozen=True)
@@ -60,33 +59,25 @@ class _Matrix:
     rank: Rank
     scheme: WeightOnly
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.checkpoint.file_of(self.weight, self.rank).shape
-
-    @property
-    def block_size(self) -> int | None:
-        """Rows that share a stored scale; None: all of a column."""
-        return scale_block(self.scheme, self.shape[0])
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        config, dtype = self.checkpoint.config, self.checkpoint.storage_type
+        return layer_specs(config, self.weight, self.rank, dtype, Quantization(self.scheme))
 
     @property
     def attributes(self) -> dict[str, int]:
-        """Of DequantizeLinear."""
-        if self.block_size is None:
+        """Attributes of the DequantizeLinear node."""
+        height, scales = self.specs[QUANTIZED_MATRIX].shape[0], self.specs[SCALE].shape
+        if len(scales) == 1:
             return {"axis": 1}
-        return {"axis": 0, "block_size": self.block_size}
+        return {"axis": 0, "block_size": height // scales[0]}
 
-    def tensors(self, name: str) -> dict[str, StoredTensor]:
-        rank = self.rank.index
-        integer = TensorProto.INT8 if self.scheme.bits == 8 else TensorProto.INT4
-        scale = ELEMENT_TYPES[self.checkpoint.storage_type]
-        height, width = self.shape
-        blocks = () if self.block_size is None else (height // self.block_size,)
+    def tensors(self) -> dict[str, StoredTensor]:
+        name, rank = self.weight.name, self.rank.index
+        integers, scales = self.specs[QUANTIZED_MATRIX], self.specs[SCALE]
         return {
-            f"{name}.quantized": made(
-                f"{name}.int{self.scheme.bits}.{rank}", integer, self.shape, self._integers
-            ),
-            f"{name}.scale": made(f"{name}.scale.{rank}", scale, (*blocks, width), self._scales),
+            QUANTIZED_MATRIX: computed(f"{name}.{integers.dtype}.{rank}", integers, self._integers),
+            SCALE: computed(f"{name}.scale.{rank}", scales, self._scales),
         }
 
     @functools.cached_property
@@ -115,7 +106,8 @@ class _Matrix:
     def _scales(self) -> Iterator[NDArray]:
         dtype = STORAGE_TYPES[self.checkpoint.storage_type]
         scales = integers.stored_scales(self._unrounded_scales, dtype)
-        if self.block_size is not None:
-            blocks = self.shape[0] // self.block_size
-            scales = np.repeat(scales, blocks // len(scales), axis=0)
+        shape = self.specs[SCALE].shape
+        if len(shape) == 2:
+            # The scale of a whole column is stored once for each of its blocks.
+            scales = np.repeat(scales, shape[0] // len(scales), axis=0)
         yield np.ascontiguousarray(scales)

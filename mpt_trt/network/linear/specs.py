@@ -1,0 +1,95 @@
+"""Names, types and shapes of the tensors that a linear layer stores, without their content.
+
+Imports neither NumPy nor ONNX, because Snakemake's planning computes the sizes of engines from it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mpt_trt.ft.layout import ft_file
+from mpt_trt.model.config import MptConfig
+from mpt_trt.model.sharding import Rank
+from mpt_trt.model.tensors import BlockMatrix, Split, Weight
+from mpt_trt.quantization.schemes import (
+    Awq,
+    Fp8,
+    Quantization,
+    SmoothQuant,
+    WeightOnly,
+    default_group_size,
+    folds_into_values,
+    scale_block,
+)
+
+# Names after that of the layer: `layers.0.attention.dense.weight.scale`.
+MATRIX, QUANTIZED_MATRIX, SCALE = "weight", "weight.quantized", "weight.scale"
+PRE_QUANT_SCALE, INPUT_SCALE = "pre_quant_scale", "input_scale"
+
+BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "fp8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Type, a key of BITS, and shape of a stored tensor; 4-bit integers are packed in pairs."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def byte_size(self) -> int:
+        """Size of the tensor's file."""
+        return math.ceil(math.prod(self.shape) * BITS[self.dtype] / 8)
+
+
+def layer_specs(
+    config: MptConfig, weight: Weight, rank: Rank, dtype: str, quantization: Quantization
+) -> dict[str, TensorSpec]:
+    """The tensors that a rank's network stores instead of a block's matrix, by name.
+
+    dtype: of the unquantized network.
+    """
+    # FT's order, [in_features, out_features], is that of the network.
+    shape = height, width = ft_file(config, weight, rank, dtype).shape
+    match quantization.scheme:
+        case None:
+            return {MATRIX: TensorSpec(dtype, shape)}
+        case WeightOnly(bits=bits) as scheme:
+            block = scale_block(scheme, height)
+            scales = (width,) if block is None else (height // block, width)
+            return {
+                QUANTIZED_MATRIX: TensorSpec(f"int{bits}", shape),
+                SCALE: TensorSpec(dtype, scales),
+            }
+        case Awq(group_size=group_size):
+            groups = height // (group_size or default_group_size(config))
+            specs = {
+                QUANTIZED_MATRIX: TensorSpec("int4", shape),
+                SCALE: TensorSpec(dtype, (groups, width)),
+            }
+            is_folded = folds_into_values(config, quantization.kv_cache)
+            if _has_pre_quant_scale(weight, is_folded):
+                specs[PRE_QUANT_SCALE] = TensorSpec(dtype, (height,))
+            return specs
+        case SmoothQuant(per_channel=per_channel, per_token=per_token):
+            # FT scales Q, K and V separately in any case.
+            scales = (width,) if per_channel or weight.split is Split.QKV else ()
+            specs = {
+                QUANTIZED_MATRIX: TensorSpec("int8", shape),
+                SCALE: TensorSpec("float32", scales),
+            }
+            if _has_pre_quant_scale(weight, is_folded_into_values=False):
+                specs[PRE_QUANT_SCALE] = TensorSpec(dtype, (height,))
+            if not per_token:
+                specs[INPUT_SCALE] = TensorSpec("float32", ())
+            return specs
+        case Fp8():
+            return {QUANTIZED_MATRIX: TensorSpec("fp8", shape)}
+
+
+def _has_pre_quant_scale(weight: Weight, is_folded_into_values: bool) -> bool:
+    """Whether neither a norm nor the columns of V have taken the factors of the layer's input."""
+    if weight.matrix is None or weight.matrix.norm is not None:
+        return False
+    return weight.matrix is not BlockMatrix.OUTPUT or not is_folded_into_values
