@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mpt_trt.calibration.model_source import ModelSource, open_model
 from mpt_trt.errors import MptTrtError
-from mpt_trt.model.tensors import block_matrices
+from mpt_trt.model.tensors import BlockMatrix
 from mpt_trt.model.torch_block import PlainBlock, causal_bias, with_weights
 from mpt_trt.model.torch_tensors import ModelTensors, embed
 from mpt_trt.quantization.activation_amax import ActivationAmax, LinearAmax
@@ -160,18 +160,18 @@ def activation_amax(
     amax: ActivationAmax = []
 
     def visit(layer: int, block: PlainBlock, run: SampleRun) -> None:
-        modules = linear_modules(source, layer, block)
+        modules = linear_modules(block)
         with contextlib.ExitStack() as stack:
             observers = {
-                name: (
+                matrix: (
                     stack.enter_context(_observed_input(module)),
                     stack.enter_context(_observed_output(module)),
                 )
-                for name, module in modules.items()
+                for matrix, module in modules.items()
             }
             run(block)
         amax.append(
-            {n: LinearAmax(x.by_feature(), y.by_feature()) for n, (x, y) in observers.items()}
+            {m: LinearAmax(x.by_feature(), y.by_feature()) for m, (x, y) in observers.items()}
         )
         advance()
 
@@ -179,14 +179,9 @@ def activation_amax(
     return amax
 
 
-def linear_modules(source: ModelSource, layer: int, block: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a block by FT name, also after ModelOpt has replaced their class."""
-    prefix = f"blocks.{layer}."
-    return {
-        name: block.get_submodule(weight.hf_name.removeprefix(prefix).removesuffix(".weight"))
-        for name, weight in block_matrices(source.config, layer).items()
-        if weight.hf_name is not None
-    }
+def linear_modules(block: nn.Module) -> dict[BlockMatrix, nn.Module]:
+    """The linear layers of a block, also after ModelOpt has replaced their class."""
+    return {matrix: block.get_submodule(matrix.hf_name) for matrix in BlockMatrix}
 
 
 @contextlib.contextmanager

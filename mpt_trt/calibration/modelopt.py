@@ -81,7 +81,7 @@ def calibrate(
         def visit(layer: int, block: PlainBlock, run: SampleRun) -> None:
             with observed_cache(block) as cache_amax:
                 quantize_module(block, plan, run)
-            kv_amax, modules = cache_amax(), linear_modules(source, layer, block)
+            kv_amax, modules = cache_amax(), linear_modules(block)
             if plan.quantization_format == "kv_cache":
                 modules = {}
             matrices = {n: calibrated_matrix(m, plan, weight_dtype) for n, m in modules.items()}

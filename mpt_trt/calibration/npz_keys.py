@@ -11,21 +11,20 @@ from __future__ import annotations
 import re
 
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.tensors import Weight
+from mpt_trt.model.tensors import BlockMatrix, Weight
 from mpt_trt.quantization.schemes import QuantizationFormat
 
 FILE_NAME = "mpt_tp1_rank0.npz"
 
-QKV = "attention.query_key_value"
 MATRIX_KEYS = {
-    QKV: ("attention:qkv:q", "attention:qkv:k", "attention:qkv:v"),
-    "attention.dense": ("attention:dense",),
-    "mlp.dense_h_to_4h": ("mlp:fc",),
-    "mlp.dense_4h_to_h": ("mlp:proj",),
+    BlockMatrix.QKV: ("attention:qkv:q", "attention:qkv:k", "attention:qkv:v"),
+    BlockMatrix.OUTPUT: ("attention:dense",),
+    BlockMatrix.UP: ("mlp:fc",),
+    BlockMatrix.DOWN: ("mlp:proj",),
 }
 NORM_KEYS = {
-    "input_layernorm.weight": "input_layernorm:weight",
-    "post_attention_layernorm.weight": "post_layernorm:weight",
+    f"{BlockMatrix.QKV.norm}.weight": "input_layernorm:weight",
+    f"{BlockMatrix.UP.norm}.weight": "post_layernorm:weight",
 }
 
 WEIGHT, SMOOTHING = "weight", "prequant_scaling_factor"
@@ -38,14 +37,14 @@ WITH_MATRICES: tuple[QuantizationFormat, ...] = ("int4_awq", "int8_sq")
 CORNER = (8, 64)
 
 
-def matrix_keys(layer: int, matrix: str) -> list[str]:
+def matrix_keys(layer: int, matrix: BlockMatrix) -> list[str]:
     """Keys of a matrix, or of Q, K and V."""
     return [f"_np:layers:{layer}:{key}" for key in MATRIX_KEYS[matrix]]
 
 
-def heights_of(config: MptConfig, matrix: str, out_features: int) -> list[int]:
+def heights_of(config: MptConfig, matrix: BlockMatrix, out_features: int) -> list[int]:
     """Output features of a matrix, or of Q, K and V."""
-    if matrix == QKV:
+    if matrix == BlockMatrix.QKV:
         return [config.hidden_size, config.kv_size, config.kv_size]
     return [out_features]
 

@@ -9,17 +9,22 @@ from numpy.typing import NDArray
 
 from mpt_trt.calibration.result import CalibrationResult
 from mpt_trt.model.sharding import Range
+from mpt_trt.model.tensors import BlockMatrix
 
 # A cache line of each column's 4-bit integers, once they are packed.
 BLOCK_ROWS = 128
 
 
 def held_blocks(
-    calibration: CalibrationResult, layer: int, matrix: str, rows: list[Range], columns: Range
+    calibration: CalibrationResult,
+    layer: int,
+    matrix: BlockMatrix,
+    rows: list[Range],
+    columns: Range,
 ) -> Iterator[tuple[NDArray, NDArray[np.float32]]]:
     """Yields a rank's part of a matrix, BLOCK_ROWS rows at a time, with the rows' scales.
 
-    matrix: FT name within the layer, e.g. `attention.dense`. rows: in ascending order. Each block
+    rows: in ascending order. Each block
     `[BLOCK_ROWS, columns]` is valid until the next one is asked for; its scales are float32
     `[BLOCK_ROWS, columns / group_size]`.
 

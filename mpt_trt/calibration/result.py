@@ -30,7 +30,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.ft.joined_tensors import FtTensors
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.tensors import Weight, block_matrices, weights
+from mpt_trt.model.tensors import BlockMatrix, Weight, block_matrices, weights
 from mpt_trt.quantization.calibrated_weights import (
     AwqMatrix,
     Fp8Scales,
@@ -64,7 +64,7 @@ def read_calibration(path: Path, checkpoint: FtCheckpoint) -> CalibrationResult:
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """Results of calibration, by layer and by FT name of a matrix, e.g. `attention.dense`."""
+    """Results of calibration, by layer and matrix."""
 
     file: NpzFile
     config: MptConfig
@@ -77,7 +77,7 @@ class CalibrationResult:
     @cached_property
     def quantization_format(self) -> QuantizationFormat:
         """The format that the keys imply; AMMO's files do not name it."""
-        base = matrix_keys(0, "attention.dense")[0]
+        base = matrix_keys(0, BlockMatrix.OUTPUT)[0]
         is_quantized = f"{base}:{ACTIVATION_SCALE}" in self.file.keys
         if f"{base}:{SMOOTHING}" in self.file.keys:
             return "int8_sq" if is_quantized else "int4_awq"
@@ -88,7 +88,7 @@ class CalibrationResult:
         """Input features that share a scale; None unless the format is int4_awq."""
         if self.quantization_format != "int4_awq":
             return None
-        base = matrix_keys(0, "attention.dense")[0]
+        base = matrix_keys(0, BlockMatrix.OUTPUT)[0]
         elements = math.prod(self.file.shape(f"{base}:{WEIGHT}"))
         scales = math.prod(self.file.shape(f"{base}:{WEIGHT_SCALE}"))
         if not scales or elements % scales:
@@ -102,29 +102,29 @@ class CalibrationResult:
         assert self.group_size is not None
         return self.group_size
 
-    def awq_matrix(self, layer: int, matrix: str) -> AwqMatrix:
+    def awq_matrix(self, layer: int, matrix: BlockMatrix) -> AwqMatrix:
         """Reads a matrix; raises MptTrtError unless the format is int4_awq."""
         self.require_format("int4_awq")
         weight, scales = self._weight(layer, matrix), self.awq_scales(layer, matrix)
         return AwqMatrix(weight, scales, self._smoothing(layer, matrix))
 
-    def awq_rows(self, layer: int, matrix: str, number: int) -> Iterator[NDArray]:
+    def awq_rows(self, layer: int, matrix: BlockMatrix, number: int) -> Iterator[NDArray]:
         """Yields the weight of `awq_matrix`, up to `number` rows at a time."""
         self.require_format("int4_awq")
         for key in matrix_keys(layer, matrix):
             yield from self.file.rows(f"{key}:{WEIGHT}", number)
 
-    def awq_scales(self, layer: int, matrix: str) -> NDArray[np.float32]:
+    def awq_scales(self, layer: int, matrix: BlockMatrix) -> NDArray[np.float32]:
         """Reads scales `[out, in / group_size]`, without the matrix."""
         self.require_format("int4_awq")
         out_features, _ = block_matrices(self.config, layer)[matrix].shape
         return self._joined(layer, matrix, WEIGHT_SCALE).reshape(out_features, -1)
 
-    def pre_quant_scale(self, layer: int, matrix: str) -> NDArray[np.float32]:
+    def pre_quant_scale(self, layer: int, matrix: BlockMatrix) -> NDArray[np.float32]:
         """Reads the factors of a matrix's input features, `[in]`, without the matrix."""
         return self._smoothing(layer, matrix)
 
-    def smoothquant_matrix(self, layer: int, matrix: str) -> SmoothQuantMatrix:
+    def smoothquant_matrix(self, layer: int, matrix: BlockMatrix) -> SmoothQuantMatrix:
         """Reads a matrix; raises MptTrtError unless the format is int8_sq."""
         self.require_format("int8_sq")
         return SmoothQuantMatrix(
@@ -133,7 +133,7 @@ class CalibrationResult:
         )
 
     def smoothquant_scales(
-        self, layer: int, matrix: str
+        self, layer: int, matrix: BlockMatrix
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
         """Reads scales, pre-quant scale and activation scale, without the matrix."""
         self.require_format("int8_sq")
@@ -143,7 +143,7 @@ class CalibrationResult:
             self._largest(layer, matrix, ACTIVATION_SCALE),
         )
 
-    def fp8_scales(self, layer: int, matrix: str) -> Fp8Scales:
+    def fp8_scales(self, layer: int, matrix: BlockMatrix) -> Fp8Scales:
         """Reads scales; those of QKV are the largest of Q, K and V."""
         self.require_format("fp8")
         return Fp8Scales(
@@ -168,18 +168,18 @@ class CalibrationResult:
                 f"is needed; calibrate with --qformat {needed}"
             )
 
-    def _weight(self, layer: int, matrix: str) -> NDArray:
+    def _weight(self, layer: int, matrix: BlockMatrix) -> NDArray:
         """Reads a matrix (rows Q | K | V for QKV) in the type in which it is stored."""
         keys = matrix_keys(layer, matrix)
         parts = [self.file.numbers(f"{key}:{WEIGHT}") for key in keys]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _joined(self, layer: int, matrix: str, name: str) -> NDArray[np.float32]:
+    def _joined(self, layer: int, matrix: BlockMatrix, name: str) -> NDArray[np.float32]:
         """Reads flat scales, those of Q, K and V joined."""
         parts = [self.file.floats(f"{key}:{name}") for key in matrix_keys(layer, matrix)]
         return np.concatenate([part.reshape(-1) for part in parts])
 
-    def _smoothing(self, layer: int, matrix: str) -> NDArray[np.float32]:
+    def _smoothing(self, layer: int, matrix: BlockMatrix) -> NDArray[np.float32]:
         keys = matrix_keys(layer, matrix)
         first, *others = (self.file.floats(f"{key}:{SMOOTHING}") for key in keys)
         for key, other in zip(keys[1:], others, strict=True):
@@ -192,7 +192,7 @@ class CalibrationResult:
             raise self.file.refused(f"{keys[0]}:{SMOOTHING} holds {first.min()}, not positive")
         return first
 
-    def _largest(self, layer: int, matrix: str, name: str) -> float:
+    def _largest(self, layer: int, matrix: BlockMatrix, name: str) -> float:
         return max(self._scalar(f"{key}:{name}") for key in matrix_keys(layer, matrix))
 
     def _scalar(self, key: str) -> float:
@@ -243,7 +243,9 @@ def _require_near(file: NpzFile, name: str, recorded: NDArray, expected: NDArray
         raise _other_model(file, what, f"{recorded[place]:g}", f"{expected[place]:g}")
 
 
-def _require_shapes(result: CalibrationResult, layer: int, matrix: str, weight: Weight) -> None:
+def _require_shapes(
+    result: CalibrationResult, layer: int, matrix: BlockMatrix, weight: Weight
+) -> None:
     """Raises MptTrtError when a matrix or its scales have another shape than the model's."""
     file, group_size = result.file, result.group_size
     out_features, in_features = weight.shape

@@ -30,7 +30,7 @@ from mpt_trt.calibration.npz_keys import (
 )
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.tensors import Weight, WeightReader, weights
+from mpt_trt.model.tensors import BlockMatrix, Weight, WeightReader, weights
 from mpt_trt.quantization.calibrated_weights import (
     CalibratedMatrix,
     Fp8Scales,
@@ -70,26 +70,28 @@ class CalibrationWriter:
             if is_needed and (key := whole_key(weight)) is not None:
                 self._weight(key, self.reader.tensor(weight), weight.name)
 
-    def block(self, layer: int, amax: KvAmax, matrices: Mapping[str, CalibratedMatrix]) -> None:
-        """Writes a block; matrices: by FT name within the layer, e.g. `attention.dense`."""
+    def block(
+        self, layer: int, amax: KvAmax, matrices: Mapping[BlockMatrix, CalibratedMatrix]
+    ) -> None:
+        """Writes the results of a block."""
         self.kv_amax(layer, amax)
-        for name, calibrated in matrices.items():
-            self.matrix(layer, name, calibrated)
+        for matrix, calibrated in matrices.items():
+            self.matrix(layer, matrix, calibrated)
 
     def kv_amax(self, layer: int, amax: KvAmax) -> None:
         """Writes the amax of a layer's keys and values."""
         self._scalar(amax_key(layer, "key"), amax.key)
         self._scalar(amax_key(layer, "value"), amax.value)
 
-    def matrix(self, layer: int, name: str, calibrated: CalibratedMatrix) -> None:
-        """Writes a matrix; name: FT name within the layer, e.g. `attention.dense`."""
-        keys = matrix_keys(layer, name)
+    def matrix(self, layer: int, matrix: BlockMatrix, calibrated: CalibratedMatrix) -> None:
+        """Writes the result of one matrix."""
+        keys = matrix_keys(layer, matrix)
         if isinstance(calibrated, Fp8Scales):
             for key in keys:
                 self._scalar(f"{key}:{WEIGHT_SCALE}", calibrated.weight)
                 self._scalar(f"{key}:{ACTIVATION_SCALE}", calibrated.activation)
             return
-        cuts = np.cumsum(heights_of(self.config, name, len(calibrated.weight)))[:-1]
+        cuts = np.cumsum(heights_of(self.config, matrix, len(calibrated.weight)))[:-1]
         weights_by_key = np.split(calibrated.weight, cuts)
         scales_by_key = np.split(calibrated.scales, cuts)
         for key, weight, scales in zip(keys, weights_by_key, scales_by_key, strict=True):

@@ -31,7 +31,7 @@ from mpt_trt.ft.layout import (
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import Rank
-from mpt_trt.model.tensors import Weight, weights
+from mpt_trt.model.tensors import BlockMatrix, Weight, weights
 from mpt_trt.system.files import content_hashes, read_json
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 SECTION = "gpt"
 MANIFEST = "manifest.json"
 # A plain checkpoint also has int8 files of QKV if this file exists.
-KV_SCALE = "model.layers.0.attention.query_key_value.scale_y_quant_orig.bin"
+KV_SCALE = f"model.layers.0.{BlockMatrix.QKV}.scale_y_quant_orig.bin"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.tensors import Weight, block_matrices
+from mpt_trt.model.tensors import BlockMatrix, Weight, block_matrices
 
 
 @dataclass(frozen=True)
@@ -23,27 +23,26 @@ class LinearAmax:
     y: NDArray[np.float32]
 
 
-ActivationAmax = list[dict[str, LinearAmax]]
-"""By layer, then by FT name of the linear layer within it, e.g. `attention.dense`."""
+ActivationAmax = list[dict[BlockMatrix, LinearAmax]]
+"""By layer, then by the matrix of the linear layer."""
 
 
 def amax_of(amax: ActivationAmax, weight: Weight) -> LinearAmax:
     """The amax of the layer that `weight` belongs to; raises KeyError or IndexError without it."""
-    _, layer, name = weight.name.removesuffix(".weight").split(".", 2)
-    return amax[int(layer)][name]
+    layer, matrix = weight.place
+    return amax[layer][matrix]
 
 
 def require_amax(amax: ActivationAmax, config: MptConfig) -> None:
     """Raises MptTrtError, naming the layer, when an amax is missing, misshapen or not finite."""
     for layer in range(config.num_layers):
-        for name, weight in block_matrices(config, layer).items():
-            if len(amax) <= layer or name not in amax[layer]:
-                raise MptTrtError(
-                    f"layers.{layer}.{name} has no activation amax; calibrate this model"
-                )
-            linear = amax[layer][name]
-            _require_fitting(f"layers.{layer}.{name}: the input amax", linear.x, weight.shape[1])
-            _require_fitting(f"layers.{layer}.{name}: the output amax", linear.y, weight.shape[0])
+        for matrix, weight in block_matrices(config, layer).items():
+            name = f"layers.{layer}.{matrix}"
+            if len(amax) <= layer or matrix not in amax[layer]:
+                raise MptTrtError(f"{name} has no activation amax; calibrate this model")
+            linear = amax[layer][matrix]
+            _require_fitting(f"{name}: the input amax", linear.x, weight.shape[1])
+            _require_fitting(f"{name}: the output amax", linear.y, weight.shape[0])
 
 
 def _require_fitting(name: str, values: NDArray[np.float32], size: int) -> None:
