@@ -1,7 +1,8 @@
-"""What each backend can do: the table of docs/backends.md, and the refusals that follow from it.
+"""The features that each backend supports: the table of docs/backends.md and the refusals.
 
-What `tensorrt` and `tensorrt_rtx` build is our own network, which has all that MptConfig can say.
-TensorRT-LLM's MPTForCausalLM has its own limits; they are read from its sources, 0.20 to 1.2.1.
+`tensorrt` and `tensorrt_rtx` build this project's own network, which supports everything that an
+MptConfig can express. TensorRT-LLM's MPTForCausalLM has limits of its own, which were read from the
+sources of 0.20 to 1.2.1.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ from mpt_trt.quantization.schemes import (
 )
 
 AWQ_GROUP_SIZES = (128, 64)
-"""For which its kernels exist."""
+"""Group sizes that TensorRT-LLM has int4_awq kernels for."""
 FIXED_EPSILON = 1e-5
-"""Of its last norm, whatever the checkpoint says."""
+"""Epsilon of TensorRT-LLM's last norm; it ignores the checkpoint's."""
 DEFAULT_ALIBI_BIAS_MAX = 8
-# Sizes of a rank's matrices must be multiples of these, or the layers pad themselves.
+# TensorRT-LLM pads a rank's matrices unless their sizes are multiples of these.
 WEIGHT_ONLY_MULTIPLE, AWQ_MULTIPLE = 64, 128
 
 
 RequestedValue = Callable[[EngineSpec], object]
-"""The offending value when the spec has the feature, else None. (False is a value.)"""
+"""Returns the offending value if the spec has the feature, else None. (False is a value.)"""
 
 
 @dataclass(frozen=True)
 class Feature:
-    """Something that a model or a variant may have: a row of the table.
+    """A feature of a model or a variant: one row of the table.
 
-    field: the key of config.yaml, config.json or of the command line that asks for it.
-    requested_value: None for a row that nothing has to be refused for. unsupported: why a backend
-    cannot, by backend. notes: how it can, by backend.
+    field: the key of config.yaml or config.json, or the option, that requests the feature.
+    requested_value: None for a row that no request is refused for. unsupported: the reason of each
+    backend that lacks the feature. notes: how a backend supports it.
     """
 
     name: str
@@ -53,15 +54,16 @@ class Feature:
     unsupported: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def able(self) -> list[str]:
+    def supporting_backends(self) -> list[str]:
+        """The backends that have the feature."""
         return [backend for backend in BACKENDS if backend not in self.unsupported]
 
 
 def uses_modelopt_form(scheme: WeightQuantization | None) -> bool:
-    """Whether SmoothQuant goes to TensorRT-LLM in ModelOpt's form, from a result of int8_sq.
+    """Whether TensorRT-LLM gets SmoothQuant in ModelOpt's form, from a calibration of int8_sq.
 
-    It is the only one that its plain attention can take, and it has exactly these settings; all
-    others go in the form of its SmoothQuant plugins, from a smoothed FT checkpoint.
+    TensorRT-LLM's plain attention accepts only that form, which has exactly these settings. Other
+    settings need its SmoothQuant plugins and a smoothed FT checkpoint.
     """
     return isinstance(scheme, SmoothQuant) and scheme == SmoothQuant(
         SMOOTHQUANT_ALPHA, per_channel=True, per_token=False
@@ -69,24 +71,28 @@ def uses_modelopt_form(scheme: WeightQuantization | None) -> bool:
 
 
 def uses_plugin_form(scheme: WeightQuantization | None) -> bool:
+    """Whether TensorRT-LLM gets SmoothQuant in the form of its plugins."""
     """Whether TensorRT-LLM runs the scheme by its SmoothQuant plugin."""
     return isinstance(scheme, SmoothQuant) and not uses_modelopt_form(scheme)
 
 
 def require_supported(spec: EngineSpec, backend: str) -> None:
-    """Raises MptTrtError that names the field, its value and the backends that can."""
+    """Raises MptTrtError if the backend lacks a feature that the spec requests.
+
+    The message names the field, its value and the backends that support it.
+    """
     for feature in FEATURES:
         if backend not in feature.unsupported or feature.requested_value is None:
             continue
         if (value := feature.requested_value(spec)) is not None:
-            others = " or ".join(feature.able())
+            others = " or ".join(feature.supporting_backends())
             raise MptTrtError(
-                f"{feature.field} = {value}: backend {backend} cannot have it: "
+                f"{feature.field} = {value}: backend {backend} does not support it: "
                 f"{feature.unsupported[backend]}; use backend {others}"
             )
 
 
-# --- what a spec asks for ------------------------------------------------------------------------
+# --- requested values ----------------------------------------------------------------------------
 
 
 def _float32_of_integers(spec: EngineSpec) -> str | None:
@@ -106,7 +112,7 @@ def _small_awq_groups(spec: EngineSpec) -> int | None:
 
 
 def _uneven_matrices(spec: EngineSpec) -> str | None:
-    """The first of a rank's matrices whose sizes the 4-bit or 8-bit kernels cannot take."""
+    """The first of a rank's matrices whose sizes the 4-bit or 8-bit kernels do not support."""
     if not isinstance(spec.scheme, WeightOnly | Awq):
         return None
     multiple = AWQ_MULTIPLE if isinstance(spec.scheme, Awq) else WEIGHT_ONLY_MULTIPLE
@@ -152,28 +158,28 @@ def _if_not(value: object, usual: object) -> object:
     return None if value == usual else value
 
 
-NO_ARGUMENT = "its MPT model has no such parameter"
+NO_PARAMETER = "its MPT model has no such parameter"
 
 FEATURES: tuple[Feature, ...] = (
     Feature("`dtype: float32`"),
     Feature("`dtype: float16`, `bfloat16`"),
     Feature("`int8_weight_only`", notes={TENSORRT_LLM: "quantized by trtllm-build"}),
     Feature(
-        "`int4_weight_only`, a scale an output feature",
+        "`int4_weight_only`, one scale per output feature",
         notes={TENSORRT_LLM: "quantized by trtllm-build"},
     ),
     Feature(
         "`int4_weight_only` in groups",
         "quantization.group_size",
         _weight_only_groups,
-        {TENSORRT_LLM: "its int4 weights have a scale an output feature; so has group_size null"},
+        {TENSORRT_LLM: "it has one int4 scale per output feature; set group_size to null"},
     ),
     Feature("`int4_awq` in groups of 128 or 64"),
     Feature(
         "`int4_awq` in groups of 32 or 16",
         "group_size",
         _small_awq_groups,
-        {TENSORRT_LLM: "its kernels have groups of 128 or 64"},
+        {TENSORRT_LLM: "its kernels support groups of 128 and 64"},
     ),
     Feature(
         "`int8_weight_only`, `int4_weight_only`, `int4_awq` in float32",
@@ -182,7 +188,7 @@ FEATURES: tuple[Feature, ...] = (
         {TENSORRT_LLM: "its kernels for integer weights compute in float16 and bfloat16"},
     ),
     Feature(
-        "the same with matrices of any size",
+        "integer weights with matrices of any size",
         "shape",
         _uneven_matrices,
         {
@@ -191,120 +197,123 @@ FEATURES: tuple[Feature, ...] = (
         },
     ),
     Feature(
-        "`smoothquant` with `per_channel`, without `per_token`, alpha 0.5",
+        "`smoothquant` with `alpha: 0.5`, `per_channel: true`, `per_token: false`",
         notes={TENSORRT_LLM: "ModelOpt's form"},
     ),
-    Feature("`smoothquant` with any other settings", notes={TENSORRT_LLM: "plugin form"}),
+    Feature("`smoothquant` with other settings", notes={TENSORRT_LLM: "plugin form"}),
     Feature(
-        "the same, of a model with `clip_qkv`",
+        "`smoothquant` with other settings, and `clip_qkv`",
         "clip_qkv",
         _plugin_clipping,
         {
-            TENSORRT_LLM: "its SmoothQuant plugin clips nothing; alpha 0.5, per_channel: true and "
+            TENSORRT_LLM: "its SmoothQuant plugin does not clip; alpha: 0.5, per_channel: true and "
             "per_token: false need no plugin"
         },
     ),
     Feature(
-        "the same, of a model with another `alibi_bias_max` than 8",
+        "`smoothquant` with other settings, and `alibi_bias_max` other than 8",
         "alibi_bias_max",
         _plugin_alibi,
         {
-            TENSORRT_LLM: "its SmoothQuant plugin has 8; alpha 0.5, per_channel: true and "
+            TENSORRT_LLM: "its SmoothQuant plugin always uses 8; alpha: 0.5, per_channel: true and "
             "per_token: false need no plugin"
         },
     ),
     Feature("`fp8`"),
     Feature(
         "`kv_cache_dtype: int8`, `fp8`",
-        notes={TENSORRT_LLM: "one scale for keys and values"},
+        notes={TENSORRT_LLM: "keys and values share a scale"},
     ),
     Feature("multi-head, grouped-query and multi-query attention"),
     Feature("more ranks than K/V heads"),
     Feature("`clip_qkv`, `alibi_bias_max`"),
-    Feature("an untied head"),
+    Feature("an untied head (`tie_word_embeddings: false`)"),
     Feature(
         "biases (`no_bias: false`)",
         "no_bias",
         lambda spec: "false" if spec.config.bias else None,
-        {TENSORRT_LLM: "its MPT model has no biases in norms"},
+        {TENSORRT_LLM: "its norms have no biases"},
     ),
     Feature(
         "learned positions",
         "attn_config.alibi",
         lambda spec: "false" if spec.config.position_embedding != "alibi" else None,
-        {TENSORRT_LLM: "its MPT model has ALiBi alone"},
+        {TENSORRT_LLM: "its MPT model supports only ALiBi"},
     ),
     Feature(
         "RMS norms",
         "norm_type",
         lambda spec: _if_not(spec.config.norm_type, "layernorm"),
-        {TENSORRT_LLM: "its MPT model has layer norms alone"},
+        {TENSORRT_LLM: "its MPT model supports only layer norms"},
     ),
     Feature(
-        "another epsilon of norms than 1e-5",
+        "a norm epsilon other than 1e-5",
         "layer_norm_epsilon",
         lambda spec: _if_not(spec.config.layer_norm_epsilon, FIXED_EPSILON),
-        {TENSORRT_LLM: f"its last norm has {FIXED_EPSILON:g} in any case"},
+        {TENSORRT_LLM: f"its last norm always uses {FIXED_EPSILON:g}"},
     ),
     Feature(
         "`expansion_ratio` other than 4",
         "expansion_ratio",
         _expansion,
-        {TENSORRT_LLM: "its MPT model has 4"},
+        {TENSORRT_LLM: "its MPT model always uses 4"},
     ),
     Feature(
         "`qk_ln`",
         "attn_config.qk_ln",
         lambda spec: "true" if spec.config.qk_ln else None,
-        {TENSORRT_LLM: NO_ARGUMENT},
+        {TENSORRT_LLM: NO_PARAMETER},
     ),
     Feature(
         "`softmax_scale`",
         "attn_config.softmax_scale",
         _softmax_scale,
-        {TENSORRT_LLM: NO_ARGUMENT},
+        {TENSORRT_LLM: NO_PARAMETER},
     ),
     Feature(
         "`logit_scale`",
         "logit_scale",
         lambda spec: _if_not(spec.config.logit_scale, 1.0),
-        {TENSORRT_LLM: NO_ARGUMENT},
+        {TENSORRT_LLM: NO_PARAMETER},
     ),
     Feature("a sharded embedding (`shard_embedding`)"),
     Feature(
         "a head on every rank (`shard_head: false`)",
         "shard_head",
         _whole_head,
-        {TENSORRT_LLM: "its head is always divided among ranks"},
+        {TENSORRT_LLM: "it always shards the head"},
     ),
     Feature(
         "a vocabulary that does not divide evenly among ranks",
         "vocab_size",
         _uneven_vocabulary,
-        {TENSORRT_LLM: "its ranks have equal parts of the head"},
+        {TENSORRT_LLM: "its ranks hold equal parts of the head"},
     ),
     Feature("logits of every token (`gather_all_token_logits`)"),
     Feature(
         "builds without a GPU",
-        unsupported={"tensorrt": "on the GPU it runs on", TENSORRT_LLM: "on the GPU it runs on"},
+        unsupported={
+            "tensorrt": "builds on the GPU that runs the engine",
+            TENSORRT_LLM: "builds on the GPU that runs the engine",
+        },
     ),
     Feature(
         "runs on data-centre GPUs of compute capability 9.0 (Hopper)",
-        unsupported={"tensorrt_rtx": "refused by the library"},
+        unsupported={"tensorrt_rtx": "the library refuses them"},
     ),
     Feature(
-        "tried on a CPU, where there is no such GPU",
+        "tests run on a CPU if there is no such GPU",
         unsupported={TENSORRT_LLM: "no other runtime reads its engines"},
     ),
     Feature(
-        "figures of quality, and a place in reports",
-        unsupported={TENSORRT_LLM: "smoke tests alone"},
+        "quality measurements and reports",
+        unsupported={TENSORRT_LLM: "only smoke tests"},
     ),
 )
 
 
 def table() -> str:
-    """The table of docs/backends.md."""
+    """The table of docs/backends.md, in Markdown."""
     head = f"| | {' | '.join(f'`{backend}`' for backend in BACKENDS)} |"
     rows = [head, f"|---|{'---|' * len(BACKENDS)}"]
     for feature in FEATURES:

@@ -47,20 +47,20 @@ SPECS = {
     "`int8_weight_only`, `int4_weight_only`, `int4_awq` in float32": replace(
         with_scheme(WeightOnly(8)), dtype="float32"
     ),
-    "the same with matrices of any size": replace(
+    "integer weights with matrices of any size": replace(
         USUAL,
         config=replace(USUAL.config, intermediate_size=4 * 4160, **NARROW),
         tp_size=1,
         quantization=Quantization(Awq(64)),
     ),
-    "the same, of a model with `clip_qkv`": with_scheme(SmoothQuant(), clip_qkv=6.0),
-    "the same, of a model with another `alibi_bias_max` than 8": with_scheme(
+    "`smoothquant` with other settings, and `clip_qkv`": with_scheme(SmoothQuant(), clip_qkv=6.0),
+    "`smoothquant` with other settings, and `alibi_bias_max` other than 8": with_scheme(
         SmoothQuant(), alibi_bias_max=16
     ),
     "biases (`no_bias: false`)": with_config(bias=True),
     "learned positions": with_config(position_embedding="learned"),
     "RMS norms": with_config(norm_type="rmsnorm"),
-    "another epsilon of norms than 1e-5": with_config(layer_norm_epsilon=1e-6),
+    "a norm epsilon other than 1e-5": with_config(layer_norm_epsilon=1e-6),
     "`expansion_ratio` other than 4": with_config(intermediate_size=2 * 4096),
     "`qk_ln`": with_config(qk_ln=True),
     "`softmax_scale`": with_config(softmax_scale=0.1),

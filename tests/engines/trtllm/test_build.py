@@ -443,7 +443,10 @@ def test_the_whole_way_to_the_call_of_trtllm_build(workflow, tmp_path):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (CHECKPOINT.format("llm_int8"), "shape = .48, 144.*backend tensorrt_llm cannot have it"),
+        (
+            CHECKPOINT.format("llm_int8"),
+            "shape = .48, 144.*backend tensorrt_llm does not support it",
+        ),
         ("trtllm_ckpts/toy/odd/2-gpu", "shard_head = False: backend tensorrt_llm"),
         ("trtllm_ckpts/toy/llm/2-gpu", "vocab_size = 131: backend tensorrt_llm"),
         ("quality/toy/llm/1-gpu.json", "under backend tensorrt_llm there are smoke tests alone"),
