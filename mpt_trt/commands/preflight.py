@@ -15,7 +15,7 @@ from mpt_trt.engines.memory import GB
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import write_json
 from mpt_trt.workflow import preflight
-from mpt_trt.workflow.preflight import Machine, Needs, Verdict
+from mpt_trt.workflow.preflight import Inventory, Needs, Verdict
 
 
 def run(options: argparse.Namespace) -> None:
@@ -23,15 +23,15 @@ def run(options: argparse.Namespace) -> None:
     if once and once.exists():
         return
     targets = read_needs(options.needs)
-    machine = preflight.inspect(Path.cwd())
+    inventory = preflight.inspect(Path.cwd())
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    show_machine(machine, console)
-    verdicts = {needs.target: preflight.judge(needs, machine) for needs in targets}
+    show_machine(inventory, console)
+    verdicts = {needs.target: preflight.judge(needs, inventory) for needs in targets}
     if verdicts:
         show_verdicts(verdicts, console)
     if once:
         verdict_fields = {target: asdict(verdict) for target, verdict in verdicts.items()}
-        write_json(once, {"machine": asdict(machine), "targets": verdict_fields})
+        write_json(once, {**asdict(inventory), "targets": verdict_fields})
 
 
 def read_needs(text: str) -> list[Needs]:
@@ -43,23 +43,24 @@ def read_needs(text: str) -> list[Needs]:
     return entries
 
 
-def show_machine(machine: Machine, console: Console) -> None:
-    table = Table(title=f"This machine: {machine.host}", show_header=False, title_justify="left")
+def show_machine(inventory: Inventory, console: Console) -> None:
+    machine = inventory.machine
+    table = Table(title=f"This machine: {inventory.host}", show_header=False, title_justify="left")
     table.add_row("processor", f"{machine.cores} cores, {machine.memory / GB:.0f} GB of memory")
-    table.add_row("free disk", f"{machine.free_disk / GB:.0f} GB")
+    table.add_row("free disk", f"{inventory.free_disk / GB:.0f} GB")
     for index, gpu in enumerate(machine.gpus):
         details = f"{gpu.memory / GB:.0f} GB, compute capability {gpu.compute_capability}"
         table.add_row(f"GPU {index}", f"{gpu.name}, {details}")
     if not machine.gpus:
         table.add_row("GPU", "none")
     packages = {
-        "driver": machine.driver,
-        "TensorRT": machine.tensorrt,
-        "TensorRT-RTX": machine.tensorrt_rtx,
-        "ONNX Runtime": machine.onnxruntime,
-        "MPI": machine.mpi,
-        "NCCL (nccl4py)": machine.nccl,
-        "ModelOpt": machine.modelopt,
+        "driver": inventory.driver,
+        "TensorRT": inventory.tensorrt,
+        "TensorRT-RTX": inventory.tensorrt_rtx,
+        "ONNX Runtime": inventory.onnxruntime,
+        "MPI": inventory.mpi,
+        "NCCL (nccl4py)": inventory.nccl,
+        "ModelOpt": inventory.modelopt,
     }
     for name, version in packages.items():
         table.add_row(name, version or "none")

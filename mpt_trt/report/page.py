@@ -274,7 +274,7 @@ def _distinct(texts: Iterable[str]) -> list[str]:
 
 
 def _machine_text(machine: Machine) -> str:
-    gpus = ", ".join(machine.gpus) or "no GPU"
+    gpus = ", ".join(gpu.name for gpu in machine.gpus) or "no GPU"
     cores = "1 core" if machine.cores == 1 else f"{machine.cores} cores"
     return (
         f"{machine.processor}, {cores}, {number(machine.memory_gib)} GiB, {gpus}; "

@@ -13,25 +13,40 @@ GIB = 1 << 30
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """One GPU. memory: in bytes. compute_capability: as "8.9"."""
+
+    name: str
+    memory: int
+    compute_capability: str
+
+
+@dataclass(frozen=True)
 class Machine:
-    """Hardware and versions. cores: those that this process may use. gpus: their product names."""
+    """Hardware and versions. cores, gpus: those that this process may use."""
 
     processor: str
     cores: int
     memory_gib: float
-    gpus: tuple[str, ...]
+    gpus: tuple[Gpu, ...]
     system: str
     python: str
+
+    @property
+    def memory(self) -> int:
+        """Host memory in bytes."""
+        return round(self.memory_gib * GIB)
 
 
 def describe_machine() -> Machine:
     """Reads the processor, cores, memory, GPUs and versions of this machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    parts = zip(gpus.names(), gpus.memory_sizes(), gpus.compute_capabilities(), strict=True)
     return Machine(
         processor=_processor(),
         cores=len(os.sched_getaffinity(0)),
         memory_gib=round(memory / GIB, 1),
-        gpus=gpus.names(),
+        gpus=tuple(Gpu(*fields) for fields in parts),
         system=platform.platform(),
         python=platform.python_version(),
     )

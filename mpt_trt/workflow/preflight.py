@@ -1,7 +1,7 @@
-"""What a machine has, what an engine needs of it, and what is missing.
+"""Compares what an engine needs with what a machine has.
 
-Neither builds nor loads anything; versions come from the packages' metadata. What only a build or a
-run can show, such as a driver that is too old for a package, is not found here.
+Builds and loads nothing: versions come from the packages' metadata. Problems that only a build or a
+run reveals, such as a driver that is too old for a package, are not detected.
 """
 
 from __future__ import annotations
@@ -16,27 +16,19 @@ from mpt_trt.engines.memory import GB
 from mpt_trt.engines.tensorrt.packages import DISTRIBUTIONS, choose_package, installed_package
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import gpus
-from mpt_trt.system.machine import GIB, describe_machine
+from mpt_trt.system.machine import Machine, describe_machine
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """memory: in bytes. compute_capability: as "8.9"."""
+class Inventory:
+    """A machine and its software, by version; None for software that is missing.
 
-    name: str
-    memory: int
-    compute_capability: str
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a machine has; versions, or None for what is not there. memory, free_disk: in bytes."""
+    free_disk: in bytes.
+    """
 
     host: str
-    cores: int
-    memory: int
+    machine: Machine
     free_disk: int
-    gpus: tuple[Gpu, ...]
     driver: str | None
     tensorrt: str | None
     tensorrt_rtx: str | None
@@ -66,10 +58,10 @@ class Needs:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is missing, in words; empty for nothing.
+    """Missing parts in words, empty if nothing is missing.
 
-    build: to build the target. tensorrt: to run its plan. run: to run it at all, since ONNX Runtime
-    may stand in.
+    build: for building the target. tensorrt: for running its plan. run: for running it with any
+    runtime, as ONNX Runtime is the fallback.
     """
 
     build: tuple[str, ...]
@@ -77,18 +69,14 @@ class Verdict:
     run: tuple[str, ...]
 
 
-def inspect(folder: Path) -> Machine:
-    """This machine. folder: where the artifacts will lie."""
-    machine = describe_machine()
-    found = zip(gpus.names(), gpus.memory_sizes(), gpus.compute_capabilities(), strict=True)
+def inspect(folder: Path) -> Inventory:
+    """Describes this machine and its software. folder: where the artifacts will lie."""
     tensorrt = {module: installed_package(module) for module in DISTRIBUTIONS}
     versions = {module: package and package.version for module, package in tensorrt.items()}
-    return Machine(
+    return Inventory(
         host=platform.node(),
-        cores=machine.cores,
-        memory=round(machine.memory_gib * GIB),
+        machine=describe_machine(),
         free_disk=shutil.disk_usage(folder).free,
-        gpus=tuple(Gpu(*fields) for fields in found),
         driver=gpus.driver_version(),
         onnxruntime=_version("onnxruntime") or _version("onnxruntime-gpu"),
         nccl=_version("nccl4py"),
@@ -98,62 +86,62 @@ def inspect(folder: Path) -> Machine:
     )
 
 
-def judge(needs: Needs, machine: Machine) -> Verdict:
-    """Whether a target can be built and run on a machine."""
-    ranks = tuple(_missing_of_ranks(needs, machine))
-    tensorrt = (*_missing_of_tensorrt(needs, machine), *ranks)
-    stand_in = (*_missing_of_stand_in(needs, machine), *ranks)
-    return Verdict(tuple(_missing_of_build(needs, machine)), tensorrt, tensorrt and stand_in)
+def judge(needs: Needs, inventory: Inventory) -> Verdict:
+    """Finds what keeps a target from being built or run on a machine."""
+    ranks = tuple(_missing_for_ranks(needs, inventory))
+    tensorrt = (*_missing_for_tensorrt(needs, inventory), *ranks)
+    fallback = (*_missing_for_onnxruntime(needs, inventory), *ranks)
+    return Verdict(tuple(_missing_for_build(needs, inventory)), tensorrt, tensorrt and fallback)
 
 
-def _missing_of_build(needs: Needs, machine: Machine) -> list[str]:
-    found = []
+def _missing_for_build(needs: Needs, inventory: Inventory) -> list[str]:
+    missing = []
     try:
-        module = choose_package(needs.backend, bool(machine.gpus)).module
-        if module == "tensorrt" and not machine.gpus:
-            found.append("a GPU, on which tensorrt builds")
+        module = choose_package(needs.backend, bool(inventory.machine.gpus)).module
+        if module == "tensorrt" and not inventory.machine.gpus:
+            missing.append("a GPU, on which tensorrt builds")
     except MptTrtError as error:
-        found.append(str(error))
-    if needs.build_memory > machine.memory:
-        found.append(_too_little("memory", needs.build_memory, machine.memory))
-    if needs.disk > machine.free_disk:
-        found.append(_too_little("free disk space", needs.disk, machine.free_disk))
-    if needs.is_calibrated and machine.modelopt is None:
-        found.append("nvidia-modelopt, for calibration")
-    return found
+        missing.append(str(error))
+    if needs.build_memory > inventory.machine.memory:
+        missing.append(_too_little("memory", needs.build_memory, inventory.machine.memory))
+    if needs.disk > inventory.free_disk:
+        missing.append(_too_little("free disk space", needs.disk, inventory.free_disk))
+    if needs.is_calibrated and inventory.modelopt is None:
+        missing.append("nvidia-modelopt, for calibration")
+    return missing
 
 
-def _missing_of_tensorrt(needs: Needs, machine: Machine) -> list[str]:
-    if len(machine.gpus) < needs.ranks:
-        return [f"{needs.ranks} GPU(s); {len(machine.gpus)} found"]
-    found = []
-    smallest = min(gpu.memory for gpu in machine.gpus)
+def _missing_for_tensorrt(needs: Needs, inventory: Inventory) -> list[str]:
+    if len(inventory.machine.gpus) < needs.ranks:
+        return [f"{needs.ranks} GPU(s); {len(inventory.machine.gpus)} found"]
+    missing = []
+    smallest = min(gpu.memory for gpu in inventory.machine.gpus)
     if smallest < needs.gpu_memory:
-        found.append(_too_little("GPU memory", needs.gpu_memory, smallest))
-    if _builder(needs, machine) == "tensorrt_rtx":
-        capabilities = {gpu.compute_capability for gpu in machine.gpus}
+        missing.append(_too_little("GPU memory", needs.gpu_memory, smallest))
+    if _builder(needs, inventory) == "tensorrt_rtx":
+        capabilities = {gpu.compute_capability for gpu in inventory.machine.gpus}
         if others := capabilities - set(needs.compute_capabilities):
-            found.append(f"compute_capabilities {', '.join(sorted(others))} in config.yaml")
-    if needs.ranks > 1 and machine.nccl is None:
-        found.append("nccl4py")
-    return found
+            missing.append(f"compute_capabilities {', '.join(sorted(others))} in config.yaml")
+    if needs.ranks > 1 and inventory.nccl is None:
+        missing.append("nccl4py")
+    return missing
 
 
-def _missing_of_stand_in(needs: Needs, machine: Machine) -> list[str]:
-    if machine.onnxruntime is None:
+def _missing_for_onnxruntime(needs: Needs, inventory: Inventory) -> list[str]:
+    if inventory.onnxruntime is None:
         return ["onnxruntime"]
-    if needs.run_memory > machine.memory:
-        return [_too_little("memory", needs.run_memory, machine.memory)]
+    if needs.run_memory > inventory.machine.memory:
+        return [_too_little("memory", needs.run_memory, inventory.machine.memory)]
     return []
 
 
-def _missing_of_ranks(needs: Needs, machine: Machine) -> list[str]:
-    return ["mpirun and mpi4py"] if needs.ranks > 1 and machine.mpi is None else []
+def _missing_for_ranks(needs: Needs, inventory: Inventory) -> list[str]:
+    return ["mpirun and mpi4py"] if needs.ranks > 1 and inventory.mpi is None else []
 
 
-def _builder(needs: Needs, machine: Machine) -> str | None:
+def _builder(needs: Needs, inventory: Inventory) -> str | None:
     try:
-        return choose_package(needs.backend, bool(machine.gpus)).module
+        return choose_package(needs.backend, bool(inventory.machine.gpus)).module
     except MptTrtError:
         return None
 

@@ -10,8 +10,9 @@ import pytest
 
 from mpt_trt.engines.memory import GB
 from mpt_trt.errors import MptTrtError
+from mpt_trt.system.machine import GIB, Gpu, Machine
 from mpt_trt.workflow import preflight
-from mpt_trt.workflow.preflight import Gpu, Machine, Needs
+from mpt_trt.workflow.preflight import Inventory, Needs
 from support.engines import call_tool
 
 NEEDS = Needs(
@@ -26,12 +27,10 @@ NEEDS = Needs(
     is_calibrated=True,
 )
 GPU = Gpu("NVIDIA L4", 24 * GB, "8.9")
-COMPLETE = Machine(
+COMPLETE = Inventory(
     host="node",
-    cores=8,
-    memory=64 * GB,
+    machine=Machine("CPU", 8, 64 * GB / GIB, (GPU, GPU), "Linux", "3.11"),
     free_disk=200 * GB,
-    gpus=(GPU, GPU),
     driver="580.1",
     tensorrt=None,
     tensorrt_rtx="1.7",
@@ -42,52 +41,61 @@ COMPLETE = Machine(
 )
 
 
+def with_machine(**changes: object) -> Inventory:
+    return replace(COMPLETE, machine=replace(COMPLETE.machine, **changes))
+
+
 def test_a_complete_machine_lacks_nothing() -> None:
     assert preflight.judge(NEEDS, COMPLETE) == preflight.Verdict((), (), ())
 
 
 @pytest.mark.parametrize(
-    ("lack", "complaint"),
+    ("inventory", "complaint"),
     [
-        ({"modelopt": None}, "nvidia-modelopt, for calibration"),
-        ({"memory": 29 * GB}, "30.0 GB of memory; 29.0 GB are there"),
-        ({"free_disk": GB}, "100.0 GB of free disk space; 1.0 GB are there"),
+        (replace(COMPLETE, modelopt=None), "nvidia-modelopt, for calibration"),
+        (with_machine(memory_gib=29 * GB / GIB), "30.0 GB of memory; 29.0 GB are there"),
+        (replace(COMPLETE, free_disk=GB), "100.0 GB of free disk space; 1.0 GB are there"),
     ],
 )
-def test_what_a_build_lacks(lack: dict, complaint: str) -> None:
-    verdict = preflight.judge(NEEDS, replace(COMPLETE, **lack))
+def test_what_a_build_lacks(inventory: Inventory, complaint: str) -> None:
+    verdict = preflight.judge(NEEDS, inventory)
     assert verdict.build == (complaint,)
     assert verdict.run == ()
 
 
 @pytest.mark.parametrize(
-    ("lack", "complaint"),
+    ("inventory", "complaint"),
     [
-        ({"gpus": (GPU,)}, "2 GPU(s); 1 found"),
-        ({"gpus": (GPU, replace(GPU, memory=16 * GB))}, "20.0 GB of GPU memory; 16.0 GB are there"),
+        (with_machine(gpus=(GPU,)), "2 GPU(s); 1 found"),
         (
-            {"gpus": (GPU, replace(GPU, compute_capability="9.0"))},
+            with_machine(gpus=(GPU, replace(GPU, memory=16 * GB))),
+            "20.0 GB of GPU memory; 16.0 GB are there",
+        ),
+        (
+            with_machine(gpus=(GPU, replace(GPU, compute_capability="9.0"))),
             "compute_capabilities 9.0 in config.yaml",
         ),
-        ({"nccl": None}, "nccl4py"),
+        (replace(COMPLETE, nccl=None), "nccl4py"),
     ],
 )
-def test_what_tensorrt_lacks_and_onnx_runtime_makes_up_for(lack: dict, complaint: str) -> None:
-    verdict = preflight.judge(NEEDS, replace(COMPLETE, **lack))
+def test_what_tensorrt_lacks_and_onnx_runtime_makes_up_for(
+    inventory: Inventory, complaint: str
+) -> None:
+    verdict = preflight.judge(NEEDS, inventory)
     assert verdict == preflight.Verdict((), (complaint,), ())
 
 
 def test_ranks_cannot_do_without_mpi_nor_without_memory() -> None:
     verdict = preflight.judge(NEEDS, replace(COMPLETE, mpi=None))
     assert verdict.run == ("mpirun and mpi4py",)
-    small = replace(COMPLETE, gpus=(), memory=31 * GB)
+    small = with_machine(gpus=(), memory_gib=31 * GB / GIB)
     assert preflight.judge(NEEDS, small).run == ("60.0 GB of memory; 31.0 GB are there",)
     alone = replace(NEEDS, ranks=1)
     assert preflight.judge(alone, replace(COMPLETE, mpi=None, nccl=None)).tensorrt == ()
 
 
 def test_a_package_that_is_not_installed_is_named() -> None:
-    verdict = preflight.judge(replace(NEEDS, backend="tensorrt"), replace(COMPLETE, gpus=()))
+    verdict = preflight.judge(replace(NEEDS, backend="tensorrt"), with_machine(gpus=()))
     (complaint,) = verdict.build
     assert "tensorrt" in complaint
 
@@ -100,7 +108,7 @@ def test_this_machine_is_inspected_and_recorded_once(
     assert NEEDS.target in capsys.readouterr().out
     (record,) = tmp_path.iterdir()
     found = json.loads(record.read_text())
-    assert found["machine"]["onnxruntime"] and found["machine"]["cores"] >= 1
+    assert found["onnxruntime"] and found["machine"]["cores"] >= 1
     assert set(found["targets"]) == {NEEDS.target}
     call_tool("preflight.py", "--once", tmp_path, "--needs", needs)
     assert capsys.readouterr().out == ""
