@@ -37,5 +37,11 @@ class CalibratedQuantization:
                 f"one of {needed}; make it with quantize.py --qformat {needed}"
             )
 
+    @property
+    def required_calibration(self) -> CalibrationResult:
+        """The calibration result of a quantization that needs one."""
+        assert self.calibration is not None, "calibrated without a result"
+        return self.calibration
+
 
 NOT_QUANTIZED = CalibratedQuantization()

@@ -31,12 +31,12 @@ class BlockMatrix(StrEnum):
 
     Formats with names of their own have a table of these members where they are read or written.
 
-    hf_name: Hugging Face name of the layer within a block. split: how ranks share the matrix. norm:
-    name of the norm whose output it multiplies; None when its input comes from another layer.
+    hf_name: Hugging Face name of the layer within a block. split_by: how ranks share the matrix.
+    norm: name of the norm whose output it multiplies; None when its input comes from another layer.
     """
 
     hf_name: str
-    split: Split
+    split_by: Split
     norm: str | None
 
     QKV = "attention.query_key_value", "attn.Wqkv", Split.QKV, "input_layernorm"
@@ -44,11 +44,11 @@ class BlockMatrix(StrEnum):
     UP = "mlp.dense_h_to_4h", "ffn.up_proj", Split.COLUMNS, "post_attention_layernorm"
     DOWN = "mlp.dense_4h_to_h", "ffn.down_proj", Split.ROWS, None
 
-    def __new__(cls, name: str, hf_name: str, split: Split, norm: str | None) -> BlockMatrix:
+    def __new__(cls, name: str, hf_name: str, split_by: Split, norm: str | None) -> BlockMatrix:
         """Makes a member that equals its name."""
         member = str.__new__(cls, name)
         member._value_ = name
-        member.hf_name, member.split, member.norm = hf_name, split, norm
+        member.hf_name, member.split_by, member.norm = hf_name, split_by, norm
         return member
 
     def shape(self, config: MptConfig) -> tuple[int, int]:
@@ -153,7 +153,7 @@ def _norm(name: str, hf_name: str, size: int, has_bias: bool) -> list[Weight]:
 
 def _linear(config: MptConfig, layer: int, matrix: BlockMatrix) -> list[Weight]:
     name, hf_name = f"layers.{layer}.{matrix}", f"blocks.{layer}.{matrix.hf_name}"
-    shape, split = matrix.shape(config), matrix.split
+    shape, split = matrix.shape(config), matrix.split_by
     found = [Weight(f"{name}.weight", f"{hf_name}.weight", shape, split, layer, matrix)]
     if config.bias:
         # A row-split layer's bias is added once, after the ranks' sums have met.

@@ -67,7 +67,7 @@ class TrtllmConversion:
             self._require_int8_sq()
         if spec.quantization.kv_cache != "auto":
             # Raises for a result without the amax of keys and values.
-            self.calibrated.calibration.kv_amax(0)
+            self.calibrated.required_calibration.kv_amax(0)
         # Raises for a checkpoint that is smoothed or plain and should not be.
         self.linear_form(Rank(0, self.checkpoint.tp_size))
 
@@ -80,7 +80,7 @@ class TrtllmConversion:
         """What the engine is made for, with the calibration result's group size."""
         quantization = self.calibrated.quantization
         if isinstance(quantization.scheme, Awq):
-            scheme = Awq(self.calibrated.calibration.group_size)
+            scheme = Awq(self.calibrated.required_calibration.group_size)
             quantization = replace(quantization, scheme=scheme)
         return EngineSpec(
             self.config,
@@ -166,7 +166,7 @@ def _quantization_content(calibrated: CalibratedQuantization) -> dict:
             return {
                 "quant_algo": "W4A16_AWQ",
                 **cache,
-                "group_size": calibrated.calibration.group_size,
+                "group_size": calibrated.required_calibration.group_size,
                 "has_zero_point": False,
                 "pre_quant_scale": True,
                 **excluded,
@@ -222,7 +222,7 @@ def _cache_tensors(conversion: TrtllmConversion) -> Tensors:
         return {}
     found = {}
     for layer in range(conversion.config.num_layers):
-        amax = conversion.calibrated.calibration.kv_amax(layer)
+        amax = conversion.calibrated.required_calibration.kv_amax(layer)
         scale = max(amax.key, amax.value) / KV_CACHE_MAX[cache]
         name = f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"
         found[name] = vector([scale or 1.0])

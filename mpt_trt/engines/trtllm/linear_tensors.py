@@ -52,17 +52,17 @@ def choose_form(
     checkpoint: FtCheckpoint, rank: Rank, calibrated: CalibratedQuantization
 ) -> LinearForm:
     """Raises MptTrtError when the checkpoint is smoothed and should not be, or the reverse."""
-    scheme, calibration = calibrated.quantization.scheme, calibrated.calibration
+    scheme = calibrated.quantization.scheme
     if isinstance(scheme, SmoothQuant) and uses_plugin_form(scheme):
         return PluginSmoothQuantForm(checkpoint, rank, scheme)
     checkpoint.require_plain()
     match scheme:
         case Awq():
-            return AwqForm(checkpoint, rank, calibration)
+            return AwqForm(checkpoint, rank, calibrated.required_calibration)
         case Fp8():
-            return Fp8Form(checkpoint, rank, calibration)
+            return Fp8Form(checkpoint, rank, calibrated.required_calibration)
         case SmoothQuant():
-            return ModelOptSmoothQuantForm(checkpoint, rank, calibration)
+            return ModelOptSmoothQuantForm(checkpoint, rank, calibrated.required_calibration)
         case WeightOnly() | None:
             return PlainForm(checkpoint, rank)
 
@@ -142,6 +142,8 @@ class PluginSmoothQuantForm:
             of_norm = np.ones(1, np.float32) if by_token else input_scale
             found[f"{module_name(norm)}.scale_to_int"] = vector(of_norm)
         else:
+            # Only a norm can take its place.
+            assert files.smoother is not None
             smoother = self._read(files.smoother)
             found[f"{module}.smoother"] = vector(smoother, (1, *smoother.shape))
         if not by_token:
@@ -152,8 +154,9 @@ class PluginSmoothQuantForm:
         return found
 
     def _read(self, file: FtFile) -> NDArray:
-        dtype = {"int8": INT8, "float32": FLOAT32}[file.dtype]
-        return np.memmap(self.checkpoint.folder / file.name, dtype, "r", shape=file.shape)
+        dtypes: dict[str, np.dtype] = {"int8": INT8, "float32": FLOAT32}
+        path = self.checkpoint.folder / file.name
+        return np.memmap(path, dtypes[file.dtype], "r", shape=file.shape)
 
 
 # --- from calibration results --------------------------------------------------------------------
@@ -173,7 +176,7 @@ class AwqForm:
     calibration: CalibrationResult
 
     def tensors(self, weight: Weight) -> Tensors:
-        module, group_size = module_name(linear_name(weight)), self.calibration.group_size
+        module, group_size = module_name(linear_name(weight)), self.calibration.awq_group_size
         rows, columns = held(self.checkpoint.config, weight, self.rank)
         height, width = sum(map(len, rows)), len(columns)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,10 +176,12 @@ class AwqLinear:
     def _times(self, stored: StoredTensor, name: str, factor: Factor) -> StoredTensor:
         """An FT file of one dimension, times a vector."""
         storage_type = self._checkpoint.storage_type
+        path = stored.content
+        assert isinstance(path, Path)
 
         def pieces() -> Iterator[NDArray]:
             dtype = STORAGE_TYPES[storage_type]
-            values = convert(np.fromfile(stored.content, dtype), FLOAT32)
+            values = convert(np.fromfile(path, dtype), FLOAT32)
             yield convert(values * factor(), dtype)
 
         return computed(f"{name}.scaled", TensorSpec(storage_type, stored.shape), pieces)

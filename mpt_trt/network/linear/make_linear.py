@@ -1,4 +1,4 @@
-"""The products that a quantization asks for."""
+"""The linear layers that a quantization asks for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make_linear(
     checkpoint: FtCheckpoint, rank: Rank, calibrated: CalibratedQuantization
 ) -> LinearLayers:
     """Raises MptTrtError when the checkpoint or the calibration does not fit the scheme."""
-    quantization, calibration = calibrated.quantization, calibrated.calibration
+    quantization = calibrated.quantization
     if not isinstance(quantization.scheme, SmoothQuant):
         checkpoint.require_plain()
     match quantization.scheme:
@@ -27,8 +27,10 @@ def make_linear(
         case WeightOnly() as scheme:
             return WeightOnlyLinear(checkpoint, rank, scheme)
         case Awq():
-            return AwqLinear(checkpoint, rank, calibration, quantization.kv_cache)
+            return AwqLinear(
+                checkpoint, rank, calibrated.required_calibration, quantization.kv_cache
+            )
         case Fp8():
-            return Fp8Linear(checkpoint, rank, calibration)
+            return Fp8Linear(checkpoint, rank, calibrated.required_calibration)
         case SmoothQuant() as scheme:
             return SmoothQuantLinear(checkpoint, rank, scheme)

@@ -74,10 +74,10 @@ def layer_specs(
             return specs
         case SmoothQuant(per_channel=per_channel, per_token=per_token):
             # FT scales Q, K and V separately in any case.
-            scales = (width,) if per_channel or weight.split is Split.QKV else ()
+            is_scalar = not per_channel and weight.split is not Split.QKV
             specs = {
                 QUANTIZED_MATRIX: TensorSpec("int8", shape),
-                SCALE: TensorSpec("float32", scales),
+                SCALE: TensorSpec("float32", () if is_scalar else (width,)),
             }
             if _has_pre_quant_scale(weight, is_folded_into_values=False):
                 specs[PRE_QUANT_SCALE] = TensorSpec(dtype, (height,))
