@@ -10,8 +10,11 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from mpt_trt.arrays.cast import IR_VERSION, OPSET, convert, one_thread_session
+from mpt_trt.arrays.cast import convert, one_thread_session
 from mpt_trt.quantization.integers import BLOCK_ELEMENTS, FLOAT32
+
+# The first opset with quantization in blocks, and its IR version.
+OPSET, IR_VERSION = 21, 10
 
 
 def quantized_rows(weight: NDArray[Any], scales: NDArray[np.float32]) -> NDArray[np.int8]:

@@ -6,6 +6,7 @@ import math
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +15,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from mpt_trt.arrays.cast import (
     EXPONENTS,
+    KERNELS,
     STORAGE_TYPES,
     TWO_STEP_VALUES,
     conversion,
@@ -23,6 +25,7 @@ from mpt_trt.arrays.cast import (
     transposition,
 )
 from support.checkpoints import as_numpy
+from tools.make_kernels import kernels
 
 TYPES = {
     "float16": (np.dtype(np.float16), torch.float16),
@@ -58,6 +61,12 @@ def test_ties_of_bfloat16_go_to_even_and_the_largest_overflow() -> None:
     bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF], np.uint32)
     found = convert(bits.view(np.float32), TYPES["bfloat16"][0]).view(np.uint16)
     assert found.tolist() == [0x3F80, 0x3F82, 0x3F81, 0x7F80]
+
+
+def test_kernels_are_those_that_the_tool_makes() -> None:
+    made = {f"{name}.onnx": model for name, model in kernels()}
+    stored = {path.name: onnx.load(path) for path in KERNELS.iterdir()}
+    assert stored == made
 
 
 @pytest.mark.parametrize("name", list(TYPES))
