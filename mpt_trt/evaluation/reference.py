@@ -76,7 +76,7 @@ def reference_name(folder: Path) -> str:
     if not is_in_transformers(read_hf_config(folder)):
         # Without the part after `+`, which names the hardware that PyTorch was built for.
         return f"plain PyTorch {torch.__version__.split('+')[0]}, float32"
-    import transformers
+    import transformers  # seconds to import, and not needed for other architectures
 
     return f"transformers {transformers.__version__}, float32"
 
@@ -123,6 +123,7 @@ def _plain_block(config: MptConfig, length: int) -> Block:
 
 
 def _transformers_block(config: MptConfig, length: int) -> Block:
+    # Seconds to import, and not needed for other architectures.
     from transformers.models.mpt.modeling_mpt import MptBlock, build_mpt_alibi_tensor
 
     # transformers' whole model would leave alibi_bias_max at 8 whatever the checkpoint says.
