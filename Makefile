@@ -57,6 +57,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/snakemake --lint
 	$(BIN)/codespell
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 # The generated tables of docs/.
 docs: $(VENV)/installed

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mpt_trt.engines.memory import GB
-from mpt_trt.engines.tensorrt.packages import DISTRIBUTIONS, choose_package, installed_package
+from mpt_trt.engines.tensorrt.packages import choose_package, installed_package
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import gpus
 from mpt_trt.system.machine import Machine, describe_machine
@@ -71,8 +71,6 @@ class Verdict:
 
 def inspect(folder: Path) -> Inventory:
     """Describes this machine and its software. folder: where the artifacts will lie."""
-    tensorrt = {module: installed_package(module) for module in DISTRIBUTIONS}
-    versions = {module: package and package.version for module, package in tensorrt.items()}
     return Inventory(
         host=platform.node(),
         machine=describe_machine(),
@@ -82,8 +80,14 @@ def inspect(folder: Path) -> Inventory:
         nccl=_version("nccl4py"),
         mpi=_mpi(),
         modelopt=_version("nvidia-modelopt"),
-        **versions,
+        tensorrt=_builder_version("tensorrt"),
+        tensorrt_rtx=_builder_version("tensorrt_rtx"),
     )
+
+
+def _builder_version(module: str) -> str | None:
+    package = installed_package(module)
+    return None if package is None else package.version
 
 
 def judge(needs: Needs, inventory: Inventory) -> Verdict:

@@ -309,14 +309,18 @@ def _with_defaults(value: Any, schema: dict[str, Any]) -> Any:
 
 
 def _explain(error: ValidationError) -> str:
+    # What these hold depends on the validator.
+    schema: Any = error.schema
+    expected: Any = error.validator_value
+    instance: Any = error.instance
     place = ".".join(map(str, error.absolute_path)) or "top level"
     if error.validator == "additionalProperties":
-        known = error.schema.get("properties", {})
-        unknown = next(key for key in error.instance if key not in known)
+        known = schema.get("properties", {})
+        unknown = next(key for key in instance if key not in known)
         return f"{place}: unknown key {unknown!r}; {nearest(str(unknown), known)}"
     if error.validator == "enum":
-        options = ", ".join(map(str, error.validator_value))
-        return f"{place} = {error.instance!r}: choose one of {options}"
+        options = ", ".join(map(str, expected))
+        return f"{place} = {instance!r}: choose one of {options}"
     if error.validator == "required":
         return f"{place}: {error.message}"
-    return f"{place} = {error.instance!r}: {error.message}"
+    return f"{place} = {instance!r}: {error.message}"
