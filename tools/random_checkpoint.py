@@ -44,7 +44,7 @@ def write_shards(
 ) -> None:
     """Write the weights in files of about 1 GiB, and their index."""
     groups = list(_groups(stored, dtype))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         with ThreadPoolExecutor() as pool:

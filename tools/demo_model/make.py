@@ -13,12 +13,12 @@ import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import MptForCausalLM
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import replace_directory
@@ -41,11 +41,12 @@ def run(options: argparse.Namespace) -> None:
     output = options.output
     if output.exists() and any(output.iterdir()) and not (output / "training.json").is_file():
         raise MptTrtError(f"{output}: holds something else; name a new folder as --output")
+    given = vars(options)
     architecture, recipe = (
-        kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
+        {field.name: given[field.name] for field in dataclasses.fields(kind)}
         for kind in (Architecture, Recipe)
     )
-    make_demo_model(options, architecture, recipe)
+    make_demo_model(options, Architecture(**architecture), Recipe(**recipe))
 
 
 def make_demo_model(
@@ -116,7 +117,7 @@ class Initial:
         )
 
 
-def greedy_samples(model: MptForCausalLM, tokenizer: Tokenizer) -> dict[str, str]:
+def greedy_samples(model: Any, tokenizer: Tokenizer) -> dict[str, str]:
     """Per prompt what transformers' greedy search continues it with, to an end of text at most."""
     samples = {}
     for prompt in PROMPTS:
@@ -145,7 +146,7 @@ def describe_corpus(split: Split, streams: dict[str, Tensor]) -> dict:
     return parts | {"heldout_names": [document.name for document in split["heldout"]]}
 
 
-def measure(model: MptForCausalLM, streams: dict[str, Tensor], heldout_bytes: int) -> dict:
+def measure(model: Any, streams: dict[str, Tensor], heldout_bytes: int) -> dict:
     """Losses of the saved float16 weights, computed in float32 by transformers."""
     length, heldout = model.config.max_seq_len, streams["heldout"]
     measured = {

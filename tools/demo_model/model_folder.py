@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -91,11 +92,13 @@ def to_float16(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return rounded
 
 
-def load_in_transformers(folder: Path) -> MptForCausalLM:
+def load_in_transformers(folder: Path) -> Any:
     """MptForCausalLM in float32; raises MptTrtError unless every weight found its place."""
-    model, report = MptForCausalLM.from_pretrained(
+    # Its types leave out that it may return a pair.
+    loaded: Any = MptForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
+    model, report = loaded
     problems = {key: names for key, names in report.items() if names}
     if problems:
         raise MptTrtError(f"transformers does not load {folder}: {problems}")

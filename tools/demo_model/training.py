@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ class Attention(nn.Module):
     """
 
     EXTRA = 8
+    slopes: Tensor
+    positions: Tensor
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -127,10 +130,10 @@ class DemoMpt(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [batch, length] -> logits [batch, length, vocab]."""
         hidden = self.dropout(self.transformer["wte"](tokens))
-        for block in self.transformer["blocks"]:
+        for block in cast(nn.ModuleList, self.transformer["blocks"]):
             hidden = block(hidden)
         hidden = self.transformer["norm_f"](hidden)
-        return F.linear(hidden, self.transformer["wte"].weight)
+        return F.linear(hidden, cast(nn.Embedding, self.transformer["wte"]).weight)
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -157,7 +160,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             matrices, lr = group["params"], group["lr"]
             gradients = torch.stack([matrix.grad for matrix in matrices])
