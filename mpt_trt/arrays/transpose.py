@@ -1,8 +1,8 @@
-"""Transposes matrices that lie in files, in blocks that stay in the processor's cache.
+"""Transposes memory-mapped matrices in blocks that stay in the processor's cache.
 
-Columns are gathered and cut into tiles of some rows, and each tile is transposed by itself: the
-kernel reads a few bytes of every row at a time, and the lines of a tile's rows stay in the
-processor's first cache. Then what the tiles have become is put side by side.
+Columns are gathered and cut into tiles of a few rows, and each tile is transposed on its own: the
+kernel reads a few bytes of every row at a time, and the cache lines of a tile's rows stay in the
+first-level cache. The transposed tiles are then put side by side.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from numpy.typing import NDArray
 
 from mpt_trt.arrays.cast import conversion, transposition
 
-# What is gathered of each row at a time, at least.
+# Bytes gathered from each row at a time, at least.
 ROW_BYTES = 512
-# Of few rows it is more, until a block is worth the calls that handle it.
+# Bytes of a block; if a matrix has few rows, more bytes of each are gathered to reach this.
 BLOCK_BYTES = 512 << 10
-# What is gathered and transposed at a time, at most.
+# Bytes gathered and transposed at a time, at most.
 GROUP_BYTES = 1 << 20
-# Rows of a tile, at most; at least a quarter as many, if the number of rows has such a divisor.
+# Rows of a tile, at most; at least a quarter of that, if the number of rows has such a divisor.
 TILE_ROWS = 256
 # Rows of a power of two bytes would compete for a few lines of the cache.
 PADDING_BYTES = 16
 
 
 class Buffers:
-    """Memory that is used again and again by one thread; new pages would take time."""
+    """Memory that one thread reuses, because new pages take time."""
 
     def __init__(self) -> None:
         self._memory: dict[str, NDArray] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
-        """An array of any content, which overlaps with what was taken by this name before."""
+        """Returns an array with arbitrary content, in the memory of the previous `name`."""
         size = math.prod(shape) * dtype.itemsize
         if name not in self._memory or self._memory[name].nbytes < size:
             self._memory[name] = np.empty(size, np.uint8)
@@ -45,10 +45,10 @@ class Buffers:
 def transposed_blocks(
     files: list[list[NDArray]], dtype: np.dtype, buffers: Buffers
 ) -> Iterator[NDArray]:
-    """Blocks of columns as rows, `[files, some of in, out]`; each overwrites the one before.
+    """Yields blocks of columns as rows, `[files, columns, out]`; each overwrites the previous one.
 
-    files: of each the parts, `[some of its out, in]`, one under the other. All files have one
-    shape. dtype: that of the blocks, rounded to by `numerics.convert`.
+    files: parts `[rows, in]` of each file's matrix, from top to bottom; all files have the same
+    shape. dtype: type of the blocks, rounded to as by `convert`.
     """
     length, itemsize = files[0][0].shape[1], files[0][0].itemsize
     width = sum(len(part) for parts in files for part in parts)
@@ -63,7 +63,7 @@ def transposed_blocks(
 def _equal_blocks(
     files: list[list[NDArray]], dtype: np.dtype, columns: range, height: int, buffers: Buffers
 ) -> Iterator[NDArray]:
-    """Blocks of `height` columns."""
+    """Yields blocks of `height` columns."""
     width = sum(map(len, files[0]))
     tile = _tile_rows(width)
     padded = height + PADDING_BYTES // dtype.itemsize
@@ -74,9 +74,9 @@ def _equal_blocks(
     block = buffers.take("block", (len(files), height, width), dtype)
     transpose = _conversion_and_transposition(gathered, tiles, buffers)
     rows = gathered.reshape(-1, padded)[:, :height]
-    found = _as_items(tiles[:, :height])
+    transposed = _as_items(tiles[:, :height])
     groups = [
-        _Group(sources, transpose, found, place)
+        _Group(sources, transpose, transposed, place)
         for parts, of_file in zip(files, block, strict=True)
         for sources, place in zip(
             _in_groups(parts, rows), _places(of_file, num_tiles, tile), strict=True
@@ -91,7 +91,7 @@ def _equal_blocks(
 def _conversion_and_transposition(
     gathered: NDArray, tiles: NDArray, buffers: Buffers
 ) -> Callable[[], None]:
-    """A function that fills `tiles` with the transposed `gathered`."""
+    """Makes a function that fills `tiles` with the transposed `gathered`."""
     if gathered.dtype == tiles.dtype:
         return transposition(gathered, tiles)
     rounded = buffers.take("rounded", gathered.shape, tiles.dtype)
@@ -108,8 +108,8 @@ def _conversion_and_transposition(
 class _Group:
     """Tiles that are gathered and transposed together.
 
-    sources: rows of the matrix, `[some, in]`, and where they are gathered, `[some, height]`.
-    tiles, place: where `transpose` leaves them and where they belong, as items of a tile's rows.
+    sources: rows of the matrix, `[rows, in]`, each with its target, `[rows, height]`. tiles, place:
+    where `transpose` leaves them and where they belong, as items of a tile's rows.
     """
 
     sources: list[tuple[NDArray, NDArray]]
@@ -125,7 +125,7 @@ class _Group:
 
 
 def _in_groups(parts: list[NDArray], rows: NDArray) -> Iterator[list[tuple[NDArray, NDArray]]]:
-    """Divides what lies one under the other into groups of as many rows as `rows` has."""
+    """Divides parts, from top to bottom, into groups of as many rows as `rows` has."""
     group: list[tuple[NDArray, NDArray]] = []
     filled = 0
     for part in parts:
@@ -140,7 +140,7 @@ def _in_groups(parts: list[NDArray], rows: NDArray) -> Iterator[list[tuple[NDArr
 
 
 def _places(block: NDArray, num_tiles: int, tile: int) -> Iterator[NDArray]:
-    """Of each group, where its tiles belong in `[height, out]`: items `[tiles, height]`."""
+    """Yields where the tiles of each group belong in `[height, out]`: items `[tiles, height]`."""
     items = _as_items(block.reshape(len(block), -1, tile)).T
     for start in range(0, len(items), num_tiles):
         yield items[start : start + num_tiles]
@@ -153,7 +153,7 @@ def _copy_rows(source: NDArray, target: NDArray) -> None:
 
 
 def _as_items(values: NDArray) -> NDArray:
-    """What lies along the last axis as one item, which NumPy copies as a whole."""
+    """Views the last axis as one item, which NumPy copies as a whole."""
     return values.view(f"V{values.shape[-1] * values.itemsize}")[..., 0]
 
 

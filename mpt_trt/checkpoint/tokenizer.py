@@ -36,6 +36,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise MptTrtError(f"{path}: no such file; name the folder that holds the tokenizer")
+    # Checkpoints without a tokenizer are converted without the library.
     from tokenizers import Tokenizer as TokenizerFile
 
     try:

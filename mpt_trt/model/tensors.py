@@ -108,16 +108,16 @@ class WeightReader(Protocol):
 
 def weights(config: MptConfig) -> list[Weight]:
     """All tensors of the model, in the order in which data flows through them."""
-    found = [Weight("wte", "wte.weight", (config.vocab_size, config.hidden_size))]
+    tensors = [Weight("wte", "wte.weight", (config.vocab_size, config.hidden_size))]
     if config.position_embedding == "learned":
-        found.append(Weight("wpe", "wpe.weight", (config.max_seq_len, config.hidden_size)))
+        tensors.append(Weight("wpe", "wpe.weight", (config.max_seq_len, config.hidden_size)))
     for layer in range(config.num_layers):
-        found += _layer_weights(config, layer)
-    found += _norm("final_layernorm", "norm_f", config.hidden_size, _has_norm_bias(config))
+        tensors += _layer_weights(config, layer)
+    tensors += _norm("final_layernorm", "norm_f", config.hidden_size, _has_norm_bias(config))
     if not config.tie_word_embeddings:
         shape = (config.vocab_size, config.hidden_size)
-        found.append(Weight("lm_head.weight", "lm_head.weight", shape))
-    return found
+        tensors.append(Weight("lm_head.weight", "lm_head.weight", shape))
+    return tensors
 
 
 def _layer_weights(config: MptConfig, layer: int) -> list[Weight]:
@@ -154,12 +154,12 @@ def _norm(name: str, hf_name: str, size: int, has_bias: bool) -> list[Weight]:
 def _linear(config: MptConfig, layer: int, matrix: BlockMatrix) -> list[Weight]:
     name, hf_name = f"layers.{layer}.{matrix}", f"blocks.{layer}.{matrix.hf_name}"
     shape, split = matrix.shape(config), matrix.split_by
-    found = [Weight(f"{name}.weight", f"{hf_name}.weight", shape, split, layer, matrix)]
+    tensors = [Weight(f"{name}.weight", f"{hf_name}.weight", shape, split, layer, matrix)]
     if config.bias:
         # A row-split layer's bias is added once, after the ranks' sums have met.
         bias_split = Split.WHOLE if split is Split.ROWS else split
-        found.append(Weight(f"{name}.bias", f"{hf_name}.bias", shape[:1], bias_split))
-    return found
+        tensors.append(Weight(f"{name}.bias", f"{hf_name}.bias", shape[:1], bias_split))
+    return tensors
 
 
 def block_matrices(config: MptConfig, layer: int) -> dict[BlockMatrix, Weight]:

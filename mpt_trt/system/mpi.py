@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 # Set by the launchers of Open MPI, of PMIx (srun --mpi=pmix) and of MPICH.
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK")
-# Says how long a rank waits for the others before it takes them for dead.
+# How long a rank waits for the others before it considers them dead.
 PATIENCE = "MPT_TRT_PATIENCE_SECONDS"
 DEFAULT_PATIENCE_SECONDS = 300.0
-# Polls without a pause for this long, since ranks mostly meet within microseconds.
+# Time of polling without a pause, since ranks mostly meet within microseconds.
 EAGER_SECONDS = 0.002
 PAUSE_SECONDS = 0.0002
 
 
 class Communicator:
-    """What the ranks of an engine say to each other, over MPI. Every call is one of all ranks."""
+    """Communication between the ranks of an engine, over MPI; all ranks call together."""
 
     def __init__(self, world: Any, patience_seconds: float):
         self._world = world
@@ -45,7 +45,7 @@ class Communicator:
         self.size: int = world.size
 
     def all_reduce(self, value: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The sum over ranks, added in the order of ranks: the same bits on every rank."""
+        """Adds the ranks' arrays in the order of ranks, so that every rank gets the same bits."""
         gathered = self._gathered(value)
         total = gathered[0].copy()
         for other in gathered[1:]:
@@ -53,11 +53,12 @@ class Communicator:
         return total
 
     def all_gather(self, value: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The ranks' arrays, which are of one shape, one after the other along axis 0."""
+        """Joins the ranks' arrays, which have the same shape, along axis 0."""
         return self._gathered(value).reshape(self.size * len(value), *value.shape[1:])
 
     def exchange(self, value: object) -> list[Any]:
-        """Every rank's value, in the order of ranks; for small things."""
+        """Collects every rank's value, in the order of ranks; meant for small values."""
+        # Every tool imports this module, also for --help, and few communicate.
         import numpy as np
 
         own = np.frombuffer(pickle.dumps(value), np.uint8)
@@ -68,30 +69,27 @@ class Communicator:
         return [pickle.loads(row[:size].tobytes()) for row, size in rows]
 
     def num_cores(self) -> int:
-        """This rank's part of the cores that its launcher lets it use, by itself or with others."""
+        """Number of this rank's cores: its equal share of the cores that its launcher allows."""
         own = socket.gethostname(), frozenset(os.sched_getaffinity(0))
         return max(1, len(own[1]) // self.exchange(own).count(own))
 
     def agree(self, action: Callable[[], Any]) -> Any:
-        """Runs `action` on every rank; if it fails on one, SharedError is raised on all."""
+        """Runs `action` on every rank; if it fails on one, raises SharedError on all."""
         result, complaint = None, None
         try:
             result = action()
         except MptTrtError as error:
             complaint = str(error)
-        for rank, found in enumerate(self.exchange(complaint)):
-            if found is not None:
-                raise SharedError(f"rank {rank}: {found}")
+        for rank, other_complaint in enumerate(self.exchange(complaint)):
+            if other_complaint is not None:
+                raise SharedError(f"rank {rank}: {other_complaint}")
         return result
 
     @contextmanager
     def deferred_interrupts(self) -> Iterator[None]:
-        """Within it, Ctrl-C and SIGTERM raise KeyboardInterrupt only where ranks meet.
-
-        What has not been raised at the end is raised then.
-        """
+        """Delays the KeyboardInterrupt of Ctrl-C and SIGTERM until ranks meet, or to the end."""
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        # Others do not raise, nor do any outside of the main thread.
+        # Other handlers do not raise, and no handler runs outside of the main thread.
         is_main = threading.current_thread() is threading.main_thread()
         raising = [n for n in previous if is_main and previous[n] is signal.default_int_handler]
         for number in raising:
@@ -112,7 +110,7 @@ class Communicator:
             raise KeyboardInterrupt
 
     def _gathered(self, value: NDArray) -> NDArray:
-        import numpy as np
+        import numpy as np  # as above
 
         own = np.ascontiguousarray(value)
         gathered = np.empty((self.size, *own.shape), own.dtype)
@@ -126,23 +124,24 @@ class Communicator:
             waited = time.monotonic() - started
             if waited > self._patience_seconds:
                 raise MptTrtError(
-                    f"waited {self._patience_seconds:g} s for the other ranks; one hangs or is "
-                    f"gone ({PATIENCE} sets the limit)"
+                    f"timed out after {self._patience_seconds:g} s waiting for the other ranks: "
+                    f"one has hung or exited ({PATIENCE} sets the limit)"
                 )
             if waited > EAGER_SECONDS:
                 time.sleep(PAUSE_SECONDS)
 
 
 def communicator(tp_size: int) -> Communicator | None:
-    """The communicator of an engine of tp_size ranks; None for a single process and one rank.
+    """Makes the communicator of an engine of tp_size ranks; None for a single rank.
 
     Raises SharedError when another number of processes was started, or when
-    MPT_TRT_PATIENCE_SECONDS is no number of seconds.
+    MPT_TRT_PATIENCE_SECONDS is not a number of seconds.
     """
     is_launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
     if tp_size == 1 and not is_launched:
         return None
     _end_with_mpirun()
+    # Importing it starts MPI.
     from mpi4py import MPI
 
     size = MPI.COMM_WORLD.size
@@ -166,16 +165,16 @@ def _patience_seconds() -> float:
 
 
 def _end_with_mpirun() -> None:
-    """Makes Linux end this rank when Open MPI's mpirun is killed, which would leave it behind.
+    """Makes Linux end this rank when Open MPI's mpirun is killed, which would leave it running.
 
-    SLURM ends what its jobs leave behind itself.
+    SLURM cleans up after its jobs itself.
     """
     if LAUNCHER_VARIABLES[0] in os.environ:
         end_with_parent()
 
 
 def rank_label() -> str:
-    """` (rank 1 of 4)` for messages where MPI runs several ranks, else nothing."""
+    """Label for messages: ` (rank 1 of 4)` if MPI runs several ranks, else empty."""
     world = _running_world()
     return "" if world is None else f" (rank {world.rank} of {world.size})"
 
@@ -187,7 +186,7 @@ def is_another_rank() -> bool:
 
 
 def end_all_ranks(status: int) -> None:
-    """Ends the other ranks too, which would wait for this one; does nothing without MPI."""
+    """Ends all ranks, because the others would wait for this one; does nothing without MPI."""
     world = _running_world()
     if world is not None:
         sys.stdout.flush()
@@ -196,7 +195,7 @@ def end_all_ranks(status: int) -> None:
 
 
 def _running_world() -> Any:
-    """MPI's world if this process has joined one of several ranks, else None."""
+    """MPI's world if this process is one of several ranks, else None."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None or mpi.Is_finalized() or mpi.COMM_WORLD.size == 1:
         return None

@@ -454,8 +454,8 @@ def test_rank_that_is_stopped_is_given_up(engines, tmp_path):
     patience = {"MPT_TRT_PATIENCE_SECONDS": str(PATIENCE_S)}
     finished = interrupted("SIGSTOP", engines, tmp_path, **patience)
     assert finished.errors == [
-        f"error (rank 0 of 2): waited {PATIENCE_S} s for the other ranks; one hangs or is gone "
-        "(MPT_TRT_PATIENCE_SECONDS sets the limit)"
+        f"error (rank 0 of 2): timed out after {PATIENCE_S} s waiting for the other ranks: "
+        "one has hung or exited (MPT_TRT_PATIENCE_SECONDS sets the limit)"
     ]
 
 
