@@ -9,62 +9,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-import onnx
-from onnx import TensorProto, helper
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from mpt_trt.arrays.cast import KERNELS
-from mpt_trt.cli.console import run_cli
-
-OPSET, IR_VERSION = 21, 10
-FLOATS = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
-INTEGERS = {
-    "uint8": TensorProto.UINT8,
-    "uint16": TensorProto.UINT16,
-    "uint32": TensorProto.UINT32,
-    "uint64": TensorProto.UINT64,
-}
+from mpt_trt.cli.console import run_command
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
+    folder = REPOSITORY / "mpt_trt" / "arrays" / "kernels"
     parser.add_argument(
-        "--output_dir", type=Path, default=KERNELS, help="folder (default: %(default)s)"
+        "--output_dir", type=Path, default=folder, help="folder (default: %(default)s)"
     )
-    folder = parser.parse_args().output_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, model in kernels():
-        (folder / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
-
-
-def kernels() -> Iterator[tuple[str, onnx.ModelProto]]:
-    """Every model, with the name of its file."""
-    for name, element_type in FLOATS.items():
-        for source, target in ((name, "float32"), ("float32", name)):
-            types = (element_type, TensorProto.FLOAT)
-            to_float32 = target == "float32"
-            source_type, target_type = types if to_float32 else types[::-1]
-            node = helper.make_node("Cast", ["source"], ["target"], to=target_type)
-            yield f"cast_{source}_to_{target}", _model(node, source_type, target_type, "a", "a")
-    for name, element_type in INTEGERS.items():
-        node = helper.make_node("Transpose", ["source"], ["target"], perm=[0, 2, 1])
-        yield f"transpose_{name}", _model(node, element_type, element_type, "nab", "nba")
-
-
-def _model(
-    node: onnx.NodeProto, source_type: int, target_type: int, source_axes: str, target_axes: str
-) -> onnx.ModelProto:
-    source = helper.make_tensor_value_info("source", source_type, list(source_axes))
-    target = helper.make_tensor_value_info("target", target_type, list(target_axes))
-    graph = helper.make_graph([node], "kernel", [source], [target])
-    opset = helper.make_opsetid("", OPSET)
-    return helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
+    return parser
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(make_parser(), "tools.kernels")

@@ -25,7 +25,7 @@ from mpt_trt.arrays.cast import (
     transposition,
 )
 from support.checkpoints import as_numpy
-from tools.make_kernels import kernels
+from tools.kernels import kernels
 
 TYPES = {
     "float16": (np.dtype(np.float16), torch.float16),

@@ -82,10 +82,17 @@ def use(python: Path, outside: Path) -> Path:
     return Path(subprocess.check_output(command, text=True, cwd=outside).strip())
 
 
+def files_of(package: Path) -> set[Path]:
+    """Code and data, which a build must not forget."""
+    files = (path for path in package.rglob("*") if path.is_file())
+    return {path.relative_to(package) for path in files if path.suffix != ".pyc"}
+
+
 def test_installed(sources: Path, tmp_path: Path) -> None:
     python = python_with(sources, tmp_path / "environment")
     assert use(python, tmp_path).is_relative_to(tmp_path / "environment")
     site = use(python, tmp_path).parent
+    assert files_of(site / "mpt_trt") == files_of(sources / "mpt_trt")
     assert not [name for name in ("tests", "tools", "benchmarks") if (site / name).exists()]
     licenses = {path.name for path in site.glob("mpt_trt-*.dist-info/licenses/**/*")}
     assert {"LICENSE", "NOTICE", "LICENSE.txt"} <= licenses
