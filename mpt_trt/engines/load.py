@@ -1,4 +1,4 @@
-"""Opens an engine directory with the runtime that fits this machine, and says which and why."""
+"""Loads an engine directory with the runtime that fits this machine."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class LoadedEngine:
     """A rank's engine, ready to step.
 
-    max_logits: most logit rows of one step, None for no limit.
-    runtime: what runs it. fallback_reason: why that is not TensorRT; None when it is.
+    max_logits: maximum number of logit rows per step; None for no limit. runtime: name and version.
+    fallback_reason: why the runtime is not TensorRT; None when it is.
     """
 
     model: StepModel
@@ -39,7 +39,7 @@ class LoadedEngine:
 
     @property
     def is_first_rank(self) -> bool:
-        """Whether this process speaks for the engine."""
+        """Whether this process prints and writes the results of the engine."""
         return self.communicator is None or self.communicator.rank == 0
 
 
@@ -49,11 +49,11 @@ def load_engine(
     num_threads: int = 0,
     activations: Activations = "exact",
 ) -> LoadedEngine:
-    """Loads an engine directory; with several ranks, this process's rank of it.
+    """Loads an engine directory or, if it has several ranks, this process's rank of it.
 
-    runtime: `tensorrt` runs the plan, or fails saying why it cannot; `onnxruntime` runs the network
-    that lies beside it; `auto` falls back from the first to the second.
-    num_threads: CPU threads of ONNX Runtime, 0 for all cores, which the ranks share.
+    runtime: `tensorrt` runs the plan, and fails if it cannot; `onnxruntime` runs the network;
+    `auto` prefers the plan and falls back to the network.
+    num_threads: CPU threads of ONNX Runtime; 0 for all cores, which the ranks share.
     activations: of ONNX Runtime on a CPU; see `Activations`.
 
     Raises MptTrtError, on all ranks if on one, when the directory is incomplete, the runtime cannot
@@ -72,12 +72,12 @@ def load_engine(
 
 
 def _load_together(load: Callable[[], LoadedEngine], ranks: Communicator) -> LoadedEngine:
-    # No rank must wait for another within `load`, where that one may fail.
+    # A rank that fails in `load` must not leave another one waiting there.
     engine = ranks.agree(load)
     runtimes = ranks.exchange(engine.runtime)
     if len(set(runtimes)) > 1:
-        found = ", ".join(f"{rank}: {runtime}" for rank, runtime in enumerate(runtimes))
-        raise SharedError(f"the ranks cannot meet, as they have different runtimes ({found})")
+        by_rank = ", ".join(f"{rank}: {runtime}" for rank, runtime in enumerate(runtimes))
+        raise SharedError(f"the ranks have different runtimes ({by_rank}); use one for all of them")
     if engine.fallback_reason is None:
         ranks.agree(lambda: engine.model.join(ranks))
     return engine
@@ -101,14 +101,14 @@ def _load_rank(
     if runtime == "tensorrt":
         raise MptTrtError(f"{engine_dir}: TensorRT cannot run this engine here: {obstacle}")
     check_content(engine_dir, files, files.network)
-    stand_in = _open_network(engine_dir, manifest, cpu, ranks)
-    return LoadedEngine(stand_in, manifest, None, stand_in.description, obstacle, ranks)
+    fallback = _open_network(engine_dir, manifest, cpu, ranks)
+    return LoadedEngine(fallback, manifest, None, fallback.description, obstacle, ranks)
 
 
 def _open_network(
     engine_dir: Path, manifest: Manifest, cpu: CpuSettings, ranks: Communicator | None
 ) -> OnnxRuntimeEngine | OnnxCudaEngine:
-    # Ranks meet in operators that run on the host.
+    # The collective operators of several ranks run on the host.
     if ranks is None and _has_cuda_provider():
         from mpt_trt.engines.onnxruntime.cuda.engine import OnnxCudaEngine
 
@@ -119,7 +119,7 @@ def _open_network(
 
 
 def _has_cuda_provider() -> bool:
-    """Whether the ONNX Runtime that is installed computes on GPUs, and there is one."""
+    """Whether the installed ONNX Runtime supports GPUs and this machine has one."""
     import onnxruntime
 
     installed = onnxruntime.get_available_providers()
@@ -127,14 +127,14 @@ def _has_cuda_provider() -> bool:
 
 
 def tensorrt_obstacle(manifest: Manifest) -> str | None:
-    """Why TensorRT cannot run the plan on this machine; None when nothing speaks against it."""
-    found = gpus.compute_capabilities()
+    """The reason why TensorRT cannot run the plan on this machine; None without one."""
+    present = gpus.compute_capabilities()
     wanted = manifest.builder.compute_capabilities
-    if not found:
+    if not present:
         return f"no NVIDIA GPU found; the plan is for compute capability {', '.join(wanted)}"
-    if found[0] not in wanted:
+    if present[0] not in wanted:
         return (
-            f"this GPU has compute capability {found[0]}, the plan is for {', '.join(wanted)}; "
+            f"this GPU has compute capability {present[0]}, the plan is for {', '.join(wanted)}; "
             "add it to compute_capabilities or build here"
         )
     package = installed_package(manifest.builder.package)

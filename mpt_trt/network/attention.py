@@ -90,7 +90,7 @@ class Attention:
         return graph.node("Add", [hidden, output], f"{name}/residual")
 
     def _query_key_value(self, name: str, weight: Weight, hidden: str) -> tuple[str, str, str]:
-        """Q `[batch, heads, seq, head_dim]`, K and V `[batch, kv_heads, seq, head_dim]`."""
+        """Adds Q `[batch, heads, seq, head_dim]`, K and V `[batch, kv_heads, seq, head_dim]`."""
         graph = self.graph
         normed = emit_norm_before(graph, self.config, weight, hidden)
         packed = emit_linear(graph, self.linear_layers, weight, normed)
@@ -110,7 +110,7 @@ class Attention:
         return parts[0], parts[1], parts[2]
 
     def _normalize_query_and_key(self, name: str, packed: str) -> str:
-        """Layer norm over all of a token's query features, and over all of its key features."""
+        """Adds layer norms over all query features and over all key features of a token."""
         graph, head_dim = self.graph, self.config.head_dim
         parts = [f"{name}/flat_{part}" for part in ("query", "key", "value")]
         sizes = [n * head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]

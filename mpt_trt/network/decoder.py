@@ -1,8 +1,8 @@
-"""The decoder of one rank as an ONNX graph that TensorRT and ONNX Runtime both run.
+"""The decoder of one rank as an ONNX graph for TensorRT and ONNX Runtime.
 
 Opset 24, standard operators only. One step of the network takes the next tokens of every row of a
 batch (a prompt, a piece of one, or one token), writes their keys and values into the cache in
-place, and returns logits at the positions asked for:
+place, and returns logits at the requested positions:
 
     input_ids        int64 [batch, seq]       tokens; rows may be right-padded with anything
     write_positions  int64 [batch]            cache position of each row's first token
@@ -11,20 +11,20 @@ place, and returns logits at the positions asked for:
     logits           float32 [num_logits, vocab]
     present_key.{i}  the same buffer as past_key.{i}, updated; likewise present_value.{i}
 
-A quantized cache has one byte an element, and TensorRT's cache layer does not take that; there, the
+A quantized cache has one byte per element, which TensorRT's cache layer does not support. So the
 caller copies the step's keys and values into the cache (see mpt_trt.network.kv_cache):
 
     past_key.{i}     int8 or float8e4m3fn, likewise past_value.{i}
     new_key.{i}      likewise, [batch, kv_heads, seq, head_dim]; and new_value.{i}
 
-A token at cache position p attends to the positions 0..p of its row, so what padding wrote beyond a
-row's end is never seen before it is overwritten.
+A token at cache position p attends to the positions 0..p of its row, so values that padding wrote
+beyond a row's end are overwritten before any token attends to them.
 
-The weights are external data in the folder WEIGHTS_FOLDER beside the graph: the FT checkpoint's own
-files and, where matrices are quantized, what `mpt_trt.network.linear` makes of them.
+The weights are external data in the folder WEIGHTS_FOLDER next to the graph: the FT checkpoint's
+own files and the quantized matrices of `mpt_trt.network.linear`.
 
-With several ranks, each computes its heads and its part of the feed-forward layer, and the ranks'
-results meet in collective nodes. Every rank returns the same logits of the whole vocabulary.
+Each of several ranks computes its heads and its part of the feed-forward layer; collective nodes
+combine the results. Every rank returns the same logits of the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from mpt_trt.network.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Network:
-    """A rank's graph and the content of its weights, by file name in WEIGHTS_FOLDER."""
+    """A rank's graph, and the content of its weights by file name in WEIGHTS_FOLDER."""
 
     model: onnx.ModelProto
     files: dict[str, Content]
@@ -66,12 +66,12 @@ def build_network(
     vocabulary: VocabularySharding | None = None,
     calibrated: CalibratedQuantization = NOT_QUANTIZED,
 ) -> Network:
-    """The graph of one rank; what is not quantized is in the checkpoint's storage type.
+    """Builds the graph of one rank; unquantized tensors have the checkpoint's storage type.
 
-    cache_len: positions of the KV cache of a row (TensorRT wants them static).
+    cache_len: positions per row of the KV cache, which TensorRT requires to be static.
 
-    Raises MptTrtError when the checkpoint was converted for another number of ranks, or is none for
-    this kind of quantization.
+    Raises MptTrtError when the checkpoint was converted for another number of ranks or does not fit
+    the quantization.
     """
     if checkpoint.tp_size != rank.tp_size:
         raise MptTrtError(
@@ -126,7 +126,7 @@ class _Decoder:
         self.cache.add_outputs(graph)
 
     def _query_positions(self) -> str:
-        """Cache position of every token of the step, int64 `[batch, seq]`."""
+        """Adds the cache position of every token of the step, int64 `[batch, seq]`."""
         graph = self.graph
         zero, one = graph.constant("zero", 0, np.int64), graph.constant("one", 1, np.int64)
         last_axis = graph.constant("axis_1", [1], np.int64)

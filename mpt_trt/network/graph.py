@@ -1,7 +1,7 @@
-"""Builds an ONNX graph node by node, with weights that lie in files of their own.
+"""Builds an ONNX graph node by node, with weights in files of their own.
 
-Values are referred to by name, and a node is named like its output, so that names in a graph viewer
-follow the model: `layers.3.mlp.dense_h_to_4h`.
+A node has the name of its output, so that names in a graph viewer follow the model:
+`layers.3.mlp.dense_h_to_4h`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPSET = 24
 # The first IR version that knows opset 24's types; newer ones are refused by older readers.
 IR_VERSION = 11
 WEIGHTS_FOLDER = "weights"
-# DistCollective is no standard operator; TensorRT's parser knows it by its type in any domain.
+# DistCollective is not a standard operator; TensorRT's parser knows its type in any domain.
 COLLECTIVE_DOMAIN = "mpt_trt"
 COLLECTIVE = "DistCollective"
 ELEMENT_TYPES = {
@@ -36,12 +36,12 @@ ELEMENT_TYPES = {
 }
 
 Content = Path | Callable[[], Iterator[NDArray]]
-"""Where a file's bytes come from: another file, or pieces that are computed when it is written."""
+"""The source of a file's bytes: another file, or pieces that are computed when it is written."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A weight in a file of its own. element_type: ONNX's; INT4 is packed two a byte."""
+    """A weight in a file of its own. element_type: of ONNX; INT4 has two elements per byte."""
 
     file_name: str
     element_type: int

@@ -1,7 +1,7 @@
-"""The key-value cache inside the network: in the network's own type, or one byte an element.
+"""The KV cache of the network: in the network's own type, or with one byte per element.
 
-Either kind has, for every layer, an input `past_key.{layer}` and an input `past_value.{layer}` of
-shape `[batch, kv_heads, cache_len, head_dim]`.
+Both kinds have the inputs `past_key.{layer}` and `past_value.{layer}` of shape
+`[batch, kv_heads, cache_len, head_dim]` for every layer.
 """
 
 from __future__ import annotations

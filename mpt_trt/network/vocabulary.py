@@ -16,9 +16,9 @@ from mpt_trt.network.norms import emit_norm
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Emits what turns tokens into hidden states, and hidden states into logits.
+    """Emits the embedding of tokens and the logits of hidden states.
 
-    sharding: the matrices of which each rank holds a part.
+    sharding: the matrices that ranks share instead of each holding the whole.
     """
 
     graph: GraphBuilder
@@ -32,7 +32,7 @@ class Vocabulary:
         tokens = self._embed_tokens()
         if self.config.position_embedding == "alibi":
             return tokens
-        # Padding may lie beyond the last learned position; what it reads there is never used.
+        # Padding may lie beyond the last learned position; the row it gets is never used.
         last = graph.constant("last_position", self.config.max_seq_len - 1, np.int64)
         clamped = graph.node("Min", [query_positions, last], "positions/clamped")
         learned = graph.node("Gather", [graph.weight("wpe"), clamped], "position_embedding")
@@ -43,7 +43,7 @@ class Vocabulary:
         if not self.sharding.embedding:
             return graph.node("Gather", [graph.weight("wte"), "input_ids"], "embedding")
         rows = sharding.vocabulary_rows(self.config, self.rank)
-        # A rank beyond the vocabulary's end needs some row to read; no token is its own.
+        # A rank beyond the vocabulary's end owns no token, but its Gather needs a row to read.
         table = self._vocabulary_part("wte", rows if len(rows) else Range(0, 1))
         start = graph.constant("vocabulary/start", rows.start, np.int64)
         count = graph.constant("vocabulary/count", len(rows), np.int64)
@@ -106,8 +106,8 @@ class Vocabulary:
         both_are_sharded = self.sharding.embedding and self.sharding.head
         if not self.config.tie_word_embeddings or both_are_sharded:
             return graph.weight_rows(name, rows)
-        # TensorRT tells weights apart by address, and refuses two sizes at one; so the rows are cut
-        # out of the whole matrix, which the graph holds anyway. Both runtimes do that at load.
+        # TensorRT distinguishes weights by address and refuses two sizes at the same one. So the
+        # rows are sliced from the whole matrix, which the graph has anyway, when it is loaded.
         first = graph.constant("vocabulary/first_row", [rows.start], np.int64)
         end = graph.constant("vocabulary/end_row", [rows.stop], np.int64)
         axis = graph.constant("axis_0", [0], np.int64)

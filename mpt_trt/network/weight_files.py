@@ -1,4 +1,4 @@
-"""The files of a network's weights: linked from the FT checkpoint, or computed while written."""
+"""Writes the files of a network's weights, or links them from the FT checkpoint."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mpt_trt.system.files import ContentHash, hard_link, start_writing, write_in
 
 
 def write_weights(network: Network, checkpoint: FtCheckpoint, folder: Path) -> dict[str, str]:
-    """Puts the network's weights into `folder`; returns the content hash of each file by name.
+    """Adds the network's weights to `folder`; returns the content hash of each file by name.
 
-    A file that another rank has put there already is left as it is.
+    Files that another rank has already linked are kept.
     """
     folder.mkdir(exist_ok=True)
     linked = {name: content for name, content in network.files.items() if isinstance(content, Path)}

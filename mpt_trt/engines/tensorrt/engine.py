@@ -1,10 +1,10 @@
 """Runs a rank's TensorRT plan on a GPU that it was built for.
 
-One execution context per optimization profile, both on one scratch buffer. A step of one token a
-row is captured in a CUDA graph (see step_graphs).
+Each optimization profile has an execution context; both share one scratch buffer. A step of one
+token per row is captured in a CUDA graph (see mpt_trt.engines.cuda.graphs).
 
-Written to the documented API of TensorRT 11 and TensorRT-RTX 1.7; see docs/engines.md for what has
-been run.
+The code follows the documented API of TensorRT 11 and TensorRT-RTX 1.7; docs/engines.md lists what
+has been run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TensorRtEngine:
         self.max_logits: int | None = limits.max_logits
         self._trt = importlib.import_module(manifest.builder.package)
         if spec.tp_size > 1:
-            # Ranks of one machine take its GPUs in turn.
+            # The ranks of a machine take its GPUs in turn.
             call(cudart.cudaSetDevice(rank % call(cudart.cudaGetDeviceCount())))
         self._stream = call(cudart.cudaStreamCreate())
         self._engine = self._deserialize(engine_dir / manifest.ranks[rank].engine)
@@ -83,7 +83,7 @@ class TensorRtEngine:
         return f"{self._trt.__name__} {self._trt.__version__}"
 
     def start(self, batch_size: int) -> None:
-        """An empty cache of `batch_size` rows; raises MptTrtError when the rows do not fit."""
+        """Empties the cache for `batch_size` rows; raises MptTrtError when they do not fit."""
         self._limits.require_rows(batch_size)
         self._cache.start(batch_size, self._stream)
         self._batch_size = batch_size
@@ -94,12 +94,12 @@ class TensorRtEngine:
         write_positions: NDArray[np.int64],
         logit_positions: NDArray[np.int64],
     ) -> NDArray[np.float32]:
-        """One step; see the network's docstring. Returns `[num_logits, vocab]`."""
+        """Runs one step (see mpt_trt.network.decoder); returns logits `[num_logits, vocab]`."""
         num_logits = len(logit_positions)
         feeds = {
             "input_ids": input_ids,
             "write_positions": write_positions,
-            # The profiles start at one row of logits; of no rows, one is computed and dropped.
+            # The profiles start at one row of logits: without rows, one is computed and dropped.
             "logit_positions": logit_positions if num_logits else [[0, 0]],
         }
         staged = {name: np.ascontiguousarray(value, np.int64) for name, value in feeds.items()}
@@ -122,7 +122,7 @@ class TensorRtEngine:
         return logits
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
-        """Cache row i becomes a copy of old row rows[i]."""
+        """Makes cache row i a copy of the old row rows[i]."""
         self._cache.reorder(rows, self._stream)
         call(cudart.cudaStreamSynchronize(self._stream))
         self._batch_size = len(rows)
@@ -142,7 +142,7 @@ class TensorRtEngine:
         return engine
 
     def _create_contexts(self) -> list[Any]:
-        """A context per profile. They never run at the same time and share scratch memory."""
+        """Creates a context per profile; they never run at the same time and share memory."""
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         size = max(1, self._engine.device_memory_size_v2)
         self._scratch = DeviceBuffer(size)

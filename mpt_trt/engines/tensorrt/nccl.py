@@ -1,4 +1,4 @@
-"""NCCL for TensorRT's collective layers. Ranks find each other over MPI."""
+"""Connects the ranks of TensorRT's collective layers with NCCL, which they set up over MPI."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CAPSULE_NAME = b"ncclComm_t"
 
 
 def join_nccl(communicator: Communicator) -> Any:
-    """NCCL's communicator of all ranks; it must live as long as the engine.
+    """Creates NCCL's communicator of all ranks, which must live as long as the engine.
 
     Raises MptTrtError when the package nccl4py is not installed.
     """
@@ -20,7 +20,7 @@ def join_nccl(communicator: Communicator) -> Any:
         from nccl import core
     except ImportError:
         raise MptTrtError(
-            "engines of several ranks need NCCL under TensorRT: pip install nccl4py"
+            "TensorRT needs NCCL for engines of several ranks: pip install nccl4py"
         ) from None
     own_id = core.get_unique_id() if communicator.rank == 0 else None
     unique_id = communicator.exchange(own_id)[0]
@@ -30,12 +30,12 @@ def join_nccl(communicator: Communicator) -> Any:
 
 
 def set_communicator(context: Any, nccl: Any) -> None:
-    """Hands NCCL's communicator to an execution context, as a capsule of its pointer.
+    """Passes NCCL's communicator to an execution context, as a capsule of its pointer.
 
-    Raises MptTrtError when TensorRT does not take it.
+    Raises MptTrtError when TensorRT rejects it.
     """
     new_capsule = ctypes.pythonapi.PyCapsule_New
     new_capsule.restype = ctypes.py_object
     new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     if not context.set_communicator(new_capsule(nccl.ptr, CAPSULE_NAME, None)):
-        raise MptTrtError("TensorRT did not take the NCCL communicator; see its messages above")
+        raise MptTrtError("TensorRT rejected the NCCL communicator; see its messages above")

@@ -1,4 +1,4 @@
-"""Which TensorRT packages are installed, and which of them builds; imports none of them."""
+"""Finds the installed TensorRT packages, without importing them, and chooses the builder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DISTRIBUTIONS = {
 
 @dataclass(frozen=True)
 class Package:
-    """An installed TensorRT: its module's name and its version."""
+    """An installed TensorRT, by module name and version."""
 
     module: str
     version: str
@@ -26,6 +26,7 @@ class Package:
 
 @functools.cache
 def installed_package(module: str) -> Package | None:
+    """The distribution that provides `tensorrt` or `tensorrt_rtx`; None when there is none."""
     """The installed distribution that provides the module; None if there is none."""
     for distribution in DISTRIBUTIONS[module]:
         try:
@@ -36,16 +37,16 @@ def installed_package(module: str) -> Package | None:
 
 
 def choose_package(backend: str, has_gpu: bool | None = None) -> Package:
-    """The package for `backend`: `tensorrt`, `tensorrt_rtx`, or `auto`.
+    """Chooses the package for a backend: `tensorrt`, `tensorrt_rtx` or `auto`.
 
-    auto takes `tensorrt` where it is installed and a GPU is there, else `tensorrt_rtx`. has_gpu:
-    whether the build will find one; None for whether this machine has one.
+    `auto` prefers `tensorrt` if it is installed and there is a GPU. has_gpu: whether the build will
+    have a GPU; None to ask this machine.
 
-    Raises MptTrtError when the package is not installed, or builds no plans.
+    Raises MptTrtError when the package is not installed, or the backend does not build plans.
     """
     if backend != "auto" and backend not in DISTRIBUTIONS:
         raise MptTrtError(
-            f"backend = {backend}: builds no plans, but whole engines; ask for a target "
+            f"backend = {backend}: it builds whole engines, not plans; request the target "
             "trt_engines/{model}/{variant}/{tp}-gpu"
         )
     if backend != "auto":
@@ -58,6 +59,6 @@ def choose_package(backend: str, has_gpu: bool | None = None) -> Package:
         if package := installed_package(module):
             return package
     raise MptTrtError(
-        f"backend = {backend}: none of {', '.join(candidates)} is installed; "
-        "pip install -r requirements.txt brings tensorrt_rtx, which needs no GPU"
+        f"backend = {backend}: {' or '.join(candidates)} is not installed; "
+        "pip install -r requirements.txt installs tensorrt_rtx, which needs no GPU"
     )

@@ -1,9 +1,9 @@
-"""TensorRT plans: built from a rank's network, and run on the GPUs they were built for.
+"""Builds TensorRT plans from the networks of ranks.
 
-The same code serves `tensorrt` (data-centre GPUs; builds on the GPU it runs on) and `tensorrt_rtx`
-(builds ahead of time without a GPU): they share one Python API. A plan has two optimization
-profiles, one for prompts and one for single tokens: with one dynamic profile TensorRT copies the
-whole cache in every layer.
+The same code serves `tensorrt`, which builds on the data-centre GPU that runs the plan, and
+`tensorrt_rtx`, which builds ahead of time without a GPU: they share one Python API. A plan has two
+optimization profiles, one for prompts and one for single tokens, because TensorRT copies the whole
+cache in every layer if one dynamic profile covers both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ CONTEXT_PROFILE, GENERATION_PROFILE = 0, 1
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """compute_capabilities: GPUs to build for, as "8.9"; only tensorrt_rtx can choose."""
+    """Options of a build.
+
+    compute_capabilities: GPUs to build for, as "8.9"; only tensorrt_rtx can choose them.
+    """
 
     package: Package
     limits: BuildLimits
@@ -43,7 +46,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuiltPlan:
-    """builder: what built it. hash: ContentHash of its file."""
+    """A finished plan. hash: ContentHash of its file."""
 
     builder: BuilderInfo
     hash: str
@@ -52,8 +55,7 @@ class BuiltPlan:
 def build_plan(network_path: Path, options: BuildOptions, target: Path) -> BuiltPlan:
     """Builds the TensorRT plan of one rank and writes it to `target`, atomically.
 
-    The plan is streamed to the file and hashed on the way; weights stay memory-mapped until they
-    are packed.
+    The plan is hashed while it is written; weights stay memory-mapped until TensorRT packs them.
 
     Raises MptTrtError with TensorRT's own messages when parsing or building fails, and
     KeyboardInterrupt when interrupted.
@@ -109,10 +111,10 @@ def _failure(
 
 
 def _make_logger(trt: Any) -> Any:
-    """A logger that keeps errors: TensorRT reports failure as None or False, never by raising."""
+    """Makes a logger that keeps errors, because TensorRT returns None or False on failure."""
 
     class Logger(trt.ILogger):
-        # Seen on every build without a GPU, and harmless there.
+        # Every build without a GPU logs this; it is harmless.
         EXPECTED = "CUDA driver version is insufficient"
 
         def __init__(self) -> None:
@@ -127,9 +129,10 @@ def _make_logger(trt: Any) -> Any:
 
 
 def _make_writer(trt: Any, stream: BinaryIO, work: Background) -> Any:
-    """What TensorRT hands its plan to: `error` that stopped it, `digest` of what was written.
+    """Makes the stream writer that TensorRT passes its plan to.
 
-    A piece is written while TensorRT packs the next one.
+    It writes a piece while TensorRT packs the next one. `error` is the error that stopped it, and
+    `digest` the hash of the written content.
     """
 
     class Writer(trt.IStreamWriter):
@@ -139,7 +142,7 @@ def _make_writer(trt: Any, stream: BinaryIO, work: Background) -> Any:
             self.digest = ContentHash()
 
         def write(self, data: bytes) -> int:
-            # An exception must not cross TensorRT's frames; a short count makes it stop.
+            # An exception must not pass through TensorRT's frames; a short count stops it.
             try:
                 work.start(functools.partial(self._store, data))
             except OSError as error:
@@ -156,9 +159,9 @@ def _make_writer(trt: Any, stream: BinaryIO, work: Background) -> Any:
 
 @contextmanager
 def _progress(trt: Any) -> Iterator[tuple[Any, Callable[[], bool]]]:
-    """Shows TensorRT's phases as bars; Ctrl-C and SIGTERM make TensorRT stop at the next step.
+    """Shows TensorRT's phases as bars; Ctrl-C and SIGTERM stop it at the next step.
 
-    Yields the monitor and a function that says whether it was interrupted.
+    Yields the monitor and a function that tells whether it was interrupted.
     """
     columns = [
         TextColumn("{task.description}"),
@@ -188,7 +191,7 @@ def _progress(trt: Any) -> Iterator[tuple[Any, Callable[[], bool]]]:
         def phase_finish(self, phase_name: str) -> None:
             task, num_steps = self.tasks.pop(phase_name)
             self.progress.update(task, completed=num_steps)
-            if self.tasks:  # a finished part of a phase that goes on: hundreds of them come
+            if self.tasks:  # one of hundreds of parts of a phase that goes on
                 self.progress.remove_task(task)
 
     try:
@@ -200,7 +203,7 @@ def _progress(trt: Any) -> Iterator[tuple[Any, Callable[[], bool]]]:
 
 
 def _let_attention_decompose(trt: ModuleType, network: Any) -> None:
-    """Lets TensorRT write attention out where it has no fused kernel (float32, odd head sizes)."""
+    """Lets TensorRT decompose attention that it has no fused kernel for, e.g. in float32."""
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type == trt.LayerType.ATTENTION_OUTPUT:
@@ -209,7 +212,7 @@ def _let_attention_decompose(trt: ModuleType, network: Any) -> None:
 
 
 def _profile(builder: Any, network: Any, limits: BuildLimits, tokens: int) -> Any:
-    """Shapes for steps of up to `tokens` tokens a row; tuned for one row, legal for all."""
+    """Makes a profile for steps of up to `tokens` tokens per row, tuned for one row."""
     max_logits = min(limits.max_logits, limits.max_batch_size * tokens)
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):

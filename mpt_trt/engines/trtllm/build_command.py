@@ -1,7 +1,7 @@
 """The command line of `trtllm-build` for a checkpoint and an engine's limits.
 
-Precision, quantization, ranks and the embedding's sharding are no options: trtllm-build reads them
-from the checkpoint's config.json.
+It has no options for precision, quantization, ranks and the embedding's sharding, because
+trtllm-build reads them from the checkpoint's config.json.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from mpt_trt.system.files import read_json
 def build_command(
     builder: str, checkpoint: Path, limits: BuildLimits, workers: int, target: Path
 ) -> list[str]:
-    """builder: `trtllm-build`. workers: ranks that are built at a time, a GPU each.
+    """The arguments of `trtllm-build`, beginning with its path `builder`.
 
-    A row of ours is a request of one beam.
+    workers: ranks to build at the same time, each on a GPU of its own. A row of this project's
+    batches is a request with one beam.
     """
     config = read_json(checkpoint / "config.json")
     dtype = config["dtype"]
-    # TensorRT's own products are recommended for FP8; the plugin's are for single requests.
+    # NVIDIA recommends TensorRT's own products for FP8; the plugin's are for single requests.
     is_fp8 = config["quantization"]["quant_algo"] == "FP8"
-    # Fused attention exists for float16 and bfloat16.
+    # Fused attention supports only float16 and bfloat16.
     is_fused = dtype != "float32"
     options = {
         "checkpoint_dir": checkpoint,

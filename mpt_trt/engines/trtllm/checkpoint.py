@@ -1,7 +1,8 @@
-"""TensorRT-LLM's unified checkpoint: `config.json` and `rank{r}.safetensors`.
+"""Writes TensorRT-LLM's unified checkpoint: `config.json` and `rank{r}.safetensors`.
 
-Made from an FT checkpoint of as many ranks and, where the quantization needs one, a calibration
-result. docs/backends.md says what is in it; the tests hold it against ModelOpt's own export.
+The sources are an FT checkpoint of the same number of ranks and, if the quantization needs one, a
+calibration result. docs/backends.md describes the content; the tests compare it with ModelOpt's
+export.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ PLUGIN_ALGORITHMS = {
 
 @dataclass(frozen=True)
 class TrtllmConversion:
-    """What to make of an FT checkpoint, for as many ranks as it has.
+    """The conversion of an FT checkpoint, for the same number of ranks.
 
-    Raises MptTrtError, before any work, when TensorRT-LLM's MPT model cannot express it, or a
-    calibration result is missing or of another format.
+    Raises MptTrtError, before any work, when TensorRT-LLM's MPT model does not support it, or a
+    calibration result is missing or has another format.
     """
 
     checkpoint: FtCheckpoint
@@ -95,19 +96,19 @@ class TrtllmConversion:
         return choose_form(self.checkpoint, rank, self.calibrated)
 
     def _require_int8_sq(self) -> None:
-        found = self.calibrated.calibration
-        if found is None or found.quantization_format != "int8_sq":
-            what = "there is none" if found is None else f"{found.path} is one of another format"
+        result = self.calibrated.calibration
+        if result is None or result.quantization_format != "int8_sq":
+            problem = "there is none" if result is None else f"{result.path} has another format"
             raise MptTrtError(
                 "smoothquant with per_channel and without per_token needs a calibration result of "
-                f"int8_sq, but {what}; make it with quantize.py --qformat int8_sq"
+                f"int8_sq, but {problem}; make it with quantize.py --qformat int8_sq"
             )
 
 
 def write_trtllm_checkpoint(conversion: TrtllmConversion, target: Path, workers: int = 1) -> None:
-    """Writes the folder `target` as a whole or not at all.
+    """Writes the folder `target` atomically, `workers` ranks at a time.
 
-    Tensors are streamed: memory is that of a matrix for each of `workers` ranks at a time.
+    Tensors are streamed, so that each of these ranks needs memory for one matrix.
     """
     with replace_directory(target) as folder, ThreadPoolExecutor(workers) as pool:
         write_json(folder / "config.json", config_content(conversion))
@@ -151,9 +152,9 @@ def config_content(conversion: TrtllmConversion) -> dict:
 
 
 def _quantization_content(calibrated: CalibratedQuantization) -> dict:
-    """Known keys alone: TensorRT-LLM refuses others.
+    """The key `quantization`, with no other keys than TensorRT-LLM knows: it refuses them.
 
-    Without exclude_modules, its own list counts, in which head and embedding are.
+    Without exclude_modules, TensorRT-LLM excludes the head and the embedding.
     """
     cache = {"kv_cache_quant_algo": KV_CACHE_ALGORITHMS[calibrated.quantization.kv_cache]}
     excluded = {"exclude_modules": ["lm_head"]}
@@ -184,23 +185,23 @@ def _quantization_content(calibrated: CalibratedQuantization) -> dict:
 
 
 def rank_tensors(conversion: TrtllmConversion, rank: Rank) -> Tensors:
-    """Everything in one rank's file, by name."""
+    """All tensors of one rank's file by name."""
     checkpoint = conversion.checkpoint
     linear_form = conversion.linear_form(rank)
-    found = _vocabulary_tensors(conversion, rank)
+    tensors = _vocabulary_tensors(conversion, rank)
     for weight in weights(checkpoint.config):
         if weight.is_linear:
-            found |= linear_form.tensors(weight)
-        # Norms; FT has zeros where they have no bias.
+            tensors |= linear_form.tensors(weight)
+        # Norms; FT has zeros for those without a bias.
         elif len(weight.shape) == 1 and weight.hf_name is not None:
             module, _, kind = weight.name.rpartition(".")
             stored = checkpoint.mapped(checkpoint.file_of(weight, rank))
-            found[f"{module_name(module)}.{kind}"] = _whole(stored)
-    return found | _cache_tensors(conversion)
+            tensors[f"{module_name(module)}.{kind}"] = _whole(stored)
+    return tensors | _cache_tensors(conversion)
 
 
 def _vocabulary_tensors(conversion: TrtllmConversion, rank: Rank) -> Tensors:
-    """The embedding, and the head, which TensorRT-LLM stores in any case."""
+    """The embedding, and the head, which TensorRT-LLM stores even if they are tied."""
     checkpoint, config = conversion.checkpoint, conversion.config
     files = {name: file for name, file in checkpoint.rank_files(rank).items() if _is_table(file)}
     embedding = checkpoint.mapped(files["wte"])
@@ -216,21 +217,21 @@ def _is_table(file: FtFile) -> bool:
 
 
 def _cache_tensors(conversion: TrtllmConversion) -> Tensors:
-    """The scale of each layer's cache: keys and values share one."""
+    """The scale of each layer's cache, which keys and values share."""
     cache = conversion.calibrated.quantization.kv_cache
     if cache == "auto":
         return {}
-    found = {}
+    scales = {}
     for layer in range(conversion.config.num_layers):
         amax = conversion.calibrated.required_calibration.kv_amax(layer)
         scale = max(amax.key, amax.value) / KV_CACHE_MAX[cache]
         name = f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"
-        found[name] = vector([scale or 1.0])
-    return found
+        scales[name] = vector([scale or 1.0])
+    return scales
 
 
 def _whole(stored: NDArray) -> StreamedTensor:
-    """An array as it is, some rows at a time."""
+    """An unchanged array, streamed some rows at a time."""
 
     def blocks() -> Iterator[NDArray]:
         yield from row_blocks(np.atleast_2d(stored))

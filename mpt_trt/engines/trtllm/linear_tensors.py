@@ -1,6 +1,6 @@
-"""What TensorRT-LLM's checkpoint holds of a linear layer, for each way to quantize it.
+"""The tensors of a linear layer in TensorRT-LLM's checkpoint, for each kind of quantization.
 
-Matrices are `[out_features, in_features]` there; FT files, and what our own networks store, are
+Its matrices are `[out_features, in_features]`; those of FT files and of this project's networks are
 `[in_features, out_features]`. Integers and E4M3 values are the same as in those networks.
 """
 
@@ -33,25 +33,28 @@ from mpt_trt.quantization.integers import pack_int4_rows
 from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
 
 FLOAT32, INT8 = np.dtype(np.float32), np.dtype(np.int8)
-# Columns of an FT file that are transposed at a time: few enough for a small block of memory, and
-# enough for reading the file in long pieces.
+# Columns of an FT file that are transposed together: few enough for a small block of memory, and
+# enough to read the file in long pieces.
 BLOCK_COLUMNS = 256
 
 Tensors = dict[str, StreamedTensor]
 
 
 class LinearForm(Protocol):
-    """One rank's linear layers in the checkpoint."""
+    """The linear layers of one rank in the checkpoint."""
 
     def tensors(self, weight: Weight) -> Tensors:
-        """Everything that the checkpoint holds for the layer of `weight`, by full name."""
+        """All tensors of the layer of `weight` by full name."""
         ...
 
 
 def choose_form(
     checkpoint: FtCheckpoint, rank: Rank, calibrated: CalibratedQuantization
 ) -> LinearForm:
-    """Raises MptTrtError when the checkpoint is smoothed and should not be, or the reverse."""
+    """Chooses the form for a quantization.
+
+    Raises MptTrtError when the checkpoint is smoothed and should not be, or the reverse.
+    """
     scheme = calibrated.quantization.scheme
     if isinstance(scheme, SmoothQuant) and uses_plugin_form(scheme):
         return PluginSmoothQuantForm(checkpoint, rank, scheme)
@@ -72,7 +75,7 @@ def choose_form(
 
 @dataclass(frozen=True)
 class PlainForm:
-    """Matrices as they are. `trtllm-build` quantizes those of weight-only variants itself."""
+    """Unchanged matrices; `trtllm-build` quantizes those of weight-only variants."""
 
     checkpoint: FtCheckpoint
     rank: Rank
@@ -84,7 +87,7 @@ class PlainForm:
 
 @dataclass(frozen=True)
 class Fp8Form:
-    """E4M3 matrices; one scale a matrix, and one of what it is multiplied with."""
+    """E4M3 matrices, with a scale for each matrix and one for its input."""
 
     checkpoint: FtCheckpoint
     rank: Rank
@@ -108,10 +111,10 @@ class Fp8Form:
 class PluginSmoothQuantForm:
     """int8 matrices of a smoothed FT checkpoint, for TensorRT-LLM's SmoothQuant plugins.
 
-    QKV and the first feed-forward matrix follow a norm, which has taken the smoothing over and
-    quantizes (`scale_to_int`); before the others, the input is divided by `smoother`.
+    QKV and the first feed-forward matrix follow a norm, which applies the smoothing and quantizes
+    (`scale_to_int`); the inputs of the others are divided by `smoother`.
 
-    Raises MptTrtError when the checkpoint is a plain one, or was smoothed by another alpha.
+    Raises MptTrtError when the checkpoint is not smoothed, or was smoothed with another alpha.
     """
 
     checkpoint: FtCheckpoint
@@ -131,27 +134,27 @@ class PluginSmoothQuantForm:
             scale = files.scale_w_quant_orig_col if by_column else files.scale_w_quant_orig
         else:
             scale = files.scale_y_accum_quant_col if by_column else files.scale_y_accum_quant
-        found = {
+        tensors = {
             f"{module}.weight": transposed(matrix, INT8),
-            # Of QKV, there is one a column in any case.
+            # QKV always has one scale per column.
             f"{module}.per_channel_scale": vector(self._read(scale), (1, *scale.shape)),
         }
         input_scale = self._read(files.scale_x_orig_quant)
         if (norm := preceding_norm(weight)) is not None:
-            # The norm computes its scales itself where they are per token.
-            of_norm = np.ones(1, np.float32) if by_token else input_scale
-            found[f"{module_name(norm)}.scale_to_int"] = vector(of_norm)
+            # The norm computes scales per token itself.
+            norm_scale = np.ones(1, np.float32) if by_token else input_scale
+            tensors[f"{module_name(norm)}.scale_to_int"] = vector(norm_scale)
         else:
             # Only a norm can take its place.
             assert files.smoother is not None
             smoother = self._read(files.smoother)
-            found[f"{module}.smoother"] = vector(smoother, (1, *smoother.shape))
+            tensors[f"{module}.smoother"] = vector(smoother, (1, *smoother.shape))
         if not by_token:
-            found[f"{module}.act_scale"] = vector(self._read(files.scale_y_quant_orig), (1, 1))
+            tensors[f"{module}.act_scale"] = vector(self._read(files.scale_y_quant_orig), (1, 1))
             if norm is None:
                 parent = module.rpartition(".")[0]
-                found[f"{parent}.quantization_scaling_factor"] = vector(input_scale)
-        return found
+                tensors[f"{parent}.quantization_scaling_factor"] = vector(input_scale)
+        return tensors
 
     def _read(self, file: FtFile) -> NDArray:
         dtypes: dict[str, np.dtype] = {"int8": INT8, "float32": FLOAT32}
@@ -164,11 +167,11 @@ class PluginSmoothQuantForm:
 
 @dataclass(frozen=True)
 class AwqForm:
-    """4-bit integers in groups, two rows a byte; the input is multiplied by the pre-quant scale.
+    """4-bit integers in groups, two rows per byte; the input is multiplied by the pre-quant scale.
 
     Byte j of column c holds row 2j in its low half and row 2j + 1 in its high half.
 
-    Raises MptTrtError when the result is not one of int4_awq.
+    Raises MptTrtError when the calibration result is not of int4_awq.
     """
 
     checkpoint: FtCheckpoint
@@ -199,7 +202,7 @@ class AwqForm:
 
 @dataclass(frozen=True)
 class ModelOptSmoothQuantForm:
-    """int8 matrices with a scale a row; one scale of the input after the pre-quant scale."""
+    """int8 matrices with a scale per row, and one for the input after the pre-quant scale."""
 
     checkpoint: FtCheckpoint
     rank: Rank
@@ -256,7 +259,7 @@ def transposed(
     dtype: np.dtype,
     change: Callable[[NDArray], NDArray] = lambda block: block,
 ) -> StreamedTensor:
-    """An array `[in, out]`, maybe memory-mapped, as `[out, in]`, after `change` of its blocks."""
+    """The transpose `[out, in]` of an array, maybe memory-mapped, after `change` of its blocks."""
 
     def blocks() -> Iterator[NDArray]:
         for start in range(0, stored.shape[1], BLOCK_COLUMNS):
@@ -267,18 +270,18 @@ def transposed(
 
 
 def vector(values: NDArray | list[float], shape: tuple[int, ...] | None = None) -> StreamedTensor:
-    """Few float32 values. shape: one dimension unless given."""
+    """A short float32 vector; shape: its stored shape if that is not one dimension."""
     stored = np.asarray(values, np.float32)
     return StreamedTensor(FLOAT32, stored.shape if shape is None else shape, lambda: iter([stored]))
 
 
 def part_of(whole: NDArray, rows: list[Range], columns: Range) -> NDArray:
-    """Some rows and columns of a matrix."""
+    """The given rows and columns of a matrix."""
     return np.concatenate(
         [whole[row.start : row.stop, columns.start : columns.stop] for row in rows]
     )
 
 
 def column_of(whole: NDArray, rows: list[Range]) -> NDArray:
-    """Some elements of a vector, `[rows, 1]`."""
+    """The given elements of a vector, `[rows, 1]`."""
     return part_of(whole[:, None], rows, Range(0, 1))

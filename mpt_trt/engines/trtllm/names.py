@@ -1,4 +1,4 @@
-"""What TensorRT-LLM's MPTForCausalLM calls the tensors that FT calls otherwise."""
+"""Names of the tensors of TensorRT-LLM's MPTForCausalLM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ MODULES = {
 
 
 def module_name(ft_name: str) -> str:
-    """`transformer.layers.0.mlp.fc` of `layers.0.mlp.dense_h_to_4h`; also of norms."""
+    """The module of an FT layer or norm.
+
+    That of `layers.0.mlp.dense_h_to_4h` is `transformer.layers.0.mlp.fc`.
+    """
     if ft_name == "final_layernorm":
         return "transformer.ln_f"
     _, layer, module = ft_name.split(".", 2)

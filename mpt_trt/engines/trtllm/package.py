@@ -1,4 +1,4 @@
-"""Which TensorRT-LLM is installed, and whether it still has what we build with; imports it not."""
+"""Finds the installed TensorRT-LLM, without importing it, and checks its version."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpt_trt.errors import MptTrtError
 DISTRIBUTION = "tensorrt_llm"
 BUILDER = "trtllm-build"
 FIRST, REMOVED = (0, 20), (1, 3)
-"""The first version that reads these checkpoints, and that without a TensorRT backend."""
+"""The first version that reads these checkpoints, and the first without a TensorRT backend."""
 
 REMEDY = (
     "run the workflow with --sdm conda or --sdm apptainer, which take 1.2.1 from "
@@ -22,7 +22,7 @@ REMEDY = (
 def require_tensorrt_llm() -> str:
     """The version of the installed TensorRT-LLM.
 
-    Raises MptTrtError when there is none, or it is too old or too new.
+    Raises MptTrtError when it is missing, too old or too new.
     """
     try:
         version = metadata.version(DISTRIBUTION)
@@ -32,11 +32,11 @@ def require_tensorrt_llm() -> str:
         ) from None
     match = re.match(r"([0-9]+)\.([0-9]+)", version)
     if match is None:
-        raise _refused(version, f"is no known version; {REMEDY}")
-    found = (int(match[1]), int(match[2]))
-    if found < FIRST:
+        raise _refused(version, f"is not a known version; {REMEDY}")
+    release = (int(match[1]), int(match[2]))
+    if release < FIRST:
         raise _refused(version, f"is older than {_words(FIRST)}, the first that is supported")
-    if found >= REMOVED:
+    if release >= REMOVED:
         raise _refused(
             version,
             "has no TensorRT backend: the TensorRT backend was removed; use backend tensorrt, or "
@@ -46,7 +46,7 @@ def require_tensorrt_llm() -> str:
 
 
 def builder_path() -> str:
-    """The path of `trtllm-build`; raises MptTrtError when there is none."""
+    """The path of `trtllm-build`; raises MptTrtError when it is missing."""
     path = shutil.which(BUILDER)
     if path is None:
         raise MptTrtError(f"{BUILDER}: not found, although TensorRT-LLM is installed; {REMEDY}")

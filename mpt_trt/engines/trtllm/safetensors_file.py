@@ -1,7 +1,7 @@
-"""Writes a safetensors file tensor by tensor, so that no more than a block is in memory.
+"""Writes a safetensors file block by block, so that memory holds only one block.
 
-The format: the length of the header, uint64 little endian; the header, JSON with type, shape and
-place of every tensor; the tensors' bytes, C order, without gaps.
+The file has the length of the header, as uint64 little endian; the header, JSON with the type,
+shape and place of every tensor; and the tensors in C order without gaps.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ HEADER_ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor whose content is computed when it is written.
+    """A tensor that is computed when it is written.
 
-    blocks: successive parts of the flattened tensor, in `dtype`.
+    blocks: yields successive parts of the flattened tensor in `dtype`.
     """
 
     dtype: np.dtype
@@ -47,9 +47,9 @@ class StreamedTensor:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, StreamedTensor]) -> None:
-    """Writes `tensors`, those of larger elements first: so each is aligned to its elements.
+    """Writes the tensors, largest elements first, so that each is aligned to its elements.
 
-    Raises ValueError when a tensor's blocks are not what it says.
+    Raises ValueError when a tensor's blocks do not match its type or shape.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header, start = {}, 0

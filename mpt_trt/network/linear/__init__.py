@@ -1,4 +1,4 @@
 """Linear layers of the network, one module per way to store their weights."""
 
-# Matrices that are quantized at a time when a network is written, where there are as many cores.
+# Maximum number of matrices that are quantized in parallel when a network is written.
 NETWORK_WORKERS = 4

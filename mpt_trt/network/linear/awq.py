@@ -1,13 +1,13 @@
 """Linear layers with 4-bit weights in groups, after activation-aware scaling (AWQ).
 
-A product's input is multiplied by the pre-quant scale of its layer, by which the weights have been
-divided. Where the input comes from a norm, the norm's weight and bias take the factor; where it is
-the attention's output, V's columns do, if each has one use and nothing lies between; only before
-the last matrix of a block, behind GELU, does a node of the network multiply.
+The weights of a layer have been divided by its pre-quant scale, by which its input is multiplied.
+If the input comes from a norm, the norm's weight and bias absorb the factor. If it is the output of
+attention, V's columns absorb it, provided that each has one use and nothing lies between.
+Otherwise, as after GELU, a node of the network multiplies.
 
-Integers: round(weight / scale) in -8..7 with scale = amax / 7, as ModelOpt's own fake quantization
-has them. (TensorRT-LLM's 2023 loader recomputed amax / 8 from the same npz, where the largest
-positive weight of a group saturates.)
+The integers are round(weight / scale) in -8..7 with scale = amax / 7, as in ModelOpt's fake
+quantization. (TensorRT-LLM's 2023 loader recomputed amax / 8 from the same npz, with which the
+largest positive weight of a group saturates.)
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class AwqLinear:
     ):
         config, group_size = checkpoint.config, calibration.group_size
         if group_size is None:
-            raise ValueError(f"{calibration.path}: no result of int4_awq")
+            raise ValueError(f"{calibration.path}: not a result of int4_awq")
         if group_size % 2:
-            raise calibration.file.refused(f"groups of {group_size} are not of an even size")
+            raise calibration.file.refused(f"the group size {group_size} is odd")
         try:
             require_fitting_groups(config, rank.tp_size, group_size)
         except MptTrtError as error:

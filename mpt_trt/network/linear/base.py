@@ -1,4 +1,4 @@
-"""The interface of linear layers in the network, and what their kinds share."""
+"""The interface of the network's linear layers, and code that its implementations share."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LinearLayers(Protocol):
 
 
 def linear_weights(config: MptConfig) -> list[Weight]:
-    """The matrices of all blocks, which are what is quantized."""
+    """The matrices of all blocks, to which quantization is limited."""
     return [weight for weight in weights(config) if weight.is_linear]
 
 

@@ -1,4 +1,4 @@
-"""The linear layers that a quantization asks for."""
+"""Chooses the linear layers for a quantization."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
 def make_linear(
     checkpoint: FtCheckpoint, rank: Rank, calibrated: CalibratedQuantization
 ) -> LinearLayers:
-    """Raises MptTrtError when the checkpoint or the calibration does not fit the scheme."""
+    """Makes the linear layers of a rank.
+
+    Raises MptTrtError when the checkpoint or the calibration does not fit the scheme.
+    """
     quantization = calibrated.quantization
     if not isinstance(quantization.scheme, SmoothQuant):
         checkpoint.require_plain()

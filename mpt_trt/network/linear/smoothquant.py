@@ -1,8 +1,8 @@
 """Linear layers with 8-bit weights and activations, from a SmoothQuant FT checkpoint.
 
-The integers are the checkpoint's own files. What a layer multiplies is divided by its smoother,
-where no norm has taken that over, and quantized with the calibrated scale or, per token, with one
-that the network computes. TensorRT multiplies the integers where it has a kernel for that.
+The integers are the checkpoint's own files. A layer's input is divided by its smoother, unless a
+norm has absorbed that, and quantized with the calibrated scale or with one per token that the
+network computes. TensorRT multiplies the integers if it has a kernel for that.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mpt_trt.network.linear.specs import (
 from mpt_trt.quantization.calibrated_weights import INT8_MAX
 from mpt_trt.quantization.schemes import Quantization, SmoothQuant
 
-# Smallest row maximum of activations: a row of zeros would be divided by zero.
+# Lower bound of a row's amax, so that a row of zeros is not divided by zero.
 SMALLEST_ROW_MAXIMUM = 2.0**-14
 
 
@@ -42,7 +42,7 @@ SMALLEST_ROW_MAXIMUM = 2.0**-14
 class SmoothQuantLinear:
     """See `LinearLayers`.
 
-    Raises MptTrtError when the checkpoint is a plain one, or was smoothed by another alpha.
+    Raises MptTrtError when the checkpoint is not smoothed, or was smoothed with another alpha.
     """
 
     checkpoint: FtCheckpoint
@@ -122,7 +122,7 @@ class SmoothQuantLinear:
 
 
 def require_smoothed(checkpoint: FtCheckpoint, alpha: float) -> None:
-    """Raises MptTrtError when the checkpoint is a plain one, or was smoothed by another alpha."""
+    """Raises MptTrtError when the checkpoint is not smoothed, or with another alpha."""
     if checkpoint.smoothing != alpha:
         raise MptTrtError(
             f"{checkpoint.folder}/config.ini: smoothquant = {checkpoint.smoothing}, but "
@@ -131,7 +131,7 @@ def require_smoothed(checkpoint: FtCheckpoint, alpha: float) -> None:
 
 
 def _rounded_to_int8(graph: GraphBuilder, value: str, scale: str, name: str) -> str:
-    """`value` to integers and back, in steps of `scale`, a float32 scalar."""
+    """Adds the rounding of `value` to int8 in steps of `scale`, a float32 scalar."""
     quantized = graph.node(
         "QuantizeLinear", [value, scale], f"{name}/int8_input", output_dtype=TensorProto.INT8
     )

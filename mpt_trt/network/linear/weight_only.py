@@ -100,8 +100,8 @@ class _Matrix:
 
     def _integers(self) -> Iterator[NDArray]:
         bits = self.scheme.bits
-        found = integers.quantize(self._content(self.rank), self._unrounded_scales, bits)
-        return found if bits == 8 else integers.packed(found)
+        rows = integers.quantize(self._content(self.rank), self._unrounded_scales, bits)
+        return rows if bits == 8 else integers.packed(rows)
 
     def _scales(self) -> Iterator[NDArray]:
         dtype = STORAGE_TYPES[self.checkpoint.storage_type]

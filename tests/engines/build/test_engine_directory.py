@@ -508,7 +508,7 @@ def test_builder_is_chosen_by_gpu_and_installation(backend, gpu, installed, chos
     if chosen is None:
         with pytest.raises(
             MptTrtError,
-            match=rf"backend = {backend}: .* is installed; pip install -r requirements\.txt",
+            match=rf"backend = {backend}: .* is not installed; pip install -r requirements\.txt",
         ):
             packages.choose_package(backend)
     else:

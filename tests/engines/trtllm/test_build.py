@@ -173,7 +173,7 @@ def test_versions_with_the_backend_are_taken(version, tmp_path):
         ("1.3.0", "the TensorRT backend was removed; use backend tensorrt"),
         ("1.3.0rc5", "the TensorRT backend was removed; use backend tensorrt"),
         ("2.0", "the TensorRT backend was removed; use backend tensorrt"),
-        ("main", "TensorRT-LLM main is no known version"),
+        ("main", "TensorRT-LLM main is not a known version"),
     ],
 )
 def test_other_versions_are_refused(version, message, monkeypatch):
@@ -450,7 +450,7 @@ def test_the_whole_way_to_the_call_of_trtllm_build(workflow, tmp_path):
         ("trtllm_ckpts/toy/odd/2-gpu", "shard_head = False: backend tensorrt_llm"),
         ("trtllm_ckpts/toy/llm/2-gpu", "vocab_size = 131: backend tensorrt_llm"),
         ("quality/toy/llm/1-gpu.json", "under backend tensorrt_llm there are smoke tests alone"),
-        ("build/plans/toy/llm/1-gpu", "backend = tensorrt_llm: builds no plans"),
+        ("build/plans/toy/llm/1-gpu", "backend = tensorrt_llm: it builds whole engines"),
         (CHECKPOINT.format("lllm"), "no variant named 'lllm'; did you mean 'llm'"),
         (ENGINE.format("lllm"), "no variant named 'lllm'; did you mean 'llm'"),
     ],
