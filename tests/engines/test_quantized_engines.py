@@ -15,6 +15,8 @@ ModelOpt's own fake-quantized model is the reference. How near an engine can com
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -134,11 +136,14 @@ class Model:
             write_ft_checkpoint(source, config, settings, target)
         return read_ft_checkpoint(target)
 
-    def networks(self, quantization: Quantization, tp_size: int, target: Path) -> Path:
-        """The float32 networks of all ranks in one folder."""
-        checkpoint = self.checkpoint(quantization, tp_size)
-        calibrated = self.calibrated(quantization, checkpoint)
-        make_networks(NetworkInputs(checkpoint, LIMITS, VocabularySharding(), calibrated), target)
+    def networks(self, quantization: Quantization, tp_size: int) -> Path:
+        """The float32 networks of all ranks in one folder, written once and not to be changed."""
+        target = self.folder / f"{quantization.scheme}-{quantization.kv_cache}-{tp_size}"
+        if not target.exists():
+            checkpoint = self.checkpoint(quantization, tp_size)
+            calibrated = self.calibrated(quantization, checkpoint)
+            inputs = NetworkInputs(checkpoint, LIMITS, VocabularySharding(), calibrated)
+            make_networks(inputs, target)
         return target
 
 
@@ -216,10 +221,10 @@ REWRITTEN_BOUNDS = {
 
 
 @pytest.mark.parametrize("name", REWRITTEN_BOUNDS)
-def test_a_gpu_would_compute_the_same(name, demo, tmp_path):
+def test_a_gpu_would_compute_the_same(name, demo):
     """What ONNX Runtime makes of a network for a GPU; see cuda_support."""
     quantization = QUANTIZATIONS[name]
-    folder = demo.networks(quantization, 1, tmp_path)
+    folder = demo.networks(quantization, 1)
     vocab_size = demo.checkpoint(quantization, 1).config.vocab_size
     require_same(folder, vocab_size, REWRITTEN_BOUNDS[name])
 
@@ -250,19 +255,28 @@ def test_a_single_block_is_that_of_modelopt(name, spec_name, tmp_path):
 # --- between numbers of ranks --------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def logits_of_ranks(demo: Model, held_out: NDArray[np.int64]) -> Callable[..., NDArray[np.float32]]:
+    """Logits of the held-out text by (quantization, number of ranks), computed once."""
+    pieces = [held_out.shape[1] - 3, 1, 2]
+
+    @functools.cache
+    def compute(quantization: Quantization, tp_size: int) -> NDArray[np.float32]:
+        ranks = MergedRanks(demo.networks(quantization, tp_size), tp_size)
+        return feed(ranks, held_out, pieces)[0]
+
+    return compute
+
+
 @pytest.mark.parametrize("tp_size", [2, 4])
 @pytest.mark.parametrize("name", QUANTIZATIONS)
-def test_any_number_of_ranks_gives_the_same(name, tp_size, demo, held_out, reference, tmp_path):
+def test_any_number_of_ranks_gives_the_same(name, tp_size, logits_of_ranks, reference):
     """Weights are quantized before they are cut, so only sums are added in another order.
 
     Where activations are rounded, too, that grows to the size of their rounding (see above).
     """
     quantization = QUANTIZATIONS[name]
-    pieces = [held_out.shape[1] - 3, 1, 2]
-    alone, together = (
-        feed(MergedRanks(demo.networks(quantization, n, tmp_path / f"{n}"), n), held_out, pieces)[0]
-        for n in (1, tp_size)
-    )
+    alone, together = (logits_of_ranks(quantization, number) for number in (1, tp_size))
     rounds_activations = isinstance(quantization.scheme, Fp8 | SmoothQuant)
     if quantization.kv_cache == "auto" and not rounds_activations:
         assert deviation(together, alone) < 1e-4
@@ -271,10 +285,10 @@ def test_any_number_of_ranks_gives_the_same(name, tp_size, demo, held_out, refer
     assert from_alone < 1.5 * measure_distance(alone, reference).mean_kl
 
 
-def test_ranks_hold_the_integers_of_the_whole(demo, tmp_path):
+def test_ranks_hold_the_integers_of_the_whole(demo):
     """Side by side, the packed 4-bit files of two ranks are those of one."""
     quantization = QUANTIZATIONS["int4_awq"]
-    whole, parts = (demo.networks(quantization, n, tmp_path / f"{n}") / "weights" for n in (1, 2))
+    whole, parts = (demo.networks(quantization, number) / "weights" for number in (1, 2))
     config = read_hf_config(DEMO)
     for layer in ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"):
         name = f"model.layers.3.{layer}.weight.int4"
@@ -291,14 +305,25 @@ def test_ranks_hold_the_integers_of_the_whole(demo, tmp_path):
 # --- the plans -----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[CheckpointSpec], Model]:
+    """Random models by their spec, so that each is calibrated once per format."""
+
+    @functools.cache
+    def make(spec: CheckpointSpec) -> Model:
+        folder = tmp_path_factory.mktemp("small")
+        hf = write_checkpoint(folder / "hf", spec)
+        return Model(hf, folder, torch.arange(32).reshape(2, 16), group_size=32)
+
+    return make
+
+
 @pytest.mark.parametrize("storage_type", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", QUANTIZATIONS | WITH_FP8_CACHE)
-def test_tensorrt_builds_a_rank_of_two(name, storage_type, tmp_path):
+def test_tensorrt_builds_a_rank_of_two(name, storage_type, small_model, tmp_path):
     spec = CheckpointSpec(hidden_size=64, num_heads=4, num_layers=1, seed=7)
     quantization = (QUANTIZATIONS | WITH_FP8_CACHE)[name]
-    hf = write_checkpoint(tmp_path / "hf", spec)
-    samples = torch.arange(32).reshape(2, 16)
-    model = Model(hf, tmp_path, samples, group_size=32)
+    model = small_model(spec)
     checkpoint = model.checkpoint(quantization, 2, storage_type)
     calibrated = model.calibrated(quantization, checkpoint)
     networks, plan = tmp_path / "networks", tmp_path / "plan"
@@ -352,12 +377,11 @@ def test_a_failed_build_says_who_multiplies_integers(tmp_path):
 @pytest.mark.parametrize("storage_type", ["float16", "bfloat16"])
 @pytest.mark.parametrize("num_heads", [1, 2])
 @pytest.mark.parametrize("name", QUANTIZATIONS | WITH_FP8_CACHE)
-def test_onnx_runtime_runs_16_bit_networks(name, num_heads, storage_type, tmp_path):
+def test_onnx_runtime_runs_16_bit_networks(name, num_heads, storage_type, small_model, tmp_path):
     """Also of a single head, where it moves quantization about. As near as float32's."""
     quantization = (QUANTIZATIONS | WITH_FP8_CACHE)[name]
     spec = CheckpointSpec(hidden_size=32, num_heads=num_heads, num_layers=1, seed=8)
-    hf = write_checkpoint(tmp_path / "hf", spec)
-    model = Model(hf, tmp_path, torch.arange(32).reshape(2, 16), group_size=32)
+    model = small_model(spec)
     ids = random_ids(spec, rows=2, length=12)
     found = []
     for dtype in ("float32", storage_type):
@@ -365,7 +389,7 @@ def test_onnx_runtime_runs_16_bit_networks(name, num_heads, storage_type, tmp_pa
         calibrated = model.calibrated(quantization, checkpoint)
         engine = open_network(make_network(checkpoint, tmp_path / dtype, LIMITS, calibrated))
         found.append(feed(engine, ids, [9, 1, 2]))
-    plain = np.stack([reference_logits(hf, row.tolist()).numpy() for row in ids])
+    plain = np.stack([reference_logits(model.hf, row.tolist()).numpy() for row in ids])
     errors = [float(np.sqrt(np.mean((logits - plain) ** 2))) for logits in found]
     rounding = {"float16": 0.01, "bfloat16": 0.05}[storage_type] * plain.std()
     assert errors[1] < 1.5 * errors[0] + rounding

@@ -51,17 +51,22 @@ from support.engines import (
 )
 
 STORAGE_TYPES = ("float32", "float16", "bfloat16")
-BUILT_FEATURES = (
-    "multi-head",
-    "grouped-query",
-    "multi-query",
-    "6 heads",
-    "clip_qkv",
-    "qk_ln",
-    "biases",
-    "learned positions",
-    "rmsnorm",
-)
+BUILT_SPECS = {
+    "two layers": FEATURES["multi-head"],
+    **{
+        name: replace(FEATURES[name], num_layers=1)
+        for name in (
+            "grouped-query",
+            "multi-query",
+            "6 heads",
+            "clip_qkv",
+            "qk_ln",
+            "biases",
+            "learned positions",
+            "rmsnorm",
+        )
+    },
+}
 BUILDER = BuilderChoice("tensorrt_rtx", COMPUTE_CAPABILITIES)
 MIB = 1 << 20
 
@@ -89,9 +94,9 @@ class Parsed:
 
 
 @pytest.mark.parametrize("storage_type", STORAGE_TYPES)
-@pytest.mark.parametrize("name", BUILT_FEATURES)
+@pytest.mark.parametrize("name", BUILT_SPECS)
 def test_network_builds_with_native_attention_and_cache(name, storage_type, tmp_path):
-    spec = FEATURES[name]
+    spec = BUILT_SPECS[name]
     checkpoint = make_ft_checkpoint(tmp_path, spec, storage_type)
     network = make_network(checkpoint, tmp_path / "network")
     layers = Parsed(network / "rank0.onnx").layers()
