@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 import runpy
 import signal
@@ -13,8 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
+from onnx.helper import tensor_dtype_to_np_dtype as dtype_of
 
 from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
 from mpt_trt.checkpoint.hf_config import read_hf_config
@@ -22,7 +25,7 @@ from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines.build.build import build_engine
 from mpt_trt.engines.build.rank_network import NetworkInputs, write_rank_network
 from mpt_trt.engines.interface import StepModel
-from mpt_trt.engines.manifest import read_network_manifest
+from mpt_trt.engines.manifest import network_name, read_network_manifest
 from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
 from mpt_trt.engines.spec import BuilderChoice, BuildLimits
@@ -41,6 +44,8 @@ Logits = NDArray[np.float32]
 LIMITS = BuildLimits(max_batch_size=4, max_input_len=16, max_output_len=16)
 COMPUTE_CAPABILITIES = ("8.6",)
 ONLY_RANK = Rank(0, 1)
+# Elements that are not whole bytes.
+BITS = {onnx.TensorProto.INT4: 4}
 ONE_THREAD = CpuSettings(num_threads=1)
 
 # One checkpoint for every feature that changes the network.
@@ -114,6 +119,18 @@ def make_rank_network(inputs: NetworkInputs, rank: Rank, target: Path) -> None:
     """Makes the folder `target` with the network of only one rank, and its description."""
     with replace_directory(target) as folder:
         write_rank_network(inputs, rank, folder)
+    require_declared_sizes(target / network_name(rank.index))
+
+
+def require_declared_sizes(network: Path) -> None:
+    """Fails when a weight's file is not as large as the network declares it."""
+    for tensor in onnx.load(network, load_external_data=False).graph.initializer:
+        stored = {entry.key: entry.value for entry in tensor.external_data}
+        # Parts of a file have an offset.
+        if stored and "offset" not in stored:
+            bits = BITS.get(tensor.data_type) or 8 * dtype_of(tensor.data_type).itemsize
+            declared = math.ceil(math.prod(tensor.dims) * bits / 8)
+            assert (network.parent / stored["location"]).stat().st_size == declared, tensor.name
 
 
 def make_network(
