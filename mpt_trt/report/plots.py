@@ -133,7 +133,7 @@ def draw_divergence(labels: Sequence[str], divergences: Sequence[Estimate]) -> P
         axes.set_xlabel("mean KL(reference || engine), nats")
         told = [number(divergence.mean, 2) for divergence in divergences]
         for row, (mean, text) in enumerate(zip(means, told, strict=True)):
-            _beside(axes, mean, row, text, 8)
+            _write_next_to(axes, mean, row, text, 8)
         return _plot(
             figure,
             "divergence",
@@ -166,7 +166,7 @@ def draw_speed(labels: Sequence[str], speeds: Sequence[Speed], runtimes: Sequenc
             _rows(axes, labels)
             for row, (rate, runtime) in enumerate(zip(rates, runtimes, strict=True)):
                 _bar(axes, row, rate, kinds.index(runtime))
-                _beside(axes, rate, row, number(rate), 3)
+                _write_next_to(axes, rate, row, number(rate), 3)
             axes.set_xlim(0, max(rates) * 1.25)
             axes.set_xlabel(name)
         if legend:
@@ -279,7 +279,7 @@ def _bar(axes: Axes, row: int, length: float, kind: int) -> Rectangle:
     return bar
 
 
-def _beside(axes: Axes, x: float, row: int, text: str, points: float) -> None:
+def _write_next_to(axes: Axes, x: float, row: int, text: str, points: float) -> None:
     axes.annotate(
         text, (x, row), xytext=(points, 0), textcoords="offset points", va="center", fontsize=8
     )

@@ -222,7 +222,7 @@ REWRITTEN_BOUNDS = {
 
 @pytest.mark.parametrize("name", REWRITTEN_BOUNDS)
 def test_a_gpu_would_compute_the_same(name, demo):
-    """What ONNX Runtime makes of a network for a GPU; see cuda_support."""
+    """ONNX Runtime's rewritten graphs for a GPU; see support.cuda."""
     quantization = QUANTIZATIONS[name]
     folder = demo.networks(quantization, 1)
     vocab_size = demo.checkpoint(quantization, 1).config.vocab_size

@@ -1,7 +1,7 @@
-"""What a network becomes for a GPU, against the network as it is, both on the CPU.
+"""Networks rewritten for a GPU against the network as it is, both on the CPU.
 
-The rewritten network must compute the same: logits, cache, likeliest tokens. Bounds are those of
-another order of sums (float32), in multiples of the logits' standard deviation.
+The rewritten network must compute the same logits, cache and most likely tokens. Bounds allow for
+another order of float32 sums; they are multiples of the logits' standard deviation.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ MATRIX = "layers.1.mlp.dense_4h_to_h.weight.quantized"
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_integers_by_columns(bits, tmp_path):
+def test_column_layout_of_integers(bits, tmp_path):
     """Read back from MatMulNBits' layout, and from the network's own."""
     folder = integer_network(tmp_path, WeightOnly(bits))
     network = network_of(folder)
@@ -138,7 +138,7 @@ def preprocessed(matrix: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("scheme", [WeightOnly(4, 64), WeightOnly(4), WeightOnly(8)])
-def test_integers_by_tiles(scheme, tmp_path):
+def test_prepacked_layout_of_integers(scheme, tmp_path):
     folder = integer_network(tmp_path, scheme)
     network = network_of(folder)
     expected = preprocessed(stored_integers(network, folder, MATRIX), scheme.bits)
@@ -157,7 +157,7 @@ def test_integers_by_tiles(scheme, tmp_path):
     }
 
 
-def test_networks_whose_matrices_do_not_fit_stay_by_columns(tmp_path):
+def test_networks_that_cannot_be_prepacked_keep_the_column_layout(tmp_path):
     narrow = CheckpointSpec(hidden_size=96, num_heads=6, num_layers=1, vocab_size=301)
     folder = integer_network(tmp_path, WeightOnly(4, 32), narrow)
     assert share_weights(network_of(folder), folder, (4, 8)).constants == []
