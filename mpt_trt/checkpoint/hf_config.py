@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.model.config import MptConfig, NormType
+from mpt_trt.model.config import MOST, MptConfig, NormType
 from mpt_trt.system.files import read_json
+from mpt_trt.system.json_text import shown
 
 NORM_TYPES: dict[str, NormType] = {
     "layernorm": "layernorm",
@@ -101,18 +102,18 @@ class _Reader:
 
     def config(self) -> MptConfig:
         self._refuse_unsupported()
-        hidden_size = self._positive("d_model")
-        num_heads = self._positive("n_heads")
+        hidden_size = self._positive("d_model", MOST["hidden_size"])
+        num_heads = self._positive("n_heads", MOST["num_heads"])
         if hidden_size % num_heads:
             raise self.refused("n_heads", num_heads, f"it must divide d_model ({hidden_size})")
         return MptConfig(
             hidden_size=hidden_size,
             num_heads=num_heads,
             num_kv_heads=self._num_kv_heads(num_heads),
-            num_layers=self._positive("n_layers"),
+            num_layers=self._positive("n_layers", MOST["num_layers"]),
             intermediate_size=self._intermediate_size(hidden_size),
-            vocab_size=self._positive("vocab_size"),
-            max_seq_len=self._positive("max_seq_len"),
+            vocab_size=self._positive("vocab_size", MOST["vocab_size"]),
+            max_seq_len=self._positive("max_seq_len", MOST["max_seq_len"]),
             softmax_scale=self._softmax_scale(hidden_size // num_heads),
             position_embedding="alibi" if self._uses_alibi() else "learned",
             alibi_bias_max=self._alibi_bias_max(),
@@ -129,7 +130,7 @@ class _Reader:
         )
 
     def refused(self, field: str, value: object, why: str) -> MptTrtError:
-        return MptTrtError(f"{self.path}: {field} = {value!r}: {why}")
+        return MptTrtError(f"{self.path}: {field} = {shown(value)}: {why}")
 
     def _refuse_unsupported(self) -> None:
         if self.top.get("model_type") != "mpt":
@@ -160,10 +161,15 @@ class _Reader:
             raise self.refused(field, value, "an object is expected")
         return value or {}
 
-    def _positive(self, field: str) -> int:
+    def _positive(self, field: str, most: int) -> int:
         value = self.top.get(field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.refused(field, value, "a positive integer is required")
+        return self._at_most(field, value, most)
+
+    def _at_most(self, field: str, value: int, most: int) -> int:
+        if value > most:
+            raise self.refused(field, value, f"at most {most} is supported")
         return value
 
     def _number(self, field: str, value: object) -> float:
@@ -187,11 +193,14 @@ class _Reader:
     def _intermediate_size(self, hidden_size: int) -> int:
         explicit = self.feed_forward.get("ffn_hidden_size")
         if explicit is not None:
-            return int(self._number("ffn_config.ffn_hidden_size", explicit))
+            size = int(self._number("ffn_config.ffn_hidden_size", explicit))
+            return self._at_most("ffn_config.ffn_hidden_size", size, MOST["intermediate_size"])
         ratio = self._number("expansion_ratio", self.top.get("expansion_ratio", 4))
         size = int(hidden_size * ratio)
         if size < 1:
             raise self.refused("expansion_ratio", ratio, "the feed-forward layer would be empty")
+        if size > MOST["intermediate_size"]:
+            raise self.refused("expansion_ratio", ratio, f"the feed-forward layer would have {size}")
         return size
 
     def _uses_alibi(self) -> bool:
@@ -208,7 +217,7 @@ class _Reader:
         value = self._number("attn_config.alibi_bias_max", self.attention.get("alibi_bias_max", 8))
         if value != int(value):
             raise self.refused("attn_config.alibi_bias_max", value, "an integer is required")
-        return int(value)
+        return self._at_most("attn_config.alibi_bias_max", int(value), MOST["alibi_bias_max"])
 
     def _softmax_scale(self, head_dim: int) -> float:
         value = self.attention.get("softmax_scale")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
 import importlib
 import os
@@ -16,6 +17,9 @@ from mpt_trt.system import mpi
 from mpt_trt.system.process import wait_without_spinning
 
 INTERRUPTED = 128 + signal.SIGINT
+REMEDY = "free memory, raise the limit (ulimit -v, SLURM's --mem), or use fewer processes"
+# What PyTorch and Python's threads say, who have no exception of their own for it.
+MEMORY_MESSAGES = ("can't allocate memory", "can't start new thread", "std::bad_alloc")
 
 
 def run_command(parser: argparse.ArgumentParser, command: str) -> None:
@@ -33,7 +37,7 @@ def run_command(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run `main` and exit: 0, 1 with one line for bad input, 130 when interrupted.
+    """Run `main` and exit: 0, 1 with one line for bad input or lack of memory, 130 when interrupted.
 
     SIGTERM is treated like Ctrl-C, so that unfinished outputs are removed in both cases.
     """
@@ -58,10 +62,20 @@ def run_cli(main: Callable[[], None]) -> None:
         # The reader of our output (head, say) has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except Exception:
+    except Exception as error:
+        if _is_out_of_memory(error):
+            print(f"error{mpi.rank_label()}: out of memory ({error}); {REMEDY}", file=sys.stderr)
+            mpi.end_all_ranks(1)
+            raise SystemExit(1) from None
         if mpi.rank_label():
             traceback.print_exc()
             mpi.end_all_ranks(1)
         raise
     # Python looks for garbage once more when it ends, among everything that was imported: 0.03 s.
     gc.freeze()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or any(what in str(error) for what in MEMORY_MESSAGES)

@@ -13,6 +13,18 @@ from typing import Literal
 PositionEmbedding = Literal["alibi", "learned"]
 NormType = Literal["layernorm", "rmsnorm"]
 
+# Several times what the largest models have. Time and memory grow with these numbers before any
+# weight is read, so that a damaged or malicious file must not choose them.
+MOST = {
+    "hidden_size": 1 << 17,
+    "num_heads": 1 << 12,
+    "num_layers": 1000,
+    "intermediate_size": 1 << 20,
+    "vocab_size": 1 << 22,
+    "max_seq_len": 1 << 27,
+    "alibi_bias_max": 1 << 10,
+}
+
 
 @dataclass(frozen=True)
 class MptConfig:

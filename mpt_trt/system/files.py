@@ -12,6 +12,7 @@ import mmap
 import os
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import xxhash
 
 from mpt_trt.errors import MptTrtError
+from mpt_trt.system.json_text import MOST_BYTES, parse_json_object
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -139,19 +141,27 @@ def write_json(target: Path, content: object) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; raises MptTrtError that names the file when it is not one."""
+    return parse_json_object(
+        read_small_file(path, MOST_BYTES), path, "restore the file from its source"
+    )
+
+
+def read_small_file(path: Path, most_bytes: int) -> bytes:
+    """Reads a file, up to a byte more than `most_bytes`.
+
+    Raises MptTrtError, naming the file, when it is missing, no file or unreadable.
+    """
     try:
-        content = json.loads(path.read_text())
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise MptTrtError(f"{path}: not a file")
+        with path.open("rb") as stream:
+            return stream.read(most_bytes + 1)
     except FileNotFoundError:
         raise MptTrtError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, MptTrtError):
+            raise
         raise MptTrtError(f"{path}: cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise MptTrtError(
-            f"{path}: not valid JSON ({error}); restore the file from its source"
-        ) from None
-    if not isinstance(content, dict):
-        raise MptTrtError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def hard_link(source: Path, target: Path) -> None:

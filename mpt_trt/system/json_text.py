@@ -1,0 +1,83 @@
+"""Parses JSON that others may have written: what our files cannot hold is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mpt_trt.errors import MptTrtError
+
+# Far beyond what is read as JSON: the index of the largest models has some 100 kB.
+MOST_BYTES = 16 << 20
+MOST_DEPTH = 64
+MOST_DIGITS = 19
+
+
+def parse_json_object(text: bytes, path: Path, remedy: str) -> dict[str, Any]:
+    """Parses a JSON object with finite numbers, integers of up to 19 digits, and 64 levels.
+
+    path, remedy: for error messages.
+
+    Raises MptTrtError, naming the file, when `text` is anything else.
+    """
+    if len(text) > MOST_BYTES:
+        raise MptTrtError(f"{path}: larger than {MOST_BYTES >> 20} MiB of JSON; {remedy}")
+    try:
+        content = json.loads(
+            text.decode("utf-8"),
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_refuse_constant,
+        )
+        _require_shallow(content)
+    except RecursionError:
+        raise MptTrtError(
+            f"{path}: not valid JSON (nested more than {MOST_DEPTH} levels deep); {remedy}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise MptTrtError(f"{path}: not valid JSON (not UTF-8: {error}); {remedy}") from None
+    except ValueError as error:
+        raise MptTrtError(f"{path}: not valid JSON ({error}); {remedy}") from None
+    if not isinstance(content, dict):
+        raise MptTrtError(
+            f"{path}: expected a JSON object, found {type(content).__name__}; {remedy}"
+        )
+    return content
+
+
+def shown(value: object) -> str:
+    """A value of a file, cut to a length that fits into an error message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _integer(digits: str) -> int:
+    if len(digits.lstrip("-")) > MOST_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{shown(digits)} is beyond the largest number")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _require_shallow(content: object) -> None:
+    level, depth = [content], 0
+    while level := [
+        item
+        for value in level
+        if isinstance(value, list | dict)
+        for item in (value.values() if isinstance(value, dict) else value)
+    ]:
+        depth += 1
+        if depth > MOST_DEPTH:
+            raise RecursionError
