@@ -200,7 +200,9 @@ class _Reader:
         if size < 1:
             raise self.refused("expansion_ratio", ratio, "the feed-forward layer would be empty")
         if size > MOST["intermediate_size"]:
-            raise self.refused("expansion_ratio", ratio, f"the feed-forward layer would have {size}")
+            raise self.refused(
+                "expansion_ratio", ratio, f"the feed-forward layer would have {size}"
+            )
         return size
 
     def _uses_alibi(self) -> bool:

@@ -37,7 +37,7 @@ def run_command(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run `main` and exit: 0, 1 with one line for bad input or lack of memory, 130 when interrupted.
+    """Run `main` and exit: 0, 1 with one line for bad input or no memory, 130 when interrupted.
 
     SIGTERM is treated like Ctrl-C, so that unfinished outputs are removed in both cases.
     """

@@ -9,11 +9,14 @@ from mpt_trt.cli import options as cli_options
 from mpt_trt.engines.trtllm.checkpoint import TrtllmConversion, write_trtllm_checkpoint
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import read_ft_checkpoint
+from mpt_trt.system.process_pool import MOST_PROCESSES
 
 
 def run(options: argparse.Namespace) -> None:
     if options.workers < 1:
         raise MptTrtError(f"--workers = {options.workers}: at least 1 is required")
+    if options.workers > MOST_PROCESSES:
+        raise MptTrtError(f"--workers = {options.workers}: at most {MOST_PROCESSES} are possible")
     checkpoint = read_ft_checkpoint(options.model_dir)
     conversion = TrtllmConversion(
         checkpoint, engine_requests.calibrated(options, checkpoint), cli_options.vocabulary(options)

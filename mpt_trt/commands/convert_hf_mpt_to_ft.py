@@ -20,11 +20,16 @@ from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.tensors import weights
 from mpt_trt.system.files import content_hash
+from mpt_trt.system.process_pool import MOST_PROCESSES
 
 
 def run(options: argparse.Namespace) -> None:
     if options.processes < 1:
         raise MptTrtError(f"--processes = {options.processes}: at least 1 is required")
+    if options.processes > MOST_PROCESSES:
+        raise MptTrtError(
+            f"--processes = {options.processes}: at most {MOST_PROCESSES} are possible"
+        )
     folder, provenance = checkpoint_folder(options.in_file, options.revision)
     config = read_hf_config(folder)
     sharding.require_legal(config, options.tensor_parallelism)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import configparser
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,16 +30,22 @@ from mpt_trt.ft.layout import (
     linear_name,
 )
 from mpt_trt.model import sharding
-from mpt_trt.model.config import MptConfig
+from mpt_trt.model.config import MOST, MptConfig, NormType, PositionEmbedding
 from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import BlockMatrix, Weight, weights
-from mpt_trt.system.files import content_hashes, read_json
-
-if TYPE_CHECKING:
-    pass
+from mpt_trt.system.files import content_hashes, read_json, read_small_file
+from mpt_trt.system.json_text import shown
 
 SECTION = "gpt"
 MANIFEST = "manifest.json"
+# Those of converters have a kilobyte.
+MOST_INI_BYTES = 1 << 20
+QUOTES = "'"
+NORM_TYPES: dict[str, NormType] = {"layernorm": "layernorm", "rmsnorm": "rmsnorm"}
+POSITION_EMBEDDINGS: dict[str, PositionEmbedding] = {
+    "alibi": "alibi",
+    "learned_absolute": "learned",
+}
 # A plain checkpoint also has int8 files of QKV if this file exists.
 KV_SCALE = f"model.layers.0.{BlockMatrix.QKV}.scale_y_quant_orig.bin"
 
@@ -131,7 +138,7 @@ def read_ft_checkpoint(folder: Path) -> FtCheckpoint:
         folder=folder,
         config=_config_from_ini(ini, folder),
         storage_type=storage_type,
-        tp_size=ini.integer("tensor_parallelism", 1),
+        tp_size=ini.integer("tensor_parallelism", MOST["num_heads"], 1),
         model_name=ini.text("model_name", "mpt"),
         manifest=read_json(manifest_path) if manifest_path.is_file() else {},
         smoothing=smoothing,
@@ -171,16 +178,18 @@ class _Ini:
     def __init__(self, path: Path):
         self.path = path
         parser = configparser.ConfigParser(interpolation=None)
-        try:
-            with path.open() as stream:
-                parser.read_file(stream)
-            self.values = dict(parser[SECTION])
-        except FileNotFoundError:
+        if not path.exists():
             raise MptTrtError(
                 f"{path}: no such file; give a {{tp_size}}-gpu folder of an FT checkpoint"
-            ) from None
-        except (OSError, configparser.Error, KeyError, UnicodeDecodeError) as error:
-            raise MptTrtError(f"{path}: not an FT config.ini ({error})") from None
+            )
+        content = read_small_file(path, MOST_INI_BYTES)
+        try:
+            if len(content) > MOST_INI_BYTES:
+                raise ValueError("larger than 1 MiB")
+            parser.read_string(content.decode("utf-8"))
+            self.values = dict(parser[SECTION])
+        except (configparser.Error, KeyError, ValueError) as error:
+            raise MptTrtError(f"{path}: not an FT config.ini ({shown(error)})") from None
 
     def text(self, key: str, default: str) -> str:
         return self.values.get(key, default)
@@ -200,17 +209,25 @@ class _Ini:
         return value
 
     def refused(self, key: str, value: object, why: str) -> MptTrtError:
-        return MptTrtError(f"{self.path}: {key} = {value}: {why}")
+        return MptTrtError(f"{self.path}: {key} = {shown(value).strip(QUOTES)}: {why}")
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def positive(self, key: str, default: float) -> float:
+        value = self.number(key, default)
+        if value <= 0:
+            raise self.refused(key, self.values.get(key), "a positive number is required")
+        return value
+
+    def integer(self, key: str, most: int, default: int | None = None) -> int:
         # NVIDIA's converter writes n_inner = 256.0 where expansion_ratio is a float.
         value = self.number(key, default)
         if value < 1 or value != int(value):
             raise self.refused(key, self.values.get(key), "a positive integer is required")
+        if value > most:
+            raise self.refused(key, self.values.get(key), f"at most {most} is supported")
         return int(value)
 
-    def divisor(self, key: str, whole: int, default: int | None = None) -> int:
-        value = self.integer(key, default)
+    def divisor(self, key: str, whole: int, most: int, default: int | None = None) -> int:
+        value = self.integer(key, most, default)
         if whole % value:
             raise self.refused(key, value, f"it must divide {whole}")
         return value
@@ -218,9 +235,19 @@ class _Ini:
     def optional_number(self, key: str) -> float | None:
         return self.number(key) if self.values.get(key) not in (None, "None") else None
 
-    def optional_integer(self, key: str) -> int | None:
+    def token_id(self, key: str, vocab_size: int) -> int | None:
         value = self.optional_number(key)
-        return None if value is None else int(value)
+        if value is None:
+            return None
+        if value != int(value) or not 0 <= value < vocab_size:
+            raise self.refused(key, self.values.get(key), f"no token of {vocab_size}")
+        return int(value)
+
+    def choice(self, key: str, choices: Collection[str], default: str) -> str:
+        value = self.text(key, default)
+        if value not in choices:
+            raise self.refused(key, value, f"only {' and '.join(choices)} can be computed")
+        return value
 
     def flag(self, key: str, default: str) -> bool:
         value = self.values.get(key, default).lower()
@@ -230,30 +257,41 @@ class _Ini:
 
 
 def _config_from_ini(ini: _Ini, folder: Path) -> MptConfig:
-    hidden_size = ini.integer("n_embd")
-    num_heads = ini.divisor("n_head", hidden_size)
+    ini.choice("activation_function", ["gelu"], "gelu")
+    hidden_size = ini.integer("n_embd", MOST["hidden_size"])
+    num_heads = ini.divisor("n_head", hidden_size, MOST["num_heads"])
+    vocab_size = ini.integer("vocab_size", MOST["vocab_size"])
     usual_scale = 1.0 / math.sqrt(hidden_size // num_heads)
-    # NVIDIA's converter writes wpe.bin without recording it in config.ini.
-    learned = (folder / "model.wpe.bin").is_file()
+    clip_qkv = ini.optional_number("clip_qkv")
     return MptConfig(
         hidden_size=hidden_size,
         num_heads=num_heads,
-        num_kv_heads=ini.divisor("n_kv_head", num_heads, default=num_heads),
-        num_layers=ini.integer("n_layer"),
-        intermediate_size=ini.integer("n_inner", 4 * hidden_size),
-        vocab_size=ini.integer("vocab_size"),
-        max_seq_len=ini.integer("n_positions"),
-        softmax_scale=ini.number("softmax_scale", usual_scale),
-        position_embedding="learned" if learned else "alibi",
-        alibi_bias_max=ini.integer("alibi_bias_max", 8),
-        clip_qkv=ini.optional_number("clip_qkv"),
+        num_kv_heads=ini.divisor("n_kv_head", num_heads, num_heads, default=num_heads),
+        num_layers=ini.integer("n_layer", MOST["num_layers"]),
+        intermediate_size=ini.integer("n_inner", MOST["intermediate_size"], 4 * hidden_size),
+        vocab_size=vocab_size,
+        max_seq_len=ini.integer("n_positions", MOST["max_seq_len"]),
+        softmax_scale=ini.positive("softmax_scale", usual_scale),
+        position_embedding=_position_embedding(ini, folder),
+        alibi_bias_max=ini.integer("alibi_bias_max", MOST["alibi_bias_max"], 8),
+        clip_qkv=None if clip_qkv is None else ini.positive("clip_qkv", clip_qkv),
         qk_ln=ini.flag("qk_ln", "false"),
-        logit_scale=ini.number("logit_scale", 1.0),
-        norm_type="rmsnorm" if ini.text("norm_type", "") == "rmsnorm" else "layernorm",
-        layer_norm_epsilon=ini.number("layer_norm_epsilon", 1e-5),
-        qk_ln_epsilon=ini.number("qk_ln_epsilon", 1e-5),
+        logit_scale=ini.positive("logit_scale", 1.0),
+        norm_type=NORM_TYPES[ini.choice("norm_type", NORM_TYPES, "layernorm")],
+        layer_norm_epsilon=ini.positive("layer_norm_epsilon", 1e-5),
+        qk_ln_epsilon=ini.positive("qk_ln_epsilon", 1e-5),
         bias=ini.flag("bias", "true"),
         tie_word_embeddings=not (folder / "model.lm_head.weight.bin").is_file(),
-        bos_token_id=ini.optional_integer("bos_token_id"),
-        eos_token_id=ini.optional_integer("eos_token_id"),
+        bos_token_id=ini.token_id("bos_token_id", vocab_size),
+        eos_token_id=ini.token_id("eos_token_id", vocab_size),
     )
+
+
+def _position_embedding(ini: _Ini, folder: Path) -> PositionEmbedding:
+    # NVIDIA's converter writes wpe.bin without recording it in config.ini.
+    stored = "learned_absolute" if (folder / "model.wpe.bin").is_file() else "alibi"
+    named = ini.choice("position_embedding_type", POSITION_EMBEDDINGS, stored)
+    if named != stored:
+        verb = "lies" if stored == "learned_absolute" else "does not lie"
+        raise ini.refused("position_embedding_type", named, f"but model.wpe.bin {verb} beside it")
+    return POSITION_EMBEDDINGS[named]

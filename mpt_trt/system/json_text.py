@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mpt_trt.errors import MptTrtError
 
@@ -16,8 +15,9 @@ MOST_DIGITS = 19
 
 
 def parse_json_object(text: bytes, path: Path, remedy: str) -> dict[str, Any]:
-    """Parses a JSON object with finite numbers, integers of up to 19 digits, and 64 levels.
+    """Parses a JSON object with integers of up to 19 digits and up to 64 levels.
 
+    Numbers may be infinite or NaN, as in Python's own dialect: who reads a number checks it.
     path, remedy: for error messages.
 
     Raises MptTrtError, naming the file, when `text` is anything else.
@@ -25,19 +25,14 @@ def parse_json_object(text: bytes, path: Path, remedy: str) -> dict[str, Any]:
     if len(text) > MOST_BYTES:
         raise MptTrtError(f"{path}: larger than {MOST_BYTES >> 20} MiB of JSON; {remedy}")
     try:
-        content = json.loads(
-            text.decode("utf-8"),
-            parse_int=_integer,
-            parse_float=_finite,
-            parse_constant=_refuse_constant,
-        )
+        content = json.loads(text.decode("utf-8"), parse_int=_integer)
         _require_shallow(content)
     except RecursionError:
         raise MptTrtError(
             f"{path}: not valid JSON (nested more than {MOST_DEPTH} levels deep); {remedy}"
         ) from None
     except UnicodeDecodeError as error:
-        raise MptTrtError(f"{path}: not valid JSON (not UTF-8: {error}); {remedy}") from None
+        raise MptTrtError(f"{path}: cannot be read (not UTF-8: {error}); {remedy}") from None
     except ValueError as error:
         raise MptTrtError(f"{path}: not valid JSON ({error}); {remedy}") from None
     if not isinstance(content, dict):
@@ -54,20 +49,10 @@ def shown(value: object) -> str:
 
 
 def _integer(digits: str) -> int:
-    if len(digits.lstrip("-")) > MOST_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits")
+    count = len(digits.lstrip("-"))
+    if count > MOST_DIGITS:
+        raise ValueError(f"an integer of {count} digits")
     return int(digits)
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"{shown(digits)} is beyond the largest number")
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
 
 
 def _require_shallow(content: object) -> None:

@@ -27,6 +27,7 @@ Result = TypeVar("Result")
 Advance = Callable[[int], None]
 Job = Callable[[Advance], Result]
 
+MOST_PROCESSES = 1024
 INDEX_BYTES = 4
 # An upper limit of the size of a message.
 MESSAGE_BYTES = 1 << 20

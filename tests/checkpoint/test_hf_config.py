@@ -339,3 +339,24 @@ class TestRefusals:
     def test_missing_config(self, tmp_path: Path) -> None:
         with pytest.raises(MptTrtError, match=r"config\.json: no such file"):
             read_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n_layers", 10_000_000),
+        ("n_layers", 1001),
+        ("d_model", 1 << 40),
+        ("n_heads", 1 << 13),
+        ("vocab_size", 1 << 30),
+        ("max_seq_len", 1 << 40),
+        ("expansion_ratio", 1e300),
+    ],
+)
+def test_sizes_beyond_any_model_are_refused_at_once(
+    field: str, value: float, tmp_path: Path
+) -> None:
+    content = MPT_7B | {"d_model": 1 << 14, "n_heads": 1 << 10, field: value}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(MptTrtError, match=f"config.json: {field} = "):
+        read_hf_config(tmp_path)

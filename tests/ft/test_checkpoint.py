@@ -412,6 +412,57 @@ class TestDamagedDirectory:
         return str(error.value)
 
     @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("activation_function", "relu"),
+            ("position_embedding_type", "rope"),
+            ("position_embedding_type", "learned_absolute"),
+            ("norm_type", "groupnorm"),
+            ("layer_norm_epsilon", "0"),
+            ("layer_norm_epsilon", "-1e-5"),
+            ("softmax_scale", "-1"),
+            ("logit_scale", "0"),
+            ("clip_qkv", "-8"),
+            ("n_layer", "10000000"),
+            ("n_layer", "1" * 5000),
+            ("n_embd", "1e30"),
+            ("vocab_size", "1e18"),
+            ("n_positions", "1e300"),
+            ("tensor_parallelism", "1e18"),
+            ("alibi_bias_max", "1e9"),
+            ("eos_token_id", str(BASE.vocab_size)),
+            ("eos_token_id", "-1"),
+            ("bos_token_id", "0.5"),
+        ],
+    )
+    def test_values_that_config_json_may_not_have_either(
+        self, folder: Path, key: str, value: str
+    ) -> None:
+        edit_ini(folder, **{key: value})
+        message = self.refusal(folder)
+        assert message.startswith(f"{folder}/config.ini: {key} = {value[:70]}")
+        assert len(message) < len(str(folder)) + 250
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"n_head = 4",
+            b"[gpt]\nn_head = 4\nn_head = 8",
+            b"[gpt]\n[gpt]\n",
+            b"\xff\xfe[\0g\0p\0t\0]\0",
+            b"\0" * 100,
+            b"[gpt" * 100_000,
+            b"[gpt]\n" + b"# comment\n" * 200_000,
+        ],
+    )
+    def test_other_content(self, folder: Path, content: bytes) -> None:
+        (folder / "config.ini").write_bytes(content)
+        message = self.refusal(folder)
+        assert message.startswith(f"{folder}/config.ini: not an FT config.ini")
+        assert len(message) < len(str(folder)) + 250
+
+    @pytest.mark.parametrize(
         "name", ["wte", "layers.1.mlp.dense_4h_to_h.weight.1", "final_layernorm.bias"]
     )
     def test_missing_file(self, folder: Path, name: str) -> None:

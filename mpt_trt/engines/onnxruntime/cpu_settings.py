@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mpt_trt.errors import MptTrtError
+
+MOST_THREADS = 4096
+
 Activations = Literal["exact", "int8"]
 """Activations that 4- and 8-bit weights are multiplied by: exact, or rounded to 8 bits in blocks,
 which CPUs multiply faster. docs/performance.md has the speed and the differences in results."""
@@ -16,3 +20,9 @@ class CpuSettings:
 
     num_threads: int = 0
     activations: Activations = "exact"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_threads <= MOST_THREADS:
+            raise MptTrtError(
+                f"num_threads = {self.num_threads}: 0 (all cores) to {MOST_THREADS} is possible"
+            )
