@@ -5,10 +5,22 @@ A model that the network cannot express is refused here, before any work.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
+from mpt_trt.checkpoint.config_families import BY_MODEL_TYPE, family_of, nest_attention
+from mpt_trt.checkpoint.config_keys import (
+    ABSENT,
+    ALIASES,
+    ATTENTION_KEYS,
+    LIMITED,
+    TOP_LEVEL_KEYS,
+    USED_IN_FEED_FORWARD,
+)
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MOST, MptConfig, NormType
 from mpt_trt.system.files import read_json
@@ -20,6 +32,8 @@ NORM_TYPES: dict[str, NormType] = {
     "rmsnorm": "rmsnorm",
     "low_precision_rmsnorm": "rmsnorm",
 }
+log = logging.getLogger(__name__)
+
 ATTENTION_TYPES = ("multihead_attention", "grouped_query_attention", "multiquery_attention")
 
 
@@ -46,59 +60,16 @@ def _token_id(value: object) -> int | None:
 class _Reader:
     """Reads one `config.json`; keeps its path for error messages."""
 
-    # Keys that are read below, or that do not affect inference.
-    KNOWN_ATTENTION_KEYS = frozenset(
-        {
-            "_name_or_path",
-            "alibi",
-            "alibi_bias_max",
-            "architectures",
-            "attn_impl",
-            "attn_pdrop",
-            "attn_type",
-            "attn_uses_sequence_id",
-            "chunk_size_feed_forward",
-            "clip_qkv",
-            "dtype",
-            "id2label",
-            "is_decoder",
-            "is_encoder_decoder",
-            "kv_n_heads",
-            "label2id",
-            "model_type",
-            "norm_eps",
-            "norm_type",
-            "output_attentions",
-            "output_hidden_states",
-            "problem_type",
-            "pruned_heads",
-            "qk_ln",
-            "return_dict",
-            "rope_dail_config",
-            "rope_hf_config",
-            "rope_impl",
-            "rope_theta",
-            "softmax_scale",
-            "tf_legacy_loss",
-            "torch_dtype",
-            "torchscript",
-            "transformers_version",
-            "use_bfloat16",
-        }
-    )
-    # Values of other attention keys that mean "not used".
-    ABSENT: tuple[object, ...] = (None, False, 0, -1, "", [], {})
-    UNSUPPORTED_TOP_LEVEL = {
-        "moe_num_experts": "mixture of experts",
-        "block_overrides": "per-block overrides",
-        "final_logit_softcapping": "soft-capped logits",
-    }
-
     def __init__(self, path: Path, content: dict[str, Any]):
         self.path = path
+        self.family = family_of(content)
         self.top = content
-        self.attention = self._object("attn_config", content.get("attn_config"))
-        self.feed_forward = self._object("ffn_config", content.get("ffn_config"))
+        self.spellings: dict[str, str] = {}
+        if not self.family.nested:
+            self.top, self.spellings = nest_attention(content)
+        self._use_aliases()
+        self.attention = self._object("attn_config", self.top.get("attn_config"))
+        self.feed_forward = self._object("ffn_config", self.top.get("ffn_config"))
 
     def config(self) -> MptConfig:
         self._refuse_unsupported()
@@ -118,43 +89,88 @@ class _Reader:
             position_embedding="alibi" if self._uses_alibi() else "learned",
             alibi_bias_max=self._alibi_bias_max(),
             clip_qkv=self._clip_qkv(),
-            qk_ln=bool(self.attention.get("qk_ln")),
+            qk_ln=self._attention_flag("qk_ln", False),
             logit_scale=self._logit_scale(hidden_size),
             norm_type=self._norm_type(),
             layer_norm_epsilon=self._epsilon(),
             qk_ln_epsilon=self._qk_ln_epsilon(),
-            bias=not self.top.get("no_bias", False),
-            tie_word_embeddings=bool(self.top.get("tie_word_embeddings", True)),
+            bias=not self._flag("no_bias", self.top, self.family.no_bias),
+            tie_word_embeddings=self._flag("tie_word_embeddings", self.top, True),
             bos_token_id=_token_id(self.top.get("bos_token_id")),
             eos_token_id=_token_id(self.top.get("eos_token_id")),
         )
 
     def refused(self, field: str, value: object, why: str) -> MptTrtError:
-        return MptTrtError(f"{self.path}: {field} = {shown(value)}: {why}")
+        return MptTrtError(
+            f"{self.path}: {self.spellings.get(field, field)} = {shown(value)}: {why}"
+        )
+
+    def _use_aliases(self) -> None:
+        for alias, name in ALIASES.items():
+            value = self.top.get(alias)
+            if value is None:
+                continue
+            if self.top.get(name, value) != value:
+                raise self.refused(
+                    alias, value, f"{name} is {shown(self.top[name])}; correct one of them"
+                )
+            self.top = self.top | {name: value}
+            if name not in self.spellings:
+                self.spellings = self.spellings | {name: alias}
 
     def _refuse_unsupported(self) -> None:
-        if self.top.get("model_type") != "mpt":
+        kind = self.top.get("model_type")
+        if kind not in ("mpt", *BY_MODEL_TYPE):
+            others = ", ".join(BY_MODEL_TYPE)
             raise self.refused(
-                "model_type", self.top.get("model_type"), "only MPT checkpoints ('mpt') are read"
+                "model_type",
+                kind,
+                f"only MPT checkpoints ('mpt') and their relatives ({others}) are read",
             )
-        for key, value in self.attention.items():
-            if key not in self.KNOWN_ATTENTION_KEYS and value not in self.ABSENT:
-                if (key, value) == ("fused_qkv", True):
-                    continue
-                raise self.refused(f"attn_config.{key}", value, "this feature is not supported")
-        for key, feature in self.UNSUPPORTED_TOP_LEVEL.items():
-            if self.top.get(key) not in self.ABSENT:
-                raise self.refused(key, self.top[key], f"{feature} is not supported")
-        self._refuse_other_feed_forwards()
+        for owner, keys in (
+            ("", self.top),
+            ("attn_config.", self.attention),
+            ("ffn_config.", self.feed_forward),
+        ):
+            for key, value in keys.items():
+                self._refuse_unsupported_value(owner + key, value)
+        self._refuse_unknown("attn_config", self.attention, ATTENTION_KEYS)
+        self._refuse_unknown("ffn_config", self.feed_forward, USED_IN_FEED_FORWARD)
+        self._refuse_other_activations()
+        self._refuse_other_slopes()
+        unknown = [key for key in self.top if key not in TOP_LEVEL_KEYS and key not in LIMITED]
+        if unknown:
+            _warn_of_unknown_keys(self.path, ", ".join(unknown))
 
-    def _refuse_other_feed_forwards(self) -> None:
-        kind = self.feed_forward.get("ffn_type", "mptmlp")
-        if kind != "mptmlp":
-            raise self.refused("ffn_config.ffn_type", kind, "only 'mptmlp' is supported")
+    def _refuse_unsupported_value(self, field: str, value: object) -> None:
+        allowed, feature = LIMITED.get(field, ((), ""))
+        # 1 == True in Python, so the types count, too.
+        if feature and not any(type(value) is type(v) and value == v for v in allowed):
+            raise self.refused(field, value, f"{feature}: this feature is not supported")
+
+    def _refuse_unknown(self, owner: str, keys: dict[str, Any], known: frozenset[str]) -> None:
+        for key, value in keys.items():
+            field = f"{owner}.{key}"
+            if key not in known and field not in LIMITED and value not in ABSENT:
+                raise self.refused(field, value, "this feature is not supported")
+
+    def _refuse_other_activations(self) -> None:
         field = "ffn_config.ffn_act_fn"
         activation = self._object(field, self.feed_forward.get("ffn_act_fn")) or {"name": "gelu"}
         if (activation.get("name"), activation.get("approximate", "none")) != ("gelu", "none"):
             raise self.refused(field, activation, "only exact GELU is supported")
+
+    def _refuse_other_slopes(self) -> None:
+        heads = self.top.get("n_heads")
+        if self.family.nested or not isinstance(heads, int) or not self.attention.get("alibi"):
+            return
+        if heads & (heads - 1):
+            raise self.refused(
+                "n_heads",
+                heads,
+                f"the ALiBi of {self.family.name} is supported for powers of two only, since its "
+                "slopes for other numbers are not those of MPT",
+            )
 
     def _object(self, field: str, value: object) -> dict[str, Any]:
         if value is not None and not isinstance(value, dict):
@@ -173,7 +189,8 @@ class _Reader:
         return value
 
     def _number(self, field: str, value: object) -> float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        largest = sys.float_info.max
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= largest:
             return float(value)
         raise self.refused(field, value, "a positive number is required")
 
@@ -182,8 +199,11 @@ class _Reader:
         if kind not in ATTENTION_TYPES:
             known = ", ".join(ATTENTION_TYPES)
             raise self.refused("attn_config.attn_type", kind, f"known types are {known}")
-        default = 1 if kind == "multiquery_attention" else num_heads
-        value = self.attention.get("kv_n_heads") or default
+        value = self.attention.get("kv_n_heads")
+        if value is None:
+            if kind == "grouped_query_attention":
+                raise self.refused("attn_config.kv_n_heads", None, f"{kind} requires a number")
+            value = 1 if kind == "multiquery_attention" else num_heads
         is_integer = isinstance(value, int) and not isinstance(value, bool)
         if not is_integer or value < 1 or num_heads % value:
             why = f"it must divide n_heads ({num_heads})"
@@ -193,8 +213,10 @@ class _Reader:
     def _intermediate_size(self, hidden_size: int) -> int:
         explicit = self.feed_forward.get("ffn_hidden_size")
         if explicit is not None:
-            size = int(self._number("ffn_config.ffn_hidden_size", explicit))
-            return self._at_most("ffn_config.ffn_hidden_size", size, MOST["intermediate_size"])
+            if not isinstance(explicit, int) or isinstance(explicit, bool) or explicit < 1:
+                why = "a positive integer is required"
+                raise self.refused("ffn_config.ffn_hidden_size", explicit, why)
+            return self._at_most("ffn_config.ffn_hidden_size", explicit, MOST["intermediate_size"])
         ratio = self._number("expansion_ratio", self.top.get("expansion_ratio", 4))
         size = int(hidden_size * ratio)
         if size < 1:
@@ -207,13 +229,23 @@ class _Reader:
 
     def _uses_alibi(self) -> bool:
         # The hub's configs say learned_pos_emb: true beside alibi: true; alibi wins there.
-        if self.attention.get("alibi", False):
+        is_learned = self._flag("learned_pos_emb", self.top, True)
+        if self._attention_flag("alibi", self.family.alibi):
             return True
-        if not self.top.get("learned_pos_emb", True):
+        if not is_learned:
             raise self.refused(
                 "learned_pos_emb", False, "without alibi there would be no positions at all"
             )
         return False
+
+    def _attention_flag(self, key: str, default: bool) -> bool:
+        return self._flag(f"attn_config.{key}", self.attention, default)
+
+    def _flag(self, field: str, keys: dict[str, Any], default: bool) -> bool:
+        value = keys.get(field.rpartition(".")[2], default)
+        if not isinstance(value, bool):
+            raise self.refused(field, value, "true or false is required")
+        return value
 
     def _alibi_bias_max(self) -> int:
         value = self._number("attn_config.alibi_bias_max", self.attention.get("alibi_bias_max", 8))
@@ -229,7 +261,9 @@ class _Reader:
 
     def _clip_qkv(self) -> float | None:
         value = self.attention.get("clip_qkv")
-        return None if not value else self._number("attn_config.clip_qkv", value)
+        if value is None or value == 0:
+            return None
+        return self._number("attn_config.clip_qkv", value)
 
     def _logit_scale(self, hidden_size: int) -> float:
         value = self.top.get("logit_scale")
@@ -240,10 +274,10 @@ class _Reader:
         return self._number("logit_scale", value)
 
     def _norm_type(self) -> NormType:
-        name = str(self.top.get("norm_type", "low_precision_layernorm")).lower()
-        if name not in NORM_TYPES:
+        name = self.top.get("norm_type", "low_precision_layernorm")
+        if not isinstance(name, str) or name.lower() not in NORM_TYPES:
             raise self.refused("norm_type", name, f"known types are {', '.join(NORM_TYPES)}")
-        return NORM_TYPES[name]
+        return NORM_TYPES[name.lower()]
 
     def _epsilon(self) -> float:
         # llm-foundry's key, then transformers'.
@@ -258,3 +292,9 @@ class _Reader:
             raise self.refused("attn_config.norm_type", name, "with qk_ln only layer norm is known")
         value = self.attention.get("norm_eps")
         return 1e-5 if value is None else self._number("attn_config.norm_eps", value)
+
+
+@functools.cache
+def _warn_of_unknown_keys(path: Path, keys: str) -> None:
+    """Warns once, since one run may read a file several times."""
+    log.warning("%s: keys that MPT does not have are ignored: %s", path, keys)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from transformers import MptConfig as TransformersConfig
 
-from mpt_trt.checkpoint.hf_config import read_hf_config
+from mpt_trt.checkpoint.hf_config import parse_hf_config, read_hf_config
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
+from mpt_trt.system.json_text import shown
 from support.checkpoints import CheckpointSpec, config_dict
 
 # config.json of mosaicml/mpt-7b, as on the hub.
@@ -360,3 +361,272 @@ def test_sizes_beyond_any_model_are_refused_at_once(
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(MptTrtError, match=f"config.json: {field} = "):
         read_hf_config(tmp_path)
+
+
+# What llm-foundry's class writes beside the architecture, and what transformers' class does.
+FOUNDRY_SIGNS: dict[str, dict[str, Any]] = {
+    "class": {"architectures": ["MPTForCausalLM"]},
+    "code on the hub": {"auto_map": {"AutoConfig": "configuration_mpt.MPTConfig"}},
+    "verbose": {"verbose": 0},
+    "init_config": {"init_config": {"name": "kaiming_normal_"}},
+    "ffn_config": {"ffn_config": {"ffn_type": "mptmlp"}},
+    "fc_type": {"fc_type": {"name": "torch"}},
+    "norm_eps": {"norm_eps": 1e-5},
+}
+TRANSFORMERS_SIGNS: dict[str, dict[str, Any]] = {
+    "class": {"architectures": ["MptForCausalLM"]},
+    "bare class": {"architectures": ["MptModel"]},
+    "layer_norm_epsilon": {"layer_norm_epsilon": 1e-5},
+    "initializer_range": {"initializer_range": 0.02},
+    "no sign at all": {},
+    "saved again": {"auto_map": {"AutoConfig": "x.MPTConfig"}, "initializer_range": 0.02},
+    "saved again by the class": {"verbose": 0, "architectures": ["MptForCausalLM"]},
+}
+ATTENTIONS: dict[str, Any] = {
+    "absent": None,
+    "empty": {},
+    "implementation only": {"attn_impl": "torch"},
+}
+SIZES = {
+    "model_type": "mpt",
+    "d_model": 48,
+    "n_heads": 4,
+    "n_layers": 2,
+    "vocab_size": 97,
+    "max_seq_len": 64,
+}
+
+
+class TestFamilies:
+    @pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
+    @pytest.mark.parametrize("sign", FOUNDRY_SIGNS.values(), ids=FOUNDRY_SIGNS)
+    def test_llm_foundry(self, tmp_path: Path, sign: dict, attention: dict | None) -> None:
+        config = read(tmp_path, SIZES | sign | {"attn_config": attention})
+        assert (config.position_embedding, config.bias) == ("learned", True)
+
+    @pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
+    @pytest.mark.parametrize("sign", TRANSFORMERS_SIGNS.values(), ids=TRANSFORMERS_SIGNS)
+    def test_transformers(self, tmp_path: Path, sign: dict, attention: dict | None) -> None:
+        config = read(tmp_path, SIZES | sign | {"attn_config": attention})
+        assert (config.position_embedding, config.bias) == ("alibi", False)
+
+    @pytest.mark.parametrize("sign", FOUNDRY_SIGNS.values(), ids=FOUNDRY_SIGNS)
+    def test_difference_that_transformers_saved(self, tmp_path: Path, sign: dict) -> None:
+        """Releases of 2023 save attn_config as what differs from its defaults."""
+        config = read(tmp_path, SIZES | sign | {"attn_config": {"model_type": ""}})
+        assert (config.position_embedding, config.bias) == ("alibi", False)
+
+    def test_attention_keys_of_llm_foundry(self, tmp_path: Path) -> None:
+        attention = {"attn_type": "grouped_query_attention", "kv_n_heads": 2}
+        config = read(tmp_path, SIZES | {"attn_config": attention})
+        assert (config.position_embedding, config.num_kv_heads) == ("learned", 2)
+
+    @pytest.mark.parametrize("attention", [{"model_type": ""}, {}, None, {"attn_impl": "torch"}])
+    def test_as_transformers_reads_what_it_saved(self, tmp_path: Path, attention) -> None:
+        TransformersConfig(d_model=48, n_heads=3, n_layers=5, vocab_size=99).save_pretrained(
+            tmp_path
+        )
+        content = json.loads((tmp_path / "config.json").read_text())
+        theirs = TransformersConfig.from_dict(content | {"attn_config": attention or {}})
+        config = read(tmp_path, content | {"attn_config": attention})
+        assert (config.position_embedding == "alibi") == theirs.attn_config.alibi
+        assert config.bias != theirs.no_bias
+
+    def test_values_count_more_than_defaults(self, tmp_path: Path) -> None:
+        content = SIZES | {"no_bias": False, "attn_config": {"model_type": "", "alibi": False}}
+        config = read(tmp_path, content)
+        assert (config.position_embedding, config.bias) == ("learned", True)
+
+    def test_generic_keys_in_attention(self, tmp_path: Path) -> None:
+        """Early releases repeat every attribute of PretrainedConfig there."""
+        generic = {"max_length": 20, "top_k": 50, "temperature": 1.0, "tie_word_embeddings": True}
+        assert read(tmp_path, TINY | with_attention(**generic)) == expected_of(BASE)
+
+    def test_names_of_the_attribute_map(self, tmp_path: Path) -> None:
+        names = {"d_model": "hidden_size", "n_heads": "num_attention_heads"}
+        content = {names.get(key, key): value for key, value in TINY.items()}
+        assert read(tmp_path, content) == expected_of(BASE)
+        assert read(tmp_path, TINY | {"hidden_size": 48}) == expected_of(BASE)
+        with pytest.raises(MptTrtError, match="hidden_size = 64: d_model is 48"):
+            read(tmp_path, TINY | {"hidden_size": 64})
+
+    def test_unknown_keys_are_reported_once(self, tmp_path: Path, caplog) -> None:
+        for _ in range(2):
+            assert read(tmp_path, TINY | {"unsloth_version": "1"}) == expected_of(BASE)
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{tmp_path / 'config.json'}: keys that MPT does not have are ignored: unsloth_version"
+        ]
+
+    def test_known_keys_are_not_reported(self, tmp_path: Path, caplog) -> None:
+        for content in (MPT_7B, TINY, config_dict(BASE, "native")):
+            read(tmp_path, content)
+        assert caplog.records == []
+
+
+# config.json of mosaicml/mpt-1b-redpajama-200b and replit/replit-code-v1-3b, as on the hub.
+MPT_1B = {
+    "alibi": True,
+    "alibi_bias_max": 8,
+    "architectures": ["MosaicGPT"],
+    "attn_clip_qkv": None,
+    "attn_impl": "torch",
+    "attn_pdrop": 0,
+    "attn_qk_ln": True,
+    "attn_uses_sequence_id": False,
+    "d_model": 2048,
+    "emb_pdrop": 0,
+    "embedding_fraction": 1.0,
+    "init_device": "cpu",
+    "logit_scale": None,
+    "low_precision_layernorm": True,
+    "max_seq_len": 2048,
+    "mlp_ratio": 4,
+    "model_type": "mosaic_gpt",
+    "n_heads": 16,
+    "n_layers": 24,
+    "no_bias": True,
+    "param_init_fn": "kaiming_normal_",
+    "prefix_lm": False,
+    "resid_pdrop": 0,
+    "softmax_scale": None,
+    "torch_dtype": "float32",
+    "use_cache": False,
+    "verbose": 0,
+    "vocab_size": 50368,
+}
+
+
+class TestRelatives:
+    @pytest.mark.parametrize("model_type", ["mosaic_gpt", "replit_lm"])
+    def test_fields(self, tmp_path: Path, model_type: str) -> None:
+        assert read(tmp_path, MPT_1B | {"model_type": model_type}) == MptConfig(
+            hidden_size=2048,
+            num_heads=16,
+            num_kv_heads=16,
+            num_layers=24,
+            intermediate_size=8192,
+            vocab_size=50368,
+            max_seq_len=2048,
+            softmax_scale=1 / math.sqrt(2048 / 16),
+            qk_ln=True,
+        )
+
+    @pytest.mark.parametrize(
+        ("changes", "field", "expected"),
+        [
+            ({"alibi": False}, "position_embedding", "learned"),
+            ({"attn_clip_qkv": 6}, "clip_qkv", 6.0),
+            ({"attn_softmax_scale": 0.5}, "softmax_scale", 0.5),
+            ({"softmax_scale": 0.5, "attn_softmax_scale": None}, "softmax_scale", 0.5),
+            ({"mlp_ratio": 2}, "intermediate_size", 4096),
+            ({"low_precision_layernorm": False}, "norm_type", "layernorm"),
+            ({"alibi_bias_max": 16}, "alibi_bias_max", 16),
+            ({"logit_scale": "inv_sqrt_d_model"}, "logit_scale", 1 / math.sqrt(2048)),
+        ],
+    )
+    def test_one_field(self, tmp_path, changes: dict, field: str, expected: object) -> None:
+        assert getattr(read(tmp_path, MPT_1B | changes), field) == expected
+
+    @pytest.mark.parametrize("key", ["alibi", "no_bias"])
+    def test_defaults_of_flags(self, tmp_path: Path, key: str) -> None:
+        content = {name: value for name, value in MPT_1B.items() if name != key}
+        config = read(tmp_path, content)
+        assert (config.position_embedding, config.bias) == (
+            ("learned", False) if key == "alibi" else ("alibi", True)
+        )
+
+    @pytest.mark.parametrize(
+        ("changes", "field", "value"),
+        [
+            ({"attn_qk_ln": "yes"}, "attn_qk_ln", "yes"),
+            ({"attn_clip_qkv": "6"}, "attn_clip_qkv", "6"),
+            ({"mlp_ratio": "4"}, "mlp_ratio", "4"),
+            ({"prefix_lm": True}, "prefix_lm", True),
+            ({"alibi": 1}, "alibi", 1),
+            ({"n_heads": 24, "d_model": 48}, "n_heads", 24),
+            ({"low_precision_layernorm": "no"}, "low_precision_layernorm", "no"),
+        ],
+    )
+    def test_refusals_name_the_fields_of_the_file(
+        self, tmp_path: Path, changes: dict, field: str, value: object
+    ) -> None:
+        with pytest.raises(MptTrtError, match=rf"config\.json: {field} = {value!r}: "):
+            read(tmp_path, MPT_1B | changes)
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("changes", "field", "value"),
+        [
+            (with_attention(alibi="true"), "attn_config.alibi", "true"),
+            (with_attention(alibi=None), "attn_config.alibi", None),
+            (with_attention(qk_ln="false"), "attn_config.qk_ln", "false"),
+            (with_attention(clip_qkv=""), "attn_config.clip_qkv", ""),
+            (with_attention(clip_qkv=math.nan), "attn_config.clip_qkv", math.nan),
+            (with_attention(softmax_scale=0), "attn_config.softmax_scale", 0),
+            (with_attention(softmax_scale="0.1"), "attn_config.softmax_scale", "0.1"),
+            (with_attention(softmax_scale=math.nan), "attn_config.softmax_scale", math.nan),
+            (with_attention(softmax_scale=10**400), "attn_config.softmax_scale", 10**400),
+            (with_attention(alibi_bias_max="8"), "attn_config.alibi_bias_max", "8"),
+            (with_attention(kv_n_heads=0), "attn_config.kv_n_heads", 0),
+            (with_attention(kv_n_heads="2"), "attn_config.kv_n_heads", "2"),
+            (
+                with_attention(attn_type="grouped_query_attention"),
+                "attn_config.kv_n_heads",
+                None,
+            ),
+            (with_attention(fused_qkv=False), "attn_config.fused_qkv", False),
+            (with_attention(qk_gn=True), "attn_config.qk_gn", True),
+            (with_attention(kv_dim=0), "attn_config.kv_dim", 0),
+            (with_attention(reuse_kv_layer_idx=-1), "attn_config.reuse_kv_layer_idx", -1),
+            (with_attention(flex_attn_mod_list=["a"]), "attn_config.flex_attn_mod_list", ["a"]),
+            (with_attention(attn_logit_softcapping=0), "attn_config.attn_logit_softcapping", 0),
+            ({"no_bias": "true"}, "no_bias", "true"),
+            ({"learned_pos_emb": "no"}, "learned_pos_emb", "no"),
+            ({"tie_word_embeddings": "false"}, "tie_word_embeddings", "false"),
+            ({"logit_scale": 0}, "logit_scale", 0),
+            ({"logit_scale": True}, "logit_scale", True),
+            ({"logit_scale": math.nan}, "logit_scale", math.nan),
+            ({"expansion_ratio": "4"}, "expansion_ratio", "4"),
+            ({"expansion_ratio": None}, "expansion_ratio", None),
+            ({"norm_eps": "1e-5"}, "norm_eps", "1e-5"),
+            ({"norm_eps": math.nan}, "norm_eps", math.nan),
+            ({"norm_type": None}, "norm_type", None),
+            ({"norm_type": 5}, "norm_type", 5),
+            ({"n_heads": "4"}, "n_heads", "4"),
+            ({"max_seq_len": "64"}, "max_seq_len", "64"),
+            ({"vocab_size": math.nan}, "vocab_size", math.nan),
+            ({"final_logit_softcapping": 0}, "final_logit_softcapping", 0),
+            ({"residual_modification": "layer"}, "residual_modification", "layer"),
+            ({"model_type": ["mpt"]}, "model_type", ["mpt"]),
+            ({"fc_type": {"name": "fp8"}}, "fc_type", {"name": "fp8"}),
+            ({"ffn_config": {"ffn_hidden_size": 10.5}}, "ffn_config.ffn_hidden_size", 10.5),
+            ({"ffn_config": {"ffn_hidden_size": "10"}}, "ffn_config.ffn_hidden_size", "10"),
+            ({"ffn_config": {"moe_top_k": 2}}, "ffn_config.moe_top_k", 2),
+        ],
+        ids=lambda value: str(value)[:60],
+    )
+    def test_no_value_is_guessed(
+        self, tmp_path: Path, changes: dict, field: str, value: object
+    ) -> None:
+        with pytest.raises(MptTrtError) as error:
+            parse_hf_config(TINY | changes, tmp_path / "config.json")
+        message = str(error.value)
+        assert message.startswith(f"{tmp_path / 'config.json'}: {field} = {shown(value)}: ")
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"fc_type": "torch"},
+            {"fc_type": {"name": "te"}},
+            {"ffn_config": {"ffn_type": "mptmlp", "fc_type": {"name": "torch"}}},
+            {"embedding_fraction": 0.1, "emb_pdrop": 0.1, "resid_pdrop": 0.1},
+            {"use_pad_tok_in_ffn": False, "init_device": "meta", "residual_coeff": 0.5},
+            with_attention(attn_impl="flash", attn_uses_sequence_id=True, attn_pdrop=0.1),
+            with_attention(rope=False, rope_theta=500000, seq_parallel_world_size=1),
+        ],
+        ids=str,
+    )
+    def test_what_has_no_effect(self, tmp_path: Path, changes: dict, caplog) -> None:
+        assert read(tmp_path, TINY | changes) == expected_of(BASE)
+        assert caplog.records == []
