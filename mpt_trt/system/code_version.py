@@ -34,14 +34,23 @@ def source_hash(script: Path, package: Path = PACKAGE) -> str:
 
 
 def source_files(script: Path, package: Path = PACKAGE) -> tuple[Path, ...]:
-    """`script` first, then every module of the package that it runs, directly or not."""
+    """`script` first, then every module of the package that it runs, directly or not.
+
+    Kernels in a folder next to a module, which are stored as ONNX models, count as code.
+    """
     paths = [script, *_command_files(script, package)]
     known = set(paths)
     for path in paths:  # grows while it is walked
         new = [module for module in _imported(path, package) if module not in known]
         paths += new
         known.update(new)
-    return tuple(paths)
+    kernels = (file for folder in {path.parent for path in paths} for file in _kernels(folder))
+    return (*paths, *sorted(kernels))
+
+
+@functools.cache
+def _kernels(folder: Path) -> tuple[Path, ...]:
+    return tuple(folder.glob("kernels/*.onnx"))
 
 
 def _command_files(script: Path, package: Path) -> tuple[Path, ...]:

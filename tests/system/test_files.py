@@ -459,6 +459,7 @@ MODULES = {
     "mpt_trt/plain.py": "def f():\n    from mpt_trt import lazy\n    return lazy\n",
     "mpt_trt/lazy.py": "import json\nimport mpt_trt.package.inner as i\n",
     "mpt_trt/package/__init__.py": "import mpt_trt.from_init\n",
+    "mpt_trt/package/kernels/product.onnx": "a model\n",
     "mpt_trt/package/inner.py": "from mpt_trt.plain import f\n",
     "mpt_trt/package/sibling.py": "",
     "mpt_trt/from_init.py": "",
@@ -474,6 +475,7 @@ BEHIND_TOOL = {
     "mpt_trt/plain.py",
     "mpt_trt/lazy.py",  # imported inside a function
     "mpt_trt/package/__init__.py",
+    "mpt_trt/package/kernels/product.onnx",
     "mpt_trt/package/inner.py",
     "mpt_trt/from_init.py",
     "mpt_trt/commands/__init__.py",
