@@ -12,24 +12,30 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import re
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 # The folder of the package mpt_trt.
 PACKAGE = Path(__file__).resolve().parents[1]
+VERSION = re.compile(rb"^__version__ = .*$", re.MULTILINE)
 # The kinds of nodes in which statements are.
 BLOCKS = (ast.stmt, ast.excepthandler, ast.match_case)
 
 
 @functools.cache
 def source_hash(script: Path, package: Path = PACKAGE) -> str:
-    """Hash of all files that the script runs through; it does not depend on where they lie."""
+    """Hash of all files that the script runs through.
+
+    It depends neither on where they lie nor on the package's version: a release alone repeats
+    nothing.
+    """
     digest = hashlib.sha256()
     for path in source_files(script, package):
         name = path.relative_to(package) if path.is_relative_to(package) else path.name
         digest.update(f"{name}\0".encode())
-        digest.update(path.read_bytes())
+        digest.update(VERSION.sub(b"", path.read_bytes()))
     return digest.hexdigest()[:16]
 
 

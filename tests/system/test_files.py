@@ -526,6 +526,13 @@ class TestSourceHash:
             stream.write("# edited\n")
         assert self.hash_now(scripts / "tool.py") != before
 
+    def test_a_release_alone_does_not_count(self, scripts: Path) -> None:
+        hashes = set()
+        for version in ("1.0.0", "1.0.1"):
+            (scripts / "mpt_trt/__init__.py").write_text(f'__version__ = "{version}"\n')
+            hashes.add(self.hash_now(scripts / "tool.py"))
+        assert len(hashes) == 1
+
     def test_scripts_differ(self, scripts: Path) -> None:
         assert self.hash_now(scripts / "tool.py") != self.hash_now(scripts / "other_tool.py")
 
