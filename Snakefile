@@ -4,19 +4,27 @@ Name a file or folder to make it and whatever it needs, for example
 
     snakemake -c2 trt_engines/mpt-7b/fp16/1-gpu
 
-Without a name, the `targets` of config.yaml are made.
+`snakemake --list` explains the rules. Without a name, the `targets` of config.yaml are made. The
+configuration is config.yaml of the working directory or, if there is none, the one beside this file.
 """
+
+from pathlib import Path
 
 from snakemake.utils import min_version
 
 min_version("9.0")
 
+REPOSITORY = Path(workflow.current_basedir)
+CONFIG = Path("config.yaml")
 
-configfile: "config.yaml"
+
+configfile: CONFIG if CONFIG.exists() else REPOSITORY / CONFIG
+
+
+report: "report/workflow.rst"
 
 
 include: "rules/common.smk"
-include: "rules/cluster.smk"
 
 
 if settings.site.container:
@@ -33,12 +41,8 @@ include: "rules/report.smk"
 include: "rules/preflight.smk"
 
 
-# Snakemake looks at a function's parameters whenever it calls it: half a second of a large plan.
-for function in filter(inspect.isfunction, list(globals().values())):
-    readable(function)
-
-
 rule all:
+    """Make the `targets` of config.yaml."""
     default_target: True
     input:
         settings.targets,

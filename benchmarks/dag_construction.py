@@ -29,7 +29,6 @@ sys.path.insert(0, str(REPOSITORY))
 from mpt_trt.checkpoint.known_models import hub_config, known_config
 from mpt_trt.ft.layout import FtFile, ft_files
 from mpt_trt.network.graph import WEIGHTS_FOLDER
-from mpt_trt.workflow import seals
 from mpt_trt.workflow.target_names import STORAGES
 
 TP_SIZES = (1, 2, 4, 8)
@@ -141,7 +140,6 @@ def make_stand_ins(folder: Path, model: str, variants: list[str]) -> None:
             os.link(folder / source, target / path)
         if output.folder == f"checkpoints/{model}":
             (target / "config.json").write_text(json.dumps(hub_config(SHAPE)))
-        seals.write_seal(target)
     for variant in variants:
         for tp in TP_SIZES:
             result = folder / f"smoke_tests/{model}/{variant}/{tp}-gpu.json"
@@ -205,9 +203,6 @@ def copy_model(folder: Path, model: str, others: list[str]) -> None:
             # Links: the files of all models are alike, and there are millions.
             command = ["cp", "--archive", "--link", folder / tree / model, folder / tree / other]
             subprocess.run(command, check=True)
-            seal = folder / seals.seal_path(f"{tree}/{model}")
-            if seal.exists():
-                shutil.copy2(seal, folder / seals.seal_path(f"{tree}/{other}"))
         for path, text in records.items():
             name = base64.b64decode(path.name).decode().replace(model, other)
             copy = path.with_name(base64.b64encode(name.encode()).decode())

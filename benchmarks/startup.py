@@ -140,7 +140,6 @@ def starts(scratch: Path) -> dict[str, Command]:
     quality = Path("quality", f"{ENGINE}.json")
     engine = ["--engine_dir", Path("trt_engines", ENGINE), "--max_output_len", "8"]
     return {
-        "seal.py": script("seal.py", scratch),
         "show_requirements.py": script("show_requirements.py", "--like", "mpt-7b"),
         "show_smoke_test.py": script("show_smoke_test.py", smoke_test),
         "assemble_engine.py": script(

@@ -26,7 +26,7 @@ OUTPUTS = {
     "convert_checkpoint": "ft_ckpts",
     "quantize": "quantized",
     "make_networks": "build/networks",
-    "build_plans": "build/plans",
+    "build_rank": "build/plans",
     "assemble_engine": "trt_engines",
 }
 

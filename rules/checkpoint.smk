@@ -1,22 +1,17 @@
 """From a model's source to FT checkpoints.
 
-inputs:
-    models.{model}.source of config.yaml: a hub id, or a folder in Hugging Face format
-    calibration.text of config.yaml: what a model reads before it is smoothed
-outputs:
-    revisions/{model}/revision.json                  the commit that the revision meant, once and for all
-    checkpoints/{model}                              a hub model's files (links into the hub's cache)
-    ft_ckpts/{model}/{storage}/{tp}-gpu              the FT checkpoint; storage is fp32, fp16, bf16, or
-                                                     sq, sq-0.8, sq-bf16 and the like (SmoothQuant)
-steps:
-    resolve_revision -> fetch_checkpoint (hub models only) -> convert_checkpoint or convert_smoothquant_checkpoint
+revisions/{model}/revision.json     the commit that the revision meant when it was first resolved
+checkpoints/{model}                 a hub model's files (links into the hub's cache)
+ft_ckpts/{model}/{storage}/{tp}-gpu the FT checkpoint; storage is fp32, fp16, bf16 or, for
+                                    SmoothQuant, sq, sq-0.8, sq-bf16 and the like
 """
 
 
-# Not made anew when the code changes: the commit, once recorded, stays.
+# Without the version of its code: the commit, once recorded, stays.
 rule resolve_revision:
+    """Record the commit that a hub model's revision stands for, once and for all."""
     output:
-        directory("revisions/{model}"),
+        "revisions/{model}/revision.json",
     log:
         "logs/resolve_revision/{model}.log",
     benchmark:
@@ -25,22 +20,23 @@ rule resolve_revision:
     conda:
         "../envs/base.yaml"
     params:
-        source=hub_source,
-        revision=hub_revision,
+        tool=tool("steps/fetch_checkpoint.py")["tool"],
+        source=of_job(plan.source),
+        revision=of_job(plan.revision),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/steps/fetch_checkpoint.py resolve \
+        python {params.tool:q} resolve \
             --source {params.source:q} \
             --revision {params.revision:q} \
-            --output {output:q}/revision.json
+            --output {output:q}
         """
 
 
 rule fetch_checkpoint:
+    """Download a hub model's files of that commit."""
     input:
-        intact("checkpoints/{model}"),
-        revision="revisions/{model}",
+        revision="revisions/{model}/revision.json",
     output:
         directory("checkpoints/{model}"),
     log:
@@ -50,25 +46,23 @@ rule fetch_checkpoint:
     conda:
         "../envs/base.yaml"
     resources:
-        mem_mb=linking_mem_mb,
-        runtime=fetch_runtime,
+        **resources_of(jobs.fetch_checkpoint),
     params:
-        code=version_of("steps/fetch_checkpoint.py"),
+        **tool("steps/fetch_checkpoint.py"),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/steps/fetch_checkpoint.py fetch \
-            --revision_file {input.revision:q}/revision.json \
+        python {params.tool:q} fetch \
+            --revision_file {input.revision:q} \
             --output_dir {output:q}
-        python workflow_scripts/steps/seal.py {output:q}
         """
 
 
 rule convert_checkpoint:
+    """Convert a model to an FT checkpoint (fp32, fp16, bf16) for `tp` ranks."""
     input:
-        intact("ft_ckpts/{model}/{storage}/{tp}-gpu"),
-        legal_tp,
-        checkpoint=checkpoint_inputs,
+        require_possible("convert_checkpoint"),
+        checkpoint=of_job(plan.checkpoint_inputs),
     output:
         directory("ft_ckpts/{model}/{storage}/{tp}-gpu"),
     log:
@@ -81,32 +75,28 @@ rule convert_checkpoint:
         "../envs/base.yaml"
     threads: 2
     resources:
-        mem_mb=conversion_mem_mb,
-        runtime=conversion_runtime,
+        **resources_of(jobs.convert_checkpoint),
     params:
-        code=version_of("convert_hf_mpt_to_ft.py"),
-        folder=checkpoint_folder,
-        storage_type=storage_type,
+        **tool("convert_hf_mpt_to_ft.py"),
+        storage_type=of_job(plan.storage_type),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/convert_hf_mpt_to_ft.py \
-            --in_file {params.folder:q} \
-            --out_dir ft_ckpts/{wildcards.model:q}/{wildcards.storage:q} \
+        python {params.tool:q} \
+            --in_file {input.checkpoint[0]:q} \
+            --out_dir "$(dirname {output:q})" \
             --tensor_parallelism {wildcards.tp} \
             --storage_type {params.storage_type} \
             --processes {threads}
-        python workflow_scripts/steps/seal.py {output:q}
         """
 
 
-# The same conversion, after the model has read the calibration text.
 rule convert_smoothquant_checkpoint:
+    """The same (sq, sq-0.8, sq-bf16), smoothed after the model has read the calibration text."""
     input:
-        intact("ft_ckpts/{model}/{storage}/{tp}-gpu"),
-        legal_tp,
-        checkpoint=checkpoint_inputs,
-        text=settings.calibration.text,
+        require_possible("convert_smoothquant_checkpoint"),
+        checkpoint=of_job(plan.checkpoint_inputs),
+        text=plan.find(settings.calibration.text),
     output:
         directory("ft_ckpts/{model}/{storage}/{tp}-gpu"),
     log:
@@ -119,30 +109,28 @@ rule convert_smoothquant_checkpoint:
         "../envs/base.yaml"
     threads: 2
     resources:
-        mem_mb=calibration_mem_mb,
+        **resources_of(jobs.convert_smoothquant_checkpoint),
     params:
-        code=version_of("convert_hf_mpt_to_ft.py"),
-        folder=checkpoint_folder,
-        storage_type=storage_type,
-        alpha=smoothing_alpha,
-        tokenizer=tokenizer_option,
+        **tool("convert_hf_mpt_to_ft.py"),
+        storage_type=of_job(plan.storage_type),
+        alpha=of_job(plan.smoothing_alpha),
+        tokenizer=of_job(plan.tokenizer_option),
         num_samples=settings.calibration.num_samples,
         sequence_length=settings.calibration.sequence_length,
         device=settings.calibration.device,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/convert_hf_mpt_to_ft.py \
-            --in_file {params.folder:q} \
-            --out_dir ft_ckpts/{wildcards.model:q}/{wildcards.storage:q} \
+        python {params.tool:q} \
+            --in_file {input.checkpoint[0]:q} \
+            --out_dir "$(dirname {output:q})" \
             --tensor_parallelism {wildcards.tp} \
             --storage_type {params.storage_type} \
             --processes {threads} \
             --smoothquant {params.alpha} \
+            {params.tokenizer:q} \
             --calib_text {input.text:q} \
             --calib_size {params.num_samples} \
             --calib_max_seq_length {params.sequence_length} \
-            --device {params.device} \
-            {params.tokenizer:q}
-        python workflow_scripts/steps/seal.py {output:q}
+            --device {params.device}
         """

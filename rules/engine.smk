@@ -1,24 +1,19 @@
 """From an FT checkpoint, and a calibration result where one is needed, to an engine directory.
 
-inputs:
-    ft_ckpts/{model}/{storage}/{tp}-gpu
-    quantized/{model}/{qformat}/mpt_tp1_rank0.npz           of variants that need calibration
-    Engines of variants with backend tensorrt_llm are made by trtllm.smk.
-outputs:
-    build/networks/{model}/{variant}/{tp}-gpu               the networks of all ranks
-    build/plans/{model}/{variant}/{tp}-gpu                  the TensorRT plans of all ranks
-    trt_engines/{model}/{variant}/{tp}-gpu                  both together, and config.json
-steps:
-    make_networks -> build_plans -> assemble_engine
+build/networks/{model}/{variant}/{tp}-gpu                       the networks of all ranks
+build/plans/{model}/{variant}/{tp}-gpu/rank{rank}.engine        the TensorRT plan of a rank
+trt_engines/{model}/{variant}/{tp}-gpu                          all of them, and config.json
+
+Engines of variants with backend tensorrt_llm are made by trtllm.smk.
 """
 
 
 rule make_networks:
+    """Write the networks of all ranks of an engine: ONNX graphs, and links to their weights."""
     input:
-        intact("build/networks/{model}/{variant}/{tp}-gpu"),
-        fitting_groups,
-        calibration_of_variant,
-        ft_checkpoint=ft_checkpoint_of_variant,
+        require_possible("make_networks"),
+        of_job(plan.calibration),
+        ft_checkpoint=of_job(plan.ft_checkpoint),
     output:
         directory("build/networks/{model}/{variant}/{tp}-gpu"),
     log:
@@ -28,75 +23,68 @@ rule make_networks:
     conda:
         "../envs/base.yaml"
     resources:
-        mem_mb=network_mem_mb,
-        runtime=network_runtime,
+        **resources_of(jobs.make_networks),
     params:
-        code=version_of("steps/make_networks.py"),
-        limits=limit_options,
-        vocabulary=vocabulary_options,
-        quantization=quantization_options,
-        calibration=calibration_option,
+        **tool("steps/make_networks.py"),
+        limits=of_job(plan.limit_options),
+        vocabulary=of_job(plan.vocabulary_options),
+        quantization=of_job(plan.quantization_options),
+        calibration=of_job(plan.calibration_option),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/steps/make_networks.py \
+        python {params.tool:q} \
             --model_dir {input.ft_checkpoint:q} \
             {params.limits:q} \
             {params.vocabulary:q} \
             {params.quantization:q} \
             {params.calibration:q} \
             --output_dir {output:q}
-        python workflow_scripts/steps/seal.py {output:q}
         """
 
 
-rule build_plans:
+rule build_rank:
+    """Build the TensorRT plan of one rank from its network."""
     input:
-        intact("build/plans/{model}/{variant}/{tp}-gpu"),
+        require_possible("build_rank"),
         networks="build/networks/{model}/{variant}/{tp}-gpu",
     output:
-        directory("build/plans/{model}/{variant}/{tp}-gpu"),
+        plan="build/plans/{model}/{variant}/{tp}-gpu/rank{rank}.engine",
+        description="build/plans/{model}/{variant}/{tp}-gpu/rank{rank}.engine.json",
     log:
-        "logs/build_plans/{model}/{variant}/{tp}-gpu.log",
+        "logs/build_rank/{model}/{variant}/{tp}-gpu/rank{rank}.log",
     benchmark:
-        "logs/build_plans/{model}/{variant}/{tp}-gpu.tsv"
+        "logs/build_rank/{model}/{variant}/{tp}-gpu/rank{rank}.tsv"
     conda:
         "../envs/base.yaml"
-    threads: build_threads
+    threads: 2
     resources:
-        mem_mb=build_mem_mb,
-        runtime=build_runtime,
-        gpu=asking(build_request, "gpu"),
-        gpu_model=asking(build_request, "gpu_model"),
-        gres=asking(build_request, "gres"),
-        nodes=1,
+        **resources_of(jobs.build_rank),
     params:
-        code=version_of("steps/build_plans.py", "steps/build_rank.py"),
-        backend=backend,
-        backend_version=backend_version,
-        preflight=preflight_for_build,
-        slots=build_slots,
-        at_once=plans_at_once,
-        compute_capabilities=compute_capabilities,
+        **tool("steps/build_rank.py"),
+        backend=of_job(plan.builder_name),
+        backend_version=of_job(plan.builder_version),
+        compute_capabilities=of_job(plan.compute_capabilities),
+        preflight=unrecorded(launch.preflight_of_build),
+        gpus=unrecorded(launch.build_gpus),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
         {params.preflight:q}
-        {params.slots:q} python workflow_scripts/steps/build_plans.py \
+        {params.gpus:q} python {params.tool:q} \
             --network_dir {input.networks:q} \
-            --at_once {params.at_once} \
+            --rank {wildcards.rank} \
             --backend {params.backend} \
             --compute_capabilities {params.compute_capabilities} \
-            --output_dir {output:q}
-        python workflow_scripts/steps/seal.py {output:q}
+            --output_dir "$(dirname {output.plan:q})"
         """
 
 
 rule assemble_engine:
+    """Put the networks and plans of all ranks together as an engine directory."""
     input:
-        intact("trt_engines/{model}/{variant}/{tp}-gpu"),
         networks="build/networks/{model}/{variant}/{tp}-gpu",
-        plans="build/plans/{model}/{variant}/{tp}-gpu",
+        plans=of_job(plan.plans_of_ranks),
     output:
         directory("trt_engines/{model}/{variant}/{tp}-gpu"),
     log:
@@ -104,20 +92,18 @@ rule assemble_engine:
     benchmark:
         "logs/assemble_engine/{model}/{variant}/{tp}-gpu.tsv"
     wildcard_constraints:
-        variant=other_variants(TENSORRT_LLM_VARIANTS),
+        variant=plan.other_variants(),
     conda:
         "../envs/base.yaml"
     resources:
-        mem_mb=linking_mem_mb,
-        runtime=collect_runtime,
+        **resources_of(jobs.assemble_engine),
     params:
-        code=version_of("steps/assemble_engine.py"),
+        **tool("steps/assemble_engine.py"),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/steps/assemble_engine.py \
+        python {params.tool:q} \
             --network_dir {input.networks:q} \
-            --plan_dir {input.plans:q} \
+            --plan_dir "$(dirname {input.plans[0]:q})" \
             --output_dir {output:q}
-        python workflow_scripts/steps/seal.py {output:q}
         """

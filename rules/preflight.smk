@@ -1,24 +1,20 @@
-"""What this machine has, and which of the targets of config.yaml can be built and run here.
-
-inputs, outputs:
-    none; it prints
-steps:
-    preflight
-"""
+"""What this machine has. It prints, and makes no file."""
 
 
 # No benchmark: with that file, the rule would be done once and for all.
 rule preflight:
+    """Show what this machine has, and which `targets` of config.yaml it can build and run."""
     log:
         "logs/preflight.log",
     localrule: True
     conda:
         "../envs/base.yaml"
     params:
-        needs=needs_of_targets,
+        tool=tool("preflight.py")["tool"],
+        needs=unrecorded(launch.needs_of_targets),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/preflight.py \
+        python {params.tool:q} \
             --needs {params.needs:q}
         """

@@ -1,22 +1,17 @@
 """From engine directories to figures of their quality, and a page that shows them side by side.
 
-inputs:
-    trt_engines/{model}/{variant}/{tp}-gpu, the checkpoint that it was made from, its smoke test
-    quality.text of config.yaml: held-out text
-outputs:
-    quality/{model}/reference.safetensors       windows of the text, and the float32 reference on them
-    quality/{model}/{variant}/{tp}-gpu.json     perplexity, KL, top-1 agreement, size, speed
-    reports/{model}.html                        the engines that `report` of config.yaml names
-    reports/{model}/                            its table as CSV and its plots as SVG
-steps:
-    compute_reference -> measure_quality (a job an engine) -> make_report
+quality/{model}/reference.safetensors       windows of held-out text, and the float32 reference on them
+quality/{model}/{variant}/{tp}-gpu.json     perplexity, KL, top-1 agreement, size, speed
+reports/{model}.html                        the engines that `report` of the configuration names
+reports/{model}/                            its table as CSV and its plots as SVG
 """
 
 
 rule compute_reference:
+    """Compute a model's float32 reference on windows of held-out text."""
     input:
-        checkpoint=checkpoint_inputs,
-        text=settings.quality.text,
+        checkpoint=of_job(plan.checkpoint_inputs),
+        text=plan.find(settings.quality.text),
     output:
         "quality/{model}/reference.safetensors",
     log:
@@ -27,19 +22,17 @@ rule compute_reference:
         "../envs/base.yaml"
     threads: 2
     resources:
-        mem_mb=reference_mem_mb,
-        runtime=reference_runtime,
+        **resources_of(jobs.compute_reference),
     params:
-        code=version_of("steps/compute_reference.py"),
-        folder=checkpoint_folder,
-        tokenizer=tokenizer_option,
+        **tool("steps/compute_reference.py"),
+        tokenizer=of_job(plan.tokenizer_option),
         num_windows=settings.quality.num_windows,
         window_length=settings.quality.window_length,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/steps/compute_reference.py \
-            --model_dir {params.folder:q} \
+        python {params.tool:q} \
+            --model_dir {input.checkpoint[0]:q} \
             {params.tokenizer:q} \
             --text {input.text:q} \
             --num_windows {params.num_windows} \
@@ -49,11 +42,11 @@ rule compute_reference:
 
 
 rule measure_quality:
+    """Measure an engine's quality on held-out text, its size and its speed."""
     input:
-        measurable_variant,
-        fitting_window,
+        require_possible("measure_quality"),
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
-        checkpoint=checkpoint_inputs,
+        checkpoint=of_job(plan.checkpoint_inputs),
         reference="quality/{model}/reference.safetensors",
     output:
         report(
@@ -71,39 +64,30 @@ rule measure_quality:
         "../envs/base.yaml"
     threads: 2
     resources:
-        mem_mb=quality_mem_mb,
-        runtime=quality_runtime,
-        gpu=asking(ranks_request, "gpu"),
-        gpu_model=asking(ranks_request, "gpu_model"),
-        gres=asking(ranks_request, "gres"),
-        nodes=nodes_of_ranks,
-        tasks=tasks,
-        tasks_per_node=tasks_per_node,
-        tasks_per_gpu=tasks_per_gpu,
-        mpi=mpi,
+        **resources_of(jobs.measure_quality),
     params:
-        code=version_of("steps/measure_quality.py"),
-        preflight=preflight_for_ranks,
-        slots=slots_of_ranks,
-        launcher=launcher,
-        folder=checkpoint_folder,
+        **tool("steps/measure_quality.py"),
+        preflight=unrecorded(launch.preflight_of_ranks),
+        gpus=unrecorded(launch.gpus_of_ranks),
+        launcher=unrecorded(launch.ranks),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
         {params.preflight:q}
-        {params.slots:q} {params.launcher:q} python workflow_scripts/steps/measure_quality.py \
+        {params.gpus:q} {params.launcher:q} python {params.tool:q} \
             --engine_dir {input.engine:q} \
-            --model_dir {params.folder:q} \
+            --model_dir {input.checkpoint[0]:q} \
             --reference {input.reference:q} \
             --output {output:q}
         """
 
 
 rule make_report:
+    """Show the engines of a model side by side: a page, a table and plots."""
     input:
-        quality=results_of_report("quality"),
-        smoke_tests=results_of_report("smoke_tests"),
-        template="mpt_trt/report/page.html.jinja",
+        quality=of_job(plan.quality_of_report),
+        smoke_tests=of_job(plan.smoke_tests_of_report),
+        template=str(plan.shipped("mpt_trt/report/page.html.jinja")),
     output:
         page=report(
             "reports/{model}.html",
@@ -148,17 +132,17 @@ rule make_report:
     conda:
         "../envs/base.yaml"
     params:
-        code=version_of("steps/make_report.py"),
-        variants=variants_of_report,
+        **tool("steps/make_report.py"),
+        variants=of_job(plan.variants_of_report),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/steps/make_report.py \
+        python {params.tool:q} \
             --model {wildcards.model:q} \
             --variants {params.variants:q} \
             --quality {input.quality:q} \
             --smoke_tests {input.smoke_tests:q} \
             --template {input.template:q} \
             --output {output.page:q} \
-            --items_dir reports/{wildcards.model:q}
+            --items_dir "$(dirname {output.table:q})"
         """

@@ -1,27 +1,22 @@
 """The second backend: TensorRT-LLM 0.20 to 1.2.1, in an environment or container of its own.
 
-inputs:
-    ft_ckpts/{model}/{storage}/{tp}-gpu
-    quantized/{model}/{qformat}/mpt_tp1_rank0.npz         of variants that need calibration
-outputs:
-    trtllm_ckpts/{model}/{variant}/{tp}-gpu               its checkpoint, of any variant
-    build/tensorrt_llm/version.json                       which TensorRT-LLM was found (temporary)
-    trt_engines/{model}/{variant}/{tp}-gpu                of variants with backend tensorrt_llm alone
-    build/trtllm_generations/{model}/{variant}/{tp}-gpu.npz    tokens and logits of a generation (temporary)
-    smoke_tests/{model}/{variant}/{tp}-gpu.json           of variants with backend tensorrt_llm alone
-steps:
-    convert_to_trtllm; check_trtllm -> build_trtllm_engine
-    encode_prompt -> run_trtllm -> compare_trtllm
+trtllm_ckpts/{model}/{variant}/{tp}-gpu                     its checkpoint, of any variant
+trt_engines/{model}/{variant}/{tp}-gpu                      of variants with backend tensorrt_llm only
+build/trtllm_generations/{model}/{variant}/{tp}-gpu.npz     tokens and logits of a generation (temporary)
+smoke_tests/{model}/{variant}/{tp}-gpu.json                 of variants with backend tensorrt_llm only
+
+A missing or unfit TensorRT-LLM costs nobody's time. Without --sdm, jobs run in the active environment:
+`require_possible` looks there before any job runs. With --sdm, Snakemake makes the environment, or
+fetches the container, before the first job; both are pinned, and the step looks again.
 """
 
 
 rule convert_to_trtllm:
+    """Convert an FT checkpoint to a TensorRT-LLM checkpoint, of any variant."""
     input:
-        intact("trtllm_ckpts/{model}/{variant}/{tp}-gpu"),
-        what_trtllm_can,
-        fitting_groups,
-        calibration_for_trtllm,
-        ft_checkpoint=ft_checkpoint_for_trtllm,
+        require_possible("convert_to_trtllm"),
+        of_job(plan.calibration_for_trtllm),
+        ft_checkpoint=of_job(plan.ft_checkpoint_for_trtllm),
     output:
         directory("trtllm_ckpts/{model}/{variant}/{tp}-gpu"),
     log:
@@ -31,54 +26,28 @@ rule convert_to_trtllm:
     conda:
         "../envs/base.yaml"
     resources:
-        mem_mb=network_mem_mb,
+        **resources_of(jobs.convert_to_trtllm),
     params:
-        code=version_of("steps/convert_ft_to_trtllm.py"),
-        vocabulary=vocabulary_options,
-        quantization=quantization_options,
-        calibration=calibration_option_for_trtllm,
+        **tool("steps/convert_ft_to_trtllm.py"),
+        vocabulary=of_job(plan.vocabulary_options),
+        quantization=of_job(plan.quantization_options),
+        calibration=of_job(plan.calibration_option_for_trtllm),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/steps/convert_ft_to_trtllm.py \
+        python {params.tool:q} \
             --model_dir {input.ft_checkpoint:q} \
             {params.vocabulary:q} \
             {params.quantization:q} \
             {params.calibration:q} \
             --output_dir {output:q}
-        python workflow_scripts/steps/seal.py {output:q}
-        """
-
-
-# First of all jobs, alone, and on no GPU: a missing or unfit TensorRT-LLM shall cost nobody's time.
-rule check_trtllm:
-    output:
-        temp("build/tensorrt_llm/version.json"),
-    log:
-        "logs/check_trtllm.log",
-    benchmark:
-        "logs/check_trtllm.tsv"
-    priority: 100
-    localrule: True
-    conda:
-        "../envs/tensorrt_llm.yaml"
-    container:
-        TENSORRT_LLM_CONTAINER
-    threads: ALL_CORES
-    params:
-        code=version_of("steps/check_trtllm.py"),
-    shell:
-        r"""
-        exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/steps/check_trtllm.py \
-            --output {output:q}
         """
 
 
 rule build_trtllm_engine:
+    """Build an engine directory with TensorRT-LLM's trtllm-build."""
     input:
-        intact("trt_engines/{model}/{variant}/{tp}-gpu"),
-        "build/tensorrt_llm/version.json",
+        require_possible("build_trtllm_engine"),
         checkpoint="trtllm_ckpts/{model}/{variant}/{tp}-gpu",
     output:
         directory("trt_engines/{model}/{variant}/{tp}-gpu"),
@@ -87,33 +56,32 @@ rule build_trtllm_engine:
     benchmark:
         "logs/build_trtllm_engine/{model}/{variant}/{tp}-gpu.tsv"
     wildcard_constraints:
-        variant=only_variants(TENSORRT_LLM_VARIANTS),
+        variant=plan.variants_of_trtllm(),
     conda:
         "../envs/tensorrt_llm.yaml"
     container:
         TENSORRT_LLM_CONTAINER
     threads: 2
     resources:
-        mem_mb=build_mem_mb,
-        gpu=gpu_of_every_rank,
+        **resources_of(jobs.build_trtllm_engine),
     params:
-        code=version_of("steps/build_trtllm.py"),
-        limits=limit_options,
+        **tool("steps/build_trtllm.py"),
+        limits=of_job(plan.limit_options),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/steps/build_trtllm.py \
+        python {params.tool:q} \
             --checkpoint_dir {input.checkpoint:q} \
             {params.limits:q} \
             --workers {wildcards.tp} \
             --output_dir {output:q}
-        python workflow_scripts/steps/seal.py {output:q}
         """
 
 
 rule encode_prompt:
+    """Turn the smoke test's prompt into tokens, for TensorRT-LLM's environment."""
     input:
-        checkpoint=checkpoint_inputs,
+        checkpoint=of_job(plan.checkpoint_inputs),
     output:
         temp("build/trtllm_prompts/{model}.json"),
     log:
@@ -123,13 +91,13 @@ rule encode_prompt:
     conda:
         "../envs/base.yaml"
     params:
-        code=version_of("steps/encode_prompt.py"),
-        folder=tokenizer_folder,
+        **tool("steps/encode_prompt.py"),
+        folder=of_job(plan.tokenizer_folder),
         prompt=settings.smoke_test.prompt,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/steps/encode_prompt.py \
+        python {params.tool:q} \
             --tokenizer_dir {params.folder:q} \
             --prompt {params.prompt:q} \
             --output {output:q}
@@ -137,7 +105,9 @@ rule encode_prompt:
 
 
 rule run_trtllm:
+    """Continue the smoke test's prompt with TensorRT-LLM's runtime."""
     input:
+        require_possible("run_trtllm"),
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
         prompt="build/trtllm_prompts/{model}.json",
     output:
@@ -147,28 +117,22 @@ rule run_trtllm:
     benchmark:
         "logs/run_trtllm/{model}/{variant}/{tp}-gpu.tsv"
     wildcard_constraints:
-        variant=only_variants(TENSORRT_LLM_VARIANTS),
+        variant=plan.variants_of_trtllm(),
     conda:
         "../envs/tensorrt_llm.yaml"
     container:
         TENSORRT_LLM_CONTAINER
     threads: 2
     resources:
-        mem_mb=smoke_test_mem_mb,
-        gpu=gpu_of_every_rank,
-        mpi=mpi,
-        nodes=nodes_of_ranks,
-        tasks=tasks,
-        tasks_per_node=tasks_per_node,
-        tasks_per_gpu=tasks_per_gpu,
+        **resources_of(jobs.run_trtllm),
     params:
-        code=version_of("steps/run_trtllm.py"),
-        launcher=launcher,
+        **tool("steps/run_trtllm.py"),
+        launcher=unrecorded(launch.ranks),
         max_new_tokens=settings.smoke_test.max_new_tokens,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        {params.launcher:q} python workflow_scripts/steps/run_trtllm.py \
+        {params.launcher:q} python {params.tool:q} \
             --engine_dir {input.engine:q} \
             --prompt {input.prompt:q} \
             --max_output_len {params.max_new_tokens} \
@@ -177,10 +141,11 @@ rule run_trtllm:
 
 
 rule compare_trtllm:
+    """Smoke test of such an engine: compare what it generated with the float32 reference."""
     input:
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
         generation="build/trtllm_generations/{model}/{variant}/{tp}-gpu.npz",
-        checkpoint=checkpoint_inputs,
+        checkpoint=of_job(plan.checkpoint_inputs),
     output:
         report(
             "smoke_tests/{model}/{variant}/{tp}-gpu.json",
@@ -194,24 +159,23 @@ rule compare_trtllm:
     benchmark:
         "logs/compare_trtllm/{model}/{variant}/{tp}-gpu.tsv"
     wildcard_constraints:
-        variant=only_variants(TENSORRT_LLM_VARIANTS),
+        variant=plan.variants_of_trtllm(),
     conda:
         "../envs/base.yaml"
     threads: 2
     resources:
-        mem_mb=smoke_test_mem_mb,
+        **resources_of(jobs.compare_trtllm),
     params:
-        code=version_of("steps/compare_trtllm.py"),
-        folder=checkpoint_folder,
-        tokenizer=tokenizer_option,
-        tolerance=tolerance_options,
+        **tool("steps/compare_trtllm.py"),
+        tokenizer=of_job(plan.tokenizer_option),
+        tolerance=of_job(plan.tolerance_options),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        python workflow_scripts/steps/compare_trtllm.py \
+        python {params.tool:q} \
             --engine_dir {input.engine:q} \
             --generation {input.generation:q} \
-            --model_dir {params.folder:q} \
+            --model_dir {input.checkpoint[0]:q} \
             {params.tokenizer:q} \
             {params.tolerance:q} \
             --output {output:q}

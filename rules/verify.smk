@@ -1,19 +1,16 @@
-"""From an engine directory to the proof that it works.
+"""From an engine directory to the result of its smoke test.
 
-inputs:
-    trt_engines/{model}/{variant}/{tp}-gpu, and the checkpoint that it was made from
-    Engines of variants with backend tensorrt_llm are tried by trtllm.smk.
-outputs:
-    smoke_tests/{model}/{variant}/{tp}-gpu.json     text, speed, runtime, distance to the reference
-steps:
-    smoke_test
+smoke_tests/{model}/{variant}/{tp}-gpu.json     text, speed, runtime, distance to the reference
+
+Engines of variants with backend tensorrt_llm are tested by trtllm.smk.
 """
 
 
 rule smoke_test:
+    """Run an engine on a prompt and compare its logits with the float32 reference."""
     input:
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
-        checkpoint=checkpoint_inputs,
+        checkpoint=of_job(plan.checkpoint_inputs),
     output:
         report(
             "smoke_tests/{model}/{variant}/{tp}-gpu.json",
@@ -27,38 +24,28 @@ rule smoke_test:
     benchmark:
         "logs/smoke_test/{model}/{variant}/{tp}-gpu.tsv"
     wildcard_constraints:
-        variant=other_variants(TENSORRT_LLM_VARIANTS),
+        variant=plan.other_variants(),
     conda:
         "../envs/base.yaml"
     threads: 2
     resources:
-        mem_mb=smoke_test_mem_mb,
-        runtime=smoke_test_runtime,
-        gpu=asking(ranks_request, "gpu"),
-        gpu_model=asking(ranks_request, "gpu_model"),
-        gres=asking(ranks_request, "gres"),
-        nodes=nodes_of_ranks,
-        tasks=tasks,
-        tasks_per_node=tasks_per_node,
-        tasks_per_gpu=tasks_per_gpu,
-        mpi=mpi,
+        **resources_of(jobs.smoke_test),
     params:
-        code=version_of("steps/smoke_test.py"),
-        preflight=preflight_for_ranks,
-        slots=slots_of_ranks,
-        launcher=launcher,
-        folder=checkpoint_folder,
-        tokenizer=tokenizer_option,
-        tolerance=tolerance_options,
+        **tool("steps/smoke_test.py"),
+        preflight=unrecorded(launch.preflight_of_ranks),
+        gpus=unrecorded(launch.gpus_of_ranks),
+        launcher=unrecorded(launch.ranks),
+        tokenizer=of_job(plan.tokenizer_option),
+        tolerance=of_job(plan.tolerance_options),
         prompt=settings.smoke_test.prompt,
         max_new_tokens=settings.smoke_test.max_new_tokens,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
         {params.preflight:q}
-        {params.slots:q} {params.launcher:q} python workflow_scripts/steps/smoke_test.py \
+        {params.gpus:q} {params.launcher:q} python {params.tool:q} \
             --engine_dir {input.engine:q} \
-            --model_dir {params.folder:q} \
+            --model_dir {input.checkpoint[0]:q} \
             {params.tokenizer:q} \
             {params.tolerance:q} \
             --prompt {params.prompt:q} \

@@ -37,6 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["float32", "float16", "bfloat16"],
         help="storage type of the checkpoint (default); no other type is possible",
     )
+    parser.set_defaults(rank_tool=Path(__file__).resolve().parent / "steps" / "build_rank.py")
     parser.add_argument("--log_level", default="info", help="(default: %(default)s)")
     options.add_limits(parser)
     options.add_vocabulary(parser)

@@ -39,7 +39,7 @@ class NpzFile:
         except FileNotFoundError:
             raise MptTrtError(f"{path}: no such file; quantize.py makes {FILE_NAME}") from None
         except (zipfile.BadZipFile, OSError) as error:
-            raise self.refused(f"cannot be read as an npz archive ({error})") from None
+            raise self.damaged(f"cannot be read as an npz archive ({error})") from None
         self.keys = frozenset(name.removesuffix(".npy") for name in names)
 
     def _archive(self) -> zipfile.ZipFile:
@@ -69,7 +69,7 @@ class NpzFile:
         if numbers.dtype not in EXPONENTS:
             numbers = numbers.astype(np.float32)
         if not is_finite(numbers):
-            raise self.refused(f"{key} holds NaN or Inf")
+            raise self.damaged(f"{key} holds NaN or Inf")
         return numbers
 
     def rows(self, key: str, number: int) -> Iterator[NDArray]:
@@ -107,14 +107,14 @@ class NpzFile:
             rows = buffer[: height - start]
             content = memoryview(rows.data).cast("B")
             if os.preadv(descriptor, [content], place) != rows.nbytes:
-                raise self.refused(f"{key} is damaged (it ends in row {start} or later)")
+                raise self.damaged(f"{key} is damaged (it ends in row {start} or later)")
             check = zlib.crc32(content, check)
             place += rows.nbytes
             if not is_finite(rows):
-                raise self.refused(f"{key} holds NaN or Inf")
+                raise self.damaged(f"{key} holds NaN or Inf")
             yield rows
         if check != entry.CRC:
-            raise self.refused(f"{key} is damaged (its check sum is another)")
+            raise self.damaged(f"{key} is damaged (its check sum is another)")
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Reads only an array's shape."""
@@ -137,15 +137,21 @@ class NpzFile:
         """Makes the error that names the file, `what` is wrong, and the remedy."""
         return MptTrtError(f"{self.path}: {what}; calibrate the model again with quantize.py")
 
+    def damaged(self, what: str) -> MptTrtError:
+        """Makes the error for a file that is not whole."""
+        return MptTrtError(
+            f"{self.path}: {what}; delete it and calibrate the model again with quantize.py"
+        )
+
     @contextlib.contextmanager
     def _stream(self, key: str) -> Iterator[IO[bytes]]:
         if key not in self.keys:
-            raise self.refused(f"{key} is missing")
+            raise self.damaged(f"{key} is missing")
         try:
             with self._archive().open(f"{key}.npy") as stream:
                 yield stream
         except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
-            raise self.refused(f"{key} is damaged ({error})") from None
+            raise self.damaged(f"{key} is damaged ({error})") from None
 
 
 def _content_offset(descriptor: int, entry: zipfile.ZipInfo) -> int:

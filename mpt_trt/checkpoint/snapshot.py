@@ -72,7 +72,9 @@ def read_record(path: Path) -> dict[str, str]:
     content = read_json(path)
     record = {name: content[name] for name in RECORD_FIELDS if isinstance(content.get(name), str)}
     if len(record) < len(RECORD_FIELDS):
-        raise MptTrtError(f"{path}: fields {', '.join(RECORD_FIELDS)} are expected; make it again")
+        raise MptTrtError(
+            f"{path}: fields {', '.join(RECORD_FIELDS)} are expected; delete it and make it again"
+        )
     if not COMMIT.fullmatch(record["commit"]):
         raise MptTrtError(f"{path}: commit = {record['commit']!r}: 40 hexadecimal digits expected")
     return record
@@ -93,6 +95,6 @@ def recorded_provenance(folder: Path) -> dict[str, str] | None:
         if not (folder / name).is_file():
             raise MptTrtError(
                 f"{folder / name}: the hub cache no longer holds the file that it links to; "
-                "fetch the checkpoint again"
+                f"delete {folder} and fetch the checkpoint again"
             )
     return read_record(path)

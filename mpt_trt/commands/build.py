@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from functools import partial
 from pathlib import Path
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
@@ -13,7 +14,6 @@ from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.engines.build.build import build_engine, build_one_by_one
 from mpt_trt.engines.build.parallel import build_side_by_side
 from mpt_trt.engines.build.rank_network import NetworkInputs
-from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.quantization.schemes import (
@@ -42,7 +42,8 @@ def run(options: argparse.Namespace) -> None:
             f"--dtype = {options.dtype}, but {options.model_dir} is stored in "
             f"{checkpoint.storage_type}; convert with -t {options.dtype}"
         )
-    build_plans = build_all_at_once if options.parallel_build else build_one_by_one
+    in_parallel = partial(build_side_by_side, options.rank_tool)
+    build_plans = in_parallel if options.parallel_build else build_one_by_one
     inputs = NetworkInputs(
         checkpoint,
         cli_options.limits(options),
@@ -91,13 +92,3 @@ def _scheme(options: argparse.Namespace, alpha: float | None) -> WeightQuantizat
     if options.weight_only_precision == "int8":
         return WeightOnly(8)
     return WeightOnly(4, options.group_size if options.per_group else None)
-
-
-def build_all_at_once(folder: Path, builder: BuilderChoice, tp_size: int) -> None:
-    """Adds the plans of all ranks to the folder that has their networks, a process a rank."""
-    plans = {rank: folder / f"plan{rank}" for rank in range(tp_size)}
-    build_side_by_side(folder, builder, plans, at_once=tp_size)
-    for plan in plans.values():
-        for path in plan.iterdir():
-            path.rename(folder / path.name)
-        plan.rmdir()

@@ -115,7 +115,7 @@ def write_network_description(
 
 def read_network_manifest(folder: Path) -> Manifest:
     """That of a folder with the network of the only rank, and no plan."""
-    described = read_json(folder / network_description_name(0))
+    described = _read_network_description(folder, 0)
     plan = {"engine": engine_name(0), "files": {}}
     builder = {"package": "none", "version": "0", "compute_capabilities": ()}
     return _parse(described | {"builder": builder, "ranks": [asdict(_rank_files(described, plan))]})
@@ -126,17 +126,37 @@ def read_network_spec(folder: Path, rank: int = 0) -> EngineSpec:
 
     Raises MptTrtError when the network's description is missing or damaged.
     """
-    path = folder / network_description_name(rank)
-    content = read_json(path)
+    content = _read_network_description(folder, rank)
     try:
         return _parse_spec(content)
     except (KeyError, TypeError) as error:
-        raise MptTrtError(f"{path}: damaged ({error!r}); make the networks again") from None
+        raise MptTrtError(
+            f"{folder / network_description_name(rank)}: damaged ({error!r}); "
+            f"{_make_networks_again(folder)}"
+        ) from None
 
 
 def read_network_hash(folder: Path, rank: int) -> str:
     """The content hash of a rank's network."""
-    return _network_hash(read_json(folder / network_description_name(rank)))
+    return _network_hash(_read_network_description(folder, rank))
+
+
+def require_whole_network(folder: Path, rank: int) -> None:
+    """Raises MptTrtError when a file of a rank's network is missing or has another size."""
+    description, remedy = _read_network_description(folder, rank), _make_networks_again(folder)
+    for name, record in description["files"].items():
+        _require_file(folder / name, record["bytes"], network_description_name(rank), remedy)
+
+
+def _read_network_description(folder: Path, rank: int) -> dict:
+    path = folder / network_description_name(rank)
+    if folder.is_dir() and not path.is_file():
+        raise MptTrtError(f"{path}: no such file; {_make_networks_again(folder)}")
+    return read_json(path)
+
+
+def _make_networks_again(folder: Path) -> str:
+    return f"delete {folder} and make the networks again"
 
 
 def _network_hash(description: dict) -> str:
@@ -152,47 +172,45 @@ def _records(folder: Path, hashes: dict[str, str]) -> dict[str, dict]:
 
 
 def write_plan_description(
-    engine: Path, content: str, network_hash: str, builder: BuilderInfo, origin: dict
+    engine: Path, content: str, network_hash: str, builder: BuilderInfo
 ) -> None:
-    """Writes `rank{r}.engine.json` beside a plan.
-
-    content: the plan's content hash. origin: JSON that says what it was made from.
-    """
+    """Writes `rank{r}.engine.json` beside a plan. content: the plan's content hash."""
     description = {
         "engine": engine.name,
         "files": _records(engine.parent, {engine.name: content}),
         "network_hash": network_hash,
         "builder": asdict(builder),
-        "origin": origin,
     }
     write_json(engine.with_name(f"{engine.name}.json"), description)
 
 
-def is_plan_of(origin: dict, folder: Path, rank: int) -> bool:
-    """Whether the folder has the whole plan of a rank, made from what `origin` says."""
-    try:
-        description = read_json(folder / plan_description_name(rank))
-        files = description["files"].items()
-        return description["origin"] == origin and all(
-            content_hash(folder / name) == record["hash"] for name, record in files
-        )
-    except (MptTrtError, OSError, KeyError):
-        return False
-
-
 def collect(rank_folders: list[tuple[Path, Path]], target: Path) -> None:
-    """Makes an engine directory of hard links from (network folder, engine folder) of each rank.
+    """Makes an engine directory of hard links from (network folder, plan folder) of each rank.
 
-    Raises MptTrtError when the ranks do not belong together.
+    Raises MptTrtError when a file is missing or damaged, or the ranks do not belong together.
     """
+    for rank, (networks, plans) in enumerate(rank_folders):
+        _require_whole_plan(plans, rank)
+        require_whole_network(networks, rank)
     with replace_directory(target) as folder:
-        for rank, (networks, engines) in enumerate(rank_folders):
-            _link_rank(rank, networks, engines, folder)
+        for rank, (networks, plans) in enumerate(rank_folders):
+            _link_rank(rank, networks, plans, folder)
         write_manifest(folder, rank_folders)
 
 
-def _link_rank(rank: int, networks: Path, engines: Path, folder: Path) -> None:
-    hard_link(engines / engine_name(rank), folder / engine_name(rank))
+def _require_whole_plan(folder: Path, rank: int) -> None:
+    plan, path = folder / engine_name(rank), folder / plan_description_name(rank)
+    if not plan.is_file():
+        raise MptTrtError(f"{plan}: no such file; build it again")
+    remedy = f"delete {plan} and build it again"
+    if not path.is_file():
+        raise MptTrtError(f"{path}: no such file; {remedy}")
+    for name, record in read_json(path)["files"].items():
+        _require_file(folder / name, record["bytes"], path.name, remedy)
+
+
+def _link_rank(rank: int, networks: Path, plans: Path, folder: Path) -> None:
+    hard_link(plans / engine_name(rank), folder / engine_name(rank))
     for name in read_json(networks / network_description_name(rank))["files"]:
         if not (folder / name).exists():
             hard_link(networks / name, folder / name)
@@ -268,17 +286,17 @@ def read_manifest(engine_dir: Path) -> Manifest:
     if content.get("format") != FORMAT:
         raise MptTrtError(
             f"{path}: format = {content.get('format')!r}: this version reads engine directories "
-            f"of format {FORMAT}; build the engine again"
+            f"of format {FORMAT}; {_build_again(engine_dir)}"
         )
     try:
         manifest = _parse(content)
     except (KeyError, TypeError) as error:
-        raise MptTrtError(f"{path}: damaged ({error!r}); build the engine again") from None
+        raise MptTrtError(f"{path}: damaged ({error!r}); {_build_again(engine_dir)}") from None
     tp_size = manifest.spec.tp_size
     if len(manifest.ranks) != tp_size:
         raise MptTrtError(
             f"{path}: damaged ({len(manifest.ranks)} ranks, but tp_size = {tp_size}); "
-            "build the engine again"
+            f"{_build_again(engine_dir)}"
         )
     _check_files(engine_dir, manifest)
     return manifest
@@ -288,8 +306,8 @@ def check_content(engine_dir: Path, files: RankFiles, name: str) -> None:
     """Raises MptTrtError when a file of a rank is not the one that was built with the others."""
     if content_hash(engine_dir / name) != files.files[name].hash:
         raise MptTrtError(
-            f"{engine_dir / name}: not the file that {MANIFEST} describes; it is of another build. "
-            "Build the engine again"
+            f"{engine_dir / name}: not the file that {MANIFEST} describes, but of another build; "
+            f"{_build_again(engine_dir)}"
         )
 
 
@@ -333,13 +351,16 @@ def _parse_spec(content: dict) -> EngineSpec:
 
 def _check_files(engine_dir: Path, manifest: Manifest) -> None:
     for name, record in (item for rank in manifest.ranks for item in rank.files.items()):
-        path = engine_dir / name
-        if not path.is_file():
-            raise MptTrtError(
-                f"{path}: missing, though {MANIFEST} names it; build the engine again"
-            )
-        if (size := path.stat().st_size) != record.bytes:
-            raise MptTrtError(
-                f"{path}: has {size} bytes, but {MANIFEST} says {record.bytes}; "
-                "build the engine again"
-            )
+        _require_file(engine_dir / name, record.bytes, MANIFEST, _build_again(engine_dir))
+
+
+def _build_again(engine_dir: Path) -> str:
+    return f"delete {engine_dir} and build the engine again"
+
+
+def _require_file(path: Path, size: int, description: str, remedy: str) -> None:
+    """Raises MptTrtError when a file does not have the size that its description records."""
+    if not path.is_file():
+        raise MptTrtError(f"{path}: missing, though {description} names it; {remedy}")
+    if (actual := path.stat().st_size) != size:
+        raise MptTrtError(f"{path}: has {actual} bytes, but {description} says {size}; {remedy}")

@@ -384,9 +384,9 @@ def network_minutes(spec: EngineSpec) -> int:
     return _minutes(size / DISK_RATE)
 
 
-def build_minutes(spec: EngineSpec, rounds: int) -> int:
-    """For the plans of as many ranks one after the other."""
-    weights = rounds * rank_weights(spec)
+def build_minutes(spec: EngineSpec) -> int:
+    """For the plan of one rank."""
+    weights = rank_weights(spec)
     return _minutes(2 * weights / DISK_RATE + weights / BUILD_RATE)
 
 

@@ -99,5 +99,6 @@ def read_heldout(path: Path) -> HeldOut:
         raise MptTrtError(f"{path}: no such file; make it with compute_reference.py") from None
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise MptTrtError(
-            f"{path}: not written by compute_reference.py, or damaged ({error}); make it again"
+            f"{path}: not written by compute_reference.py, or damaged ({error}); "
+            "delete it and make it again"
         ) from None

@@ -24,7 +24,8 @@ def read_result(path: Path, kind: type[Result], description: str) -> Result:
         return _dataclass(kind, content)
     except (KeyError, TypeError) as error:
         raise MptTrtError(
-            f"{path}: not {description} of this version, or damaged ({error!r}); measure it again"
+            f"{path}: not {description} of this version, or damaged ({error!r}); "
+            "delete it and measure again"
         ) from None
 
 

@@ -163,13 +163,17 @@ def _check_sizes(checkpoint: FtCheckpoint) -> None:
     ):
         path = checkpoint.folder / file.name
         if not path.is_file():
-            raise MptTrtError(f"{path}: tensor file is missing; convert the checkpoint again")
+            raise MptTrtError(f"{path}: tensor file is missing; {_convert_again(path.parent)}")
         size = path.stat().st_size
         if size != file.byte_size:
             raise MptTrtError(
                 f"{path}: has {size} bytes, but {list(file.shape)} of {file.dtype} "
-                f"are {file.byte_size}; convert the checkpoint again"
+                f"are {file.byte_size}; {_convert_again(path.parent)}"
             )
+
+
+def _convert_again(folder: Path) -> str:
+    return f"delete {folder} and convert the checkpoint again"
 
 
 class _Ini:
@@ -179,8 +183,10 @@ class _Ini:
         self.path = path
         parser = configparser.ConfigParser(interpolation=None)
         if not path.exists():
+            has_tensors = any(path.parent.glob("model.*.bin"))
+            remedy = "give a {tp_size}-gpu folder of an FT checkpoint"
             raise MptTrtError(
-                f"{path}: no such file; give a {{tp_size}}-gpu folder of an FT checkpoint"
+                f"{path}: no such file; {_convert_again(path.parent) if has_tensors else remedy}"
             )
         content = read_small_file(path, MOST_INI_BYTES)
         try:
@@ -198,7 +204,9 @@ class _Ini:
         raw = self.values.get(key)
         if raw is None or raw == "None":
             if default is None:
-                raise MptTrtError(f"{self.path}: {key} is missing; convert the checkpoint again")
+                raise MptTrtError(
+                    f"{self.path}: {key} is missing; {_convert_again(self.path.parent)}"
+                )
             return default
         try:
             value = float(raw)

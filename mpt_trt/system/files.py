@@ -47,14 +47,28 @@ def replace_directory(target: Path) -> Iterator[Path]:
 
     Raises MptTrtError when the disk is full or the folder cannot be written.
     """
-    partial = _partial_name(target)
+    with staging_directory(target) as partial:
+        yield partial
+        _exchange(partial, target)
+
+
+@contextlib.contextmanager
+def staging_directory(target: Path) -> Iterator[Path]:
+    """Yields a new empty folder beside `target`, from which files are moved there; then removes it.
+
+    Raises MptTrtError when the disk is full or the folder cannot be written.
+    """
+    partial, is_alone = _partial_name(target), not target.parent.exists()
     with _plain_disk_errors(target):
         try:
             partial.mkdir(parents=True)
             yield partial
-            _exchange(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            if is_alone:
+                # Nothing has come of it, or else the folder is not empty.
+                with contextlib.suppress(OSError):
+                    target.parent.rmdir()
 
 
 @contextlib.contextmanager

@@ -90,6 +90,10 @@ class Calibration:
     sequence_length: int
     device: str
 
+    @property
+    def num_tokens(self) -> int:
+        return self.num_samples * self.sequence_length
+
 
 @dataclass(frozen=True)
 class SmokeTest:
@@ -110,7 +114,6 @@ class Site:
     mpi: str
     container: str | None
     job_overhead_mb: int
-    plans_at_once: int
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,11 @@ class Quality:
     text: str
     num_windows: int
     window_length: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Most tokens that are read."""
+        return self.num_windows * self.window_length
 
 
 @dataclass(frozen=True)

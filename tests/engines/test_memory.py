@@ -495,7 +495,7 @@ def expected_memory(
     sizes = {
         "convert_checkpoint": memory.conversion_memory(2),
         "make_networks": memory.network_memory(spec),
-        "build_plans": memory.build_memory(spec),
+        "build_rank": memory.build_memory(spec),
         "assemble_engine": memory.linking_memory(),
         "smoke_test": memory.smoke_test_memory(spec),
     }

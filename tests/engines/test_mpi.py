@@ -142,7 +142,7 @@ def write_empty_plans(folder: Path, builder: BuilderChoice, tp_size: int) -> Non
         plan.write_bytes(b"")
         known = content_hash(plan)
         network_hash = read_network_hash(folder, rank)
-        write_plan_description(plan, known, network_hash, builder_info, {})
+        write_plan_description(plan, known, network_hash, builder_info)
 
 
 @pytest.fixture(scope="module")
@@ -400,15 +400,15 @@ def test_network_of_another_build_is_reported_by_all(engines, damaged, tmp_path)
     shutil.copyfile(tmp_path / "other" / "rank1.onnx", damaged / "rank1.onnx")
     assert (damaged / "rank1.onnx").stat().st_size == before
     assert load_damaged(engines, damaged) == [
-        f"error: rank 1: {damaged / 'rank1.onnx'}: not the file that config.json describes; it is "
-        "of another build. Build the engine again"
+        f"error: rank 1: {damaged / 'rank1.onnx'}: not the file that config.json describes, but "
+        f"of another build; delete {damaged} and build the engine again"
     ]
 
 
 def test_missing_file_of_one_rank_is_named(engines, damaged):
     (damaged / "rank1.onnx").unlink()
     errors = load_damaged(engines, damaged)
-    message = f"error: {damaged / 'rank1.onnx'}: missing, though config.json names it; build the"
+    message = f"error: {damaged / 'rank1.onnx'}: missing, though config.json names it; delete"
     assert errors and all(line.startswith(message) for line in errors)
 
 

@@ -366,7 +366,7 @@ def test_a_text_that_is_too_short_gets_one_line(built: Built, tmp_path):
 def test_damaged_results_are_refused(tmp_path):
     path = tmp_path / "quality.json"
     path.write_text('{"engine_dir": "x"}')
-    with pytest.raises(MptTrtError, match="measure it again"):
+    with pytest.raises(MptTrtError, match="delete it and measure again"):
         read_quality(path)
 
 

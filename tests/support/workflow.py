@@ -79,9 +79,9 @@ class Workflow:
         assert result.returncode == 0, output
         return _jobs(output)
 
-    def planned(self, *targets: str) -> list[str]:
+    def planned(self, *targets: str, **environment: str) -> list[str]:
         """The rules that would run."""
-        result = self.run("--dry-run", *targets)
+        result = self.run("--dry-run", *targets, **environment)
         output = result.stdout + result.stderr
         assert result.returncode == 0, output
         return _jobs(output)

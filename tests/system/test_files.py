@@ -1,4 +1,4 @@
-"""Files that are complete or absent, seals of folders, and what a script's outcome depends on."""
+"""Files that are complete or absent, and what a script's outcome depends on."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import errno
 import json
 import os
 import resource
-import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -22,12 +21,9 @@ import xxhash
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import files
 from mpt_trt.system.code_version import source_files, source_hash
-from mpt_trt.workflow import seals
 from support.checkpoints import CheckpointSpec, write_checkpoint
 from support.paths import REPOSITORY, tool_path
 
-# Long before these tests and long after time began: when a sealed folder's inputs were made.
-INPUT_TIME = 1_000_000_000
 SHARED_MEMORY = Path("/dev/shm")
 REMEDIES = {
     errno.ENOSPC: "the disk is full",
@@ -293,163 +289,6 @@ class TestContentHash:
             path.write_text(name)
         expected = {n: f"xxh3:{xxhash.xxh3_128_hexdigest(n.encode())}" for n in paths}
         assert files.content_hashes(paths) == expected
-
-
-class TestSeals:
-    @pytest.fixture
-    def folder(self, tmp_path: Path) -> Path:
-        """A sealed folder with files, one in a folder of its own, and a link to a file."""
-        folder = tmp_path / "results" / "1-gpu"
-        (folder / "weights").mkdir(parents=True)
-        (folder / "config.ini").write_text("config")
-        (folder / "weights" / "wte.bin").write_text("1234")
-        (tmp_path / "blob").write_text("elsewhere")
-        (folder / "link").symlink_to(tmp_path / "blob")
-        (folder / ".snakemake_timestamp").touch()
-        seals.write_seal(folder)
-        return folder
-
-    def is_sealed(self, folder: Path) -> bool:
-        """Whether the folder is, after a check, no older than what it was made from."""
-        seals.break_if_damaged(folder)
-        timestamp = folder / ".snakemake_timestamp"
-        if not timestamp.exists():
-            return True
-        # Snakemake takes 0 for "no time stamp".
-        assert timestamp.stat().st_mtime > 0
-        return timestamp.stat().st_mtime > INPUT_TIME
-
-    def test_intact(self, folder: Path) -> None:
-        before = (folder / ".snakemake_timestamp").stat().st_mtime_ns
-        assert self.is_sealed(folder)
-        assert (folder / ".snakemake_timestamp").stat().st_mtime_ns == before
-
-    @pytest.mark.parametrize(
-        "harmless",
-        [
-            lambda folder: (folder / "weights" / "wte.bin").touch(),
-            lambda folder: (folder / "new").touch(),
-            lambda folder: (folder / ".snakemake_timestamp").unlink(),
-        ],
-        ids=["touched", "another file", "Snakemake's time stamp"],
-    )
-    def test_harmless(self, folder: Path, harmless: Callable[[Path], None]) -> None:
-        harmless(folder)
-        assert self.is_sealed(folder)
-
-    @pytest.mark.parametrize(
-        "damage",
-        [
-            lambda folder: (folder / "config.ini").unlink(),
-            lambda folder: (folder / "weights" / "wte.bin").unlink(),
-            lambda folder: (folder / "weights" / "wte.bin").write_text("123"),
-            lambda folder: (folder / "weights" / "wte.bin").write_text("12345"),
-            lambda folder: os.truncate(folder / "config.ini", 0),
-            lambda folder: (folder / "link").unlink(),
-            lambda folder: (folder.parent.parent / "blob").unlink(),
-            lambda folder: os.truncate(folder.parent.parent / "blob", 3),
-            lambda folder: shutil.rmtree(folder / "weights"),
-        ],
-        ids=[
-            "missing",
-            "missing below",
-            "truncated",
-            "longer",
-            "empty",
-            "missing link",
-            "dangling link",
-            "truncated behind link",
-            "missing folder",
-        ],
-    )
-    def test_damage_breaks_the_seal(self, folder: Path, damage: Callable[[Path], None]) -> None:
-        damage(folder)
-        assert not self.is_sealed(folder)
-
-    def test_linked_files(self, folder: Path) -> None:
-        """Their sizes are those that the folder in which they were made is sealed with."""
-        other = folder.parent / "other"
-        other.mkdir()
-        (other / "own.bin").write_text("12")
-        for name in ("config.ini", "weights/wte.bin"):
-            os.link(folder / name, other / Path(name).name)
-        seals.write_seal(other)
-        assert self.is_sealed(other) and self.is_sealed(folder)
-        os.truncate(other / "wte.bin", 3)
-        assert self.is_sealed(other) and not self.is_sealed(folder)
-        (other / "wte.bin").unlink()
-        assert not self.is_sealed(other)
-        (other / ".snakemake_timestamp").unlink()
-        seals.write_seal(other)
-        os.truncate(other / "own.bin", 1)
-        assert not self.is_sealed(other)
-
-    @pytest.mark.parametrize(
-        ("change", "is_whole"),
-        [
-            (lambda weights: (weights / "new").touch(), True),
-            (lambda weights: (weights / "1.bin").unlink(), False),
-            (lambda weights: (weights / "1.bin").rename(weights / "2.bin"), False),
-            (lambda weights: shutil.rmtree(weights), False),
-        ],
-        ids=["another file", "missing", "renamed", "missing folder"],
-    )
-    def test_a_folder_of_links_below(
-        self, folder: Path, change: Callable[[Path], None], is_whole: bool
-    ) -> None:
-        weights = folder.parent / "other" / "weights"
-        weights.mkdir(parents=True)
-        for index in range(2):
-            os.link(folder / "config.ini", weights / f"{index}.bin")
-        seals.write_seal(weights.parent)
-        assert self.is_sealed(weights.parent)
-        change(weights)
-        assert self.is_sealed(weights.parent) == is_whole
-
-    @pytest.mark.parametrize(
-        "content",
-        ["", "{", "[]", "7", '{"config.ini": "6"}', '{".": {"config.ini": "6"}}', '{".": []}'],
-    )
-    def test_a_damaged_seal_is_a_broken_one(self, folder: Path, content: str) -> None:
-        (folder.parent / ".1-gpu.seal").write_text(content)
-        assert not self.is_sealed(folder)
-
-    def test_sealed_anew(self, folder: Path) -> None:
-        (folder / "config.ini").write_text("another config")
-        seals.write_seal(folder)
-        assert self.is_sealed(folder)
-
-    def test_a_broken_seal_stays_broken(self, folder: Path) -> None:
-        (folder / "config.ini").unlink()
-        assert not self.is_sealed(folder)
-        assert not self.is_sealed(folder)
-
-    def test_a_folder_without_a_seal_counts_as_damaged(self, folder: Path) -> None:
-        (folder.parent / ".1-gpu.seal").unlink()
-        assert not self.is_sealed(folder)
-
-    @pytest.mark.parametrize("sealed", [True, False])
-    def test_nothing_is_done_about_a_folder_that_is_gone(self, folder: Path, sealed: bool) -> None:
-        shutil.rmtree(folder)
-        seal = folder.parent / ".1-gpu.seal"
-        if not sealed:
-            seal.unlink()
-        before = tree(folder.parent), seal.exists() and seal.stat().st_mtime_ns
-        seals.break_if_damaged(folder)
-        assert (tree(folder.parent), seal.exists() and seal.stat().st_mtime_ns) == before
-
-    @pytest.mark.parametrize(
-        ("folder", "seal"),
-        [
-            ("ft/{model}/{tp}-gpu", "ft/{model}/.{tp}-gpu.seal"),
-            ("a/b/", "a/.b.seal"),
-            ("/a/b", "/a/.b.seal"),
-            ("/a", "/.a.seal"),
-            ("a", ".a.seal"),
-        ],
-    )
-    def test_path(self, folder: str, seal: str) -> None:
-        assert seals.seal_path(folder) == seal
 
 
 MODULES = {

@@ -33,7 +33,7 @@ from support.workflow import REPOSITORY, Workflow
 
 Resources = dict[str, dict[str, str]]
 
-CLUSTER = Site("scheduler", "gpus", {"a100": 80.0, "l4": 24.0, "t4": 16.0}, 4, "srun", None, 0, 1)
+CLUSTER = Site("scheduler", "gpus", {"a100": 80.0, "l4": 24.0, "t4": 16.0}, 4, "srun", None, 0)
 
 
 # --- of a cluster --------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def site_options(workflow: Workflow, **site: object) -> tuple[str, ...]:
 def test_only_smoke_tests_ask_a_scheduler_for_gpus(workflow: Workflow) -> None:
     options = site_options(workflow, gpu_memory_gb={"l4": 24, "a100": 80}, gpus_per_node=2)
     found = planned_resources(workflow, *options, "smoke_tests/thirty/fp16/4-gpu.json")
-    for rule in ("convert_checkpoint", "make_networks", "build_plans", "assemble_engine"):
+    for rule in ("convert_checkpoint", "make_networks", "build_rank", "assemble_engine"):
         assert not {"gpu", "gpu_model", "gres"} & found[rule].keys()
         assert int(found[rule]["mem_mb"]) > 0 and int(found[rule]["runtime"]) > 0
     asked = found["smoke_test"]
@@ -161,35 +161,20 @@ def tensorrt_for_data_centres(workflow: Workflow) -> dict[str, str]:
     return {"PYTHONPATH": str(fake.parent)}
 
 
-@pytest.mark.parametrize(
-    ("tp", "gpus_per_node", "at_once"), [(4, 8, 3), (2, 8, 2), (1, 8, 1), (4, 2, 2)]
-)
-def test_a_build_asks_for_all_that_its_ranks_need_side_by_side(
-    workflow: Workflow, tp: int, gpus_per_node: int, at_once: int
-) -> None:
-    site = {"gpu_memory_gb": {"a100": 80}, "gpus_per_node": gpus_per_node, "plans_at_once": 3}
-    options = site_options(workflow, **site)
-    command = ("--cores", "64", *options, f"trt_engines/thirty/int4/{tp}-gpu")
+def test_each_rank_is_built_by_a_job_that_asks_for_one_gpu(workflow: Workflow) -> None:
+    options = site_options(workflow, gpu_memory_gb={"a100": 80}, gpus_per_node=2)
+    command = ("--cores", "64", *options, "trt_engines/thirty/int4/4-gpu")
     environment = tensorrt_for_data_centres(workflow)
-    asked = planned_resources(workflow, *command, **environment)["build_plans"]
-    assert (asked["gpu"], asked["gpu_model"], asked["nodes"]) == (str(at_once), "a100", "1")
+    result = workflow.run("--dry-run", *command, **environment)
+    assert re.search(r"^build_rank +4$", result.stdout + result.stderr, re.MULTILINE)
+    asked = planned_resources(workflow, *command, **environment)["build_rank"]
+    assert (asked["gpu"], asked["gpu_model"], asked["nodes"]) == ("1", "a100", "1")
     config, limits = known_config("mpt-30b"), BuildLimits(8, 512, 64)
     quantization = Quantization(WeightOnly(4))
-    spec = EngineSpec(config, "float16", tp, limits, VocabularySharding(), quantization)
-    needed = at_once * memory.build_memory(spec)
-    assert int(asked["mem_mb"]) == math.ceil(needed / 1e6)
-    rounds = math.ceil(tp / at_once)
-    assert int(asked["runtime"]) == memory.build_minutes(spec, rounds)
-    assert int(asked["threads"]) == 2 * at_once
-
-
-@pytest.mark.skipif(bool(gpus.identifiers()), reason="a driver knows better")
-def test_a_build_on_this_machine_takes_no_more_gpus_than_there_are(workflow: Workflow) -> None:
-    environment = tensorrt_for_data_centres(workflow) | {"MPT_TRT_GPUS": "2"}
-    options = site_options(workflow, gpus="auto", plans_at_once=4)
-    command = (*options, "trt_engines/toy/fp16/3-gpu")
-    asked = planned_resources(workflow, *command, **environment)["build_plans"]
-    assert asked["gpu"] == "2"
+    spec = EngineSpec(config, "float16", 4, limits, VocabularySharding(), quantization)
+    assert int(asked["mem_mb"]) == math.ceil(memory.build_memory(spec) / 1e6)
+    assert int(asked["runtime"]) == memory.build_minutes(spec)
+    assert int(asked["threads"]) == 2
 
 
 @pytest.mark.skipif(bool(gpus.identifiers()), reason="a driver knows better")

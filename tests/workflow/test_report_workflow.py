@@ -80,15 +80,15 @@ def test_another_text_measures_again_and_builds_nothing(made: Workflow) -> None:
 @pytest.mark.parametrize(
     ("module", "first"),
     [
-        ("report_plots.py", ["make_report"]),
-        ("quality.py", ["measure_quality fp32", "make_report"]),
-        ("heldout.py", ["compute_reference", "measure_quality fp32", "make_report"]),
+        ("report/plots.py", ["make_report"]),
+        ("evaluation/perplexity.py", ["measure_quality fp32", "make_report"]),
+        ("evaluation/heldout.py", ["compute_reference", "measure_quality fp32", "make_report"]),
     ],
 )
 def test_an_edited_module_repeats_what_depends_on_it(
     made: Workflow, module: str, first: list[str]
 ) -> None:
-    path = made.folder / "workflow_scripts/mpt_trt" / module
+    path = made.folder / "mpt_trt" / module
     original = path.read_text()
     made.edit_module(module)
     try:

@@ -144,7 +144,6 @@ class TestDefaults:
                 mpi="mpirun --oversubscribe --bind-to none --allow-run-as-root",
                 container=None,
                 job_overhead_mb=0,
-                plans_at_once=1,
             ),
             targets=(),
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from support.paths import REPOSITORY
 from support.workflow import SMALL, Workflow
 
 SMOKE_TEST = "smoke_tests/toy/{}/1-gpu.json"
-CHAIN = ["convert_checkpoint", "make_networks", "build_plans", "assemble_engine", "smoke_test"]
+CHAIN = ["convert_checkpoint", "make_networks", "build_rank", "assemble_engine", "smoke_test"]
 
 
 def chain(variant: str) -> list[str]:
@@ -80,22 +82,22 @@ def test_a_new_variant_shares_the_ft_checkpoint(made: Workflow) -> None:
         planned = made.planned("trt_engines/toy/wide/1-gpu")
     finally:
         made.configure()
-    assert planned == ["make_networks wide", "build_plans wide", "assemble_engine wide"]
+    assert planned == ["make_networks wide", "build_rank wide", "assemble_engine wide"]
 
 
 @pytest.mark.parametrize(
     ("module", "first"),
     [
-        ("ft_checkpoint.py", "convert_checkpoint"),
-        ("network.py", "make_networks"),
-        ("engines/tensorrt.py", "make_networks"),
-        ("verification.py", "smoke_test"),
+        ("ft/layout.py", "convert_checkpoint"),
+        ("network/decoder.py", "make_networks"),
+        ("engines/tensorrt/plan_builder.py", "make_networks"),
+        ("evaluation/smoke_result.py", "smoke_test"),
     ],
 )
 def test_an_edited_module_repeats_what_depends_on_it(
     made: Workflow, module: str, first: str
 ) -> None:
-    path = made.folder / "workflow_scripts/mpt_trt" / module
+    path = made.folder / "mpt_trt" / module
     original = path.read_text()
     made.edit_module(module)
     try:
@@ -117,34 +119,81 @@ def test_a_changed_checkpoint_is_noticed(made: Workflow) -> None:
     made.make(SMOKE_TEST.format("fp32"), SMOKE_TEST.format("fp16"))
 
 
+def test_only_the_lost_plan_of_a_rank_is_built_again(made: Workflow) -> None:
+    """Each rank is a job and a file of its own."""
+    engine, plan = "trt_engines/toy/fp32/2-gpu", "build/plans/toy/fp32/2-gpu/rank{}.engine"
+    jobs = made.make(*map(plan.format, range(2)))
+    assert jobs.count("build_rank fp32") == 2
+    kept = (made.folder / plan.format(0)).stat().st_ino
+    (made.folder / plan.format(1)).unlink()
+    assert made.make(engine) == ["build_rank fp32", "assemble_engine fp32"]
+    assert (made.folder / plan.format(0)).stat().st_ino == kept
+    for rank in range(2):
+        linked = made.folder / engine / f"rank{rank}.engine"
+        assert linked.samefile(made.folder / plan.format(rank))
+    assert made.planned(engine, plan.format(1)) == []
+
+
 @pytest.mark.parametrize(
-    ("lost", "target", "repeated"),
+    ("lost", "target", "folder"),
     [
-        (
-            "trt_engines/toy/fp32/1-gpu/rank0.engine",
-            "trt_engines/toy/fp32/1-gpu",
-            ["assemble_engine fp32"],
-        ),
-        (
-            "trt_engines/toy/fp32/1-gpu/weights/model.wte.bin",
-            "trt_engines/toy/fp32/1-gpu",
-            ["assemble_engine fp32"],
-        ),
-        (
-            "ft_ckpts/toy/fp32/1-gpu/model.layers.1.attention.dense.weight.0.bin",
-            "ft_ckpts/toy/fp32/1-gpu",
-            ["convert_checkpoint fp32"],
-        ),
+        ("rank0.engine", SMOKE_TEST.format("fp32"), "trt_engines/toy/fp32/1-gpu"),
+        ("weights/model.wte.bin", SMOKE_TEST.format("fp32"), "trt_engines/toy/fp32/1-gpu"),
+        ("rank0.onnx", "build/plans/toy/fp32/1-gpu/rank0.engine", "build/networks/toy/fp32/1-gpu"),
+        ("model.wte.bin", "build/networks/toy/fp32/1-gpu", "ft_ckpts/toy/fp32/1-gpu"),
     ],
 )
-def test_a_lost_file_is_made_again(
-    made: Workflow, lost: str, target: str, repeated: list[str]
+def test_a_damaged_folder_is_named_with_its_remedy_which_works(
+    made: Workflow, lost: str, target: str, folder: str
 ) -> None:
-    (made.folder / lost).unlink()
-    assert made.make(target) == repeated
-    assert (made.folder / lost).is_file()
+    """Its reader refuses it. Snakemake itself sees no difference."""
+    path = made.folder / folder / lost
+    path.unlink()
     assert made.planned(target) == []
+    shutil.rmtree(made.folder / target, ignore_errors=True)
+    (made.folder / target).unlink(missing_ok=True)
+    result = made.run(target)
+    assert result.returncode != 0
+    complaint = re.search(rf"^error: {folder}/{lost}: .*$", result.stdout, re.MULTILINE)
+    assert complaint and f"; delete {folder} and " in complaint[0]
+    shutil.rmtree(made.folder / folder)
+    made.make(target)
+    assert path.is_file()
     made.make(SMOKE_TEST.format("fp32"), SMOKE_TEST.format("fp16"))
+
+
+def test_a_dry_run_writes_nothing(made: Workflow, tmp_path: Path) -> None:
+    """Nor does it touch anything, not even beside a folder that is damaged."""
+    copy = Workflow(Path(shutil.copytree(made.folder, tmp_path / "copy", symlinks=True)))
+    (copy.folder / "trt_engines/toy/fp32/1-gpu/rank0.engine").unlink()
+
+    def state() -> dict[str, int]:
+        paths = [path for path in copy.folder.rglob("*") if "__pycache__" not in path.parts]
+        own = [path for path in paths if ".snakemake" not in path.parts]
+        return {str(path): path.lstat().st_mtime_ns for path in own}
+
+    before = state()
+    copy.planned(SMOKE_TEST.format("fp32"), "trt_engines/toy/fp16/2-gpu")
+    assert state() == before
+
+
+def test_a_dry_run_on_a_read_only_checkout(made: Workflow, tmp_path: Path) -> None:
+    """Snakemake itself keeps records in the working directory, so that is another one."""
+    checkout = str(made.folder)
+    mount = "mount --bind $0 $0 && mount -o remount,ro,bind $0"
+    isolated = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', checkout]
+    if subprocess.run([*isolated, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount of one's own here")
+    command = [sys.executable, "-m", "snakemake", "--snakefile", f"{checkout}/Snakefile"]
+    result = subprocess.run(
+        [*isolated, *command, "--cores", "1", "--dry-run", SMOKE_TEST.format("fp32")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".snakemake"]
 
 
 def test_another_builder_version_makes_the_engine_again(made: Workflow) -> None:
@@ -158,7 +207,7 @@ def test_another_builder_version_makes_the_engine_again(made: Workflow) -> None:
         "--dry-run", "trt_engines/toy/fp32/1-gpu", PYTHONPATH=str(made.folder / "newer")
     )
     output = result.stdout + result.stderr
-    assert "build_plans" in output
+    assert "build_rank" in output
     assert "Params have changed" in output
     assert "make_networks" not in output
 
@@ -250,7 +299,7 @@ def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    network = workflow.folder / "build/networks/toy/fp32/.1-gpu.seal"
+    network = workflow.folder / "build/networks/toy/fp32/1-gpu"
     deadline = time.monotonic() + 60
     while not network.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -260,7 +309,7 @@ def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert not (workflow.folder / SMOKE_TEST.format("fp32")).exists()
     assert list(workflow.folder.rglob(".*partial*")) == []
     jobs = workflow.make(SMOKE_TEST.format("fp32"))
-    assert jobs[0] in ("make_networks fp32", "build_plans fp32", "assemble_engine fp32")
+    assert jobs[0] in ("make_networks fp32", "build_rank fp32", "assemble_engine fp32")
     assert jobs[-1] == "smoke_test fp32"
 
 

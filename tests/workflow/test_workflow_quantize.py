@@ -58,9 +58,9 @@ def test_changed_settings_calibrate_again(made: Workflow) -> None:
 
 
 def test_an_edited_module_calibrates_again(made: Workflow) -> None:
-    path = made.folder / "workflow_scripts/mpt_trt/plain_block.py"
+    path = made.folder / "mpt_trt/model/torch_block.py"
     original = path.read_text()
-    made.edit_module("plain_block.py")
+    made.edit_module("model/torch_block.py")
     try:
         assert made.planned(RANGES) == ["quantize kv_cache"]
     finally:

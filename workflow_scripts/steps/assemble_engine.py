@@ -18,7 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--network_dir", type=Path, required=True, help="folder that make_networks.py made"
     )
     parser.add_argument(
-        "--plan_dir", type=Path, required=True, help="folder that build_plans.py made"
+        "--plan_dir", type=Path, required=True, help="folder with all plans of build_rank.py"
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="the engine directory")
     return parser

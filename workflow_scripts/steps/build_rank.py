@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Build the TensorRT plan of one rank, rank{r}.engine, from its network."""
+"""Build the TensorRT plan of one rank, rank{r}.engine, from its network.
+
+A description of it, rank{r}.engine.json, is written beside it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--network_dir", type=Path, required=True, help="folder that make_networks.py made"
     )
     parser.add_argument("--rank", type=int, default=0, help="which rank (default: %(default)s)")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the result")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="folder that gets the plan; others stay"
+    )
     options.add_builder(parser)
     return parser
 

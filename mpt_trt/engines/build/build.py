@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from mpt_trt.engines import manifest
@@ -16,23 +15,25 @@ from mpt_trt.engines.tensorrt.plan_builder import BuildOptions
 from mpt_trt.errors import MptTrtError
 from mpt_trt.quantization.schemes import Fp8, Quantization, SmoothQuant
 from mpt_trt.system import gpus
-from mpt_trt.system.code_version import source_hash
-from mpt_trt.system.files import content_hash, replace_directory
+from mpt_trt.system.files import replace_directory, staging_directory
 
 # The first GPUs with E4M3 arithmetic (Ada).
 FP8_CAPABILITY = (8, 9)
-
-# The tool that builds one rank's plan.
-RANK_TOOL = Path(__file__).resolve().parents[3] / "workflow_scripts" / "steps" / "build_rank.py"
 
 # Adds the plans of tp_size ranks to the folder that has their networks.
 PlanBuilder = Callable[[Path, BuilderChoice, int], None]
 
 
 def build_rank(networks: Path, rank: int, builder: BuilderChoice, target: Path) -> None:
-    """Makes the folder `target` with one rank's plan, from the folder that has its network."""
-    with replace_directory(target) as folder:
+    """Adds one rank's plan, and its description, to `target`, from the folder of its network.
+
+    The files appear when they are complete, the plan last.
+    """
+    names = (manifest.plan_description_name(rank), manifest.engine_name(rank))
+    with staging_directory(target / manifest.engine_name(rank)) as folder:
         _build_plan(networks, rank, builder, folder)
+        for name in names:
+            (folder / name).replace(target / name)
 
 
 def build_one_by_one(folder: Path, builder: BuilderChoice, tp_size: int) -> None:
@@ -58,6 +59,7 @@ def build_engine(
 
 
 def _build_plan(networks: Path, rank: int, builder: BuilderChoice, folder: Path) -> None:
+    manifest.require_whole_network(networks, rank)
     spec = manifest.read_network_spec(networks, rank)
     _require_capable(builder, spec.quantization)
     package = choose_package(builder.backend)
@@ -66,19 +68,7 @@ def _build_plan(networks: Path, rank: int, builder: BuilderChoice, folder: Path)
     with _naming_who_has_kernels(spec.quantization):
         built = plan_builder.build_plan(networks / manifest.network_name(rank), options, plan)
     network_hash = manifest.read_network_hash(networks, rank)
-    origin = plan_origin(networks, rank, builder)
-    manifest.write_plan_description(plan, built.hash, network_hash, built.builder, origin)
-
-
-def plan_origin(networks: Path, rank: int, builder: BuilderChoice) -> dict:
-    """All that a rank's plan depends on, as JSON: plans of the same origin are interchangeable."""
-    return {
-        # It has the hashes of all weights, and the limits.
-        "network": content_hash(networks / manifest.network_description_name(rank)),
-        "package": asdict(choose_package(builder.backend)),
-        "compute_capabilities": list(_capabilities(builder)),
-        "code": source_hash(RANK_TOOL),
-    }
+    manifest.write_plan_description(plan, built.hash, network_hash, built.builder)
 
 
 def _capabilities(builder: BuilderChoice) -> tuple[str, ...]:

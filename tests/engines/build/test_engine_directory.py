@@ -193,7 +193,8 @@ def test_missing_file_is_named(engine, file, no_gpu):
     with pytest.raises(MptTrtError) as caught:
         load_engine(engine)
     assert str(caught.value) == (
-        f"{engine / file}: missing, though config.json names it; build the engine again"
+        f"{engine / file}: missing, though config.json names it; "
+        f"delete {engine} and build the engine again"
     )
 
 
@@ -206,7 +207,7 @@ def test_file_of_another_size_is_named(engine, file, change, no_gpu):
         load_engine(engine)
     assert str(caught.value) == (
         f"{engine / file}: has {size + change} bytes, but config.json says {size}; "
-        "build the engine again"
+        f"delete {engine} and build the engine again"
     )
 
 
@@ -350,12 +351,24 @@ def test_ranks_of_different_builders_are_refused(parts, tmp_path):
 @pytest.mark.parametrize(
     "removed", ["network/rank0.onnx", "plan/rank0.engine", f"network/{WEIGHT}"]
 )
-def test_collecting_an_incomplete_rank_names_the_file(parts, removed, tmp_path):
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_collecting_an_incomplete_rank_names_the_file(parts, removed, is_cut, tmp_path):
     copy = Path(shutil.copytree(parts, tmp_path / "parts"))
-    (copy / removed).unlink()
+    is_plan = removed.startswith("plan/")
+    description = "rank0.engine.json" if is_plan else "rank0.network.json"
+    remedy = f"delete {copy / 'network'} and make the networks again"
+    size = (copy / removed).stat().st_size
+    if is_cut:
+        resize(copy / removed, size - 1)
+        message = f"has {size - 1} bytes, but {description} says {size}; "
+        message += f"delete {copy / removed} and build it again" if is_plan else remedy
+    else:
+        (copy / removed).unlink()
+        message = f"missing, though {description} names it; {remedy}"
+        message = "no such file; build it again" if is_plan else message
     with pytest.raises(MptTrtError) as caught:
         collect([(copy / "network", copy / "plan")], tmp_path / "engine")
-    assert str(caught.value) == f"{copy / removed}: no such file"
+    assert str(caught.value) == f"{copy / removed}: {message}"
     assert not (tmp_path / "engine").exists() and not list(tmp_path.glob(".engine*"))
 
 
@@ -363,7 +376,7 @@ def test_step_by_step_tools_make_an_engine_directory(built: Built, tmp_path):
     network, plan, engine = (tmp_path / name for name in ("network", "plan", "engine"))
     options = (f"--model_dir={built.ft}", *LIMIT_FLAGS, f"--output_dir={network}")
     call_tool("make_networks.py", *options)
-    call_tool("build_plans.py", f"--network_dir={network}", f"--output_dir={plan}")
+    call_tool("build_rank.py", f"--network_dir={network}", f"--output_dir={plan}")
     folders = ("--network_dir", network, "--plan_dir", plan, "--output_dir", engine)
     call_tool("assemble_engine.py", *folders)
     manifest = read_manifest(engine)
@@ -376,8 +389,6 @@ def test_step_by_step_tools_make_an_engine_directory(built: Built, tmp_path):
     [
         ("make_networks.py", ("--model_dir={ft}", "--max_input_len=0"), "max_input_len = 0: at le"),
         ("build_rank.py", ("--network_dir={ft}",), r"rank0\.network\.json: no such file"),
-        ("build_plans.py", ("--network_dir={ft}",), r"rank0\.network\.json: no such file"),
-        ("build_plans.py", ("--network_dir={ft}", "--at_once=0"), "at_once = 0: at least 1"),
         ("assemble_engine.py", ("--network_dir", "a", "--plan_dir", "b"), "no such file"),
     ],
 )

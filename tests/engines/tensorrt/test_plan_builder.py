@@ -245,7 +245,9 @@ def test_failed_build_gives_tensorrts_message_and_leaves_nothing(
 ):
     damage(network / file)
     with pytest.raises(MptTrtError, match=message) as caught:
-        build_rank(network, 0, BUILDER, tmp_path / "plans" / "rank0")
+        options = BuildOptions(installed_package("tensorrt_rtx"), LIMITS, ("8.6",))
+        plan = tmp_path / "plans" / "rank0.engine"
+        plan_builder.build_plan(network / "rank0.onnx", options, plan)
     text = str(caught.value)
     assert text.startswith(f"{network / 'rank0.onnx'}: tensorrt_rtx 1.")
     assert "no message" not in text and "CUDA driver" not in text and "\n" not in text

@@ -212,7 +212,7 @@ def test_a_failed_build_leaves_nothing(tmp_path):
 def test_nothing_heavy_is_imported_where_tensorrt_llm_runs() -> None:
     """Its environment has the packages that it needs itself, and rich and xxhash, but not ours."""
     code = (
-        "import sys, mpt_trt.cli.console, mpt_trt.commands.check_trtllm, "
+        "import sys, mpt_trt.cli.console, "
         "mpt_trt.commands.build_trtllm, mpt_trt.commands.run_trtllm; "
         "sys.exit(bool({'onnx', 'onnxruntime', 'ml_dtypes', 'jsonschema', 'torch', 'mpi4py'} "
         "& sys.modules.keys()))"
@@ -368,18 +368,24 @@ def workflow(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
     return made
 
 
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment in which TensorRT-LLM is installed."""
+    return Installation.create(tmp_path_factory.mktemp("installed") / "site", "1.2.1").environment
+
+
 CHECKPOINT = "trtllm_ckpts/toy/{}/1-gpu"
 ENGINE = "trt_engines/toy/{}/1-gpu"
 
 
-def test_the_backend_decides_about_the_rules(workflow):
-    rules = ("convert_checkpoint", "make_networks", "build_plans", "assemble_engine")
+def test_the_backend_decides_about_the_rules(workflow, installed):
+    rules = ("convert_checkpoint", "make_networks", "build_rank", "assemble_engine")
     own = {f"{rule} fp16" for rule in rules}
     assert set(workflow.planned(ENGINE.format("fp16"))) == own
-    llm = {"convert_checkpoint fp16", "convert_to_trtllm llm", "check_trtllm"}
-    assert set(workflow.planned(ENGINE.format("llm"))) == llm | {"build_trtllm_engine llm"}
-    tried = set(workflow.planned("smoke_tests/toy/llm/1-gpu.json"))
-    more = {"build_trtllm_engine llm", "encode_prompt", "run_trtllm llm", "compare_trtllm llm"}
+    llm = {"convert_checkpoint fp16", "convert_to_trtllm llm", "build_trtllm_engine llm"}
+    assert set(workflow.planned(ENGINE.format("llm"), **installed)) == llm
+    tried = set(workflow.planned("smoke_tests/toy/llm/1-gpu.json", **installed))
+    more = {"encode_prompt", "run_trtllm llm", "compare_trtllm llm"}
     assert tried == llm | more
     assert "smoke_test fp16" in workflow.planned("smoke_tests/toy/fp16/1-gpu.json")
 
@@ -404,8 +410,8 @@ def test_smoothquant_needs_what_its_form_is_made_from(workflow):
     }
 
 
-def test_dry_runs_show_the_commands(workflow):
-    result = workflow.run("-n", "-p", "smoke_tests/even/llm/2-gpu.json")
+def test_dry_runs_show_the_commands(workflow, installed):
+    result = workflow.run("-n", "-p", "smoke_tests/even/llm/2-gpu.json", **installed)
     text = re.sub(r"\s*\\\n\s*", " ", result.stdout + result.stderr)
     assert (
         "python workflow_scripts/steps/build_trtllm.py "
@@ -425,19 +431,17 @@ def test_an_engine_ends_in_the_clear_message_before_it_is_converted(workflow):
     result = workflow.run(ENGINE.format("llm"))
     text = result.stdout + result.stderr
     assert result.returncode != 0
-    assert "error: backend = tensorrt_llm: TensorRT-LLM is not installed" in text
+    assert "backend = tensorrt_llm: TensorRT-LLM is not installed" in text
     assert not (workflow.folder / "trtllm_ckpts").exists()
     assert not (workflow.folder / "ft_ckpts").exists(), "something else was started, too"
 
 
-def test_the_whole_way_to_the_call_of_trtllm_build(workflow, tmp_path):
-    installed = Installation.create(tmp_path / "site", "1.2.1")
-    result = workflow.run(ENGINE.format("llm"), **installed.environment)
+def test_the_whole_way_to_the_call_of_trtllm_build(workflow, installed):
+    result = workflow.run(ENGINE.format("llm"), **installed)
     assert result.returncode == 0, result.stdout + result.stderr
     called = json.loads((workflow.folder / ENGINE.format("llm") / "config.json").read_text())
     assert parsed(called)["checkpoint_dir"] == CHECKPOINT.format("llm")
     assert workflow.planned(ENGINE.format("llm")) == []
-    assert not (workflow.folder / "build/tensorrt_llm/version.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -449,8 +453,11 @@ def test_the_whole_way_to_the_call_of_trtllm_build(workflow, tmp_path):
         ),
         ("trtllm_ckpts/toy/odd/2-gpu", "shard_head = False: backend tensorrt_llm"),
         ("trtllm_ckpts/toy/llm/2-gpu", "vocab_size = 131: backend tensorrt_llm"),
-        ("quality/toy/llm/1-gpu.json", "under backend tensorrt_llm there are smoke tests alone"),
-        ("build/plans/toy/llm/1-gpu", "backend = tensorrt_llm: it builds whole engines"),
+        ("quality/toy/llm/1-gpu.json", "under backend tensorrt_llm there are smoke tests only"),
+        (
+            "build/plans/toy/llm/1-gpu/rank0.engine",
+            "backend = tensorrt_llm: it builds whole engines",
+        ),
         (CHECKPOINT.format("lllm"), "no variant named 'lllm'; did you mean 'llm'"),
         (ENGINE.format("lllm"), "no variant named 'lllm'; did you mean 'llm'"),
     ],
@@ -470,7 +477,7 @@ def test_reports_leave_the_backend_out() -> None:
 
 
 def test_our_own_tools_do_not_offer_the_backend(tmp_path):
-    result = run_tool("build_plans.py", "--backend=tensorrt_llm")
+    result = run_tool("build_rank.py", "--backend=tensorrt_llm")
     assert result.returncode == 2 and "invalid choice: 'tensorrt_llm'" in result.stderr
 
 
@@ -486,7 +493,6 @@ def test_its_environment_belongs_to_its_rules_alone() -> None:
             assert ("tensorrt_llm.yaml" in body) == ("TENSORRT_LLM_CONTAINER" in body), name
             users[name] = "tensorrt_llm.yaml" in body
     assert {name for name, is_user in users.items() if is_user} == {
-        "check_trtllm",
         "build_trtllm_engine",
         "run_trtllm",
     }

@@ -1,0 +1,218 @@
+"""What the job of each rule asks of this machine or of a cluster's scheduler.
+
+`site` of the configuration says which GPUs there are; docs/clusters.md. No job's outcome depends on
+what is here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mpt_trt.engines import memory
+from mpt_trt.model import sharding
+from mpt_trt.model.config import MptConfig
+from mpt_trt.workflow import gpu_request
+from mpt_trt.workflow.plan import Plan, Target
+from mpt_trt.workflow.settings import Site
+
+
+@dataclass(frozen=True)
+class HostRequest:
+    """Snakemake's resources of a job on one node. mem_mb: in 10^6 bytes. runtime: in minutes."""
+
+    mem_mb: int
+    runtime: int
+
+
+@dataclass(frozen=True)
+class GpuJobRequest(HostRequest):
+    """A job on one node that may use GPUs; see GpuRequest. None leaves a resource out."""
+
+    gpu: int | None = None
+    gpu_model: str | None = None
+    gres: str | None = None
+    nodes: int = 1
+
+
+@dataclass(frozen=True)
+class RanksRequest(GpuJobRequest):
+    """A job of a process for each rank, on one node or several. mem_mb: of each node.
+
+    tasks: all processes; tasks_per_node, tasks_per_gpu: as SLURM has them. mpi: starts them.
+    """
+
+    tasks: int | None = None
+    tasks_per_node: int | None = None
+    tasks_per_gpu: int | None = None
+    mpi: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class JobResources:
+    """Public methods have the names of rules, and return what a job of that rule asks for.
+
+    They raise MptTrtError when this machine or cluster does not have that.
+    """
+
+    plan: Plan
+
+    @property
+    def _site(self) -> Site:
+        return self.plan.settings.site
+
+    def _megabytes(self, size: int) -> int:
+        """A job's `mem_mb`, from what its command needs in bytes."""
+        return -(-size // 10**6) + self._site.job_overhead_mb
+
+    # --- checkpoints and calibration --------------------------------------------------------------
+
+    def fetch_checkpoint(self, target: Target) -> HostRequest:
+        runtime = memory.fetch_minutes(self.plan.planned_config(target))
+        return HostRequest(self._megabytes(memory.linking_memory()), runtime)
+
+    def convert_checkpoint(self, target: Target, threads: int) -> HostRequest:
+        config = self.plan.planned_config(target)
+        runtime = self._conversion_minutes(config, self.plan.storage_type(target), target)
+        return HostRequest(self._megabytes(memory.conversion_memory(threads)), runtime)
+
+    def _conversion_minutes(self, config: MptConfig, dtype: str, target: Target) -> int:
+        tp_size = target.tp if sharding.is_legal(config, target.tp) else 1
+        return memory.conversion_minutes(config, dtype, tp_size)
+
+    def convert_smoothquant_checkpoint(self, target: Target) -> HostRequest:
+        """Calibration, without a GPU, and conversion."""
+        config, settings = self.plan.planned_config(target), self.plan.settings
+        calibration = memory.calibration_minutes(config, settings.calibration.num_tokens, False)
+        conversion = self._conversion_minutes(config, self.plan.storage_type(target), target)
+        return HostRequest(self._calibration_megabytes(target), calibration + conversion)
+
+    def quantize(self, target: Target) -> GpuJobRequest:
+        """One GPU, which holds what a CPU would need as memory."""
+        config, calibration = self.plan.planned_config(target), self.plan.settings.calibration
+        count = self.calibration_gpus
+        return GpuJobRequest(
+            self._calibration_megabytes(target),
+            memory.calibration_minutes(config, calibration.num_tokens, bool(count)),
+            **self._gpus(count, self._calibration_memory(target)),
+        )
+
+    @property
+    def calibration_gpus(self) -> int:
+        device = self.plan.settings.calibration.device
+        return int(device == "cuda" or (device == "auto" and self.plan.has_gpus))
+
+    def _calibration_memory(self, target: Target) -> int:
+        config, calibration = self.plan.planned_config(target), self.plan.settings.calibration
+        return memory.calibration_memory(
+            config, calibration.num_samples, calibration.sequence_length
+        )
+
+    def _calibration_megabytes(self, target: Target) -> int:
+        return self._megabytes(self._calibration_memory(target))
+
+    # --- engines ----------------------------------------------------------------------------------
+
+    def make_networks(self, target: Target) -> HostRequest:
+        spec = self.plan.engine_spec(target)
+        megabytes = self._megabytes(memory.network_memory(spec))
+        return HostRequest(megabytes, memory.network_minutes(spec))
+
+    def build_rank(self, target: Target) -> GpuJobRequest:
+        spec = self.plan.engine_spec(target)
+        return GpuJobRequest(
+            self._megabytes(memory.build_memory(spec)),
+            memory.build_minutes(spec),
+            **self._gpus(self.build_gpus(target), memory.gpu_memory(spec)),
+        )
+
+    def build_gpus(self, target: Target) -> int:
+        """`tensorrt` builds on a GPU, which the job has to itself; `tensorrt_rtx` needs none."""
+        return int(self.plan.builder(target).module == "tensorrt")
+
+    def assemble_engine(self, target: Target) -> HostRequest:
+        runtime = memory.collect_minutes(self.plan.engine_spec(target))
+        return HostRequest(self._megabytes(memory.linking_memory()), runtime)
+
+    # --- TensorRT-LLM -----------------------------------------------------------------------------
+
+    def convert_to_trtllm(self, target: Target) -> HostRequest:
+        spec = self.plan.engine_spec(target)
+        runtime = self._conversion_minutes(spec.config, spec.dtype, target)
+        return HostRequest(self._megabytes(memory.network_memory(spec)), runtime)
+
+    def build_trtllm_engine(self, target: Target) -> GpuJobRequest:
+        """A GPU for each rank: trtllm-build builds all at a time."""
+        spec = self.plan.engine_spec(target)
+        needed = self._megabytes(target.tp * memory.build_memory(spec))
+        return GpuJobRequest(needed, memory.build_minutes(spec), gpu=target.tp)
+
+    def run_trtllm(self, target: Target) -> RanksRequest:
+        mem_mb, runtime = self._memory_and_time_of_smoke_test(target)
+        ranks = self._ranks(target)
+        return RanksRequest(mem_mb=mem_mb, runtime=runtime, gpu=target.tp, **ranks)
+
+    def compare_trtllm(self, target: Target) -> HostRequest:
+        return HostRequest(*self._memory_and_time_of_smoke_test(target))
+
+    # --- measurements -----------------------------------------------------------------------------
+
+    def smoke_test(self, target: Target) -> RanksRequest:
+        mem_mb, runtime = self._memory_and_time_of_smoke_test(target)
+        gpus_and_ranks = self._gpus_of_ranks(target) | self._ranks(target)
+        return RanksRequest(mem_mb=mem_mb, runtime=runtime, **gpus_and_ranks)
+
+    def _memory_and_time_of_smoke_test(self, target: Target) -> tuple[int, int]:
+        spec, test = self.plan.engine_spec(target), self.plan.settings.smoke_test
+        nodes = self.num_nodes(target) if spec.tp_size == target.tp else 1
+        # A token of the prompt has one character or more, but for rare bytes.
+        steps = len(test.prompt) + test.max_new_tokens
+        return (
+            self._megabytes(memory.smoke_test_memory(spec, nodes)),
+            memory.smoke_test_minutes(spec, steps),
+        )
+
+    def compute_reference(self, target: Target) -> HostRequest:
+        config, quality = self.plan.planned_config(target), self.plan.settings.quality
+        needed = memory.reference_memory(config, quality.num_windows, quality.window_length)
+        runtime = memory.forward_minutes(config, quality.num_tokens)
+        return HostRequest(self._megabytes(needed), runtime)
+
+    def measure_quality(self, target: Target) -> RanksRequest:
+        spec, quality = self.plan.engine_spec(target), self.plan.settings.quality
+        needed = memory.quality_memory(spec, quality.num_windows, quality.window_length)
+        return RanksRequest(
+            self._megabytes(needed),
+            memory.quality_minutes(spec, quality.num_tokens),
+            **self._ranks(target),
+            **self._gpus_of_ranks(target),
+        )
+
+    # --- GPUs and nodes ---------------------------------------------------------------------------
+
+    def _gpus(self, count: int, needed: int) -> dict[str, Any]:
+        """The fields of GpuRequest for `count` GPUs, of which each holds `needed` bytes."""
+        gpu_request.require_gpus(self._site, count)
+        return vars(gpu_request.gpu_request(self._site, count, needed))
+
+    def _gpus_of_ranks(self, target: Target) -> dict[str, Any]:
+        needed = memory.gpu_memory(self.plan.engine_spec(target))
+        return self._gpus(target.tp if self.plan.has_gpus else 0, needed)
+
+    def num_nodes(self, target: Target) -> int:
+        return gpu_request.num_nodes(self._site, target.tp)
+
+    def _ranks(self, target: Target) -> dict[str, Any]:
+        """How the ranks are divided among nodes and started; one rank is not started by MPI.
+
+        `tasks_per_node` must be more than one; with one rank per node, `tasks` is their number.
+        `tasks_per_gpu` 0 keeps SLURM's plugin from taking `tasks` for the tasks of one GPU.
+        """
+        ranks, nodes = target.tp, self.num_nodes(target)
+        return {
+            "nodes": nodes,
+            "tasks": ranks if 1 < ranks == nodes else None,
+            "tasks_per_node": ranks // nodes if ranks > nodes else None,
+            "tasks_per_gpu": None if ranks == 1 else 0,
+            "mpi": None if ranks == 1 else self._site.mpi,
+        }

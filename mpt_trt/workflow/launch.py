@@ -1,0 +1,97 @@
+"""The commands in front of a job's own: a look at the machine, its GPUs, and a process per rank."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+from mpt_trt.engines import memory
+from mpt_trt.engines.spec import TENSORRT_LLM
+from mpt_trt.workflow.job_resources import JobResources
+from mpt_trt.workflow.plan import Plan, Target
+from mpt_trt.workflow.preflight import Needs
+
+ENGINE_TARGET = re.compile(
+    r"(?:trt_engines|smoke_tests|quality)/(?P<model>[^/]+)/(?P<variant>[^/]+)/(?P<tp>[1-9]\d*)-gpu"
+    r"(?:\.json)?"
+)
+MAX_TARGETS = 200
+"""A command line has room for about twice as many."""
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """Commands as lists of words; an empty list for none."""
+
+    jobs: JobResources
+
+    @property
+    def _plan(self) -> Plan:
+        return self.jobs.plan
+
+    # --- GPUs and ranks ---------------------------------------------------------------------------
+
+    def calibration_gpus(self, target: Target) -> list[str]:
+        return self._with_gpus(self.jobs.calibration_gpus)
+
+    def build_gpus(self, target: Target) -> list[str]:
+        count = self.jobs.build_gpus(target)
+        return self._with_gpus(count) if count else []
+
+    def gpus_of_ranks(self, target: Target) -> list[str]:
+        on_this_node = target.tp // self.jobs.num_nodes(target)
+        return self._with_gpus(on_this_node if self._plan.has_gpus else 0)
+
+    def _with_gpus(self, count: int) -> list[str]:
+        """Gives a command `count` GPUs of its own, or hides all of them from it."""
+        script = self._plan.script("steps/with_gpus.py")
+        return ["python", str(script), f"--gpus={count}", "--"]
+
+    def ranks(self, target: Target) -> list[str]:
+        if target.tp == 1:
+            return []
+        return [*shlex.split(self._plan.settings.site.mpi), "-n", str(target.tp)]
+
+    # --- preflight --------------------------------------------------------------------------------
+
+    def preflight_of_build(self, target: Target) -> list[str]:
+        return self._preflight(target) if self.jobs.build_gpus(target) else []
+
+    def preflight_of_ranks(self, target: Target) -> list[str]:
+        return self._preflight(target) if self._plan.has_gpus else []
+
+    def _preflight(self, target: Target) -> list[str]:
+        """Shows what a machine has, before its first GPU job."""
+        engine = f"trt_engines/{target.model}/{target.variant}/{target.tp}-gpu"
+        needs = json.dumps([asdict(self._needs(engine, target))])
+        script = self._plan.script("preflight.py")
+        return ["python", str(script), "--once=logs/preflight", f"--needs={needs}"]
+
+    def needs_of_targets(self, _: Target) -> str:
+        """What the engines among the configuration's targets need, as JSON."""
+        return json.dumps([asdict(needs) for needs in islice(self._all_needs(), MAX_TARGETS)])
+
+    def _all_needs(self) -> Iterator[Needs]:
+        for name in self._plan.settings.targets:
+            if match := ENGINE_TARGET.fullmatch(name):
+                yield self._needs(name, Target.of(match.groupdict()))
+
+    def _needs(self, name: str, target: Target) -> Needs:
+        variant, spec = self._plan.variant(target), self._plan.engine_spec(target)
+        # TensorRT-LLM builds all ranks at a time.
+        builds = target.tp if variant.backend == TENSORRT_LLM else 1
+        return Needs(
+            target=name,
+            backend=variant.backend,
+            compute_capabilities=variant.compute_capabilities,
+            ranks=target.tp,
+            gpu_memory=memory.gpu_memory(spec),
+            build_memory=builds * memory.build_memory(spec),
+            run_memory=memory.smoke_test_memory(spec),
+            disk=memory.ft_checkpoint_disk(spec) + memory.engine_disk(spec),
+            is_calibrated=bool(self._plan.calibration(target)),
+        )

@@ -1,0 +1,379 @@
+"""What the rules take from the configuration: inputs, options of commands, and what is refused.
+
+Everything here is a function of the checked settings, of a job's wildcards and of the model's
+files, if they are on disk already. It raises MptTrtError, before any job runs. What a job asks of a
+machine is in `mpt_trt.workflow.job_resources`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mpt_trt.checkpoint import known_models
+from mpt_trt.checkpoint.files import checkpoint_files
+from mpt_trt.checkpoint.hf_config import read_hf_config
+from mpt_trt.checkpoint.source import is_hub_id
+from mpt_trt.engines.backend_support import require_supported
+from mpt_trt.engines.spec import TENSORRT_LLM, EngineSpec
+from mpt_trt.engines.tensorrt.packages import Package, choose_package
+from mpt_trt.engines.trtllm.package import require_tensorrt_llm
+from mpt_trt.errors import MptTrtError
+from mpt_trt.model import sharding
+from mpt_trt.model.config import MptConfig
+from mpt_trt.quantization.schemes import as_mapping, require_fitting_groups
+from mpt_trt.system.code_version import source_hash
+from mpt_trt.workflow import gpu_request, target_names
+from mpt_trt.workflow.settings import Settings, Variant
+from mpt_trt.workflow.target_names import CalibrationName
+from mpt_trt.workflow.trtllm_sources import trtllm_calibration, trtllm_ft_storage
+
+CALIBRATION_FILE = "mpt_tp1_rank0.npz"
+DEFAULT_SHAPE = "mpt-7b"
+"""The shape that is assumed for a hub model until its config.json is there."""
+LIMITS = ("max_batch_size", "max_input_len", "max_output_len")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A job's wildcards. Those that its rule does not have keep their defaults."""
+
+    model: str = ""
+    variant: str = ""
+    tp: int = 1
+    rank: int = 0
+    storage: str = ""
+    qformat: str = ""
+
+    @classmethod
+    def of(cls, wildcards: Mapping[str, str]) -> Target:
+        fields: dict[str, Any] = dict(wildcards)
+        for name in ("tp", "rank"):
+            if name in fields:
+                fields[name] = int(fields[name])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The plan of one run.
+
+    repository: folder of the Snakefile. working_directory: of artifacts. deploys_software: whether
+    jobs run in conda environments or containers, instead of the environment that plans.
+    """
+
+    settings: Settings
+    repository: Path
+    working_directory: Path = Path()
+    deploys_software: bool = False
+
+    @cached_property
+    def has_gpus(self) -> bool:
+        """Whether jobs that can use GPUs find some."""
+        return gpu_request.has_gpus(self.settings.site)
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    @cached_property
+    def _sources(self) -> dict[str, str]:
+        return {name: self.find(model.source) for name, model in self.settings.models.items()}
+
+    def shipped(self, path: str) -> Path:
+        """A file of the repository, from the working directory."""
+        return self._repository / path
+
+    @cached_property
+    def _repository(self) -> Path:
+        is_here = self.working_directory.resolve() == self.repository.resolve()
+        return Path() if is_here else self.repository
+
+    def find(self, path: str) -> str:
+        """A path of the configuration, from the working directory.
+
+        `~` is the user's home. A relative path that is not in the working directory but among the
+        files that ship with the repository, such as `resources/mpt-demo`, means the shipped one.
+        """
+        path = os.path.expanduser(path)  # noqa: PTH111 (that fails if there is no such user)
+        shipped = self.repository / path
+        is_here = (self.working_directory / path).exists()
+        return str(shipped) if not is_here and shipped.exists() else path
+
+    def source(self, target: Target) -> str:
+        """Hub id or folder of the model."""
+        self.settings.model(target.model)
+        return self._sources[target.model]
+
+    def revision(self, target: Target) -> str:
+        """The model's branch, tag or commit on the hub."""
+        return self.settings.model(target.model).revision
+
+    def is_on_hub(self, target: Target) -> bool:
+        return is_hub_id(self.source(target))
+
+    def checkpoint_folder(self, target: Target) -> str:
+        """Folder of the model in Hugging Face format: its own, or the one of its hub files."""
+        return f"checkpoints/{target.model}" if self.is_on_hub(target) else self.source(target)
+
+    def checkpoint_inputs(self, target: Target) -> list[str]:
+        """The folder first, then, if it is the user's own, each of its files that are read."""
+        folder = self.checkpoint_folder(target)
+        if self.is_on_hub(target):
+            return [folder]
+        files = checkpoint_files(self.working_directory / folder)
+        return [folder, *(str(Path(folder, path.name)) for path in files)]
+
+    def storage_type(self, target: Target) -> str:
+        """Type of the FT checkpoint's files, as the converter calls it."""
+        return target_names.ft_storage(target.storage).storage_type
+
+    def smoothing_alpha(self, target: Target) -> float | None:
+        """SmoothQuant's alpha of the FT checkpoint; None for a plain one."""
+        return target_names.ft_storage(target.storage).alpha
+
+    def stored_config(self, target: Target) -> MptConfig | None:
+        """The model's architecture; None until its config.json is on disk."""
+        folder = self.working_directory / self.checkpoint_folder(target)
+        try:
+            return _config_at(folder, os.stat(f"{folder}/config.json").st_mtime_ns)  # noqa: PTH116
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def planned_config(self, target: Target) -> MptConfig:
+        """The model's architecture or, until it is fetched, that of the known model of its name."""
+        if (config := self.stored_config(target)) is not None:
+            return config
+        name = Path(self.source(target)).name
+        return known_models.known_config(name if name in known_models.SHIPPED else DEFAULT_SHAPE)
+
+    # --- engines ----------------------------------------------------------------------------------
+
+    def variant(self, target: Target) -> Variant:
+        return self.settings.variant(target.variant)
+
+    def engine_spec(self, target: Target) -> EngineSpec:
+        """The engine that a job's resources are computed from.
+
+        A number of ranks that the planned architecture cannot have may be right once the model is
+        fetched; until then one rank stands for each, since none needs more.
+        """
+        config = self.planned_config(target)
+        tp_size = target.tp if sharding.is_legal(config, target.tp) else 1
+        return _spec_of(config, self.variant(target), tp_size)
+
+    def builder(self, target: Target) -> Package:
+        """The package that builds the plan, with `backend: auto` resolved."""
+        return choose_package(self.variant(target).backend, self.has_gpus)
+
+    def builder_name(self, target: Target) -> str:
+        return self.builder(target).module
+
+    def builder_version(self, target: Target) -> str:
+        """Recorded with the plan, so that an upgrade of the package builds it again."""
+        return self.builder(target).version
+
+    def compute_capabilities(self, target: Target) -> tuple[str, ...]:
+        return self.variant(target).compute_capabilities
+
+    def ft_checkpoint(self, target: Target) -> str:
+        """The FT checkpoint that the variant's networks are made from."""
+        variant = self.variant(target)
+        name = target_names.ft_storage_of(variant.dtype, variant.quantization).name
+        return f"ft_ckpts/{target.model}/{name}/{target.tp}-gpu"
+
+    def calibration(self, target: Target) -> list[str]:
+        """The calibration result that the variant's networks are made from, if any."""
+        variant = self.variant(target)
+        name = target_names.calibration_of(variant.quantization, variant.kv_cache_dtype)
+        return _calibration_result(target.model, name)
+
+    def plans_of_ranks(self, target: Target) -> list[str]:
+        folder = f"build/plans/{target.model}/{target.variant}/{target.tp}-gpu"
+        return [f"{folder}/rank{rank}.engine" for rank in range(target.tp)]
+
+    def ft_checkpoint_for_trtllm(self, target: Target) -> str:
+        variant = self.variant(target)
+        name = trtllm_ft_storage(variant.dtype, variant.quantization).name
+        return f"ft_ckpts/{target.model}/{name}/{target.tp}-gpu"
+
+    def calibration_for_trtllm(self, target: Target) -> list[str]:
+        variant = self.variant(target)
+        return _calibration_result(target.model, trtllm_calibration(variant.quantized))
+
+    def variants_of_trtllm(self) -> str:
+        """A wildcard constraint: the variants whose engines TensorRT-LLM builds."""
+        names = self.settings.variants_of(TENSORRT_LLM)
+        return "|".join(map(re.escape, names)) or "(?!)"
+
+    def other_variants(self) -> str:
+        """A wildcard constraint: any other name, also one that the configuration does not have."""
+        return f"(?!(?:{self.variants_of_trtllm()})/)[^/]+"
+
+    # --- reports ----------------------------------------------------------------------------------
+
+    @cached_property
+    def engines_of_report(self) -> list[tuple[str, int]]:
+        """(variant, tp_size) of every engine in a model's report."""
+        return self.settings.engines_of_report()
+
+    def variants_of_report(self, target: Target) -> list[str]:
+        return [variant for variant, _ in self.engines_of_report]
+
+    def quality_of_report(self, target: Target) -> list[str]:
+        return self._results_of_report("quality", target)
+
+    def smoke_tests_of_report(self, target: Target) -> list[str]:
+        return self._results_of_report("smoke_tests", target)
+
+    def _results_of_report(self, folder: str, target: Target) -> list[str]:
+        return [
+            f"{folder}/{target.model}/{variant}/{tp_size}-gpu.json"
+            for variant, tp_size in self.engines_of_report
+        ]
+
+    # --- options of commands ----------------------------------------------------------------------
+
+    def script(self, name: str) -> Path:
+        """A script of workflow_scripts/."""
+        return self.shipped(f"workflow_scripts/{name}")
+
+    def code_version(self, name: str) -> str:
+        """Hash of a script and of the library behind it: an edit makes its outputs again."""
+        return source_hash((self.repository / "workflow_scripts" / name).resolve())
+
+    def tokenizer_folder(self, target: Target) -> str:
+        tokenizer = self.settings.model(target.model).tokenizer
+        return self.checkpoint_folder(target) if tokenizer is None else self.find(tokenizer)
+
+    def tokenizer_option(self, target: Target) -> list[str]:
+        has_own = self.settings.model(target.model).tokenizer is not None
+        return [f"--tokenizer_dir={self.tokenizer_folder(target)}"] if has_own else []
+
+    def calibration_format_options(self, target: Target) -> list[str]:
+        """What to calibrate for. The default group size of a model is left to quantize.py."""
+        name = target_names.calibration_name(target.qformat)
+        size = [] if name.group_size is None else [f"--awq_block_size={name.group_size}"]
+        return [f"--qformat={name.quantization_format}", *size]
+
+    def limit_options(self, target: Target) -> list[str]:
+        variant = self.variant(target)
+        options = [f"--{name}={getattr(variant, name)}" for name in LIMITS]
+        return options + ["--gather_all_token_logits"] * variant.gather_all_token_logits
+
+    def vocabulary_options(self, target: Target) -> list[str]:
+        variant = self.variant(target)
+        return [
+            _switch("shard_embedding", variant.shard_embedding),
+            _switch("shard_head", variant.shard_head),
+        ]
+
+    def quantization_options(self, target: Target) -> list[str]:
+        variant = self.variant(target)
+        scheme = as_mapping(variant.quantization)
+        options = [
+            f"--quantization={scheme['method']}",
+            f"--kv_cache_dtype={variant.kv_cache_dtype}",
+        ]
+        # int4_awq has the groups of its calibration result.
+        if scheme["method"] == "int4_weight_only" and scheme["group_size"] is not None:
+            options.append(f"--group_size={scheme['group_size']}")
+        if scheme["method"] == "smoothquant":
+            options.append(f"--alpha={scheme['alpha']}")
+            options += [_switch(name, scheme[name]) for name in ("per_channel", "per_token")]
+        return options
+
+    def calibration_option(self, target: Target) -> list[str]:
+        return [f"--calibration={path}" for path in self.calibration(target)]
+
+    def calibration_option_for_trtllm(self, target: Target) -> list[str]:
+        return [f"--calibration={path}" for path in self.calibration_for_trtllm(target)]
+
+    def tolerance_options(self, target: Target) -> list[str]:
+        tolerance = self.variant(target).tolerance
+        return [
+            f"--max_abs={tolerance.max_abs}",
+            f"--mean_kl={tolerance.mean_kl}",
+            f"--min_top1={tolerance.min_top1}",
+        ]
+
+    # --- what is refused --------------------------------------------------------------------------
+
+    def require_possible(self, step: str, target: Target) -> None:
+        """Raises MptTrtError when the rule `step` cannot make the target.
+
+        Of a model that is not fetched yet, the step itself refuses what its architecture forbids.
+        """
+        config = self.stored_config(target)
+        match step:
+            case "convert_checkpoint" | "convert_smoothquant_checkpoint":
+                self.storage_type(target)
+                if config is not None:
+                    sharding.require_legal(config, target.tp)
+            case "quantize":
+                target_names.calibration_name(target.qformat)
+            case "build_rank" if target.rank >= target.tp:
+                raise MptTrtError(
+                    f"rank{target.rank}.engine of {target.tp} rank(s): the last one is "
+                    f"rank{target.tp - 1}.engine"
+                )
+            case "make_networks":
+                self._require_fitting_groups(config, target)
+            case "convert_to_trtllm":
+                self._require_trtllm_support(config, target)
+                self._require_fitting_groups(config, target)
+            case "build_trtllm_engine":
+                self._require_trtllm_for("trt_engines/{model}/{variant}/{tp}-gpu", target)
+            case "run_trtllm":
+                self._require_trtllm_for("smoke_tests/{model}/{variant}/{tp}-gpu.json", target)
+            case "measure_quality":
+                self._require_measurable(target)
+
+    def _require_fitting_groups(self, config: MptConfig | None, target: Target) -> None:
+        variant = self.variant(target)
+        group_size = getattr(variant.quantization, "group_size", None)
+        if config is not None and group_size is not None:
+            require_fitting_groups(config, target.tp, group_size)
+
+    def _require_trtllm_support(self, config: MptConfig | None, target: Target) -> None:
+        variant = self.variant(target)
+        if config is not None:
+            require_supported(_spec_of(config, variant, target.tp), TENSORRT_LLM)
+
+    def _require_trtllm_for(self, result: str, target: Target) -> None:
+        """TensorRT-LLM must be in the environment of the jobs, unless the result is there."""
+        path = self.working_directory / result.format(**vars(target))
+        if not self.deploys_software and not path.exists():
+            require_tensorrt_llm()
+
+    def _require_measurable(self, target: Target) -> None:
+        if self.variant(target).backend == TENSORRT_LLM:
+            raise MptTrtError(
+                f"quality of {target.variant}: under backend {TENSORRT_LLM} there are smoke tests "
+                "only; measure a variant with another backend"
+            )
+        self.engine_spec(target).limits.require_window(self.settings.quality.window_length)
+
+
+@functools.cache
+def _config_at(folder: Path, mtime_ns: int) -> MptConfig:
+    """Read once, since many jobs ask for it, and again when the file has changed."""
+    return read_hf_config(folder)
+
+
+@functools.cache
+def _spec_of(config: MptConfig, variant: Variant, tp_size: int) -> EngineSpec:
+    """Made once, since many jobs ask for it."""
+    return variant.spec(config, tp_size)
+
+
+def _calibration_result(model: str, name: CalibrationName | None) -> list[str]:
+    return [] if name is None else [f"quantized/{model}/{name.name}/{CALIBRATION_FILE}"]
+
+
+def _switch(name: str, is_on: bool) -> str:
+    return f"--{name}" if is_on else f"--no-{name}"

@@ -1,0 +1,376 @@
+"""What the rules take from the configuration, without Snakemake: inputs, options, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mpt_trt.checkpoint.hf_config import read_hf_config
+from mpt_trt.checkpoint.known_models import hub_config, known_config
+from mpt_trt.engines.spec import BuildLimits
+from mpt_trt.engines.tensorrt import packages
+from mpt_trt.errors import MptTrtError
+from mpt_trt.quantization.schemes import Quantization, WeightOnly
+from mpt_trt.workflow.plan import Plan, Target
+from mpt_trt.workflow.settings import parse_settings
+from support.checkpoints import CheckpointSpec, write_checkpoint
+
+SPEC = CheckpointSpec(hidden_size=48, num_heads=6, num_layers=1, vocab_size=131)
+LIMITS = {"max_batch_size": 4, "max_input_len": 24, "max_output_len": 16}
+TOY = Target("toy", "fp16", tp=1)
+SITE = {"gpus": "none"}
+
+
+def make_plan(folder: Path, repository: Path = Path("/nowhere"), **content: dict) -> Plan:
+    """Models: toy, a folder; seven and other, on the hub. Variants: fp16, and those given."""
+    models = {
+        "toy": {"source": "model"},
+        "seven": {"source": "mosaicml/mpt-7b", "revision": "v1"},
+        "other": {"source": "somebody/something"},
+    }
+    content["models"] = models | content.get("models", {})
+    content["variants"] = {"fp16": LIMITS} | content.get("variants", {})
+    return Plan(parse_settings({"site": SITE} | content), repository, folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with the toy model."""
+    made = tmp_path_factory.mktemp("plan")
+    write_checkpoint(made / "model", SPEC)
+    return made
+
+
+def variants(**quantization: dict) -> dict:
+    return {name: {"quantization": entry, **LIMITS} for name, entry in quantization.items()}
+
+
+def test_targets_are_read_from_wildcards() -> None:
+    assert Target.of({"model": "m", "storage": "sq"}) == Target("m", storage="sq")
+    found = Target.of({"model": "m", "variant": "1", "tp": "8", "rank": "7"})
+    assert found == Target("m", "1", tp=8, rank=7)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def test_a_local_checkpoint_is_its_folder_and_the_files_that_are_read(folder: Path) -> None:
+    plan = make_plan(folder)
+    first, *files = plan.checkpoint_inputs(TOY)
+    assert first == plan.checkpoint_folder(TOY) == "model"
+    assert "model/config.json" in files and "model/model.safetensors" in files
+    assert plan.stored_config(TOY) == plan.planned_config(TOY) == read_hf_config(folder / "model")
+
+
+def test_a_hub_model_is_the_folder_that_it_is_fetched_to(folder: Path) -> None:
+    plan, seven = make_plan(folder), Target("seven")
+    assert plan.is_on_hub(seven) and not plan.is_on_hub(TOY)
+    assert plan.checkpoint_inputs(seven) == ["checkpoints/seven"]
+    assert (plan.source(seven), plan.revision(seven)) == ("mosaicml/mpt-7b", "v1")
+    assert plan.stored_config(seven) is None
+    assert plan.planned_config(seven) == known_config("mpt-7b")
+    assert plan.planned_config(Target("other")) == known_config("mpt-7b")
+
+
+def test_a_fetched_model_is_planned_by_its_own_config(tmp_path: Path) -> None:
+    plan, other = make_plan(tmp_path), Target("other")
+    path = tmp_path / "checkpoints/other/config.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(hub_config("mpt-30b")))
+    assert plan.planned_config(other) == known_config("mpt-30b")
+
+
+def test_missing_folders_are_named(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, models={"gone": {"source": "./nowhere"}})
+    with pytest.raises(MptTrtError, match=r"nowhere: no such folder; models\.\*\.source"):
+        plan.checkpoint_inputs(Target("gone"))
+
+
+@pytest.mark.parametrize(
+    ("path", "is_here", "found"),
+    [
+        ("resources/x", False, "{repository}/resources/x"),
+        ("resources/x", True, "resources/x"),
+        ("resources/y", False, "resources/y"),
+        ("/absolute/x", False, "/absolute/x"),
+        ("mosaicml/mpt-7b", False, "mosaicml/mpt-7b"),
+        ("~/x", False, "{home}/x"),
+        ("~nobody-of-that-name/x", False, "~nobody-of-that-name/x"),
+    ],
+)
+def test_paths_are_looked_for_here_and_then_among_what_ships(
+    path: str, is_here: bool, found: str, tmp_path: Path
+) -> None:
+    repository, folder = tmp_path / "repository", tmp_path / "folder"
+    (repository / "resources/x").mkdir(parents=True)
+    if is_here:
+        (folder / path).mkdir(parents=True)
+    expected = found.format(repository=repository, home=Path.home())
+    assert make_plan(folder, repository).find(path) == expected
+
+
+def test_shipped_models_and_tokenizers_are_found_from_elsewhere(tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    write_checkpoint(repository / "resources/demo", SPEC)
+    models = {
+        "demo": {"source": "resources/demo"},
+        "own": {"source": "resources/demo", "tokenizer": "resources/demo"},
+        "hub": {"source": "resources/demo", "tokenizer": "owner/name"},
+    }
+    plan = make_plan(tmp_path / "work", repository, models=models)
+    shipped = str(repository / "resources/demo")
+    assert plan.checkpoint_inputs(Target("demo"))[:2] == [shipped, f"{shipped}/config.json"]
+    assert plan.stored_config(Target("demo")) == read_hf_config(Path(shipped))
+    assert plan.tokenizer_option(Target("demo")) == []
+    assert plan.tokenizer_folder(Target("demo")) == shipped
+    assert plan.tokenizer_option(Target("own")) == [f"--tokenizer_dir={shipped}"]
+    assert plan.tokenizer_option(Target("hub")) == ["--tokenizer_dir=owner/name"]
+
+
+def test_scripts_are_named_from_the_working_directory(tmp_path: Path) -> None:
+    here = Plan(parse_settings({}), tmp_path, tmp_path)
+    assert here.script("build.py") == Path("workflow_scripts/build.py")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    assert Plan(parse_settings({}), link, tmp_path).script("a.py") == Path("workflow_scripts/a.py")
+    elsewhere = Plan(parse_settings({}), tmp_path, tmp_path / "work")
+    assert elsewhere.script("build.py") == tmp_path / "workflow_scripts/build.py"
+
+
+@pytest.mark.parametrize(
+    ("storage", "storage_type", "alpha"),
+    [("fp32", "float32", None), ("bf16", "bfloat16", None), ("sq-0.8-bf16", "bfloat16", 0.8)],
+)
+def test_names_of_ft_checkpoints(storage: str, storage_type: str, alpha: float | None) -> None:
+    plan, target = make_plan(Path()), Target("toy", storage=storage)
+    assert (plan.storage_type(target), plan.smoothing_alpha(target)) == (storage_type, alpha)
+
+
+# --- engines -------------------------------------------------------------------------------------
+
+
+def test_the_spec_of_an_engine(folder: Path) -> None:
+    plan = make_plan(folder, variants=variants(int4={"method": "int4_weight_only"}))
+    spec = plan.engine_spec(Target("toy", "int4", tp=2))
+    assert (spec.config, spec.tp_size, spec.dtype) == (plan.stored_config(TOY), 2, "float16")
+    assert spec.limits == BuildLimits(4, 24, 16)
+    assert spec.quantization == Quantization(WeightOnly(4))
+    assert plan.engine_spec(Target("toy", "int4", tp=2)) is spec
+
+
+def test_an_impossible_number_of_ranks_is_planned_like_one(folder: Path) -> None:
+    assert make_plan(folder).engine_spec(Target("toy", "fp16", tp=5)).tp_size == 1
+
+
+@pytest.mark.parametrize(
+    ("quantization", "cache", "ft", "calibration"),
+    [
+        ({}, "auto", "fp16", None),
+        ({}, "int8", "fp16", "kv_cache"),
+        ({"method": "smoothquant"}, "auto", "sq", None),
+        ({"method": "smoothquant", "alpha": 0.8}, "fp8", "sq-0.8", "kv_cache"),
+        ({"method": "int4_awq", "group_size": 64}, "auto", "fp16", "int4_awq-g64"),
+        ({"method": "fp8"}, "auto", "fp16", "fp8"),
+    ],
+)
+def test_what_networks_are_made_from(
+    quantization: dict, cache: str, ft: str, calibration: str | None
+) -> None:
+    entry = {"quantization": quantization, "kv_cache_dtype": cache}
+    plan, target = make_plan(Path(), variants={"v": entry}), Target("toy", "v", tp=2)
+    path = f"quantized/toy/{calibration}/mpt_tp1_rank0.npz"
+    assert plan.ft_checkpoint(target) == f"ft_ckpts/toy/{ft}/2-gpu"
+    assert plan.calibration(target) == ([] if calibration is None else [path])
+    option = [] if calibration is None else [f"--calibration={path}"]
+    assert plan.calibration_option(target) == option
+
+
+@pytest.mark.parametrize(
+    ("quantization", "ft", "calibration"),
+    [
+        ({}, "fp16", None),
+        ({"method": "smoothquant"}, "sq", None),
+        ({"method": "smoothquant", "per_token": False}, "fp16", "int8_sq"),
+        ({"method": "int4_awq"}, "fp16", "int4_awq"),
+    ],
+)
+def test_what_a_trtllm_checkpoint_is_made_from(
+    quantization: dict, ft: str, calibration: str | None
+) -> None:
+    plan, target = make_plan(Path(), variants=variants(v=quantization)), Target("toy", "v", tp=2)
+    path = f"quantized/toy/{calibration}/mpt_tp1_rank0.npz"
+    assert plan.ft_checkpoint_for_trtllm(target) == f"ft_ckpts/toy/{ft}/2-gpu"
+    assert plan.calibration_for_trtllm(target) == ([] if calibration is None else [path])
+
+
+def test_an_engine_takes_the_plans_of_all_its_ranks() -> None:
+    assert make_plan(Path()).plans_of_ranks(Target("toy", "fp16", tp=2)) == [
+        "build/plans/toy/fp16/2-gpu/rank0.engine",
+        "build/plans/toy/fp16/2-gpu/rank1.engine",
+    ]
+
+
+# --- options -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [
+        ({}, ["--quantization=none"]),
+        ({"method": "int8_weight_only"}, ["--quantization=int8_weight_only"]),
+        ({"method": "int4_weight_only"}, ["--quantization=int4_weight_only"]),
+        (
+            {"method": "int4_weight_only", "group_size": 32},
+            ["--quantization=int4_weight_only", "--group_size=32"],
+        ),
+        ({"method": "int4_awq", "group_size": 64}, ["--quantization=int4_awq"]),
+        (
+            {"method": "smoothquant", "alpha": 0.8, "per_token": False},
+            ["--quantization=smoothquant", "--alpha=0.8", "--per_channel", "--no-per_token"],
+        ),
+    ],
+)
+def test_quantization_options(quantization: dict, expected: list[str]) -> None:
+    plan = make_plan(Path(), variants=variants(v=quantization))
+    first, cache, *others = plan.quantization_options(Target("toy", "v"))
+    assert ([first, *others], cache) == (expected, "--kv_cache_dtype=auto")
+
+
+def test_options_of_limits_vocabulary_and_tolerance() -> None:
+    entry = {
+        **LIMITS,
+        "gather_all_token_logits": True,
+        "shard_embedding": True,
+        "shard_head": False,
+        "tolerance": {"max_abs": 0.5},
+    }
+    plan, target = make_plan(Path(), variants={"v": entry}), Target("toy", "v")
+    limits = ["--max_batch_size=4", "--max_input_len=24", "--max_output_len=16"]
+    assert plan.limit_options(target) == [*limits, "--gather_all_token_logits"]
+    assert plan.limit_options(TOY) == limits
+    assert plan.vocabulary_options(target) == ["--shard_embedding", "--no-shard_head"]
+    assert plan.tolerance_options(target) == ["--max_abs=0.5", "--mean_kl=0.001", "--min_top1=0.95"]
+
+
+@pytest.mark.parametrize(
+    ("qformat", "options"),
+    [
+        ("fp8", ["--qformat=fp8"]),
+        ("int4_awq", ["--qformat=int4_awq"]),
+        ("int4_awq-g64", ["--qformat=int4_awq", "--awq_block_size=64"]),
+    ],
+)
+def test_calibration_options(qformat: str, options: list[str]) -> None:
+    plan = make_plan(Path())
+    assert plan.calibration_format_options(Target("toy", qformat=qformat)) == options
+
+
+# --- which rule makes what -----------------------------------------------------------------------
+
+
+def test_the_backend_decides_about_the_rule(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, variants={"llm": {"backend": "tensorrt_llm"}, "llm2": {}})
+    ours, theirs = plan.other_variants(), plan.variants_of_trtllm()
+    for name, is_theirs in (("llm", True), ("llm2", False), ("fp16", False), ("unknown", False)):
+        path = f"trt_engines/toy/{name}/1-gpu"
+        assert bool(re.fullmatch(f"trt_engines/toy/({theirs})/1-gpu", path)) == is_theirs
+        assert bool(re.fullmatch(f"trt_engines/toy/({ours})/1-gpu", path)) != is_theirs
+    none = make_plan(tmp_path)
+    assert re.fullmatch(none.variants_of_trtllm(), "") is None
+    assert re.fullmatch(f"x/({none.other_variants()})/1", "x/fp16/1")
+
+
+def test_results_that_a_report_shows() -> None:
+    plan = make_plan(Path(), report={"variants": ["fp16"], "more_tp_sizes": {"fp16": [2]}})
+    assert plan.variants_of_report(Target("toy")) == ["fp16", "fp16"]
+    assert plan.quality_of_report(Target("toy")) == [
+        "quality/toy/fp16/1-gpu.json",
+        "quality/toy/fp16/2-gpu.json",
+    ]
+    assert plan.smoke_tests_of_report(Target("toy"))[1] == "smoke_tests/toy/fp16/2-gpu.json"
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+REFUSED = {
+    "ranks": (
+        "convert_checkpoint",
+        Target("toy", tp=5, storage="fp16"),
+        r"5 does not fit .* 1, 2, 3, 6",
+    ),
+    "storage": ("convert_checkpoint", Target("toy", storage="fp8"), "'fp8': no such storage type"),
+    "alpha": ("convert_smoothquant_checkpoint", Target("toy", storage="sq-2"), "no such storage"),
+    "format": ("quantize", Target("toy", qformat="int5"), "calibration 'int5': no such format"),
+    "groups": ("make_networks", Target("toy", "groups", tp=2), "128"),
+    "rank": ("build_rank", Target("toy", "fp16", tp=2, rank=2), r"the last one is rank1\.engine"),
+    "trtllm": ("convert_to_trtllm", Target("toy", "odd", tp=2), "shard_head = False: backend"),
+    "window": ("measure_quality", Target("toy", "fp16"), "window_length = 512, .* 40 tokens"),
+    "llm": ("measure_quality", Target("toy", "llm"), "under backend tensorrt_llm"),
+    "model": ("make_networks", Target("toi", "fp16"), "no model named 'toi'; did you mean 'toy'?"),
+    "variant": ("make_networks", Target("toy", "fp61"), "did you mean 'fp16'?"),
+}
+FURTHER = {
+    "groups": {"quantization": {"method": "int4_weight_only", "group_size": 128}},
+    "odd": {"shard_head": False},
+    "llm": {"backend": "tensorrt_llm"},
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_impossible_jobs_are_refused(case: str, folder: Path) -> None:
+    step, target, message = REFUSED[case]
+    with pytest.raises(MptTrtError, match=message):
+        make_plan(folder, variants=FURTHER).require_possible(step, target)
+
+
+@pytest.mark.parametrize("case", ["ranks", "groups", "trtllm"])
+def test_what_the_architecture_forbids_waits_until_the_model_is_fetched(
+    case: str, folder: Path
+) -> None:
+    step, target, _ = REFUSED[case]
+    unfetched = Target("other", target.variant, target.tp, storage=target.storage)
+    make_plan(folder, variants=FURTHER).require_possible(step, unfetched)
+
+
+@pytest.mark.parametrize(
+    ("step", "target"),
+    [
+        ("convert_checkpoint", Target("toy", tp=2, storage="fp16")),
+        ("convert_smoothquant_checkpoint", Target("toy", tp=3, storage="sq-0.7")),
+        ("quantize", Target("toy", qformat="int4_awq-g64")),
+        ("make_networks", Target("toy", "fp16", tp=3)),
+        ("build_rank", Target("toy", "fp16", tp=2, rank=1)),
+        ("convert_to_trtllm", Target("toy", "fp16", tp=1)),
+    ],
+)
+def test_possible_jobs_are_not(step: str, target: Target, folder: Path) -> None:
+    make_plan(folder).require_possible(step, target)
+
+
+def test_tensorrt_llm_must_be_there_unless_nothing_is_to_be_done(tmp_path: Path) -> None:
+    steps = {
+        "build_trtllm_engine": "trt_engines/toy/fp16/1-gpu",
+        "run_trtllm": "smoke_tests/toy/fp16/1-gpu.json",
+    }
+    plan = make_plan(tmp_path)
+    elsewhere = Plan(plan.settings, plan.repository, tmp_path, deploys_software=True)
+    for step, result in steps.items():
+        elsewhere.require_possible(step, TOY)
+        with pytest.raises(MptTrtError, match="TensorRT-LLM is not installed"):
+            plan.require_possible(step, TOY)
+        (tmp_path / result).mkdir(parents=True)
+        plan.require_possible(step, TOY)
+
+
+def test_a_builder_that_is_not_there_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packages, "installed_package", lambda module: None)
+    with pytest.raises(MptTrtError, match="backend = auto"):
+        make_plan(folder).builder(TOY)
+    plan = make_plan(folder, variants={"llm": {"backend": "tensorrt_llm"}})
+    with pytest.raises(MptTrtError, match="it builds whole engines"):
+        plan.builder(Target("toy", "llm"))
