@@ -22,6 +22,7 @@ from mpt_trt.engines.spec import BuildLimits, EngineSpec
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import VocabularySharding, is_legal
 from mpt_trt.quantization.schemes import UNQUANTIZED, Awq, Fp8, Quantization, WeightOnly
+from mpt_trt.workflow import resources
 from mpt_trt.workflow.settings import variant_default
 from mpt_trt.workflow.target_names import STORAGES
 from tools.markdown import replace_between_marks
@@ -95,9 +96,9 @@ def table_rows(config: MptConfig) -> Iterator[str]:
 def table_cells(spec: EngineSpec) -> tuple[str, ...]:
     """Cells of a row, except the first."""
     sizes = (
-        memory.ft_checkpoint_disk(spec),
-        memory.engine_disk(spec),
-        memory.build_memory(spec),
+        resources.ft_checkpoint_disk(spec),
+        resources.engine_disk(spec),
+        resources.build_memory(spec),
         memory.rank_weights(spec),
         memory.gpu_memory(spec),
     )

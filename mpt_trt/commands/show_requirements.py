@@ -11,6 +11,7 @@ from mpt_trt.engines import memory
 from mpt_trt.engines.memory import GB
 from mpt_trt.engines.spec import EngineSpec
 from mpt_trt.model.sharding import VocabularySharding
+from mpt_trt.workflow import resources
 
 WORKERS = 2
 
@@ -33,11 +34,11 @@ def run(options: argparse.Namespace) -> None:
 def parts(spec: EngineSpec) -> dict[str, int]:
     """Everything that is computed of one engine, in bytes."""
     return {
-        "disk, FT checkpoint": memory.ft_checkpoint_disk(spec),
-        "disk, engine directory": memory.engine_disk(spec),
-        f"host memory, conversion ({WORKERS} workers)": memory.conversion_memory(WORKERS),
-        "host memory, build of a rank": memory.build_memory(spec),
-        "host memory, smoke test on the CPU": memory.smoke_test_memory(spec),
+        "disk, FT checkpoint": resources.ft_checkpoint_disk(spec),
+        "disk, engine directory": resources.engine_disk(spec),
+        f"host memory, conversion ({WORKERS} workers)": resources.conversion_memory(WORKERS),
+        "host memory, build of a rank": resources.build_memory(spec),
+        "host memory, smoke test on the CPU": resources.smoke_test_memory(spec),
         "GPU memory of a rank": memory.gpu_memory(spec),
         "  weights": memory.rank_weights(spec),
         "  KV cache": memory.kv_cache(spec),

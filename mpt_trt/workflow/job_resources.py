@@ -12,7 +12,7 @@ from typing import Any
 from mpt_trt.engines import memory
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
-from mpt_trt.workflow import gpu_request
+from mpt_trt.workflow import gpu_request, resources
 from mpt_trt.workflow.plan import Plan, Target
 from mpt_trt.workflow.settings import Site
 
@@ -68,22 +68,22 @@ class JobResources:
     # --- checkpoints and calibration --------------------------------------------------------------
 
     def fetch_checkpoint(self, target: Target) -> HostRequest:
-        runtime = memory.fetch_minutes(self.plan.planned_config(target))
-        return HostRequest(self._megabytes(memory.linking_memory()), runtime)
+        runtime = resources.fetch_minutes(self.plan.planned_config(target))
+        return HostRequest(self._megabytes(resources.linking_memory()), runtime)
 
     def convert_checkpoint(self, target: Target, threads: int) -> HostRequest:
         config = self.plan.planned_config(target)
         runtime = self._conversion_minutes(config, self.plan.storage_type(target), target)
-        return HostRequest(self._megabytes(memory.conversion_memory(threads)), runtime)
+        return HostRequest(self._megabytes(resources.conversion_memory(threads)), runtime)
 
     def _conversion_minutes(self, config: MptConfig, dtype: str, target: Target) -> int:
         tp_size = target.tp if sharding.is_legal(config, target.tp) else 1
-        return memory.conversion_minutes(config, dtype, tp_size)
+        return resources.conversion_minutes(config, dtype, tp_size)
 
     def convert_smoothquant_checkpoint(self, target: Target) -> HostRequest:
         """Calibration, without a GPU, and conversion."""
         config, settings = self.plan.planned_config(target), self.plan.settings
-        calibration = memory.calibration_minutes(config, settings.calibration.num_tokens, False)
+        calibration = resources.calibration_minutes(config, settings.calibration.num_tokens, False)
         conversion = self._conversion_minutes(config, self.plan.storage_type(target), target)
         return HostRequest(self._calibration_megabytes(target), calibration + conversion)
 
@@ -93,7 +93,7 @@ class JobResources:
         count = self.calibration_gpus
         return GpuJobRequest(
             self._calibration_megabytes(target),
-            memory.calibration_minutes(config, calibration.num_tokens, bool(count)),
+            resources.calibration_minutes(config, calibration.num_tokens, bool(count)),
             **self._gpus(count, self._calibration_memory(target)),
         )
 
@@ -104,7 +104,7 @@ class JobResources:
 
     def _calibration_memory(self, target: Target) -> int:
         config, calibration = self.plan.planned_config(target), self.plan.settings.calibration
-        return memory.calibration_memory(
+        return resources.calibration_memory(
             config, calibration.num_samples, calibration.sequence_length
         )
 
@@ -115,14 +115,14 @@ class JobResources:
 
     def make_networks(self, target: Target) -> HostRequest:
         spec = self.plan.engine_spec(target)
-        megabytes = self._megabytes(memory.network_memory(spec))
-        return HostRequest(megabytes, memory.network_minutes(spec))
+        megabytes = self._megabytes(resources.network_memory(spec))
+        return HostRequest(megabytes, resources.network_minutes(spec))
 
     def build_rank(self, target: Target) -> GpuJobRequest:
         spec = self.plan.engine_spec(target)
         return GpuJobRequest(
-            self._megabytes(memory.build_memory(spec)),
-            memory.build_minutes(spec),
+            self._megabytes(resources.build_memory(spec)),
+            resources.build_minutes(spec),
             **self._gpus(self.build_gpus(target), memory.gpu_memory(spec)),
         )
 
@@ -131,21 +131,21 @@ class JobResources:
         return int(self.plan.builder(target).module == "tensorrt")
 
     def assemble_engine(self, target: Target) -> HostRequest:
-        runtime = memory.collect_minutes(self.plan.engine_spec(target))
-        return HostRequest(self._megabytes(memory.linking_memory()), runtime)
+        runtime = resources.collect_minutes(self.plan.engine_spec(target))
+        return HostRequest(self._megabytes(resources.linking_memory()), runtime)
 
     # --- TensorRT-LLM -----------------------------------------------------------------------------
 
     def convert_to_trtllm(self, target: Target) -> HostRequest:
         spec = self.plan.engine_spec(target)
         runtime = self._conversion_minutes(spec.config, spec.dtype, target)
-        return HostRequest(self._megabytes(memory.network_memory(spec)), runtime)
+        return HostRequest(self._megabytes(resources.network_memory(spec)), runtime)
 
     def build_trtllm_engine(self, target: Target) -> GpuJobRequest:
         """A GPU for each rank: trtllm-build builds all at a time."""
         spec = self.plan.engine_spec(target)
-        needed = self._megabytes(target.tp * memory.build_memory(spec))
-        return GpuJobRequest(needed, memory.build_minutes(spec), gpu=target.tp)
+        needed = self._megabytes(target.tp * resources.build_memory(spec))
+        return GpuJobRequest(needed, resources.build_minutes(spec), gpu=target.tp)
 
     def run_trtllm(self, target: Target) -> RanksRequest:
         mem_mb, runtime = self._memory_and_time_of_smoke_test(target)
@@ -168,22 +168,22 @@ class JobResources:
         # A token of the prompt has one character or more, but for rare bytes.
         steps = len(test.prompt) + test.max_new_tokens
         return (
-            self._megabytes(memory.smoke_test_memory(spec, nodes)),
-            memory.smoke_test_minutes(spec, steps),
+            self._megabytes(resources.smoke_test_memory(spec, nodes)),
+            resources.smoke_test_minutes(spec, steps),
         )
 
     def compute_reference(self, target: Target) -> HostRequest:
         config, quality = self.plan.planned_config(target), self.plan.settings.quality
-        needed = memory.reference_memory(config, quality.num_windows, quality.window_length)
-        runtime = memory.forward_minutes(config, quality.num_tokens)
+        needed = resources.reference_memory(config, quality.num_windows, quality.window_length)
+        runtime = resources.forward_minutes(config, quality.num_tokens)
         return HostRequest(self._megabytes(needed), runtime)
 
     def measure_quality(self, target: Target) -> RanksRequest:
         spec, quality = self.plan.engine_spec(target), self.plan.settings.quality
-        needed = memory.quality_memory(spec, quality.num_windows, quality.window_length)
+        needed = resources.quality_memory(spec, quality.num_windows, quality.window_length)
         return RanksRequest(
             self._megabytes(needed),
-            memory.quality_minutes(spec, quality.num_tokens),
+            resources.quality_minutes(spec, quality.num_tokens),
             **self._ranks(target),
             **self._gpus_of_ranks(target),
         )

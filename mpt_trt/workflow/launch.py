@@ -11,6 +11,7 @@ from itertools import islice
 
 from mpt_trt.engines import memory
 from mpt_trt.engines.spec import TENSORRT_LLM
+from mpt_trt.workflow import resources
 from mpt_trt.workflow.job_resources import JobResources
 from mpt_trt.workflow.plan import Plan, Target
 from mpt_trt.workflow.preflight import Needs
@@ -90,8 +91,8 @@ class Launch:
             compute_capabilities=variant.compute_capabilities,
             ranks=target.tp,
             gpu_memory=memory.gpu_memory(spec),
-            build_memory=builds * memory.build_memory(spec),
-            run_memory=memory.smoke_test_memory(spec),
-            disk=memory.ft_checkpoint_disk(spec) + memory.engine_disk(spec),
+            build_memory=builds * resources.build_memory(spec),
+            run_memory=resources.smoke_test_memory(spec),
+            disk=resources.ft_checkpoint_disk(spec) + resources.engine_disk(spec),
             is_calibrated=bool(self._plan.calibration(target)),
         )

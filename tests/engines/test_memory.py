@@ -1,4 +1,4 @@
-"""What an engine needs: against networks, files and measurements, and as Snakemake uses it."""
+"""The GPU memory of an engine, against its networks and by hand; known shapes and the tables."""
 
 from __future__ import annotations
 
@@ -6,32 +6,25 @@ import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given
-from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.result import CalibrationResult
-from mpt_trt.checkpoint.hf_config import parse_hf_config, read_hf_config
+from mpt_trt.checkpoint.hf_config import parse_hf_config
 from mpt_trt.checkpoint.known_models import SHAPES, SHIPPED, hub_config, known_config
-from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines import memory
 from mpt_trt.engines.memory import GB
 from mpt_trt.engines.spec import BuildLimits, EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.ft.layout import Int8Layers
-from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
-from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import Rank, VocabularySharding, is_legal
-from mpt_trt.model.tensors import weights
 from mpt_trt.network.decoder import build_network
 from mpt_trt.quantization.calibrated_weights import Fp8Scales, KvAmax
 from mpt_trt.quantization.schemes import (
@@ -43,24 +36,11 @@ from mpt_trt.quantization.schemes import (
     calibration_format,
 )
 from mpt_trt.workflow.settings import parse_settings
-from support.checkpoints import CheckpointSpec, config_dict, write_checkpoint
+from support.checkpoints import CheckpointSpec
 from support.engines import FEATURES, call_tool
 from support.paths import REPOSITORY
-from support.workflow import SMALL, SPEC, Workflow
+from support.specs import LIMITS, SPECS, VOCABULARIES, WHOLE, config_of, plan_for, require_monotonic
 from tools import markdown, update_docs
-
-LIMITS = BuildLimits(8, 512, 64)
-WHOLE = VocabularySharding(embedding=False, head=False)
-VOCABULARIES = [VocabularySharding(e, h) for e in (False, True) for h in (False, True)]
-
-
-def config_of(spec: CheckpointSpec) -> MptConfig:
-    return parse_hf_config(config_dict(spec), Path("config.json"))
-
-
-def plan_for(name: str, dtype: str = "float16", tp_size: int = 1) -> EngineSpec:
-    return EngineSpec(known_config(name), dtype, tp_size, LIMITS, VocabularySharding())
-
 
 # --- against the networks ------------------------------------------------------------------------
 
@@ -182,63 +162,6 @@ def test_kv_cache_is_that_of_the_network(name: str, dtype: str, element_bytes: i
         assert memory.kv_cache(spec) == expected
 
 
-# --- against files and measurements --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["multi-head", "everything", "rmsnorm, biases"])
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_ft_checkpoint_takes_what_is_computed(name: str, tp_size: int, tmp_path: Path) -> None:
-    spec = FEATURES[name]
-    if not is_legal(config_of(spec), tp_size):
-        spec = replace(spec, num_kv_heads=2)
-    folder = write_checkpoint(tmp_path / "hf", spec)
-    config = read_hf_config(folder)
-    source = HfCheckpoint(folder, weights(config))
-    settings = ConversionSettings("bfloat16", tp_size, 1, "model", {})
-    write_ft_checkpoint(source, config, settings, tmp_path / "ft")
-    on_disk = sum(path.stat().st_size for path in (tmp_path / "ft").glob("*.bin"))
-    needed = EngineSpec(config, "bfloat16", tp_size, LIMITS, WHOLE)
-    assert memory.ft_checkpoint_disk(needed) == on_disk
-
-
-RESULTS = sorted((REPOSITORY / "benchmarks" / "results").glob("*engine-build*.json"))
-
-
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_measured_builds_stay_within_what_is_computed(path: Path) -> None:
-    measured = json.loads(path.read_text())
-    spec = plan_for(measured["shape"], measured["dtype"], measured.get("tp", 1))
-    stored_layers = measured.get("layers") or spec.config.num_layers
-    spec = _with_layers(spec, measured.get("linked_layers") or stored_layers)
-    schemes = {"none": None, "int4_awq": Awq(None), "int4_weight_only": WeightOnly(4)}
-    scheme = schemes[measured.get("quantization", "none")]
-    spec = replace(spec, quantization=Quantization(scheme, "auto"))
-    # A rank's part of a tied head is stored once more in the plan, and lies in no file of its own.
-    files = replace(spec, vocabulary=WHOLE)
-    assert memory.rank_weights(files) == measured["weight_bytes"]
-    peak = measured["peak_private_mib"] * memory.MIB
-    assert peak <= memory.build_memory(spec) <= 1.35 * peak
-    if "steps" in measured:
-        networks = measured["steps"]["network"]["peak_private_mib"] * memory.MIB
-        assert networks <= memory.network_memory(spec)
-    # The benchmark's folder holds the FT checkpoint, the networks of all ranks, and one plan.
-    disk = measured["ratio_disk_to_weights"] * measured["weight_bytes"]
-    beside_weights = memory.PLAN_BASE + spec.config.num_layers * memory.PLAN_PER_LAYER
-    plans_not_made = (spec.tp_size - 1) * (memory.rank_weights(spec) + beside_weights)
-    computed = memory.engine_disk(spec) - plans_not_made
-    # Of layers that are links to others, there are no files of their own.
-    computed += memory.ft_checkpoint_disk(_with_layers(spec, stored_layers))
-    assert disk <= computed <= 1.01 * disk
-
-
-def _with_layers(spec: EngineSpec, num_layers: int) -> EngineSpec:
-    return replace(spec, config=replace(spec.config, num_layers=num_layers))
-
-
-def test_there_is_a_measured_build() -> None:
-    assert RESULTS
-
-
 # --- by hand -------------------------------------------------------------------------------------
 
 
@@ -299,56 +222,23 @@ def test_learned_positions_have_one_bias_for_all_heads() -> None:
 
 # --- in general ----------------------------------------------------------------------------------
 
-QUANTITIES = (
-    memory.rank_weights,
-    memory.kv_cache,
-    memory.activations,
-    memory.gpu_memory,
-    memory.ft_checkpoint_disk,
-    memory.engine_disk,
-    memory.build_memory,
-    memory.smoke_test_memory,
-)
-A_RANKS = (*QUANTITIES[:4], memory.build_memory)
-specs = st.builds(
-    EngineSpec,
-    st.sampled_from(sorted(SHAPES)).map(known_config),
-    st.sampled_from(["float32", "float16", "bfloat16"]),
-    st.sampled_from([1, 2, 4, 8]),
-    st.builds(
-        BuildLimits,
-        st.integers(1, 64),
-        st.integers(1, 2048),
-        st.integers(1, 2048),
-        st.booleans(),
-    ),
-    st.sampled_from(VOCABULARIES),
-)
+QUANTITIES = (memory.rank_weights, memory.kv_cache, memory.activations, memory.gpu_memory)
 
 
-@given(specs)
+@given(SPECS)
 def test_more_of_anything_never_needs_less(spec: EngineSpec) -> None:
-    wider = replace(spec.limits, max_batch_size=spec.limits.max_batch_size + 1)
-    longer = replace(spec.limits, max_output_len=spec.limits.max_output_len + 1)
-    deeper = replace(spec.config, num_layers=spec.config.num_layers + 1)
-    for quantity in QUANTITIES:
-        least = quantity(spec)
-        assert isinstance(least, int) and least > 0
-        assert quantity(replace(spec, limits=wider)) >= least
-        assert quantity(replace(spec, limits=longer)) >= least
-        assert quantity(replace(spec, config=deeper)) >= least
-        assert quantity(replace(spec, dtype="float32")) >= least or spec.dtype == "bfloat16"
+    require_monotonic(QUANTITIES, spec)
 
 
-@given(specs.filter(lambda spec: spec.tp_size > 1))
+@given(SPECS.filter(lambda spec: spec.tp_size > 1))
 def test_a_rank_of_more_needs_less(spec: EngineSpec) -> None:
     fewer = replace(spec, tp_size=spec.tp_size // 2)
     # Of two ranks' heads, each may be a second copy beside a whole embedding.
-    for quantity in A_RANKS if fewer.tp_size > 1 else A_RANKS[1:3]:
+    for quantity in QUANTITIES if fewer.tp_size > 1 else QUANTITIES[1:3]:
         assert quantity(spec) <= quantity(fewer)
 
 
-@given(specs)
+@given(SPECS)
 def test_gpu_memory_is_the_sum_of_its_parts(spec: EngineSpec) -> None:
     parts = (memory.rank_weights, memory.kv_cache, memory.activations)
     assert memory.gpu_memory(spec) == sum(p(spec) for p in parts) + memory.GPU_OVERHEAD
@@ -383,11 +273,6 @@ def test_a_gpu_is_refused_for_what_is_exact_alone() -> None:
         f"weights and KV cache of a rank take {exact / GB:.1f} GB, this GPU has 25.0 GB; "
         "this needs 4 GPUs of 40 GB"
     )
-
-
-def test_conversion_does_not_depend_on_the_model() -> None:
-    one, two = (memory.conversion_memory(workers) for workers in (1, 2))
-    assert 0 < two - one < one < GB
 
 
 # --- known shapes, table, tool -------------------------------------------------------------------
@@ -445,137 +330,3 @@ def test_tool_shows_a_folder_as_it_shows_the_known_shape(tmp_path: Path, capsys)
     assert known[0] == f"mpt-7b, float32: {memory.gpus_in_words(spec)}"
     (weights,) = (line for line in known if line.split()[0] == "weights")
     assert weights.split()[1:] == [f"{memory.rank_weights(spec) / GB:.2f}", "GB"]
-
-
-def test_planning_takes_no_heavy_import() -> None:
-    """Snakemake computes this whenever it plans, and PyTorch alone takes seconds to import."""
-    code = (
-        "import sys, mpt_trt.engines.memory, mpt_trt.checkpoint.known_models; "
-        "sys.exit(bool({'torch', 'onnx', 'numpy', 'transformers'} & sys.modules.keys()))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
-
-
-# --- in the workflow -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def workflow(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
-    """The toy model, and two of the hub that are not on disk. Nothing is made in it."""
-    made = Workflow.create(tmp_path_factory.mktemp("workflow") / "project")
-    path = made.folder / "config.yaml"
-    content = yaml.safe_load(path.read_text())
-    content["models"] |= {
-        "thirty": {"source": "mosaicml/mpt-30b"},
-        "unknown": {"source": "somebody/something"},
-    }
-    path.write_text(yaml.safe_dump(content))
-    (made.folder / "text.txt").write_text("only its name is looked at")
-    return made
-
-
-def planned_memory(workflow: Workflow, target: str) -> dict[str, int]:
-    """mem_mb by rule."""
-    result = workflow.run("--dry-run", target)
-    assert result.returncode == 0, result.stdout + result.stderr
-    found: dict[str, int] = {}
-    rule = ""
-    for line in (result.stdout + result.stderr).splitlines():
-        if match := re.match(r"(?:local)?rule (\w+):", line):
-            rule = match[1]
-        elif match := re.search(r"resources:.*\bmem_mb=(\d+)", line):
-            found[rule] = int(match[1])
-    return found
-
-
-def expected_memory(
-    config: MptConfig, dtype: str, tp_size: int, *, fetched: bool = True
-) -> dict[str, int]:
-    spec = EngineSpec(config, dtype, tp_size, BuildLimits(**SMALL), VocabularySharding())
-    sizes = {
-        "convert_checkpoint": memory.conversion_memory(2),
-        "make_networks": memory.network_memory(spec),
-        "build_rank": memory.build_memory(spec),
-        "assemble_engine": memory.linking_memory(),
-        "smoke_test": memory.smoke_test_memory(spec),
-    }
-    if not fetched:
-        sizes["fetch_checkpoint"] = memory.linking_memory()
-    return {rule: math.ceil(size / 1e6) for rule, size in sizes.items()}
-
-
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_jobs_ask_for_the_memory_of_the_stored_config(workflow: Workflow, tp_size: int) -> None:
-    found = planned_memory(workflow, f"smoke_tests/toy/fp32/{tp_size}-gpu.json")
-    assert found == expected_memory(config_of(SPEC), "float32", tp_size)
-
-
-def test_measurements_ask_for_the_memory_of_engine_head_and_windows(workflow: Workflow) -> None:
-    config = config_of(SPEC)
-    spec = EngineSpec(config, "float32", 2, BuildLimits(**SMALL), VocabularySharding())
-    found = planned_memory(workflow, "quality/toy/fp32/2-gpu.json")
-    # Of the windows that workflow_support configures.
-    assert found["compute_reference"] == math.ceil(memory.reference_memory(config, 3, 16) / 1e6)
-    assert found["measure_quality"] == math.ceil(memory.quality_memory(spec, 3, 16) / 1e6)
-
-
-@pytest.mark.parametrize("name", ["mpt-7b", "mpt-30b"])
-def test_measurements_of_large_models(name: str) -> None:
-    """By hand: hidden states, the head, and a cache of all rows beside what a smoke test takes."""
-    config, limits = known_config(name), BuildLimits(8, 512, 64)
-    spec = EngineSpec(config, "float32", 1, limits, VocabularySharding())
-    hidden = 16 * 512 * config.hidden_size * 4
-    assert memory.reference_memory(config, 16, 512) > 3 * hidden
-    more = memory.quality_memory(spec, 16, 512) - 1.1 * memory.rank_weights(spec)
-    head = config.vocab_size * config.hidden_size * 4
-    cache = 8 * 576 * 2 * config.num_layers * config.hidden_size * 4
-    assert hidden + head + cache < more < hidden + head + cache + 2 * (1 << 30)
-    # The logits themselves are never all in memory: more windows cost their hidden states alone.
-    doubled = memory.quality_memory(spec, 32, 512) - memory.quality_memory(spec, 16, 512)
-    assert doubled == hidden
-
-
-def test_jobs_ask_for_the_memory_of_the_known_shape_before_it_is_fetched(
-    workflow: Workflow,
-) -> None:
-    found = planned_memory(workflow, "smoke_tests/thirty/fp16/4-gpu.json")
-    assert found == expected_memory(known_config("mpt-30b"), "float16", 4, fetched=False)
-
-
-def test_unknown_models_count_as_mpt_7b_until_they_are_fetched(workflow: Workflow) -> None:
-    found = planned_memory(workflow, "smoke_tests/unknown/fp16/2-gpu.json")
-    assert found == expected_memory(known_config("mpt-7b"), "float16", 2, fetched=False)
-    # It may have heads for five ranks, which MPT-7B does not.
-    found = planned_memory(workflow, "smoke_tests/unknown/fp16/5-gpu.json")
-    assert found == expected_memory(known_config("mpt-7b"), "float16", 1, fetched=False)
-
-
-def test_fetched_models_have_a_config_of_their_own(workflow: Workflow) -> None:
-    fetched = workflow.folder / "checkpoints" / "unknown"
-    write_checkpoint(fetched, SPEC)
-    found = planned_memory(workflow, "trt_engines/unknown/fp32/2-gpu")
-    expected = expected_memory(config_of(SPEC), "float32", 2)
-    assert found == {rule: size for rule, size in expected.items() if rule != "smoke_test"}
-    result = workflow.run("--dry-run", "trt_engines/unknown/fp32/4-gpu")
-    assert result.returncode != 0
-    assert "legal sizes are 1, 2, 3, 6" in result.stdout + result.stderr
-
-
-@pytest.mark.parametrize(
-    "target",
-    ["ft_ckpts/toy/fp32/4-gpu", "trt_engines/toy/fp16/5-gpu", "smoke_tests/toy/fp16/12-gpu.json"],
-)
-def test_illegal_number_of_ranks_is_refused_before_any_work(
-    workflow: Workflow, target: str
-) -> None:
-    before = sorted(path.name for path in workflow.folder.iterdir())
-    result = workflow.run(target)
-    output = result.stdout + result.stderr
-    assert result.returncode != 0
-    assert re.search(
-        r"tensor parallelism of \d+ does not fit .* legal sizes are 1, 2, 3, 6", output
-    )
-    assert not re.search(r"^(local)?rule ", output, re.MULTILINE)
-    assert sorted(path.name for path in workflow.folder.iterdir() if path.name[0] != ".") == [
-        name for name in before if name[0] != "."
-    ]

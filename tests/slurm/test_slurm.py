@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mpt_trt.engines.memory import BUILD_BASE
 from mpt_trt.system.files import content_hash
+from mpt_trt.workflow.resources import BUILD_BASE
 from slurm.toy_cluster import GPU_MODEL, GPUS_PER_NODE, Job, ToyCluster, toy_cluster, wait_until
 from support.workflow import LINKED, REPOSITORY
 

@@ -19,14 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpt_trt.checkpoint.known_models import SHIPPED, known_config
-from mpt_trt.engines import memory
 from mpt_trt.engines.memory import GB
 from mpt_trt.engines.spec import BuildLimits, EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.sharding import VocabularySharding, is_legal
 from mpt_trt.quantization.schemes import Quantization, WeightOnly
 from mpt_trt.system import gpu_locks, gpus
-from mpt_trt.workflow import gpu_request
+from mpt_trt.workflow import gpu_request, resources
 from mpt_trt.workflow.gpu_request import GpuRequest
 from mpt_trt.workflow.settings import Site, parse_settings
 from support.workflow import REPOSITORY, Workflow
@@ -172,8 +171,8 @@ def test_each_rank_is_built_by_a_job_that_asks_for_one_gpu(workflow: Workflow) -
     config, limits = known_config("mpt-30b"), BuildLimits(8, 512, 64)
     quantization = Quantization(WeightOnly(4))
     spec = EngineSpec(config, "float16", 4, limits, VocabularySharding(), quantization)
-    assert int(asked["mem_mb"]) == math.ceil(memory.build_memory(spec) / 1e6)
-    assert int(asked["runtime"]) == memory.build_minutes(spec)
+    assert int(asked["mem_mb"]) == math.ceil(resources.build_memory(spec) / 1e6)
+    assert int(asked["runtime"]) == resources.build_minutes(spec)
     assert int(asked["threads"]) == 2
 
 

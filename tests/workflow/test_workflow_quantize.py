@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from mpt_trt.checkpoint.known_models import known_config
-from mpt_trt.engines.memory import GB, calibration_memory
+from mpt_trt.engines.memory import GB
+from mpt_trt.workflow.resources import calibration_memory
 from support.workflow import Workflow
 
 RESULT = "quantized/toy/{}/mpt_tp1_rank0.npz"
