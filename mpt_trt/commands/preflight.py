@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mpt_trt.engines.memory import GB
+from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import write_json
 from mpt_trt.workflow import preflight
@@ -37,10 +38,12 @@ def run(options: argparse.Namespace) -> None:
 def read_needs(text: str) -> list[Needs]:
     """Raises MptTrtError when `text` is not what the workflow passes."""
     try:
-        entries = [Needs(**entry) for entry in json.loads(text)]
-    except (ValueError, TypeError) as error:
-        raise MptTrtError(f"--needs: not a JSON list of what targets need: {error}") from None
-    return entries
+        return [
+            Needs(**entry | {"builder": BuilderChoice(**entry["builder"])})
+            for entry in json.loads(text)
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise MptTrtError(f"--needs: not a JSON list of what targets need: {error!r}") from None
 
 
 def show_machine(inventory: Inventory, console: Console) -> None:

@@ -87,8 +87,7 @@ class Launch:
         builds = target.tp if variant.backend == TENSORRT_LLM else 1
         return Needs(
             target=name,
-            backend=variant.backend,
-            compute_capabilities=variant.compute_capabilities,
+            builder=variant.builder,
             ranks=target.tp,
             gpu_memory=memory.gpu_memory(spec),
             build_memory=builds * resources.build_memory(spec),

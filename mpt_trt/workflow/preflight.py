@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mpt_trt.engines.memory import GB
+from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.engines.tensorrt.packages import choose_package, installed_package
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import gpus
@@ -40,14 +41,14 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a target needs. gpu_memory: of a rank; build_memory, disk: in bytes, too.
+    """Resources of a target, in bytes.
 
-    backend, compute_capabilities: as in config.yaml.
+    builder: as configured. gpu_memory: of each rank. build_memory, run_memory: host memory of a
+    build and of a run under ONNX Runtime. is_calibrated: whether it needs a calibration.
     """
 
     target: str
-    backend: str
-    compute_capabilities: tuple[str, ...]
+    builder: BuilderChoice
     ranks: int
     gpu_memory: int
     build_memory: int
@@ -101,7 +102,7 @@ def judge(needs: Needs, inventory: Inventory) -> Verdict:
 def _missing_for_build(needs: Needs, inventory: Inventory) -> list[str]:
     missing = []
     try:
-        module = choose_package(needs.backend, bool(inventory.machine.gpus)).module
+        module = choose_package(needs.builder.backend, bool(inventory.machine.gpus)).module
         if module == "tensorrt" and not inventory.machine.gpus:
             missing.append("a GPU, on which tensorrt builds")
     except MptTrtError as error:
@@ -124,7 +125,7 @@ def _missing_for_tensorrt(needs: Needs, inventory: Inventory) -> list[str]:
         missing.append(_too_little("GPU memory", needs.gpu_memory, smallest))
     if _builder(needs, inventory) == "tensorrt_rtx":
         capabilities = {gpu.compute_capability for gpu in inventory.machine.gpus}
-        if others := capabilities - set(needs.compute_capabilities):
+        if others := capabilities - set(needs.builder.compute_capabilities):
             missing.append(f"compute_capabilities {', '.join(sorted(others))} in config.yaml")
     if needs.ranks > 1 and inventory.nccl is None:
         missing.append("nccl4py")
@@ -145,7 +146,7 @@ def _missing_for_ranks(needs: Needs, inventory: Inventory) -> list[str]:
 
 def _builder(needs: Needs, inventory: Inventory) -> str | None:
     try:
-        return choose_package(needs.backend, bool(inventory.machine.gpus)).module
+        return choose_package(needs.builder.backend, bool(inventory.machine.gpus)).module
     except MptTrtError:
         return None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mpt_trt.engines.memory import GB
+from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.machine import GIB, Gpu, Machine
 from mpt_trt.workflow import preflight
@@ -17,8 +18,7 @@ from support.engines import call_tool
 
 NEEDS = Needs(
     target="trt_engines/m/fp16/2-gpu",
-    backend="tensorrt_rtx",
-    compute_capabilities=("8.0", "8.9"),
+    builder=BuilderChoice("tensorrt_rtx", ("8.0", "8.9")),
     ranks=2,
     gpu_memory=20 * GB,
     build_memory=30 * GB,
@@ -95,7 +95,9 @@ def test_ranks_cannot_do_without_mpi_nor_without_memory() -> None:
 
 
 def test_a_package_that_is_not_installed_is_named() -> None:
-    verdict = preflight.judge(replace(NEEDS, backend="tensorrt"), with_machine(gpus=()))
+    verdict = preflight.judge(
+        replace(NEEDS, builder=BuilderChoice("tensorrt", ("8.0",))), with_machine(gpus=())
+    )
     (complaint,) = verdict.build
     assert "tensorrt" in complaint
 
