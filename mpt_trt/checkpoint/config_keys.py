@@ -75,7 +75,8 @@ LIMITED: dict[str, tuple[tuple[object, ...], str]] = {
 USED = _keys(
     """
     attn_config d_model expansion_ratio ffn_config layer_norm_epsilon learned_pos_emb logit_scale
-    max_seq_len n_heads n_layers no_bias norm_eps norm_type residual_coeff vocab_size
+    max_seq_len n_heads n_layers no_bias norm_eps norm_type quantization_config
+    residual_coeff vocab_size
     """
 )
 USED_IN_ATTENTION = _keys(

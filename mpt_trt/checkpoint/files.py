@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mpt_trt.checkpoint.foreign import require_content, require_plain_checkpoint
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
 
@@ -15,6 +16,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 INDEX_SUFFIX = ".index.json"
+# Checkpoints of trainers, and what these keep beside the weights.
+TRAINER_SUFFIXES = (".pt", ".pth")
+NOT_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "random_states", "training_args")
 OTHER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -25,6 +29,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise MptTrtError(f"{folder}: no such folder; models.*.source names a hub id or a folder")
+    require_plain_checkpoint(folder)
     source = _weight_source(folder)
     indexed = [source] if source.name.endswith(INDEX_SUFFIX) else []
     optional = [folder / name for name in OTHER_FILES if (folder / name).is_file()]
@@ -37,7 +42,11 @@ def weight_files(folder: Path) -> list[Path]:
     Raises MptTrtError when there are none, or when an index names a missing file.
     """
     source = _weight_source(folder)
-    return _indexed_files(source) if source.name.endswith(INDEX_SUFFIX) else [source]
+    require_content(source)
+    files = _indexed_files(source) if source.name.endswith(INDEX_SUFFIX) else [source]
+    for path in files:
+        require_content(path)
+    return files
 
 
 def _weight_source(folder: Path) -> Path:
@@ -45,7 +54,40 @@ def _weight_source(folder: Path) -> Path:
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
-    raise MptTrtError(f"{folder}: no weights found; one of {', '.join(WEIGHT_FILES)} is needed")
+    for name in WEIGHT_FILES:
+        require_content(folder / name)  # a link without target is no file
+    if trainers := _trainer_checkpoints(folder):
+        return trainers[0]
+    raise _no_weights(folder)
+
+
+def _trainer_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint of a trainer, such as Composer's `ep1-ba100-rank0.pt`, if there is one."""
+    paths = {
+        path.resolve(): path
+        for path in sorted(folder.iterdir(), reverse=True)
+        if path.suffix in TRAINER_SUFFIXES and not path.name.startswith(NOT_WEIGHTS)
+    }
+    chosen = sorted(paths.values())
+    if len(chosen) > 1:
+        names = ", ".join(path.name for path in chosen[:4])
+        raise MptTrtError(f"{folder}: several checkpoints of a trainer ({names}); leave one there")
+    return chosen
+
+
+def _no_weights(folder: Path) -> MptTrtError:
+    if shards := sorted([*folder.glob("model-*-of-*.safetensors"), *folder.glob("*-of-*.bin")]):
+        index = f"{shards[0].name.split('-')[0]}{shards[0].suffix}{INDEX_SUFFIX}"
+        return MptTrtError(
+            f"{folder}: shards ({shards[0].name}, ...) without their index; download {index} from "
+            "where they came from"
+        )
+    if next(folder.glob("*.distcp"), None):
+        return MptTrtError(
+            f"{folder}: a distributed checkpoint (.distcp); make one file of it with "
+            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+        )
+    return MptTrtError(f"{folder}: no weights found; one of {', '.join(WEIGHT_FILES)} is needed")
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -58,6 +100,7 @@ def _indexed_files(index: Path) -> list[Path]:
             raise MptTrtError(
                 f"{index}: weight_map puts {tensor} into {name!r}, outside the index's own folder"
             )
+        require_content(index.parent / name)
         if not (index.parent / name).is_file():
             raise MptTrtError(
                 f"{index.parent / name}: shard is missing (it holds {tensor}); download it, or run "

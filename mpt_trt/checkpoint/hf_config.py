@@ -21,6 +21,7 @@ from mpt_trt.checkpoint.config_keys import (
     TOP_LEVEL_KEYS,
     USED_IN_FEED_FORWARD,
 )
+from mpt_trt.checkpoint.foreign import require_plain_checkpoint
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MOST, MptConfig, NormType
 from mpt_trt.system.files import read_json
@@ -41,8 +42,9 @@ def read_hf_config(folder: Path) -> MptConfig:
     """Reads `folder/config.json`, in hub (llm-foundry) or native transformers style.
 
     Raises MptTrtError, naming file, field and value, when a field is missing, malformed or asks for
-    something that the network does not have.
+    something that the network does not have, or when the folder holds no plain checkpoint.
     """
+    require_plain_checkpoint(folder)
     path = folder / "config.json"
     return parse_hf_config(read_json(path), path)
 

@@ -1,15 +1,14 @@
 """Reads tensors of a Hugging Face checkpoint folder lazily.
 
-Weights are safetensors or PyTorch `.bin`, in one file or in shards with an index, with or without
-the `transformer.` prefix. Files are memory-mapped: until a tensor is computed with, it takes no
-memory that the system cannot reclaim. Nothing in the checkpoint is executed.
+Weights are safetensors or PyTorch `.bin`, in one file or in shards with an index, or a trainer's
+`.pt`, under any of the names in `weight_names`. Files are memory-mapped: until a tensor is computed
+with, it takes no memory that the system cannot reclaim. Nothing in the checkpoint is executed.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
-import re
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +19,16 @@ from safetensors import SafetensorError, safe_open
 
 from mpt_trt.arrays.cast import BFLOAT16, is_finite
 from mpt_trt.checkpoint.files import weight_files
+from mpt_trt.checkpoint.foreign import require_plain_names
+from mpt_trt.checkpoint.pickled import PickleShard
+from mpt_trt.checkpoint.weight_errors import broken, not_float
+from mpt_trt.checkpoint.weight_names import USUAL_PREFIXES, is_weight, plain_name
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.tensors import Weight
 from mpt_trt.system.files import map_pages
 
-PREFIX = "transformer."
+log = logging.getLogger(__name__)
+
 SAFETENSORS_TYPES = {
     "F16": np.dtype(np.float16),
     "BF16": BFLOAT16,
@@ -44,6 +48,10 @@ class WeightFile(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
+        ...
+
+    def require_values(self, name: str) -> None:
+        """Raises MptTrtError when a tensor has no values, or not all of them."""
         ...
 
     def tensor(self, name: str) -> NDArray:
@@ -66,7 +74,7 @@ class SafetensorsShard:
             self._header, data_start = _safetensors_header(path)
             self._data = np.memmap(path, np.uint8, "r")[data_start:]
         except (SafetensorError, OSError, ValueError) as error:
-            raise _broken(path, error, _first_incomplete_tensor(path)) from None
+            raise broken(path, error, _first_incomplete_tensor(path)) from None
 
     def names(self) -> Iterable[str]:
         """See `WeightFile`."""
@@ -76,11 +84,14 @@ class SafetensorsShard:
         """See `WeightFile`."""
         return tuple(self._header[name]["shape"])
 
+    def require_values(self, name: str) -> None:
+        """Does nothing: the format has only whole tensors."""
+
     def tensor(self, name: str) -> NDArray:
         """See `WeightFile`."""
         entry = self._header[name]
         if entry["dtype"] not in SAFETENSORS_TYPES:
-            raise _not_float(self.path, name, entry["dtype"])
+            raise not_float(self.path, name, entry["dtype"])
         start, stop = entry["data_offsets"]
         data = self._data[start:stop].view(SAFETENSORS_TYPES[entry["dtype"]])
         return data.reshape(entry["shape"])
@@ -89,55 +100,6 @@ class SafetensorsShard:
         """See `WeightFile`."""
         start, stop = self._header[name]["data_offsets"]
         map_pages(self._data[start:stop])
-
-
-class PickleShard:
-    """A PyTorch `.bin` file, mapped into memory; only tensors are unpickled."""
-
-    def __init__(self, path: Path):
-        # PyTorch takes a second to import, and safetensors do without it.
-        import torch
-
-        self.path = path
-        try:
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise MptTrtError(
-                f"{path}: refused, since it holds more than tensors ({_culprit(error)}); convert "
-                "it to safetensors on a machine where you trust it"
-            ) from None
-        except (RuntimeError, OSError, EOFError) as error:
-            if _is_bare_pickle(path):
-                raise MptTrtError(
-                    f"{path}: in PyTorch's format from before version 1.6, which cannot be mapped "
-                    "into memory; save it again as safetensors"
-                ) from None
-            raise _broken(path, error, "every tensor") from None
-        if not isinstance(content, dict):
-            raise MptTrtError(f"{path}: a state dict is expected, found {type(content).__name__}")
-        self._tensors = {n: t.detach() for n, t in content.items() if isinstance(t, torch.Tensor)}
-        self._bfloat16 = torch.bfloat16
-        self._uint16 = torch.uint16
-
-    def names(self) -> Iterable[str]:
-        """See `WeightFile`."""
-        return self._tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """See `WeightFile`."""
-        return tuple(self._tensors[name].shape)
-
-    def tensor(self, name: str) -> NDArray:
-        """See `WeightFile`."""
-        tensor = self._tensors[name]
-        if tensor.dtype is self._bfloat16:
-            return tensor.view(self._uint16).numpy().view(BFLOAT16)
-        if not tensor.is_floating_point() or tensor.itemsize < 2:
-            raise _not_float(self.path, name, str(tensor.dtype).removeprefix("torch."))
-        return tensor.numpy()
-
-    def prefetch(self, name: str) -> None:
-        """Does nothing: PyTorch has mapped the file."""
 
 
 class HfCheckpoint:
@@ -150,12 +112,12 @@ class HfCheckpoint:
     def __init__(self, folder: Path, weights: list[Weight]):
         self.folder = folder
         self.shards = [_open_weight_file(path) for path in weight_files(folder)]
-        self._location = {
-            name.removeprefix(PREFIX): (shard, name)
-            for shard in self.shards
-            for name in shard.names()
-        }
+        self._location: dict[str, tuple[WeightFile, str]] = {}
+        for shard in self.shards:
+            require_plain_names(shard.path, shard.names())
+            self._locate_tensors(shard)
         self._check_names(weights)
+        self._report_prefix(weights[0])
         self._check_shapes(weights)
 
     def tensor(self, weight: Weight) -> NDArray:
@@ -173,15 +135,37 @@ class HfCheckpoint:
         shard, name = self._location[_hf_name(weight)]
         return f"{shard.path}: tensor {name}"
 
+    def _locate_tensors(self, shard: WeightFile) -> None:
+        for stored in filter(is_weight, shard.names()):
+            name = plain_name(stored)
+            other = self._location.get(name)
+            # The same name in two shards is a stale copy; the last one counts, as in transformers.
+            if other is not None and other[1] != stored:
+                raise MptTrtError(
+                    f"{shard.path}: tensors {other[1]} and {stored} are both {name} of an MPT; "
+                    "remove the ones that are not the model's"
+                )
+            self._location[name] = shard, stored
+
+    def _report_prefix(self, embedding: Weight) -> None:
+        shard, stored = self._location[_hf_name(embedding)]
+        prefix = stored.removesuffix(_hf_name(embedding))
+        if prefix not in USUAL_PREFIXES:
+            log.warning("%s: names of tensors begin with %r", shard.path, prefix)
+
     def _check_names(self, weights: list[Weight]) -> None:
         expected = {w.hf_name for w in weights if w.hf_name is not None}
+        unexpected = sorted(self._location.keys() - expected)
         if missing := sorted(expected - self._location.keys()):
+            there = f"all {len(self._location)} tensors that are there are expected ones"
+            if unexpected:
+                stored = [self._location[name][1] for name in unexpected]
+                there = f"instead there is {', '.join(stored[:3])}{_and_others(stored[2:])}"
             raise MptTrtError(
                 f"{self.shards[0].path if len(self.shards) == 1 else self.folder}: "
-                f"tensor {missing[0]} is missing{_and_others(missing)}; config.json and the "
-                "weights do not belong together, or the download is incomplete"
+                f"tensor {missing[0]} is missing{_and_others(missing)}; {there}; config.json and "
+                "the weights do not belong together, or the download is incomplete"
             )
-        unexpected = sorted(self._location.keys() - expected)
         if unexpected == ["lm_head.weight"]:
             self._require_tied_head(weights[0])
         elif unexpected:
@@ -204,6 +188,7 @@ class HfCheckpoint:
             if weight.hf_name is None:
                 continue
             shard, name = self._location[weight.hf_name]
+            shard.require_values(name)
             shape = shard.shape(name)
             if shape != weight.shape:
                 raise MptTrtError(
@@ -220,28 +205,6 @@ def _hf_name(weight: Weight) -> str:
 
 def _open_weight_file(path: Path) -> WeightFile:
     return SafetensorsShard(path) if path.suffix == ".safetensors" else PickleShard(path)
-
-
-def _culprit(error: pickle.UnpicklingError) -> str:
-    """Names what PyTorch refused to load, without its advice to load it anyway."""
-    name = re.search(r"GLOBAL (\S+)", str(error))
-    return name[1] if name else "it is no state dict"
-
-
-def _is_bare_pickle(path: Path) -> bool:
-    """Whether the file is a pickle without zip archive, as PyTorch wrote before version 1.6."""
-    try:
-        with path.open("rb") as stream:
-            return stream.read(1) == pickle.PROTO
-    except OSError:
-        return False
-
-
-def _broken(path: Path, error: Exception, tensor: str) -> MptTrtError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return MptTrtError(
-        f"{path}: truncated or damaged, {tensor} cannot be read ({reason}); download the file again"
-    )
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
@@ -266,13 +229,6 @@ def _first_incomplete_tensor(path: Path) -> str:
         return "every tensor"
     cut_off = [name for name, end in ends.items() if end > size]
     return min(cut_off, key=ends.__getitem__, default="every tensor")
-
-
-def _not_float(path: Path, name: str, dtype: str) -> MptTrtError:
-    return MptTrtError(
-        f"{path}: tensor {name} is {dtype}; only unquantized checkpoints (float32, float16, "
-        "bfloat16) are read"
-    )
 
 
 def _and_others(names: list[str]) -> str:

@@ -1,0 +1,162 @@
+"""PyTorch's pickled weight files, and the state dict within the containers of trainers."""
+
+from __future__ import annotations
+
+import codecs
+import datetime
+import logging
+import pickle
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpt_trt.arrays.cast import BFLOAT16
+from mpt_trt.checkpoint.weight_errors import broken, not_float
+from mpt_trt.errors import MptTrtError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Where trainers keep the state dict: Composer, Lightning, plain loops, DeepSpeed.
+CONTAINERS = (
+    ("state", "model"),
+    ("state_dict",),
+    ("model_state_dict",),
+    ("model",),
+    ("module",),
+    ("state", "state_dict"),
+)
+log = logging.getLogger(__name__)
+
+
+class PickleShard:
+    """A PyTorch `.bin` or `.pt` file, mapped into memory; only tensors are unpickled."""
+
+    def __init__(self, path: Path):
+        # PyTorch takes a second to import, and safetensors do without it.
+        import torch
+
+        self.path = path
+        self._bfloat16 = torch.bfloat16
+        self._uint16 = torch.uint16
+        self._strided = torch.strided
+        state = _state_dict(path, _load(path))
+        self._tensors: dict[str, Tensor] = {
+            str(n): t.detach() for n, t in state.items() if isinstance(t, torch.Tensor)
+        }
+
+    def names(self) -> Iterable[str]:
+        """See `WeightFile`."""
+        return self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `WeightFile`."""
+        return tuple(self._tensors[name].shape)
+
+    def require_values(self, name: str) -> None:
+        """See `WeightFile`."""
+        tensor = self._tensors[name]
+        if tensor.is_meta:
+            raise MptTrtError(
+                f"{self.path}: tensor {name} is on the meta device, which holds no values; save "
+                "the model again after its weights are loaded"
+            )
+        if tensor.layout != self._strided:
+            layout = str(tensor.layout).removeprefix("torch.")
+            raise MptTrtError(
+                f"{self.path}: tensor {name} is sparse ({layout}); save it again after to_dense()"
+            )
+
+    def tensor(self, name: str) -> NDArray:
+        """See `WeightFile`."""
+        tensor = self._tensors[name]
+        if tensor.dtype is self._bfloat16:
+            return tensor.view(self._uint16).numpy().view(BFLOAT16)
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise not_float(self.path, name, str(tensor.dtype).removeprefix("torch."))
+        return tensor.numpy()
+
+    def prefetch(self, name: str) -> None:
+        """Does nothing: PyTorch has mapped the file."""
+
+
+def _load(path: Path) -> Any:
+    import torch  # as above
+
+    try:
+        with torch.serialization.safe_globals(_harmless_globals()):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise MptTrtError(
+            f"{path}: refused, since it holds more than tensors ({_culprit(error)}); convert "
+            "it to safetensors on a machine where you trust it"
+        ) from None
+    except (RuntimeError, OSError, EOFError) as error:
+        if _is_bare_pickle(path):
+            raise MptTrtError(
+                f"{path}: in PyTorch's format from before version 1.6, which cannot be mapped "
+                "into memory; save it again as safetensors"
+            ) from None
+        raise broken(path, error, "every tensor") from None
+
+
+def _state_dict(path: Path, content: Any) -> dict[Any, Any]:
+    """The state dict itself, or the one in a trainer's container."""
+    if not isinstance(content, dict):
+        raise MptTrtError(f"{path}: a state dict is expected, found {type(content).__name__}")
+    if _has_tensors(content):
+        return content
+    for keys in CONTAINERS:
+        inner: Any = content
+        for key in keys:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and _has_tensors(inner):
+            log.warning("%s: the weights are taken from its %s", path, "/".join(keys))
+            return inner
+    names = ", ".join(str(key) for key in list(content)[:8])
+    raise MptTrtError(
+        f"{path}: holds no tensors, neither itself nor in "
+        f"{', '.join('/'.join(keys) for keys in CONTAINERS)} (its keys: {names or 'none'}); give a "
+        "file with the model's weights"
+    )
+
+
+def _has_tensors(content: dict[Any, Any]) -> bool:
+    import torch  # as above
+
+    return any(isinstance(value, torch.Tensor) for value in content.values())
+
+
+def _harmless_globals() -> list[Any]:
+    """What random states and clocks in trainers' checkpoints are made of; none of it runs code."""
+    reconstruct = np.zeros(1).__reduce__()[0]
+    scalar = np.float64(0).__reduce__()[0]
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
+    return [
+        *((reconstruct, f"{module}._reconstruct") for module in modules),
+        *((scalar, f"{module}.scalar") for module in modules),
+        np.ndarray,
+        np.dtype,
+        *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
+        (codecs.encode, "_codecs.encode"),
+        datetime.timedelta,
+    ]
+
+
+def _culprit(error: pickle.UnpicklingError) -> str:
+    """Names what PyTorch refused to load, without its advice to load it anyway."""
+    name = re.search(r"GLOBAL (\S+)", str(error))
+    return name[1] if name else "it is no state dict"
+
+
+def _is_bare_pickle(path: Path) -> bool:
+    """Whether the file is a pickle without zip archive, as PyTorch wrote before version 1.6."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(1) == pickle.PROTO
+    except OSError:
+        return False

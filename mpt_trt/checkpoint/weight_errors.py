@@ -1,0 +1,25 @@
+"""Errors about weight files that readers of every format raise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpt_trt.errors import MptTrtError
+
+
+def broken(path: Path, error: Exception, tensor: str) -> MptTrtError:
+    """Makes the error for a damaged file whose `tensor`, or every tensor, cannot be read."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    if path.is_file() and path.stat().st_size == 0:
+        reason = "the file is empty"
+    return MptTrtError(
+        f"{path}: truncated or damaged, {tensor} cannot be read ({reason}); download the file again"
+    )
+
+
+def not_float(path: Path, name: str, dtype: str) -> MptTrtError:
+    """Makes the error for a tensor of integers or of numbers of less than 16 bits."""
+    return MptTrtError(
+        f"{path}: tensor {name} is {dtype}; only unquantized checkpoints (float32, float16, "
+        "bfloat16) are read"
+    )

@@ -1,0 +1,34 @@
+"""The names that programs give to an MPT's tensors, and the one name of each."""
+
+from __future__ import annotations
+
+# Modules that wrap others: torch.compile, FSDP, activation checkpointing, DataParallel.
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"})
+# Owners of the model: Composer and PEFT, then the causal language model itself.
+OWNERS = frozenset({"base_model", "model", "transformer"})
+# mosaic_gpt's and replit_lm's names of layers by those of MPT (llm-foundry's
+# `scripts/misc/convert_examples_ckpt.py`).
+LAYERS = {
+    "ln_1": "norm_1",
+    "ln_2": "norm_2",
+    "ln_f": "norm_f",
+    "mlp": "ffn",
+    "mlp_up": "up_proj",
+    "mlp_down": "down_proj",
+}
+# What TransformerEngine keeps for training in FP8.
+EXTRA_STATE = "_extra_state"
+USUAL_PREFIXES = ("transformer.", "")
+
+
+def plain_name(stored: str) -> str:
+    """The name of a tensor in llm-foundry's MPT without `transformer.`, e.g. `wte.weight`."""
+    parts = [part for part in stored.split(".") if part not in WRAPPERS]
+    while len(parts) > 1 and parts[0] in OWNERS:
+        parts.pop(0)
+    return ".".join(LAYERS.get(part, part) for part in parts)
+
+
+def is_weight(stored: str) -> bool:
+    """Whether a stored tensor is a weight, not what a program keeps beside them."""
+    return not stored.endswith(EXTRA_STATE)
