@@ -16,7 +16,7 @@ COMMON: dict[str, Any] = {"vocab_size": 50432, "max_seq_len": 2048}
 MPT_7B = COMMON | {"d_model": 4096, "n_heads": 32, "n_layers": 32}
 MPT_30B = COMMON | {"d_model": 7168, "n_heads": 64, "n_layers": 48, "max_seq_len": 8192}
 
-# Fields of each model's own config.json on the hub, by the last part of its hub id.
+# Fields of each model's own config.json on the hub, as MPT spells them, by its hub id's last part.
 SHIPPED: dict[str, dict[str, Any]] = {
     "mpt-7b": MPT_7B,
     "mpt-7b-instruct": MPT_7B,
@@ -26,6 +26,21 @@ SHIPPED: dict[str, dict[str, Any]] = {
     "mpt-7b-8k": MPT_7B | {"max_seq_len": 8192},
     "mpt-30b": MPT_30B,
     "mpt-30b-instruct": MPT_30B,
+    "mpt-1b-redpajama-200b": {
+        "d_model": 2048,
+        "n_heads": 16,
+        "n_layers": 24,
+        "vocab_size": 50368,
+        "max_seq_len": 2048,
+        "attn_config": {"qk_ln": True},
+    },
+    "replit-code-v1-3b": {
+        "d_model": 2560,
+        "n_heads": 32,
+        "n_layers": 32,
+        "vocab_size": 32768,
+        "max_seq_len": 2048,
+    },
     "replit-code-v1_5-3b": {
         "d_model": 3072,
         "n_heads": 24,
