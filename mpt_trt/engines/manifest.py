@@ -1,4 +1,4 @@
-"""`config.json` of an engine directory: what it is, from what, built by what, for which GPUs.
+"""Reads and writes `config.json` of an engine directory, which describes the engine.
 
 A directory holds, for every rank, `rank{r}.onnx` (the network), `rank{r}.engine` (the TensorRT
 plan), and the networks' weights in `weights/`. Everything that loads an engine reads this file

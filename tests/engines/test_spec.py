@@ -64,6 +64,8 @@ def test_variant_and_network_have_the_same_spec(tmp_path: Path) -> None:
 def test_damaged_description_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "rank0.network.json"
     path.write_text(text)
-    with pytest.raises(MptTrtError, match=r"damaged .*; make the networks again") as caught:
+    with pytest.raises(
+        MptTrtError, match=r"damaged .*; delete .* and make the networks again"
+    ) as caught:
         read_network_spec(tmp_path)
     assert str(caught.value).startswith(str(path))

@@ -1,4 +1,4 @@
-"""From an FT checkpoint to an engine directory: the network, the plan, and both put together."""
+"""Builds plans from networks, and whole engine directories from FT checkpoints."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from mpt_trt.system.files import replace_directory, staging_directory
 # The first GPUs with E4M3 arithmetic (Ada).
 FP8_CAPABILITY = (8, 9)
 
-# Adds the plans of tp_size ranks to the folder that has their networks.
 PlanBuilder = Callable[[Path, BuilderChoice, int], None]
+"""Adds the plans of all ranks to the folder that has their networks.
+
+Arguments: folder, builder, tp_size.
+"""
 
 
 def build_rank(networks: Path, rank: int, builder: BuilderChoice, target: Path) -> None:
@@ -61,24 +64,24 @@ def build_engine(
 def _build_plan(networks: Path, rank: int, builder: BuilderChoice, folder: Path) -> None:
     manifest.require_whole_network(networks, rank)
     spec = manifest.read_network_spec(networks, rank)
-    _require_capable(builder, spec.quantization)
+    _require_fp8_support(builder, spec.quantization)
     package = choose_package(builder.backend)
     options = BuildOptions(package, spec.limits, builder.compute_capabilities)
     plan = folder / manifest.engine_name(rank)
-    with _naming_who_has_kernels(spec.quantization):
+    with _hint_at_int8_kernels(spec.quantization):
         built = plan_builder.build_plan(networks / manifest.network_name(rank), options, plan)
     network_hash = manifest.read_network_hash(networks, rank)
     manifest.write_plan_description(plan, built.hash, network_hash, built.builder)
 
 
 def _capabilities(builder: BuilderChoice) -> tuple[str, ...]:
-    """The GPUs to build for; only tensorrt_rtx can choose."""
+    """The GPUs to build for; only tensorrt_rtx can choose them."""
     is_chosen = choose_package(builder.backend).module == "tensorrt_rtx"
     return builder.compute_capabilities if is_chosen else gpus.compute_capabilities()[:1]
 
 
-def _require_capable(builder: BuilderChoice, quantization: Quantization) -> None:
-    """Raises MptTrtError, naming them, when some of the GPUs to build for have no E4M3."""
+def _require_fp8_support(builder: BuilderChoice, quantization: Quantization) -> None:
+    """Raises MptTrtError if the engine uses fp8 and some of the GPUs to build for lack it."""
     lacking = [c for c in _capabilities(builder) if tuple(map(int, c.split("."))) < FP8_CAPABILITY]
     uses_fp8 = isinstance(quantization.scheme, Fp8) or quantization.kv_cache == "fp8"
     if uses_fp8 and lacking:
@@ -89,8 +92,8 @@ def _require_capable(builder: BuilderChoice, quantization: Quantization) -> None
 
 
 @contextmanager
-def _naming_who_has_kernels(quantization: Quantization) -> Iterator[None]:
-    """Adds to a failed build's message where its products of 8-bit integers are to be had."""
+def _hint_at_int8_kernels(quantization: Quantization) -> Iterator[None]:
+    """Adds to the error of a failed build which backend has kernels for 8-bit integers."""
     try:
         yield
     except MptTrtError as error:
