@@ -51,6 +51,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="number of tensors converted at a time (default: %(default)s)",
     )
     parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of a LoRA adapter (PEFT) to merge into the checkpoint",
+    )
+    parser.add_argument(
         "--revision", default="main", help="revision on the hub (default: %(default)s)"
     )
     parser.add_argument(

@@ -29,6 +29,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="hub id or folder of a Hugging Face checkpoint, or a {tp_size}-gpu folder of an FT "
         "checkpoint",
     )
+    add(
+        "--adapter",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of a LoRA adapter (PEFT) to merge into the checkpoint",
+    )
     add("--revision", default="main", help="on the hub (default: %(default)s)")
     add(
         "--dtype",

@@ -150,13 +150,14 @@ def activation_amax(
     samples: Tensor,
     computation: Computation,
     advance: Callable[[], None] = lambda: None,
+    adapter: Path | None = None,
 ) -> ActivationAmax:
     """Computes the amax of inputs and outputs of a model's linear layers while it reads samples.
 
     folder: in Hugging Face format, or an FT checkpoint. samples: int64 `[number, seq]`. advance is
-    called after each block.
+    called after each block. adapter: folder of a LoRA adapter to merge.
     """
-    source = open_model(folder)
+    source = open_model(folder, adapter)
     amax: ActivationAmax = []
 
     def visit(layer: int, block: PlainBlock, run: SampleRun) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
+from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import read_ft_checkpoint
 from mpt_trt.ft.joined_tensors import FtTensors
 from mpt_trt.model.config import MptConfig
@@ -29,16 +30,23 @@ def is_ft_folder(folder: Path) -> bool:
     return (folder / "config.ini").is_file()
 
 
-def open_model(folder: Path) -> ModelSource:
+def open_model(folder: Path, adapter: Path | None = None) -> ModelSource:
     """Opens a folder in Hugging Face format, or a {tp_size}-gpu folder of an FT checkpoint.
+
+    adapter: folder of a LoRA adapter to merge; an FT checkpoint has its own merged already.
 
     Raises MptTrtError, naming file and field, when the folder does not hold such a model.
     """
     if is_ft_folder(folder):
+        if adapter is not None:
+            raise MptTrtError(
+                f"--adapter {adapter}: {folder} is an FT checkpoint, whose weights are converted "
+                "already; give --adapter to the conversion"
+            )
         checkpoint = read_ft_checkpoint(folder)
         checkpoint.require_plain()
         provenance = checkpoint.provenance
         return ModelSource(folder, checkpoint.config, FtTensors(checkpoint), provenance)
     config = read_hf_config(folder)
-    reader = HfCheckpoint(folder, weights(config))
+    reader = HfCheckpoint(folder, weights(config), adapter)
     return ModelSource(folder, config, reader, {"source": str(folder)})

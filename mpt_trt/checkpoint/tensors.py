@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mpt_trt.arrays.cast import BFLOAT16, is_finite
+from mpt_trt.checkpoint.adapter import LoraAdapter, adapter_weights, read_adapter
 from mpt_trt.checkpoint.files import weight_files
 from mpt_trt.checkpoint.foreign import require_plain_names
 from mpt_trt.checkpoint.pickled import PickleShard
@@ -107,9 +108,11 @@ class HfCheckpoint:
 
     Raises MptTrtError, naming file and tensor, when a shard is missing or broken, or a tensor is
     missing, unexpected, of another shape or not floating point.
+
+    adapter: folder of a LoRA adapter that is merged while tensors are read; None for none.
     """
 
-    def __init__(self, folder: Path, weights: list[Weight]):
+    def __init__(self, folder: Path, weights: list[Weight], adapter: Path | None = None):
         self.folder = folder
         self.shards = [_open_weight_file(path) for path in weight_files(folder)]
         self._location: dict[str, tuple[WeightFile, str]] = {}
@@ -119,11 +122,23 @@ class HfCheckpoint:
         self._check_names(weights)
         self._report_prefix(weights[0])
         self._check_shapes(weights)
+        self._adapter = None if adapter is None else _open_adapter(adapter)
+        if self._adapter is not None:
+            self._adapter.require_fitting({_hf_name(w): w.shape for w in weights if w.hf_name})
 
     def tensor(self, weight: Weight) -> NDArray:
-        """A memory-mapped tensor as stored: `weight.shape`, of one of EXPONENTS' types."""
+        """A tensor as stored and memory-mapped: `weight.shape`, of one of EXPONENTS' types.
+
+        One that the adapter updates is a new array, float32.
+        """
         shard, name = self._location[_hf_name(weight)]
-        return shard.tensor(name)
+        stored = shard.tensor(name)
+        update = None if self._adapter is None else self._adapter.updates.get(_hf_name(weight))
+        return stored if update is None else update.merged(stored)
+
+    def adapter_provenance(self) -> dict[str, str]:
+        """What manifests record of the adapter; nothing if there is none."""
+        return {} if self._adapter is None else self._adapter.provenance()
 
     def prefetch(self, weight: Weight) -> None:
         """Reads a tensor ahead, in the order of its file, before its parts are read in another."""
@@ -201,6 +216,10 @@ def _hf_name(weight: Weight) -> str:
     if weight.hf_name is None:
         raise ValueError(f"{weight.name} is not stored in Hugging Face checkpoints")
     return weight.hf_name
+
+
+def _open_adapter(folder: Path) -> LoraAdapter:
+    return read_adapter(folder, _open_weight_file(adapter_weights(folder)))
 
 
 def _open_weight_file(path: Path) -> WeightFile:

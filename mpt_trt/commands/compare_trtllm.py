@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> None:
     )
     generation = read_trtllm_generation(options.generation)
     prompt_len = generation.prompt_len
-    reference = reference_logits(folder, generation.tokens[:-1]).numpy()[prompt_len - 1 :]
+    reference = reference_logits(folder, generation.tokens[:-1], options.adapter).numpy()
     engines = sorted(path.name for path in options.engine_dir.glob("rank*.engine"))
     result = SmokeResult(
         engine_dir=str(options.engine_dir),

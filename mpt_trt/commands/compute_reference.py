@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"{options.text}: {len(tokens)} tokens; {len(chosen)} windows of {chosen.shape[1] - 1}")
     heldout = HeldOut(
         tokens=chosen,
-        hidden=reference_hidden(folder, chosen[:, :-1]).numpy(),
+        hidden=reference_hidden(folder, chosen[:, :-1], options.adapter).numpy(),
         text=str(options.text),
         text_hash=content_hash(options.text),
         reference=reference_name(folder),

@@ -39,13 +39,13 @@ def run(options: argparse.Namespace) -> None:
         bos_token_id=bos if config.bos_token_id is None else config.bos_token_id,
         eos_token_id=eos if config.eos_token_id is None else config.eos_token_id,
     )
-    checkpoint = HfCheckpoint(folder, weights(config))
+    checkpoint = HfCheckpoint(folder, weights(config), options.adapter)
     settings = ConversionSettings(
         storage_type=options.storage_type,
         tp_size=options.tensor_parallelism,
         workers=options.processes,
         model_name=options.in_file,
-        provenance=provenance,
+        provenance=provenance | checkpoint.adapter_provenance(),
         int8=_int8(options, folder, config),
     )
     target = options.out_dir / f"{settings.tp_size}-gpu"
@@ -71,7 +71,7 @@ def _int8(options: argparse.Namespace, folder: Path, config: MptConfig) -> Int8C
     tokenizer = read_tokenizer(tokenizer_folder(options.tokenizer_dir or str(folder)))
     samples = calibration_requests.calibration_samples(options, tokenizer)
     with steps_progress(f"Calibrating {options.in_file}", config.num_layers) as advance:
-        ranges = activation_amax(folder, samples, computation, advance)
+        ranges = activation_amax(folder, samples, computation, advance, options.adapter)
     provenance = {
         "text": options.calib_text.name,
         "text_hash": content_hash(options.calib_text),

@@ -37,7 +37,8 @@ def run(options: argparse.Namespace) -> None:
 
     head = None
     if engine.is_first_rank:
-        head = read_head(checkpoint_folder(options.model_dir, options.revision)[0])
+        folder = checkpoint_folder(options.model_dir, options.revision)[0]
+        head = read_head(folder, options.adapter)
         require_same_model(options.engine_dir, engine.manifest, heldout, head)
     figures = measure(engine, heldout, head)
     if figures is None:

@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> None:
     fill_in(options)
     set_up_logging(options.log_level)
     folder, _ = checkpoint_folder(options.model_dir, options.revision)
-    source = open_model(folder)
+    source = open_model(folder, options.adapter)
     plan = _plan(options, source.config)
     computation = calibration_requests.computation(options, options.dtype)
     tokenizer = read_tokenizer(

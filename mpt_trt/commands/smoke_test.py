@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
     generation = record_generation(engine, prompt, options.max_new_tokens)
     if not engine.is_first_rank:
         return
-    reference = reference_logits(folder, generation.tokens[:-1]).numpy()
+    reference = reference_logits(folder, generation.tokens[:-1], options.adapter).numpy()
     result = SmokeResult(
         engine_dir=str(options.engine_dir),
         engines=tuple(rank.engine for rank in engine.manifest.ranks),

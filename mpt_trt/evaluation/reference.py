@@ -28,23 +28,27 @@ from mpt_trt.model.torch_tensors import ModelTensors, embed
 Block = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
-def reference_logits(folder: Path, token_ids: list[int]) -> Tensor:
+def reference_logits(folder: Path, token_ids: list[int], adapter: Path | None = None) -> Tensor:
     """Logits at every token of one sequence, float32 `[len(token_ids), vocab]`.
+
+    adapter: folder of a LoRA adapter to merge.
 
     Raises MptTrtError when the model has learned positions and the sequence is longer.
     """
-    hidden = reference_hidden(folder, np.array([token_ids]))[0]
-    return read_head(folder).logits(hidden)
+    hidden = reference_hidden(folder, np.array([token_ids]), adapter)[0]
+    return read_head(folder, adapter).logits(hidden)
 
 
-def reference_hidden(folder: Path, token_ids: NDArray[np.int64]) -> Tensor:
+def reference_hidden(
+    folder: Path, token_ids: NDArray[np.int64], adapter: Path | None = None
+) -> Tensor:
     """Inputs of the head: the last norm's output, float32 `[sequences, seq, hidden]`.
 
     token_ids: `[sequences, seq]`. Each block is read once and runs on one sequence after the other.
 
     Raises MptTrtError when the model has learned positions and the sequences are longer.
     """
-    model = _open(folder)
+    model = _open(folder, adapter)
     make_block = _transformers_block if is_in_transformers(model.config) else _plain_block
     with torch.inference_mode():
         block = make_block(model.config, token_ids.shape[1])
@@ -64,9 +68,9 @@ class Head:
             return hidden @ self.weight.T * self.scale
 
 
-def read_head(folder: Path) -> Head:
+def read_head(folder: Path, adapter: Path | None = None) -> Head:
     """Reads the head of a checkpoint, which turns `reference_hidden` into logits."""
-    model = _open(folder)
+    model = _open(folder, adapter)
     name = "wte.weight" if model.config.tie_word_embeddings else "lm_head.weight"
     return Head(model.tensor(name), model.config.logit_scale)
 
@@ -94,9 +98,9 @@ def is_in_transformers(config: MptConfig) -> bool:
     )
 
 
-def _open(folder: Path) -> ModelTensors:
+def _open(folder: Path, adapter: Path | None) -> ModelTensors:
     config = read_hf_config(folder)
-    return ModelTensors(config, HfCheckpoint(folder, weights(config)))
+    return ModelTensors(config, HfCheckpoint(folder, weights(config), adapter))
 
 
 def _hidden(model: ModelTensors, block: Block, token_ids: Tensor) -> Tensor:

@@ -27,6 +27,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--tokenizer_dir", help="hub id or folder of the tokenizer (default: --model_dir)"
     )
     parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of a LoRA adapter (PEFT) to merge into the checkpoint",
+    )
+    parser.add_argument(
         "--revision", default="main", help="revision on the hub (default: %(default)s)"
     )
     parser.add_argument(
