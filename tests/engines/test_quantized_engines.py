@@ -365,7 +365,9 @@ def test_a_failed_build_says_who_multiplies_integers(tmp_path):
         checkpoint = model.checkpoint(quantization, 1)
         calibrated = model.calibrated(quantization, checkpoint)
         folder = make_network(checkpoint, tmp_path / name, LIMITS, calibrated)
-        (folder / "rank0.onnx").write_bytes(b"no network")
+        # Of the same size: another one would be refused before TensorRT sees it.
+        network = folder / "rank0.onnx"
+        network.write_bytes(b"\xff" * network.stat().st_size)
         with pytest.raises(MptTrtError, match="cannot parse the network") as caught:
             build_rank(folder, 0, builder, tmp_path / "plan")
         assert ("backend: tensorrt_llm" in str(caught.value)) == is_named
