@@ -44,6 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     options.add_builder(parser)
     _add_quantization(parser)
     options.add_ignored(parser)
+    options.add_trust(parser)
     return parser
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import lzma
+import math
 import os
 import struct
 import threading
@@ -19,9 +22,26 @@ from numpy.typing import NDArray
 from mpt_trt.arrays.cast import EXPONENTS, convert, is_finite
 from mpt_trt.calibration.npz_keys import FILE_NAME
 from mpt_trt.errors import MptTrtError
+from mpt_trt.system.json_text import shown
 
 # Size of zip's local header up to the name; it ends with the lengths of name and extra field.
 LOCAL_HEADER_BYTES = 30
+# NumPy itself reads headers of up to 10,000 characters; it would first read up to 4 GB of them.
+NPY_MAGIC_BYTES, NPY_HEADER_BYTES = 12, 1 << 14
+# What Python's archives raise for damage, other versions, unknown compression and passwords.
+ARCHIVE_ERRORS = (
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+    lzma.LZMAError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class NpzFile:
@@ -38,8 +58,10 @@ class NpzFile:
             names = self._archive().namelist()
         except FileNotFoundError:
             raise MptTrtError(f"{path}: no such file; quantize.py makes {FILE_NAME}") from None
-        except (zipfile.BadZipFile, OSError) as error:
+        except ARCHIVE_ERRORS as error:
             raise self.damaged(f"cannot be read as an npz archive ({error})") from None
+        if len(set(names)) < len(names):
+            raise self.damaged("holds two arrays of the same name")
         self.keys = frozenset(name.removesuffix(".npy") for name in names)
 
     def _archive(self) -> zipfile.ZipFile:
@@ -52,15 +74,25 @@ class NpzFile:
             archive = self._of_thread.archive = zipfile.ZipFile(self.path)
         return archive
 
-    def array(self, key: str) -> NDArray:
-        """Reads a whole array; raises MptTrtError when it is missing or damaged."""
+    def array(self, key: str, most: int | None = None) -> NDArray:
+        """Reads a whole array.
+
+        most: largest number of values, where it is not known otherwise.
+
+        Raises MptTrtError when it is missing, damaged, or holds more values or no numbers.
+        """
         with self._stream(key) as stream:
-            shape, is_by_column, dtype = self._header(stream)
+            shape, is_by_column, dtype = self._header(key, stream)
+            if most is not None and math.prod(shape) > most:
+                raise self.damaged(f"{key} holds {math.prod(shape)} values, more than {most}")
             flat = np.frombuffer(stream.read(), dtype)
             return flat.reshape(shape, order="F" if is_by_column else "C")
 
     def floats(self, key: str) -> NDArray[np.float32]:
-        """Reads an array in float32; raises MptTrtError also when it holds NaN or Inf."""
+        """Reads an array in float32; raises MptTrtError also when it holds NaN or Inf.
+
+        Its shape must be known: `shape` reads that alone.
+        """
         return convert(self.numbers(key), np.dtype(np.float32))
 
     def numbers(self, key: str) -> NDArray:
@@ -78,8 +110,10 @@ class NpzFile:
         Rows are valid until the next ones are requested. Some damage is noticed only at the end.
         """
         with self._stream(key) as stream:
-            shape, is_by_column, dtype = self._header(stream)
+            shape, is_by_column, dtype = self._header(key, stream)
             header_bytes = stream.tell()
+            if len(shape) != 2:
+                raise self.damaged(f"{key} has shape {list(shape)}, which is no matrix")
             entry = self._archive().getinfo(f"{key}.npy")
             is_stored = entry.compress_type == zipfile.ZIP_STORED
             if is_stored and not is_by_column and dtype in EXPONENTS:
@@ -119,10 +153,35 @@ class NpzFile:
     def shape(self, key: str) -> tuple[int, ...]:
         """Reads only an array's shape."""
         with self._stream(key) as stream:
-            return self._header(stream)[0]
+            return self._header(key, stream)[0]
 
-    def _header(self, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-        """Reads shape, whether columns are contiguous, and type.
+    def _header(self, key: str, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+        """Reads shape, whether columns are contiguous, and type; `stream` is at the data then.
+
+        Raises MptTrtError unless the array's bytes are as many as its entry has.
+        """
+        start = stream.read(NPY_MAGIC_BYTES)
+        # Version 1 of the format has a length of two bytes, later ones of four.
+        length = 2 if start[6:7] == b"\x01" else 4
+        end = 8 + length + int.from_bytes(start[8 : 8 + length], "little")
+        if not NPY_MAGIC_BYTES <= end <= NPY_HEADER_BYTES:
+            raise self.damaged(f"{key} is damaged (its header has {end} bytes)")
+        start += stream.read(end - len(start))
+        try:
+            shape, is_by_column, dtype = self._parse(io.BytesIO(start))
+        except Exception as error:  # NumPy lets Python evaluate the header
+            raise self.damaged(f"{key} is damaged (its header: {shown(error)})") from None
+        if dtype not in EXPONENTS and dtype.kind not in "fiub":
+            raise self.damaged(f"{key} holds {dtype} instead of numbers")
+        size = self._archive().getinfo(f"{key}.npy").file_size - end
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != size:
+            raise self.damaged(
+                f"{key} is damaged ({shown(list(shape))} of {dtype} are not its {size} bytes)"
+            )
+        return shape, is_by_column, dtype
+
+    def _parse(self, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+        """Parses a header of NumPy's format.
 
         One thread at a time: NumPy lets Python parse the header, which occasionally fails in
         CPython 3.11 when two threads do so ("AST constructor recursion depth mismatch", gh-106905).
@@ -150,7 +209,9 @@ class NpzFile:
         try:
             with self._archive().open(f"{key}.npy") as stream:
                 yield stream
-        except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+        except MptTrtError:
+            raise
+        except ARCHIVE_ERRORS as error:
             raise self.damaged(f"{key} is damaged ({error})") from None
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mpt_trt.calibration.npz_file import NpzFile
 from mpt_trt.calibration.npz_keys import (
     ACTIVATION_SCALE,
+    CORNER,
     SMOOTHING,
     WEIGHT,
     WEIGHT_SCALE,
@@ -176,30 +177,34 @@ class CalibrationResult:
 
     def _joined(self, layer: int, matrix: BlockMatrix, name: str) -> NDArray[np.float32]:
         """Reads flat scales, those of Q, K and V joined."""
-        parts = [self.file.floats(f"{key}:{name}") for key in matrix_keys(layer, matrix)]
+        parts = [self._positive(f"{key}:{name}") for key in matrix_keys(layer, matrix)]
         return np.concatenate([part.reshape(-1) for part in parts])
+
+    def _positive(self, key: str) -> NDArray[np.float32]:
+        values = self.file.floats(key)
+        if not (values > 0).all():
+            raise self.file.refused(f"{key} holds {values.min()}, not positive")
+        return values
 
     def _smoothing(self, layer: int, matrix: BlockMatrix) -> NDArray[np.float32]:
         keys = matrix_keys(layer, matrix)
-        first, *others = (self.file.floats(f"{key}:{SMOOTHING}") for key in keys)
+        first, *others = (self._positive(f"{key}:{SMOOTHING}") for key in keys)
         for key, other in zip(keys[1:], others, strict=True):
             if not np.array_equal(first, other):
                 raise self.file.refused(
                     f"{key}:{SMOOTHING} differs from that of {keys[0]}, although both multiply the "
                     "same activations"
                 )
-        if first.min() <= 0:
-            raise self.file.refused(f"{keys[0]}:{SMOOTHING} holds {first.min()}, not positive")
         return first
 
     def _largest(self, layer: int, matrix: BlockMatrix, name: str) -> float:
         return max(self._scalar(f"{key}:{name}") for key in matrix_keys(layer, matrix))
 
     def _scalar(self, key: str) -> float:
-        values = self.file.floats(key)
-        if values.size != 1:
-            raise self.file.refused(f"{key} holds {values.size} values instead of one")
-        return float(values.item())
+        number = math.prod(self.file.shape(key))
+        if number != 1:
+            raise self.file.refused(f"{key} holds {number} values instead of one")
+        return float(self._positive(key).item())
 
 
 # --- whether a file belongs to a model ----------------------------------------------------------
@@ -222,14 +227,21 @@ def _require_same_weights(file: NpzFile, checkpoint: FtCheckpoint) -> None:
         if checkpoint.smoothing is not None and weight.name.startswith("layers."):
             continue
         ammo_key = whole_key(weight)
+        most: tuple[int, ...]
         if shape_key(weight) in file.keys:
-            shape, key = tuple(file.array(shape_key(weight)).tolist()), corner_key(weight)
+            shape = tuple(file.array(shape_key(weight), most=len(weight.shape)).tolist())
+            key, most = corner_key(weight), CORNER
         elif ammo_key is not None and ammo_key in file.keys:
-            shape, key = file.shape(ammo_key), ammo_key
+            shape, key, most = file.shape(ammo_key), ammo_key, weight.shape
         else:
             continue
         if shape != weight.shape:
             raise _other_model(file, f"the shape of {weight.name}", list(shape), list(weight.shape))
+        recorded_shape = file.shape(key)
+        if len(recorded_shape) != len(weight.shape) or any(
+            size > limit for size, limit in zip(recorded_shape, most, strict=False)
+        ):
+            raise file.refused(f"{key} has shape {list(recorded_shape)}")
         recorded = file.floats(key)
         expected = tensors.corner(weight, recorded.shape).astype(np.float32)
         _require_near(file, weight.name, recorded[tuple(map(slice, expected.shape))], expected)

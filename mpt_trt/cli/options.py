@@ -170,7 +170,8 @@ def tolerance(options: argparse.Namespace) -> Tolerance:
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose what runs an engine."""
+    """Add the options that choose what runs an engine, and whether its files are compared."""
+    add_trust(parser)
     group = parser.add_argument_group("runtime")
     group.add_argument(
         "--runtime",
@@ -190,6 +191,15 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
         default="exact",
         help="int8: ONNX Runtime on a CPU rounds the inputs of layers with 4- and 8-bit weights to "
         "8 bits, which is faster and less exact (default: %(default)s)",
+    )
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the option that spares comparing files with the hashes recorded of them."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="do not compare files with the hashes that were recorded when they were made",
     )
 
 

@@ -31,7 +31,8 @@ def run(options: argparse.Namespace) -> None:
     set_up_logging(options.log_level)
     if ignored := cli_options.ignored(options):
         logging.info("Without effect here: %s", " ".join(ignored))
-    checkpoint = read_ft_checkpoint(_rank_folder(options.model_dir, options.world_size))
+    folder = _rank_folder(options.model_dir, options.world_size)
+    checkpoint = read_ft_checkpoint(folder, options.trust)
     if checkpoint.tp_size != options.world_size:
         raise MptTrtError(
             f"--world_size = {options.world_size}, but {options.model_dir} was converted for "

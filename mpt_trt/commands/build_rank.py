@@ -10,4 +10,4 @@ from mpt_trt.engines.build.build import build_rank
 
 def run(options: argparse.Namespace) -> None:
     builder = cli_options.builder_choice(options)
-    build_rank(options.network_dir, options.rank, builder, options.output_dir)
+    build_rank(options.network_dir, options.rank, builder, options.output_dir, options.trust)

@@ -17,7 +17,7 @@ def run(options: argparse.Namespace) -> None:
         raise MptTrtError(f"--workers = {options.workers}: at least 1 is required")
     if options.workers > MOST_PROCESSES:
         raise MptTrtError(f"--workers = {options.workers}: at most {MOST_PROCESSES} are possible")
-    checkpoint = read_ft_checkpoint(options.model_dir)
+    checkpoint = read_ft_checkpoint(options.model_dir, options.trust)
     conversion = TrtllmConversion(
         checkpoint, engine_requests.calibrated(options, checkpoint), cli_options.vocabulary(options)
     )

@@ -11,7 +11,7 @@ from mpt_trt.ft.checkpoint import read_ft_checkpoint
 
 
 def run(options: argparse.Namespace) -> None:
-    checkpoint = read_ft_checkpoint(options.model_dir)
+    checkpoint = read_ft_checkpoint(options.model_dir, options.trust)
     inputs = NetworkInputs(
         checkpoint,
         cli_options.limits(options),

@@ -21,7 +21,11 @@ KIB = 1 << 10
 def run(options: argparse.Namespace) -> None:
     heldout = read_heldout(options.reference)
     engine = load_engine(
-        options.engine_dir, options.runtime, options.num_threads, options.activations
+        options.engine_dir,
+        options.runtime,
+        options.num_threads,
+        options.activations,
+        options.trust,
     )
     spec, window_length = engine.manifest.spec, heldout.inputs.shape[1]
     spec.limits.require_window(window_length)

@@ -30,7 +30,11 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = _tokenizer(options, manifest.provenance)
     prompts = _prompts(options, tokenizer)
     engine = load_engine(
-        options.engine_dir, options.runtime, options.num_threads, options.activations
+        options.engine_dir,
+        options.runtime,
+        options.num_threads,
+        options.activations,
+        options.trust,
     )
     if engine.is_first_rank:
         _say_what_runs(engine)

@@ -21,7 +21,11 @@ def run(options: argparse.Namespace) -> None:
         folder if tokenizer_dir is None else tokenizer_folder(tokenizer_dir, "main")
     )
     engine = load_engine(
-        options.engine_dir, options.runtime, options.num_threads, options.activations
+        options.engine_dir,
+        options.runtime,
+        options.num_threads,
+        options.activations,
+        options.trust,
     )
     prompt = tokenizer.encode(options.prompt)
     generation = record_generation(engine, prompt, options.max_new_tokens)

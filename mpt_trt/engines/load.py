@@ -48,6 +48,7 @@ def load_engine(
     runtime: str = "auto",
     num_threads: int = 0,
     activations: Activations = "exact",
+    is_trusted: bool = False,
 ) -> LoadedEngine:
     """Loads an engine directory or, if it has several ranks, this process's rank of it.
 
@@ -55,6 +56,7 @@ def load_engine(
     `auto` prefers the plan and falls back to the network.
     num_threads: CPU threads of ONNX Runtime; 0 for all cores, which the ranks share.
     activations: of ONNX Runtime on a CPU; see `Activations`.
+    is_trusted: files are not compared with the hashes that were recorded when they were made.
 
     Raises MptTrtError, on all ranks if on one, when the directory is incomplete, the runtime cannot
     load it, or another number of processes was started than the engine has ranks.
@@ -66,7 +68,7 @@ def load_engine(
     cpu = CpuSettings(num_threads, activations)
 
     def load() -> LoadedEngine:
-        return _load_rank(engine_dir, manifest, runtime, cpu, ranks)
+        return _load_rank(engine_dir, manifest, runtime, cpu, ranks, is_trusted)
 
     return load() if ranks is None else _load_together(load, ranks)
 
@@ -89,18 +91,21 @@ def _load_rank(
     runtime: str,
     cpu: CpuSettings,
     ranks: Communicator | None,
+    is_trusted: bool,
 ) -> LoadedEngine:
     files = manifest.ranks[0 if ranks is None else ranks.rank]
     obstacle = "asked for" if runtime == "onnxruntime" else tensorrt_obstacle(manifest)
     if obstacle is None:
         from mpt_trt.engines.tensorrt.engine import TensorRtEngine
 
-        check_content(engine_dir, files, files.engine)
+        if not is_trusted:
+            check_content(engine_dir, files, files.engine)
         engine = TensorRtEngine(engine_dir, manifest, 0 if ranks is None else ranks.rank)
         return LoadedEngine(engine, manifest, engine.max_logits, engine.description, None, ranks)
     if runtime == "tensorrt":
         raise MptTrtError(f"{engine_dir}: TensorRT cannot run this engine here: {obstacle}")
-    check_content(engine_dir, files, files.network)
+    if not is_trusted:
+        check_content(engine_dir, files, *files.network_files)
     fallback = _open_network(engine_dir, manifest, cpu, ranks)
     return LoadedEngine(fallback, manifest, None, fallback.description, obstacle, ranks)
 

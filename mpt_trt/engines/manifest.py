@@ -7,19 +7,41 @@ first.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import mpt_trt
+from mpt_trt.arrays.cast import STORAGE_TYPES
 from mpt_trt.engines.spec import BuilderInfo, BuildLimits, EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import VocabularySharding
-from mpt_trt.quantization.schemes import Quantization, as_mapping, make_weight_quantization
-from mpt_trt.system.files import content_hash, hard_link, read_json, replace_directory, write_json
+from mpt_trt.quantization.schemes import (
+    GROUP_SIZES,
+    METHODS,
+    KvCacheType,
+    Quantization,
+    WeightQuantization,
+    as_mapping,
+    make_weight_quantization,
+)
+from mpt_trt.system.files import (
+    CONTENT_HASH,
+    hard_link,
+    read_json,
+    replace_directory,
+    write_json,
+)
+from mpt_trt.system.inner_names import inner_path, require_inner_name
+from mpt_trt.system.json_text import shown
+from mpt_trt.system.typed_json import from_json
+from mpt_trt.system.verified_files import remember_written, require_recorded
 
 FORMAT = 3
 MANIFEST = "config.json"
+BUILDERS = ("tensorrt", "tensorrt_rtx", "none")
 # What all ranks of an engine have in common.
 COMMON_KEYS = (
     "model_name",
@@ -42,6 +64,12 @@ class FileRecord:
     bytes: int
     hash: str
 
+    def __post_init__(self) -> None:
+        if self.bytes < 0:
+            raise ValueError(f"bytes = {self.bytes}: at least 0 is expected")
+        if not CONTENT_HASH.fullmatch(self.hash):
+            raise ValueError(f"hash = {shown(self.hash)}: xxh3: and 32 hexadecimal digits expected")
+
 
 @dataclass(frozen=True)
 class RankFiles:
@@ -50,6 +78,103 @@ class RankFiles:
     network: str
     engine: str
     files: dict[str, FileRecord]
+
+    def __post_init__(self) -> None:
+        for name in (self.network, self.engine, *self.files):
+            require_inner_name(name)
+
+    @property
+    def network_files(self) -> list[str]:
+        """The network and its weights."""
+        return [name for name in self.files if name != self.engine]
+
+
+@dataclass(frozen=True)
+class Common:
+    """What descriptions of networks and of engines say in the same words: see COMMON_KEYS."""
+
+    model_name: str
+    config: MptConfig
+    dtype: str
+    quantization: dict[str, Any]
+    kv_cache: KvCacheType
+    tp_size: int
+    limits: BuildLimits
+    vocabulary: VocabularySharding
+    provenance: dict[str, Any]
+    calibration: str | None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in STORAGE_TYPES:
+            raise ValueError(f"dtype = {shown(self.dtype)}: unknown")
+
+    def spec(self) -> EngineSpec:
+        """Raises ValueError when the sizes do not fit together."""
+        return EngineSpec(
+            config=self.config,
+            dtype=self.dtype,
+            tp_size=self.tp_size,
+            limits=self.limits,
+            vocabulary=self.vocabulary,
+            quantization=Quantization(_scheme(self.quantization), self.kv_cache),
+        )
+
+
+@dataclass(frozen=True)
+class NetworkDescription(Common):
+    """The content of `rank{r}.network.json`."""
+
+    network: str
+    files: dict[str, FileRecord]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (self.network, *self.files):
+            require_inner_name(name)
+        if self.network not in self.files:
+            raise ValueError(f"files.{self.network} is missing")
+
+
+@dataclass(frozen=True)
+class PlanDescription:
+    """The content of `rank{r}.engine.json`."""
+
+    engine: str
+    files: dict[str, FileRecord]
+    network_hash: str
+    builder: BuilderInfo
+
+    def __post_init__(self) -> None:
+        for name in (self.engine, *self.files):
+            require_inner_name(name)
+        if self.engine not in self.files:
+            raise ValueError(f"files.{self.engine} is missing")
+
+
+@dataclass(frozen=True)
+class EngineDescription(Common):
+    """The content of `config.json`."""
+
+    builder: BuilderInfo
+    ranks: tuple[RankFiles, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.builder.package not in BUILDERS:
+            raise ValueError(f"builder.package = {shown(self.builder.package)}: unknown")
+        if len(self.ranks) != self.tp_size:
+            raise ValueError(f"{len(self.ranks)} ranks, but tp_size = {self.tp_size}")
+
+    def manifest(self) -> Manifest:
+        """Raises ValueError when the sizes do not fit together."""
+        return Manifest(
+            self.model_name,
+            self.spec(),
+            self.provenance,
+            self.calibration,
+            self.builder,
+            self.ranks,
+        )
 
 
 @dataclass(frozen=True)
@@ -115,10 +240,42 @@ def write_network_description(
 
 def read_network_manifest(folder: Path) -> Manifest:
     """That of a folder with the network of the only rank, and no plan."""
-    described = _read_network_description(folder, 0)
-    plan = {"engine": engine_name(0), "files": {}}
-    builder = {"package": "none", "version": "0", "compute_capabilities": ()}
-    return _parse(described | {"builder": builder, "ranks": [asdict(_rank_files(described, plan))]})
+    network = read_network_description(folder, 0)
+    files = RankFiles(network.network, engine_name(0), network.files)
+    return Manifest(
+        network.model_name,
+        network.spec(),
+        network.provenance,
+        network.calibration,
+        BuilderInfo("none", "0", ()),
+        (files,),
+    )
+
+
+def read_network_description(folder: Path, rank: int) -> NetworkDescription:
+    """Reads and checks `rank{r}.network.json`; raises MptTrtError when it is missing or damaged."""
+    path = folder / network_description_name(rank)
+    if folder.is_dir() and not path.is_file():
+        raise MptTrtError(f"{path}: no such file; {_make_networks_again(folder)}")
+    content = read_json(path)
+    try:
+        description = from_json(NetworkDescription, content)
+        description.spec()
+    except ValueError as error:
+        raise MptTrtError(f"{path}: damaged ({error}); {_make_networks_again(folder)}") from None
+    return description
+
+
+def read_plan_description(folder: Path, rank: int) -> PlanDescription:
+    """Reads and checks `rank{r}.engine.json`; raises MptTrtError when it is missing or damaged."""
+    path = folder / plan_description_name(rank)
+    if not path.is_file():
+        raise MptTrtError(f"{path}: no such file; {_build_plan_again(folder, rank)}")
+    content = read_json(path)
+    try:
+        return from_json(PlanDescription, content)
+    except ValueError as error:
+        raise MptTrtError(f"{path}: damaged ({error}); {_build_plan_again(folder, rank)}") from None
 
 
 def read_network_spec(folder: Path, rank: int = 0) -> EngineSpec:
@@ -126,41 +283,71 @@ def read_network_spec(folder: Path, rank: int = 0) -> EngineSpec:
 
     Raises MptTrtError when the network's description is missing or damaged.
     """
-    content = _read_network_description(folder, rank)
-    try:
-        return _parse_spec(content)
-    except (KeyError, TypeError) as error:
-        raise MptTrtError(
-            f"{folder / network_description_name(rank)}: damaged ({error!r}); "
-            f"{_make_networks_again(folder)}"
-        ) from None
+    return read_network_description(folder, rank).spec()
 
 
 def read_network_hash(folder: Path, rank: int) -> str:
     """The content hash of a rank's network."""
-    return _network_hash(_read_network_description(folder, rank))
+    return _network_hash(read_network_description(folder, rank))
 
 
-def require_whole_network(folder: Path, rank: int) -> None:
-    """Raises MptTrtError when a file of a rank's network is missing or has another size."""
-    description, remedy = _read_network_description(folder, rank), _make_networks_again(folder)
-    for name, record in description["files"].items():
-        _require_file(folder / name, record["bytes"], network_description_name(rank), remedy)
+def _network_hash(description: NetworkDescription) -> str:
+    return description.files[description.network].hash
 
 
-def _read_network_description(folder: Path, rank: int) -> dict:
-    path = folder / network_description_name(rank)
-    if folder.is_dir() and not path.is_file():
-        raise MptTrtError(f"{path}: no such file; {_make_networks_again(folder)}")
-    return read_json(path)
+def require_whole_network(folder: Path, rank: int, is_trusted: bool = False) -> None:
+    """Raises MptTrtError when a file of a rank's network is missing or is another one.
+
+    is_trusted: its size suffices; the content is not compared with the recorded hash.
+    """
+    files = read_network_description(folder, rank).files
+    description, remedy = folder / network_description_name(rank), _make_networks_again(folder)
+    _require_files(files, description, remedy, is_trusted)
+
+
+def _require_whole_plan(folder: Path, rank: int, is_trusted: bool) -> None:
+    plan, description = folder / engine_name(rank), folder / plan_description_name(rank)
+    if not plan.is_file():
+        raise MptTrtError(f"{plan}: no such file; build it again")
+    files = read_plan_description(folder, rank).files
+    _require_files(files, description, _build_plan_again(folder, rank), is_trusted)
+
+
+def _require_files(
+    files: dict[str, FileRecord], description: Path, remedy: str, is_trusted: bool
+) -> None:
+    for name, record in files.items():
+        _require_file(name, record.bytes, description, remedy)
+    if not is_trusted:
+        require_recorded(description.parent, _hashes(files), description, remedy)
 
 
 def _make_networks_again(folder: Path) -> str:
     return f"delete {folder} and make the networks again"
 
 
-def _network_hash(description: dict) -> str:
-    return description["files"][description["network"]]["hash"]
+def _build_plan_again(folder: Path, rank: int) -> str:
+    return f"delete {folder / engine_name(rank)} and build it again"
+
+
+def _build_again(engine_dir: Path) -> str:
+    return f"delete {engine_dir} and build the engine again"
+
+
+def remember_networks(folder: Path, tp_size: int) -> None:
+    """Remembers that the networks of all ranks, just written, are what was recorded of them."""
+    for rank in range(tp_size):
+        remember_written(folder, _hashes(read_network_description(folder, rank).files))
+
+
+def remember_engine(engine_dir: Path) -> None:
+    """Remembers that an engine directory, just written, is what its manifest says."""
+    for rank in read_manifest(engine_dir).ranks:
+        remember_written(engine_dir, _hashes(rank.files))
+
+
+def _hashes(files: Mapping[str, FileRecord]) -> dict[str, str]:
+    return {name: record.hash for name, record in files.items()}
 
 
 def _records(folder: Path, hashes: dict[str, str]) -> dict[str, dict]:
@@ -184,72 +371,66 @@ def write_plan_description(
     write_json(engine.with_name(f"{engine.name}.json"), description)
 
 
-def collect(rank_folders: list[tuple[Path, Path]], target: Path) -> None:
+def collect(rank_folders: list[tuple[Path, Path]], target: Path, is_trusted: bool = False) -> None:
     """Makes an engine directory of hard links from (network folder, plan folder) of each rank.
+
+    is_trusted: files are not compared with the hashes that were recorded when they were made.
 
     Raises MptTrtError when a file is missing or damaged, or the ranks do not belong together.
     """
     for rank, (networks, plans) in enumerate(rank_folders):
-        _require_whole_plan(plans, rank)
-        require_whole_network(networks, rank)
+        _require_whole_plan(plans, rank, is_trusted)
+        require_whole_network(networks, rank, is_trusted)
     with replace_directory(target) as folder:
         for rank, (networks, plans) in enumerate(rank_folders):
             _link_rank(rank, networks, plans, folder)
         write_manifest(folder, rank_folders)
 
 
-def _require_whole_plan(folder: Path, rank: int) -> None:
-    plan, path = folder / engine_name(rank), folder / plan_description_name(rank)
-    if not plan.is_file():
-        raise MptTrtError(f"{plan}: no such file; build it again")
-    remedy = f"delete {plan} and build it again"
-    if not path.is_file():
-        raise MptTrtError(f"{path}: no such file; {remedy}")
-    for name, record in read_json(path)["files"].items():
-        _require_file(folder / name, record["bytes"], path.name, remedy)
-
-
 def _link_rank(rank: int, networks: Path, plans: Path, folder: Path) -> None:
     hard_link(plans / engine_name(rank), folder / engine_name(rank))
-    for name in read_json(networks / network_description_name(rank))["files"]:
+    for name in read_network_description(networks, rank).files:
         if not (folder / name).exists():
             hard_link(networks / name, folder / name)
 
 
 def write_manifest(folder: Path, rank_folders: list[tuple[Path, Path]]) -> None:
     """Writes `folder/config.json` from the descriptions that lie beside networks and plans."""
-    networks = [
-        read_json(path / network_description_name(rank))
-        for rank, (path, _) in enumerate(rank_folders)
-    ]
-    plans = [
-        read_json(path / plan_description_name(rank)) for rank, (_, path) in enumerate(rank_folders)
-    ]
+    networks = [read_network_description(path, rank) for rank, (path, _) in enumerate(rank_folders)]
+    plans = [read_plan_description(path, rank) for rank, (_, path) in enumerate(rank_folders)]
     for rank, (network, plan) in enumerate(zip(networks, plans, strict=True)):
-        _require_alike(rank, network | plan, networks[0] | plans[0])
-        _require_same_shared_files(rank, network["files"], networks[0]["files"])
+        _require_alike(rank, (network, plan), (networks[0], plans[0]))
+        _require_same_shared_files(rank, network.files, networks[0].files)
         _require_built_from(rank, network, plan)
-    if networks[0]["tp_size"] != len(networks):
-        raise MptTrtError(f"{len(networks)} ranks given, but {networks[0]['tp_size']} are needed")
+    if networks[0].tp_size != len(networks):
+        raise MptTrtError(f"{len(networks)} ranks given, but {networks[0].tp_size} are needed")
+    common = asdict(networks[0])
     content = {
         "format": FORMAT,
         "mpt_trt_version": mpt_trt.__version__,
-        **{key: networks[0][key] for key in COMMON_KEYS},
-        "builder": plans[0]["builder"],
+        **{key: common[key] for key in COMMON_KEYS},
+        "builder": asdict(plans[0].builder),
         "ranks": [asdict(_rank_files(n, p)) for n, p in zip(networks, plans, strict=True)],
     }
     write_json(folder / MANIFEST, content)
 
 
-def _require_alike(rank: int, described: dict, first: dict) -> None:
-    keys = (*COMMON_KEYS, "builder")
-    if differing := [key for key in keys if described[key] != first[key]]:
+def _require_alike(
+    rank: int,
+    described: tuple[NetworkDescription, PlanDescription],
+    first: tuple[NetworkDescription, PlanDescription],
+) -> None:
+    differing = [key for key in COMMON_KEYS if getattr(described[0], key) != getattr(first[0], key)]
+    differing += ["builder"] * (described[1].builder != first[1].builder)
+    if differing:
         raise MptTrtError(
             f"rank {rank} and rank 0 differ in {', '.join(differing)}; build all ranks again"
         )
 
 
-def _require_same_shared_files(rank: int, files: dict, first: dict) -> None:
+def _require_same_shared_files(
+    rank: int, files: dict[str, FileRecord], first: dict[str, FileRecord]
+) -> None:
     for name in files.keys() & first.keys():
         if files[name] != first[name]:
             raise MptTrtError(
@@ -257,23 +438,16 @@ def _require_same_shared_files(rank: int, files: dict, first: dict) -> None:
             )
 
 
-def _require_built_from(rank: int, network: dict, plan: dict) -> None:
-    if plan["network_hash"] != _network_hash(network):
+def _require_built_from(rank: int, network: NetworkDescription, plan: PlanDescription) -> None:
+    if plan.network_hash != _network_hash(network):
         raise MptTrtError(
             f"{engine_name(rank)} was built from another network than the {network_name(rank)} "
             "given; build it again"
         )
 
 
-def _rank_files(network: dict, plan: dict) -> RankFiles:
-    return RankFiles(
-        network=network["network"],
-        engine=plan["engine"],
-        files={
-            name: FileRecord(**record)
-            for name, record in (network["files"] | plan["files"]).items()
-        },
-    )
+def _rank_files(network: NetworkDescription, plan: PlanDescription) -> RankFiles:
+    return RankFiles(network.network, plan.engine, network.files | plan.files)
 
 
 def read_manifest(engine_dir: Path) -> Manifest:
@@ -285,44 +459,45 @@ def read_manifest(engine_dir: Path) -> Manifest:
     content = read_json(path)
     if content.get("format") != FORMAT:
         raise MptTrtError(
-            f"{path}: format = {content.get('format')!r}: this version reads engine directories "
-            f"of format {FORMAT}; {_build_again(engine_dir)}"
+            f"{path}: format = {shown(content.get('format'))}: this version reads engine "
+            f"directories of format {FORMAT}; {_build_again(engine_dir)}"
         )
     try:
-        manifest = _parse(content)
-    except (KeyError, TypeError) as error:
-        raise MptTrtError(f"{path}: damaged ({error!r}); {_build_again(engine_dir)}") from None
-    tp_size = manifest.spec.tp_size
-    if len(manifest.ranks) != tp_size:
-        raise MptTrtError(
-            f"{path}: damaged ({len(manifest.ranks)} ranks, but tp_size = {tp_size}); "
-            f"{_build_again(engine_dir)}"
-        )
+        manifest = from_json(EngineDescription, content).manifest()
+        for rank in manifest.ranks:
+            _require_named(rank)
+    except ValueError as error:
+        raise MptTrtError(f"{path}: damaged ({error}); {_build_again(engine_dir)}") from None
     _check_files(engine_dir, manifest)
     return manifest
 
 
-def check_content(engine_dir: Path, files: RankFiles, name: str) -> None:
+def _require_named(rank: RankFiles) -> None:
+    for name in (rank.network, rank.engine):
+        if name not in rank.files:
+            raise ValueError(f"files.{name} is missing")
+
+
+def check_content(engine_dir: Path, files: RankFiles, *names: str) -> None:
     """Raises MptTrtError when a file of a rank is not the one that was built with the others."""
-    if content_hash(engine_dir / name) != files.files[name].hash:
-        raise MptTrtError(
-            f"{engine_dir / name}: not the file that {MANIFEST} describes, but of another build; "
-            f"{_build_again(engine_dir)}"
-        )
+    hashes = {name: files.files[name].hash for name in names}
+    require_recorded(engine_dir, hashes, engine_dir / MANIFEST, _build_again(engine_dir))
 
 
-def _parse(content: dict) -> Manifest:
-    builder = content["builder"] | {
-        "compute_capabilities": tuple(content["builder"]["compute_capabilities"])
-    }
-    return Manifest(
-        model_name=content["model_name"],
-        spec=_parse_spec(content),
-        provenance=content["provenance"],
-        calibration=content["calibration"],
-        builder=BuilderInfo(**builder),
-        ranks=tuple(_rank_files(rank, rank) for rank in content["ranks"]),
-    )
+def _scheme(content: dict[str, Any]) -> WeightQuantization | None:
+    """Raises ValueError when the content of `quantization` is none that `as_mapping` makes."""
+    method = content.get("method")
+    if method == "none":
+        return None
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"quantization.method = {shown(method)}: unknown")
+    options = {key: value for key, value in content.items() if key != "method"}
+    made = make_weight_quantization(method, **options)
+    scheme = from_json(type(made), asdict(made), "quantization") if made else None
+    size = getattr(scheme, "group_size", None)
+    if size is not None and size not in GROUP_SIZES:
+        raise ValueError(f"quantization.group_size = {size}: one of {GROUP_SIZES} is expected")
+    return scheme
 
 
 def _spec_content(spec: EngineSpec) -> dict:
@@ -337,30 +512,17 @@ def _spec_content(spec: EngineSpec) -> dict:
     }
 
 
-def _parse_spec(content: dict) -> EngineSpec:
-    scheme = make_weight_quantization(**content["quantization"])
-    return EngineSpec(
-        config=MptConfig(**content["config"]),
-        dtype=content["dtype"],
-        tp_size=content["tp_size"],
-        limits=BuildLimits(**content["limits"]),
-        vocabulary=VocabularySharding(**content["vocabulary"]),
-        quantization=Quantization(scheme, content["kv_cache"]),
-    )
-
-
 def _check_files(engine_dir: Path, manifest: Manifest) -> None:
     for name, record in (item for rank in manifest.ranks for item in rank.files.items()):
-        _require_file(engine_dir / name, record.bytes, MANIFEST, _build_again(engine_dir))
+        _require_file(name, record.bytes, engine_dir / MANIFEST, _build_again(engine_dir))
 
 
-def _build_again(engine_dir: Path) -> str:
-    return f"delete {engine_dir} and build the engine again"
-
-
-def _require_file(path: Path, size: int, description: str, remedy: str) -> None:
+def _require_file(name: str, size: int, description: Path, remedy: str) -> None:
     """Raises MptTrtError when a file does not have the size that its description records."""
+    path = inner_path(description.parent, name, description)
     if not path.is_file():
-        raise MptTrtError(f"{path}: missing, though {description} names it; {remedy}")
+        raise MptTrtError(f"{path}: missing, though {description.name} names it; {remedy}")
     if (actual := path.stat().st_size) != size:
-        raise MptTrtError(f"{path}: has {actual} bytes, but {description} says {size}; {remedy}")
+        raise MptTrtError(
+            f"{path}: has {actual} bytes, but {description.name} says {size}; {remedy}"
+        )

@@ -15,6 +15,8 @@ TENSORRT_LLM = "tensorrt_llm"
 """The backend whose engines TensorRT-LLM builds from a checkpoint in its own format."""
 BACKENDS = ("tensorrt", "tensorrt_rtx", TENSORRT_LLM)
 
+MOST = {"max_batch_size": 1 << 16, "max_input_len": 1 << 24, "max_output_len": 1 << 24}
+
 
 @dataclass(frozen=True)
 class BuildLimits:
@@ -32,9 +34,11 @@ class BuildLimits:
     gather_all_token_logits: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "max_input_len", "max_output_len"):
-            if getattr(self, name) < 1:
-                raise MptTrtError(f"{name} = {getattr(self, name)}: at least 1 is required")
+        for name, most in MOST.items():
+            if (value := getattr(self, name)) < 1:
+                raise MptTrtError(f"{name} = {value}: at least 1 is required")
+            if value > most:
+                raise MptTrtError(f"{name} = {value}: at most {most} is supported")
 
     def require_rows(self, batch_size: int) -> None:
         """Raise MptTrtError when the KV cache has fewer than `batch_size` rows."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TypeVar
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
+from mpt_trt.system.typed_json import from_json
 
 Result = TypeVar("Result")
 
@@ -17,26 +17,13 @@ def read_result(path: Path, kind: type[Result], description: str) -> Result:
 
     description: of the expected content, for error messages.
 
-    Raises MptTrtError when a key is missing or a value is not an object where one is expected.
+    Raises MptTrtError, naming the key, when one is missing or has a value of another type.
     """
     content = read_json(path)
     try:
-        return _dataclass(kind, content)
-    except (KeyError, TypeError) as error:
+        return from_json(kind, content)
+    except ValueError as error:
         raise MptTrtError(
-            f"{path}: not {description} of this version, or damaged ({error!r}); "
+            f"{path}: not {description} of this version, or damaged ({error}); "
             "delete it and measure again"
         ) from None
-
-
-def _dataclass(kind: type[Result], content: dict[str, Any]) -> Result:
-    fields = get_type_hints(kind).items()
-    return kind(**{name: _value(hint, content[name]) for name, hint in fields})
-
-
-def _value(hint: Any, value: Any) -> Any:
-    if is_dataclass(hint) and isinstance(hint, type):
-        return _dataclass(hint, value)
-    if get_origin(hint) is tuple:
-        return tuple(_value(get_args(hint)[0], item) for item in value)
-    return value

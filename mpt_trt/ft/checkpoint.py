@@ -11,7 +11,7 @@ from __future__ import annotations
 import configparser
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ from mpt_trt.model import sharding
 from mpt_trt.model.config import MOST, MptConfig, NormType, PositionEmbedding
 from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import BlockMatrix, Weight, weights
-from mpt_trt.system.files import content_hashes, read_json, read_small_file
+from mpt_trt.system.files import CONTENT_HASH, content_hashes, read_json, read_small_file
 from mpt_trt.system.json_text import shown
+from mpt_trt.system.typed_json import from_json
+from mpt_trt.system.verified_files import require_recorded
 
 SECTION = "gpt"
 MANIFEST = "manifest.json"
@@ -48,6 +50,21 @@ POSITION_EMBEDDINGS: dict[str, PositionEmbedding] = {
 }
 # A plain checkpoint also has int8 files of QKV if this file exists.
 KV_SCALE = f"model.layers.0.{BlockMatrix.QKV}.scale_y_quant_orig.bin"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What the manifest records of a file."""
+
+    hash: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What is read from the manifest."""
+
+    files: dict[str, _Entry] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,11 @@ class FtCheckpoint:
         provenance = self.manifest.get("provenance", {})
         return provenance if isinstance(provenance, dict) else {}
 
+    @property
+    def recorded_hashes(self) -> dict[str, str]:
+        """Content hashes by name, as the manifest records them."""
+        return {name: entry["hash"] for name, entry in self.manifest.get("files", {}).items()}
+
     def require_plain(self) -> None:
         """Raises MptTrtError when the weights are smoothed: the network would compute nonsense."""
         if self.smoothing is not None:
@@ -112,17 +134,19 @@ class FtCheckpoint:
 
     def hashes(self, names: list[str]) -> dict[str, str]:
         """Content hash of each named file, from the manifest if it records one."""
-        known = {name: entry["hash"] for name, entry in self.manifest.get("files", {}).items()}
+        known = self.recorded_hashes
         unknown = {name: self.folder / name for name in names if name not in known}
         known.update(content_hashes(unknown))
         return {name: known[name] for name in names}
 
 
-def read_ft_checkpoint(folder: Path) -> FtCheckpoint:
+def read_ft_checkpoint(folder: Path, is_trusted: bool = False) -> FtCheckpoint:
     """Opens a directory written by us or by NVIDIA's converter.
 
+    is_trusted: files are not compared with the hashes that the manifest records.
+
     Raises MptTrtError, naming file and field, when config.ini is missing or malformed, or a tensor
-    file is missing or of the wrong size.
+    file is missing, of the wrong size, or not the one that the manifest describes.
     """
     path = folder / "config.ini"
     ini = _Ini(path)
@@ -140,13 +164,28 @@ def read_ft_checkpoint(folder: Path) -> FtCheckpoint:
         storage_type=storage_type,
         tp_size=ini.integer("tensor_parallelism", MOST["num_heads"], 1),
         model_name=ini.text("model_name", "mpt"),
-        manifest=read_json(manifest_path) if manifest_path.is_file() else {},
+        manifest=_read_manifest(manifest_path) if manifest_path.is_file() else {},
         smoothing=smoothing,
         int8_layers=_int8_layers(folder, smoothing),
     )
     sharding.require_legal(checkpoint.config, checkpoint.tp_size)
-    _check_sizes(checkpoint)
+    names = _check_sizes(checkpoint)
+    if not is_trusted:
+        recorded = checkpoint.recorded_hashes
+        hashes = {name: recorded[name] for name in names if name in recorded}
+        require_recorded(folder, hashes, manifest_path, "convert the checkpoint again")
     return checkpoint
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = read_json(path)
+    try:
+        for name, entry in from_json(_Manifest, manifest).files.items():
+            if not CONTENT_HASH.fullmatch(entry.hash):
+                raise ValueError(f"files.{shown(name)}.hash = {shown(entry.hash)}: not a hash")
+    except ValueError as error:
+        raise MptTrtError(f"{path}: damaged ({error}); convert the checkpoint again") from None
+    return manifest
 
 
 def _int8_layers(folder: Path, smoothing: float | None) -> Int8Layers:
@@ -157,7 +196,9 @@ def _int8_layers(folder: Path, smoothing: float | None) -> Int8Layers:
     return Int8Layers.QKV if has_kv_scale else Int8Layers.NONE
 
 
-def _check_sizes(checkpoint: FtCheckpoint) -> None:
+def _check_sizes(checkpoint: FtCheckpoint) -> list[str]:
+    """Returns the names of all files."""
+    names = []
     for file in ft_files(
         checkpoint.config, checkpoint.tp_size, checkpoint.storage_type, checkpoint.int8_layers
     ):
@@ -170,6 +211,8 @@ def _check_sizes(checkpoint: FtCheckpoint) -> None:
                 f"{path}: has {size} bytes, but {list(file.shape)} of {file.dtype} "
                 f"are {file.byte_size}; {_convert_again(path.parent)}"
             )
+        names.append(file.name)
+    return names
 
 
 def _convert_again(folder: Path) -> str:

@@ -21,6 +21,7 @@ from mpt_trt.model.config import MptConfig
 from mpt_trt.model.tensors import Weight, preceding_norm, weights
 from mpt_trt.system.files import replace_directory, write_json
 from mpt_trt.system.process_pool import Advance, Job, run_forked
+from mpt_trt.system.verified_files import remember_written
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def write_ft_checkpoint(
         for job_hashes in run_forked(jobs, settings.workers, advance):
             hashes |= job_hashes
         _write_manifest(folder, settings, hashes)
+    remember_written(target, hashes)
 
 
 def _writing_jobs(

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from mpt_trt.errors import MptTrtError
+
 PositionEmbedding = Literal["alibi", "learned"]
 NormType = Literal["layernorm", "rmsnorm"]
 
@@ -24,6 +26,7 @@ MOST = {
     "max_seq_len": 1 << 27,
     "alibi_bias_max": 1 << 10,
 }
+POSITIVE = ("softmax_scale", "logit_scale", "layer_norm_epsilon", "qk_ln_epsilon")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class MptConfig:
     logit_scale: factor on the logits.
     bias: linear layers and norms have biases.
     bos_token_id, eos_token_id: None when neither the config nor the tokenizer names one.
+
+    Raises MptTrtError when a size is beyond any model, sizes do not divide each other, or a factor
+    is not positive.
     """
 
     hidden_size: int
@@ -59,6 +65,18 @@ class MptConfig:
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, most in MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise MptTrtError(f"{name} = {getattr(self, name)}: 1 to {most} are supported")
+        for name, whole in (("num_heads", "hidden_size"), ("num_kv_heads", "num_heads")):
+            part, total = getattr(self, name), getattr(self, whole)
+            if part < 1 or total % part:
+                raise MptTrtError(f"{name} = {part}: it must divide {whole} ({total})")
+        for name in POSITIVE:
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise MptTrtError(f"{name} = {value}: a positive number is required")
 
     @property
     def head_dim(self) -> int:

@@ -10,6 +10,7 @@ import glob
 import json
 import mmap
 import os
+import re
 import shutil
 import socket
 import stat
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 
 HASH_CHUNK_BYTES = 1 << 22
+CONTENT_HASH = re.compile("xxh3:[0-9a-f]{32}")
 WRITE_BYTES = 1 << 17
 MADV_POPULATE_READ = 22
 SYNC_FILE_RANGE_WRITE = 2
@@ -212,11 +214,14 @@ class ContentHash:
 
 
 def content_hash(path: Path) -> str:
-    """The ContentHash of a file."""
+    """The ContentHash of a file; raises MptTrtError when it cannot be read."""
     digest = ContentHash()
-    with path.open("rb") as stream:
-        while chunk := stream.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
+    try:
+        with path.open("rb") as stream:
+            while chunk := stream.read(HASH_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise MptTrtError(f"{path}: cannot be read: {error.strerror}") from None
     return str(digest)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,3 +73,69 @@ def test_headers_are_parsed_by_one_thread_at_a_time(
         for found in pool.map(file.array, sorted(file.keys)):
             np.testing.assert_array_equal(found, values)
     assert overlaps == [False] * 8
+
+
+def npz_entry(path: Path, content: bytes, compression: int = zipfile.ZIP_DEFLATED) -> NpzFile:
+    """An archive with one array `m`, whose bytes are `content`."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("m.npy", content)
+    return NpzFile(path)
+
+
+def npy_header(shape: str, descr: str = "'<f4'") -> bytes:
+    text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy_header("(1000000000, 1000)"),
+        npy_header("(-1,)"),
+        npy_header("(1,)", "'|O'") + bytes(8),
+        npy_header("(1,)", "'<U1'") + bytes(4),
+        npy_header("(1,)", "[('a', '<f4')]") + bytes(4),
+        npy_header("(" * 5000),
+        b"\x93NUMPY\x02\x00\xff\xff\xff\x7f" + bytes(100),
+        b"\x93NUMPY\x01\x00",
+        b"",
+        bytes(1 << 20),
+    ],
+)
+def test_headers_that_lie_are_refused_before_data_is_read(tmp_path: Path, content: bytes) -> None:
+    file = npz_entry(tmp_path / "x.npz", content)
+    for read in (file.array, file.shape, file.floats, lambda key: list(file.rows(key, 4))):
+        with pytest.raises(MptTrtError, match="delete it and calibrate the model again"):
+            read("m")
+
+
+def test_an_array_of_more_values_than_expected_is_not_unpacked(tmp_path: Path) -> None:
+    """A kilobyte for each megabyte."""
+    content = npy_header("(25000000,)") + bytes(100_000_000)
+    file = npz_entry(tmp_path / "x.npz", content)
+    tracemalloc.start()
+    with pytest.raises(MptTrtError, match="holds 25000000 values, more than 2"):
+        file.array("m", most=2)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_STORED])
+def test_archives_of_any_kind_end_in_a_sentence(tmp_path: Path, compression: int) -> None:
+    """Encrypted, of another version, of unknown compression, damaged and cut off anywhere."""
+    npz_entry(tmp_path / "x.npz", npy_header("(2, 2)") + bytes(16), compression)
+    content = (tmp_path / "x.npz").read_bytes()
+    for place in range(len(content)):
+        for changed in (
+            content[:place],
+            content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :],
+            content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :],
+        ):
+            (tmp_path / "x.npz").write_bytes(changed)
+            try:
+                file = NpzFile(tmp_path / "x.npz")
+                file.shape("m")
+                list(file.rows("m", 1))
+                file.floats("m")
+            except MptTrtError:
+                continue

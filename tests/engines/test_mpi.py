@@ -401,7 +401,7 @@ def test_network_of_another_build_is_reported_by_all(engines, damaged, tmp_path)
     assert (damaged / "rank1.onnx").stat().st_size == before
     assert load_damaged(engines, damaged) == [
         f"error: rank 1: {damaged / 'rank1.onnx'}: not the file that config.json describes, but "
-        f"of another build; delete {damaged} and build the engine again"
+        f"damaged or of another build; delete {damaged} and build the engine again"
     ]
 
 

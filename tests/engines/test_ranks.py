@@ -569,8 +569,8 @@ def test_network_of_another_build_and_the_same_size_is_named(engine, converted, 
     with pytest.raises(MptTrtError) as caught:
         check_content(copy, manifest.ranks[1], "rank1.onnx")
     assert str(caught.value) == (
-        f"{copy / 'rank1.onnx'}: not the file that config.json describes, but of another build; "
-        f"delete {copy} and build the engine again"
+        f"{copy / 'rank1.onnx'}: not the file that config.json describes, but damaged or "
+        f"of another build; delete {copy} and build the engine again"
     )
 
 

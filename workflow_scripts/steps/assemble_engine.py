@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
 
 
@@ -21,6 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--plan_dir", type=Path, required=True, help="folder with all plans of build_rank.py"
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="the engine directory")
+    options.add_trust(parser)
     return parser
 
 

@@ -26,6 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--output_dir", type=Path, required=True, help="folder that gets the plan; others stay"
     )
     options.add_builder(parser)
+    options.add_trust(parser)
     return parser
 
 

@@ -34,6 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     options.add_vocabulary(parser)
     options.add_quantization(parser)
+    options.add_trust(parser)
     return parser
 
 

@@ -13,6 +13,7 @@ from mpt_trt.engines.tensorrt import plan_builder
 from mpt_trt.engines.tensorrt.packages import choose_package
 from mpt_trt.engines.tensorrt.plan_builder import BuildOptions
 from mpt_trt.errors import MptTrtError
+from mpt_trt.network.external_files import read_network
 from mpt_trt.quantization.schemes import Fp8, Quantization, SmoothQuant
 from mpt_trt.system import gpus
 from mpt_trt.system.files import replace_directory, staging_directory
@@ -27,11 +28,15 @@ Arguments: folder, builder, tp_size.
 """
 
 
-def build_rank(networks: Path, rank: int, builder: BuilderChoice, target: Path) -> None:
+def build_rank(
+    networks: Path, rank: int, builder: BuilderChoice, target: Path, is_trusted: bool = False
+) -> None:
     """Adds one rank's plan, and its description, to `target`, from the folder of its network.
 
-    The files appear when they are complete, the plan last.
+    The files appear when they are complete, the plan last. is_trusted: the network's files are not
+    compared with the hashes that were recorded.
     """
+    manifest.require_whole_network(networks, rank, is_trusted)
     names = (manifest.plan_description_name(rank), manifest.engine_name(rank))
     with staging_directory(target / manifest.engine_name(rank)) as folder:
         _build_plan(networks, rank, builder, folder)
@@ -59,17 +64,20 @@ def build_engine(
         manifest.write_manifest(folder, [(folder, folder)] * tp_size)
         for description in folder.glob("rank*.json"):
             description.unlink()
+    manifest.remember_engine(target)
 
 
 def _build_plan(networks: Path, rank: int, builder: BuilderChoice, folder: Path) -> None:
-    manifest.require_whole_network(networks, rank)
     spec = manifest.read_network_spec(networks, rank)
     _require_fp8_support(builder, spec.quantization)
     package = choose_package(builder.backend)
     options = BuildOptions(package, spec.limits, builder.compute_capabilities)
     plan = folder / manifest.engine_name(rank)
+    network = networks / manifest.network_name(rank)
+    # TensorRT's parser follows names to wherever they lead.
+    read_network(network)
     with _hint_at_int8_kernels(spec.quantization):
-        built = plan_builder.build_plan(networks / manifest.network_name(rank), options, plan)
+        built = plan_builder.build_plan(network, options, plan)
     network_hash = manifest.read_network_hash(networks, rank)
     manifest.write_plan_description(plan, built.hash, network_hash, built.builder)
 

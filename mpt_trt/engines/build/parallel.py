@@ -45,6 +45,8 @@ def _command(tool: Path, folder: Path, builder: BuilderChoice, rank: int) -> lis
         f"--rank={rank}",
         f"--backend={builder.backend}",
         f"--output_dir={folder}",
+        # The networks have just been made.
+        "--trust",
         "--compute_capabilities",
         *builder.compute_capabilities,
     ]

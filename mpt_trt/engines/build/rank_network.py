@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
-from mpt_trt.engines.manifest import network_name, write_network_description
+from mpt_trt.engines.manifest import (
+    network_name,
+    remember_networks,
+    write_network_description,
+)
 from mpt_trt.engines.spec import BuildLimits, EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
@@ -54,6 +58,7 @@ def make_networks(inputs: NetworkInputs, target: Path) -> None:
     """Makes the folder `target` with the networks of all ranks and their descriptions."""
     with replace_directory(target) as folder:
         write_networks(inputs, folder)
+    remember_networks(target, inputs.checkpoint.tp_size)
 
 
 def write_networks(inputs: NetworkInputs, folder: Path) -> None:

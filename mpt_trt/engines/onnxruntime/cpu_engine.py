@@ -18,15 +18,12 @@ from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnxruntime.collectives import Collectives, replace_collectives
 from mpt_trt.engines.onnxruntime.cpu_cache import make_cpu_cache, take_any_cache_length
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
-from mpt_trt.engines.onnxruntime.rewrites import (
-    compute_in_float32,
-    read_network,
-    spell_out_scale_types,
-)
-from mpt_trt.engines.onnxruntime.session import open_session, session_options
+from mpt_trt.engines.onnxruntime.rewrites import compute_in_float32, spell_out_scale_types
+from mpt_trt.engines.onnxruntime.session import naming_network, open_session, run, session_options
 from mpt_trt.engines.spec import EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.sharding import Rank
+from mpt_trt.network.external_files import read_network
 from mpt_trt.network.graph import ELEMENT_TYPES
 from mpt_trt.network.kv_cache import cache_shape
 from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
@@ -101,7 +98,7 @@ class OnnxRuntimeEngine:
         )
         self._cache.before_step(input_ids.shape[1], write_positions)
         with nullcontext() if self._collectives is None else self._collectives.step():
-            self._session.run_with_iobinding(self._binding)
+            run(self._session, self._binding)
         self._cache.after_step(write_positions)
         return logits
 
@@ -148,11 +145,12 @@ def _open_session(
         # products into an operator that does not support fp8.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     weights = []
-    if _lacks_kernels(spec):
-        stored_type = ELEMENT_TYPES[spec.dtype]
-        weights = compute_in_float32(model, stored_type, path.parent, options)
-    spell_out_scale_types(model, _computing_type(spec))
-    take_any_cache_length(model)
-    if spec.tp_size > 1:
-        replace_collectives(model, options)
+    with naming_network(path):
+        if _lacks_kernels(spec):
+            stored_type = ELEMENT_TYPES[spec.dtype]
+            weights = compute_in_float32(model, stored_type, path.parent, options)
+        spell_out_scale_types(model, _computing_type(spec))
+        take_any_cache_length(model)
+        if spec.tp_size > 1:
+            replace_collectives(model, options)
     return open_session(model, path, options, (CPU, {})), weights

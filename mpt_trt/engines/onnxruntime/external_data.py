@@ -1,4 +1,4 @@
-"""Locates and reads a network's weights: parts of files next to the graph."""
+"""Reads a network's weights: parts of files next to the graph."""
 
 from __future__ import annotations
 
@@ -12,18 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-
-@dataclass(frozen=True)
-class StoredBytes:
-    """A part of a file, in bytes."""
-
-    path: Path
-    offset: int
-    size: int
-
-    def read(self) -> NDArray[np.uint8]:
-        """Reads the part, `[size]`."""
-        return np.fromfile(self.path, np.uint8, self.size, offset=self.offset)
+from mpt_trt.network.external_files import FilePart, file_part
 
 
 @dataclass(frozen=True)
@@ -36,7 +25,7 @@ class SharedWeight:
     name: str
     element_type: int
     shape: tuple[int, ...]
-    content: StoredBytes | Callable[[], NDArray]
+    content: FilePart | Callable[[], NDArray]
 
     @property
     def size(self) -> int:
@@ -47,7 +36,7 @@ class SharedWeight:
     def read(self) -> NDArray:
         """The weight's bytes in a contiguous array."""
         content = self.content
-        return content.read() if isinstance(content, StoredBytes) else content()
+        return content.read() if isinstance(content, FilePart) else content()
 
     def as_value(self) -> onnxruntime.OrtValue:
         """Reads the weight into host memory, as a value of ONNX Runtime."""
@@ -56,16 +45,8 @@ class SharedWeight:
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(content, self.element_type)
 
 
-def stored_bytes(tensor: TensorProto, folder: Path) -> StoredBytes:
-    """Locates the content of an external initializer. folder: the network's."""
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    path = folder / place["location"]
-    offset = int(place.get("offset", 0))
-    return StoredBytes(path, offset, int(place.get("length", path.stat().st_size - offset)))
-
-
 def map_tensor(tensor: TensorProto, folder: Path) -> NDArray:
     """Maps an external initializer into memory. Its type must have at least a byte per element."""
-    stored = stored_bytes(tensor, folder)
+    stored = file_part(tensor, folder)
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     return np.memmap(stored.path, dtype, "r", offset=stored.offset, shape=tuple(tensor.dims))

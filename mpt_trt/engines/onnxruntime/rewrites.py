@@ -7,26 +7,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from google.protobuf.message import DecodeError
 from onnx import TensorProto, numpy_helper
 
 from mpt_trt.arrays.cast import convert
 from mpt_trt.engines.onnxruntime.external_data import map_tensor
 from mpt_trt.engines.onnxruntime.graph_editor import cast
-from mpt_trt.errors import MptTrtError
 
 FLOAT32 = np.dtype(np.float32)
 # Attributes that name the type of what a node computes.
 TYPE_ATTRIBUTES = ("to", "output_dtype")
 QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
-
-
-def read_network(path: Path) -> onnx.ModelProto:
-    """Reads the graph, without its weights; raises MptTrtError when it cannot be read."""
-    try:
-        return onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        raise MptTrtError(f"{path}: damaged ({error}); build the engine again") from None
 
 
 def compute_in_float32(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +41,26 @@ def open_session(
         )
     except Exception as error:  # the library raises many types, without a common base
         raise MptTrtError(f"{path}: ONNX Runtime cannot load the network: {error}") from None
+
+
+@contextmanager
+def naming_network(path: Path) -> Iterator[None]:
+    """Raises MptTrtError where a graph of another kind than ours cannot be rewritten."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, MptTrtError):
+            raise
+        raise MptTrtError(
+            f"{path}: not a network of this version ({error!r}); build the engine again"
+        ) from None
+
+
+def run(session: onnxruntime.InferenceSession, binding: Any) -> None:
+    """Runs a step on what is bound; raises MptTrtError when the network cannot compute it."""
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:  # the library raises many types, without a common base
+        if type(error).__module__.startswith("onnxruntime"):
+            raise MptTrtError(f"ONNX Runtime failed to run a step: {error}") from None
+        raise

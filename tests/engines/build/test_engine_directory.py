@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import xxhash
 
@@ -221,6 +222,150 @@ def test_network_of_the_right_size_and_wrong_content(engine, no_gpu):
     (engine / "rank0.onnx").write_bytes(b"\xff" * size)
     with pytest.raises(MptTrtError, match=r"rank0\.onnx: not the file that config\.json describes"):
         load_engine(engine)
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_flipped_bit_is_noticed_and_trusted_on_request(engine, no_gpu):
+    load_engine(engine)
+    flip_bit(engine / WEIGHT)
+    with pytest.raises(MptTrtError, match=rf"{WEIGHT}: not the file that config\.json describes"):
+        load_engine(engine)
+    load_engine(engine, is_trusted=True)
+
+
+def test_swapped_files_of_the_same_size_are_noticed(engine, no_gpu):
+    first, second = (engine / WEIGHT.replace("layers.1", f"layers.{i}") for i in (0, 1))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    with pytest.raises(MptTrtError, match=r"weight\.0\.bin: not the file that config\.json"):
+        load_engine(engine)
+
+
+OUTSIDE = [
+    "../secret",
+    "/etc/passwd",
+    "weights/../../secret",
+    "",
+    ".",
+    "weights//x",
+    "a\0b",
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("key", ["network", "engine", "files"])
+def test_names_in_the_manifest_stay_in_its_folder(engine, name, key):
+    (engine.parent / "secret").write_bytes(b"")
+    (rank,) = config_of(engine)["ranks"]
+    record = {"bytes": 0, "hash": "xxh3:" + "0" * 32}
+    rank["files"][name] = record
+    if key != "files":
+        rank[key] = name
+    write_config(engine, ranks=[rank])
+    with pytest.raises(MptTrtError, match=r"config\.json: damaged .* is no name of a file in this"):
+        read_manifest(engine)
+
+
+@pytest.mark.parametrize("name", ["rank0.onnx", WEIGHT, "weights"])
+def test_links_that_lead_outside_are_not_followed(engine, name):
+    outside = engine.parent / "outside"
+    (engine / name).rename(outside)
+    (engine / name).symlink_to(outside)
+    with pytest.raises(MptTrtError, match="a link that leads outside"):
+        read_manifest(engine)
+
+
+def test_an_engine_may_be_a_link_and_links_inside_are_followed(engine, no_gpu):
+    (engine / "weights").rename(engine / "real")
+    (engine / "weights").symlink_to("real")
+    (engine.parent / "link").symlink_to(engine.name)
+    load_engine(engine.parent / "link")
+
+
+@pytest.mark.parametrize("place", ["../secret", "/dev/zero", "weights", "weights/../../secret", ""])
+def test_weights_of_a_network_stay_in_its_folder(engine, place, no_gpu):
+    (engine.parent / "secret").write_bytes(b"0" * 1_000_000)
+    change_graph(engine, "location", place)
+    with pytest.raises(MptTrtError, match=r"is no name of a file|missing, though"):
+        load_engine(engine, is_trusted=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("offset", "-4"), ("offset", "4"), ("offset", "x"), ("length", "1" * 5000)]
+)
+def test_weights_of_a_network_stay_in_their_file(engine, key, value, no_gpu):
+    change_graph(engine, key, value)
+    with pytest.raises(MptTrtError, match=r"rank0\.onnx: damaged \(weight"):
+        load_engine(engine, is_trusted=True)
+
+
+def change_graph(engine: Path, key: str, value: str) -> None:
+    """Changes where a weight lies, and the manifest with it."""
+    graph = engine / "rank0.onnx"
+    model = onnx.load(graph, load_external_data=False)
+    tensor = next(each for each in model.graph.initializer if each.external_data)
+    place = {entry.key: entry.value for entry in tensor.external_data} | {key: value}
+    del tensor.external_data[:]
+    for name, content in place.items():
+        tensor.external_data.add(key=name, value=content)
+    graph.write_bytes(model.SerializeToString())
+    (rank,) = config_of(engine)["ranks"]
+    rank["files"]["rank0.onnx"] = {"bytes": graph.stat().st_size, "hash": xxh3(graph)}
+    write_config(engine, ranks=[rank])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tp_size": True},
+        {"model_name": 1},
+        {"kv_cache": "int4"},
+        {"dtype": "float64"},
+        {"provenance": []},
+        {"calibration": 1},
+        {"vocabulary": {"embedding": 1, "head": True}},
+        {"quantization": {"method": "int4_weight_only", "group_size": "128"}},
+        {"quantization": {"method": "int4_weight_only", "group_size": 3}},
+        {"quantization": {"method": ["none"]}},
+        {"quantization": {"method": "smoothquant", "alpha": float("nan")}},
+        {"builder": {"package": "os", "version": "0", "compute_capabilities": []}},
+        {"builder": {"package": "tensorrt", "version": "0", "compute_capabilities": "8.6"}},
+        {"limits": {"max_batch_size": 4, "max_input_len": 1, "max_output_len": "limits"}},
+    ],
+    ids=lambda changes: json.dumps(changes)[:60],
+)
+def test_values_of_other_types_are_refused(engine, changes):
+    write_config(engine, **changes)
+    with pytest.raises(MptTrtError, match=rf"config\.json: damaged .*{next(iter(changes))}"):
+        read_manifest(engine)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_layers": 10_000_000},
+        {"num_layers": "2"},
+        {"num_heads": 0},
+        {"num_heads": 5},
+        {"hidden_size": 1e3},
+        {"softmax_scale": None},
+        {"layer_norm_epsilon": float("inf")},
+        {"position_embedding": "rope"},
+        {"bias": 0},
+    ],
+    ids=json.dumps,
+)
+def test_sizes_and_types_of_the_architecture_are_checked(engine, change):
+    write_config(engine, config=config_of(engine)["config"] | change)
+    with pytest.raises(MptTrtError, match=rf"config\.json: damaged .*{next(iter(change))}"):
+        read_manifest(engine)
 
 
 @pytest.mark.parametrize("number", [0, 1, 99, None, "2"])

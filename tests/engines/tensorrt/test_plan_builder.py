@@ -230,20 +230,9 @@ def without_mask_cast(path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-@pytest.mark.parametrize(
-    ("file", "damage", "message"),
-    [
-        ("rank0.onnx", cut_off, "cannot parse the network: .*ONNX"),
-        ("rank0.onnx", without_mask_cast, "cannot (parse|build) the network: .*[Tt]ype"),
-        (WEIGHT, Path.unlink, "cannot parse the network: .*model.layers.0.attention.dense.weight"),
-        (WEIGHT, cut_off, "cannot parse the network: .*layers.0.attention.dense.weight"),
-    ],
-    ids=["damaged graph", "graph of mixed types", "missing weights", "truncated weights"],
-)
-def test_failed_build_gives_tensorrts_message_and_leaves_nothing(
-    network, file, damage, message, tmp_path
-):
-    damage(network / file)
+def test_failed_build_gives_tensorrts_message_and_leaves_nothing(network, tmp_path):
+    without_mask_cast(network / "rank0.onnx")
+    message = "cannot (parse|build) the network: .*[Tt]ype"
     with pytest.raises(MptTrtError, match=message) as caught:
         options = BuildOptions(installed_package("tensorrt_rtx"), LIMITS, ("8.6",))
         plan = tmp_path / "plans" / "rank0.engine"
@@ -252,6 +241,28 @@ def test_failed_build_gives_tensorrts_message_and_leaves_nothing(
     assert text.startswith(f"{network / 'rank0.onnx'}: tensorrt_rtx 1.")
     assert "no message" not in text and "CUDA driver" not in text and "\n" not in text
     assert tree(tmp_path / "plans") == []
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [("rank0.onnx", cut_off), (WEIGHT, Path.unlink), (WEIGHT, cut_off)],
+    ids=["damaged graph", "missing weights", "truncated weights"],
+)
+def test_damaged_network_is_refused_before_tensorrt_reads_it(network, file, damage, tmp_path):
+    damage(network / file)
+    for is_trusted in (False, True):
+        with pytest.raises(MptTrtError, match=file):
+            build_rank(network, 0, BUILDER, tmp_path / "plans" / "rank0", is_trusted)
+    assert tree(tmp_path / "plans") == []
+
+
+def test_network_with_a_flipped_bit_is_not_built(network, tmp_path):
+    content = bytearray((network / WEIGHT).read_bytes())
+    content[100] ^= 1
+    (network / WEIGHT).write_bytes(content)
+    with pytest.raises(MptTrtError, match=rf"{WEIGHT}: not the file that rank0\.network\.json"):
+        build_rank(network, 0, BUILDER, tmp_path / "plans" / "rank0")
+    build_rank(network, 0, BUILDER, tmp_path / "plans" / "rank0", is_trusted=True)
 
 
 def test_failed_build_keeps_the_engine_that_was_there(tmp_path):

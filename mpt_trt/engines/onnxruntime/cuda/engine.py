@@ -28,9 +28,11 @@ from mpt_trt.engines.onnxruntime.cuda import rewrites
 from mpt_trt.engines.onnxruntime.cuda.session import PROVIDER, CudaSession
 from mpt_trt.engines.onnxruntime.cuda.shared_weights import share_weights
 from mpt_trt.engines.onnxruntime.external_data import SharedWeight
-from mpt_trt.engines.onnxruntime.rewrites import read_network, spell_out_scale_types
+from mpt_trt.engines.onnxruntime.rewrites import spell_out_scale_types
+from mpt_trt.engines.onnxruntime.session import naming_network
 from mpt_trt.engines.spec import EngineSpec
 from mpt_trt.model.sharding import Rank
+from mpt_trt.network.external_files import read_network
 from mpt_trt.network.graph import ELEMENT_TYPES
 from mpt_trt.network.kv_cache import QUANTIZED_TYPES, CacheShape, cache_shape
 
@@ -75,9 +77,10 @@ class OnnxCudaEngine:
 
     def _load(self, path: Path, spec: EngineSpec) -> None:
         network = read_network(path)
-        spell_out_scale_types(network, ELEMENT_TYPES[spec.dtype])
-        weights = share_weights(network, path.parent, _prepacked_bits(spec))
-        prompts, steps = rewrites.prefill_graph(network), rewrites.decode_graph(network)
+        with naming_network(path):
+            spell_out_scale_types(network, ELEMENT_TYPES[spec.dtype])
+            weights = share_weights(network, path.parent, _prepacked_bits(spec))
+            prompts, steps = rewrites.prefill_graph(network), rewrites.decode_graph(network)
         with ThreadPoolExecutor(LOADING_THREADS) as pool:
             values = pool.map(SharedWeight.as_value, weights.constants)
             constants = dict(zip((each.name for each in weights.constants), values, strict=True))

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from mpt_trt.arrays.cast import transposed_copy
-from mpt_trt.engines.onnxruntime.external_data import SharedWeight, stored_bytes
+from mpt_trt.engines.onnxruntime.external_data import SharedWeight
 from mpt_trt.engines.onnxruntime.graph_editor import MICROSOFT_DOMAIN
+from mpt_trt.network.external_files import file_part
 
 # Bits of an integer, by ONNX type.
 INTEGER_BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.INT8: 8}
@@ -74,14 +75,14 @@ class IntegerMatrix:
 
     def read_integers(self) -> NDArray[np.uint8]:
         """Bytes `[in_features, out_features * bits / 8]`; a lower nibble comes before a higher."""
-        stored = stored_bytes(self.integers, self.folder).read() ^ SIGN_BITS[self.bits]
+        stored = file_part(self.integers, self.folder).read() ^ SIGN_BITS[self.bits]
         return stored.reshape(self.shape[0], -1)
 
     def read_scales(self, rows_of_scale: int) -> NDArray:
         """Scales `[out_features, in_features / rows_of_scale]`."""
         height, width = self.shape
         dtype = helper.tensor_dtype_to_np_dtype(self.scales.data_type)
-        stored = stored_bytes(self.scales, self.folder).read().view(dtype).reshape(-1, width)
+        stored = file_part(self.scales, self.folder).read().view(dtype).reshape(-1, width)
         repeated = np.repeat(stored, height // rows_of_scale // len(stored), axis=0)
         return np.ascontiguousarray(repeated.T)
 

@@ -20,8 +20,9 @@ from mpt_trt.engines.onnxruntime.cuda.matmul_nbits import (
     column_layout,
     prepacked_layout,
 )
-from mpt_trt.engines.onnxruntime.external_data import SharedWeight, stored_bytes
+from mpt_trt.engines.onnxruntime.external_data import SharedWeight
 from mpt_trt.engines.onnxruntime.graph_editor import Graph, Replacements, attributes
+from mpt_trt.network.external_files import file_part
 from mpt_trt.network.graph import external_tensor
 
 # Smaller tensors stay: norms, biases, and scales of whole columns.
@@ -54,7 +55,7 @@ def share_weights(
     for tensor in list(graph.initializers.values()):
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
-        stored = stored_bytes(tensor, folder)
+        stored = file_part(tensor, folder)
         if stored.size >= LEAST_BYTES and tensor.data_type != TensorProto.INT4:
             inputs.append(SharedWeight(tensor.name, tensor.data_type, tuple(tensor.dims), stored))
             del graph.initializers[tensor.name]

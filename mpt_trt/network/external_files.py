@@ -1,0 +1,119 @@
+"""Where a network's weights lie: parts of files beside the graph, and of no other files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.system.inner_names import inner_path
+from mpt_trt.system.json_text import shown
+
+# Of ONNX types that take less than a byte.
+BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4}
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """A part of a file, in bytes."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def read(self) -> NDArray[np.uint8]:
+        """Reads the part, `[size]`."""
+        return np.fromfile(self.path, np.uint8, self.size, offset=self.offset)
+
+
+def read_network(path: Path) -> onnx.ModelProto:
+    """Reads the graph of a network, without its weights.
+
+    Raises MptTrtError, naming the network, when it cannot be read, or when a weight does not lie in
+    a file below the network's folder, or reaches beyond the end of that file.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError, ValueError) as error:
+        raise MptTrtError(f"{path}: damaged ({error}); build the engine again") from None
+    for tensor in _tensors(model):
+        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+            file_part(tensor, path.parent, path)
+    return model
+
+
+def file_part(tensor: TensorProto, folder: Path, named_by: Path | None = None) -> FilePart:
+    """Locates the content of an external tensor.
+
+    folder: the network's. named_by: the network's path, for error messages.
+
+    Raises MptTrtError when it lies outside of the folder, or reaches beyond the end of its file.
+    """
+    named_by = named_by or folder
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    path = inner_path(folder, place.get("location", ""), named_by)
+    if not path.is_file():
+        raise MptTrtError(
+            f"{path}: missing, though {named_by.name} names it; build the engine again"
+        )
+    try:
+        needed = _byte_size(tensor)
+        offset = int(place.get("offset", 0))
+        length = int(place.get("length", needed))
+    except (TypeError, ValueError, KeyError) as error:
+        raise _damaged(named_by, tensor, shown(error)) from None
+    size = path.stat().st_size
+    if offset < 0 or length != needed or offset + length > size:
+        raise _damaged(
+            named_by,
+            tensor,
+            f"it has {needed} bytes, but lies in {length} from {offset} on of {path.name}, which "
+            f"has {size}",
+        )
+    return FilePart(path, offset, length)
+
+
+def _byte_size(tensor: TensorProto) -> int:
+    if any(size < 0 for size in tensor.dims):
+        raise ValueError(f"its shape is {list(tensor.dims)}")
+    bits = (
+        BITS.get(tensor.data_type) or 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    )
+    return -(-math.prod(tensor.dims) * bits // 8)
+
+
+def _damaged(named_by: Path, tensor: TensorProto, why: str) -> MptTrtError:
+    return MptTrtError(
+        f"{named_by}: damaged (weight {tensor.name[:80]!r}: {why}); build the engine again"
+    )
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
+    """Every tensor of a model, also those in attributes of nodes and in graphs below."""
+    yield from _tensors_of_graph(model.graph)
+    for function in model.functions:
+        yield from _tensors_of_nodes(function.node)
+
+
+def _tensors_of_graph(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _tensors_of_nodes(graph.node)
+
+
+def _tensors_of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[TensorProto]:
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _tensors_of_graph(graph)

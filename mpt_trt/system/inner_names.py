@@ -1,0 +1,40 @@
+"""Names of files that a file in a folder gives: they stay in that folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.system.json_text import shown
+
+MOST_CHARACTERS = 1000
+
+
+def require_inner_name(name: str) -> None:
+    """Raises ValueError unless `name` is the relative path of something below a folder."""
+    parts = name.split("/")
+    is_printable = name.isprintable() and len(name) <= MOST_CHARACTERS
+    if not is_printable or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"{shown(name)} is no name of a file in this folder")
+
+
+def inner_path(folder: Path, name: str, named_by: Path) -> Path:
+    """The path of the file `name` in `folder`.
+
+    named_by: the file that has the name.
+
+    Raises MptTrtError, naming that file, when the name, or a link on the way, leads outside.
+    """
+    try:
+        require_inner_name(name)
+    except ValueError as error:
+        raise MptTrtError(f"{named_by}: {error}; it is damaged or not to be trusted") from None
+    path = folder / name
+    top = os.path.realpath(folder)
+    if os.path.commonpath([top, os.path.realpath(path)]) != top:
+        raise MptTrtError(
+            f"{path}: a link that leads outside of {folder}, though {named_by.name} names it as a "
+            "file there; put the file itself in its place"
+        )
+    return path
