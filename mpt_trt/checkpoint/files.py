@@ -7,6 +7,7 @@ from pathlib import Path
 from mpt_trt.checkpoint.foreign import require_content, require_plain_checkpoint
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
+from mpt_trt.system.json_text import shown
 
 # In order of preference; an index represents the shards that it names.
 WEIGHT_FILES = (
@@ -47,6 +48,15 @@ def weight_files(folder: Path) -> list[Path]:
     for path in files:
         require_content(path)
     return files
+
+
+def shard_of_tensor(folder: Path) -> dict[str, str]:
+    """File names by tensor, as the index of the shards has them; {} for weights in one file."""
+    source = _weight_source(folder)
+    if not source.name.endswith(INDEX_SUFFIX):
+        return {}
+    weight_map = read_json(source).get("weight_map")
+    return weight_map if isinstance(weight_map, dict) else {}
 
 
 def _weight_source(folder: Path) -> Path:
@@ -94,7 +104,10 @@ def _indexed_files(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MptTrtError(f"{index}: field weight_map is missing; download the index again")
-    tensor_of = {str(name): tensor for tensor, name in weight_map.items()}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name.isprintable():
+            raise MptTrtError(f"{index}: weight_map.{tensor} = {shown(name)}: no name of a file")
+    tensor_of = {name: tensor for tensor, name in weight_map.items()}
     for name, tensor in sorted(tensor_of.items()):
         if Path(name).name != name:
             raise MptTrtError(

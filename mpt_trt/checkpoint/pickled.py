@@ -5,9 +5,14 @@ from __future__ import annotations
 import codecs
 import datetime
 import logging
+import os
 import pickle
 import re
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +35,9 @@ CONTAINERS = (
     ("module",),
     ("state", "state_dict"),
 )
+# Size of zip's local header up to the name; it ends with the lengths of name and extra field.
+LOCAL_HEADER_BYTES = 30
+CHUNK_BYTES = 1 << 20
 log = logging.getLogger(__name__)
 
 
@@ -87,6 +95,7 @@ class PickleShard:
 def _load(path: Path) -> Any:
     import torch  # as above
 
+    _require_check_sums(path)
     try:
         with torch.serialization.safe_globals(_harmless_globals()):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -95,13 +104,44 @@ def _load(path: Path) -> Any:
             f"{path}: refused, since it holds more than tensors ({_culprit(error)}); convert "
             "it to safetensors on a machine where you trust it"
         ) from None
-    except (RuntimeError, OSError, EOFError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damage ends in errors of many types
         if _is_bare_pickle(path):
             raise MptTrtError(
                 f"{path}: in PyTorch's format from before version 1.6, which cannot be mapped "
                 "into memory; save it again as safetensors"
             ) from None
         raise broken(path, error, "every tensor") from None
+
+
+def _require_check_sums(path: Path) -> None:
+    """Compares the parts of a zip archive with their check sums, which PyTorch leaves out.
+
+    Raises MptTrtError when one differs. A file that is no archive is left to PyTorch.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, ThreadPoolExecutor() as pool:
+            entries = archive.infolist()
+            sums = list(pool.map(lambda entry: _check_sum(path, entry), entries))
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
+        return
+    for entry, actual in zip(entries, sums, strict=True):
+        # PyTorch can be told to write no check sums (set_crc32_options).
+        if entry.CRC not in (0, actual):
+            raise broken(path, ValueError(f"check sum of {entry.filename}"), "some tensor")
+
+
+def _check_sum(path: Path, entry: zipfile.ZipInfo) -> int:
+    """The CRC-32 of what an uncompressed entry of an archive holds."""
+    with path.open("rb") as stream:
+        stream.seek(entry.header_offset + LOCAL_HEADER_BYTES - 4)
+        stream.seek(sum(struct.unpack("<HH", stream.read(4))), os.SEEK_CUR)
+        left, check = entry.compress_size, 0
+        while left and (chunk := stream.read(min(left, CHUNK_BYTES))):
+            check = zlib.crc32(chunk, check)
+            left -= len(chunk)
+    return check
 
 
 def _state_dict(path: Path, content: Any) -> dict[Any, Any]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from mpt_trt.arrays.cast import BFLOAT16, is_finite
 from mpt_trt.checkpoint.adapter import LoraAdapter, adapter_weights, read_adapter
-from mpt_trt.checkpoint.files import weight_files
+from mpt_trt.checkpoint.files import shard_of_tensor, weight_files
 from mpt_trt.checkpoint.foreign import require_plain_names
 from mpt_trt.checkpoint.pickled import PickleShard
 from mpt_trt.checkpoint.weight_errors import broken, not_float
@@ -74,7 +74,7 @@ class SafetensorsShard:
                 pass  # the library checks the header against the file's size
             self._header, data_start = _safetensors_header(path)
             self._data = np.memmap(path, np.uint8, "r")[data_start:]
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise broken(path, error, _first_incomplete_tensor(path)) from None
 
     def names(self) -> Iterable[str]:
@@ -116,9 +116,10 @@ class HfCheckpoint:
         self.folder = folder
         self.shards = [_open_weight_file(path) for path in weight_files(folder)]
         self._location: dict[str, tuple[WeightFile, str]] = {}
+        indexed = shard_of_tensor(folder)
         for shard in self.shards:
             require_plain_names(shard.path, shard.names())
-            self._locate_tensors(shard)
+            self._locate_tensors(shard, indexed)
         self._check_names(weights)
         self._report_prefix(weights[0])
         self._check_shapes(weights)
@@ -150,15 +151,19 @@ class HfCheckpoint:
         shard, name = self._location[_hf_name(weight)]
         return f"{shard.path}: tensor {name}"
 
-    def _locate_tensors(self, shard: WeightFile) -> None:
+    def _locate_tensors(self, shard: WeightFile, indexed: dict[str, str]) -> None:
+        """indexed: file names by tensor, as the index has them."""
         for stored in filter(is_weight, shard.names()):
-            name = plain_name(stored)
-            other = self._location.get(name)
-            # The same name in two shards is a stale copy; the last one counts, as in transformers.
-            if other is not None and other[1] != stored:
+            if (place := indexed.get(stored, shard.path.name)) != shard.path.name:
                 raise MptTrtError(
-                    f"{shard.path}: tensors {other[1]} and {stored} are both {name} of an MPT; "
-                    "remove the ones that are not the model's"
+                    f"{shard.path}: holds tensor {stored}, which the index puts into {place}; "
+                    "one of the files is of another checkpoint; download the checkpoint again"
+                )
+            name = plain_name(stored)
+            if (other := self._location.get(name)) is not None:
+                raise MptTrtError(
+                    f"{shard.path}: tensors {other[1]} (in {other[0].path.name}) and {stored} are "
+                    f"both {name} of an MPT; remove the ones that are not the model's"
                 )
             self._location[name] = shard, stored
 

@@ -409,6 +409,30 @@ class TestIndex:
 
 
 class TestDamage:
+    @pytest.mark.parametrize("layout", ["bin", "sharded_bin"])
+    def test_flipped_bit_in_a_bin(self, tmp_path: Path, layout) -> None:
+        write_checkpoint(tmp_path / "hf", BASE, layout=layout)
+        (path, *_) = sorted((tmp_path / "hf").glob("*.bin"))
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        assert refusal(tmp_path / "hf").startswith(f"{path}: truncated or damaged")
+
+    @pytest.mark.parametrize("layout", ["sharded_safetensors", "sharded_bin"])
+    @pytest.mark.parametrize("is_indexed", [True, False])
+    def test_a_tensor_in_two_shards(self, tmp_path: Path, layout, is_indexed: bool) -> None:
+        folder = write_checkpoint(tmp_path / "hf", BASE, layout=layout)
+        index = next(folder.glob("*.index.json"))
+        content = json.loads(index.read_text())
+        first, second, *_ = sorted(set(content["weight_map"].values()))
+        (folder / second).write_bytes((folder / first).read_bytes())
+        if not is_indexed:
+            content["weight_map"] = {"a": first, "b": second}
+            index.write_text(json.dumps(content))
+        message = refusal(folder)
+        assert message.startswith(f"{folder / second}: ")
+        assert ("which the index puts into" if is_indexed else "are both") in message
+
     @pytest.mark.parametrize("layout", ["safetensors", "sharded_safetensors"])
     def test_truncated_safetensors_name_the_first_tensor_cut_off(self, tmp_path, layout) -> None:
         write_checkpoint(tmp_path, BASE, layout=layout)
