@@ -37,7 +37,7 @@ CONTAINERS = (
 )
 # Size of zip's local header up to the name; it ends with the lengths of name and extra field.
 LOCAL_HEADER_BYTES = 30
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 17
 log = logging.getLogger(__name__)
 
 
@@ -121,7 +121,7 @@ def _require_check_sums(path: Path) -> None:
     Raises MptTrtError when one differs. A file that is no archive is left to PyTorch.
     """
     try:
-        with zipfile.ZipFile(path) as archive, ThreadPoolExecutor() as pool:
+        with zipfile.ZipFile(path) as archive, ThreadPoolExecutor(4) as pool:
             entries = archive.infolist()
             sums = list(pool.map(lambda entry: _check_sum(path, entry), entries))
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
