@@ -232,7 +232,7 @@ class OurRuntime:
         from mpt_trt.generation.config import GenerationConfig
         from mpt_trt.generation.generate import generate
 
-        config = GenerationConfig(max_new_tokens=count, end_id=None, pad_id=0)
+        config = GenerationConfig(max_new_tokens=count, end_ids=(), pad_id=0)
         return list(generate(self.model, [prompt(length)], config)[0][0].tokens)
 
 

@@ -125,7 +125,7 @@ def step_ms(model: StepModel, batch: int, case: Case) -> dict[str, float]:
     For the second time; and of all for the first time, in which steps are captured.
     """
     prompts = [[100 + index % 1000 for index in range(case.start)] for _ in range(batch)]
-    config = GenerationConfig(case.cache_len - case.start, end_id=None, pad_id=0)
+    config = GenerationConfig(case.cache_len - case.start, end_ids=(), pad_id=0)
     times: list[float] = []
 
     def note(phase: str, _: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt_trt.checkpoint.hf_config import read_hf_config
+from mpt_trt.checkpoint.source import folder_provenance
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import read_ft_checkpoint
@@ -49,4 +50,4 @@ def open_model(folder: Path, adapter: Path | None = None) -> ModelSource:
         return ModelSource(folder, checkpoint.config, FtTensors(checkpoint), provenance)
     config = read_hf_config(folder)
     reader = HfCheckpoint(folder, weights(config), adapter)
-    return ModelSource(folder, config, reader, {"source": str(folder)})
+    return ModelSource(folder, config, reader, folder_provenance(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpt_trt.checkpoint.foreign import require_content, require_plain_checkpoint
+from mpt_trt.checkpoint.tokenizer import TOKENIZER_FILES
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
 from mpt_trt.system.json_text import shown
@@ -20,7 +21,6 @@ INDEX_SUFFIX = ".index.json"
 # Checkpoints of trainers, and what these keep beside the weights.
 TRAINER_SUFFIXES = (".pt", ".pth")
 NOT_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "random_states", "training_args")
-OTHER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -29,11 +29,11 @@ def checkpoint_files(folder: Path) -> list[Path]:
     Raises MptTrtError when the folder or its weights are missing.
     """
     if not folder.is_dir():
-        raise MptTrtError(f"{folder}: no such folder; models.*.source names a hub id or a folder")
+        raise MptTrtError(f"no such folder: {folder}; models.*.source names a hub id or a folder")
     require_plain_checkpoint(folder)
     source = _weight_source(folder)
     indexed = [source] if source.name.endswith(INDEX_SUFFIX) else []
-    optional = [folder / name for name in OTHER_FILES if (folder / name).is_file()]
+    optional = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return [*optional, *indexed, *weight_files(folder)]
 
 

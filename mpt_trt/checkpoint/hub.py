@@ -32,7 +32,16 @@ from mpt_trt.system.files import read_json, replace_file
 
 # Files are downloaded in the order of these tables: if the last one is there, so are the others.
 CONFIG_FILES = ("config.json", "generation_config.json")
-TOKENIZER_FILES = ("special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
+TOKENIZER_FILES = (
+    "chat_template.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+)
 
 # The client has no time limit of its own, and a firewall may swallow packets.
 ANSWER_SECONDS = 10
@@ -91,7 +100,7 @@ def fetch_tokenizer(source: str, revision: str, commit: str | None = None) -> Sn
     """
     commit = commit or resolve_revision(source, revision)
     repository = _cached_repository(source, revision, commit)
-    if not repository.names.issuperset(TOKENIZER_FILES[1:]):
+    if not repository.names.issuperset(TOKENIZER_FILES[-2:]):
         repository = _repository(source, revision, commit)
     repository.require("tokenizer.json")
     files = repository.present(TOKENIZER_FILES)

@@ -31,7 +31,12 @@ class Snapshot:
 
     def provenance(self) -> dict[str, str]:
         """Where the files come from, for manifests."""
-        return {"source": self.source, "revision": self.revision, "commit": self.commit}
+        return {
+            "kind": "hub",
+            "source": self.source,
+            "revision": self.revision,
+            "commit": self.commit,
+        }
 
 
 def link_folder(snapshot: Snapshot, target: Path) -> None:
@@ -97,4 +102,4 @@ def recorded_provenance(folder: Path) -> dict[str, str] | None:
                 f"{folder / name}: the hub cache no longer holds the file that it links to; "
                 f"delete {folder} and fetch the checkpoint again"
             )
-    return read_record(path)
+    return {"kind": "hub", **read_record(path)}

@@ -1,4 +1,9 @@
-"""Finds the folder of a checkpoint or tokenizer whose source is a folder or a hub id."""
+"""Finds the folder of a checkpoint or tokenizer whose source is a folder or a hub id.
+
+A path is a path: a source that is not an existing folder is a hub id only if it is spelt
+`owner/name` and `owner` is not a folder here. What a manifest recorded as a folder is never asked
+of a hub.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +16,27 @@ from mpt_trt.errors import MptTrtError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*", re.ASCII)
 
+# The folder of the tokenizer in FT checkpoints and engine directories.
+TOKENIZER_FOLDER = "tokenizer"
+
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` is spelt `owner/name` and no local file or folder has that path.
+    """Whether `source` is spelt `owner/name`, and neither it nor `owner` is a path here.
 
-    Names without an owner, which a few of the hub's oldest models have, count as paths.
+    Names without an owner, which a few of the hub's oldest models have, count as paths. So does
+    everything that starts with `.`, `/` or `~`.
     """
-    return HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+    if HUB_ID.fullmatch(source) is None:
+        return False
+    return not Path(source).exists() and not Path(source).parent.exists()
 
 
 def checkpoint_folder(source: str, revision: str = "main") -> tuple[Path, dict[str, str]]:
     """Finds the folder of a checkpoint, and its provenance (for manifests).
 
-    source: a folder, or a hub id, whose `revision` is fetched. The provenance holds source,
-    revision and commit; for a folder that `link_folder` did not make, only the path as `source`.
+    source: a folder, or a hub id, whose `revision` is fetched. The provenance of a hub model holds
+    kind ("hub"), source, revision and commit, also if `link_folder` made the folder; that of any
+    other folder holds kind ("folder") and its absolute path as source.
 
     Raises MptTrtError when there is no such folder, or the hub does not provide the files.
     """
@@ -34,8 +46,17 @@ def checkpoint_folder(source: str, revision: str = "main") -> tuple[Path, dict[s
 
         snapshot = fetch_checkpoint(source, revision)
         return snapshot.folder, snapshot.provenance()
-    folder = _local_folder(source)
-    return folder, recorded_provenance(folder) or {"source": source}
+    folder = local_folder(source)
+    return folder, folder_provenance(folder)
+
+
+def folder_provenance(folder: Path) -> dict[str, str]:
+    """Where the content of a folder comes from: see `checkpoint_folder`.
+
+    Raises MptTrtError when the hub cache has lost a file that the folder links to.
+    """
+    absolute = {"kind": "folder", "source": str(folder.absolute())}
+    return recorded_provenance(folder) or absolute
 
 
 def tokenizer_folder(source: str, revision: str = "main") -> Path:
@@ -47,7 +68,7 @@ def tokenizer_folder(source: str, revision: str = "main") -> Path:
         from mpt_trt.checkpoint.hub import fetch_tokenizer  # as above
 
         return fetch_tokenizer(source, revision).folder
-    folder = _local_folder(source)
+    folder = local_folder(source)
     recorded_provenance(folder)
     return folder
 
@@ -55,26 +76,53 @@ def tokenizer_folder(source: str, revision: str = "main") -> Path:
 def tokenizer_folder_of(made: Path, provenance: dict[str, Any], asked: str | None) -> Path:
     """Finds the tokenizer for an artifact that was made from a checkpoint.
 
-    provenance: of the checkpoint, from the manifest of `made`. asked: a folder or hub id to use
-    instead, or None.
+    made: an FT checkpoint or engine directory; its own `tokenizer` folder comes first. provenance:
+    of the checkpoint, from the manifest of `made`. asked: a folder or hub id to use instead.
 
-    Raises MptTrtError when neither names the tokenizer's source, or it is not there.
+    Raises MptTrtError when none of them names the tokenizer's source, or it is not there.
     """
-    recorded = provenance.get("source")
-    source = asked or recorded
-    if source is None:
+    if asked is not None:
+        return tokenizer_folder(asked)
+    if (made / TOKENIZER_FOLDER).is_dir():
+        return made / TOKENIZER_FOLDER
+    source = provenance.get("source")
+    if not isinstance(source, str):
         raise MptTrtError(
             f"{made}: does not record where its checkpoint came from; give --tokenizer_dir"
         )
-    revision = provenance.get("commit", "main") if source == recorded else "main"
-    return tokenizer_folder(source, revision)
+    # Older manifests have no kind; only those of hub models have a commit.
+    usual = "hub" if "commit" in provenance else "folder"
+    if provenance.get("kind", usual) != "hub":
+        return _recorded_folder(made, source)
+    from mpt_trt.checkpoint.hub import fetch_tokenizer  # as above
+
+    return fetch_tokenizer(source, str(provenance.get("commit", "main"))).folder
 
 
-def _local_folder(source: str) -> Path:
+def _recorded_folder(made: Path, source: str) -> Path:
+    """The folder that a checkpoint was converted from; never a hub's."""
     folder = Path(source).expanduser()
-    if not folder.is_dir():
-        kind = "not a folder" if folder.exists() else "no such folder"
-        raise MptTrtError(
-            f"{source}: {kind}; give a folder in Hugging Face format or a hub id (owner/name)"
-        )
-    return folder
+    if folder.is_dir():
+        return folder
+    raise MptTrtError(
+        f"no such folder: {source}, from which {made} was made, and no tokenizer travels with it; "
+        "give --tokenizer_dir"
+    )
+
+
+def local_folder(source: str) -> Path:
+    """The folder that `source`, which is not a hub id, names; `~` stands for the home folder.
+
+    Raises MptTrtError when it does not exist.
+    """
+    try:
+        folder = Path(source).expanduser()
+    except RuntimeError:
+        raise MptTrtError(f"no such folder: {source}: this user has no home folder") from None
+    if folder.is_dir():
+        return folder
+    kind = "not a folder" if folder.exists() else "no such folder"
+    raise MptTrtError(
+        f"{kind}: {source or repr(source)}; give a folder in Hugging Face format or a hub id "
+        "(owner/name)"
+    )

@@ -1,62 +1,190 @@
-"""Converts text to token ids and back, with the `tokenizers` library and tokenizer.json."""
+"""Converts text to token ids and back, with the tokenizer that transformers makes of a folder.
+
+The ids are those of `AutoTokenizer`: added tokens count wherever they are stored, and truncation
+and padding that a training run left in tokenizer.json do not. Code in the folder is not executed.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer as TokenizerFile
+    from transformers import PreTrainedTokenizerBase
+
+# Each of them by itself is enough for a tokenizer.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# What transformers reads, config.json for the kind of tokenizer where none is named elsewhere.
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
+LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer and the ids of its begin and end tokens (None if it names none)."""
+    """A tokenizer of transformers. folder: where its files lie."""
 
-    backend: TokenizerFile
-    bos_token_id: int | None
-    eos_token_id: int | None
+    backend: PreTrainedTokenizerBase
+    folder: Path
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Id of the token that begins a text, None if the tokenizer names none."""
+        return _optional_id(self.backend.bos_token_id)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Id of the token that ends a text, None if the tokenizer names none."""
+        return _optional_id(self.backend.eos_token_id)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with the tokenizer's special tokens unless told otherwise."""
-        token_ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return token_ids
+        """Token ids of a text, with the tokenizer's special tokens unless told otherwise.
 
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of token ids, without special tokens."""
-        return str(self.backend.decode(token_ids, skip_special_tokens=True))
+        Raises MptTrtError when the text holds bytes that are not UTF-8 (lone surrogates).
+        """
+        _require_utf8(text)
+        with _plain_errors(self.folder):
+            encoded = self.backend(
+                text,
+                add_special_tokens=add_special_tokens,
+                truncation=False,
+                padding=False,
+                verbose=False,
+            )
+        return [int(token) for token in encoded["input_ids"]]
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids, without special tokens unless told otherwise."""
+        with _plain_errors(self.folder):
+            return str(self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def require_fitting(self, vocab_size: int) -> Tokenizer:
+        """Returns the tokenizer if all its ids are in the model's vocabulary.
+
+        Raises MptTrtError, naming the first token that is not.
+        """
+        beyond = {id_: token for token, id_ in self.backend.get_vocab().items() if id_ >= vocab_size}
+        if beyond:
+            first = min(beyond)
+            raise MptTrtError(
+                f"{self.folder}: the tokenizer does not fit the model: token {beyond[first]!r} has "
+                f"id {first}, but the vocabulary is 0..{vocab_size - 1}; give the model's own "
+                "tokenizer (--tokenizer_dir)"
+            )
+        return self
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in VOCABULARY_FILES)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Lists the files that make up the folder's tokenizer; [] when there is no tokenizer.
+
+    Raises MptTrtError when one of them is a git-LFS pointer or damaged JSON.
+    """
+    if not has_tokenizer(folder):
+        return []
+    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    for path in paths:
+        _require_whole(path)
+    return paths
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """Reads `folder/tokenizer.json` and `tokenizer_config.json`; raises MptTrtError if broken."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    """Reads the tokenizer in `folder`; raises MptTrtError, naming the file, when it is damaged."""
+    if not tokenizer_files(folder):
+        path = folder / VOCABULARY_FILES[0]
         raise MptTrtError(f"{path}: no such file; name the folder that holds the tokenizer")
-    # Checkpoints without a tokenizer are converted without the library.
-    from tokenizers import Tokenizer as TokenizerFile
+    # Takes seconds, so nothing else that needs no text waits for it.
+    from transformers import AutoTokenizer
 
+    with _plain_errors(folder):
+        backend = AutoTokenizer.from_pretrained(
+            str(folder.absolute()), use_fast=True, trust_remote_code=False, local_files_only=True
+        )
+        # Some damage shows only when text is read.
+        backend("a", truncation=False, padding=False)
+    return Tokenizer(backend, folder)
+
+
+def _require_whole(path: Path) -> None:
+    with path.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise MptTrtError(
+                f"{path}: a git-LFS pointer instead of the file; fetch it with `git lfs pull`"
+            )
+    if path.suffix == ".json":
+        read_json(path)
+
+
+def _require_utf8(text: str) -> None:
     try:
-        backend = TokenizerFile.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise MptTrtError(f"{path}: not a tokenizer ({error}); download it again") from None
-    bos, eos = (_special_id(folder, backend, key) for key in ("bos_token", "eos_token"))
-    return Tokenizer(backend, bos, eos)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MptTrtError(
+            f"the text is not valid UTF-8 at character {error.start}: {text[:60]!r}; convert it "
+            "to UTF-8"
+        ) from None
 
 
-def special_token_ids(folder: Path) -> tuple[int | None, int | None]:
-    """Ids (bos, eos) of the folder's tokenizer; (None, None) when there is no tokenizer."""
-    if not (folder / "tokenizer.json").is_file():
-        return None, None
-    tokenizer = read_tokenizer(folder)
-    return tokenizer.bos_token_id, tokenizer.eos_token_id
+def _optional_id(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
 
 
-def _special_id(folder: Path, backend: TokenizerFile, key: str) -> int | None:
-    path = folder / "tokenizer_config.json"
-    token = read_json(path).get(key) if path.is_file() else None
-    content = token.get("content") if isinstance(token, dict) else token
-    return backend.token_to_id(content) if isinstance(content, str) else None
+@contextlib.contextmanager
+def _plain_errors(folder: Path) -> Iterator[None]:
+    """Turns what the libraries raise into MptTrtError."""
+    try:
+        with _stderr_of_success():
+            yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, MptTrtError):
+        raise
+    except BaseException as error:  # the library's panics are no Exception
+        reason = " ".join(str(error).split())
+        path = folder / VOCABULARY_FILES[0]
+        raise MptTrtError(
+            f"{path}: not a tokenizer that transformers reads ({type(error).__name__}: "
+            f"{reason[:300]}); download it again"
+        ) from None
+
+
+@contextlib.contextmanager
+def _stderr_of_success() -> Iterator[None]:
+    """Drops what is written to stderr if the block raises: Rust prints panics there itself."""
+    sys.stderr.flush()
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+            sys.stderr.flush()
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        written.seek(0)
+        if content := written.read():
+            os.write(2, content)

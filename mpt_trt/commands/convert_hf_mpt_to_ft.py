@@ -9,7 +9,8 @@ from pathlib import Path
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder
 from mpt_trt.checkpoint.tensors import HfCheckpoint
-from mpt_trt.checkpoint.tokenizer import read_tokenizer, special_token_ids
+from mpt_trt.checkpoint.special_tokens import read_special_tokens
+from mpt_trt.checkpoint.tokenizer import read_tokenizer, tokenizer_files
 from mpt_trt.cli.calibration_options import fill_in
 from mpt_trt.cli.progress import bytes_progress
 from mpt_trt.errors import MptTrtError
@@ -33,12 +34,12 @@ def run(options: argparse.Namespace) -> None:
     folder, provenance = checkpoint_folder(options.in_file, options.revision)
     config = read_hf_config(folder)
     sharding.require_legal(config, options.tensor_parallelism)
-    bos, eos = special_token_ids(folder)
-    config = dataclasses.replace(
-        config,
-        bos_token_id=bos if config.bos_token_id is None else config.bos_token_id,
-        eos_token_id=eos if config.eos_token_id is None else config.eos_token_id,
-    )
+    tokenizer = tokenizer_folder(options.tokenizer_dir) if options.tokenizer_dir else folder
+    special = read_special_tokens(folder, tokenizer, config.vocab_size)
+    single = config.eos_token_id if config.eos_token_id in special.end_ids else None
+    if single is None and special.end_ids:
+        single = special.end_ids[0]
+    config = dataclasses.replace(config, bos_token_id=special.bos_id, eos_token_id=single)
     checkpoint = HfCheckpoint(folder, weights(config), options.adapter)
     settings = ConversionSettings(
         storage_type=options.storage_type,
@@ -46,7 +47,9 @@ def run(options: argparse.Namespace) -> None:
         workers=options.processes,
         model_name=options.in_file,
         provenance=provenance | checkpoint.adapter_provenance(),
-        int8=_int8(options, folder, config),
+        int8=_int8(options, folder, tokenizer, config),
+        tokenizer=tuple(tokenizer_files(tokenizer)),
+        end_ids=special.end_ids,
     )
     target = options.out_dir / f"{settings.tp_size}-gpu"
     total = total_bytes(config, settings.storage_type, settings.tp_size, settings.int8_layers)
@@ -55,8 +58,10 @@ def run(options: argparse.Namespace) -> None:
     print(f"{target}: {total / 1e9:.2f} GB in {settings.storage_type}")
 
 
-def _int8(options: argparse.Namespace, folder: Path, config: MptConfig) -> Int8Conversion | None:
-    """What int8 weights and scales are made from, where they are asked for."""
+def _int8(
+    options: argparse.Namespace, folder: Path, tokenizer_dir: Path, config: MptConfig
+) -> Int8Conversion | None:
+    """Inputs of int8 weights and scales; None if they are not asked for."""
     alpha = options.smoothquant
     if alpha is None and not options.calibrate_kv_cache:
         return None
@@ -68,7 +73,7 @@ def _int8(options: argparse.Namespace, folder: Path, config: MptConfig) -> Int8C
     fill_in(options)
     require_calibratable(config, alpha)
     computation = calibration_requests.computation(options, options.storage_type)
-    tokenizer = read_tokenizer(tokenizer_folder(options.tokenizer_dir or str(folder)))
+    tokenizer = read_tokenizer(tokenizer_dir).require_fitting(config.vocab_size)
     samples = calibration_requests.calibration_samples(options, tokenizer)
     with steps_progress(f"Calibrating {options.in_file}", config.num_layers) as advance:
         ranges = activation_amax(folder, samples, computation, advance, options.adapter)

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     computation = calibration_requests.computation(options, options.dtype)
     tokenizer = read_tokenizer(
         tokenizer_folder_of(folder, source.provenance, options.tokenizer_dir)
-    )
+    ).require_fitting(source.config.vocab_size)
     samples = calibration_requests.calibration_samples(options, tokenizer)
     target = options.export_path / FILE_NAME
     weight_dtype = np.dtype(np.float16 if options.dtype == "float16" else np.float32)

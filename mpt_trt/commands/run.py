@@ -99,9 +99,10 @@ def _generation_config(
         tokenizer.eos_token_id,
     )
     end_id = next((candidate for candidate in candidates if candidate is not None), None)
+    end_ids = () if end_id is None else (end_id,)
     return GenerationConfig(
         max_new_tokens=options.max_output_len,
-        end_id=end_id,
+        end_ids=end_ids,
         pad_id=0 if end_id is None else end_id,
         num_beams=options.num_beams,
         temperature=options.temperature,

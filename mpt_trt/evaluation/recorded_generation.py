@@ -40,7 +40,7 @@ def record_generation(
     prompt's are read in a second pass.
     """
     # No end token, because every requested position shall be compared.
-    config = GenerationConfig(max_new_tokens=max_new_tokens, end_id=None, pad_id=0)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, end_ids=(), pad_id=0)
     generate(engine.model, [prompt], config)  # warm-up: the first run sets things up, slowly
     recorder = _Recorder(engine.model)
     generated = generate(recorder, [prompt], config)[0][0].tokens
@@ -57,7 +57,7 @@ def measure_speed(
     engine: LoadedEngine, prompt: list[int], max_new_tokens: int, rounds: int
 ) -> Speed:
     """Continues `prompt` greedily `rounds` times after a warm-up; returns the median speeds."""
-    config = GenerationConfig(max_new_tokens=max_new_tokens, end_id=None, pad_id=0)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, end_ids=(), pad_id=0)
     generate(engine.model, [prompt], config)
     speeds = []
     for _ in range(rounds):

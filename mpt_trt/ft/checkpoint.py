@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpt_trt.arrays.cast import STORAGE_TYPES
+from mpt_trt.checkpoint.source import TOKENIZER_FOLDER
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.layout import (
     FtFile,
@@ -110,6 +111,30 @@ class FtCheckpoint:
     def recorded_hashes(self) -> dict[str, str]:
         """Content hashes by name, as the manifest records them."""
         return {name: entry["hash"] for name, entry in self.manifest.get("files", {}).items()}
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text; config.ini has room for only one of them.
+
+        Raises MptTrtError when the manifest records something else.
+        """
+        single = self.config.eos_token_id
+        recorded = self.manifest.get("end_ids", [] if single is None else [single])
+        legal = range(self.config.vocab_size)
+        if not isinstance(recorded, list) or any(
+            not isinstance(token, int) or token not in legal for token in recorded
+        ):
+            raise MptTrtError(
+                f"{self.folder / MANIFEST}: end_ids = {recorded!r}: a list of token ids below "
+                f"{self.config.vocab_size} is required"
+            )
+        return tuple(recorded)
+
+    @property
+    def tokenizer_files(self) -> list[str]:
+        """Paths, in the folder, of the tokenizer's files; [] if none travels with it."""
+        paths = sorted((self.folder / TOKENIZER_FOLDER).glob("*"))
+        return [str(path.relative_to(self.folder)) for path in paths]
 
     def require_plain(self) -> None:
         """Raises MptTrtError when the weights are smoothed: the network would compute nonsense."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import configparser
 import functools
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mpt_trt
+from mpt_trt.checkpoint.source import TOKENIZER_FOLDER
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.ft.checkpoint import MANIFEST, SECTION
 from mpt_trt.ft.int8 import Int8Conversion
@@ -19,7 +21,7 @@ from mpt_trt.ft.streams import FtWriter, TensorSource
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.tensors import Weight, preceding_norm, weights
-from mpt_trt.system.files import replace_directory, write_json
+from mpt_trt.system.files import content_hash, replace_directory, write_json
 from mpt_trt.system.process_pool import Advance, Job, run_forked
 from mpt_trt.system.verified_files import remember_written
 
@@ -32,6 +34,8 @@ class ConversionSettings:
     argument).
     provenance: where the weights came from, recorded in the manifest.
     int8: inputs of int8 weights and scales; None for a plain checkpoint.
+    tokenizer: files that are copied to the folder `tokenizer`.
+    end_ids: tokens that end a text, recorded in the manifest.
     """
 
     storage_type: str
@@ -40,6 +44,8 @@ class ConversionSettings:
     model_name: str
     provenance: dict[str, Any]
     int8: Int8Conversion | None = None
+    tokenizer: tuple[Path, ...] = ()
+    end_ids: tuple[int, ...] = ()
 
     @property
     def alpha(self) -> float | None:
@@ -77,8 +83,18 @@ def write_ft_checkpoint(
         hashes: dict[str, str] = {}
         for job_hashes in run_forked(jobs, settings.workers, advance):
             hashes |= job_hashes
+        hashes |= _copy_tokenizer(settings.tokenizer, folder)
         _write_manifest(folder, settings, hashes)
     remember_written(target, hashes)
+
+
+def _copy_tokenizer(paths: tuple[Path, ...], folder: Path) -> dict[str, str]:
+    """Copies files to `folder/tokenizer`; returns content hashes by path in `folder`."""
+    names = [f"{TOKENIZER_FOLDER}/{path.name}" for path in paths]
+    for path, name in zip(paths, names, strict=True):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
+    return {name: content_hash(folder / name) for name in names}
 
 
 def _writing_jobs(
@@ -179,5 +195,7 @@ def _write_manifest(folder: Path, settings: ConversionSettings, hashes: dict[str
     }
     if settings.int8 is not None:
         content["calibration"] = settings.int8.provenance
+    if settings.end_ids:
+        content["end_ids"] = list(settings.end_ids)
     content["files"] = files
     write_json(folder / MANIFEST, content)

@@ -95,10 +95,9 @@ def _extended(
     prompts: PromptBatch,
     config: GenerationConfig,
 ) -> tuple[_Hypotheses, NDArray[np.int64]]:
-    """The best `2 * num_beams` extensions by a token, best first, and the beam each extends.
+    """The best `num_candidates` extensions by a token, best first, and the beam each extends.
 
-    The beams are numbered within the prompt: `[batch, 2 * num_beams]`. There are twice as many
-    extensions as beams because each beam can end in only one of them, so enough go on.
+    The beams are numbered within the prompt: `[batch, num_candidates]`.
     """
     batch, width = running.scores.shape
     step = int(running.lengths[0, 0])
@@ -114,7 +113,7 @@ def _extended(
     gains = penalize_repetition(log_probs, seen, config.repetition_penalty)
     totals = gains.reshape(batch, width, vocab) + running.scores[:, :, None]
     flat = totals.reshape(batch, width * vocab)
-    best = _top(flat, 2 * config.num_beams)
+    best = _top(flat, config.num_candidates)
     parents, chosen = best // vocab, best % vocab
     extended = running.take(parents)
     extended.tokens[:, :, step] = chosen
@@ -135,7 +134,7 @@ def _with_finished(
 ) -> _Hypotheses:
     """The best of the hypotheses finished so far and the candidates that `ended`.
 
-    `finished` is `[batch, num_beams]`, `candidates` and `ended` are `[batch, 2 * num_beams]`. Only
+    `finished` is `[batch, num_beams]`, `candidates` and `ended` are `[batch, num_candidates]`. Only
     the first `num_beams` candidates count: the others would not have become beams. Their scores are
     divided by `scale`.
     """

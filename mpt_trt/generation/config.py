@@ -21,8 +21,8 @@ class GenerationConfig:
     """
 
     max_new_tokens: int
-    end_id: int | None
-    """The token that ends a sequence; None: every sequence gets `max_new_tokens` tokens."""
+    end_ids: tuple[int, ...]
+    """Tokens that end a sequence; (): every sequence gets `max_new_tokens` tokens."""
     pad_id: int
     """The token that the model reads where a row has none. It never pads the output."""
     num_beams: int = 1
@@ -41,7 +41,7 @@ class GenerationConfig:
         positive = "a finite number above 0"
         rules = (
             ("max_new_tokens", _is_count(self.max_new_tokens, 1), "an integer of at least 1"),
-            ("end_id", self.end_id is None or _is_count(self.end_id, 0), "None or a token id >= 0"),
+            ("end_ids", all(_is_count(token, 0) for token in self.end_ids), "token ids >= 0"),
             ("pad_id", _is_count(self.pad_id, 0), "a token id >= 0"),
             ("num_beams", _is_count(self.num_beams, 1), "an integer of at least 1"),
             ("temperature", 0 < self.temperature < math.inf, positive),
@@ -64,6 +64,14 @@ class GenerationConfig:
     def is_greedy(self) -> bool:
         """Whether every token is the one that the model itself finds most likely."""
         return self.top_k == 1 and self.num_beams == 1 and self.repetition_penalty == 1
+
+    @property
+    def num_candidates(self) -> int:
+        """Extensions that a step of beam search looks at, per prompt.
+
+        A beam can end in as many of them as there are end tokens, so enough go on.
+        """
+        return max(2, 1 + len(set(self.end_ids))) * self.num_beams
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,13 @@ def _check_vocabulary(
     model: StepModel, prompts: list[NDArray[np.int64]], config: GenerationConfig
 ) -> None:
     legal = f"the vocabulary is 0..{model.vocab_size - 1}"
-    for field, token in (("end_id", config.end_id), ("pad_id", config.pad_id)):
-        if token is not None and token >= model.vocab_size:
-            raise MptTrtError(f"{field} is {token} and {legal}; take it from the model's tokenizer")
+    ends = [("end_ids", token) for token in config.end_ids]
+    for field, token in (*ends, ("pad_id", config.pad_id)):
+        if token >= model.vocab_size:
+            raise MptTrtError(
+                f"token {token} of {field} does not exist, because {legal}; take it from the"
+                " model's tokenizer"
+            )
     for index, prompt in enumerate(prompts):
         if prompt.size == 0:
             raise MptTrtError(f"prompt {index} is empty; it must hold at least 1 token")
@@ -76,10 +80,11 @@ def _check_vocabulary(
                 f"prompt {index} holds token {strange[0]} and {legal};"
                 " encode it with the model's own tokenizer"
             )
-    if config.num_beams > 1 and 2 * config.num_beams > model.vocab_size:
+    if config.num_beams > 1 and config.num_candidates > model.vocab_size:
+        most = model.vocab_size * config.num_beams // config.num_candidates
         raise MptTrtError(
-            f"num_beams is {config.num_beams}, more than half the vocabulary of"
-            f" {model.vocab_size} tokens; it must be at most {model.vocab_size // 2}"
+            f"num_beams is {config.num_beams}, too many for a vocabulary of {model.vocab_size}"
+            f" tokens; it must be at most {most}"
         )
 
 

@@ -120,7 +120,5 @@ class Stepper:
 
 
 def is_end(tokens: NDArray[np.int64], config: GenerationConfig) -> NDArray[np.bool_]:
-    """Whether each of `tokens` is the end token, in their shape."""
-    if config.end_id is None:
-        return np.zeros(tokens.shape, dtype=bool)
-    return tokens == config.end_id
+    """Whether each of `tokens` is an end token, in their shape."""
+    return np.isin(tokens, config.end_ids)

@@ -95,7 +95,7 @@ def test_group_size_is_an_option(model: Path, text: Path, tmp_path: Path) -> Non
         (["--qformat=fp8", "--calib_size=40"], r"225 tokens, but 40 samples of 20 tokens are 800"),
         (["--qformat=fp8", "--calib_size=0"], "--calib_size = 0: at least 1 is required"),
         (["--qformat=fp8", "--batch_size=0"], "--batch_size = 0: at least 1 is required"),
-        (["--qformat=fp8", "--tokenizer_dir=nowhere/at/all"], "nowhere/at/all: no such folder"),
+        (["--qformat=fp8", "--tokenizer_dir=nowhere/at/all"], "no such folder: nowhere/at/all"),
         (["--qformat=fp8", "--calib_text=nowhere.txt"], r"nowhere\.txt: cannot be read"),
     ],
 )

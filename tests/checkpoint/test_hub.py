@@ -238,7 +238,13 @@ def test_only_what_is_needed_is_downloaded(
 
     record = json.loads((place.output_dir / "source.json").read_text())
     sizes = {name: len(content) for name, content in {**TEXT_FILES, **wanted}.items()}
-    assert record == {"source": SOURCE, "revision": "main", "commit": A, "files": sizes}
+    assert record == {
+        "kind": "hub",
+        "source": SOURCE,
+        "revision": "main",
+        "commit": A,
+        "files": sizes,
+    }
     for name in sizes:
         assert (place.output_dir / name).is_symlink()
         assert (place.output_dir / name).resolve().is_relative_to(place.cache)
@@ -280,7 +286,7 @@ def test_a_hub_id_where_a_folder_is_expected(place: Workplace):
     succeeded(result)
     folder, provenance = result.stdout.strip().split("|")
     assert (Path(folder) / "model.safetensors").read_bytes() == SAFETENSORS["model.safetensors"]
-    assert provenance == str({"source": SOURCE, "revision": "main", "commit": A})
+    assert provenance == str({"kind": "hub", "source": SOURCE, "revision": "main", "commit": A})
 
 
 def test_importing_does_not_load_the_client(place: Workplace):
@@ -567,6 +573,9 @@ def test_a_cache_without_room(place: Workplace):
         ("", False),
         ("exists/folder", False),
         ("exists/file", False),
+        ("exists/typo", False),
+        ("~owner/name", False),
+        (".owner/name", False),
     ],
 )
 def test_what_counts_as_a_hub_id(
@@ -579,25 +588,30 @@ def test_what_counts_as_a_hub_id(
 
 
 @pytest.mark.parametrize(
-    "source", ["./absent", "../absent/x", "/absent", "~/absent", "absent", "f"]
+    "source",
+    ["./absent", "../absent/x", "/absent", "~/absent", "absent", "f", "here/absent", "f/absent"],
 )
 def test_missing_folders(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     Path("f").touch()
+    Path("here").mkdir()
     kind = "not a folder" if source == "f" else "no such folder"
-    with pytest.raises(MptTrtError, match=f"^{source}: {kind}; .* hub id"):
+    with pytest.raises(MptTrtError, match=f"^{kind}: {source}; .* hub id"):
         checkpoint_folder(source)
 
 
-def test_plain_folders_are_named_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_plain_folders_are_recorded_with_their_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "models/x").mkdir(parents=True)
-    assert checkpoint_folder("models/x") == (Path("models/x"), {"source": "models/x"})
-    assert checkpoint_folder("~/models/x") == (tmp_path / "models/x", {"source": "~/models/x"})
+    recorded = {"kind": "folder", "source": str(tmp_path / "models/x")}
+    assert checkpoint_folder("models/x") == (Path("models/x"), recorded)
+    assert checkpoint_folder("~/models/x") == (tmp_path / "models/x", recorded)
     (tmp_path / "models/x/source.json").write_text('{"url": "of another tool"}')
-    assert checkpoint_folder("models/x")[1] == {"source": "models/x"}
+    assert checkpoint_folder("models/x")[1] == recorded
 
 
 @pytest.fixture
@@ -612,7 +626,12 @@ def snapshot(tmp_path: Path) -> Snapshot:
 def test_linked_folders_know_their_provenance(snapshot: Snapshot, tmp_path: Path):
     link_folder(snapshot, tmp_path / "linked")
     folder, provenance = checkpoint_folder(str(tmp_path / "linked"))
-    assert provenance == {"source": SOURCE, "revision": "main", "commit": A}
+    assert provenance == {
+        "kind": "hub",
+        "source": SOURCE,
+        "revision": "main",
+        "commit": A,
+    }
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "model.safetensors", "source.json"}
 

@@ -621,7 +621,7 @@ class TestCommandLine:
             (["-tp", 0], "tensor parallelism of 0 does not fit"),
             (["-tp", -1], "tensor parallelism of -1 does not fit"),
             (["-p", 0], "--processes = 0: at least 1 is required"),
-            (["-i", "nothing"], "nothing: no such folder"),
+            (["-i", "nothing"], "no such folder: nothing"),
             (["-i", "ckpts/a/config.json"], "ckpts/a/config.json: not a folder"),
             (["-o", "ckpts/a/config.json"], "a part of this path is a file"),
         ],

@@ -24,11 +24,11 @@ from support.generation import (
 
 @pytest.mark.parametrize("num_beams", [2, 3, 4, 5])
 @pytest.mark.parametrize("length_penalty", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("end_id", [None, END])
+@pytest.mark.parametrize("end_ids", [(), (END,), (20, END), (END, 20, 7)])
 def test_beams_are_those_of_transformers(
-    num_beams: int, length_penalty: float, end_id: int | None
+    num_beams: int, length_penalty: float, end_ids: tuple[int, ...]
 ) -> None:
-    config = greedy(num_beams=num_beams, length_penalty=length_penalty, end_id=end_id)
+    config = greedy(num_beams=num_beams, length_penalty=length_penalty, end_ids=end_ids)
     network = NETWORKS[4]
     ours = generate(NetworkModel(network), PROMPTS, config)
     assert_same(ours, transformers_generate(network, PROMPTS, config))
@@ -46,7 +46,7 @@ def test_beams_with_a_repetition_penalty_are_those_of_transformers(
 
 
 def test_beam_search_finds_better_than_greedy() -> None:
-    endless = greedy(end_id=None)
+    endless = greedy(end_ids=())
     single = generate(NetworkModel(NETWORKS[2]), PROMPTS, endless)
     beams = generate(NetworkModel(NETWORKS[2]), PROMPTS, replace(endless, num_beams=4))
     gains = [
@@ -83,7 +83,7 @@ def test_the_cache_is_left_alone_while_beams_keep_their_rows() -> None:
     model = TableModel(np.where(np.eye(4, dtype=bool), 9.0, [0.0, 5.0, 0.0, 5.0]))
     seen: list[list[int]] = []
     model.reorder = lambda rows: seen.append(rows.tolist())
-    output = generate(model, [[1]], GenerationConfig(6, None, PAD, num_beams=2))
+    output = generate(model, [[1]], GenerationConfig(6, (), PAD, num_beams=2))
     assert output[0][0].tokens == (1,) * 6
     assert seen[0] == [0, 0]
     assert [0, 1] not in seen

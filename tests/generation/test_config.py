@@ -12,7 +12,7 @@ from support.generation import greedy
     [
         ("max_new_tokens", 0, "max_new_tokens is 0; it must be an integer of at least 1"),
         ("max_new_tokens", 2.5, "max_new_tokens is 2.5; it must be an integer of at least 1"),
-        ("end_id", -1, "end_id is -1; it must be None or a token id >= 0"),
+        ("end_ids", (3, -1), r"end_ids is \(3, -1\); it must be token ids >= 0"),
         ("pad_id", -2, "pad_id is -2; it must be a token id >= 0"),
         ("pad_id", None, "pad_id is None; it must be a token id >= 0"),
         ("num_beams", 0, "num_beams is 0; it must be an integer of at least 1"),

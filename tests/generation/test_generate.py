@@ -30,18 +30,18 @@ from support.generation import (
 
 
 @pytest.mark.parametrize("num_heads", NETWORKS)
-@pytest.mark.parametrize("end_id", [None, END, 20])
-def test_greedy_is_that_of_transformers(num_heads: int, end_id: int | None) -> None:
-    config = greedy(end_id=end_id)
+@pytest.mark.parametrize("end_ids", [(), (END,), (20,), (END, 20), (20, 7, END)])
+def test_greedy_is_that_of_transformers(num_heads: int, end_ids: tuple[int, ...]) -> None:
+    config = greedy(end_ids=end_ids)
     network = NETWORKS[num_heads]
     ours = generate(NetworkModel(network), PROMPTS, config)
     assert_same(ours, transformers_generate(network, PROMPTS, config))
 
 
-@pytest.mark.parametrize("end_id", [None, END, 20])
+@pytest.mark.parametrize("end_ids", [(), (END,), (20,), (END, 20), (20, 7, END)])
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 14])
-def test_a_model_that_chooses_itself_gives_the_same(end_id, max_new_tokens) -> None:
-    config = greedy(end_id=end_id, max_new_tokens=max_new_tokens)
+def test_a_model_that_chooses_itself_gives_the_same(end_ids, max_new_tokens) -> None:
+    config = greedy(end_ids=end_ids, max_new_tokens=max_new_tokens)
     told: dict[str, list] = {"plain": [], "choosing": []}
     found = {}
     for name, kind in (("plain", NetworkModel), ("choosing", ChoosingModel)):
@@ -83,7 +83,7 @@ def test_a_choice_among_numbers_that_are_none_is_refused() -> None:
             yield tokens, np.array([0.0, np.nan], np.float32)
 
     with pytest.raises(FloatingPointError, match="row 1 are not finite"):
-        generate(Overflowing(NETWORKS[2]), PROMPTS[:2], greedy(end_id=None))
+        generate(Overflowing(NETWORKS[2]), PROMPTS[:2], greedy(end_ids=()))
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.2, 1.5, 3.0])
@@ -97,10 +97,10 @@ def test_greedy_with_a_repetition_penalty_is_that_of_transformers(penalty: float
 
 
 def test_the_end_token_ends_a_row_and_is_part_of_it() -> None:
-    endless = token_lists(generate(NetworkModel(NETWORKS[2]), PROMPTS, greedy(end_id=None)))
+    endless = token_lists(generate(NetworkModel(NETWORKS[2]), PROMPTS, greedy(end_ids=())))
     ended = token_lists(generate(NetworkModel(NETWORKS[2]), PROMPTS, greedy()))
     assert {len(tokens) for tokens in endless} == {14}
-    assert ended == [new_tokens(list(tokens), END) for tokens in endless]
+    assert ended == [new_tokens(list(tokens), (END,)) for tokens in endless]
     assert len({len(tokens) for tokens in ended}) > 2
 
 
@@ -121,7 +121,7 @@ def test_a_row_that_has_ended_is_fed_padding() -> None:
 
 
 def test_a_pad_token_that_the_model_chooses_is_output() -> None:
-    endless = greedy(end_id=None)
+    endless = greedy(end_ids=())
     plain = token_lists(generate(NetworkModel(NETWORKS[2]), PROMPTS, endless))
     for pad_id in (plain[0][1], END):
         padded = generate(NetworkModel(NETWORKS[2]), PROMPTS, replace(endless, pad_id=pad_id))
@@ -152,11 +152,11 @@ def test_any_request_gives_what_transformers_gives(seed: int) -> None:
         numbers.integers(0, VOCAB, size=numbers.integers(1, 12)).tolist()
         for _ in range(numbers.integers(1, 4))
     ]
-    # An end token that the network really produces.
-    trial = generate(NetworkModel(network), prompts, greedy(end_id=None))
+    # End tokens that the network really produces.
+    trial = generate(NetworkModel(network), prompts, greedy(end_ids=()))
     config = GenerationConfig(
         max_new_tokens=int(numbers.integers(1, 20)),
-        end_id=int(numbers.choice(trial[0][0].tokens)),
+        end_ids=tuple({int(token) for token in numbers.choice(trial[0][0].tokens, 2)}),
         pad_id=PAD,
         num_beams=int(numbers.integers(1, 6)),
         repetition_penalty=float(numbers.choice([1.0, 1.0, 0.9, 1.2])),
@@ -216,8 +216,16 @@ def test_tokens_are_streamed_as_they_are_chosen(top_k: int) -> None:
         ([[1], []], {}, "prompt 1 is empty; it must hold at least 1 token"),
         ([[1], [4, 61]], {}, "prompt 1 holds token 61 and the vocabulary is 0..60; encode it"),
         ([[-1]], {}, "prompt 0 holds token -1 and the vocabulary is 0..60; encode it"),
-        ([[1]], {"end_id": 61}, "end_id is 61 and the vocabulary is 0..60; take it from"),
-        ([[1]], {"pad_id": 99}, "pad_id is 99 and the vocabulary is 0..60; take it from"),
+        (
+            [[1]],
+            {"end_ids": (3, 61)},
+            "token 61 of end_ids does not exist, because the vocabulary is 0..60",
+        ),
+        (
+            [[1]],
+            {"pad_id": 99},
+            "token 99 of pad_id does not exist, because the vocabulary is 0..60",
+        ),
         (
             [[1], [1, 2, 3]],
             {},
@@ -234,7 +242,7 @@ def test_tokens_are_streamed_as_they_are_chosen(top_k: int) -> None:
         (
             [[1]],
             {"num_beams": 31},
-            "num_beams is 31, more than half the vocabulary of 61 tokens; it must be at most 30",
+            "num_beams is 31, too many for a vocabulary of 61 tokens; it must be at most 30",
         ),
     ],
 )

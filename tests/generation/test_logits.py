@@ -92,11 +92,11 @@ def test_logits_that_are_no_numbers_are_refused(bad: float, num_beams: int) -> N
     table = np.zeros((5, 5))
     table[3, 1] = bad
     with pytest.raises(FloatingPointError, match=r"^the logits of row 1 are not finite"):
-        generate(TableModel(table), [[2], [3]], greedy(end_id=None, num_beams=num_beams))
+        generate(TableModel(table), [[2], [3]], greedy(end_ids=(), num_beams=num_beams))
 
 
 def test_logits_that_overflow_in_decode_are_refused() -> None:
     table = np.eye(5)[[1, 2, 3, 3, 4]] * 9
     table[3] = np.nan
     with pytest.raises(FloatingPointError, match=r"^the logits of row 0 are not finite"):
-        generate(TableModel(table), [[0]], greedy(end_id=None))
+        generate(TableModel(table), [[0]], greedy(end_ids=()))

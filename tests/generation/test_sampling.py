@@ -64,7 +64,7 @@ def assert_drawn_from(tokens: list[int], probabilities: np.ndarray) -> None:
 @pytest.mark.parametrize("options", SAMPLING.values(), ids=SAMPLING)
 def test_tokens_are_drawn_with_the_right_probabilities(options: dict[str, float]) -> None:
     table = np.random.default_rng(7).normal(0, 1.2, size=(7, 7))
-    config = greedy(end_id=None, max_new_tokens=2, random_seed=1, **options)
+    config = greedy(end_ids=(), max_new_tokens=2, random_seed=1, **options)
     output = token_lists(generate(TableModel(table), [[4, 2]] * 6000, config))
     first = exact_probabilities(table[2], [4, 2], config)
     assert_drawn_from([tokens[0] for tokens in output], first)
@@ -76,14 +76,14 @@ def test_tokens_are_drawn_with_the_right_probabilities(options: dict[str, float]
 def test_tokens_of_one_row_are_drawn_with_the_right_probabilities() -> None:
     model = TableModel(np.tile(np.array([0.3, 1.1, -0.5, 0.0]), (4, 1)))
     model.capacity = 5000
-    config = greedy(end_id=None, max_new_tokens=4000, top_k=0)
+    config = greedy(end_ids=(), max_new_tokens=4000, top_k=0)
     tokens = generate(model, [[0]], config)[0][0].tokens
     assert_drawn_from(list(tokens), exact_probabilities(model.table[0], [0], config))
 
 
 def test_the_seed_decides_the_sample() -> None:
     def sample(seed: int, prompts: list[list[int]]) -> list[tuple[int, ...]]:
-        config = greedy(end_id=None, top_k=0, random_seed=seed)
+        config = greedy(end_ids=(), top_k=0, random_seed=seed)
         return token_lists(generate(NetworkModel(NETWORKS[2]), prompts, config))
 
     same_prompt = [PROMPTS[0]] * 4
@@ -95,7 +95,7 @@ def test_the_seed_decides_the_sample() -> None:
 def test_top_k_1_is_greedy_whatever_else_is_set() -> None:
     # Three tokens tie for the first place; sampling among the top 1 would take any of them.
     model = TableModel(np.tile(np.array([0.0, 2.0, 2.0, 1.0, 2.0]), (5, 1)))
-    config = greedy(end_id=None, top_k=1, temperature=9.0, top_p=0.5, random_seed=4)
+    config = greedy(end_ids=(), top_k=1, temperature=9.0, top_p=0.5, random_seed=4)
     assert set(generate(model, [[0]] * 3, config)[2][0].tokens) == {1}
 
 

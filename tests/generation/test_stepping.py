@@ -48,7 +48,7 @@ def test_padding_of_the_prompts_is_the_pad_token() -> None:
 
 def test_decode_writes_behind_each_rows_own_prompt() -> None:
     model = NetworkModel(NETWORKS[2])
-    generate(model, PROMPTS, greedy(end_id=None, max_new_tokens=4))
+    generate(model, PROMPTS, greedy(end_ids=(), max_new_tokens=4))
     lengths = np.array([len(prompt) for prompt in PROMPTS])
     for step, (ids, starts, _) in enumerate(model.steps[1:]):
         assert ids.shape == (len(PROMPTS), 1)
@@ -58,7 +58,7 @@ def test_decode_writes_behind_each_rows_own_prompt() -> None:
 def test_a_row_may_fill_its_cache_to_the_last_position() -> None:
     model = NetworkModel(NETWORKS[2], capacity=11 + 14, max_batch_size=len(PROMPTS) * 2)
     roomy = NetworkModel(NETWORKS[2])
-    for config in (greedy(), greedy(end_id=None), greedy(num_beams=2)):
+    for config in (greedy(), greedy(end_ids=()), greedy(num_beams=2)):
         assert generate(model, PROMPTS, config) == generate(roomy, PROMPTS, config)
 
 
@@ -93,6 +93,6 @@ def test_steps_are_reported_with_what_they_were_good_for() -> None:
 def test_steps_of_beam_search_are_reported() -> None:
     reports: list[tuple[str, int]] = []
     model = NetworkModel(NETWORKS[2])
-    config = greedy(end_id=None, num_beams=3, max_new_tokens=4)
+    config = greedy(end_ids=(), num_beams=3, max_new_tokens=4)
     generate(model, PROMPTS, config, on_step=lambda *report: reports.append(report))
     assert reports == [("prefill", sum(map(len, PROMPTS)))] + [("decode", 18)] * 3

@@ -75,7 +75,7 @@ def require_same_text(spec: CheckpointSpec, ours: StepModel, theirs: StepModel) 
     long, short = random_ids(spec, 2, 9).tolist()
     prompts = [long, short[:4]]
     for beams in (1, 2, 1):
-        config = GenerationConfig(16, end_id=7, pad_id=0, num_beams=beams)
+        config = GenerationConfig(16, end_ids=(7,), pad_id=0, num_beams=beams)
         found, expected = generate(ours, prompts, config), generate(theirs, prompts, config)
         for mine, other in zip(found, expected, strict=True):
             assert [each.tokens for each in mine] == [each.tokens for each in other]

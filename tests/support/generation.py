@@ -180,14 +180,13 @@ class UntouchableModel:
 
 
 def greedy(**changes) -> GenerationConfig:
-    return replace(GenerationConfig(max_new_tokens=14, end_id=END, pad_id=PAD), **changes)
+    return replace(GenerationConfig(max_new_tokens=14, end_ids=(END,), pad_id=PAD), **changes)
 
 
-def new_tokens(tokens: list[int], end_id: int | None) -> tuple[int, ...]:
-    """The tokens without what transformers fills up with behind the end token."""
-    if end_id not in tokens:
-        return tuple(tokens)
-    return tuple(tokens[: tokens.index(end_id) + 1])
+def new_tokens(tokens: list[int], end_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The tokens without the padding that transformers adds after an end token."""
+    ends = (index + 1 for index, token in enumerate(tokens) if token in end_ids)
+    return tuple(tokens[: next(ends, len(tokens))])
 
 
 def transformers_generate(
@@ -211,13 +210,13 @@ def transformers_generate(
         num_beams=beams,
         num_return_sequences=beams,
         repetition_penalty=config.repetition_penalty,
-        eos_token_id=config.end_id,
+        eos_token_id=list(config.end_ids) or None,
         pad_token_id=PAD,
         return_dict_in_generate=True,
         output_scores=True,
         **beam_options,
     )
-    tokens = [new_tokens(row, config.end_id) for row in output.sequences[:, longest:].tolist()]
+    tokens = [new_tokens(row, config.end_ids) for row in output.sequences[:, longest:].tolist()]
     scores = output.sequences_scores.tolist() if beams > 1 else [None] * len(tokens)
     flat = list(zip(tokens, scores, strict=True))
     return [flat[start : start + beams] for start in range(0, len(flat), beams)]

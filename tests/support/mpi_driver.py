@@ -50,7 +50,7 @@ def record(engine: LoadedEngine) -> dict[str, NDArray]:
     found = {}
     searches = (("greedy", PROMPTS, 1), ("beams", PROMPTS[:2], 2), ("long", PROMPTS[2:], 1))
     for name, prompts, num_beams in searches:
-        config = GenerationConfig(NEW_TOKENS, end_id=None, pad_id=0, num_beams=num_beams)
+        config = GenerationConfig(NEW_TOKENS, end_ids=(), pad_id=0, num_beams=num_beams)
         recorder = Recorder(engine)
         outputs = generate(recorder, prompts, config)
         found[name] = np.array([[beam.tokens for beam in beams] for beams in outputs])
@@ -78,7 +78,7 @@ def send_signal(folder: Path, path: Path, name: str) -> None:
         if rank == 1 and len(generated) == 3:
             os.kill(os.getpid(), getattr(signal, name))
 
-    generate(engine.model, PROMPTS[:1], GenerationConfig(8, None, 0), on_token)
+    generate(engine.model, PROMPTS[:1], GenerationConfig(8, (), 0), on_token)
     print("generated to the end")
 
 

@@ -287,7 +287,7 @@ def test_a_missing_model_folder_is_named(made: Workflow) -> None:
     finally:
         config.write_text(content)
     assert result.returncode != 0
-    assert "nowhere: no such folder" in result.stdout + result.stderr
+    assert "no such folder: nowhere" in result.stdout + result.stderr
 
 
 def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""The tokens that begin and end a model's text, found as transformers finds them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpt_trt.checkpoint.tokenizer import has_tokenizer, read_tokenizer
+from mpt_trt.errors import MptTrtError
+from mpt_trt.system.files import read_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """bos_id: begins a text, None if unknown. end_ids: each of them ends a text."""
+
+    bos_id: int | None
+    end_ids: tuple[int, ...]
+
+
+def read_special_tokens(folder: Path, tokenizer: Path, vocab_size: int) -> SpecialTokens:
+    """Reads the special tokens of the checkpoint in `folder`.
+
+    End tokens are all of generation_config.json, else of config.json, else the tokenizer's. A
+    conflict between the two files is reported. tokenizer: a folder, which need not hold one; it is
+    read only when the files do not name the tokens.
+
+    Raises MptTrtError when a token is malformed or beyond the vocabulary.
+    """
+    generation = _token_ids(folder / "generation_config.json", "eos_token_id", vocab_size)
+    config = _token_ids(folder / "config.json", "eos_token_id", vocab_size)
+    if generation and not set(config) <= set(generation):
+        log.warning(
+            "%s: generation_config.json ends text with %s, config.json with %s; %s is used",
+            *(folder, list(generation), list(config), list(generation)),
+        )
+    end_ids = generation or config
+    bos_ids = _token_ids(folder / "config.json", "bos_token_id", vocab_size)
+    bos_id = bos_ids[0] if bos_ids else None
+    if (end_ids and bos_id is not None) or not has_tokenizer(tokenizer):
+        return SpecialTokens(bos_id, end_ids)
+    found = read_tokenizer(tokenizer).require_fitting(vocab_size)
+    if not end_ids and found.eos_token_id is not None:
+        end_ids = (found.eos_token_id,)
+    return SpecialTokens(found.bos_token_id if bos_id is None else bos_id, end_ids)
+
+
+def _token_ids(path: Path, field: str, vocab_size: int) -> tuple[int, ...]:
+    """Different token ids in a field, which may be missing; negative ones stand for none."""
+    value = read_json(path).get(field) if path.is_file() else None
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    for token in values:
+        if not isinstance(token, int) or isinstance(token, bool) or token >= vocab_size:
+            raise MptTrtError(
+                f"{path}: {field} = {value!r}: a token id below {vocab_size}, the size of the "
+                "vocabulary, or a list of them is required"
+            )
+    return tuple(dict.fromkeys(token for token in values if token >= 0))
