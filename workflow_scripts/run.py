@@ -24,10 +24,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tokenizer_dir",
-        help="hub id or folder of the tokenizer (default: that of the engine's checkpoint)",
+        help="hub id or folder of the tokenizer (default: the one in the engine directory)",
     )
     parser.add_argument("--log_level", default="warning", help="(default: %(default)s)")
     _add_input_and_output(parser)
+    _add_chat(parser)
     _add_choice_of_tokens(parser)
     options.add_runtime(parser)
     return parser
@@ -42,7 +43,8 @@ def _add_input_and_output(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--input_file",
         type=Path,
-        help="prompts: .txt with a text per line, .csv or .npy with a row of token ids per prompt",
+        help="prompts: .txt with a text per line, .csv or .npy with a row of token ids per prompt; "
+        "with --chat: .txt, or .json with messages",
     )
     group.add_argument(
         "--max_input_length",
@@ -56,8 +58,19 @@ def _add_input_and_output(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--output_csv", type=Path, help="write token ids, one row per output")
     group.add_argument("--output_npy", type=Path, help="write token ids, padded, as an array")
+    group.add_argument("--streaming", action="store_true", help="print text while it is generated")
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("chat")
     group.add_argument(
-        "--streaming", action="store_true", help="print text while it is generated (one prompt)"
+        "--chat",
+        action="store_true",
+        help="prompts are messages of a user; the tokenizer's chat template makes the model's "
+        "input of them (for the hub's mpt-*-chat and mpt-*-instruct: that of the model card)",
+    )
+    group.add_argument(
+        "--chat_template", type=Path, metavar="FILE", help="use this Jinja template instead"
     )
 
 
@@ -75,7 +88,16 @@ def _add_choice_of_tokens(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--random_seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument(
-        "--end_id", type=int, help="token that ends an output (default: the model's)"
+        "--end_id",
+        type=int,
+        nargs="+",
+        help="tokens that end an output (default: the model's)",
+    )
+    group.add_argument(
+        "--stop",
+        nargs="+",
+        metavar="TEXT",
+        help="strings that end an output and are not part of it",
     )
 
 

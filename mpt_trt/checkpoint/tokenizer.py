@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
+from mpt_trt.system.json_text import MOST_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,6 +56,11 @@ class Tokenizer:
         """Id of the token that ends a text, None if the tokenizer names none."""
         return _optional_id(self.backend.eos_token_id)
 
+    @property
+    def pad_token_id(self) -> int | None:
+        """Id of the token that fills up rows, None if the tokenizer names none."""
+        return _optional_id(self.backend.pad_token_id)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokenizer's special tokens unless told otherwise.
 
@@ -81,7 +87,9 @@ class Tokenizer:
 
         Raises MptTrtError, naming the first token that is not.
         """
-        beyond = {id_: token for token, id_ in self.backend.get_vocab().items() if id_ >= vocab_size}
+        beyond = {
+            id_: token for token, id_ in self.backend.get_vocab().items() if id_ >= vocab_size
+        }
         if beyond:
             first = min(beyond)
             raise MptTrtError(
@@ -133,7 +141,8 @@ def _require_whole(path: Path) -> None:
             raise MptTrtError(
                 f"{path}: a git-LFS pointer instead of the file; fetch it with `git lfs pull`"
             )
-    if path.suffix == ".json":
+    # A tokenizer of many languages may be larger than any other JSON.
+    if path.suffix == ".json" and path.stat().st_size <= MOST_BYTES:
         read_json(path)
 
 

@@ -71,7 +71,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--tokenizer_dir",
-        help="hub id or folder of the tokenizer (default: the Hugging Face checkpoint)",
+        help="hub id or folder of the tokenizer (default: that of the checkpoint)",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.errors import MptTrtError
@@ -20,7 +21,7 @@ def run(options: argparse.Namespace) -> None:
     tokenizer_dir = options.tokenizer_dir
     tokenizer = read_tokenizer(
         folder if tokenizer_dir is None else tokenizer_folder(tokenizer_dir, "main")
-    )
+    ).require_fitting(read_hf_config(folder).vocab_size)
     tokens = tokenizer.encode(read_text(options.text))
     chosen = windows(tokens, options.num_windows, options.window_length)
     print(f"{options.text}: {len(tokens)} tokens; {len(chosen)} windows of {chosen.shape[1] - 1}")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder
-from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.checkpoint.special_tokens import read_special_tokens
+from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.checkpoint.tokenizer import read_tokenizer, tokenizer_files
 from mpt_trt.cli.calibration_options import fill_in
 from mpt_trt.cli.progress import bytes_progress
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
         model_name=options.in_file,
         provenance=provenance | checkpoint.adapter_provenance(),
         int8=_int8(options, folder, tokenizer, config),
-        tokenizer=tuple(tokenizer_files(tokenizer)),
+        tokenizer=_tokenizer_files(options, tokenizer),
         end_ids=special.end_ids,
     )
     target = options.out_dir / f"{settings.tp_size}-gpu"
@@ -56,6 +56,13 @@ def run(options: argparse.Namespace) -> None:
     with bytes_progress(f"Converting {options.in_file}", total) as advance:
         write_ft_checkpoint(checkpoint, config, settings, target, advance)
     print(f"{target}: {total / 1e9:.2f} GB in {settings.storage_type}")
+
+
+def _tokenizer_files(options: argparse.Namespace, folder: Path) -> tuple[Path, ...]:
+    files = tuple(tokenizer_files(folder))
+    if options.tokenizer_dir and not files:
+        raise MptTrtError(f"--tokenizer_dir = {options.tokenizer_dir}: no tokenizer.json there")
+    return files
 
 
 def _int8(

@@ -7,28 +7,40 @@ import csv
 import logging
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
+from mpt_trt.checkpoint.chat import (
+    ChatTemplate,
+    Conversation,
+    chat_prompt,
+    choose_template,
+    read_conversations,
+)
 from mpt_trt.checkpoint.source import tokenizer_folder_of
 from mpt_trt.checkpoint.tokenizer import Tokenizer, read_tokenizer
+from mpt_trt.cli import prompts as prompt_files
 from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.engines.load import LoadedEngine, load_engine
-from mpt_trt.engines.manifest import read_manifest
+from mpt_trt.engines.manifest import Manifest, read_manifest
 from mpt_trt.errors import MptTrtError
 from mpt_trt.generation.config import Generated, GenerationConfig
 from mpt_trt.generation.generate import generate
+from mpt_trt.generation.text import GeneratedText, OrderedPrinter
 from mpt_trt.system.files import replace_file
+
+log = logging.getLogger("run")
 
 
 def run(options: argparse.Namespace) -> None:
     set_up_logging(options.log_level)
-    if options.streaming and len(options.input_text) > 1:
-        raise MptTrtError("--streaming prints one prompt's text; give one --input_text")
+    _require_consistent(options)
     manifest = read_manifest(options.engine_dir)
-    tokenizer = _tokenizer(options, manifest.provenance)
-    prompts = _prompts(options, tokenizer)
+    tokenizer = _tokenizer(options, manifest)
+    config = _generation_config(options, manifest, tokenizer)
+    template = _chat_template(options, manifest, tokenizer) if options.chat else None
+    prompts = _prompts(options, tokenizer, template, {*config.end_ids, config.pad_id})
+    stop = [*(options.stop or ()), *(template.stop if template else ())]
     engine = load_engine(
         options.engine_dir,
         options.runtime,
@@ -38,50 +50,106 @@ def run(options: argparse.Namespace) -> None:
     )
     if engine.is_first_rank:
         _say_what_runs(engine)
-    config = _generation_config(options, engine, tokenizer)
+        if options.end_id is None:
+            _report_conflict(config, tokenizer)
+    output = _Output(prompts, config, tokenizer, stop)
+    if options.streaming and engine.is_first_rank:
+        output.stream()
     started = time.perf_counter()
-    on_token = _printer(tokenizer) if options.streaming and engine.is_first_rank else None
+    on_token = output.on_token if options.streaming or stop else None
     outputs = generate(engine.model, prompts, config, on_token=on_token)
     seconds = time.perf_counter() - started
     if not engine.is_first_rank:
         return
-    if options.streaming:
-        print()
-    else:
-        _print_outputs(prompts, outputs, tokenizer)
+    if not options.streaming:
+        output.print_all(outputs)
     _save(options, outputs, config.pad_id)
     count = sum(len(best[0].tokens) for best in outputs)
     logging.info("%d tokens in %.2f s: %.1f tokens/s", count, seconds, count / seconds)
 
 
-def _tokenizer(options: argparse.Namespace, provenance: dict) -> Tokenizer:
-    asked, made = options.tokenizer_dir, options.engine_dir
-    return read_tokenizer(tokenizer_folder_of(made, provenance, asked))
+def _require_consistent(options: argparse.Namespace) -> None:
+    keep, file = options.max_input_length, options.input_file
+    if keep is not None and keep < 1:
+        raise MptTrtError(f"--max_input_length = {keep}: at least 1 is required")
+    if options.chat_template is not None and not options.chat:
+        raise MptTrtError("--chat_template belongs to --chat; add it")
+    texts = (prompt_files.TEXT_SUFFIX, prompt_files.CHAT_SUFFIX)
+    legal = texts if options.chat else (prompt_files.TEXT_SUFFIX, *prompt_files.IDS_SUFFIXES)
+    if file is not None and file.suffix not in legal:
+        hint = " without --chat" if file.suffix in texts else ""
+        hint = " with --chat" if options.chat else hint
+        raise MptTrtError(f"{file}: unknown kind of file; {', '.join(legal)} are read{hint}")
+    for index, text in enumerate(options.stop or ()):
+        _require_utf8(f"--stop {index}", text)
+    for index, text in enumerate(options.input_text):
+        _require_utf8(f"prompt {index}", text)
 
 
-def _prompts(options: argparse.Namespace, tokenizer: Tokenizer) -> list[list[int]]:
-    add_special_tokens = not options.no_add_special_tokens
-    if options.input_file is None:
-        found = [tokenizer.encode(text, add_special_tokens) for text in options.input_text]
-    else:
-        found = _read_prompts(options.input_file, tokenizer, add_special_tokens)
-    keep = options.max_input_length
-    return found if keep is None else [prompt[-keep:] for prompt in found]
-
-
-def _read_prompts(path: Path, tokenizer: Tokenizer, add_special_tokens: bool) -> list[list[int]]:
+def _require_utf8(name: str, text: str) -> None:
+    """Arguments that are not UTF-8 come as lone surrogates."""
     try:
-        if path.suffix == ".txt":
-            lines = path.read_text().splitlines()
-            return [tokenizer.encode(line, add_special_tokens) for line in lines if line]
-        if path.suffix == ".csv":
-            with path.open(newline="") as stream:
-                return [[int(cell) for cell in row] for row in csv.reader(stream) if row]
-        if path.suffix == ".npy":
-            return [[int(token) for token in row] for row in np.load(path, allow_pickle=False)]
-    except (OSError, ValueError, TypeError) as error:
-        raise MptTrtError(f"{path}: cannot be read as prompts: {error}") from None
-    raise MptTrtError(f"{path}: unknown kind of file; .txt, .csv and .npy are read")
+        text.encode()
+    except UnicodeEncodeError:
+        raise MptTrtError(f"{name} is not valid UTF-8: {text[:60]!r}; convert it") from None
+
+
+def _has_ids(options: argparse.Namespace) -> bool:
+    return options.input_file is not None and options.input_file.suffix in prompt_files.IDS_SUFFIXES
+
+
+def _tokenizer(options: argparse.Namespace, manifest: Manifest) -> Tokenizer | None:
+    """The tokenizer; None if there is none and the prompts are ids, which can do without."""
+    asked, made = options.tokenizer_dir, options.engine_dir
+    try:
+        folder = tokenizer_folder_of(made, manifest.provenance, asked)
+        tokenizer = read_tokenizer(folder)
+    except MptTrtError as error:
+        if asked is not None or not _has_ids(options) or options.stop:
+            raise
+        log.warning("%s; token ids are printed instead of text", error)
+        return None
+    return tokenizer.require_fitting(manifest.spec.config.vocab_size)
+
+
+def _chat_template(
+    options: argparse.Namespace, manifest: Manifest, tokenizer: Tokenizer | None
+) -> ChatTemplate:
+    assert tokenizer is not None, "only prompts that are ids can do without"
+    names = [manifest.provenance.get("source"), manifest.model_name]
+    known = [name for name in names if isinstance(name, str)]
+    return choose_template(tokenizer, known, options.chat_template)
+
+
+def _prompts(
+    options: argparse.Namespace,
+    tokenizer: Tokenizer | None,
+    template: ChatTemplate | None,
+    padding: set[int],
+) -> list[list[int]]:
+    file = options.input_file
+    if tokenizer is None or _has_ids(options):
+        pad_id = None if tokenizer is None else tokenizer.pad_token_id
+        prompts = prompt_files.read_ids(file, padding if pad_id is None else {*padding, pad_id})
+    elif template is not None:
+        conversations = _conversations(options)
+        prompts = [chat_prompt(tokenizer, template, messages) for messages in conversations]
+    else:
+        texts = options.input_text if file is None else prompt_files.read_texts(file)
+        add_special_tokens = not options.no_add_special_tokens
+        prompts = prompt_files.encoded(
+            texts, lambda text: tokenizer.encode(text, add_special_tokens)
+        )
+    keep = options.max_input_length
+    return prompts if keep is None else [prompt[-keep:] for prompt in prompts]
+
+
+def _conversations(options: argparse.Namespace) -> list[Conversation]:
+    file = options.input_file
+    if file is not None and file.suffix == prompt_files.CHAT_SUFFIX:
+        return read_conversations(file)
+    texts = options.input_text if file is None else prompt_files.read_texts(file)
+    return [[{"role": "user", "content": text}] for text in texts]
 
 
 def _say_what_runs(engine: LoadedEngine) -> None:
@@ -91,19 +159,13 @@ def _say_what_runs(engine: LoadedEngine) -> None:
 
 
 def _generation_config(
-    options: argparse.Namespace, engine: LoadedEngine, tokenizer: Tokenizer
+    options: argparse.Namespace, manifest: Manifest, tokenizer: Tokenizer | None
 ) -> GenerationConfig:
-    candidates = (
-        options.end_id,
-        engine.manifest.spec.config.eos_token_id,
-        tokenizer.eos_token_id,
-    )
-    end_id = next((candidate for candidate in candidates if candidate is not None), None)
-    end_ids = () if end_id is None else (end_id,)
+    end_ids = _end_ids(options, manifest, tokenizer)
     return GenerationConfig(
         max_new_tokens=options.max_output_len,
         end_ids=end_ids,
-        pad_id=0 if end_id is None else end_id,
+        pad_id=end_ids[0] if end_ids else 0,
         num_beams=options.num_beams,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -114,30 +176,87 @@ def _generation_config(
     )
 
 
-def _printer(tokenizer: Tokenizer):
-    """A function that prints each token's text as soon as its characters are whole."""
-    tokens: list[int] = []
-    printed = 0
-
-    def print_token(_row: int, token: int) -> None:
-        nonlocal printed
-        tokens.append(token)
-        text = tokenizer.decode(tokens)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[printed:], end="", flush=True)
-            printed = len(text)
-
-    return print_token
+def _end_ids(
+    options: argparse.Namespace, manifest: Manifest, tokenizer: Tokenizer | None
+) -> tuple[int, ...]:
+    """End tokens: those asked for, else the engine's, else the tokenizer's."""
+    if options.end_id is not None:
+        return tuple(dict.fromkeys(options.end_id))
+    own = None if tokenizer is None else tokenizer.eos_token_id
+    if not manifest.end_ids and own is not None:
+        return (own,)
+    return manifest.end_ids
 
 
-def _print_outputs(
-    prompts: list[list[int]], outputs: list[list[Generated]], tokenizer: Tokenizer
-) -> None:
-    for index, (prompt, beams) in enumerate(zip(prompts, outputs, strict=True)):
-        print(f'Input [Text {index}]: "{tokenizer.decode(prompt)}"')
-        for beam, generated in enumerate(beams):
-            text = tokenizer.decode(list(generated.tokens))
-            print(f'Output [Text {index} Beam {beam}]: "{text}"')
+def _report_conflict(config: GenerationConfig, tokenizer: Tokenizer | None) -> None:
+    own, used = None if tokenizer is None else tokenizer.eos_token_id, list(config.end_ids)
+    if own is not None and own not in used:
+        log.warning(
+            "the model's configuration ends text with %s, its tokenizer with %d; %s is used, "
+            "because the configuration comes first (--end_id chooses)",
+            *(used, own, used),
+        )
+
+
+class _Output:
+    """Prints prompts and outputs, as they grow or at the end; finds stop strings."""
+
+    def __init__(
+        self,
+        prompts: list[list[int]],
+        config: GenerationConfig,
+        tokenizer: Tokenizer | None,
+        stop: list[str],
+    ):
+        self._prompts, self._config, self._stop = prompts, config, stop
+        self._decoder = tokenizer or _Ids()
+        self._texts = [GeneratedText(self._decoder, stop) for _ in prompts]
+        self._printer: OrderedPrinter | None = None
+
+    def stream(self) -> None:
+        """Starts to print: the text of only one prompt bare, those of several as at the end."""
+        before, after = [""], "\n"
+        if len(self._prompts) > 1:
+            before = [self._header(index) + _label(index, 0) for index in range(len(self._prompts))]
+            after = '"\n'
+        self._printer = OrderedPrinter(self._texts, before, after, _write)
+
+    def on_token(self, row: int, token: int) -> bool:
+        """Takes a new token of a row; returns whether a stop string ends the row."""
+        stops = self._texts[row].add(token)
+        if self._printer is not None:
+            tokens = len(self._texts[row].tokens)
+            ends = token in self._config.end_ids or tokens == self._config.max_new_tokens
+            self._printer.update(row, stops or ends)
+        return stops
+
+    def print_all(self, outputs: list[list[Generated]]) -> None:
+        """Prints all prompts and outputs."""
+        for index, beams in enumerate(outputs):
+            _write(self._header(index))
+            for beam, generated in enumerate(beams):
+                text = GeneratedText(self._decoder, self._stop)
+                for token in generated.tokens:
+                    text.add(token)
+                _write(f'{_label(index, beam)}{text.text()}"\n')
+
+    def _header(self, index: int) -> str:
+        return f'Input [Text {index}]: "{self._decoder.decode(self._prompts[index])}"\n'
+
+
+class _Ids:
+    """Stands in for a tokenizer that there is not."""
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return " ".join(map(str, token_ids))
+
+
+def _label(index: int, beam: int) -> str:
+    return f'Output [Text {index} Beam {beam}]: "'
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _save(options: argparse.Namespace, outputs: list[list[Generated]], pad_id: int) -> None:

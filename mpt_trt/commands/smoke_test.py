@@ -27,6 +27,7 @@ def run(options: argparse.Namespace) -> None:
         options.activations,
         options.trust,
     )
+    tokenizer.require_fitting(engine.manifest.spec.config.vocab_size)
     prompt = tokenizer.encode(options.prompt)
     generation = record_generation(engine, prompt, options.max_new_tokens)
     if not engine.is_first_rank:

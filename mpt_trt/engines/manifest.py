@@ -8,7 +8,7 @@ first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ COMMON_KEYS = (
     "limits",
     "vocabulary",
     "provenance",
+    "end_ids",
     "calibration",
 )
 
@@ -103,10 +104,20 @@ class Common:
     vocabulary: VocabularySharding
     provenance: dict[str, Any]
     calibration: str | None
+    # Older descriptions have only the one of the architecture.
+    end_ids: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if any(token not in range(self.config.vocab_size) for token in self.end_ids or ()):
+            raise ValueError(f"end_ids = {shown(self.end_ids)}: ids of the vocabulary are expected")
         if self.dtype not in STORAGE_TYPES:
             raise ValueError(f"dtype = {shown(self.dtype)}: unknown")
+
+    @property
+    def all_end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        single = self.config.eos_token_id
+        return (() if single is None else (single,)) if self.end_ids is None else self.end_ids
 
     def spec(self) -> EngineSpec:
         """Raises ValueError when the sizes do not fit together."""
@@ -171,6 +182,7 @@ class EngineDescription(Common):
             self.model_name,
             self.spec(),
             self.provenance,
+            self.all_end_ids,
             self.calibration,
             self.builder,
             self.ranks,
@@ -181,13 +193,15 @@ class EngineDescription(Common):
 class Manifest:
     """The content of `config.json`.
 
-    provenance: where the checkpoint came from, as its own manifest records it. calibration: content
-    hash of the calibration result, None for an engine that needed none.
+    provenance: where the checkpoint came from, as its own manifest records it. end_ids: tokens that
+    end a text. calibration: content hash of the calibration result, None for an engine that needed
+    none.
     """
 
     model_name: str
     spec: EngineSpec
     provenance: dict
+    end_ids: tuple[int, ...]
     calibration: str | None
     builder: BuilderInfo
     ranks: tuple[RankFiles, ...]
@@ -219,18 +233,20 @@ def write_network_description(
     model_name: str,
     spec: EngineSpec,
     provenance: dict,
+    end_ids: tuple[int, ...],
     calibration: str | None,
     hashes: dict[str, str],
 ) -> None:
     """Writes `rank{r}.network.json` beside a rank's network.
 
-    provenance, calibration: see `Manifest`. hashes: content hash of each of the network's files, by
-    path in the folder.
+    provenance, end_ids, calibration: see `Manifest`. hashes: content hash of each of the network's
+    files, by path in the folder.
     """
     description = {
         "model_name": model_name,
         **_spec_content(spec),
         "provenance": provenance,
+        "end_ids": list(end_ids),
         "calibration": calibration,
         "network": network_name(rank),
         "files": _records(folder, hashes),
@@ -246,6 +262,7 @@ def read_network_manifest(folder: Path) -> Manifest:
         network.model_name,
         network.spec(),
         network.provenance,
+        network.all_end_ids,
         network.calibration,
         BuilderInfo("none", "0", ()),
         (files,),

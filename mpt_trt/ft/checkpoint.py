@@ -134,7 +134,7 @@ class FtCheckpoint:
     def tokenizer_files(self) -> list[str]:
         """Paths, in the folder, of the tokenizer's files; [] if none travels with it."""
         paths = sorted((self.folder / TOKENIZER_FOLDER).glob("*"))
-        return [str(path.relative_to(self.folder)) for path in paths]
+        return [str(path.relative_to(self.folder)) for path in paths if path.is_file()]
 
     def require_plain(self) -> None:
         """Raises MptTrtError when the weights are smoothed: the network would compute nonsense."""

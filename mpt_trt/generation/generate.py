@@ -42,8 +42,8 @@ def generate(
     """
     if on_token is not None and config.num_beams > 1:
         raise MptTrtError(
-            f"streaming needs num_beams 1, and it is {config.num_beams}: until beam search ends no"
-            " token is certain; leave out on_token or set num_beams to 1"
+            f"streaming and stop strings need num_beams 1, and it is {config.num_beams}: until beam"
+            " search ends no token is certain; leave them out or set num_beams to 1"
         )
     if len(prompts) == 0:
         return []

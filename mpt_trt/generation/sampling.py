@@ -18,8 +18,11 @@ from mpt_trt.generation.logits import (
 )
 from mpt_trt.generation.stepping import Stepper, is_end
 
-OnToken = Callable[[int, int], None]
-"""Called with (row, token) for every new token, as soon as it is chosen, end token included."""
+OnToken = Callable[[int, int], bool | None]
+"""Called with (row, token) for every new token, as soon as it is chosen, end token included.
+
+The row ends when it returns True. All ranks of an engine must end the same rows.
+"""
 
 _Chooser = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 """Maps scores `[rows, vocab]` to one token per row `[rows]`."""
@@ -126,9 +129,11 @@ class _Sequences:
         self.tokens[live, self.count] = chosen[live]
         self._lengths += live
         self._log_probs[live] += log_probs[live]
+        ended = is_end(chosen, self._config)
         for row in np.flatnonzero(live):
-            self._on_token(int(row), int(chosen[row]))
-        self._live = live & ~is_end(chosen, self._config)
+            if self._on_token(int(row), int(chosen[row])):
+                ended[row] = True
+        self._live = live & ~ended
         self.count += 1
 
     def generated(self) -> list[list[Generated]]:

@@ -18,7 +18,7 @@ from mpt_trt.model.sharding import Rank, VocabularySharding, all_ranks
 from mpt_trt.network.decoder import build_network
 from mpt_trt.network.graph import WEIGHTS_FOLDER
 from mpt_trt.network.weight_files import write_weights
-from mpt_trt.system.files import content_hash, replace_directory
+from mpt_trt.system.files import content_hash, hard_link, replace_directory
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def write_networks(inputs: NetworkInputs, folder: Path) -> None:
 
 
 def write_rank_network(inputs: NetworkInputs, rank: Rank, folder: Path) -> None:
-    """Adds one rank's network to `folder`: the graph, its weights, and a description beside it."""
+    """Adds one rank's network to `folder`: graph, weights, tokenizer, and a description."""
     checkpoint, calibration = inputs.checkpoint, inputs.calibrated.calibration
     network = build_network(
         checkpoint, rank, inputs.limits.cache_len, inputs.vocabulary, inputs.calibrated
@@ -76,6 +76,10 @@ def write_rank_network(inputs: NetworkInputs, rank: Rank, folder: Path) -> None:
     weights = write_weights(network, checkpoint, folder / WEIGHTS_FOLDER)
     graph = folder / network_name(rank.index)
     graph.write_bytes(network.model.SerializeToString())
+    tokenizer = checkpoint.tokenizer_files
+    for name in tokenizer:
+        if not (folder / name).exists():
+            hard_link(checkpoint.folder / name, folder / name)
     weight_hashes = {f"{WEIGHTS_FOLDER}/{name}": known for name, known in sorted(weights.items())}
     write_network_description(
         folder,
@@ -83,6 +87,7 @@ def write_rank_network(inputs: NetworkInputs, rank: Rank, folder: Path) -> None:
         checkpoint.model_name,
         inputs.spec,
         provenance=checkpoint.provenance,
+        end_ids=checkpoint.end_ids,
         calibration=None if calibration is None else content_hash(calibration.path),
-        hashes={graph.name: content_hash(graph)} | weight_hashes,
+        hashes={graph.name: content_hash(graph)} | weight_hashes | checkpoint.hashes(tokenizer),
     )

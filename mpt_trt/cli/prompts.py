@@ -1,0 +1,94 @@
+"""Prompts from command lines and files, as token ids."""
+
+from __future__ import annotations
+
+import csv
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.system.files import read_small_file
+
+MOST_TEXT_BYTES = 1 << 30
+# No vocabulary is larger.
+MOST_ID = 2**31 - 1
+
+TEXT_SUFFIX, IDS_SUFFIXES, CHAT_SUFFIX = ".txt", (".csv", ".npy"), ".json"
+
+
+def read_texts(path: Path) -> list[str]:
+    """Reads the lines of a UTF-8 file, which end with LF or CRLF; empty lines are left out.
+
+    Raises MptTrtError when the file is not UTF-8 or holds no text.
+    """
+    content = read_small_file(path, MOST_TEXT_BYTES)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MptTrtError(f"{path}: not UTF-8 text ({error}); convert it to UTF-8") from None
+    if not (lines := [line for line in re.split("\r?\n", text) if line]):
+        raise MptTrtError(f"{path}: holds no prompt; give a text per line")
+    return lines
+
+
+def read_ids(path: Path, padding: set[int]) -> list[list[int]]:
+    """Reads prompts from a .csv or .npy file with a row of token ids per prompt.
+
+    padding: ids that are dropped at the end of an array's rows.
+
+    Raises MptTrtError when the file holds anything else than integers, or an empty prompt.
+    """
+    try:
+        rows = _csv_rows(path) if path.suffix == ".csv" else _array_rows(path, padding)
+    except (OSError, ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise MptTrtError(f"{path}: cannot be read as prompts: {error}") from None
+    if not rows:
+        raise MptTrtError(f"{path}: holds no prompt; give a row of token ids per prompt")
+    for index, row in enumerate(rows):
+        if not row:
+            raise MptTrtError(f"{path}: prompt {index} is empty; it must hold at least 1 token")
+        if not all(0 <= token <= MOST_ID for token in row):
+            raise MptTrtError(
+                f"{path}: prompt {index} holds {min(row)} to {max(row)}: no token ids"
+            )
+    return rows
+
+
+def _csv_rows(path: Path) -> list[list[int]]:
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        try:
+            return [[int(cell) for cell in row] for row in csv.reader(stream) if row]
+        except csv.Error as error:
+            raise ValueError(str(error)) from None
+
+
+def _array_rows(path: Path, padding: set[int]) -> list[list[int]]:
+    # Mapped, so that a header which promises more than the file holds allocates nothing.
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise TypeError("an archive instead of one array")
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"an array of {array.dtype}; token ids are integers")
+    if array.ndim not in (1, 2, 3):
+        raise TypeError(f"an array of {array.ndim} dimensions; 1 to 3 are read")
+    rows = array.reshape(-1, array.shape[-1]).tolist() if array.size else []
+    return [_without_padding(row, padding) for row in rows]
+
+
+def _without_padding(row: list[int], padding: set[int]) -> list[int]:
+    end = len(row)
+    while end and row[end - 1] in padding:
+        end -= 1
+    return row[:end]
+
+
+def encoded(texts: list[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
+    """Token ids of each text; raises MptTrtError when a text is empty."""
+    for index, text in enumerate(texts):
+        if not text:
+            raise MptTrtError(f"prompt {index} is empty; give at least one character")
+    return [encode(text) for text in texts]

@@ -1,0 +1,110 @@
+"""The text of tokens as they are generated: whole characters, up to a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from mpt_trt.errors import MptTrtError
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class Decoder(Protocol):
+    """Turns token ids into text."""
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids, without special tokens unless told otherwise."""
+
+
+class GeneratedText:
+    """The text of one sequence of new tokens, which ends before the first stop string.
+
+    Stop strings may begin and end within tokens, and may contain special tokens, which are not
+    part of the text.
+    """
+
+    def __init__(self, decoder: Decoder, stop: Sequence[str] = ()):
+        if "" in stop:
+            raise MptTrtError("--stop: an empty string would end every text; leave it out")
+        self.tokens: list[int] = []
+        self._decoder, self._stop = decoder, tuple(stop)
+        self._end: int | None = None
+
+    def add(self, token: int) -> bool:
+        """Appends a token; returns whether a stop string is complete."""
+        self.tokens.append(token)
+        if self._stop and self._end is None:
+            raw = self._raw(self.tokens)
+            starts = [start for stop in self._stop if (start := raw.find(stop)) >= 0]
+            self._end = min(starts, default=None)
+        return self._end is not None
+
+    def text(self, is_finished: bool = True) -> str:
+        """The text; if more tokens follow, without what may still become something else."""
+        raw = self._raw(self.tokens)
+        limit = len(raw)
+        if self._end is not None:
+            limit = self._end
+        elif not is_finished:
+            limit = len(raw.rstrip(INCOMPLETE))
+            limit -= max((_overlap(raw[:limit], stop) for stop in self._stop), default=0)
+        return self._visible(raw, limit)
+
+    def _visible(self, raw: str, limit: int) -> str:
+        """`raw[:limit]` without special tokens."""
+        plain = self._decoder.decode(self.tokens)
+        if plain == raw:
+            return raw[:limit]
+        for count in range(len(self.tokens), -1, -1):
+            start = self._raw(self.tokens[:count])
+            if len(start) <= limit and raw.startswith(start):
+                # What is left of the next token, unless that is a special one.
+                next_one = self.tokens[count : count + 1]
+                rest = raw[len(start) : limit] if self._decoder.decode(next_one) else ""
+                return self._decoder.decode(self.tokens[:count]) + rest
+        return ""
+
+    def _raw(self, tokens: list[int]) -> str:
+        return self._decoder.decode(tokens, skip_special_tokens=False)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that a stop string begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class OrderedPrinter:
+    """Prints the texts of several sequences as they grow, but each as a whole and in order.
+
+    texts: of each sequence. before: printed before each text. after: printed after it.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[GeneratedText],
+        before: Sequence[str],
+        after: str,
+        write: Callable[[str], None],
+    ):
+        self._texts, self._before, self._after, self._write = texts, before, after, write
+        self._finished = [False] * len(texts)
+        self._row, self._printed, self._is_begun = 0, 0, False
+
+    def update(self, row: int, is_finished: bool) -> None:
+        """Prints what is certain by now. row: the sequence that got a token or was finished."""
+        self._finished[row] = self._finished[row] or is_finished
+        while row == self._row and self._row < len(self._texts):
+            if not self._is_begun:
+                self._write(self._before[row])
+                self._is_begun = True
+            done = self._finished[row]
+            text = self._texts[row].text(done)
+            self._write(text[self._printed :])
+            self._printed = max(self._printed, len(text))
+            if not done:
+                return
+            self._write(self._after)
+            self._row, self._printed, self._is_begun = self._row + 1, 0, False
+            row = self._row
