@@ -79,6 +79,7 @@ rule convert_checkpoint:
     params:
         **tool("convert_hf_mpt_to_ft.py"),
         storage_type=of_job(plan.storage_type),
+        tokenizer=of_job(plan.tokenizer_option),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
@@ -87,6 +88,7 @@ rule convert_checkpoint:
             --out_dir "$(dirname {output:q})" \
             --tensor_parallelism {wildcards.tp} \
             --storage_type {params.storage_type} \
+            {params.tokenizer:q} \
             --processes {threads}
         """
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpt_trt.checkpoint.foreign import require_content
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
 from mpt_trt.system.json_text import MOST_BYTES
@@ -36,7 +37,6 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "config.json",
 )
-LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _require_whole(path: Path) -> None:
-    with path.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise MptTrtError(
-                f"{path}: a git-LFS pointer instead of the file; fetch it with `git lfs pull`"
-            )
+    require_content(path)
     # A tokenizer of many languages may be larger than any other JSON.
     if path.suffix == ".json" and path.stat().st_size <= MOST_BYTES:
         read_json(path)
