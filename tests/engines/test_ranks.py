@@ -438,6 +438,7 @@ def test_engine_of_two_ranks_says_what_it_is(engine: Path, converted):
         "limits": vars(LIMITS),
         "vocabulary": {"embedding": False, "head": True},
         "provenance": {"folder": "somewhere"},
+        "end_ids": [0],
         "builder": {
             "package": "tensorrt_rtx",
             "version": version,

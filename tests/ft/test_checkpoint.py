@@ -535,16 +535,17 @@ class TestManifest:
         convert("-i", "hf", "-o", ".", "-tp", 2)
         folder = tmp_path / "2-gpu"
         manifest = json.loads((folder / "manifest.json").read_text())
-        assert manifest["provenance"] == {"source": "hf"}
+        assert manifest["provenance"] == {"kind": "folder", "source": str(tmp_path / "hf")}
+        assert manifest["end_ids"] == [0]
         assert manifest["mpt_trt_version"] == mpt_trt.__version__
         expected = {
-            path.name: {
+            str(path.relative_to(folder)): {
                 "bytes": len(path.read_bytes()),
                 "hash": f"xxh3:{xxhash.xxh3_128_hexdigest(path.read_bytes())}",
             }
-            for path in folder.glob("*.bin")
+            for path in [*folder.glob("*.bin"), *folder.glob("tokenizer/*")]
         }
-        assert len(expected) > 20
+        assert "tokenizer/tokenizer.json" in expected and len(expected) > 20
         assert manifest["files"] == expected
         found = read_ft_checkpoint(folder)
         assert found.hashes(list(expected)) == {n: e["hash"] for n, e in expected.items()}
@@ -595,7 +596,9 @@ class TestCommandLine:
         for processes in (1, 4):
             convert("-i", "ckpts/a", "-o", f"out{processes}", "-p", processes, "-tp", 4)
         folders = [tmp_path / f"out{processes}" / "4-gpu" for processes in (1, 4)]
-        one, four = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in folders)
+        one, four = (
+            {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()} for folder in folders
+        )
         assert one == four
 
     def test_the_directory_is_replaced_as_a_whole(self, checkpoint, tmp_path, convert) -> None:

@@ -563,7 +563,11 @@ class TestCommandLine:
             arguments = ["-sq", 0.5, "--calib_text", "text.txt", *SEEN, "-p", processes]
             convert("-i", "hf", "-o", out, *arguments)
         first, second = (
-            {path.name: path.read_bytes() for path in (tmp_path / out / "1-gpu").iterdir()}
+            {
+                path.name: path.read_bytes()
+                for path in (tmp_path / out / "1-gpu").rglob("*")
+                if path.is_file()
+            }
             for out in ("out1", "out2")
         )
         assert first == second

@@ -43,15 +43,15 @@ def write_ft(
 
 
 def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir() if path.is_file()}
 
 
 def hashes_in(folder: Path) -> dict[str, str]:
-    """sha256 of all files, our manifest aside."""
+    """sha256 of all files except our manifest and tokenizer."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.iterdir()
-        if path.name != "manifest.json"
+        if path.is_file() and path.name != "manifest.json"
     }
 
 

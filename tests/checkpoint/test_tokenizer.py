@@ -1,0 +1,231 @@
+"""Tokenizers, special tokens and chat templates against transformers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as TokenizerFile
+from transformers import AutoTokenizer
+
+from mpt_trt.checkpoint.chat import chat_prompt, choose_template, read_conversations
+from mpt_trt.checkpoint.source import tokenizer_folder_of
+from mpt_trt.checkpoint.special_tokens import SpecialTokens, read_special_tokens
+from mpt_trt.checkpoint.tokenizer import read_tokenizer, tokenizer_files
+from mpt_trt.errors import MptTrtError
+from support.paths import REPOSITORY
+
+DEMO = REPOSITORY / "resources" / "mpt-demo"
+VOCAB_SIZE = 4096
+TEXT = "<|im_start|>user\ndef add(a, b):\n    return a + b<|im_end|>"
+START = {
+    "content": "<|im_start|>", "lstrip": False, "normalized": False, "rstrip": False,
+    "single_word": False, "special": True,
+}  # fmt: skip
+END = {**START, "content": "<|im_end|>"}
+CHANGES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "added_tokens_decoder": {"added_tokens_decoder": {"4096": START, "4097": END}},
+    "additional_special_tokens": {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
+    "no bos": {"add_bos_token": False},
+    "eos": {"add_eos_token": True},
+    "GPTNeoX": {"tokenizer_class": "GPTNeoXTokenizer", "add_bos_token": False},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(DEMO / name, tmp_path / name)
+    return tmp_path
+
+
+def edit(path: Path, **changes: Any) -> None:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | changes))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_ids_are_those_of_transformers(folder: Path, change: str) -> None:
+    edit(folder / "tokenizer_config.json", **CHANGES[change])
+    expected = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids
+    assert read_tokenizer(folder).encode(TEXT) == expected
+
+
+def test_tokens_of_a_file_of_their_own(folder: Path) -> None:
+    edit(folder / "added_tokens.json", **{"<|im_start|>": 4096, "<|im_end|>": 4097})
+    tokens = read_tokenizer(folder).encode(TEXT)
+    assert tokens == AutoTokenizer.from_pretrained(folder)(TEXT).input_ids
+    assert {4096, 4097} <= set(tokens)
+
+
+def test_saved_truncation_and_padding_are_ignored(folder: Path) -> None:
+    expected = read_tokenizer(folder).encode(TEXT)
+    saved = TokenizerFile.from_file(str(folder / "tokenizer.json"))
+    saved.enable_truncation(max_length=4)
+    saved.enable_padding(length=64, pad_id=0, pad_token="<|endoftext|>")
+    saved.save(str(folder / "tokenizer.json"))
+    assert read_tokenizer(folder).encode(TEXT) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-LFS pointer"),
+        ("{}", "not a tokenizer that transformers reads"),
+        ("[]", "tokenizer.json"),
+        ('{"model": ', "tokenizer.json"),
+    ],
+)
+def test_damaged_tokenizers_get_one_sentence(folder: Path, content: str, message: str) -> None:
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(MptTrtError, match=message):
+        read_tokenizer(folder)
+
+
+def test_panics_print_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    single = [{"SpecialToken": {"id": "absent", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+    edit(folder / "tokenizer.json", post_processor=template)
+    with pytest.raises(MptTrtError, match=r"tokenizer\.json: not a tokenizer"):
+        read_tokenizer(folder)
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_text_that_is_not_utf8(folder: Path) -> None:
+    with pytest.raises(MptTrtError, match="not valid UTF-8"):
+        read_tokenizer(folder).encode("a\udcff")
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_rejected(folder: Path) -> None:
+    tokenizer = read_tokenizer(folder)
+    assert tokenizer.require_fitting(VOCAB_SIZE) is tokenizer
+    with pytest.raises(MptTrtError, match=r"does not fit the model: token .* has id 4000"):
+        tokenizer.require_fitting(4000)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ([0, 7], None, (0, 7)),
+        ([7, 0], [3], (7, 0)),
+        (None, [9, 4], (9, 4)),
+        (None, [4, 9], (4, 9)),
+        (5, 6, (5,)),
+        (None, 6, (6,)),
+        (None, None, (0,)),
+        (None, -1, (0,)),
+    ],
+)
+def test_end_tokens(
+    folder: Path, generation: object, config: object, expected: tuple[int, ...]
+) -> None:
+    edit(folder / "generation_config.json", eos_token_id=generation)
+    edit(folder / "config.json", eos_token_id=config, bos_token_id=2)
+    assert read_special_tokens(folder, folder, VOCAB_SIZE) == SpecialTokens(2, expected)
+
+
+def test_end_token_of_special_tokens_map(folder: Path) -> None:
+    edit(folder / "config.json", eos_token_id=None)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    edit(folder / "special_tokens_map.json", eos_token="def")
+    expected = AutoTokenizer.from_pretrained(folder).eos_token_id
+    assert read_special_tokens(folder, folder, VOCAB_SIZE).end_ids == (expected,)
+
+
+def test_a_conflict_between_files_is_reported_once(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit(folder / "generation_config.json", eos_token_id=[5])
+    edit(folder / "config.json", eos_token_id=6, bos_token_id=2)
+    with caplog.at_level(logging.WARNING):
+        read_special_tokens(folder, folder, VOCAB_SIZE)
+    assert [record.getMessage().count("[5]") for record in caplog.records] == [2]
+
+
+@pytest.mark.parametrize("value", ["</s>", [0, "x"], True, 4096])
+def test_malformed_end_tokens(folder: Path, value: object) -> None:
+    edit(folder / "config.json", eos_token_id=value)
+    with pytest.raises(MptTrtError, match=r"config\.json: eos_token_id = "):
+        read_special_tokens(folder, folder, VOCAB_SIZE)
+
+
+def test_recorded_folders_are_not_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for recorded in ({"source": "owner/name"}, {"kind": "folder", "source": "owner/name"}):
+        with pytest.raises(MptTrtError, match=r"^no such folder: owner/name.*--tokenizer_dir"):
+            tokenizer_folder_of(tmp_path / "engine", recorded, None)
+    (tmp_path / "engine/tokenizer").mkdir(parents=True)
+    found = tokenizer_folder_of(tmp_path / "engine", {"source": "owner/name"}, None)
+    assert found == tmp_path / "engine/tokenizer"
+
+
+MESSAGES = [{"role": "user", "content": "Why?"}]
+
+
+def test_templates_of_the_tokenizer_and_of_a_file(folder: Path, tmp_path: Path) -> None:
+    template = "{{ messages[0].content }}!{% if add_generation_prompt %}>{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = read_tokenizer(folder)
+    assert folder / "chat_template.jinja" in tokenizer_files(folder)
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        MESSAGES, add_generation_prompt=True, tokenize=False
+    )
+    tokens = chat_prompt(tokenizer, choose_template(tokenizer, []), MESSAGES)
+    assert tokenizer.decode(tokens) == expected == "Why?!>"
+    (tmp_path / "own").write_text("{{ messages[0].role }}")
+    own = choose_template(tokenizer, [], tmp_path / "own")
+    assert tokenizer.decode(chat_prompt(tokenizer, own, MESSAGES)) == "user"
+
+
+BLURB = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
+HONEST = (
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and "
+    "honest answers."
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("mosaicml/mpt-7b-instruct", f"{BLURB}\n### Instruction:\nWhy?\n### Response:\n"),
+        ("mosaicml/mpt-30b-instruct", f"{BLURB}\n\n###Instruction\nWhy?\n\n### Response\n"),
+        ("x/mpt-7b-8k-instruct", f"{BLURB}\n\n###Instruction\nWhy?\n\n### Response\n"),
+        (
+            "checkpoints/mpt-30b-chat",
+            f"<|im_start|>system\n{HONEST}<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
+            "<|im_start|>assistant\n",
+        ),
+    ],
+)
+def test_templates_of_model_cards(folder: Path, name: str, text: str) -> None:
+    tokenizer = read_tokenizer(folder)
+    template = choose_template(tokenizer, ["something", name])
+    assert tokenizer.decode(chat_prompt(tokenizer, template, MESSAGES)) == text
+    assert template.stop == (("<|im_end|>",) if "chat" in name else ())
+    with pytest.raises(MptTrtError, match="--chat_template"):
+        choose_template(tokenizer, ["mpt-7b"])
+
+
+@pytest.mark.parametrize(
+    "content", [MESSAGES, {"messages": MESSAGES}, [MESSAGES], [{"messages": MESSAGES}]]
+)
+def test_conversations(tmp_path: Path, content: object) -> None:
+    (tmp_path / "m.json").write_text("\ufeff" + json.dumps(content))
+    assert read_conversations(tmp_path / "m.json") == [MESSAGES]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "3", '[{"role": "user"}]', "[[]]", "[1]", "{"])
+def test_malformed_conversations(tmp_path: Path, content: str) -> None:
+    (tmp_path / "m.json").write_text(content)
+    with pytest.raises(MptTrtError, match=r"m\.json: "):
+        read_conversations(tmp_path / "m.json")
