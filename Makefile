@@ -12,7 +12,7 @@ INSTALL_SLURM := (apt-get update && apt-get install -y --no-install-recommends $
 
 DEMO := smoke_tests/mpt-demo/fp16/1-gpu.json
 
-.PHONY: demo test test-install slurm-ready test-slurm test-gpu nightly bench check docs clean
+.PHONY: demo test test-install slurm-ready test-slurm test-gpu fuzz nightly bench check docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/snakemake --cores 2 $(DEMO)
@@ -39,6 +39,10 @@ test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
 	$(PIP) install --quiet "onnxruntime-gpu[cuda,cudnn]==1.31.1"
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+# Readers of foreign files on 20,000 mutations of each: some minutes.
+fuzz: $(VENV)/installed-dev
+	MPT_TRT_FUZZ=20000 $(BIN)/python -m pytest tests/fuzz
 
 # Real shapes, cut to two blocks: some 5 minutes, 10 GB of memory and of disk.
 nightly: $(VENV)/installed-dev

@@ -27,6 +27,7 @@ from mpt_trt.checkpoint.weight_names import USUAL_PREFIXES, is_weight, plain_nam
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.tensors import Weight
 from mpt_trt.system.files import map_pages
+from mpt_trt.system.json_text import MOST_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -239,7 +240,9 @@ def _safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(min(length, path.stat().st_size)))
+        if length > MOST_BYTES:
+            raise ValueError(f"its header has {length} bytes")
+        header = json.loads(stream.read(length))
     return {k: v for k, v in header.items() if k != "__metadata__"}, 8 + length
 
 
@@ -249,7 +252,7 @@ def _first_incomplete_tensor(path: Path) -> str:
         header, data_start = _safetensors_header(path)
         ends = {name: data_start + entry["data_offsets"][1] for name, entry in header.items()}
         size = path.stat().st_size
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return "every tensor"
     cut_off = [name for name, end in ends.items() if end > size]
     return min(cut_off, key=ends.__getitem__, default="every tensor")
