@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 from huggingface_hub import constants, errors
 
+from mpt_trt.checkpoint.hub_environment import proxies, without_password
 from mpt_trt.errors import MptTrtError
 
 OFFLINE_REMEDY = (
@@ -60,7 +62,14 @@ def cache_folder() -> Path:
 def _reason(error: BaseException) -> str:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    if not isinstance(error, httpx.RequestError):
+        return reason
+    # What stands between us and the hub, by the name of its variable.
+    between = [f"{name} = {without_password(value)}" for name, value in proxies()]
+    if endpoint := os.environ.get("HF_ENDPOINT"):
+        between.append(f"HF_ENDPOINT = {endpoint}")
+    return f"{reason}; {', '.join(between)}" if between else reason
 
 
 def _refusal(error: errors.HfHubHTTPError, source: str, revision: str) -> Exception:

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mpt_trt.checkpoint.hub_environment import require_usable_environment
 from mpt_trt.checkpoint.snapshot import recorded_provenance
 from mpt_trt.errors import MptTrtError
 
@@ -41,6 +42,7 @@ def checkpoint_folder(source: str, revision: str = "main") -> tuple[Path, dict[s
     Raises MptTrtError when there is no such folder, or the hub does not provide the files.
     """
     if is_hub_id(source):
+        require_usable_environment()
         # The hub's client takes longer to import than small checkpoints take to convert.
         from mpt_trt.checkpoint.hub import fetch_checkpoint
 
@@ -65,6 +67,7 @@ def tokenizer_folder(source: str, revision: str = "main") -> Path:
     Raises MptTrtError when there is no such folder, or the hub does not provide the files.
     """
     if is_hub_id(source):
+        require_usable_environment()
         from mpt_trt.checkpoint.hub import fetch_tokenizer  # as above
 
         return fetch_tokenizer(source, revision).folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from mpt_trt.checkpoint.hub import fetch_checkpoint, fetch_tokenizer, resolve_revision
+from mpt_trt.checkpoint.hub_environment import require_usable_environment
 from mpt_trt.checkpoint.snapshot import link_folder, read_record
 from mpt_trt.checkpoint.source import is_hub_id
 from mpt_trt.cli.terminal import set_up_logging
@@ -17,11 +17,15 @@ log = logging.getLogger("fetch_checkpoint")
 
 def run(options: argparse.Namespace) -> None:
     set_up_logging(options.log_level)
+    require_usable_environment()
     steps = {"resolve": resolve, "fetch": fetch}
     steps[options.step](options)
 
 
 def resolve(options: argparse.Namespace) -> None:
+    # The hub's client reads the environment when it is imported, and that is checked now.
+    from mpt_trt.checkpoint.hub import resolve_revision
+
     source, revision = options.source, options.revision
     if not is_hub_id(source):
         raise MptTrtError(f"--source = {source}: not a hub id (owner/name), nothing to resolve")
@@ -35,6 +39,8 @@ def resolve(options: argparse.Namespace) -> None:
 
 
 def fetch(options: argparse.Namespace) -> None:
+    from mpt_trt.checkpoint.hub import fetch_checkpoint, fetch_tokenizer  # as above
+
     record = read_record(options.revision_file)
     fetchers = {"checkpoint": fetch_checkpoint, "tokenizer": fetch_tokenizer}
     snapshot = fetchers[options.content](**record)
