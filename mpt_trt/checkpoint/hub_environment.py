@@ -25,13 +25,8 @@ CACHES = {"HF_HUB_CACHE": "", "HUGGINGFACE_HUB_CACHE": "", "HF_HOME": "hub"}
 
 def require_usable_environment() -> None:
     """Raises MptTrtError, naming the variable, when the hub's client cannot work with one."""
-    for name, value in proxies():
-        _require_proxy(name, value)
-    for name in ("NO_PROXY", "no_proxy"):
-        _require_exceptions(name, os.environ.get(name, ""))
-    _require_certificates()
-    _require_token()
-    _require_endpoint()
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
+        _require_connection()
     for name in TIMEOUTS:
         value = os.environ.get(name, "").strip()
         if value and not (value.isdecimal() and int(value) > 0):
@@ -51,6 +46,16 @@ def without_password(url: str) -> str:
     """An address without its user and password."""
     scheme, mark, rest = url.rpartition("://")
     return scheme + mark + rest.rpartition("@")[2]
+
+
+def _require_connection() -> None:
+    for name, value in proxies():
+        _require_proxy(name, value)
+    for name in ("NO_PROXY", "no_proxy"):
+        _require_exceptions(name, os.environ.get(name, ""))
+    _require_certificates()
+    _require_token()
+    _require_endpoint()
 
 
 def _require_proxy(name: str, value: str) -> None:

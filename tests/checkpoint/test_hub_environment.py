@@ -14,7 +14,13 @@ from support.engines import one_line_error, run_tool
 NAMES = (
     *("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"),
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_ETAG_TIMEOUT"),
-    *("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"),
+    *(
+        "HF_HUB_OFFLINE",
+        "HF_HUB_DOWNLOAD_TIMEOUT",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HUGGINGFACE_HUB_CACHE",
+    ),
 )
 NO_SOCKS = importlib.util.find_spec("socksio") is None
 WRONG = {
@@ -90,6 +96,12 @@ def test_stray_characters_of_a_token(monkeypatch, name: str, token: str) -> None
 )
 def test_usable_values(monkeypatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
+    require_usable_environment()
+
+
+def test_offline_needs_no_connection(monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("ALL_PROXY", "socks4://127.0.0.1:1080")
     require_usable_environment()
 
 
