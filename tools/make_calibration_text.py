@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.cli.console import run_cli
-from mpt_trt.system.files import replace_file
+from mpt_trt.system.replace import replace_file
 from tools.demo_model.corpus import (
     HELD_BACK_BYTES,
     HELDOUT_BYTES,

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.checkpoint.known_models import SHAPES
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.output_options import add_force
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -28,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the result")
+    add_force(parser)
     return parser
 
 

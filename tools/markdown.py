@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.system.files import replace_file
+from mpt_trt.system.replace import replace_file
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 

@@ -17,7 +17,7 @@ from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.known_models import hub_config
 from mpt_trt.cli.progress import bytes_progress
 from mpt_trt.model.tensors import Weight, weights
-from mpt_trt.system.files import replace_directory
+from mpt_trt.system.replace import NEVER_REPLACED, replace_directory
 
 SHARD_BYTES = 1 << 30
 WEIGHT_STD = 0.02
@@ -26,7 +26,7 @@ WEIGHT_STD = 0.02
 def run(options: argparse.Namespace) -> None:
     """Write the checkpoint that the options of make_random_checkpoint.py ask for."""
     dtype = getattr(torch, options.dtype)
-    with replace_directory(options.output_dir) as folder:
+    with replace_directory(options.output_dir, NEVER_REPLACED, force=options.force) as folder:
         content = hub_config(options.like, options.layers, options.dtype)
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
         stored = [w for w in weights(read_hf_config(folder)) if w.hf_name is not None]

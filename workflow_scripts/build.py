@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.output_options import add_force
 from mpt_trt.quantization.schemes import GROUP_SIZES
 
 
@@ -39,6 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(rank_tool=Path(__file__).resolve().parent / "steps" / "build_rank.py")
     parser.add_argument("--log_level", default="info", help="(default: %(default)s)")
+    add_force(parser)
     options.add_limits(parser)
     options.add_vocabulary(parser)
     options.add_builder(parser)

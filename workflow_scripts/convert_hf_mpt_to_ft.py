@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.cli import calibration_options as options
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.output_options import add_force
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -75,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="also write the scales of an int8 KV cache, for readers of FT checkpoints (build.py "
         "takes them from the result of quantize.py)",
     )
+    add_force(parser)
     options.add_calibration(parser)
     return parser
 

@@ -38,7 +38,8 @@ from mpt_trt.quantization.calibrated_weights import (
     SmoothQuantMatrix,
 )
 from mpt_trt.quantization.schemes import QuantizationFormat
-from mpt_trt.system.files import WRITE_BYTES, replace_file, write_in_pieces
+from mpt_trt.system.files import WRITE_BYTES, write_in_pieces
+from mpt_trt.system.replace import replace_file
 
 # The earliest time that a zip archive can record: the same arrays make the same bytes.
 TIME_STAMP = (1980, 1, 1, 0, 0, 0)

@@ -28,7 +28,8 @@ from mpt_trt.checkpoint.hub_errors import (
 )
 from mpt_trt.checkpoint.snapshot import COMMIT, Snapshot
 from mpt_trt.errors import MptTrtError
-from mpt_trt.system.files import read_json, replace_file
+from mpt_trt.system.files import read_json
+from mpt_trt.system.replace import replace_file
 
 # Files are downloaded in the order of these tables: if the last one is there, so are the others.
 CONFIG_FILES = ("config.json", "generation_config.json")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.system.files import hard_link, read_json, replace_directory
+from mpt_trt.system.files import hard_link, read_json
+from mpt_trt.system.replace import FolderKind, read_mark, replace_directory
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 RECORD = "source.json"
@@ -39,15 +40,26 @@ class Snapshot:
         }
 
 
-def link_folder(snapshot: Snapshot, target: Path) -> None:
+def _own_files(folder: Path) -> set[str] | None:
+    content = read_mark(folder / RECORD)
+    files = content.get("files")
+    if not isinstance(files, dict) or not content.keys() >= set(RECORD_FIELDS):
+        return None
+    return {RECORD, *files}
+
+
+FETCHED_CHECKPOINT = FolderKind("a fetched checkpoint", _own_files)
+
+
+def link_folder(snapshot: Snapshot, target: Path, force: bool = False) -> None:
     """Makes `target` a folder of symbolic links to the files of `snapshot`, plus `source.json`.
 
     If the file system has no symbolic links, they are hard links or copies. `target` is complete or
-    absent. Raises MptTrtError when it already exists and holds something else.
+    absent. force: see `require_replaceable`. Raises MptTrtError when it already exists and holds
+    something else.
     """
-    _require_replaceable(target)
     sizes = {name: (snapshot.folder / name).stat().st_size for name in snapshot.files}
-    with replace_directory(target) as partial:
+    with replace_directory(target, FETCHED_CHECKPOINT, [snapshot.folder], force) as partial:
         for name in snapshot.files:
             try:
                 (partial / name).symlink_to(snapshot.folder / name)
@@ -55,18 +67,6 @@ def link_folder(snapshot: Snapshot, target: Path) -> None:
                 hard_link(snapshot.folder / name, partial / name)
         record = {**snapshot.provenance(), "files": sizes}
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _require_replaceable(target: Path) -> None:
-    if target.is_dir():
-        if (target / RECORD).is_file() or not any(target.iterdir()):
-            return
-    elif not target.exists():
-        return
-    raise MptTrtError(
-        f"{target}: holds something else than a fetched checkpoint, which would be lost; "
-        "name another folder"
-    )
 
 
 def read_record(path: Path) -> dict[str, str]:

@@ -9,4 +9,5 @@ from mpt_trt.engines.manifest import collect, read_network_spec
 
 def run(options: argparse.Namespace) -> None:
     tp_size = read_network_spec(options.network_dir).tp_size
-    collect([(options.network_dir, options.plan_dir)] * tp_size, options.output_dir, options.trust)
+    folders = [(options.network_dir, options.plan_dir)] * tp_size
+    collect(folders, options.output_dir, options.trust, options.force)

@@ -51,7 +51,8 @@ def run(options: argparse.Namespace) -> None:
         cli_options.vocabulary(options),
         _calibrated(options, checkpoint),
     )
-    build_engine(inputs, cli_options.builder_choice(options), options.output_dir, build_plans)
+    builder = cli_options.builder_choice(options)
+    build_engine(inputs, builder, options.output_dir, build_plans, options.force)
     print(options.output_dir)
 
 

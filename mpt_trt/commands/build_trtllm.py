@@ -9,9 +9,9 @@ from pathlib import Path
 
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.engines.trtllm import package
-from mpt_trt.engines.trtllm.build_command import build_command
+from mpt_trt.engines.trtllm.build_command import TRTLLM_ENGINE, build_command
 from mpt_trt.errors import MptTrtError
-from mpt_trt.system.files import replace_directory
+from mpt_trt.system.replace import replace_directory
 
 
 def run(options: argparse.Namespace) -> None:
@@ -30,7 +30,8 @@ def run(options: argparse.Namespace) -> None:
         return
     package.require_tensorrt_llm()
     builder = package.builder_path()
-    with replace_directory(options.output_dir) as folder:
+    inputs = [options.checkpoint_dir]
+    with replace_directory(options.output_dir, TRTLLM_ENGINE, inputs, options.force) as folder:
         status = subprocess.run(command(builder, folder), check=False).returncode
         if status:
             raise MptTrtError(

@@ -21,6 +21,6 @@ def run(options: argparse.Namespace) -> None:
     conversion = TrtllmConversion(
         checkpoint, engine_requests.calibrated(options, checkpoint), cli_options.vocabulary(options)
     )
-    write_trtllm_checkpoint(conversion, options.output_dir, options.workers)
+    write_trtllm_checkpoint(conversion, options.output_dir, options.workers, options.force)
     size = sum(path.stat().st_size for path in options.output_dir.iterdir())
     print(f"{options.output_dir}: {checkpoint.tp_size} ranks, {size / 1e9:.2f} GB")

@@ -14,6 +14,7 @@ from mpt_trt.checkpoint.tokenizer import read_tokenizer, tokenizer_files
 from mpt_trt.cli.calibration_options import fill_in
 from mpt_trt.cli.progress import bytes_progress
 from mpt_trt.errors import MptTrtError
+from mpt_trt.ft.checkpoint import FT_CHECKPOINT
 from mpt_trt.ft.int8 import Int8Conversion, require_calibratable
 from mpt_trt.ft.layout import total_bytes
 from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
@@ -22,6 +23,7 @@ from mpt_trt.model.config import MptConfig
 from mpt_trt.model.tensors import weights
 from mpt_trt.system.files import content_hash
 from mpt_trt.system.process_pool import MOST_PROCESSES
+from mpt_trt.system.replace import require_replaceable
 
 
 def run(options: argparse.Namespace) -> None:
@@ -32,6 +34,8 @@ def run(options: argparse.Namespace) -> None:
             f"--processes = {options.processes}: at most {MOST_PROCESSES} are possible"
         )
     folder, provenance = checkpoint_folder(options.in_file, options.revision)
+    target = options.out_dir / f"{options.tensor_parallelism}-gpu"
+    require_replaceable(target, FT_CHECKPOINT, _inputs(options, folder), options.force)
     config = read_hf_config(folder)
     sharding.require_legal(config, options.tensor_parallelism)
     tokenizer = tokenizer_folder(options.tokenizer_dir) if options.tokenizer_dir else folder
@@ -51,11 +55,17 @@ def run(options: argparse.Namespace) -> None:
         tokenizer=_tokenizer_files(options, tokenizer),
         end_ids=special.end_ids,
     )
-    target = options.out_dir / f"{settings.tp_size}-gpu"
     total = total_bytes(config, settings.storage_type, settings.tp_size, settings.int8_layers)
     with bytes_progress(f"Converting {options.in_file}", total) as advance:
-        write_ft_checkpoint(checkpoint, config, settings, target, advance)
+        write_ft_checkpoint(checkpoint, config, settings, target, advance, options.force)
     print(f"{target}: {total / 1e9:.2f} GB in {settings.storage_type}")
+
+
+def _inputs(options: argparse.Namespace, folder: Path) -> list[Path]:
+    """The files and folders that are read, which an output must not replace."""
+    # Unless it is given, the text is not known yet.
+    others = (options.tokenizer_dir, options.calib_text)
+    return [folder, *(Path(path) for path in others if isinstance(path, str | Path))]
 
 
 def _tokenizer_files(options: argparse.Namespace, folder: Path) -> tuple[Path, ...]:

@@ -44,6 +44,6 @@ def fetch(options: argparse.Namespace) -> None:
     record = read_record(options.revision_file)
     fetchers = {"checkpoint": fetch_checkpoint, "tokenizer": fetch_tokenizer}
     snapshot = fetchers[options.content](**record)
-    link_folder(snapshot, options.output_dir)
+    link_folder(snapshot, options.output_dir, options.force)
     size = sum((options.output_dir / name).stat().st_size for name in snapshot.files)
     log.info("%s: %d files, %.2f GB", options.output_dir, len(snapshot.files), size / 1e9)

@@ -18,4 +18,4 @@ def run(options: argparse.Namespace) -> None:
         cli_options.vocabulary(options),
         engine_requests.calibrated(options, checkpoint),
     )
-    make_networks(inputs, options.output_dir)
+    make_networks(inputs, options.output_dir, options.force)

@@ -27,7 +27,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.generation.config import Generated, GenerationConfig
 from mpt_trt.generation.generate import generate
 from mpt_trt.generation.text import GeneratedText, OrderedPrinter
-from mpt_trt.system.files import replace_file
+from mpt_trt.system.replace import replace_file
 
 log = logging.getLogger("run")
 

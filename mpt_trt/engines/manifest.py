@@ -27,15 +27,10 @@ from mpt_trt.quantization.schemes import (
     as_mapping,
     make_weight_quantization,
 )
-from mpt_trt.system.files import (
-    CONTENT_HASH,
-    hard_link,
-    read_json,
-    replace_directory,
-    write_json,
-)
+from mpt_trt.system.files import CONTENT_HASH, hard_link, read_json, write_json
 from mpt_trt.system.inner_names import inner_path, require_inner_name
 from mpt_trt.system.json_text import shown
+from mpt_trt.system.replace import FolderKind, read_mark, recover, replace_directory
 from mpt_trt.system.typed_json import from_json
 from mpt_trt.system.verified_files import remember_written, require_recorded
 
@@ -56,6 +51,28 @@ COMMON_KEYS = (
     "end_ids",
     "calibration",
 )
+
+
+def _described_files(folder: Path, pattern: str) -> set[str] | None:
+    """Lists the files that the descriptions in a folder name, and the descriptions."""
+    descriptions = {path.name: read_mark(path).get("files") for path in folder.glob(pattern)}
+    listed = [files for files in descriptions.values() if isinstance(files, dict)]
+    return {*descriptions, *(name for files in listed for name in files)} if listed else None
+
+
+def _engine_files(folder: Path) -> set[str] | None:
+    content = read_mark(folder / MANIFEST)
+    ranks = content.get("ranks")
+    if not isinstance(content.get("format"), int) or not isinstance(ranks, list):
+        return None
+    listed = [rank["files"] for rank in ranks if isinstance(rank, dict) and "files" in rank]
+    return {MANIFEST, *(name for files in listed if isinstance(files, dict) for name in files)}
+
+
+NETWORKS = FolderKind(
+    "a folder of networks", lambda folder: _described_files(folder, "rank*.network.json")
+)
+ENGINE = FolderKind("an engine directory", _engine_files)
 
 
 @dataclass(frozen=True)
@@ -300,6 +317,7 @@ def read_network_spec(folder: Path, rank: int = 0) -> EngineSpec:
 
     Raises MptTrtError when the network's description is missing or damaged.
     """
+    recover(folder)
     return read_network_description(folder, rank).spec()
 
 
@@ -388,17 +406,24 @@ def write_plan_description(
     write_json(engine.with_name(f"{engine.name}.json"), description)
 
 
-def collect(rank_folders: list[tuple[Path, Path]], target: Path, is_trusted: bool = False) -> None:
+def collect(
+    rank_folders: list[tuple[Path, Path]],
+    target: Path,
+    is_trusted: bool = False,
+    force: bool = False,
+) -> None:
     """Makes an engine directory of hard links from (network folder, plan folder) of each rank.
 
     is_trusted: files are not compared with the hashes that were recorded when they were made.
+    force: see `require_replaceable`.
 
     Raises MptTrtError when a file is missing or damaged, or the ranks do not belong together.
     """
     for rank, (networks, plans) in enumerate(rank_folders):
         _require_whole_plan(plans, rank, is_trusted)
         require_whole_network(networks, rank, is_trusted)
-    with replace_directory(target) as folder:
+    inputs = {folder for folders in rank_folders for folder in folders}
+    with replace_directory(target, ENGINE, inputs, force) as folder:
         for rank, (networks, plans) in enumerate(rank_folders):
             _link_rank(rank, networks, plans, folder)
         write_manifest(folder, rank_folders)
@@ -472,6 +497,7 @@ def read_manifest(engine_dir: Path) -> Manifest:
 
     Raises MptTrtError, naming the file, when the folder is no engine directory or is incomplete.
     """
+    recover(engine_dir)
     path = engine_dir / MANIFEST
     content = read_json(path)
     if content.get("format") != FORMAT:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.system.files import replace_file
+from mpt_trt.system.replace import replace_file
 
 METADATA_KEY = "mpt_trt"
 TEXT_KEYS = ("text", "text_hash", "reference")

@@ -36,10 +36,12 @@ from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import BlockMatrix, Weight, weights
 from mpt_trt.system.files import CONTENT_HASH, content_hashes, read_json, read_small_file
 from mpt_trt.system.json_text import shown
+from mpt_trt.system.replace import FolderKind, read_mark, recover
 from mpt_trt.system.typed_json import from_json
 from mpt_trt.system.verified_files import require_recorded
 
 SECTION = "gpt"
+CONFIG = "config.ini"
 MANIFEST = "manifest.json"
 # Those of converters have a kilobyte.
 MOST_INI_BYTES = 1 << 20
@@ -51,6 +53,19 @@ POSITION_EMBEDDINGS: dict[str, PositionEmbedding] = {
 }
 # A plain checkpoint also has int8 files of QKV if this file exists.
 KV_SCALE = f"model.layers.0.{BlockMatrix.QKV}.scale_y_quant_orig.bin"
+
+
+def _own_files(folder: Path) -> set[str] | None:
+    content = read_mark(folder / MANIFEST)
+    files = content.get("files")
+    # Earlier versions recorded the provenance as `source`.
+    is_ours = isinstance(files, dict) and not content.keys().isdisjoint(("provenance", "source"))
+    if not is_ours or not (folder / CONFIG).is_file():
+        return None
+    return {CONFIG, MANIFEST, *files}
+
+
+FT_CHECKPOINT = FolderKind("an FT checkpoint", _own_files)
 
 
 @dataclass(frozen=True)
@@ -173,7 +188,8 @@ def read_ft_checkpoint(folder: Path, is_trusted: bool = False) -> FtCheckpoint:
     Raises MptTrtError, naming file and field, when config.ini is missing or malformed, or a tensor
     file is missing, of the wrong size, or not the one that the manifest describes.
     """
-    path = folder / "config.ini"
+    recover(folder)
+    path = folder / CONFIG
     ini = _Ini(path)
     storage_type = ini.text("storage_dtype", "float32")
     if storage_type not in STORAGE_TYPES:

@@ -14,15 +14,16 @@ from typing import Any
 import mpt_trt
 from mpt_trt.checkpoint.source import TOKENIZER_FOLDER
 from mpt_trt.checkpoint.tensors import HfCheckpoint
-from mpt_trt.ft.checkpoint import MANIFEST, SECTION
+from mpt_trt.ft.checkpoint import CONFIG, FT_CHECKPOINT, MANIFEST, SECTION
 from mpt_trt.ft.int8 import Int8Conversion
 from mpt_trt.ft.layout import Int8Layers, files_of
 from mpt_trt.ft.streams import FtWriter, TensorSource
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.tensors import Weight, preceding_norm, weights
-from mpt_trt.system.files import content_hash, replace_directory, write_json
+from mpt_trt.system.files import content_hash, write_json
 from mpt_trt.system.process_pool import Advance, Job, run_forked
+from mpt_trt.system.replace import replace_directory
 from mpt_trt.system.verified_files import remember_written
 
 
@@ -64,11 +65,12 @@ def write_ft_checkpoint(
     settings: ConversionSettings,
     target: Path,
     advance: Advance = lambda _: None,
+    force: bool = False,
 ) -> None:
     """Writes `target` (a `{tp_size}-gpu` folder) as a whole or not at all.
 
     Tensors are streamed through small slabs, so memory does not grow with the model. `advance` is
-    called with the number of bytes written.
+    called with the number of bytes written. force: see `require_replaceable`.
 
     Raises MptTrtError for an illegal tp_size, a NaN or Inf in the checkpoint, a value that the
     storage type cannot hold, a full disk, and an activation amax that does not fit the model.
@@ -76,8 +78,8 @@ def write_ft_checkpoint(
     sharding.require_legal(config, settings.tp_size)
     if settings.int8 is not None:
         settings.int8.require_fitting(config)
-    with replace_directory(target) as folder:
-        _write_ini(folder / "config.ini", config, settings)
+    with replace_directory(target, FT_CHECKPOINT, [checkpoint.folder], force) as folder:
+        _write_ini(folder / CONFIG, config, settings)
         source = TensorSource(checkpoint, config, settings.storage_type)
         jobs = list(_writing_jobs(source, folder, settings))
         hashes: dict[str, str] = {}

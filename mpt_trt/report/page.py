@@ -19,8 +19,8 @@ from mpt_trt.evaluation.quality_result import Estimate, QualityResult, read_qual
 from mpt_trt.evaluation.smoke_result import SmokeResult, read_smoke_result
 from mpt_trt.report.numbers import TIMES, number, with_error
 from mpt_trt.report.plots import Plot, draw_divergence, draw_size, draw_speed
-from mpt_trt.system.files import replace_file
 from mpt_trt.system.machine import Machine
+from mpt_trt.system.replace import replace_file
 
 # The variant whose size others are compared with.
 BASE_VARIANT = "fp16"

@@ -1,21 +1,18 @@
-"""Writes files that are either complete or absent; hard links and content hashes."""
+"""Writes and reads files: JSON, fast writing and reading, hard links and content hashes."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import functools
-import glob
 import json
 import mmap
 import os
 import re
 import shutil
-import socket
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -24,6 +21,7 @@ import xxhash
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.json_text import MOST_BYTES, parse_json_object
+from mpt_trt.system.replace import replace_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,55 +36,6 @@ CONTENT_HASH = re.compile("xxh3:[0-9a-f]{32}")
 WRITE_BYTES = 1 << 17
 MADV_POPULATE_READ = 22
 SYNC_FILE_RANGE_WRITE = 2
-
-
-@contextlib.contextmanager
-def replace_directory(target: Path) -> Iterator[Path]:
-    """Yields a new empty folder next to `target` that replaces it when the block succeeds.
-
-    `target` is replaced as a whole; when the block raises, it stays as it was and the new folder is
-    removed.
-
-    Raises MptTrtError when the disk is full or the folder cannot be written.
-    """
-    with staging_directory(target) as partial:
-        yield partial
-        _exchange(partial, target)
-
-
-@contextlib.contextmanager
-def staging_directory(target: Path) -> Iterator[Path]:
-    """Yields a new empty folder beside `target`, from which files are moved there; then removes it.
-
-    Raises MptTrtError when the disk is full or the folder cannot be written.
-    """
-    partial, is_alone = _partial_name(target), not target.parent.exists()
-    with _plain_disk_errors(target):
-        try:
-            partial.mkdir(parents=True)
-            yield partial
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            if is_alone:
-                # Nothing has come of it, or else the folder is not empty.
-                with contextlib.suppress(OSError):
-                    target.parent.rmdir()
-
-
-@contextlib.contextmanager
-def replace_file(target: Path) -> Iterator[Path]:
-    """Yields a path next to `target`; the file written there replaces it if the block succeeds.
-
-    Raises MptTrtError when the disk is full or the folder cannot be written.
-    """
-    partial = _partial_name(target)
-    with _plain_disk_errors(target):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            yield partial
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def write_in_pieces(stream: IO[bytes], content: Bytes) -> None:
@@ -149,9 +98,9 @@ def _libc() -> ctypes.CDLL:
     return library
 
 
-def write_json(target: Path, content: object) -> None:
-    """Writes `content` as indented JSON, atomically."""
-    with replace_file(target) as partial:
+def write_json(target: Path, content: object, inputs: Iterable[Path] = ()) -> None:
+    """Writes `content` as indented JSON, atomically. inputs: see `replace_file`."""
+    with replace_file(target, inputs) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -191,7 +140,13 @@ def hard_link(source: Path, target: Path) -> None:
     except FileNotFoundError:
         raise MptTrtError(f"{source}: no such file") from None
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+        if error.errno not in (
+            errno.EXDEV,
+            errno.EPERM,
+            errno.EACCES,
+            errno.EMLINK,
+            errno.EOPNOTSUPP,
+        ):
             raise
         shutil.copyfile(source, target)
 
@@ -229,51 +184,3 @@ def content_hashes(paths: dict[str, Path]) -> dict[str, str]:
     """Computes the content hash of every path, on all cores; the keys are kept."""
     with ThreadPoolExecutor() as pool:
         return dict(zip(paths, pool.map(content_hash, paths.values()), strict=True))
-
-
-def _partial_name(target: Path) -> Path:
-    """A name next to `target` that no other process uses; removes leftovers of dead processes."""
-    prefix = f".{target.name}.partial-{socket.gethostname()}-"
-    own = str(os.getpid())
-    for leftover in target.parent.glob(glob.escape(prefix) + "*"):
-        owner = leftover.name.removeprefix(prefix)
-        # In a container every run may get the same process id.
-        if owner == own or not Path("/proc", owner).exists():
-            _remove(leftover)
-    return target.with_name(prefix + own)
-
-
-def _exchange(new: Path, target: Path) -> None:
-    if not os.path.lexists(target):
-        new.rename(target)
-        return
-    old = target.with_name(f"{new.name}-old")
-    target.rename(old)
-    new.rename(target)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    """Removes a folder as far as possible, or a file or link."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _plain_disk_errors(target: Path) -> Iterator[None]:
-    remedies = {
-        errno.ENOSPC: "the disk is full; free space or choose another output folder",
-        errno.EDQUOT: "the disk quota is used up; free space or choose another output folder",
-        errno.EFBIG: "the file-size limit is reached; raise it (ulimit -f)",
-        errno.EROFS: "the file system is read-only; choose another output folder",
-        errno.EACCES: "permission denied; choose another output folder",
-        errno.ENOTDIR: "a part of this path is a file; choose another output folder",
-    }
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in remedies:
-            raise
-        raise MptTrtError(f"cannot write {target}: {remedies[error.errno]}") from error

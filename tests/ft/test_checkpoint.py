@@ -606,10 +606,31 @@ class TestCommandLine:
         other = write_checkpoint(tmp_path / "other", replace(BASE, num_layers=3, no_bias=False))
         convert("-i", other, "-o", "out")
         assert (folder / "model.layers.2.attention.dense.bias.bin").is_file()
-        (folder / "stray").touch()
         convert("-i", "ckpts/a", "-o", "out")
         assert hashes_in(folder) == NVIDIA["a_float16_tp1"]
         assert names_in(tmp_path / "out") == {"1-gpu"}
+
+    @pytest.mark.parametrize("stray", ["notes.txt", "model.layers.9.mine.bin", "mine/notes.txt"])
+    def test_other_files_in_the_directory_are_kept(self, checkpoint, convert, stray: str) -> None:
+        convert("-i", "ckpts/a", "-o", "out")
+        file = Path("out/1-gpu") / stray
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+        with pytest.raises(MptTrtError, match=f"1-gpu: not replaced, because {stray} in it is not"):
+            convert("-i", "ckpts/a", "-o", "out")
+        assert file.read_text() == "mine"
+        convert("-i", "ckpts/a", "-o", "out", "--force")
+        assert not file.exists()
+
+    def test_the_input_is_never_replaced(self, checkpoint, tmp_path: Path, convert) -> None:
+        """The folder that is written is {out_dir}/1-gpu, which may be the checkpoint itself."""
+        shutil.copytree("ckpts/a", "x/1-gpu")
+        before = names_in(Path("x/1-gpu"))
+        for options in ([], ["--force"]):
+            with pytest.raises(MptTrtError, match="x/1-gpu: not replaced, because the input x/1-g"):
+                convert("-i", "x/1-gpu", "-o", "x", *options)
+        assert names_in(Path("x/1-gpu")) == before
+        assert names_in(Path("x")) == {"1-gpu"}
 
     def test_tp_sizes_lie_beside_each_other(self, checkpoint, tmp_path, convert) -> None:
         for tp_size in (1, 4):
@@ -845,7 +866,7 @@ class TestInterruptions:
     def workers_in_the_middle(self, process: subprocess.Popen, out: Path) -> list[int]:
         """Waits until both workers run and a tensor is written; one may write before two run."""
         workers: list[int] = []
-        while len(workers) < 2 or not list(out.glob(".1-gpu.partial*/model.*.bin")):
+        while len(workers) < 2 or not list(out.glob(".1-gpu.partial*/new/model.*.bin")):
             assert process.poll() is None, "it has ended"
             time.sleep(0.002)
             workers = workers_of(process.pid)

@@ -25,7 +25,7 @@ from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines.build.build import build_engine
 from mpt_trt.engines.build.rank_network import NetworkInputs, write_rank_network
 from mpt_trt.engines.interface import StepModel
-from mpt_trt.engines.manifest import network_name, read_network_manifest
+from mpt_trt.engines.manifest import NETWORKS, network_name, read_network_manifest
 from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
 from mpt_trt.engines.spec import BuilderChoice, BuildLimits
@@ -33,7 +33,7 @@ from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
 from mpt_trt.model.sharding import Rank, VocabularySharding
 from mpt_trt.model.tensors import weights
-from mpt_trt.system.files import replace_directory
+from mpt_trt.system.replace import replace_directory
 from references import plain_mpt
 from support.checkpoints import CheckpointSpec, config_dict, tensors, write_checkpoint
 from support.paths import tool_path
@@ -117,7 +117,7 @@ def make_ft_checkpoint(
 
 def make_rank_network(inputs: NetworkInputs, rank: Rank, target: Path) -> None:
     """Makes the folder `target` with the network of only one rank, and its description."""
-    with replace_directory(target) as folder:
+    with replace_directory(target, NETWORKS) as folder:
         write_rank_network(inputs, rank, folder)
     require_declared_sizes(target / network_name(rank.index))
 

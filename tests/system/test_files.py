@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and what a script's outcome depends on."""
+"""Reading and writing files, and what a script's outcome depends on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import resource
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,13 +24,6 @@ from support.checkpoints import CheckpointSpec, write_checkpoint
 from support.paths import REPOSITORY, tool_path
 
 SHARED_MEMORY = Path("/dev/shm")
-REMEDIES = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file-size limit is reached",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
-}
 
 
 def tree(folder: Path) -> dict[str, str | None]:
@@ -40,155 +32,6 @@ def tree(folder: Path) -> dict[str, str | None]:
         str(path.relative_to(folder)): path.read_text() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
-
-
-@pytest.fixture
-def dead_process() -> int:
-    """The id of a process that is no more."""
-    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    process.wait()
-    return process.pid
-
-
-@pytest.fixture
-def live_process() -> Iterator[int]:
-    """The id of a process other than this one."""
-    with subprocess.Popen(
-        [sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE
-    ) as process:
-        yield process.pid
-        process.communicate(b"\n")
-
-
-class TestReplaceDirectory:
-    def test_new(self, tmp_path: Path) -> None:
-        target = tmp_path / "deep" / "down" / "target"
-        with files.replace_directory(target) as folder:
-            (folder / "file").write_text("new")
-            assert not target.exists()
-            assert folder.parent == target.parent
-        assert tree(target.parent) == {"target": None, "target/file": "new"}
-
-    def test_old_content_goes_as_a_whole(self, tmp_path: Path) -> None:
-        target = tmp_path / "target"
-        (target / "sub").mkdir(parents=True)
-        (target / "sub" / "stale").write_text("old")
-        with files.replace_directory(target) as folder:
-            (folder / "file").write_text("new")
-            assert tree(target) == {"sub": None, "sub/stale": "old"}
-        assert tree(tmp_path) == {"target": None, "target/file": "new"}
-
-    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-    @pytest.mark.parametrize("existed", [True, False])
-    def test_failure_changes_nothing(self, tmp_path: Path, error: type, existed: bool) -> None:
-        target = tmp_path / "target"
-        if existed:
-            target.mkdir()
-            (target / "file").write_text("old")
-        before = tree(tmp_path)
-        with pytest.raises(error), files.replace_directory(target) as folder:
-            (folder / "file").write_text("new")
-            raise error
-        assert tree(tmp_path) == before
-
-    def test_full_disk(self, tmp_path: Path) -> None:
-        target = tmp_path / "target"
-        target.mkdir()
-        (target / "file").write_text("old")
-        before = tree(tmp_path)
-        message = f"^cannot write {target}: the disk is full; free space"
-        with pytest.raises(MptTrtError, match=message), files.replace_directory(target) as folder:
-            (folder / "file").symlink_to("/dev/full")
-            (folder / "file").write_text("new")
-        assert tree(tmp_path) == before
-
-    @pytest.mark.parametrize("kind", ["file", "link to a folder", "dangling link"])
-    def test_something_else_in_its_place(self, tmp_path: Path, kind: str) -> None:
-        target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
-        elsewhere.mkdir()
-        (elsewhere / "kept").write_text("kept")
-        if kind == "file":
-            target.write_text("old")
-        else:
-            target.symlink_to(elsewhere if kind == "link to a folder" else tmp_path / "nothing")
-        with files.replace_directory(target) as folder:
-            (folder / "file").write_text("new")
-        assert not target.is_symlink()
-        assert tree(tmp_path) == {
-            "elsewhere": None,
-            "elsewhere/kept": "kept",
-            "target": None,
-            "target/file": "new",
-        }
-
-    def test_parent_that_is_a_file(self, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        target = tmp_path / "file" / "target"
-        with (
-            pytest.raises(MptTrtError, match=f"cannot write {target}: a part of this path is a f"),
-            files.replace_directory(target),
-        ):
-            pass
-
-    @pytest.mark.parametrize("name", ["target", "tar[g]et*"])
-    def test_leftovers(
-        self, tmp_path: Path, name: str, dead_process: int, live_process: int
-    ) -> None:
-        """Those of dead processes go; those of live ones and of other machines stay."""
-        prefix = f".{name}.partial-{socket.gethostname()}-"
-        gone = [f"{prefix}{dead_process}", f"{prefix}{dead_process}-old", f"{prefix}{os.getpid()}"]
-        kept = [f"{prefix}{live_process}", f".{name}.partial-another-host-{dead_process}", "other"]
-        for leftover in gone + kept:
-            (tmp_path / leftover / "sub").mkdir(parents=True)
-        with files.replace_directory(tmp_path / name):
-            pass
-        assert {path.name for path in tmp_path.iterdir()} == {name, *kept}
-
-
-class TestReplaceFile:
-    def test_new_and_again(self, tmp_path: Path) -> None:
-        target = tmp_path / "deep" / "target"
-        for text in ("first", "second"):
-            with files.replace_file(target) as partial:
-                partial.write_text(text)
-                assert partial.parent == target.parent
-                assert not target.exists() or target.read_text() == "first"
-            assert tree(target.parent) == {"target": text}
-
-    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-    def test_failure_changes_nothing(self, tmp_path: Path, error: type) -> None:
-        target = tmp_path / "target"
-        target.write_text("old")
-        with pytest.raises(error), files.replace_file(target) as partial:
-            partial.write_text("new")
-            raise error
-        assert tree(tmp_path) == {"target": "old"}
-
-    def test_full_disk(self, tmp_path: Path) -> None:
-        target = tmp_path / "target"
-        target.write_text("old")
-        message = f"^cannot write {target}: the disk is full; free space"
-        with pytest.raises(MptTrtError, match=message), files.replace_file(target) as partial:
-            partial.symlink_to("/dev/full")
-            partial.write_text("new")
-        assert tree(tmp_path) == {"target": "old"}
-
-    @pytest.mark.parametrize("number", REMEDIES)
-    def test_every_remedy(self, tmp_path: Path, number: int) -> None:
-        message = f"cannot write {tmp_path / 'target'}: {REMEDIES[number]}"
-        with pytest.raises(MptTrtError, match=message), files.replace_file(tmp_path / "target"):
-            raise OSError(number, os.strerror(number))
-
-    def test_other_errors_are_not_disguised(self, tmp_path: Path) -> None:
-        with pytest.raises(OSError, match="Input/output"), files.replace_file(tmp_path / "target"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        assert tree(tmp_path) == {}
-
-    def test_leftovers(self, tmp_path: Path, dead_process: int) -> None:
-        (tmp_path / f".target.partial-{socket.gethostname()}-{dead_process}").write_text("half")
-        with files.replace_file(tmp_path / "target") as partial:
-            partial.write_text("new")
-        assert tree(tmp_path) == {"target": "new"}
 
 
 class TestJson:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.system.files import replace_directory
+from mpt_trt.system.replace import FolderKind, read_mark, replace_directory
 from tools.demo_model.corpus import Split, joined, read_corpus, split_corpus
 from tools.demo_model.model_card import SAMPLE_TOKENS, model_card
 from tools.demo_model.model_folder import load_in_transformers, to_float16, write_json, write_model
@@ -31,7 +31,22 @@ from tools.demo_model.training import DemoMpt, mean_loss, train
 
 FIRST_WINDOWS = 4
 PROMPTS = ("def fibonacci", "def factorial", "def read_file", "def is_prime", "class Stack")
+FILES = (
+    "LICENSE.txt",
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "heldout.txt",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training.json",
+)
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
+DEMO_MODEL = FolderKind(
+    "a demo model",
+    lambda folder: FILES if read_mark(folder / "training.json").keys() >= {"stages"} else None,
+)
 log = logging.getLogger("train_demo_model")
 
 
@@ -69,7 +84,7 @@ def make_demo_model(
         network.load_state_dict(initial.weights)
     seconds = train(network, streams, recipe, architecture.max_seq_len)
     weights = to_float16(network.state_dict())
-    with replace_directory(options.output) as folder:
+    with replace_directory(options.output, DEMO_MODEL) as folder:
         write_model(folder, architecture, weights, tokenizer)
         model = load_in_transformers(folder).to(device)
         quality = measure(model, streams, len(joined(split["heldout"]).encode()))

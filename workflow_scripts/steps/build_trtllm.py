@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.output_options import add_force
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -25,6 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder that convert_ft_to_trtllm.py wrote",
     )
     add("--output_dir", type=Path, required=True, help="the engine directory")
+    add_force(parser)
     add("--max_batch_size", type=int, required=True, help="maximum batch size")
     add("--max_input_len", type=int, required=True, help="maximum number of tokens per prompt")
     add("--max_output_len", type=int, required=True, help="maximum number of new tokens per prompt")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.output_options import add_force
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=1,
         help="number of ranks written at a time (default: %(default)s)",
     )
+    add_force(parser)
     options.add_vocabulary(parser)
     options.add_quantization(parser)
     options.add_trust(parser)

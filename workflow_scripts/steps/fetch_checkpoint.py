@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.output_options import add_force
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,6 +58,7 @@ def _add_fetch(steps: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--revision_file", type=Path, required=True, help="JSON file that `resolve` wrote"
     )
     step.add_argument("--output_dir", type=Path, required=True, help="folder to make")
+    add_force(step)
     step.add_argument(
         "--content",
         choices=["checkpoint", "tokenizer"],

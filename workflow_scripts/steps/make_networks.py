@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.output_options import add_force
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,6 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--model_dir", type=Path, required=True, help="a {tp_size}-gpu folder of an FT checkpoint"
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the result")
+    add_force(parser)
     options.add_limits(parser)
     options.add_vocabulary(parser)
     options.add_quantization(parser)

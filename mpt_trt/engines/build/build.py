@@ -16,7 +16,12 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.network.external_files import read_network
 from mpt_trt.quantization.schemes import Fp8, Quantization, SmoothQuant
 from mpt_trt.system import gpus
-from mpt_trt.system.files import replace_directory, staging_directory
+from mpt_trt.system.replace import (
+    replace_directory,
+    require_writable,
+    staging_directory,
+    sync,
+)
 
 # The first GPUs with E4M3 arithmetic (Ada).
 FP8_CAPABILITY = (8, 9)
@@ -38,8 +43,11 @@ def build_rank(
     """
     manifest.require_whole_network(networks, rank, is_trusted)
     names = (manifest.plan_description_name(rank), manifest.engine_name(rank))
+    for name in names:
+        require_writable(target / name)
     with staging_directory(target / manifest.engine_name(rank)) as folder:
         _build_plan(networks, rank, builder, folder)
+        sync(folder)
         for name in names:
             (folder / name).replace(target / name)
 
@@ -55,10 +63,11 @@ def build_engine(
     builder: BuilderChoice,
     target: Path,
     build_plans: PlanBuilder = build_one_by_one,
+    force: bool = False,
 ) -> None:
-    """Makes the engine directory `target` of all ranks."""
+    """Makes the engine directory `target` of all ranks. force: see `require_replaceable`."""
     tp_size = inputs.checkpoint.tp_size
-    with replace_directory(target) as folder:
+    with replace_directory(target, manifest.ENGINE, inputs.paths, force) as folder:
         write_networks(inputs, folder)
         build_plans(folder, builder, tp_size)
         manifest.write_manifest(folder, [(folder, folder)] * tp_size)

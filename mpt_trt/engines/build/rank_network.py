@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
 from mpt_trt.engines.manifest import (
+    NETWORKS,
     network_name,
     remember_networks,
     write_network_description,
@@ -18,7 +19,8 @@ from mpt_trt.model.sharding import Rank, VocabularySharding, all_ranks
 from mpt_trt.network.decoder import build_network
 from mpt_trt.network.graph import WEIGHTS_FOLDER
 from mpt_trt.network.weight_files import write_weights
-from mpt_trt.system.files import content_hash, hard_link, replace_directory
+from mpt_trt.system.files import content_hash, hard_link
+from mpt_trt.system.replace import replace_directory
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ class NetworkInputs:
             )
 
     @property
+    def paths(self) -> list[Path]:
+        """The files and folders that the networks are made from."""
+        calibration = self.calibrated.calibration
+        return [self.checkpoint.folder, *([calibration.path] if calibration else [])]
+
+    @property
     def spec(self) -> EngineSpec:
         """What the engine is made for."""
         return EngineSpec(
@@ -54,9 +62,12 @@ class NetworkInputs:
         )
 
 
-def make_networks(inputs: NetworkInputs, target: Path) -> None:
-    """Makes the folder `target` with the networks of all ranks and their descriptions."""
-    with replace_directory(target) as folder:
+def make_networks(inputs: NetworkInputs, target: Path, force: bool = False) -> None:
+    """Makes the folder `target` with the networks of all ranks and their descriptions.
+
+    force: see `require_replaceable`.
+    """
+    with replace_directory(target, NETWORKS, inputs.paths, force) as folder:
         write_networks(inputs, folder)
     remember_networks(target, inputs.checkpoint.tp_size)
 

@@ -27,7 +27,8 @@ from mpt_trt.engines.tensorrt.packages import Package
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import gpus
 from mpt_trt.system.background import Background, background
-from mpt_trt.system.files import ContentHash, replace_file, write_in_pieces
+from mpt_trt.system.files import ContentHash, write_in_pieces
+from mpt_trt.system.replace import replace_file
 
 CONTEXT_PROFILE, GENERATION_PROFILE = 0, 1
 

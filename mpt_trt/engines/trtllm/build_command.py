@@ -10,6 +10,17 @@ from pathlib import Path
 
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.system.files import read_json
+from mpt_trt.system.replace import FolderKind, read_mark
+
+
+def _own_files(folder: Path) -> set[str] | None:
+    content = read_mark(folder / "config.json")
+    if not {"pretrained_config", "build_config"} <= content.keys():
+        return None
+    return {"config.json", *(path.name for path in folder.glob("rank*.engine"))}
+
+
+TRTLLM_ENGINE = FolderKind("a TensorRT-LLM engine directory", _own_files)
 
 
 def build_command(

@@ -34,7 +34,8 @@ from mpt_trt.model.tensors import weights
 from mpt_trt.quantization.calibrated_weights import FP8_MAX, INT8_MAX
 from mpt_trt.quantization.integers import row_blocks
 from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
-from mpt_trt.system.files import replace_directory, write_json
+from mpt_trt.system.files import write_json
+from mpt_trt.system.replace import FolderKind, read_mark, replace_directory
 
 # The checkpoint does not depend on limits: trtllm-build takes them.
 NO_LIMITS = BuildLimits(max_batch_size=1, max_input_len=1, max_output_len=1)
@@ -105,12 +106,31 @@ class TrtllmConversion:
             )
 
 
-def write_trtllm_checkpoint(conversion: TrtllmConversion, target: Path, workers: int = 1) -> None:
+def _own_files(folder: Path) -> set[str] | None:
+    content = read_mark(folder / "config.json")
+    mapping = content.get("mapping")
+    if content.get("architecture") != "MPTForCausalLM" or not isinstance(mapping, dict):
+        return None
+    ranks = mapping.get("world_size")
+    count = ranks if isinstance(ranks, int) else 0
+    return {"config.json", *(f"rank{rank}.safetensors" for rank in range(count))}
+
+
+TRTLLM_CHECKPOINT = FolderKind("a TensorRT-LLM checkpoint", _own_files)
+
+
+def write_trtllm_checkpoint(
+    conversion: TrtllmConversion, target: Path, workers: int = 1, force: bool = False
+) -> None:
     """Writes the folder `target` atomically, `workers` ranks at a time.
 
-    Tensors are streamed, so that each of these ranks needs memory for one matrix.
+    Tensors are streamed, so that each of these ranks needs memory for one matrix. force: see
+    `require_replaceable`.
     """
-    with replace_directory(target) as folder, ThreadPoolExecutor(workers) as pool:
+    calibration = conversion.calibrated.calibration
+    inputs = [conversion.checkpoint.folder, *([calibration.path] if calibration else [])]
+    replacement = replace_directory(target, TRTLLM_CHECKPOINT, inputs, force)
+    with replacement as folder, ThreadPoolExecutor(workers) as pool:
         write_json(folder / "config.json", config_content(conversion))
 
         def write(rank: Rank) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.system.files import replace_file
+from mpt_trt.system.replace import replace_file
 
 NO_END_TOKEN = -1
 

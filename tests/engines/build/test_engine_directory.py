@@ -757,7 +757,10 @@ def test_all_limits_reach_the_engine(built: Built, tmp_path):
 
 def test_new_build_replaces_the_old_directory_as_a_whole(built: Built, tmp_path):
     engine = build(built.checkpoint, tmp_path / "engine")
-    (engine / "left_over.txt").write_text("of an older version")
+    (engine / "notes.txt").write_text("mine")
+    with pytest.raises(MptTrtError, match=r"not replaced, because notes\.txt in it is not a file"):
+        build(built.checkpoint, engine, replace(LIMITS, max_output_len=20))
+    (engine / "notes.txt").unlink()
     build(built.checkpoint, engine, replace(LIMITS, max_output_len=20))
     assert tree(engine) == tree(built.engine)
     assert read_manifest(engine).spec.limits.max_output_len == 20

@@ -1,0 +1,565 @@
+"""Writes outputs that are either complete or absent, and never replaces anything foreign.
+
+An output is made in a staging folder next to its place and moved there in one step. Folders are
+exchanged by `renameat2`. Where the file system cannot do that, the old folder is moved to `old` in
+the staging folder first; if the process ends before the new folder is in place, `recover` moves it
+back.
+
+A staging folder has a random name, so any number of processes may write the same output, and a lock
+(`flock`) that ends with its process, so the next process can tell leftovers from work in progress.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import glob
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpt_trt.errors import MptTrtError
+
+# Set to 1, data reaches the disk before an output replaces another: power failures lose neither.
+SYNC_VARIABLE = "MPT_TRT_FSYNC"
+SYNC_WORKERS = 8
+# Names in a staging folder. `old` holds the only copy of a result while nothing is in its place.
+NEW, OLD, REPLACED = "new", "old", "replaced"
+# How often others may put their result in place between two system calls of ours.
+ATTEMPTS = 100
+LONGEST_SHOWN_NAME = 100
+# What Snakemake and network file systems put into folders of others.
+UNOWNED_FILES = re.compile(r"\.snakemake_timestamp|\.nfs[0-9a-f]+")
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+REMEDIES = {
+    errno.ENOSPC: "the disk is full; free space or choose another output folder",
+    errno.EDQUOT: "the disk quota is used up; free space or choose another output folder",
+    errno.EFBIG: "the file-size limit is reached; raise it (ulimit -f)",
+    errno.EROFS: "the file system is read-only; choose another output folder",
+    errno.EACCES: "permission denied; choose another output folder",
+    errno.EPERM: "not permitted; choose another output folder",
+    errno.ENOTDIR: "a part of this path is a file; choose another output folder",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ELOOP: "a part of this path is a link to itself; choose another output folder",
+    errno.EBUSY: "it is a mount point or in use; choose a folder inside it",
+}
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """A kind of folder that our tools write and may replace.
+
+    name: for messages, such as "an FT checkpoint". own_files: the paths, relative to the folder, of
+    the files that our tool wrote there, as the folder's manifest lists them; None for a folder
+    without such a manifest.
+    """
+
+    name: str
+    own_files: Callable[[Path], Collection[str] | None]
+
+
+# For folders that only --force replaces.
+NEVER_REPLACED = FolderKind("a folder of this tool", lambda _: None)
+
+
+def read_mark(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that may be anything; {} for anything else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def require_replaceable(
+    target: Path, kind: FolderKind, inputs: Iterable[Path] = (), force: bool = False
+) -> None:
+    """Raises MptTrtError unless the folder `target` may be made or replaced.
+
+    It may if nothing is there, or an empty folder, or a folder of the same kind that holds nothing
+    else. Force replaces any folder, but not an input, nor a folder around or inside one.
+    """
+    if target.name in ("", ".."):
+        raise MptTrtError(
+            f"output folder {str(target)!r}: cannot be replaced as a whole; name a folder inside it"
+        )
+    with plain_disk_errors(target):
+        existing = _lstat(target)
+        if existing is None:
+            return
+        if stat.S_ISLNK(existing.st_mode):
+            raise MptTrtError(
+                f"{target}: a symbolic link, which is never replaced; "
+                "name the folder that it points to, or another one"
+            )
+        if not stat.S_ISDIR(existing.st_mode):
+            raise MptTrtError(
+                f"{target}: a file, which a folder never replaces; choose another output folder"
+            )
+        if not os.listdir(target):  # noqa: PTH208
+            return
+        for source in inputs:
+            _require_apart(target, source)
+        if not force:
+            _require_own(target, target, kind)
+
+
+@contextlib.contextmanager
+def replace_directory(
+    target: Path, kind: FolderKind, inputs: Iterable[Path] = (), force: bool = False
+) -> Iterator[Path]:
+    """Yields a new empty folder that replaces `target` in one step when the block succeeds.
+
+    When the block raises, `target` stays as it was, and the new folder is removed. inputs: files
+    and folders that the block reads.
+
+    Raises MptTrtError when `target` must not be replaced (see `require_replaceable`), the disk is
+    full, or the folder cannot be written.
+    """
+    inputs = tuple(inputs)
+    require_replaceable(target, kind, inputs, force)
+    with staging_directory(target) as staging:
+        new = staging / NEW
+        new.mkdir()
+        yield new
+        sync(new)
+        _put_in_place(
+            new,
+            target,
+            may_replace=lambda: require_replaceable(target, kind, inputs, force),
+            may_remove=lambda old: None if force else _require_own(old, target, kind),
+        )
+        sync_entry(target)
+
+
+@contextlib.contextmanager
+def staging_directory(target: Path) -> Iterator[Path]:
+    """Yields a new empty folder next to `target`, to move finished files from; then removes it.
+
+    Removes leftovers of processes that have ended, and restores what they had moved away.
+
+    Raises MptTrtError when the disk is full or the folder cannot be written.
+    """
+    with plain_disk_errors(target):
+        _clean_up(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked_staging(target) as staging:
+            yield staging
+
+
+@contextlib.contextmanager
+def replace_file(target: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+    """Yields a path; the file written there replaces `target` if the block succeeds.
+
+    A link stays, and the file that it points to is replaced. A device, a pipe, and the file that is
+    the standard output are written to. inputs: files and folders that the block reads.
+
+    Raises MptTrtError when `target` must not be written (see `require_writable`), the disk is full,
+    or the folder cannot be written.
+    """
+    require_writable(target, inputs)
+    if not _is_replaced(target):
+        with tempfile.TemporaryDirectory() as folder, plain_disk_errors(target):
+            yield Path(folder) / NEW
+            _write_to(target, (Path(folder) / NEW).read_bytes())
+        return
+    place = Path(os.path.realpath(target)) if target.is_symlink() else target
+    with staging_directory(place) as staging:
+        yield staging / NEW
+        sync(staging / NEW)
+        (staging / NEW).replace(place)
+        sync_entry(place)
+
+
+def require_writable(target: Path, inputs: Iterable[Path] = ()) -> None:
+    """Raises MptTrtError when the file `target` must not be written.
+
+    That is a folder, one of the inputs, and an existing file inside an input folder.
+    """
+    with plain_disk_errors(target):
+        if target.name in ("", "..") or target.is_dir():
+            raise MptTrtError(f"output {str(target)!r}: a folder; name a file")
+        if _lstat(target) is None:
+            return
+        for source in inputs:
+            if _is_in(target, source):
+                raise MptTrtError(
+                    f"{target}: not replaced, because it is read from {source}; "
+                    "choose another output file"
+                )
+
+
+def remove_file(target: Path) -> None:
+    """Removes an output file of an earlier run; leaves links, devices and folders alone."""
+    existing = _lstat(target)
+    if existing is not None and stat.S_ISREG(existing.st_mode):
+        target.unlink(missing_ok=True)
+
+
+def recover(target: Path) -> None:
+    """Moves back what an interrupted replacement had moved away; a folder that exists stays.
+
+    For readers: on file systems that cannot exchange folders, nothing is at `target` between two
+    steps of a replacement.
+    """
+    if os.path.lexists(target) or target.name in ("", ".."):
+        return
+    for staging in _stagings(target, host="*"):
+        with contextlib.suppress(OSError):
+            (staging / OLD).rename(target)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder with all that is in it, is on the disk, if asked for."""
+    if not _is_syncing():
+        return
+    paths = [path]
+    if path.is_dir():
+        walked = list(os.walk(path))
+        names = [f"{root}/{name}" for root, _, files in walked for name in files]
+        paths = [Path(name) for name in names + [root for root, _, _ in walked]]
+    with ThreadPoolExecutor(SYNC_WORKERS) as pool:
+        list(pool.map(_fsync, (each for each in paths if each.is_file() or each.is_dir())))
+
+
+def sync_entry(path: Path) -> None:
+    """Waits until the name of a file or folder is on the disk, if asked for."""
+    if _is_syncing():
+        _fsync(path.parent)
+
+
+def _is_syncing() -> bool:
+    return os.environ.get(SYNC_VARIABLE, "") not in ("", "0")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- What may be replaced ------------------------------------------------------------------------
+
+
+def _require_apart(target: Path, source: Path) -> None:
+    if _is_in(source, target):
+        raise MptTrtError(
+            f"{target}: not replaced, because the input {source} is in it; "
+            "choose another output folder"
+        )
+    if _is_in(target, source):
+        raise MptTrtError(
+            f"{target}: not replaced, because it is in the input {source}; "
+            "choose another output folder"
+        )
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    """Whether `path` is the file or folder `folder`, or lies in it."""
+    if not folder.exists():
+        return False
+    real = Path(os.path.realpath(path))
+    return any(folder.samefile(each) for each in (real, *real.parents) if each.exists())
+
+
+def _require_own(folder: Path, target: Path, kind: FolderKind) -> None:
+    """Raises MptTrtError, about `target`, unless all files in `folder` are of this kind."""
+    own = kind.own_files(folder)
+    if own is None:
+        raise MptTrtError(
+            f"{target}: not replaced, because it is not empty and not {kind.name} of this tool; "
+            "choose another output folder, or replace it with --force"
+        )
+    for root, folders, files in os.walk(folder, onerror=_raise):
+        links = [name for name in folders if Path(root, name).is_symlink()]
+        for name in [*files, *links]:
+            path = os.path.relpath(f"{root}/{name}", folder)
+            if path not in own and not UNOWNED_FILES.fullmatch(name):
+                raise MptTrtError(
+                    f"{target}: not replaced, because {path} in it is not a file of this tool; "
+                    "move it away, choose another output folder, or delete it with --force"
+                )
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _lstat(path: Path) -> os.stat_result | None:
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
+
+
+# --- Single files that are not replaced ----------------------------------------------------------
+
+
+def _is_replaced(target: Path) -> bool:
+    """Whether a new file takes the place of `target`, instead of being written to it."""
+    try:
+        existing = target.stat()
+    except OSError:
+        return True
+    return stat.S_ISREG(existing.st_mode) and _standard_stream(existing) is None
+
+
+def _standard_stream(existing: os.stat_result) -> int | None:
+    """The descriptor of stdout or stderr, if it is that file."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(existing, os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
+def _write_to(target: Path, content: bytes) -> None:
+    descriptor = _standard_stream(target.stat())
+    if descriptor is None:
+        with target.open("wb", buffering=0) as stream:
+            _write_all(stream.fileno(), content)
+        return
+    for standard in (sys.stdout, sys.stderr):
+        standard.flush()
+    _write_all(descriptor, content)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+# --- Staging folders -----------------------------------------------------------------------------
+
+
+def _stagings(target: Path, host: str) -> list[Path]:
+    """The staging folders of a target, of all processes. host: a pattern."""
+    pattern = glob.escape(_shown_name(target)) + f".partial-{host}-*"
+    return sorted(target.parent.glob(f".{pattern}"))
+
+
+def _prefix(target: Path) -> str:
+    """The start of the names of this machine's staging folders of a target."""
+    return f".{_shown_name(target)}.partial-{socket.gethostname()}-"
+
+
+def _shown_name(target: Path) -> str:
+    """The target's name, shortened if it would leave no room for the rest of a staging name."""
+    name = os.fsencode(target.name)
+    if len(name) <= LONGEST_SHOWN_NAME:
+        return target.name
+    digest = hashlib.blake2b(name, digest_size=8).hexdigest()
+    return f"{os.fsdecode(name[: LONGEST_SHOWN_NAME - 20])}~{digest}"
+
+
+@contextlib.contextmanager
+def _locked_staging(target: Path) -> Iterator[Path]:
+    while True:
+        name = f"{_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}"
+        staging, lock = target.with_name(name), None
+        try:
+            staging.mkdir()
+            with contextlib.suppress(FileNotFoundError):
+                lock = _lock(staging, fcntl.LOCK_EX)
+            # Between the two calls, another process may have taken it for a leftover.
+            if staging.exists():
+                yield staging
+                return
+        finally:
+            _settle(staging, target)
+            if lock is not None:
+                os.close(lock)
+
+
+def _lock(folder: Path, how: int) -> int | None:
+    """Locks a folder for this process; None where the file system has no locks.
+
+    Raises BlockingIOError when another process has the lock and `how` says not to wait for it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _clean_up(target: Path) -> None:
+    """Restores what interrupted replacements had moved away, and removes their leftovers."""
+    if not target.parent.is_dir():
+        return
+    recover(target)
+    prefix = _prefix(target)
+    for staging in _stagings(target, glob.escape(socket.gethostname())):
+        if match := re.fullmatch(r"([0-9]+)-[0-9a-f]{8}", staging.name.removeprefix(prefix)):
+            # The process that made it may have ended already, and the folder with it.
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                _remove_leftover(staging, target, int(match[1]))
+
+
+def _remove_leftover(staging: Path, target: Path, process: int) -> None:
+    # In a container every run may get the same process id.
+    is_own = process == os.getpid()
+    if not is_own and Path("/proc", str(process)).exists():
+        return
+    lock = _lock(staging, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if lock is not None:
+        try:
+            _settle(staging, target)
+        finally:
+            os.close(lock)
+    elif not is_own:
+        _settle(staging, target)
+
+
+def _settle(staging: Path, target: Path) -> None:
+    """Removes a staging folder, after moving back what was moved away and not replaced."""
+    old = staging / OLD
+    if os.path.lexists(old):
+        try:
+            old.rename(target)
+        except OSError:
+            if not os.path.lexists(target):
+                return
+            old.rename(staging / REPLACED)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+# --- Putting a folder in place -------------------------------------------------------------------
+
+
+def _put_in_place(
+    new: Path,
+    target: Path,
+    may_replace: Callable[[], None],
+    may_remove: Callable[[Path], None],
+) -> None:
+    """Moves the folder `new` to `target`; what was there is then in the staging folder.
+
+    may_replace, may_remove: raise when what is at `target`, or was there, must be kept.
+    """
+    for attempt in range(ATTEMPTS):
+        if _move_to_free_place(new, target):
+            return
+        may_replace()
+        try:
+            is_exchanged = exchange(new, target)
+        except FileNotFoundError:
+            continue
+        if is_exchanged:
+            # Another process may have put something there after may_replace.
+            try:
+                may_remove(new)
+            except MptTrtError:
+                exchange(new, target)
+                raise
+            return
+        if _move_in_two_steps(new, target, attempt):
+            return
+    raise MptTrtError(f"cannot write {target}: other processes write it all the time; stop them")
+
+
+def _move_to_free_place(new: Path, target: Path) -> bool:
+    """Moves a folder to where nothing is, or an empty folder; False if something is there."""
+    try:
+        new.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        return False
+    return True
+
+
+def _move_in_two_steps(new: Path, target: Path, attempt: int) -> bool:
+    old = new.with_name(OLD)
+    try:
+        target.rename(old)
+    except FileNotFoundError:
+        return False
+    is_moved = _move_to_free_place(new, target)
+    # Something is at `target` now, so this is not the only copy any more.
+    with contextlib.suppress(FileNotFoundError):
+        old.rename(new.with_name(f"{REPLACED}{attempt}"))
+    return is_moved
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Exchanges two files or folders in one step; False where the system cannot do that."""
+    rename = _renameat2()
+    if rename is None:
+        return False
+    paths = os.fsencode(first), os.fsencode(second)
+    if rename(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(first), None, str(second))
+
+
+@functools.cache
+def _renameat2() -> Any:
+    if sys.platform != "linux":
+        return None
+    # glibc has it since 2.28, musl since 1.2.5.
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is not None:
+        text, number = ctypes.c_char_p, ctypes.c_int
+        function.argtypes = (number, text, number, text, ctypes.c_uint)
+    return function
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def plain_disk_errors(target: Path) -> Iterator[None]:
+    """Turns system errors of writing `target` into one sentence.
+
+    An error that names another file is about that file: reading an input fails here as well.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        names = [os.fsdecode(n) for n in (error.filename, error.filename2) if _is_name(n)]
+        if names and not any(_belongs_to(name, target) for name in names):
+            raise MptTrtError(f"{names[0]}: {error.strerror}") from error
+        raise MptTrtError(f"cannot write {target}: {REMEDIES[error.errno]}") from error
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str | bytes | os.PathLike)
+
+
+def _belongs_to(name: str, target: Path) -> bool:
+    """Whether a path is the target, a folder around it, or lies in it or its staging folder."""
+    # Path.resolve would follow links.
+    path, whole = Path(os.path.abspath(name)), Path(os.path.abspath(target))  # noqa: PTH100
+    if path == whole or path in whole.parents or whole in path.parents:
+        return True
+    below = str(path).removeprefix(f"{whole.parent}/")
+    return below.startswith(f".{_shown_name(whole)}.partial-")
