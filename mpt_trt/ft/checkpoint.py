@@ -59,8 +59,8 @@ def _own_files(folder: Path) -> set[str] | None:
     content = read_mark(folder / MANIFEST)
     files = content.get("files")
     # Earlier versions recorded the provenance as `source`.
-    is_ours = isinstance(files, dict) and not content.keys().isdisjoint(("provenance", "source"))
-    if not is_ours or not (folder / CONFIG).is_file():
+    is_foreign = content.keys().isdisjoint(("provenance", "source"))
+    if is_foreign or not isinstance(files, dict) or not (folder / CONFIG).is_file():
         return None
     return {CONFIG, MANIFEST, *files}
 
