@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import yaml
-from common import REPOSITORY, SCRIPTS, make_random_checkpoint, write_result
+from common import REPOSITORY, make_random_checkpoint, write_result
 
 MODEL = "random"
 RESOURCES = REPOSITORY / "resources"
@@ -72,12 +72,9 @@ def write_config(folder: Path, checkpoint: Path, samples: int) -> None:
     # Of random weights no token stands out: which one is likeliest says nothing.
     for variant in content["variants"].values():
         variant.setdefault("tolerance", {})["min_top1"] = 0.0
-    text = str(RESOURCES / "calibration.txt")
-    content["calibration"] = {"text": text, "num_samples": samples, "sequence_length": 512}
+    content["calibration"] = {"num_samples": samples, "sequence_length": 512}
     content["targets"] = []
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
-    # Rules name their scripts from the working directory.
-    (folder / "workflow_scripts").symlink_to(SCRIPTS)
 
 
 def run_snakemake(folder: Path, target: str, cores: int) -> None:

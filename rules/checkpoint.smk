@@ -98,7 +98,7 @@ rule convert_smoothquant_checkpoint:
     input:
         require_possible("convert_smoothquant_checkpoint"),
         checkpoint=of_job(plan.checkpoint_inputs),
-        text=plan.find(settings.calibration.text),
+        text=of_job(plan.calibration_text),
     output:
         directory("ft_ckpts/{model}/{storage}/{tp}-gpu"),
     log:
@@ -117,6 +117,8 @@ rule convert_smoothquant_checkpoint:
         storage_type=of_job(plan.storage_type),
         alpha=of_job(plan.smoothing_alpha),
         tokenizer=of_job(plan.tokenizer_option),
+        text=of_job(plan.calibration_text_option),
+        text_version=of_job(plan.calibration_text_version),
         num_samples=settings.calibration.num_samples,
         sequence_length=settings.calibration.sequence_length,
         device=settings.calibration.device,
@@ -131,7 +133,7 @@ rule convert_smoothquant_checkpoint:
             --processes {threads} \
             --smoothquant {params.alpha} \
             {params.tokenizer:q} \
-            --calib_text {input.text:q} \
+            {params.text:q} \
             --calib_size {params.num_samples} \
             --calib_max_seq_length {params.sequence_length} \
             --device {params.device}

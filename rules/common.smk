@@ -12,6 +12,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.process import prefer_this_python
+from mpt_trt.workflow.config_sources import ConfigSources
 from mpt_trt.workflow.job_resources import JobResources
 from mpt_trt.workflow.launch import Launch
 from mpt_trt.workflow.plan import Plan, Target
@@ -95,7 +96,10 @@ def tool(script):
 
 
 prefer_this_python()
-settings = checked(parse_settings, config)
+given = workflow.config_settings
+own_configfiles = workflow.configfiles[len(given.configfiles) :]
+sources = ConfigSources.of_run([*own_configfiles, *given.configfiles], given.config)
+settings = checked(parse_settings, config, sources)
 deploys_software = bool(workflow.deployment_settings.deployment_method)
 plan = Plan(settings, REPOSITORY, deploys_software=deploys_software)
 jobs = JobResources(plan)

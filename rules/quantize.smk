@@ -10,7 +10,7 @@ rule quantize:
     input:
         require_possible("quantize"),
         checkpoint=of_job(plan.checkpoint_inputs),
-        text=plan.find(settings.calibration.text),
+        text=of_job(plan.calibration_text),
     output:
         "quantized/{model}/{qformat}/mpt_tp1_rank0.npz",
     log:
@@ -27,6 +27,8 @@ rule quantize:
         gpus=unrecorded(launch.calibration_gpus),
         tokenizer=of_job(plan.tokenizer_option),
         qformat=of_job(plan.calibration_format_options),
+        text=of_job(plan.calibration_text_option),
+        text_version=of_job(plan.calibration_text_version),
         num_samples=settings.calibration.num_samples,
         sequence_length=settings.calibration.sequence_length,
         device=settings.calibration.device,
@@ -37,7 +39,7 @@ rule quantize:
             --model_dir {input.checkpoint[0]:q} \
             {params.tokenizer:q} \
             {params.qformat:q} \
-            --calib_text {input.text:q} \
+            {params.text:q} \
             --calib_size {params.num_samples} \
             --calib_max_seq_length {params.sequence_length} \
             --device {params.device} \

@@ -11,7 +11,7 @@ rule compute_reference:
     """Compute a model's float32 reference on windows of held-out text."""
     input:
         checkpoint=of_job(plan.checkpoint_inputs),
-        text=plan.find(settings.quality.text),
+        text=of_job(plan.quality_text),
     output:
         "quality/{model}/reference.safetensors",
     log:

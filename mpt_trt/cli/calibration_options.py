@@ -10,7 +10,7 @@ from typing import Any
 import mpt_trt
 from mpt_trt.quantization.schemes import CALIBRATION_BATCH_SIZE
 
-# The text that ships, which config.yaml names by its place in the repository.
+# The text that ships.
 TEXT = Path(mpt_trt.__file__).parent / "calibration" / "calibration.txt"
 
 

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import mpt_trt
 from mpt_trt.checkpoint import known_models
 from mpt_trt.checkpoint.files import checkpoint_files
 from mpt_trt.checkpoint.hf_config import read_hf_config
@@ -29,11 +30,13 @@ from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
 from mpt_trt.quantization.schemes import as_mapping, require_fitting_groups
 from mpt_trt.system.code_version import source_hash
+from mpt_trt.system.files import content_hash
 from mpt_trt.workflow import gpu_request, target_names
 from mpt_trt.workflow.settings import Settings, Variant
 from mpt_trt.workflow.target_names import CalibrationName
 from mpt_trt.workflow.trtllm_sources import trtllm_calibration, trtllm_ft_storage
 
+SHIPPED_TEXT = Path(mpt_trt.__file__).parent / "calibration" / "calibration.txt"
 CALIBRATION_FILE = "mpt_tp1_rank0.npz"
 DEFAULT_SHAPE = "mpt-7b"
 """The shape that is assumed for a hub model until its config.json is there."""
@@ -84,6 +87,16 @@ class Plan:
     def _sources(self) -> dict[str, str]:
         return {name: self.find(model.source) for name, model in self.settings.models.items()}
 
+    def source(self, target: Target) -> str:
+        """Hub id or folder of the model."""
+        source = self.settings.model(target.model).source
+        if match := re.match(r"https?://[^/]+/(?P<id>[^/]+/[^/]+)", source):
+            raise MptTrtError(
+                f"models.{target.model}.source = {source}: expected a hub id or a folder; write "
+                f"{match['id']}"
+            )
+        return self._sources[target.model]
+
     def shipped(self, path: str) -> Path:
         """A file of the repository, from the working directory."""
         return self._repository / path
@@ -103,11 +116,6 @@ class Plan:
         shipped = self.repository / path
         is_here = (self.working_directory / path).exists()
         return str(shipped) if not is_here and shipped.exists() else path
-
-    def source(self, target: Target) -> str:
-        """Hub id or folder of the model."""
-        self.settings.model(target.model)
-        return self._sources[target.model]
 
     def revision(self, target: Target) -> str:
         """The model's branch, tag or commit on the hub."""
@@ -245,6 +253,21 @@ class Plan:
     def code_version(self, name: str) -> str:
         """Hash of a script and of the library behind it: an edit makes its outputs again."""
         return source_hash((self.repository / "workflow_scripts" / name).resolve())
+
+    def calibration_text(self, target: Target) -> list[str]:
+        """The user's own calibration text; none for the one that ships."""
+        text = self.settings.calibration.text
+        return [] if text is None else [self.find(text)]
+
+    def calibration_text_option(self, target: Target) -> list[str]:
+        return [f"--calib_text={path}" for path in self.calibration_text(target)]
+
+    def calibration_text_version(self, target: Target) -> str | None:
+        """Hash of the text that ships, if it is read: it is not among the inputs."""
+        return content_hash(SHIPPED_TEXT) if self.settings.calibration.text is None else None
+
+    def quality_text(self, target: Target) -> str:
+        return self.find(self.settings.quality.text)
 
     def tokenizer_folder(self, target: Target) -> str:
         tokenizer = self.settings.model(target.model).tokenizer

@@ -23,12 +23,14 @@ from mpt_trt.quantization.schemes import (
     WeightQuantization,
     make_weight_quantization,
 )
+from mpt_trt.workflow.config_sources import ConfigSources
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError
 
 Entry = TypeVar("Entry")
 
+DEFAULT_SOURCES = ConfigSources()
 SCHEMA = Path(__file__).with_name("config.schema.yaml")
 
 
@@ -83,9 +85,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Calibration:
-    """See the schema."""
+    """See the schema. text: None for the text that ships."""
 
-    text: str
+    text: str | None
     num_samples: int
     sequence_length: int
     device: str
@@ -187,18 +189,22 @@ class Settings:
         return found
 
 
-def parse_settings(content: Mapping[str, Any], origin: str = "config.yaml") -> Settings:
+def parse_settings(
+    content: Mapping[str, Any], sources: ConfigSources = DEFAULT_SOURCES
+) -> Settings:
     """Checks `content` and fills in defaults.
 
-    Raises MptTrtError that names the key, its value and, for a misspelt key, the nearest known one.
+    Raises MptTrtError that names the source, the key, its value and, for a misspelt key, the
+    nearest known one.
     """
-    import jsonschema  # tools need defaults alone
+    import jsonschema  # tools need only defaults
 
     schema = _schema()
+    content = sources.with_types(content, schema, _resolved)
     errors = jsonschema.Draft202012Validator(schema).iter_errors(content)
     if error := next(iter(sorted(errors, key=lambda e: list(map(str, e.absolute_path)))), None):
-        raise MptTrtError(f"{origin}: {_explain(error)}")
-    _require_own_options(content, origin)
+        raise MptTrtError(f"{sources.of(_place(error))}: {_explain(error)}")
+    _require_own_options(content, sources)
     filled = _with_defaults(content, schema)
     return Settings(
         models={name: Model(**entry) for name, entry in filled["models"].items()},
@@ -278,7 +284,7 @@ def _report(entry: dict[str, Any]) -> Report:
     )
 
 
-def _require_own_options(content: Mapping[str, Any], origin: str) -> None:
+def _require_own_options(content: Mapping[str, Any], sources: ConfigSources) -> None:
     """Raises MptTrtError when a variant sets an option that its quantization method has not."""
     for name, variant in content.get("variants", {}).items():
         options = dict(variant.get("quantization", {}))
@@ -287,6 +293,7 @@ def _require_own_options(content: Mapping[str, Any], origin: str) -> None:
         for option, value in options.items():
             if option not in known:
                 legal = ", ".join(sorted(known)) or "none"
+                origin = sources.of(("variants", name, "quantization", option))
                 raise MptTrtError(
                     f"{origin}: variants.{name}.quantization.{option} = {value!r}: {method} has no "
                     f"such option; it has {legal}"
@@ -316,6 +323,18 @@ def _with_defaults(value: Any, schema: dict[str, Any]) -> Any:
     return {k: _with_defaults(v, known.get(k, others)) for k, v in {**missing, **value}.items()}
 
 
+def _place(error: ValidationError) -> list[object]:
+    """The keys that lead to the wrong value, or to the unknown key."""
+    place: list[object] = list(error.absolute_path)
+    return [*place, _unknown_key(error)] if error.validator == "additionalProperties" else place
+
+
+def _unknown_key(error: ValidationError) -> object:
+    schema: Any = error.schema
+    instance: Any = error.instance
+    return next(key for key in instance if key not in schema.get("properties", {}))
+
+
 def _explain(error: ValidationError) -> str:
     # What these hold depends on the validator.
     schema: Any = error.schema
@@ -323,8 +342,7 @@ def _explain(error: ValidationError) -> str:
     instance: Any = error.instance
     place = ".".join(map(str, error.absolute_path)) or "top level"
     if error.validator == "additionalProperties":
-        known = schema.get("properties", {})
-        unknown = next(key for key in instance if key not in known)
+        known, unknown = schema.get("properties", {}), _unknown_key(error)
         return f"{place}: unknown key {unknown!r}; {nearest(str(unknown), known)}"
     if error.validator == "enum":
         options = ", ".join(map(str, expected))

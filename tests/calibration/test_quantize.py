@@ -24,7 +24,7 @@ from support.engines import call_tool
 from support.ft import random_amax, write_ft
 from support.paths import REPOSITORY
 
-TEXT = REPOSITORY / "resources" / "calibration.txt"
+TEXT = REPOSITORY / "mpt_trt" / "calibration" / "calibration.txt"
 DEMO = REPOSITORY / "resources" / "mpt-demo"
 SPEC = CheckpointSpec(num_heads=6, num_kv_heads=2)
 FEW = ("--calib_size=3", "--calib_max_seq_length=20", "--device=cpu")

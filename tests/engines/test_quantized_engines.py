@@ -67,8 +67,7 @@ from support.engines import (
 )
 from support.paths import REPOSITORY
 
-RESOURCES = REPOSITORY / "resources"
-DEMO = RESOURCES / "mpt-demo"
+DEMO = REPOSITORY / "resources" / "mpt-demo"
 GROUP_SIZE = 64
 LIMITS = BuildLimits(max_batch_size=2, max_input_len=96, max_output_len=16)
 
@@ -149,7 +148,8 @@ class Model:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    tokens = read_tokenizer(DEMO).encode((RESOURCES / "calibration.txt").read_text()[:4000])
+    text = REPOSITORY / "mpt_trt" / "calibration" / "calibration.txt"
+    tokens = read_tokenizer(DEMO).encode(text.read_text()[:4000])
     samples = torch.tensor(tokens[:256]).reshape(4, 64)
     return Model(DEMO, tmp_path_factory.mktemp("demo"), samples, GROUP_SIZE)
 

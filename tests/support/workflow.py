@@ -25,9 +25,13 @@ SMALL = {"max_batch_size": 4, "max_input_len": 24, "max_output_len": 16}
 
 @dataclass(frozen=True)
 class Workflow:
-    """A working directory with its own config.yaml and a copy of the code that a test may edit."""
+    """A working directory with its own config.yaml and a copy of the code that a test may edit.
+
+    snakefile: that of another folder; None for the one in this folder.
+    """
 
     folder: Path
+    snakefile: Path | None = None
 
     @classmethod
     def create(cls, folder: Path) -> Workflow:
@@ -63,8 +67,9 @@ class Workflow:
         (self.folder / "config.yaml").write_text(yaml.safe_dump(content))
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        other = [] if self.snakefile is None else ["--snakefile", str(self.snakefile)]
         return subprocess.run(
-            [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
+            [sys.executable, "-m", "snakemake", "--cores", "2", *other, *arguments],
             cwd=self.folder,
             env=os.environ | environment,
             capture_output=True,

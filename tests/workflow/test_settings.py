@@ -15,6 +15,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.distance import Tolerance
 from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
 from mpt_trt.workflow import settings
+from mpt_trt.workflow.config_sources import ConfigSources
 from mpt_trt.workflow.settings import (
     Calibration,
     Model,
@@ -132,7 +133,7 @@ class TestDefaults:
         assert parse_settings({}) == settings.Settings(
             models={},
             variants={},
-            calibration=Calibration("resources/calibration.txt", 32, 512, "auto"),
+            calibration=Calibration(None, 32, 512, "auto"),
             smoke_test=SmokeTest("def fibonacci", 32),
             quality=Quality("resources/mpt-demo/heldout.txt", 16, 512),
             report=Report(None, (1,), {}),
@@ -342,7 +343,7 @@ class TestMistakes:
 
     def test_origin(self) -> None:
         with pytest.raises(MptTrtError, match=r"^other\.yaml: top level: unknown key 'x'"):
-            parse_settings({"x": 1}, origin="other.yaml")
+            parse_settings({"x": 1}, ConfigSources(("other.yaml",)))
 
     @pytest.mark.parametrize(
         ("name", "hint"),

@@ -1,0 +1,103 @@
+"""Where the values of the configuration come from: files, and `--config` of the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+COMMAND_LINE = "--config"
+
+Schema = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ConfigSources:
+    """What Snakemake has merged: files, of which later ones count more, and then `--config`."""
+
+    files: tuple[str, ...] = ("config.yaml",)
+    command_line: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of_run(
+        cls, files: Sequence[str | Path], command_line: Mapping[str, Any] | None
+    ) -> ConfigSources:
+        """Files below the working directory are called by their path from there."""
+        return cls(tuple(map(_shown, files)), command_line)
+
+    def of(self, path: Sequence[object]) -> str:
+        """Name of the source that a value comes from; path: the keys that lead to it."""
+        if _has(self.command_line or {}, path):
+            return COMMAND_LINE
+        if len(self.files) == 1:
+            return self.files[0]
+        readable = (name for name in reversed(self.files) if Path(name).is_file())
+        holding = (name for name in readable if _has(yaml.safe_load(_text(name)) or {}, path))
+        return next(holding, self.files[0] if self.files else "configuration")
+
+    def with_types(
+        self, content: Mapping[str, Any], schema: Schema, resolved: Callable[[Schema], Schema]
+    ) -> dict[str, Any]:
+        """`content`, in which values of `--config` have the types that the schema wants.
+
+        Snakemake hands nested ones over as strings: `--config 'variants={fp16: {max_batch_size:
+        4}}'`. What is not of that type stays a string. resolved: follows a schema's `$ref`.
+        """
+        return _typed(content, self.command_line or {}, schema, resolved)
+
+
+def _shown(file: str | Path) -> str:
+    path, here = Path(file), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _text(name: str) -> str:
+    return Path(name).read_text(encoding="utf-8")
+
+
+def _has(content: object, path: Sequence[object]) -> bool:
+    """Whether `content`, of mappings and lists, has a value at `path`."""
+    for key in path:
+        try:
+            content = content[key]  # type: ignore[index]
+        except (LookupError, TypeError):
+            return False
+    return bool(path)
+
+
+def _typed(value: Any, given: Any, schema: Schema, resolved: Callable[[Schema], Schema]) -> Any:
+    """given: the same value as `--config` has it."""
+    schema = resolved(schema)
+    if isinstance(value, Mapping) and isinstance(given, Mapping):
+        known, others = schema.get("properties", {}), schema.get("additionalProperties") or {}
+        return {
+            key: _typed(entry, given[key], known.get(key, others), resolved)
+            if key in given
+            else entry
+            for key, entry in value.items()
+        }
+    if isinstance(value, list) and value == given:
+        return [_typed(item, item, schema.get("items", {}), resolved) for item in value]
+    return _converted(value, schema) if isinstance(value, str) and value == given else value
+
+
+def _converted(text: str, schema: Schema) -> Any:
+    """The text as a number, boolean or null, if the schema wants one of these."""
+    numbers = {"integer": int, "number": float}
+    types = schema.get("type", ())
+    for kind in [types] if isinstance(types, str) else types:
+        if kind in numbers:
+            with contextlib.suppress(ValueError):
+                number = numbers[kind](text)
+                return number if math.isfinite(number) else text
+        if kind == "boolean" and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind == "null" and text == "null":
+            return None
+    others = [choice for choice in schema.get("enum", ()) if not isinstance(choice, str)]
+    return next((c for c in others if ("null" if c is None else str(c)) == text), text)
