@@ -25,6 +25,7 @@ from support.ft import random_amax, write_ft
 from support.paths import REPOSITORY
 
 TEXT = REPOSITORY / "mpt_trt" / "calibration" / "calibration.txt"
+README = REPOSITORY / "resources" / "README.md"
 DEMO = REPOSITORY / "resources" / "mpt-demo"
 SPEC = CheckpointSpec(num_heads=6, num_kv_heads=2)
 FEW = ("--calib_size=3", "--calib_max_seq_length=20", "--device=cpu")
@@ -185,7 +186,7 @@ def test_texts_in_other_encodings_are_refused(tmp_path: Path) -> None:
 
 def test_the_default_text_is_enough_and_holds_nothing_held_out() -> None:
     text = TEXT.read_text()
-    assert hashlib.sha256(text.encode()).hexdigest() in (TEXT.parent / "README.md").read_text()
+    assert hashlib.sha256(text.encode()).hexdigest() in README.read_text()
     assert len(read_tokenizer(DEMO).encode(text)) > 2 * 32 * 512
     heldout = (DEMO / "heldout.txt").read_text().split("<|endoftext|>")
     assert len(heldout) == 21
