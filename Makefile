@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 	$(BIN)/python workflow_scripts/steps/show_smoke_test.py $(DEMO)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # `pip install .` and `pip install -e .` in fresh environments: half a minute.
 test-install: $(VENV)/installed-dev

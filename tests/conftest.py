@@ -7,6 +7,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,9 +27,25 @@ settings.load_profile("any machine")
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# The longest files, which run first: the others then fill both workers up to the end.
+LONGEST = (
+    "workflow/test_workflow.py",
+    "evaluation/test_quality_bounds.py",
+    "workflow/test_report_workflow.py",
+    "workflow/test_workflow_quantize.py",
+    "workflow/test_gpu_request.py",
+    "engines/test_mpi.py",
+)
+
 # Shells let what they start in the background ignore it, and programs that tests interrupt with it
 # would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first; the order within a file stays."""
+    longest = [Path(__file__).parent / name for name in LONGEST]
+    items.sort(key=lambda item: longest.index(item.path) if item.path in longest else len(longest))
 
 
 @pytest.fixture
