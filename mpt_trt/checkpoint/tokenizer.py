@@ -124,11 +124,17 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         path = folder / VOCABULARY_FILES[0]
         raise MptTrtError(f"{path}: no such file; name the folder that holds the tokenizer")
     # Takes seconds, so nothing else that needs no text waits for it.
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, MptConfig
 
     with _plain_errors(folder):
+        # Its own MPT, instead of a config.json beside the tokenizer: transformers knows neither
+        # grouped-query attention nor llm-foundry's numbers, nor MPT's relatives.
         backend = AutoTokenizer.from_pretrained(
-            str(folder.absolute()), use_fast=True, trust_remote_code=False, local_files_only=True
+            str(folder.absolute()),
+            config=MptConfig(),
+            use_fast=True,
+            trust_remote_code=False,
+            local_files_only=True,
         )
         # Some damage shows only when text is read.
         backend("a", truncation=False, padding=False)

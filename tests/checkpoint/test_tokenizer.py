@@ -56,6 +56,32 @@ def test_ids_are_those_of_transformers(folder: Path, change: str) -> None:
     assert read_tokenizer(folder).encode(TEXT) == expected
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": 2}},
+        {"attn_config": {"alibi": True, "clip_qkv": 6}},
+        {"expansion_ratio": 2.5},
+        {"model_type": "mosaic_gpt"},
+        {"model_type": "replit_lm", "auto_map": {"AutoConfig": "x.ReplitLMConfig"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_named", [True, False], ids=["class named", "no class named"])
+def test_models_that_transformers_does_not_read(
+    folder: Path, changes: dict[str, Any], is_named: bool
+) -> None:
+    """The tokenizer beside such a config.json is read as beside one of transformers' MPT."""
+    if not is_named:
+        path = folder / "tokenizer_config.json"
+        content = json.loads(path.read_text())
+        content.pop("tokenizer_class")
+        path.write_text(json.dumps(content))
+    expected = AutoTokenizer.from_pretrained(str(folder))(TEXT)["input_ids"]
+    edit(folder / "config.json", **changes)
+    assert read_tokenizer(folder).encode(TEXT) == expected
+
+
 def test_tokens_of_a_file_of_their_own(folder: Path) -> None:
     edit(folder / "added_tokens.json", **{"<|im_start|>": 4096, "<|im_end|>": 4097})
     tokens = read_tokenizer(folder).encode(TEXT)
