@@ -78,8 +78,7 @@ rule convert_checkpoint:
         **resources_of(jobs.convert_checkpoint),
     params:
         **tool("convert_hf_mpt_to_ft.py"),
-        storage_type=of_job(plan.storage_type),
-        tokenizer=of_job(plan.tokenizer_option),
+        options=of_job(options.conversion),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
@@ -87,8 +86,7 @@ rule convert_checkpoint:
             --in_file {input.checkpoint[0]:q} \
             --out_dir "$(dirname {output:q})" \
             --tensor_parallelism {wildcards.tp} \
-            --storage_type {params.storage_type} \
-            {params.tokenizer:q} \
+            {params.options:q} \
             --processes {threads}
         """
 
@@ -114,14 +112,8 @@ rule convert_smoothquant_checkpoint:
         **resources_of(jobs.convert_smoothquant_checkpoint),
     params:
         **tool("convert_hf_mpt_to_ft.py"),
-        storage_type=of_job(plan.storage_type),
-        alpha=of_job(plan.smoothing_alpha),
-        tokenizer=of_job(plan.tokenizer_option),
-        text=of_job(plan.calibration_text_option),
-        text_version=of_job(plan.calibration_text_version),
-        num_samples=settings.calibration.num_samples,
-        sequence_length=settings.calibration.sequence_length,
-        device=settings.calibration.device,
+        options=of_job(options.smoothquant),
+        text_version=of_job(options.shipped_text_version),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
@@ -129,12 +121,6 @@ rule convert_smoothquant_checkpoint:
             --in_file {input.checkpoint[0]:q} \
             --out_dir "$(dirname {output:q})" \
             --tensor_parallelism {wildcards.tp} \
-            --storage_type {params.storage_type} \
-            --processes {threads} \
-            --smoothquant {params.alpha} \
-            {params.tokenizer:q} \
-            {params.text:q} \
-            --calib_size {params.num_samples} \
-            --calib_max_seq_length {params.sequence_length} \
-            --device {params.device}
+            {params.options:q} \
+            --processes {threads}
         """

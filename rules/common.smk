@@ -13,6 +13,7 @@ sys.path.insert(0, str(REPOSITORY))
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.process import prefer_this_python
 from mpt_trt.workflow.config_sources import ConfigSources
+from mpt_trt.workflow.job_options import JobOptions
 from mpt_trt.workflow.job_resources import JobResources
 from mpt_trt.workflow.launch import Launch
 from mpt_trt.workflow.plan import Plan, Target
@@ -48,20 +49,6 @@ def of_job(function):
     return value
 
 
-def unrecorded(function):
-    """The same for a parameter that tells where a job runs and not what comes out.
-
-    Snakemake records no parameter that is a function of `output`. So another site, or another place
-    of the repository, repeats nothing.
-    """
-    planned = of_job(function)
-
-    def value(wildcards, output):
-        return planned(wildcards)
-
-    return value
-
-
 def require_possible(step):
     """An input function that adds no input, but refuses what the rule `step` cannot make."""
 
@@ -87,12 +74,12 @@ def resources_of(request_of):
 
 
 def tool(script):
-    """Path and version of a script of workflow_scripts/, as parameters of the rule that runs it."""
+    """Path and version of a script of workflow_scripts/, as parameters of the rule that runs it.
 
-    def path(wildcards, output):
-        return str(plan.script(script))
-
-    return {"tool": path, "code": plan.code_version(script)}
+    Snakemake records parameters of built-in types only, so not the path, as a Path: the same script
+    in another place repeats nothing.
+    """
+    return {"tool": plan.script(script), "code": plan.code_version(script)}
 
 
 prefer_this_python()
@@ -102,5 +89,6 @@ sources = ConfigSources.of_run([*own_configfiles, *given.configfiles], given.con
 settings = checked(parse_settings, config, sources)
 deploys_software = bool(workflow.deployment_settings.deployment_method)
 plan = Plan(settings, REPOSITORY, deploys_software=deploys_software)
+options = JobOptions(plan)
 jobs = JobResources(plan)
 launch = Launch(jobs)

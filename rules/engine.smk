@@ -26,31 +26,26 @@ rule make_networks:
         **resources_of(jobs.make_networks),
     params:
         **tool("steps/make_networks.py"),
-        limits=of_job(plan.limit_options),
-        vocabulary=of_job(plan.vocabulary_options),
-        quantization=of_job(plan.quantization_options),
-        calibration=of_job(plan.calibration_option),
+        options=of_job(options.networks),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
         python {params.tool:q} \
             --model_dir {input.ft_checkpoint:q} \
-            {params.limits:q} \
-            {params.vocabulary:q} \
-            {params.quantization:q} \
-            {params.calibration:q} \
+            {params.options:q} \
             --output_dir {output:q}
         """
 
 
+# Its description, rank{rank}.engine.json, is written beside it. To name it here would take Snakemake
+# a tenth more time for large plans; assemble_engine refuses a plan without it.
 rule build_rank:
     """Build the TensorRT plan of one rank from its network."""
     input:
         require_possible("build_rank"),
         networks="build/networks/{model}/{variant}/{tp}-gpu",
     output:
-        plan="build/plans/{model}/{variant}/{tp}-gpu/rank{rank}.engine",
-        description="build/plans/{model}/{variant}/{tp}-gpu/rank{rank}.engine.json",
+        "build/plans/{model}/{variant}/{tp}-gpu/rank{rank}.engine",
     log:
         "logs/build_rank/{model}/{variant}/{tp}-gpu/rank{rank}.log",
     benchmark:
@@ -62,21 +57,17 @@ rule build_rank:
         **resources_of(jobs.build_rank),
     params:
         **tool("steps/build_rank.py"),
-        backend=of_job(plan.builder_name),
-        backend_version=of_job(plan.builder_version),
-        compute_capabilities=of_job(plan.compute_capabilities),
-        preflight=unrecorded(launch.preflight_of_build),
-        gpus=unrecorded(launch.build_gpus),
+        builder=of_job(options.builder),
+        launch=of_job(launch.build_rank),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        {params.preflight:q}
-        {params.gpus:q} python {params.tool:q} \
+        {params.launch.preflight:q}
+        {params.launch.gpus:q} python {params.tool:q} \
             --network_dir {input.networks:q} \
             --rank {wildcards.rank} \
-            --backend {params.backend} \
-            --compute_capabilities {params.compute_capabilities} \
-            --output_dir "$(dirname {output.plan:q})"
+            {params.builder[options]:q} \
+            --output_dir "$(dirname {output:q})"
         """
 
 

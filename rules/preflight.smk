@@ -11,7 +11,7 @@ rule preflight:
         "../envs/base.yaml"
     params:
         tool=tool("preflight.py")["tool"],
-        needs=unrecorded(launch.needs_of_targets),
+        needs=of_job(launch.needs_of_targets),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1

@@ -24,24 +24,14 @@ rule quantize:
         **resources_of(jobs.quantize),
     params:
         **tool("quantize.py"),
-        gpus=unrecorded(launch.calibration_gpus),
-        tokenizer=of_job(plan.tokenizer_option),
-        qformat=of_job(plan.calibration_format_options),
-        text=of_job(plan.calibration_text_option),
-        text_version=of_job(plan.calibration_text_version),
-        num_samples=settings.calibration.num_samples,
-        sequence_length=settings.calibration.sequence_length,
-        device=settings.calibration.device,
+        launch=of_job(launch.quantize),
+        options=of_job(options.quantize),
+        text_version=of_job(options.shipped_text_version),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        {params.gpus:q} python {params.tool:q} \
+        {params.launch.gpus:q} python {params.tool:q} \
             --model_dir {input.checkpoint[0]:q} \
-            {params.tokenizer:q} \
-            {params.qformat:q} \
-            {params.text:q} \
-            --calib_size {params.num_samples} \
-            --calib_max_seq_length {params.sequence_length} \
-            --device {params.device} \
+            {params.options:q} \
             --export_path "$(dirname {output:q})"
         """

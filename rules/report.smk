@@ -25,18 +25,14 @@ rule compute_reference:
         **resources_of(jobs.compute_reference),
     params:
         **tool("steps/compute_reference.py"),
-        tokenizer=of_job(plan.tokenizer_option),
-        num_windows=settings.quality.num_windows,
-        window_length=settings.quality.window_length,
+        options=of_job(options.reference),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
         python {params.tool:q} \
             --model_dir {input.checkpoint[0]:q} \
-            {params.tokenizer:q} \
             --text {input.text:q} \
-            --num_windows {params.num_windows} \
-            --window_length {params.window_length} \
+            {params.options:q} \
             --output {output:q}
         """
 
@@ -67,14 +63,12 @@ rule measure_quality:
         **resources_of(jobs.measure_quality),
     params:
         **tool("steps/measure_quality.py"),
-        preflight=unrecorded(launch.preflight_of_ranks),
-        gpus=unrecorded(launch.gpus_of_ranks),
-        launcher=unrecorded(launch.ranks),
+        launch=of_job(launch.smoke_test),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        {params.preflight:q}
-        {params.gpus:q} {params.launcher:q} python {params.tool:q} \
+        {params.launch.preflight:q}
+        {params.launch.gpus:q} {params.launch.ranks:q} python {params.tool:q} \
             --engine_dir {input.engine:q} \
             --model_dir {input.checkpoint[0]:q} \
             --reference {input.reference:q} \

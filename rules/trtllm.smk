@@ -29,17 +29,13 @@ rule convert_to_trtllm:
         **resources_of(jobs.convert_to_trtllm),
     params:
         **tool("steps/convert_ft_to_trtllm.py"),
-        vocabulary=of_job(plan.vocabulary_options),
-        quantization=of_job(plan.quantization_options),
-        calibration=of_job(plan.calibration_option_for_trtllm),
+        options=of_job(options.trtllm_checkpoint),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
         python {params.tool:q} \
             --model_dir {input.ft_checkpoint:q} \
-            {params.vocabulary:q} \
-            {params.quantization:q} \
-            {params.calibration:q} \
+            {params.options:q} \
             --output_dir {output:q}
         """
 
@@ -66,13 +62,13 @@ rule build_trtllm_engine:
         **resources_of(jobs.build_trtllm_engine),
     params:
         **tool("steps/build_trtllm.py"),
-        limits=of_job(plan.limit_options),
+        options=of_job(options.limits),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
         python {params.tool:q} \
             --checkpoint_dir {input.checkpoint:q} \
-            {params.limits:q} \
+            {params.options:q} \
             --workers {wildcards.tp} \
             --output_dir {output:q}
         """
@@ -127,12 +123,12 @@ rule run_trtllm:
         **resources_of(jobs.run_trtllm),
     params:
         **tool("steps/run_trtllm.py"),
-        launcher=unrecorded(launch.ranks),
+        launch=of_job(launch.run_trtllm),
         max_new_tokens=settings.smoke_test.max_new_tokens,
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        {params.launcher:q} python {params.tool:q} \
+        {params.launch.ranks:q} python {params.tool:q} \
             --engine_dir {input.engine:q} \
             --prompt {input.prompt:q} \
             --max_output_len {params.max_new_tokens} \
@@ -167,8 +163,7 @@ rule compare_trtllm:
         **resources_of(jobs.compare_trtllm),
     params:
         **tool("steps/compare_trtllm.py"),
-        tokenizer=of_job(plan.tokenizer_option),
-        tolerance=of_job(plan.tolerance_options),
+        options=of_job(options.comparison),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
@@ -176,7 +171,6 @@ rule compare_trtllm:
             --engine_dir {input.engine:q} \
             --generation {input.generation:q} \
             --model_dir {input.checkpoint[0]:q} \
-            {params.tokenizer:q} \
-            {params.tolerance:q} \
+            {params.options:q} \
             --output {output:q}
         """

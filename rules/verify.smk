@@ -32,23 +32,15 @@ rule smoke_test:
         **resources_of(jobs.smoke_test),
     params:
         **tool("steps/smoke_test.py"),
-        preflight=unrecorded(launch.preflight_of_ranks),
-        gpus=unrecorded(launch.gpus_of_ranks),
-        launcher=unrecorded(launch.ranks),
-        tokenizer=of_job(plan.tokenizer_option),
-        tolerance=of_job(plan.tolerance_options),
-        prompt=settings.smoke_test.prompt,
-        max_new_tokens=settings.smoke_test.max_new_tokens,
+        launch=of_job(launch.smoke_test),
+        options=of_job(options.smoke_test),
     shell:
         r"""
         exec > >(tee {log:q}) 2>&1
-        {params.preflight:q}
-        {params.gpus:q} {params.launcher:q} python {params.tool:q} \
+        {params.launch.preflight:q}
+        {params.launch.gpus:q} {params.launch.ranks:q} python {params.tool:q} \
             --engine_dir {input.engine:q} \
             --model_dir {input.checkpoint[0]:q} \
-            {params.tokenizer:q} \
-            {params.tolerance:q} \
-            --prompt {params.prompt:q} \
-            --max_new_tokens {params.max_new_tokens} \
+            {params.options:q} \
             --output {output:q}
         """

@@ -83,7 +83,7 @@ class JobResources:
     def convert_smoothquant_checkpoint(self, target: Target) -> HostRequest:
         """Calibration, without a GPU, and conversion."""
         config, settings = self.plan.planned_config(target), self.plan.settings
-        calibration = resources.calibration_minutes(config, settings.calibration.num_tokens, False)
+        calibration = resources.forward_minutes(config, settings.calibration.num_tokens)
         conversion = self._conversion_minutes(config, self.plan.storage_type(target), target)
         return HostRequest(self._calibration_megabytes(target), calibration + conversion)
 

@@ -24,9 +24,25 @@ MAX_TARGETS = 200
 """A command line has room for about twice as many."""
 
 
+@dataclass(frozen=True)
+class Launcher:
+    """What stands in front of a job's command: commands as lists of words, empty for none.
+
+    preflight: shows what the machine has, before its first GPU job. gpus: hands out GPUs. ranks:
+    starts a process for each rank.
+
+    Snakemake records parameters of built-in types only, so none of this: where a job runs says
+    nothing about its result, and another site repeats nothing.
+    """
+
+    preflight: list[str]
+    gpus: list[str]
+    ranks: list[str]
+
+
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """Commands as lists of words; an empty list for none."""
+    """Public methods have the names of rules."""
 
     jobs: JobResources
 
@@ -34,39 +50,34 @@ class Launch:
     def _plan(self) -> Plan:
         return self.jobs.plan
 
-    # --- GPUs and ranks ---------------------------------------------------------------------------
+    def quantize(self, target: Target) -> Launcher:
+        return Launcher([], self._with_gpus(self.jobs.calibration_gpus), [])
 
-    def calibration_gpus(self, target: Target) -> list[str]:
-        return self._with_gpus(self.jobs.calibration_gpus)
-
-    def build_gpus(self, target: Target) -> list[str]:
+    def build_rank(self, target: Target) -> Launcher:
         count = self.jobs.build_gpus(target)
-        return self._with_gpus(count) if count else []
+        return Launcher(self._preflight(target), self._with_gpus(count), []) if count else NOTHING
 
-    def gpus_of_ranks(self, target: Target) -> list[str]:
+    def smoke_test(self, target: Target) -> Launcher:
+        if not self._plan.has_gpus:
+            return Launcher([], self._with_gpus(0), self._ranks(target))
         on_this_node = target.tp // self.jobs.num_nodes(target)
-        return self._with_gpus(on_this_node if self._plan.has_gpus else 0)
+        gpus = self._with_gpus(on_this_node)
+        return Launcher(self._preflight(target), gpus, self._ranks(target))
+
+    def run_trtllm(self, target: Target) -> Launcher:
+        return Launcher([], [], self._ranks(target))
 
     def _with_gpus(self, count: int) -> list[str]:
         """Gives a command `count` GPUs of its own, or hides all of them from it."""
         script = self._plan.script("steps/with_gpus.py")
         return ["python", str(script), f"--gpus={count}", "--"]
 
-    def ranks(self, target: Target) -> list[str]:
+    def _ranks(self, target: Target) -> list[str]:
         if target.tp == 1:
             return []
         return [*shlex.split(self._plan.settings.site.mpi), "-n", str(target.tp)]
 
-    # --- preflight --------------------------------------------------------------------------------
-
-    def preflight_of_build(self, target: Target) -> list[str]:
-        return self._preflight(target) if self.jobs.build_gpus(target) else []
-
-    def preflight_of_ranks(self, target: Target) -> list[str]:
-        return self._preflight(target) if self._plan.has_gpus else []
-
     def _preflight(self, target: Target) -> list[str]:
-        """Shows what a machine has, before its first GPU job."""
         engine = f"trt_engines/{target.model}/{target.variant}/{target.tp}-gpu"
         needs = json.dumps([asdict(self._needs(engine, target))])
         script = self._plan.script("preflight.py")
@@ -95,3 +106,6 @@ class Launch:
             disk=resources.ft_checkpoint_disk(spec) + resources.engine_disk(spec),
             is_calibrated=bool(self._plan.calibration(target)),
         )
+
+
+NOTHING = Launcher([], [], [])

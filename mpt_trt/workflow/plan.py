@@ -1,8 +1,8 @@
-"""What the rules take from the configuration: inputs, options of commands, and what is refused.
+"""What the rules take from the configuration: what jobs are made from, and what is refused.
 
 Everything here is a function of the checked settings, of a job's wildcards and of the model's
 files, if they are on disk already. It raises MptTrtError, before any job runs. What a job asks of a
-machine is in `mpt_trt.workflow.job_resources`.
+machine is in `mpt_trt.workflow.job_resources`, and the options of its command in `job_options`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import mpt_trt
 from mpt_trt.checkpoint import known_models
 from mpt_trt.checkpoint.files import checkpoint_files
 from mpt_trt.checkpoint.hf_config import read_hf_config
@@ -28,19 +27,16 @@ from mpt_trt.engines.trtllm.package import require_tensorrt_llm
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
-from mpt_trt.quantization.schemes import as_mapping, require_fitting_groups
+from mpt_trt.quantization.schemes import require_fitting_groups
 from mpt_trt.system.code_version import source_hash
-from mpt_trt.system.files import content_hash
 from mpt_trt.workflow import gpu_request, target_names
 from mpt_trt.workflow.settings import Settings, Variant
 from mpt_trt.workflow.target_names import CalibrationName
 from mpt_trt.workflow.trtllm_sources import trtllm_calibration, trtllm_ft_storage
 
-SHIPPED_TEXT = Path(mpt_trt.__file__).parent / "calibration" / "calibration.txt"
 CALIBRATION_FILE = "mpt_tp1_rank0.npz"
 DEFAULT_SHAPE = "mpt-7b"
 """The shape that is assumed for a hub model until its config.json is there."""
-LIMITS = ("max_batch_size", "max_input_len", "max_output_len")
 
 
 @dataclass(frozen=True)
@@ -117,6 +113,14 @@ class Plan:
         is_here = (self.working_directory / path).exists()
         return str(shipped) if not is_here and shipped.exists() else path
 
+    def script(self, name: str) -> Path:
+        """A script of workflow_scripts/."""
+        return self.shipped(f"workflow_scripts/{name}")
+
+    def code_version(self, name: str) -> str:
+        """Hash of a script and of the library behind it: an edit makes its outputs again."""
+        return source_hash((self.repository / "workflow_scripts" / name).resolve())
+
     def revision(self, target: Target) -> str:
         """The model's branch, tag or commit on the hub."""
         return self.settings.model(target.model).revision
@@ -136,13 +140,21 @@ class Plan:
         files = checkpoint_files(self.working_directory / folder)
         return [folder, *(str(Path(folder, path.name)) for path in files)]
 
+    def tokenizer_folder(self, target: Target) -> str:
+        tokenizer = self.settings.model(target.model).tokenizer
+        return self.checkpoint_folder(target) if tokenizer is None else self.find(tokenizer)
+
+    def calibration_text(self, target: Target) -> list[str]:
+        """The user's own calibration text; none for the one that ships."""
+        text = self.settings.calibration.text
+        return [] if text is None else [self.find(text)]
+
+    def quality_text(self, target: Target) -> str:
+        return self.find(self.settings.quality.text)
+
     def storage_type(self, target: Target) -> str:
         """Type of the FT checkpoint's files, as the converter calls it."""
         return target_names.ft_storage(target.storage).storage_type
-
-    def smoothing_alpha(self, target: Target) -> float | None:
-        """SmoothQuant's alpha of the FT checkpoint; None for a plain one."""
-        return target_names.ft_storage(target.storage).alpha
 
     def stored_config(self, target: Target) -> MptConfig | None:
         """The model's architecture; None until its config.json is on disk."""
@@ -177,16 +189,6 @@ class Plan:
     def builder(self, target: Target) -> Package:
         """The package that builds the plan, with `backend: auto` resolved."""
         return choose_package(self.variant(target).backend, self.has_gpus)
-
-    def builder_name(self, target: Target) -> str:
-        return self.builder(target).module
-
-    def builder_version(self, target: Target) -> str:
-        """Recorded with the plan, so that an upgrade of the package builds it again."""
-        return self.builder(target).version
-
-    def compute_capabilities(self, target: Target) -> tuple[str, ...]:
-        return self.variant(target).compute_capabilities
 
     def ft_checkpoint(self, target: Target) -> str:
         """The FT checkpoint that the variant's networks are made from."""
@@ -242,86 +244,6 @@ class Plan:
         return [
             f"{folder}/{target.model}/{variant}/{tp_size}-gpu.json"
             for variant, tp_size in self.engines_of_report
-        ]
-
-    # --- options of commands ----------------------------------------------------------------------
-
-    def script(self, name: str) -> Path:
-        """A script of workflow_scripts/."""
-        return self.shipped(f"workflow_scripts/{name}")
-
-    def code_version(self, name: str) -> str:
-        """Hash of a script and of the library behind it: an edit makes its outputs again."""
-        return source_hash((self.repository / "workflow_scripts" / name).resolve())
-
-    def calibration_text(self, target: Target) -> list[str]:
-        """The user's own calibration text; none for the one that ships."""
-        text = self.settings.calibration.text
-        return [] if text is None else [self.find(text)]
-
-    def calibration_text_option(self, target: Target) -> list[str]:
-        return [f"--calib_text={path}" for path in self.calibration_text(target)]
-
-    def calibration_text_version(self, target: Target) -> str | None:
-        """Hash of the text that ships, if it is read: it is not among the inputs."""
-        return content_hash(SHIPPED_TEXT) if self.settings.calibration.text is None else None
-
-    def quality_text(self, target: Target) -> str:
-        return self.find(self.settings.quality.text)
-
-    def tokenizer_folder(self, target: Target) -> str:
-        tokenizer = self.settings.model(target.model).tokenizer
-        return self.checkpoint_folder(target) if tokenizer is None else self.find(tokenizer)
-
-    def tokenizer_option(self, target: Target) -> list[str]:
-        has_own = self.settings.model(target.model).tokenizer is not None
-        return [f"--tokenizer_dir={self.tokenizer_folder(target)}"] if has_own else []
-
-    def calibration_format_options(self, target: Target) -> list[str]:
-        """What to calibrate for. The default group size of a model is left to quantize.py."""
-        name = target_names.calibration_name(target.qformat)
-        size = [] if name.group_size is None else [f"--awq_block_size={name.group_size}"]
-        return [f"--qformat={name.quantization_format}", *size]
-
-    def limit_options(self, target: Target) -> list[str]:
-        variant = self.variant(target)
-        options = [f"--{name}={getattr(variant, name)}" for name in LIMITS]
-        return options + ["--gather_all_token_logits"] * variant.gather_all_token_logits
-
-    def vocabulary_options(self, target: Target) -> list[str]:
-        variant = self.variant(target)
-        return [
-            _switch("shard_embedding", variant.shard_embedding),
-            _switch("shard_head", variant.shard_head),
-        ]
-
-    def quantization_options(self, target: Target) -> list[str]:
-        variant = self.variant(target)
-        scheme = as_mapping(variant.quantization)
-        options = [
-            f"--quantization={scheme['method']}",
-            f"--kv_cache_dtype={variant.kv_cache_dtype}",
-        ]
-        # int4_awq has the groups of its calibration result.
-        if scheme["method"] == "int4_weight_only" and scheme["group_size"] is not None:
-            options.append(f"--group_size={scheme['group_size']}")
-        if scheme["method"] == "smoothquant":
-            options.append(f"--alpha={scheme['alpha']}")
-            options += [_switch(name, scheme[name]) for name in ("per_channel", "per_token")]
-        return options
-
-    def calibration_option(self, target: Target) -> list[str]:
-        return [f"--calibration={path}" for path in self.calibration(target)]
-
-    def calibration_option_for_trtllm(self, target: Target) -> list[str]:
-        return [f"--calibration={path}" for path in self.calibration_for_trtllm(target)]
-
-    def tolerance_options(self, target: Target) -> list[str]:
-        tolerance = self.variant(target).tolerance
-        return [
-            f"--max_abs={tolerance.max_abs}",
-            f"--mean_kl={tolerance.mean_kl}",
-            f"--min_top1={tolerance.min_top1}",
         ]
 
     # --- what is refused --------------------------------------------------------------------------
@@ -396,7 +318,3 @@ def _spec_of(config: MptConfig, variant: Variant, tp_size: int) -> EngineSpec:
 
 def _calibration_result(model: str, name: CalibrationName | None) -> list[str]:
     return [] if name is None else [f"quantized/{model}/{name.name}/{CALIBRATION_FILE}"]
-
-
-def _switch(name: str, is_on: bool) -> str:
-    return f"--{name}" if is_on else f"--no-{name}"

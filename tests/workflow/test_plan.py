@@ -14,6 +14,7 @@ from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.engines.tensorrt import packages
 from mpt_trt.errors import MptTrtError
 from mpt_trt.quantization.schemes import Quantization, WeightOnly
+from mpt_trt.workflow.job_options import JobOptions
 from mpt_trt.workflow.plan import Plan, Target
 from mpt_trt.workflow.settings import parse_settings
 from support.checkpoints import CheckpointSpec, write_checkpoint
@@ -85,7 +86,7 @@ def test_a_fetched_model_is_planned_by_its_own_config(tmp_path: Path) -> None:
 
 def test_missing_folders_are_named(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, models={"gone": {"source": "./nowhere"}})
-    with pytest.raises(MptTrtError, match=r"nowhere: no such folder; models\.\*\.source"):
+    with pytest.raises(MptTrtError, match=r"no such folder: .*nowhere; models\.\*\.source"):
         plan.checkpoint_inputs(Target("gone"))
 
 
@@ -122,12 +123,14 @@ def test_shipped_models_and_tokenizers_are_found_from_elsewhere(tmp_path: Path) 
     }
     plan = make_plan(tmp_path / "work", repository, models=models)
     shipped = str(repository / "resources/demo")
-    assert plan.checkpoint_inputs(Target("demo"))[:2] == [shipped, f"{shipped}/config.json"]
+    first, *files = plan.checkpoint_inputs(Target("demo"))
+    assert first == shipped and f"{shipped}/config.json" in files
     assert plan.stored_config(Target("demo")) == read_hf_config(Path(shipped))
-    assert plan.tokenizer_option(Target("demo")) == []
     assert plan.tokenizer_folder(Target("demo")) == shipped
-    assert plan.tokenizer_option(Target("own")) == [f"--tokenizer_dir={shipped}"]
-    assert plan.tokenizer_option(Target("hub")) == ["--tokenizer_dir=owner/name"]
+    options = {name: JobOptions(plan).reference(Target(name)) for name in models}
+    own, hub = (f"--tokenizer_dir={folder}" for folder in (shipped, "owner/name"))
+    assert options["own"] == [own, *options["demo"]]
+    assert options["hub"] == [hub, *options["demo"]]
 
 
 def test_scripts_are_named_from_the_working_directory(tmp_path: Path) -> None:
@@ -141,12 +144,11 @@ def test_scripts_are_named_from_the_working_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("storage", "storage_type", "alpha"),
-    [("fp32", "float32", None), ("bf16", "bfloat16", None), ("sq-0.8-bf16", "bfloat16", 0.8)],
+    ("storage", "storage_type"),
+    [("fp32", "float32"), ("bf16", "bfloat16"), ("sq-0.8-bf16", "bfloat16")],
 )
-def test_names_of_ft_checkpoints(storage: str, storage_type: str, alpha: float | None) -> None:
-    plan, target = make_plan(Path()), Target("toy", storage=storage)
-    assert (plan.storage_type(target), plan.smoothing_alpha(target)) == (storage_type, alpha)
+def test_names_of_ft_checkpoints(storage: str, storage_type: str) -> None:
+    assert make_plan(Path()).storage_type(Target("toy", storage=storage)) == storage_type
 
 
 # --- engines -------------------------------------------------------------------------------------
@@ -185,7 +187,8 @@ def test_what_networks_are_made_from(
     assert plan.ft_checkpoint(target) == f"ft_ckpts/toy/{ft}/2-gpu"
     assert plan.calibration(target) == ([] if calibration is None else [path])
     option = [] if calibration is None else [f"--calibration={path}"]
-    assert plan.calibration_option(target) == option
+    options = JobOptions(plan).networks(target)
+    assert [each for each in options if each.startswith("--calibration=")] == option
 
 
 @pytest.mark.parametrize(
@@ -211,61 +214,6 @@ def test_an_engine_takes_the_plans_of_all_its_ranks() -> None:
         "build/plans/toy/fp16/2-gpu/rank0.engine",
         "build/plans/toy/fp16/2-gpu/rank1.engine",
     ]
-
-
-# --- options -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("quantization", "expected"),
-    [
-        ({}, ["--quantization=none"]),
-        ({"method": "int8_weight_only"}, ["--quantization=int8_weight_only"]),
-        ({"method": "int4_weight_only"}, ["--quantization=int4_weight_only"]),
-        (
-            {"method": "int4_weight_only", "group_size": 32},
-            ["--quantization=int4_weight_only", "--group_size=32"],
-        ),
-        ({"method": "int4_awq", "group_size": 64}, ["--quantization=int4_awq"]),
-        (
-            {"method": "smoothquant", "alpha": 0.8, "per_token": False},
-            ["--quantization=smoothquant", "--alpha=0.8", "--per_channel", "--no-per_token"],
-        ),
-    ],
-)
-def test_quantization_options(quantization: dict, expected: list[str]) -> None:
-    plan = make_plan(Path(), variants=variants(v=quantization))
-    first, cache, *others = plan.quantization_options(Target("toy", "v"))
-    assert ([first, *others], cache) == (expected, "--kv_cache_dtype=auto")
-
-
-def test_options_of_limits_vocabulary_and_tolerance() -> None:
-    entry = {
-        **LIMITS,
-        "gather_all_token_logits": True,
-        "shard_embedding": True,
-        "shard_head": False,
-        "tolerance": {"max_abs": 0.5},
-    }
-    plan, target = make_plan(Path(), variants={"v": entry}), Target("toy", "v")
-    limits = ["--max_batch_size=4", "--max_input_len=24", "--max_output_len=16"]
-    assert plan.limit_options(target) == [*limits, "--gather_all_token_logits"]
-    assert plan.limit_options(TOY) == limits
-    assert plan.vocabulary_options(target) == ["--shard_embedding", "--no-shard_head"]
-    assert plan.tolerance_options(target) == ["--max_abs=0.5", "--mean_kl=0.001", "--min_top1=0.95"]
-
-
-@pytest.mark.parametrize(
-    ("qformat", "options"),
-    [
-        ("fp8", ["--qformat=fp8"]),
-        ("int4_awq", ["--qformat=int4_awq"]),
-        ("int4_awq-g64", ["--qformat=int4_awq", "--awq_block_size=64"]),
-    ],
-)
-def test_calibration_options(qformat: str, options: list[str]) -> None:
-    plan = make_plan(Path())
-    assert plan.calibration_format_options(Target("toy", qformat=qformat)) == options
 
 
 # --- which rule makes what -----------------------------------------------------------------------

@@ -1,0 +1,143 @@
+"""The options of each job's command, as lists of words: what the configuration says of results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mpt_trt
+from mpt_trt.quantization.schemes import as_mapping
+from mpt_trt.system.files import content_hash
+from mpt_trt.workflow import target_names
+from mpt_trt.workflow.plan import Plan, Target
+
+SHIPPED_TEXT = Path(mpt_trt.__file__).parent / "calibration" / "calibration.txt"
+LIMITS = ("max_batch_size", "max_input_len", "max_output_len")
+
+
+@dataclass(frozen=True, eq=False)
+class JobOptions:
+    """Public methods give what a rule records: another value makes its outputs again.
+
+    Rules have few of them: Snakemake calls each for every job, whether it is to run or not.
+    """
+
+    plan: Plan
+
+    # --- conversion and calibration ---------------------------------------------------------------
+
+    def conversion(self, target: Target) -> list[str]:
+        return [f"--storage_type={self.plan.storage_type(target)}", *self._tokenizer(target)]
+
+    def quantize(self, target: Target) -> list[str]:
+        """The default group size of a model is left to quantize.py."""
+        name = target_names.calibration_name(target.qformat)
+        size = [] if name.group_size is None else [f"--awq_block_size={name.group_size}"]
+        qformat = f"--qformat={name.quantization_format}"
+        return [qformat, *size, *self._tokenizer(target), *self._calibration(target)]
+
+    def smoothquant(self, target: Target) -> list[str]:
+        alpha = target_names.ft_storage(target.storage).alpha
+        return [*self.conversion(target), f"--smoothquant={alpha}", *self._calibration(target)]
+
+    def _calibration(self, target: Target) -> list[str]:
+        calibration = self.plan.settings.calibration
+        return [
+            *(f"--calib_text={path}" for path in self.plan.calibration_text(target)),
+            f"--calib_size={calibration.num_samples}",
+            f"--calib_max_seq_length={calibration.sequence_length}",
+            f"--device={calibration.device}",
+        ]
+
+    def shipped_text_version(self, target: Target) -> str | None:
+        """Hash of the text that ships, if it is read: it is not among the inputs."""
+        is_read = self.plan.settings.calibration.text is None
+        return content_hash(SHIPPED_TEXT) if is_read else None
+
+    # --- engines ----------------------------------------------------------------------------------
+
+    def networks(self, target: Target) -> list[str]:
+        return [
+            *self.limits(target),
+            *self._vocabulary(target),
+            *self._quantization(target),
+            *(f"--calibration={path}" for path in self.plan.calibration(target)),
+        ]
+
+    def trtllm_checkpoint(self, target: Target) -> list[str]:
+        return [
+            *self._vocabulary(target),
+            *self._quantization(target),
+            *(f"--calibration={path}" for path in self.plan.calibration_for_trtllm(target)),
+        ]
+
+    def builder(self, target: Target) -> dict[str, Any]:
+        """Options, and the version of the package: an upgrade builds plans again."""
+        package = self.plan.builder(target)
+        capabilities = self.plan.variant(target).compute_capabilities
+        options = [f"--backend={package.module}", "--compute_capabilities", *capabilities]
+        return {"options": options, "version": package.version}
+
+    def limits(self, target: Target) -> list[str]:
+        variant = self.plan.variant(target)
+        options = [f"--{name}={getattr(variant, name)}" for name in LIMITS]
+        return options + ["--gather_all_token_logits"] * variant.gather_all_token_logits
+
+    def _vocabulary(self, target: Target) -> list[str]:
+        variant = self.plan.variant(target)
+        return [
+            _switch("shard_embedding", variant.shard_embedding),
+            _switch("shard_head", variant.shard_head),
+        ]
+
+    def _quantization(self, target: Target) -> list[str]:
+        variant = self.plan.variant(target)
+        scheme = as_mapping(variant.quantization)
+        options = [
+            f"--quantization={scheme['method']}",
+            f"--kv_cache_dtype={variant.kv_cache_dtype}",
+        ]
+        # int4_awq has the groups of its calibration result.
+        if scheme["method"] == "int4_weight_only" and scheme["group_size"] is not None:
+            options.append(f"--group_size={scheme['group_size']}")
+        if scheme["method"] == "smoothquant":
+            options.append(f"--alpha={scheme['alpha']}")
+            options += [_switch(name, scheme[name]) for name in ("per_channel", "per_token")]
+        return options
+
+    # --- measurements -----------------------------------------------------------------------------
+
+    def smoke_test(self, target: Target) -> list[str]:
+        test = self.plan.settings.smoke_test
+        return [
+            *self.comparison(target),
+            f"--prompt={test.prompt}",
+            f"--max_new_tokens={test.max_new_tokens}",
+        ]
+
+    def comparison(self, target: Target) -> list[str]:
+        tolerance = self.plan.variant(target).tolerance
+        return [
+            *self._tokenizer(target),
+            f"--max_abs={tolerance.max_abs}",
+            f"--mean_kl={tolerance.mean_kl}",
+            f"--min_top1={tolerance.min_top1}",
+        ]
+
+    def reference(self, target: Target) -> list[str]:
+        quality = self.plan.settings.quality
+        return [
+            *self._tokenizer(target),
+            f"--num_windows={quality.num_windows}",
+            f"--window_length={quality.window_length}",
+        ]
+
+    def _tokenizer(self, target: Target) -> list[str]:
+        """None for the model's own."""
+        has_own = self.plan.settings.model(target.model).tokenizer is None
+        return [] if has_own else [f"--tokenizer_dir={self.plan.tokenizer_folder(target)}"]
+
+
+def _switch(name: str, is_on: bool) -> str:
+    return f"--{name}" if is_on else f"--no-{name}"
