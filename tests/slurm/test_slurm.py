@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from mpt_trt.system.files import content_hash
 from mpt_trt.workflow.resources import BUILD_BASE
 from slurm.toy_cluster import GPU_MODEL, GPUS_PER_NODE, Job, ToyCluster, toy_cluster, wait_until
-from support.workflow import LINKED, REPOSITORY
+from support.workflow import COPIED, LINKED, REPOSITORY
 
 pytestmark = pytest.mark.slurm
 
@@ -32,7 +33,6 @@ SITE = {
     "gpus_per_node": GPUS_PER_NODE,
     "gpu_memory_gb": {GPU_MODEL: 40},
     "mpi": "srun --mpi=pmix",
-    "plans_at_once": 2,
     "job_overhead_mb": 500,
 }
 # No slurmdbd is there for sacct, and the jobs take seconds.
@@ -59,7 +59,7 @@ class Project:
     @classmethod
     def create(cls, folder: Path, cluster: ToyCluster) -> Project:
         folder.mkdir(parents=True)
-        for name in (*LINKED, "workflow_scripts"):
+        for name in (*LINKED, *COPIED):
             source, target = REPOSITORY / name, folder / name
             if source.is_dir():
                 ignored = shutil.ignore_patterns("__pycache__")
@@ -136,19 +136,23 @@ def of_rule(project: Project, rule: str) -> list[Job]:
 
 
 def test_every_step_is_a_job_that_asks_for_what_it_needs(made: Project) -> None:
-    for rule in ("convert_checkpoint", "make_networks", "build_plans", "assemble_engine"):
-        (job,) = of_rule(made, rule)
+    rules = {"convert_checkpoint": 1, "make_networks": 1, "build_rank": 2, "assemble_engine": 1}
+    jobs = [job for rule in rules for job in of_rule(made, rule)]
+    assert Counter(job.rule for job in jobs) == rules
+    for job in jobs:
         assert job.fields["JobState"] == "COMPLETED"
         assert (job.gpus_asked_for, job.gpus_given) == ("", "")
         assert job.fields["TimeLimit"] != "1-00:00:00"
         assert int(job.fields["MinMemoryNode"].removesuffix("M")) > SITE["job_overhead_mb"]
 
 
-def test_a_build_asks_for_all_ranks_that_it_builds_side_by_side(made: Project) -> None:
-    (job,) = of_rule(made, "build_plans")
-    assert (job.fields["NumNodes"], job.fields["CPUs/Task"]) == ("1", "4")
-    memory = int(job.fields["MinMemoryNode"].removesuffix("M"))
-    assert memory > SITE["job_overhead_mb"] + 2 * BUILD_BASE / 1e6
+def test_each_rank_is_built_by_a_job_of_its_own(made: Project) -> None:
+    jobs = of_rule(made, "build_rank")
+    assert sorted(job.wildcards[-1] for job in jobs) == ["0", "1"]
+    for job in jobs:
+        assert (job.fields["NumNodes"], job.fields["CPUs/Task"]) == ("1", "2")
+        memory = int(job.fields["MinMemoryNode"].removesuffix("M"))
+        assert BUILD_BASE / 1e6 < memory - SITE["job_overhead_mb"] < 2 * BUILD_BASE / 1e6
 
 
 def test_calibration_asks_for_one_gpu_and_gets_it(made: Project) -> None:
@@ -190,7 +194,7 @@ def test_a_lost_node_changes_nothing(made: Project, cluster: ToyCluster, tmp_pat
     process = project.start(ENGINE)
 
     def running() -> list[Job]:
-        jobs = of_rule(project, "build_plans")
+        jobs = of_rule(project, "build_rank")
         return [job for job in jobs if job.fields["JobState"] == "RUNNING"]
 
     wait_until(running, RUN_SECONDS)
