@@ -121,10 +121,10 @@ class HfCheckpoint:
         for shard in self.shards:
             require_plain_names(shard.path, shard.names())
             self._locate_tensors(shard, indexed)
+        self._adapter = None if adapter is None else _open_adapter(adapter)
         self._check_names(weights)
         self._report_prefix(weights[0])
         self._check_shapes(weights)
-        self._adapter = None if adapter is None else _open_adapter(adapter)
         if self._adapter is not None:
             self._adapter.require_fitting({_hf_name(w): w.shape for w in weights if w.hf_name})
 

@@ -651,7 +651,7 @@ class TestCommandLine:
             (["-tp", -1], "tensor parallelism of -1 does not fit"),
             (["-p", 0], "--processes = 0: at least 1 is required"),
             (["-i", "nothing"], "no such folder: nothing"),
-            (["-i", "ckpts/a/config.json"], "ckpts/a/config.json: not a folder"),
+            (["-i", "ckpts/a/config.json"], "not a folder: ckpts/a/config.json"),
             (["-o", "ckpts/a/config.json"], "a part of this path is a file"),
         ],
         ids=str,

@@ -43,7 +43,8 @@ def write_ft(
 
 
 def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.is_file()}
+    """Names of all entries except the tokenizer, which travels with a checkpoint."""
+    return {path.name for path in folder.iterdir() if path.name != "tokenizer"}
 
 
 def hashes_in(folder: Path) -> dict[str, str]:
