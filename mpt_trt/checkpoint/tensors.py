@@ -198,7 +198,10 @@ class HfCheckpoint:
 
     def _require_tied_head(self, embedding: Weight) -> None:
         shard, name = self._location["lm_head.weight"]
-        if not np.array_equal(shard.tensor(name), self.tensor(embedding)):
+        owner, embedding_name = self._location[_hf_name(embedding)]
+        shard.require_values(name)
+        owner.require_values(embedding_name)
+        if not np.array_equal(shard.tensor(name), owner.tensor(embedding_name)):
             raise MptTrtError(
                 f"{shard.path}: tensor {name} differs from the embedding although config.json says "
                 "tie_word_embeddings = true; set it to false to use the separate head"

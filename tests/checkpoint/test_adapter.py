@@ -164,6 +164,19 @@ class TestMerge:
         wanted["wte.weight"] = wanted["wte.weight"] + 4 * (up.double() @ down.double()).T.numpy()
         require_merged(merged(folder, adapter), wanted)
 
+    def test_embedding_beside_a_stored_tied_head(self, tmp_path: Path) -> None:
+        """The head is the embedding, so the update counts for both."""
+        folder = write_checkpoint(tmp_path / "hf", BASE)
+        content = tensors(BASE)
+        content["lm_head.weight"] = content["transformer.wte.weight"].clone()
+        save_file(content, folder / "model.safetensors")
+        prefix = "base_model.model.transformer.wte.lora_embedding_"
+        update = {f"{prefix}A": torch.randn(4, 97), f"{prefix}B": torch.randn(48, 4)}
+        found = merged(folder, write_adapter(tmp_path / "adapter", update))
+        added = 4 * (update[f"{prefix}B"] @ update[f"{prefix}A"]).T
+        wanted = content["transformer.wte.weight"] + added
+        assert np.abs(found["wte.weight"] - wanted.numpy()).max() < 1e-5
+
     def test_fan_in_fan_out_has_no_effect_on_linear_layers(self, tmp_path: Path) -> None:
         folder = write_checkpoint(tmp_path / "hf", BASE)
         adapter = write_adapter(tmp_path / "adapter", fan_in_fan_out=True)
