@@ -23,7 +23,9 @@ def run(options: argparse.Namespace) -> None:
     )
     generation = read_trtllm_generation(options.generation)
     prompt_len = generation.prompt_len
+    # TensorRT-LLM returns the logits of the generated tokens.
     reference = reference_logits(folder, generation.tokens[:-1], options.adapter).numpy()
+    reference = reference[prompt_len - 1 :]
     engines = sorted(path.name for path in options.engine_dir.glob("rank*.engine"))
     result = SmokeResult(
         engine_dir=str(options.engine_dir),

@@ -422,7 +422,7 @@ def test_wrong_engine_is_rejected(built: Built, wrong, tmp_path):
     output, rejected = tmp_path / "1-gpu.json", tmp_path / "1-gpu.json.rejected"
     output.write_text("a result of before")
     with pytest.raises(MptTrtError) as caught:
-        smoke_test(built.hf, engine, output, *STRICT_FLAGS)
+        smoke_test(built.hf, engine, output, *STRICT_FLAGS, "--trust")
     assert str(caught.value).startswith(f"{engine}: too far from the reference: max_abs ")
     assert "(allowed 0.001)" in str(caught.value) and f"see {rejected}" in str(caught.value)
     assert not output.exists()
@@ -435,7 +435,7 @@ def test_rejection_as_a_command_and_recovery(built: Built, tmp_path):
     """Exit status 1 and one line; the result of a right engine replaces the rejected one."""
     output = tmp_path / "1-gpu.json"
     engine = with_altered_weights(built, tmp_path)
-    arguments = [*smoke_test_arguments(built.hf, engine, output), *STRICT_FLAGS]
+    arguments = [*smoke_test_arguments(built.hf, engine, output), *STRICT_FLAGS, "--trust"]
     result = run_tool("smoke_test.py", *arguments)
     assert "too far from the reference: max_abs" in one_line_error(result)
     assert [path.name for path in tmp_path.glob("1-gpu*")] == ["1-gpu.json.rejected"]

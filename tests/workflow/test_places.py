@@ -110,7 +110,7 @@ def test_sources_that_are_none(source: str, elsewhere: Workflow) -> None:
     output = result.stdout + result.stderr
     assert result.returncode != 0
     if source.startswith("~"):
-        assert f"{Path.home()}/no such folder: no such folder" in output
+        assert f"no such folder: {Path.home()}/no such folder" in output
     else:
         assert "models.wrong.source = https://huggingface.co/mosaicml/mpt-7b: expected" in output
         assert "write mosaicml/mpt-7b" in output
