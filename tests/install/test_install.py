@@ -115,7 +115,8 @@ from mpt_trt.commands import convert_hf_mpt_to_ft, make_networks, show_requireme
 
 convert_hf_mpt_to_ft.run(argparse.Namespace(
     in_file=sys.argv[2], revision="main", out_dir=Path("ft"), tensor_parallelism=1, processes=1,
-    storage_type="float16", smoothquant=None, calibrate_kv_cache=False,
+    storage_type="float16", smoothquant=None, calibrate_kv_cache=False, adapter=None,
+    tokenizer_dir=None, force=False,
 ))
 """
 # The modules of the extras' packages.

@@ -98,7 +98,12 @@ class Project:
 
     def hashes(self, path: str) -> dict[str, str]:
         folder = self.folder / path
-        files = [file for file in folder.rglob("*") if file.is_file() and file.name[0] != "."]
+        # Manifests record the absolute path of the checkpoint, which differs between projects.
+        files = [
+            file
+            for file in folder.rglob("*")
+            if file.is_file() and file.name[0] != "." and file.suffix != ".json"
+        ]
         return {str(file.relative_to(folder)): content_hash(file) for file in files}
 
     def engine(self) -> tuple[dict[str, str], dict[str, int], dict]:
