@@ -256,6 +256,6 @@ def test_a_request_that_does_not_fit_is_refused_before_any_step(
 
 def test_streaming_beams_is_refused() -> None:
     with pytest.raises(
-        ValueError, match="^streaming and stop strings need num_beams 1, and it is 2"
+        ValueError, match=r"^streaming and stop strings need num_beams 1, and it is 2"
     ):
         generate(UntouchableModel(), [[1]], greedy(num_beams=2), on_token=lambda row, token: None)
