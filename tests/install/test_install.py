@@ -116,7 +116,7 @@ from mpt_trt.commands import convert_hf_mpt_to_ft, make_networks, show_requireme
 convert_hf_mpt_to_ft.run(argparse.Namespace(
     in_file=sys.argv[2], revision="main", out_dir=Path("ft"), tensor_parallelism=1, processes=1,
     storage_type="float16", smoothquant=None, calibrate_kv_cache=False, adapter=None,
-    tokenizer_dir=None, force=False,
+    tokenizer_dir=None, calib_text=None, force=False,
 ))
 """
 # The modules of the extras' packages.
