@@ -1,0 +1,68 @@
+"""Functions of a plan in the form in which Snakemake's rules take them: of a job's wildcards."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.workflow.plan import Plan, Target
+
+
+@dataclass(frozen=True)
+class RuleValues:
+    """error: Snakemake's exception that is shown as its message alone, without a traceback."""
+
+    plan: Plan
+    error: type[Exception]
+
+    def of_job(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` of a job's target, as a function of its wildcards."""
+
+        def value(wildcards: Any, **keywords: Any) -> Any:
+            try:
+                return function(Target.of(dict(wildcards.items())), **keywords)
+            except MptTrtError as error:
+                raise self.error(str(error)) from None
+
+        # By their names, Snakemake gives a function further arguments, such as `threads`. It reads
+        # the signature whenever it calls one; this makes that quick.
+        value.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+        return value
+
+    def require_possible(self, step: str) -> Callable[..., Any]:
+        """An input function that adds no input, but refuses what the rule `step` cannot make."""
+
+        def nothing(target: Target) -> list[str]:
+            self.plan.require_possible(step, target)
+            return []
+
+        return self.of_job(nothing)
+
+    def resources_of(self, request_of: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+        """The fields of the request that `request_of` makes for a job's target, by name."""
+        # Snakemake asks for the resources of a job one after the other.
+        latest = functools.lru_cache(maxsize=1)(request_of)
+
+        def field(name: str) -> Callable[..., Any]:
+            @functools.wraps(request_of)
+            def value(target: Target, **keywords: Any) -> Any:
+                return getattr(latest(target, **keywords), name)
+
+            return self.of_job(value)
+
+        request = typing.get_type_hints(request_of)["return"]
+        return {each.name: field(each.name) for each in dataclasses.fields(request)}
+
+    def tool(self, script: str) -> dict[str, Any]:
+        """Path and version of a script of workflow_scripts/, as parameters.
+
+        Snakemake records parameters of built-in types only, so not the path, as a Path: the same
+        script in another place repeats nothing.
+        """
+        return {"tool": self.plan.script(script), "code": self.plan.code_version(script)}
