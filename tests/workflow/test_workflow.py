@@ -90,7 +90,7 @@ def test_a_new_variant_shares_the_ft_checkpoint(made: Workflow) -> None:
     [
         ("ft/layout.py", "convert_checkpoint"),
         ("network/decoder.py", "make_networks"),
-        ("engines/tensorrt/plan_builder.py", "make_networks"),
+        ("engines/tensorrt/plan_builder.py", "build_rank"),
         ("evaluation/smoke_result.py", "smoke_test"),
     ],
 )
