@@ -71,7 +71,6 @@ def uses_modelopt_form(scheme: WeightQuantization | None) -> bool:
 
 
 def uses_plugin_form(scheme: WeightQuantization | None) -> bool:
-    """Whether TensorRT-LLM gets SmoothQuant in the form of its plugins."""
     """Whether TensorRT-LLM runs the scheme by its SmoothQuant plugin."""
     return isinstance(scheme, SmoothQuant) and not uses_modelopt_form(scheme)
 
