@@ -43,7 +43,6 @@ def build_rank(
     """
     manifest.require_whole_network(networks, rank, is_trusted)
     names = (manifest.plan_description_name(rank), manifest.engine_name(rank))
-    manifest.require_whole_network(networks, rank)
     for name in names:
         require_writable(target / name)
     with staging_directory(target / manifest.engine_name(rank)) as folder:

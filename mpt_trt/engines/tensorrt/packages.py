@@ -26,7 +26,6 @@ class Package:
 
 @functools.cache
 def installed_package(module: str) -> Package | None:
-    """The distribution that provides `tensorrt` or `tensorrt_rtx`; None when there is none."""
     """The installed distribution that provides the module; None if there is none."""
     for distribution in DISTRIBUTIONS[module]:
         try:
