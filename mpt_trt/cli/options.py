@@ -6,9 +6,11 @@ import argparse
 import re
 from pathlib import Path
 
+from mpt_trt.engines.compute_capabilities import DEFAULT, default_capabilities
 from mpt_trt.engines.spec import BuilderChoice, BuildLimits
 from mpt_trt.evaluation.distance import Tolerance
 from mpt_trt.model.sharding import VocabularySharding
+from mpt_trt.quantization.schemes import Quantization
 from mpt_trt.workflow.settings import (
     TENSORRT_LLM,
     default_tolerance,
@@ -132,7 +134,8 @@ def add_builder(parser: argparse.ArgumentParser) -> None:
         type=_compute_capability,
         default=variant_default("compute_capabilities"),
         metavar="X.Y",
-        help="compute capabilities that tensorrt_rtx builds for (default: %(default)s)",
+        help="compute capabilities that tensorrt_rtx builds for (default: "
+        f"{', '.join(DEFAULT)}, or those of them with fp8 for an engine that uses it)",
     )
 
 
@@ -146,9 +149,11 @@ def limits(options: argparse.Namespace) -> BuildLimits:
     )
 
 
-def builder_choice(options: argparse.Namespace) -> BuilderChoice:
-    """The builder of the engine's plans, and its GPUs."""
-    return BuilderChoice(options.backend, tuple(options.compute_capabilities))
+def builder_choice(options: argparse.Namespace, quantization: Quantization) -> BuilderChoice:
+    """The builder of the plans of an engine of that quantization, and its GPUs."""
+    given = options.compute_capabilities
+    chosen = default_capabilities(quantization) if given is None else tuple(given)
+    return BuilderChoice(options.backend, chosen)
 
 
 def _compute_capability(text: str) -> str:

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
         cli_options.vocabulary(options),
         _calibrated(options, checkpoint),
     )
-    builder = cli_options.builder_choice(options)
+    builder = cli_options.builder_choice(options, inputs.calibrated.quantization)
     build_engine(inputs, builder, options.output_dir, build_plans, options.force)
     print(options.output_dir)
 

@@ -6,8 +6,10 @@ import argparse
 
 from mpt_trt.cli import options as cli_options
 from mpt_trt.engines.build.build import build_rank
+from mpt_trt.engines.manifest import read_network_spec
 
 
 def run(options: argparse.Namespace) -> None:
-    builder = cli_options.builder_choice(options)
+    spec = read_network_spec(options.network_dir, options.rank)
+    builder = cli_options.builder_choice(options, spec.quantization)
     build_rank(options.network_dir, options.rank, builder, options.output_dir, options.trust)

@@ -93,6 +93,11 @@ class Quantization:
     scheme: WeightQuantization | None = None
     kv_cache: KvCacheType = "auto"
 
+    @property
+    def uses_fp8(self) -> bool:
+        """Whether the engine computes with E4M3 numbers."""
+        return isinstance(self.scheme, Fp8) or self.kv_cache == "fp8"
+
 
 UNQUANTIZED = Quantization()
 

@@ -151,15 +151,23 @@ def replace_directory(
 def staging_directory(target: Path) -> Iterator[Path]:
     """Yields a new empty folder next to `target`, to move finished files from; then removes it.
 
-    Removes leftovers of processes that have ended, and restores what they had moved away.
+    Removes leftovers of processes that have ended, and restores what they had moved away. When the
+    block raises, folders around `target` that did not exist before are removed if they are empty.
 
     Raises MptTrtError when the disk is full or the folder cannot be written.
     """
     with plain_disk_errors(target):
         _clean_up(target)
+        missing = [folder for folder in target.parents if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked_staging(target) as staging:
-            yield staging
+        try:
+            with _locked_staging(target) as staging:
+                yield staging
+        except BaseException:
+            with contextlib.suppress(OSError):
+                for folder in missing:
+                    folder.rmdir()
+            raise
 
 
 @contextlib.contextmanager

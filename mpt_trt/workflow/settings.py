@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from mpt_trt.engines.compute_capabilities import default_capabilities
 from mpt_trt.engines.spec import TENSORRT_LLM, BuilderChoice, BuildLimits, EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.distance import Tolerance
@@ -267,10 +268,13 @@ def _entry(kind: str, entries: dict[str, Entry], name: str) -> Entry:
 
 
 def _variant(entry: dict[str, Any]) -> Variant:
+    scheme = make_weight_quantization(**entry["quantization"])
+    given = entry["compute_capabilities"]
+    usual = default_capabilities(Quantization(scheme, entry["kv_cache_dtype"]))
     special = {
-        "quantization": make_weight_quantization(**entry["quantization"]),
+        "quantization": scheme,
         "tolerance": Tolerance(**entry["tolerance"]),
-        "compute_capabilities": tuple(entry["compute_capabilities"]),
+        "compute_capabilities": usual if given is None else tuple(given),
     }
     return Variant(**entry | special)
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -367,9 +368,12 @@ def test_a_failed_build_says_who_multiplies_integers(tmp_path):
         folder = make_network(checkpoint, tmp_path / name, LIMITS, calibrated)
         # Of the same size: another one would be refused before TensorRT sees it.
         network = folder / "rank0.onnx"
-        network.write_bytes(b"\xff" * network.stat().st_size)
+        model_proto = onnx.load(network, load_external_data=False)
+        node = next(node for node in model_proto.graph.node if node.op_type == "Add")
+        node.op_type = "Bad"
+        network.write_bytes(model_proto.SerializeToString())
         with pytest.raises(MptTrtError, match="cannot parse the network") as caught:
-            build_rank(folder, 0, builder, tmp_path / "plan")
+            build_rank(folder, 0, builder, tmp_path / "plan", is_trusted=True)
         assert ("backend: tensorrt_llm" in str(caught.value)) == is_named
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from mpt_trt.engines import manifest
 from mpt_trt.engines.build.rank_network import NetworkInputs, write_networks
+from mpt_trt.engines.compute_capabilities import require_buildable, require_fp8_support
 from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.engines.tensorrt import plan_builder
 from mpt_trt.engines.tensorrt.packages import choose_package
 from mpt_trt.engines.tensorrt.plan_builder import BuildOptions
 from mpt_trt.errors import MptTrtError
 from mpt_trt.network.external_files import read_network
-from mpt_trt.quantization.schemes import Fp8, Quantization, SmoothQuant
+from mpt_trt.quantization.schemes import Quantization, SmoothQuant
 from mpt_trt.system import gpus
 from mpt_trt.system.replace import (
     replace_directory,
@@ -22,9 +23,6 @@ from mpt_trt.system.replace import (
     staging_directory,
     sync,
 )
-
-# The first GPUs with E4M3 arithmetic (Ada).
-FP8_CAPABILITY = (8, 9)
 
 PlanBuilder = Callable[[Path, BuilderChoice, int], None]
 """Adds the plans of all ranks to the folder that has their networks.
@@ -42,6 +40,7 @@ def build_rank(
     compared with the hashes that were recorded.
     """
     manifest.require_whole_network(networks, rank, is_trusted)
+    _require_capable_gpus(builder, manifest.read_network_spec(networks, rank).quantization)
     names = (manifest.plan_description_name(rank), manifest.engine_name(rank))
     for name in names:
         require_writable(target / name)
@@ -67,6 +66,7 @@ def build_engine(
 ) -> None:
     """Makes the engine directory `target` of all ranks. force: see `require_replaceable`."""
     tp_size = inputs.checkpoint.tp_size
+    _require_capable_gpus(builder, inputs.calibrated.quantization)
     with replace_directory(target, manifest.ENGINE, inputs.paths, force) as folder:
         write_networks(inputs, folder)
         build_plans(folder, builder, tp_size)
@@ -78,7 +78,6 @@ def build_engine(
 
 def _build_plan(networks: Path, rank: int, builder: BuilderChoice, folder: Path) -> None:
     spec = manifest.read_network_spec(networks, rank)
-    _require_fp8_support(builder, spec.quantization)
     package = choose_package(builder.backend)
     options = BuildOptions(package, spec.limits, builder.compute_capabilities)
     plan = folder / manifest.engine_name(rank)
@@ -91,21 +90,14 @@ def _build_plan(networks: Path, rank: int, builder: BuilderChoice, folder: Path)
     manifest.write_plan_description(plan, built.hash, network_hash, built.builder)
 
 
-def _capabilities(builder: BuilderChoice) -> tuple[str, ...]:
-    """The GPUs to build for; only tensorrt_rtx can choose them."""
-    is_chosen = choose_package(builder.backend).module == "tensorrt_rtx"
-    return builder.compute_capabilities if is_chosen else gpus.compute_capabilities()[:1]
-
-
-def _require_fp8_support(builder: BuilderChoice, quantization: Quantization) -> None:
-    """Raises MptTrtError if the engine uses fp8 and some of the GPUs to build for lack it."""
-    lacking = [c for c in _capabilities(builder) if tuple(map(int, c.split("."))) < FP8_CAPABILITY]
-    uses_fp8 = isinstance(quantization.scheme, Fp8) or quantization.kv_cache == "fp8"
-    if uses_fp8 and lacking:
-        raise MptTrtError(
-            f"compute_capabilities: {', '.join(lacking)} cannot compute with fp8, which takes "
-            f"{'.'.join(map(str, FP8_CAPABILITY))} or newer; leave them out, or choose int8"
-        )
+def _require_capable_gpus(builder: BuilderChoice, quantization: Quantization) -> None:
+    """Raise MptTrtError if some of the GPUs to build for cannot run the engine."""
+    package = choose_package(builder.backend)
+    if package.module != "tensorrt_rtx":
+        # It builds for the GPU that it runs on.
+        return require_fp8_support(gpus.compute_capabilities()[:1], quantization)
+    require_buildable(package, builder.compute_capabilities)
+    return require_fp8_support(builder.compute_capabilities, quantization)
 
 
 @contextmanager

@@ -237,14 +237,6 @@ def _set_compute_capabilities(
     if not hasattr(config, "num_compute_capabilities"):
         return gpus.compute_capabilities()[:1]
     names = [f"SM{capability.replace('.', '')}" for capability in options.compute_capabilities]
-    for name, capability in zip(names, options.compute_capabilities, strict=True):
-        if not hasattr(trt.ComputeCapability, name):
-            known = [n for n in trt.ComputeCapability.__members__ if n.startswith("SM")]
-            raise MptTrtError(
-                f"compute_capabilities = {capability}: {options.package.module} "
-                f"{options.package.version} builds for "
-                f"{', '.join(f'{n[2:-1]}.{n[-1]}' for n in known)} only"
-            )
     config.num_compute_capabilities = len(names)
     for index, name in enumerate(names):
         config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
