@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Write the generated tables of the documentation: what models need and what backends can do.
+"""Write the generated tables of the documentation.
 
-The tables stand between two lines that mark their place in models.md and backends.md.
+They are in requirements.md (memory and disk space of models), backends.md (features of backends),
+config.md (keys of config.yaml) and scripts.md. Two lines mark the place of each table.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from mpt_trt.quantization.schemes import UNQUANTIZED, Awq, Fp8, Quantization, We
 from mpt_trt.workflow import resources
 from mpt_trt.workflow.settings import variant_default
 from mpt_trt.workflow.target_names import STORAGES
+from tools import reference_pages
 from tools.markdown import replace_between_marks
 
 TP_SIZES = (1, 2, 4, 8)
-# The kinds of engine that have rows: type and quantization, by the name in config.yaml.
+# Type and quantization of each row, by its name in config.yaml.
 KINDS = {name: (dtype, UNQUANTIZED) for name, dtype in STORAGES.items()} | {
     "int8_weight_only": ("float16", Quantization(WeightOnly(8))),
     "fp8": ("float16", Quantization(Fp8())),
@@ -59,8 +61,18 @@ def update(docs: Path) -> None:
 
     Raises MptTrtError when a file lacks the lines that mark their place.
     """
-    replace_between_marks(docs / "models.md", requirements())
-    replace_between_marks(docs / "backends.md", backend_support.table())
+    for name, table in tables().items():
+        replace_between_marks(docs / name, table)
+
+
+def tables() -> dict[str, str]:
+    """The generated table of each file, by the file's name."""
+    return {
+        "requirements.md": requirements(),
+        "backends.md": backend_support.table(),
+        "config.md": reference_pages.configuration(),
+        "scripts.md": reference_pages.scripts(REPOSITORY),
+    }
 
 
 def requirements() -> str:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Show the disk space, host memory and GPU memory that an engine needs.
 
-docs/models.md has tables of all predefined models.
+docs/requirements.md has tables of all predefined models.
 """
 
 from __future__ import annotations

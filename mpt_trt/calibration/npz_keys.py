@@ -1,6 +1,6 @@
 """Names of the arrays in a calibration result.
 
-Keys are `_np:` and the path of a tensor in AMMO's model, joined by `:`; docs/quantization.md lists
+Keys are `_np:` and the path of a tensor in AMMO's model, joined by `:`; docs/formats.md lists
 them. Q, K and V are separate there, and one matrix with rows Q | K | V here. What AMMO's layout has
 no place for is stored under `mpt_trt:`, where AMMO's readers do not look: the amax of keys and
 values, and a small corner of every matrix, by which a result is recognized as belonging to a model.

@@ -40,10 +40,10 @@ def wait_without_spinning() -> None:
 def restart_with_huge_pages(offer: Path = HUGE_PAGES) -> None:
     """Restarts this program with huge pages for large blocks of memory, if it must ask for them.
 
-    ONNX Runtime then loads and reads its weights faster (docs/performance.md). C's allocator reads
-    GLIBC_TUNABLES only when a program starts; C libraries other than glibc ignore it. Returns
-    without a restart if the system gives huge pages to all programs or to none, if GLIBC_TUNABLES
-    already mentions them, and for --help.
+    ONNX Runtime then loads and reads its weights faster (docs/appendix/experiments.md). C's
+    allocator reads GLIBC_TUNABLES only when a program starts; C libraries other than glibc ignore
+    it. Returns without a restart if the system gives huge pages to all programs or to none, if
+    GLIBC_TUNABLES already mentions them, and for --help.
 
     offer: file with the system's setting.
     """

@@ -1,7 +1,7 @@
 """Disk and host memory in bytes, and minutes, that the workflow's jobs need.
 
 Sizes of files are exact; estimates are called so. Measured with TensorRT-RTX 1.7, ONNX Runtime 1.32
-and PyTorch 2.13 on Linux (docs/models.md).
+and PyTorch 2.13 on Linux (docs/requirements.md).
 """
 
 from __future__ import annotations

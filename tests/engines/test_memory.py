@@ -303,7 +303,7 @@ def test_fewer_layers_change_nothing_else(name: str) -> None:
 
 
 def test_committed_table_is_what_is_computed() -> None:
-    found = markdown.between_marks(REPOSITORY / "docs" / "models.md")
+    found = markdown.between_marks(REPOSITORY / "docs" / "requirements.md")
     assert found == update_docs.requirements().strip(), "run make docs"
 
 

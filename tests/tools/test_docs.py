@@ -1,14 +1,16 @@
-"""What docs/architecture.md says about the tree."""
+"""Links of the documentation, and the paths and packages that docs/architecture.md names."""
 
 from __future__ import annotations
 
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 
 from support.paths import REPOSITORY
 
+PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
 TEXT = (REPOSITORY / "docs" / "architecture.md").read_text()
 FOLDERS = ("mpt_trt", "workflow_scripts", "rules", "tools", "tests", "benchmarks")
 FOUND = set(re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w/.]*)`", TEXT))
@@ -38,3 +40,21 @@ def test_packages_are_in_the_order_that_is_checked() -> None:
     table = TEXT.partition("## Packages")[2].partition("Around the package")[0]
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", table, re.MULTILINE)
     assert [row.replace("`", "").replace(", ", " | ") for row in rows] == contract["layers"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, heading = link.partition("#")
+        if re.match(r"https?:", path):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if heading:
+            assert heading in anchors(target), link
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -10,11 +10,11 @@ import pytest
 
 from mpt_trt.engines import backend_support
 from mpt_trt.errors import MptTrtError
-from support.paths import tool_path
+from support.paths import REPOSITORY, tool_path
 from tools import update_docs
 from tools.markdown import BEGIN, END, between_marks
 
-FILES = ("models.md", "backends.md")
+FILES = tuple(update_docs.tables())
 
 
 def write_stale(folder: Path) -> None:
@@ -31,8 +31,10 @@ def test_what_is_between_the_marks_is_replaced(tmp_path: Path) -> None:
             text = (tmp_path / name).read_text()
             assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n")
             assert "stale" not in text
-    assert (tmp_path / "models.md").read_text().count("### mpt-7b,") == 1
+    assert (tmp_path / "requirements.md").read_text().count("### mpt-7b,") == 1
     assert between_marks(tmp_path / "backends.md") == backend_support.table()
+    assert "| `tolerance.max_abs` | number | `0.1` |" in (tmp_path / "config.md").read_text()
+    assert "| `steps/with_gpus.py` | Run a command" in (tmp_path / "scripts.md").read_text()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -42,3 +44,9 @@ def test_a_file_without_marks_is_not_changed(tmp_path: Path, name: str) -> None:
     with pytest.raises(MptTrtError, match=rf"{name}: lines .* are expected"):
         update_docs.update(tmp_path)
     assert (tmp_path / name).read_text() == "text\n"
+
+
+@pytest.mark.parametrize("name", ["config.md", "scripts.md"])
+def test_committed_tables_are_current(name: str) -> None:
+    committed = between_marks(REPOSITORY / "docs" / name)
+    assert committed == update_docs.tables()[name].strip(), "run make docs"

@@ -11,7 +11,7 @@ MOST_THREADS = 4096
 
 Activations = Literal["exact", "int8"]
 """Activations that 4- and 8-bit weights are multiplied by: exact, or rounded to 8 bits in blocks,
-which CPUs multiply faster. docs/performance.md has the speed and the differences in results."""
+which is faster on CPUs and less exact (docs/appendix/experiments.md)."""
 
 
 @dataclass(frozen=True)

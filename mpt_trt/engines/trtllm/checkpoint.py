@@ -1,7 +1,7 @@
 """Writes TensorRT-LLM's unified checkpoint: `config.json` and `rank{r}.safetensors`.
 
 The sources are an FT checkpoint of the same number of ranks and, if the quantization needs one, a
-calibration result. docs/backends.md describes the content; the tests compare it with ModelOpt's
+calibration result. docs/formats.md describes the content; the tests compare it with ModelOpt's
 export.
 """
 

@@ -404,7 +404,7 @@ def test_caches_have_one_scale_a_layer(scheme, cache, tmp_path):
 # --- ModelOpt's own export -----------------------------------------------------------------------
 
 
-# What differs in config.json: ours, ModelOpt's. docs/backends.md says why.
+# What differs in config.json: ours, ModelOpt's. docs/formats.md says why.
 DIFFERENT = {
     "architecture": ("MPTForCausalLM", "MptForCausalLM"),  # both are known to TensorRT-LLM
     "logits_dtype": ("float32", "float16"),

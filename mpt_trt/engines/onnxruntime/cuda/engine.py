@@ -39,8 +39,8 @@ from mpt_trt.network.kv_cache import QUANTIZED_TYPES, CacheShape, cache_shape
 LOADING_THREADS = 8
 INT64_BYTES = 8
 FLOAT32_BYTES = 4
-# Batch size from which an engine uses the prepacked layout, by bits of weights. Smaller batches
-# decode faster with the column layout, and prompts are read faster. See docs/performance.md.
+# Batch size from which an engine uses the prepacked layout, by bits of weights. The column layout
+# decodes smaller batches and reads prompts faster (docs/appendix/experiments.md).
 PREPACKED_ROWS = {4: 16, 8: 2}
 # Data types and major compute capability that have kernels for the prepacked layout.
 PREPACKED_TYPES = ("float16", "bfloat16")

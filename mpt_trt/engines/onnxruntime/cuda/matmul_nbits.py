@@ -1,8 +1,8 @@
 """Products with integer matrices through ONNX Runtime's own operator, MatMulNBits.
 
 There are two layouts of the integers. The column layout is faster for few rows of activations, the
-prepacked one for more (docs/performance.md). Both hold unsigned numbers, of which 8 (4 bits) or 128
-(8 bits) is 0.
+prepacked one for more (docs/appendix/experiments.md). Both store unsigned numbers: 8 (4 bits) or
+128 (8 bits) means 0.
 """
 
 from __future__ import annotations
