@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from mpt_trt.engines import backend_support
 from mpt_trt.errors import MptTrtError
-from support.paths import REPOSITORY, tool_path
+from support.paths import REPOSITORY
 from tools import update_docs
 from tools.markdown import BEGIN, END, between_marks
 
@@ -22,11 +21,11 @@ def write_stale(folder: Path) -> None:
         (folder / name).write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n")
 
 
-def test_what_is_between_the_marks_is_replaced(tmp_path: Path) -> None:
+def test_text_between_the_marks_is_replaced(tmp_path: Path, monkeypatch) -> None:
     write_stale(tmp_path)
-    command = [sys.executable, tool_path("update_docs.py"), f"--docs_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["update_docs.py", f"--docs_dir={tmp_path}"])
     for _ in range(2):
-        subprocess.run(command, check=True)
+        update_docs.main()
         for name in FILES:
             text = (tmp_path / name).read_text()
             assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n")
