@@ -46,8 +46,7 @@ NO_EFFECT = _keys(
 )
 NO_EFFECT_IN_ATTENTION = _keys(
     """
-    attn_impl attn_pdrop attn_uses_sequence_id rope_dail_config rope_hf_config rope_impl
-    rope_theta seq_parallel_world_size
+    attn_impl attn_pdrop attn_uses_sequence_id seq_parallel_world_size
     """
 )
 # Keys with the values that mean what the network computes, and what all others would ask for.
@@ -59,7 +58,6 @@ LIMITED: dict[str, tuple[tuple[object, ...], str]] = {
     "attn_config.prefix_lm": ((None, False), "a prefix with attention in both directions"),
     "attn_config.qk_gn": ((None, False), "group norms of Q and K"),
     "attn_config.reuse_kv_layer_idx": ((None,), "a KV cache shared by layers"),
-    "attn_config.rope": ((None, False), "rotary position embedding"),
     "attn_config.sliding_window_size": ((None, -1, 0), "a sliding window"),
     "block_overrides": ((None, {}), "per-block overrides"),
     "fc_type": (
@@ -80,7 +78,10 @@ USED = _keys(
     """
 )
 USED_IN_ATTENTION = _keys(
-    "alibi alibi_bias_max attn_type clip_qkv kv_n_heads norm_eps norm_type qk_ln softmax_scale"
+    """
+    alibi alibi_bias_max attn_type clip_qkv kv_n_heads norm_eps norm_type qk_ln rope
+    rope_dail_config rope_hf_config rope_impl rope_theta softmax_scale
+    """
 )
 USED_IN_FEED_FORWARD = frozenset({"ffn_act_fn", "ffn_hidden_size"})
 TOP_LEVEL_KEYS = USED | NO_EFFECT | GENERIC_KEYS | ALIASES.keys()

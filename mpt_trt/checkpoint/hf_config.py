@@ -22,8 +22,9 @@ from mpt_trt.checkpoint.config_keys import (
     USED_IN_FEED_FORWARD,
 )
 from mpt_trt.checkpoint.foreign import require_plain_checkpoint
+from mpt_trt.checkpoint.rope_config import read_rope
 from mpt_trt.errors import MptTrtError
-from mpt_trt.model.config import MOST, MptConfig, NormType
+from mpt_trt.model.config import MOST, MptConfig, NormType, PositionEmbedding
 from mpt_trt.system.files import read_json
 from mpt_trt.system.json_text import shown
 
@@ -79,6 +80,8 @@ class _Reader:
         num_heads = self._positive("n_heads", MOST["num_heads"])
         if hidden_size % num_heads:
             raise self.refused("n_heads", num_heads, f"it must divide d_model ({hidden_size})")
+        position_embedding = self._position_embedding(hidden_size // num_heads)
+        has_rope = position_embedding == "rope"
         return MptConfig(
             hidden_size=hidden_size,
             num_heads=num_heads,
@@ -88,7 +91,8 @@ class _Reader:
             vocab_size=self._positive("vocab_size", MOST["vocab_size"]),
             max_seq_len=self._positive("max_seq_len", MOST["max_seq_len"]),
             softmax_scale=self._softmax_scale(hidden_size // num_heads),
-            position_embedding="alibi" if self._uses_alibi() else "learned",
+            position_embedding=position_embedding,
+            rope=read_rope(self.attention, self.refused) if has_rope else None,
             alibi_bias_max=self._alibi_bias_max(),
             clip_qkv=self._clip_qkv(),
             qk_ln=self._attention_flag("qk_ln", False),
@@ -229,16 +233,27 @@ class _Reader:
             )
         return size
 
-    def _uses_alibi(self) -> bool:
+    def _position_embedding(self, head_dim: int) -> PositionEmbedding:
         # The hub's configs say learned_pos_emb: true beside alibi: true; alibi wins there.
         is_learned = self._flag("learned_pos_emb", self.top, True)
-        if self._attention_flag("alibi", self.family.alibi):
-            return True
+        has_alibi = self._attention_flag("alibi", self.family.alibi)
+        if self.attention.get("rope") is not None and self._attention_flag("rope", False):
+            if has_alibi:
+                raise self.refused(
+                    "attn_config.alibi", True, "together with rope: true it is not supported"
+                )
+            if head_dim % 2:
+                raise self.refused(
+                    "attn_config.rope", True, f"heads of {head_dim} features cannot be rotated"
+                )
+            return "rope"
+        if has_alibi:
+            return "alibi"
         if not is_learned:
             raise self.refused(
                 "learned_pos_emb", False, "without alibi there would be no positions at all"
             )
-        return False
+        return "learned"
 
     def _attention_flag(self, key: str, default: bool) -> bool:
         return self._flag(f"attn_config.{key}", self.attention, default)

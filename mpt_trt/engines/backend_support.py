@@ -236,7 +236,13 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "learned positions",
         "attn_config.alibi",
-        lambda spec: "false" if spec.config.position_embedding != "alibi" else None,
+        lambda spec: "false" if spec.config.position_embedding == "learned" else None,
+        {TENSORRT_LLM: "its MPT model supports only ALiBi"},
+    ),
+    Feature(
+        "rotary positions (`rope: true`)",
+        "attn_config.rope",
+        lambda spec: "true" if spec.config.position_embedding == "rope" else None,
         {TENSORRT_LLM: "its MPT model supports only ALiBi"},
     ),
     Feature(

@@ -32,6 +32,7 @@ from mpt_trt.ft.layout import (
 )
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MOST, MptConfig, NormType, PositionEmbedding
+from mpt_trt.model.rope import Rope, RopeScaling
 from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import BlockMatrix, Weight, weights
 from mpt_trt.system.files import CONTENT_HASH, content_hashes, read_json, read_small_file
@@ -50,6 +51,13 @@ NORM_TYPES: dict[str, NormType] = {"layernorm": "layernorm", "rmsnorm": "rmsnorm
 POSITION_EMBEDDINGS: dict[str, PositionEmbedding] = {
     "alibi": "alibi",
     "learned_absolute": "learned",
+    "rope": "rope",
+}
+ROPE_SCALINGS: dict[str, RopeScaling] = {
+    "none": "none",
+    "linear": "linear",
+    "dynamic": "dynamic",
+    "llama3": "llama3",
 }
 # A plain checkpoint also has int8 files of QKV if this file exists.
 KV_SCALE = f"model.layers.0.{BlockMatrix.QKV}.scale_y_quant_orig.bin"
@@ -355,6 +363,7 @@ def _config_from_ini(ini: _Ini, folder: Path) -> MptConfig:
     vocab_size = ini.integer("vocab_size", MOST["vocab_size"])
     usual_scale = 1.0 / math.sqrt(hidden_size // num_heads)
     clip_qkv = ini.optional_number("clip_qkv")
+    position_embedding = _position_embedding(ini, folder)
     return MptConfig(
         hidden_size=hidden_size,
         num_heads=num_heads,
@@ -364,7 +373,8 @@ def _config_from_ini(ini: _Ini, folder: Path) -> MptConfig:
         vocab_size=vocab_size,
         max_seq_len=ini.integer("n_positions", MOST["max_seq_len"]),
         softmax_scale=ini.positive("softmax_scale", usual_scale),
-        position_embedding=_position_embedding(ini, folder),
+        position_embedding=position_embedding,
+        rope=_rope(ini) if position_embedding == "rope" else None,
         alibi_bias_max=ini.integer("alibi_bias_max", MOST["alibi_bias_max"], 8),
         clip_qkv=None if clip_qkv is None else ini.positive("clip_qkv", clip_qkv),
         qk_ln=ini.flag("qk_ln", "false"),
@@ -381,9 +391,27 @@ def _config_from_ini(ini: _Ini, folder: Path) -> MptConfig:
 
 def _position_embedding(ini: _Ini, folder: Path) -> PositionEmbedding:
     # NVIDIA's converter writes wpe.bin without recording it in config.ini.
-    stored = "learned_absolute" if (folder / "model.wpe.bin").is_file() else "alibi"
+    is_learned = (folder / "model.wpe.bin").is_file()
+    stored = "learned_absolute" if is_learned else "alibi"
     named = ini.choice("position_embedding_type", POSITION_EMBEDDINGS, stored)
-    if named != stored:
-        verb = "lies" if stored == "learned_absolute" else "does not lie"
+    if (named == "learned_absolute") != is_learned:
+        verb = "lies" if is_learned else "does not lie"
         raise ini.refused("position_embedding_type", named, f"but model.wpe.bin {verb} beside it")
     return POSITION_EMBEDDINGS[named]
+
+
+def _rope(ini: _Ini) -> Rope:
+    if "rope_theta" not in ini.values:
+        raise ini.refused("position_embedding_type", "rope", "rope_theta is missing")
+    usual = Rope()
+    positions = "original_max_position_embeddings"
+    return Rope(
+        theta=ini.positive("rope_theta", usual.theta),
+        scaling=ROPE_SCALINGS[ini.choice("rope_scaling", ROPE_SCALINGS, usual.scaling)],
+        factor=ini.positive("rope_factor", usual.factor),
+        low_freq_factor=ini.positive("rope_low_freq_factor", usual.low_freq_factor),
+        high_freq_factor=ini.positive("rope_high_freq_factor", usual.high_freq_factor),
+        original_max_position_embeddings=ini.integer(
+            f"rope_{positions}", MOST["max_seq_len"], getattr(usual, positions)
+        ),
+    )

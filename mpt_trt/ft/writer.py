@@ -7,7 +7,7 @@ import functools
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,15 @@ from mpt_trt.ft.layout import Int8Layers, files_of
 from mpt_trt.ft.streams import FtWriter, TensorSource
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
+from mpt_trt.model.rope import Rope
 from mpt_trt.model.tensors import Weight, preceding_norm, weights
 from mpt_trt.system.files import content_hash, write_json
 from mpt_trt.system.process_pool import Advance, Job, run_forked
 from mpt_trt.system.replace import replace_directory
 from mpt_trt.system.verified_files import remember_written
+
+# FT's own key has only one value, "alibi"; without it, FT takes positions to be learned.
+POSITION_TYPES = {"learned": "learned_absolute", "rope": "rope"}
 
 
 @dataclass(frozen=True)
@@ -171,10 +175,8 @@ def _write_ini(path: Path, config: MptConfig, settings: ConversionSettings) -> N
 def _keys_beyond_ft(config: MptConfig) -> dict[str, object]:
     """Settings that FT's config.ini has no key for, if they differ from what FT assumes."""
     default_scale = 1.0 / math.sqrt(config.head_dim)
-    values = {
-        "position_embedding_type": "learned_absolute"
-        if config.position_embedding == "learned"
-        else None,
+    values: dict[str, object] = {
+        "position_embedding_type": POSITION_TYPES.get(config.position_embedding),
         "alibi_bias_max": config.alibi_bias_max if config.alibi_bias_max != 8 else None,
         "clip_qkv": config.clip_qkv,
         "qk_ln": True if config.qk_ln else None,
@@ -183,7 +185,15 @@ def _keys_beyond_ft(config: MptConfig) -> dict[str, object]:
         "logit_scale": config.logit_scale if config.logit_scale != 1.0 else None,
         "norm_type": config.norm_type if config.norm_type != "layernorm" else None,
     }
+    if config.rope is not None:
+        values |= _rope_keys(config.rope)
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _rope_keys(rope: Rope) -> dict[str, object]:
+    """Settings that differ from the usual ones, and theta always: `rope_theta`, ..."""
+    changed = {k: v for k, v in asdict(rope).items() if v != getattr(Rope(), k)}
+    return {f"rope_{key}": value for key, value in {"theta": rope.theta, **changed}.items()}
 
 
 def _write_manifest(folder: Path, settings: ConversionSettings, hashes: dict[str, str]) -> None:

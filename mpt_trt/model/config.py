@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpt_trt.errors import MptTrtError
+from mpt_trt.model.rope import Rope
 
-PositionEmbedding = Literal["alibi", "learned"]
+PositionEmbedding = Literal["alibi", "learned", "rope"]
 NormType = Literal["layernorm", "rmsnorm"]
 
 # Several times what the largest models have. Time and memory grow with these numbers before any
@@ -35,6 +36,7 @@ class MptConfig:
 
     intermediate_size: width of the feed-forward layer.
     softmax_scale: factor on `Q K^T`.
+    rope: rotation of queries and keys; given if and only if position_embedding is "rope".
     qk_ln: queries and keys pass through layer norms with qk_ln_epsilon, regardless of norm_type
         (llm-foundry passes the model's norm settings only to the blocks).
     logit_scale: factor on the logits.
@@ -54,6 +56,7 @@ class MptConfig:
     max_seq_len: int
     softmax_scale: float
     position_embedding: PositionEmbedding = "alibi"
+    rope: Rope | None = None
     alibi_bias_max: int = 8
     clip_qkv: float | None = None
     qk_ln: bool = False
@@ -77,6 +80,19 @@ class MptConfig:
         for name in POSITIVE:
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise MptTrtError(f"{name} = {value}: a positive number is required")
+        if (self.position_embedding == "rope") != (self.rope is not None):
+            raise MptTrtError(
+                f"position_embedding = {self.position_embedding}: "
+                f"the settings of rope are {'missing' if self.rope is None else 'given, too'}"
+            )
+        if self.rope is not None and self.head_dim % 2:
+            raise MptTrtError(f"rope rotates pairs of features, but a head has {self.head_dim}")
+
+    @property
+    def max_positions(self) -> int | None:
+        """Number of positions that are defined; None if there is no limit."""
+        is_dynamic = self.rope is not None and self.rope.scaling == "dynamic"
+        return self.max_seq_len if self.position_embedding == "learned" or is_dynamic else None
 
     @property
     def head_dim(self) -> int:

@@ -2,8 +2,8 @@
 
 It follows llm-foundry's definition of MPT (`models/layers/{attention,blocks,ffn,norm}.py`):
 pre-norm; `Wqkv` has rows Q | K | V; its output is clamped before it reaches `q_ln` and `k_ln`,
-which span all heads; query head i reads key-value head `i // (num_heads / num_kv_heads)`; exact
-GELU.
+which span all heads; rope rotates what comes out of them; query head i reads key-value head
+`i // (num_heads / num_kv_heads)`; exact GELU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpt_trt.model.config import MptConfig, alibi_slopes
+from mpt_trt.model.rope import rope_frequencies
 
 Tensors = Mapping[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
@@ -59,7 +60,8 @@ class PlainAttention(nn.Module):
             packed = packed.clamp(-config.clip_qkv, config.clip_qkv)
         sizes = [config.hidden_size, config.kv_size, config.kv_size]
         query, key, value = torch.split(packed, sizes, dim=-1)
-        query, key, value = self.q_ln(query), self.key(self.k_ln(key)), self.value(value)
+        query, key = self._rotate(self.q_ln(query)), self._rotate(self.k_ln(key))
+        key, value = self.key(key), self.value(value)
         context = functional.scaled_dot_product_attention(
             self._by_head(query),
             self._by_head(key),
@@ -70,6 +72,19 @@ class PlainAttention(nn.Module):
         )
         output: Tensor = self.out_proj(context.transpose(1, 2).flatten(2))
         return output
+
+    def _rotate(self, features: Tensor) -> Tensor:
+        """Rotates `[batch, seq, heads * head_dim]` by position; without rope, returns it."""
+        if self.config.rope is None:
+            return features
+        frequencies = rope_frequencies(self.config.rope, self.config.head_dim)
+        positions = torch.arange(features.shape[1], dtype=torch.float64)
+        angles = positions[:, None] * torch.tensor(frequencies, dtype=torch.float64)
+        cosine, sine = (part[:, None].to(features) for part in (angles.cos(), angles.sin()))
+        heads = features.reshape(*features.shape[:-1], -1, self.config.head_dim)
+        first, second = heads.chunk(2, dim=-1)
+        rotated = (first * cosine - second * sine, second * cosine + first * sine)
+        return torch.cat(rotated, dim=-1).flatten(-2)
 
     def _by_head(self, features: Tensor) -> Tensor:
         """Maps `[batch, seq, heads * head_dim]` to `[batch, heads, seq, head_dim]`."""

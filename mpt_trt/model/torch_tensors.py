@@ -47,18 +47,19 @@ class ModelTensors:
 def embed(model: ModelTensors, embedding: Tensor, token_ids: Tensor) -> Tensor:
     """Computes the first block's input: token ids `[..., seq]` to `[..., seq, hidden]`.
 
-    embedding: the model's `wte.weight`. Raises MptTrtError when the sequence is longer than the
-    model's learned positions.
+    embedding: the model's `wte.weight`. Raises MptTrtError when the sequence is longer than
+    `max_positions`.
     """
     config, length = model.config, token_ids.shape[-1]
     hidden = embedding[token_ids]
-    if config.position_embedding == "alibi":
-        return hidden
-    if length > config.max_seq_len:
+    if config.max_positions is not None and length > config.max_positions:
+        kind = "learned positions" if config.position_embedding == "learned" else "positions"
         raise MptTrtError(
-            f"{length} tokens, but the model has learned positions for {config.max_seq_len}; "
+            f"{length} tokens, but the model has {kind} for {config.max_positions}; "
             "take fewer tokens"
         )
+    if config.position_embedding != "learned":
+        return hidden
     return hidden + model.tensor("wpe.weight")[:length]
 
 

@@ -16,6 +16,7 @@ from mpt_trt.network.kv_cache import KINDS, Cache
 from mpt_trt.network.linear.base import LinearLayers
 from mpt_trt.network.linear.biased import emit_linear, emit_row_split_linear
 from mpt_trt.network.norms import QueryKeyNorms, emit_norm_before
+from mpt_trt.network.rotary import RotatedHeads, Rotation, emit_rotation
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,32 @@ class Attention:
             return bias
         return graph.node("Cast", [bias], "bias/attention_bias", to=graph.element_type)
 
-    def emit(self, layer: int, matrices: BlockMatrices, hidden: str, bias: str) -> str:
+    def emit_rotation(self, query_positions: str) -> Rotation | None:
+        """Adds the rotation of queries and keys by position; None if the model has no rope."""
+        rope, cache_len = self.config.rope, self.cache.shape.cache_len
+        if rope is None:
+            return None
+        return emit_rotation(self.graph, rope, self.config.head_dim, cache_len, query_positions)
+
+    def emit(
+        self,
+        layer: int,
+        matrices: BlockMatrices,
+        hidden: str,
+        bias: str,
+        rotation: Rotation | None,
+    ) -> str:
         """Adds the attention of block `layer` and the residual, `[batch, seq, hidden]`.
 
-        bias: the output of `emit_bias`.
+        bias, rotation: the outputs of `emit_bias` and `emit_rotation`.
         """
         graph, name = self.graph, f"layers.{layer}.attention"
-        query, key, value = self._query_key_value(name, matrices[BlockMatrix.QKV], hidden)
+        packed = self._packed_query_key_value(name, matrices[BlockMatrix.QKV], hidden)
+        if rotation is not None:
+            num_rotated = self.num_heads + self.num_kv_heads
+            rotated = RotatedHeads(num_rotated, self.num_kv_heads, self.config.head_dim)
+            packed = rotated.emit(graph, name, packed, rotation)
+        query, key, value = self._split_heads(name, packed)
         keys, values = (
             self.cache.update(graph, layer, kind, new)
             for kind, new in zip(KINDS, (key, value), strict=True)
@@ -89,8 +109,8 @@ class Attention:
         output = emit_row_split_linear(graph, self.linear_layers, weight, context)
         return graph.node("Add", [hidden, output], f"{name}/residual")
 
-    def _query_key_value(self, name: str, weight: Weight, hidden: str) -> tuple[str, str, str]:
-        """Adds Q `[batch, heads, seq, head_dim]`, K and V `[batch, kv_heads, seq, head_dim]`."""
+    def _packed_query_key_value(self, name: str, weight: Weight, hidden: str) -> str:
+        """Adds the QKV projection with its clipping and norms, `[batch, seq, features]`."""
         graph = self.graph
         normed = emit_norm_before(graph, self.config, weight, hidden)
         packed = emit_linear(graph, self.linear_layers, weight, normed)
@@ -100,6 +120,11 @@ class Attention:
             packed = graph.node("Clip", [packed, low, high], f"{name}/clipped")
         if self.config.qk_ln:
             packed = self._normalize_query_and_key(name, packed)
+        return packed
+
+    def _split_heads(self, name: str, packed: str) -> tuple[str, str, str]:
+        """Adds Q `[batch, heads, seq, head_dim]`, K and V `[batch, kv_heads, seq, head_dim]`."""
+        graph = self.graph
         total = self.num_heads + 2 * self.num_kv_heads
         shape = graph.constant("split_heads", [0, 0, total, self.config.head_dim], np.int64)
         packed = graph.node("Reshape", [packed, shape], f"{name}/heads")

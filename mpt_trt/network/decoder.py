@@ -116,10 +116,11 @@ class _Decoder:
         self.cache.add_inputs(graph)
         positions = self._query_positions()
         bias = self.attention.emit_bias(positions)
+        rotation = self.attention.emit_rotation(positions)
         hidden = self.vocabulary.emit_embedding(positions)
         for layer in range(self.config.num_layers):
             matrices = block_matrices(self.config, layer)
-            hidden = self.attention.emit(layer, matrices, hidden, bias)
+            hidden = self.attention.emit(layer, matrices, hidden, bias, rotation)
             hidden = self._feed_forward(layer, matrices, hidden)
         self.vocabulary.emit_logits(hidden)
         graph.output("logits", TensorProto.FLOAT, ["num_logits", self.config.vocab_size])

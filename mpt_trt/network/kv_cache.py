@@ -46,6 +46,9 @@ def cache_shape(config: MptConfig, rank: Rank, cache_len: int) -> CacheShape:
 class Cache(Protocol):
     """What the decoder asks of a cache."""
 
+    @property
+    def shape(self) -> CacheShape: ...
+
     def add_inputs(self, graph: GraphBuilder) -> None: ...
 
     def key_positions(self, graph: GraphBuilder, query_positions: str) -> str:

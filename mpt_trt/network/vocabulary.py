@@ -30,7 +30,7 @@ class Vocabulary:
         """Adds the embedding of `input_ids`, `[batch, seq, hidden]`."""
         graph = self.graph
         tokens = self._embed_tokens()
-        if self.config.position_embedding == "alibi":
+        if self.config.position_embedding != "learned":
             return tokens
         # Padding may lie beyond the last learned position; the row it gets is never used.
         last = graph.constant("last_position", self.config.max_seq_len - 1, np.int64)

@@ -14,6 +14,7 @@ from transformers import MptConfig as TransformersConfig
 from mpt_trt.checkpoint.hf_config import parse_hf_config, read_hf_config
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
+from mpt_trt.model.rope import Rope
 from mpt_trt.system.json_text import shown
 from support.checkpoints import CheckpointSpec, config_dict
 
@@ -75,6 +76,17 @@ def read(folder: Path, content: dict[str, Any]) -> MptConfig:
 
 def with_attention(**changes: Any) -> dict[str, Any]:
     return {"attn_config": TINY["attn_config"] | changes}
+
+
+def with_rope(rope: object = True, **changes: Any) -> dict[str, Any]:
+    return with_attention(alibi=False, rope=rope, **changes)
+
+
+def with_hf_rope(**scaling: Any) -> dict[str, Any]:
+    return with_rope(rope_impl="hf", rope_theta=500, rope_hf_config=scaling)
+
+
+LLAMA3 = {"type": "llama3", "high_freq_factor": 4, "original_max_position_embeddings": 512}
 
 
 def expected_of(spec: CheckpointSpec) -> MptConfig:
@@ -226,6 +238,36 @@ class TestFields:
         assert found == expected
         assert type(found) is type(expected)
 
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            (with_rope(), Rope(10_000.0)),
+            (with_rope() | {"learned_pos_emb": False}, Rope(10_000.0)),
+            (with_rope(rope_theta=500_000), Rope(500_000.0)),
+            (with_rope(rope_theta=None, rope_impl=None, rope_dail_config=None), Rope(10_000.0)),
+            (
+                with_rope(
+                    rope_impl="dail",
+                    rope_dail_config={"type": "original", "pos_idx_in_fp32": True},
+                    rope_hf_config={"type": "linear", "factor": 2},
+                ),
+                Rope(10_000.0),
+            ),
+            (with_hf_rope(), Rope(500.0)),
+            (with_hf_rope(type="no_scaling", factor=2), Rope(500.0)),
+            (with_hf_rope(type="linear", factor=2), Rope(500.0, "linear", 2.0)),
+            (with_hf_rope(type="dynamic"), Rope(500.0, "dynamic", 1.0)),
+            (
+                with_hf_rope(**LLAMA3, low_freq_factor=1, factor=8),
+                Rope(500.0, "llama3", 8.0, 1.0, 4.0, 512),
+            ),
+        ],
+        ids=str,
+    )
+    def test_rope(self, tmp_path: Path, changes: dict, expected: Rope) -> None:
+        config = read(tmp_path, TINY | changes)
+        assert (config.position_embedding, config.rope) == ("rope", expected)
+
     def test_sizes_that_follow(self) -> None:
         config = replace(MPT_7B_EXPECTED, num_kv_heads=8)
         assert (config.head_dim, config.kv_size, config.qkv_size) == (128, 1024, 6144)
@@ -235,7 +277,41 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "field", "value"),
         [
-            (with_attention(rope=True), "attn_config.rope", True),
+            (with_attention(rope=True), "attn_config.alibi", True),
+            (with_rope("yes"), "attn_config.rope", "yes"),
+            (with_rope(rope_impl="xformers"), "attn_config.rope_impl", "xformers"),
+            (with_rope(rope_theta=0), "attn_config.rope_theta", 0),
+            (with_rope(rope_theta="1e4"), "attn_config.rope_theta", "1e4"),
+            (with_rope(rope_theta=math.inf), "attn_config.rope_theta", math.inf),
+            (with_rope(rope_dail_config=[]), "attn_config.rope_dail_config", []),
+            (
+                with_rope(rope_dail_config={"type": "xpos"}),
+                "attn_config.rope_dail_config.type",
+                "xpos",
+            ),
+            (
+                with_rope(rope_dail_config={"pos_idx_in_fp32": False}),
+                "attn_config.rope_dail_config.pos_idx_in_fp32",
+                False,
+            ),
+            (with_hf_rope(type="yarn"), "attn_config.rope_hf_config.type", "yarn"),
+            (with_hf_rope(type=["linear"]), "attn_config.rope_hf_config.type", ["linear"]),
+            (
+                with_hf_rope(type="linear", factor=-2),
+                "attn_config.rope_hf_config.factor",
+                -2,
+            ),
+            (
+                with_hf_rope(**LLAMA3, low_freq_factor=4),
+                "attn_config.rope_hf_config.low_freq_factor",
+                4,
+            ),
+            (
+                with_hf_rope(type="llama3", factor=8),
+                "attn_config.rope_hf_config.low_freq_factor",
+                None,
+            ),
+            (with_rope() | {"n_heads": 16}, "attn_config.rope", True),
             (with_attention(prefix_lm=True), "attn_config.prefix_lm", True),
             (with_attention(sliding_window_size=4096), "attn_config.sliding_window_size", 4096),
             (with_attention(attn_logit_softcapping=30), "attn_config.attn_logit_softcapping", 30),
@@ -624,6 +700,7 @@ class TestValues:
             {"use_pad_tok_in_ffn": False, "init_device": "meta", "residual_coeff": 0.5},
             with_attention(attn_impl="flash", attn_uses_sequence_id=True, attn_pdrop=0.1),
             with_attention(rope=False, rope_theta=500000, seq_parallel_world_size=1),
+            with_attention(rope=None, rope_impl="hf", rope_hf_config={"type": "yarn"}),
         ],
         ids=str,
     )

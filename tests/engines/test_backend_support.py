@@ -19,6 +19,7 @@ from mpt_trt.engines.backend_support import (
 from mpt_trt.engines.spec import BuildLimits, EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
+from mpt_trt.model.rope import Rope
 from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.quantization.schemes import (
     Awq,
@@ -66,6 +67,7 @@ SPECS = {
     ),
     "biases (`no_bias: false`)": with_config(bias=True),
     "learned positions": with_config(position_embedding="learned"),
+    "rotary positions (`rope: true`)": with_config(position_embedding="rope", rope=Rope()),
     "RMS norms": with_config(norm_type="rmsnorm"),
     "a norm epsilon other than 1e-5": with_config(layer_norm_epsilon=1e-6),
     "`expansion_ratio` other than 4": with_config(intermediate_size=2 * 4096),

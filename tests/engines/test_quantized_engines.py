@@ -207,6 +207,9 @@ SPECS = {
     "multi-head, biases": CheckpointSpec(
         hidden_size=64, num_heads=4, num_layers=1, no_bias=False, seed=6
     ),
+    "rope": CheckpointSpec(
+        hidden_size=64, num_heads=4, num_kv_heads=2, num_layers=1, rope={"rope_theta": 50}, seed=7
+    ),
 }
 
 

@@ -79,6 +79,7 @@ ARCHITECTURES = {
     "untied head": CheckpointSpec(vocab_size=96, tie_word_embeddings=False),
     "expansion 2.5": CheckpointSpec(vocab_size=96, expansion_ratio=2.5),
     "learned positions, rmsnorm": CheckpointSpec(vocab_size=96, alibi=False, norm_type="rmsnorm"),
+    "rope, qk_ln": CheckpointSpec(num_heads=8, num_kv_heads=2, qk_ln=True, rope={"rope_theta": 9}),
     "logit_scale": CheckpointSpec(vocab_size=96, logit_scale=0.4),
     "vocabulary of 131": CheckpointSpec(vocab_size=131),
     "vocabulary of 131, untied": CheckpointSpec(vocab_size=131, tie_word_embeddings=False),

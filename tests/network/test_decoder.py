@@ -57,11 +57,12 @@ BFLOAT16_BOUND = 0.15
 
 NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
-# The three ways in which a position can enter, with as many kinds of heads.
+# The four ways in which a position can enter, with as many kinds of heads.
 POSITIONAL = {
     "ALiBi, 6 heads": CheckpointSpec(num_heads=6),
     "ALiBi, grouped-query": CheckpointSpec(num_heads=8, num_kv_heads=2),
     "learned": CheckpointSpec(alibi=False, num_kv_heads=1),
+    "rope, grouped-query": CheckpointSpec(num_heads=8, num_kv_heads=2, rope={"rope_theta": 50}),
 }
 
 
@@ -126,7 +127,9 @@ def test_settings_without_weights_are_visible_in_the_logits(name, field):
     ("storage_type", "bound"),
     [("float32", FLOAT32_BOUND), ("float16", FLOAT16_BOUND), ("bfloat16", BFLOAT16_BOUND)],
 )
-@pytest.mark.parametrize("name", ["multi-head", "everything", "learned positions", "rmsnorm"])
+@pytest.mark.parametrize(
+    "name", ["multi-head", "everything", "learned positions", "rmsnorm", "rope"]
+)
 def test_reference_evaluator_of_onnx_computes_the_same(name, storage_type, bound, tmp_path):
     """The operators as the standard defines them, by an implementation that is not a runtime's."""
     spec = FEATURES[name]
@@ -410,6 +413,7 @@ ADDED_BY_FEATURE = {
     "clip_qkv": {"Clip": 1},
     "qk_ln": {"LayerNormalization": 2, "Split": 1, "Concat": 1},
     "biases": {"Add": 4},
+    "rope": {"RotaryEmbedding": 1, "Split": 1, "Concat": 1},
 }
 
 

@@ -14,8 +14,13 @@ ffn,norm}.py`:
   are layer norms with epsilon 1e-5 unless `attn_config` itself says otherwise, also in a model
   whose `norm_type` is an rmsnorm.
 * Query head `h` reads key-value head `h // (n_heads / kv_n_heads)` (`repeat_interleave`).
+* `rope` rotates queries and keys after `q_ln` and `k_ln`: features i and i + head_dim/2 of a head,
+  taken as a complex number, are multiplied by `exp(1j * position * rope_theta^(-2i/head_dim))`.
+  flash-attn's `RotaryEmbedding` (`dail`) and that of transformers' Llama (`hf`) do the same.
+* `rope_hf_config`: "linear" divides positions by `factor`; "dynamic" raises theta for sequences
+  longer than `max_seq_len`; "llama3" divides the frequency of long waves by `factor`.
 * Scores are `q.k * softmax_scale` (default `1/sqrt(head_dim)`) + ALiBi, masked causally.
-* ALiBi switches learned positions off whatever `learned_pos_emb` says (the hub's files say
+* ALiBi or rope switches learned positions off whatever `learned_pos_emb` says (the hub's files say
   true next to `alibi: true`); without it `wpe[position]` is added to the token embedding.
 * Every norm has epsilon 1e-5 by default. Later llm-foundry reads `norm_eps`; transformers'
   MptConfig calls it `layer_norm_epsilon`. `no_bias` removes every bias, those of norms too;
@@ -41,17 +46,20 @@ RMS_NORMS = ("rmsnorm", "low_precision_rmsnorm", "triton_rmsnorm")
 DEFAULT_EPSILON = 1e-5
 
 
-def forward(config: Config, tensors: Weights, input_ids: Tensor) -> Tensor:
-    """Logits of every position, computed in float32 with a causal mask and no padding.
+def forward(
+    config: Config, tensors: Weights, input_ids: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Logits of every position, computed in `dtype` with a causal mask and no padding.
 
     Args:
         config: the parsed `config.json`, llm-foundry's or transformers'.
         tensors: the state dict of the causal language model, names with the `transformer.`
             prefix, any float dtype. Biases are applied where the state dict has them.
         input_ids: `[batch, seq]` integer token ids.
+        dtype: type of all arithmetic.
 
     Returns:
-        `[batch, seq, vocab]` float32.
+        `[batch, seq, vocab]` of `dtype`.
 
     Raises:
         KeyError: a weight or setting that the configuration asks for is missing.
@@ -59,7 +67,7 @@ def forward(config: Config, tensors: Weights, input_ids: Tensor) -> Tensor:
             or the sequence is longer than `max_seq_len`.
     """
     _refuse_unknown_features(config)
-    weights = {name: tensor.float() for name, tensor in tensors.items()}
+    weights = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     seq_len = input_ids.shape[1]
     if seq_len > config["max_seq_len"]:
         raise ValueError(f"{seq_len} tokens, but max_seq_len is {config['max_seq_len']}")
@@ -68,7 +76,7 @@ def forward(config: Config, tensors: Weights, input_ids: Tensor) -> Tensor:
     if has_learned_positions(config):
         x = x + weights["transformer.wpe.weight"][:seq_len]
 
-    bias = attention_bias(config, seq_len)
+    bias = attention_bias(config, seq_len).to(dtype)
     for layer in range(config["n_layers"]):
         block = f"transformer.blocks.{layer}"
         normed = _block_norm(config, weights, f"{block}.norm_1", x)
@@ -83,8 +91,10 @@ def forward(config: Config, tensors: Weights, input_ids: Tensor) -> Tensor:
 
 
 def has_learned_positions(config: Config) -> bool:
-    """Whether `wpe` is used: ALiBi is off and `learned_pos_emb` is not false."""
-    return not config["attn_config"].get("alibi", True) and config.get("learned_pos_emb", True)
+    """Whether `wpe` is used: ALiBi and rope are off and `learned_pos_emb` is not false."""
+    attn = config["attn_config"]
+    has_other = attn.get("alibi", True) or attn.get("rope", False)
+    return not has_other and config.get("learned_pos_emb", True)
 
 
 def num_kv_heads(config: Config) -> int:
@@ -179,8 +189,10 @@ def _attention(config: Config, weights: Weights, name: str, x: Tensor, bias: Ten
         q = _qk_norm(attn, weights, f"{name}.q_ln", q)
         k = _qk_norm(attn, weights, f"{name}.k_ln", k)
 
-    q = _split_heads(q, num_heads)
-    k = _split_heads(k, kv_heads).repeat_interleave(num_heads // kv_heads, dim=1)
+    q, k = _split_heads(q, num_heads), _split_heads(k, kv_heads)
+    if attn.get("rope"):
+        q, k = (rotated(x, rope_angles(config, x.shape[2], head_dim)) for x in (q, k))
+    k = k.repeat_interleave(num_heads // kv_heads, dim=1)
     v = _split_heads(v, kv_heads).repeat_interleave(num_heads // kv_heads, dim=1)
 
     scale = attn.get("softmax_scale")
@@ -189,6 +201,52 @@ def _attention(config: Config, weights: Weights, name: str, x: Tensor, bias: Ten
     scores = q @ k.transpose(-1, -2) * scale + bias
     context = torch.softmax(scores, dim=-1) @ v  # [batch, n_heads, seq, head_dim]
     return _linear(weights, f"{name}.out_proj", context.transpose(1, 2).flatten(2))
+
+
+def rope_angles(config: Config, seq_len: int, head_dim: int) -> Tensor:
+    """Angle of every position and pair of features, float64 `[seq, head_dim / 2]`.
+
+    Raises:
+        ValueError: an unknown `rope_hf_config.type`.
+    """
+    attn = config["attn_config"]
+    theta = attn.get("rope_theta", 10000)
+    scaling = attn.get("rope_hf_config", {}) if attn.get("rope_impl") == "hf" else {}
+    kind, factor = scaling.get("type", "no_scaling"), scaling.get("factor", 1.0)
+    positions = torch.arange(seq_len, dtype=torch.float64)
+    if kind == "linear":
+        positions = positions / factor
+    elif kind == "dynamic":
+        longest = max(seq_len, config["max_seq_len"])
+        grown = factor * longest / config["max_seq_len"] - (factor - 1)
+        theta = theta * grown ** (head_dim / (head_dim - 2))
+    elif kind not in ("no_scaling", "llama3"):
+        raise ValueError(f"unknown rope scaling {kind!r}")
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    frequencies = 1.0 / theta**exponents
+    if kind == "llama3":
+        frequencies = torch.stack([_llama3(scaling, frequency) for frequency in frequencies])
+    return torch.outer(positions, frequencies)
+
+
+def _llama3(scaling: Config, frequency: Tensor) -> Tensor:
+    """Llama 3.1's scaling: unchanged short waves, stretched long ones, a blend in between."""
+    context, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelength = 2 * math.pi / frequency
+    if wavelength < context / high:
+        return frequency
+    if wavelength > context / low:
+        return frequency / factor
+    smooth = (context / wavelength - low) / (high - low)
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """Turns pairs of features: x `[batch, heads, seq, head_dim]`, angles `[seq, head_dim / 2]`."""
+    real, imaginary = x.double().chunk(2, dim=-1)
+    turned = torch.complex(real, imaginary) * torch.exp(1j * angles)
+    return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -229,7 +287,10 @@ def _norm(norm_type: str, weights: Weights, name: str, x: Tensor, epsilon: float
 def _refuse_unknown_features(config: Config) -> None:
     """Raise ValueError for llm-foundry settings that change the result and are not written here."""
     attn, ffn = config["attn_config"], config.get("ffn_config") or {}
-    for key in ("rope", "prefix_lm", "qk_gn", "attn_logit_softcapping"):
+    dail = attn.get("rope_dail_config") or {}
+    if attn.get("rope") and dail.get("type", "original") != "original":
+        raise ValueError(f"rope_dail_config {dict(dail)!r} is not supported")
+    for key in ("prefix_lm", "qk_gn", "attn_logit_softcapping"):
         if attn.get(key):
             raise ValueError(f"attn_config.{key} = {attn[key]!r} is not supported")
     if not attn.get("fused_qkv", True) or attn.get("sliding_window_size", -1) != -1:

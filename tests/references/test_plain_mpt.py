@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, MptConfig, MptForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, MptConfig, MptForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from references import plain_mpt
@@ -288,6 +289,48 @@ def test_multiquery_is_grouped_query_with_one_kv_head() -> None:
     torch.testing.assert_close(actual, plain_logits(spec, ids), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "no_scaling"},
+        {"type": "linear", "factor": 3.0},
+        {"type": "dynamic", "factor": 2.0},
+        {
+            "type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256,
+        },
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("max_seq_len", [100, 30])
+def test_rope_is_that_of_llama(scaling: dict, max_seq_len: int) -> None:
+    """llm-foundry's `rope_impl: hf` calls these; "dynamic" grows beyond max_seq_len."""
+    length, head_dim = 41, 16
+    names = {"rope_type" if key == "type" else key: value for key, value in scaling.items()}
+    if scaling["type"] == "no_scaling":
+        names = {"rope_type": "default"}
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=4 * head_dim,
+            num_attention_heads=4,
+            max_position_embeddings=max_seq_len,
+            rope_parameters={"rope_theta": 700.0, **names},
+        )
+    )
+    query, key = torch.randn(2, 1, 4, length, head_dim, generator=torch.Generator().manual_seed(2))
+    cosine, sine = theirs(query, torch.arange(length)[None])
+    expected = apply_rotary_pos_emb(query, key, cosine, sine)
+
+    attn = {"rope": True, "rope_impl": "hf", "rope_theta": 700.0, "rope_hf_config": scaling}
+    config = {"attn_config": attn, "max_seq_len": max_seq_len}
+    angles = plain_mpt.rope_angles(config, length, head_dim)
+    for found, wanted in zip((query, key), expected, strict=True):
+        torch.testing.assert_close(plain_mpt.rotated(found, angles), wanted, atol=1e-5, rtol=0)
+
+
 def test_rms_norm_matches_torch() -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(5, 7, 48, generator=generator)
@@ -327,7 +370,6 @@ def test_a_missing_weight_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("where", "key", "value"),
     [
-        ("attn_config", "rope", True),
         ("attn_config", "prefix_lm", True),
         ("attn_config", "qk_gn", True),
         ("attn_config", "attn_logit_softcapping", 50.0),

@@ -7,7 +7,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,8 @@ class CheckpointSpec:
 
     `num_kv_heads` None is multi-head attention without a `kv_n_heads` key, 1 is
     `multiquery_attention` and any other number `grouped_query_attention` (also when it equals
-    `num_heads`).
+    `num_heads`). `rope` is what `attn_config` has of rope besides `rope: true`; then there is
+    neither ALiBi nor `wpe`.
 
     Raises:
         ValueError: heads do not divide evenly, or the feed-forward width is not whole.
@@ -44,6 +45,7 @@ class CheckpointSpec:
     no_bias: bool = True
     tie_word_embeddings: bool = True
     alibi: bool = True
+    rope: dict[str, Any] | None = field(default=None, hash=False)
     alibi_bias_max: int = 8
     clip_qkv: float | None = None
     qk_ln: bool = False
@@ -88,6 +90,7 @@ class CheckpointSpec:
             and self.expansion_ratio == 4
             and self.no_bias
             and self.alibi
+            and self.rope is None
             and self.alibi_bias_max == 8
             and not self.qk_ln
             and self.logit_scale is None
@@ -227,9 +230,11 @@ def _attn_config(spec: CheckpointSpec) -> dict[str, Any]:
         "prefix_lm": False,
         "qk_ln": spec.qk_ln,
         "attn_uses_sequence_id": False,
-        "alibi": spec.alibi,
+        "alibi": spec.alibi and spec.rope is None,
         "alibi_bias_max": spec.alibi_bias_max,
     }
+    if spec.rope is not None:
+        attn |= {"rope": True, **spec.rope}
     if attn_type == "grouped_query_attention":
         attn["kv_n_heads"] = spec.num_kv_heads
     return attn
@@ -249,7 +254,7 @@ def _native_config(spec: CheckpointSpec, dtype: torch.dtype) -> dict[str, Any]:
 def _shapes(spec: CheckpointSpec) -> dict[str, tuple[int, ...]]:
     hidden, ffn = spec.hidden_size, spec.ffn_size
     shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (spec.vocab_size, hidden)}
-    if not spec.alibi:
+    if not spec.alibi and spec.rope is None:
         shapes["transformer.wpe.weight"] = (spec.max_seq_len, hidden)
     if not spec.tie_word_embeddings:
         shapes["lm_head.weight"] = (spec.vocab_size, hidden)

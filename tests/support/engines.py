@@ -71,6 +71,19 @@ FEATURES = {
     "logit_scale": CheckpointSpec(logit_scale=0.4),
     "logit_scale inv_sqrt_d_model": CheckpointSpec(logit_scale="inv_sqrt_d_model"),
     "learned positions": CheckpointSpec(alibi=False),
+    "rope": CheckpointSpec(rope={}),
+    "rope of hf, scaled, grouped-query": CheckpointSpec(
+        num_heads=6,
+        num_kv_heads=2,
+        rope={
+            "rope_impl": "hf",
+            "rope_theta": 500,
+            "rope_hf_config": {"type": "linear", "factor": 2.5},
+        },
+    ),
+    "rope, qk_ln, clip_qkv, biases": CheckpointSpec(
+        rope={"rope_theta": 300}, qk_ln=True, clip_qkv=1.5, no_bias=False, num_kv_heads=1
+    ),
     "rmsnorm": CheckpointSpec(norm_type="rmsnorm"),
     "rmsnorm, biases": CheckpointSpec(norm_type="low_precision_rmsnorm", no_bias=False),
     "epsilon": CheckpointSpec(layer_norm_epsilon=0.02),

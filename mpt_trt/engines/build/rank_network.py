@@ -27,7 +27,7 @@ from mpt_trt.system.replace import replace_directory
 class NetworkInputs:
     """Everything that the networks of an engine are made from.
 
-    Raises MptTrtError when the model has learned positions and the limits exceed them.
+    Raises MptTrtError when the limits exceed the positions that the model defines.
     """
 
     checkpoint: FtCheckpoint
@@ -37,10 +37,11 @@ class NetworkInputs:
 
     def __post_init__(self) -> None:
         config, cache_len = self.checkpoint.config, self.limits.cache_len
-        if config.position_embedding == "learned" and cache_len > config.max_seq_len:
+        if config.max_positions is not None and cache_len > config.max_positions:
+            kind = "learned positions" if config.position_embedding == "learned" else "positions"
             raise MptTrtError(
-                f"max_input_len + max_output_len = {cache_len}, but the model has learned "
-                f"positions for {config.max_seq_len} tokens; lower the limits"
+                f"max_input_len + max_output_len = {cache_len}, but the model has {kind} for "
+                f"{config.max_positions} tokens; lower the limits"
             )
 
     @property

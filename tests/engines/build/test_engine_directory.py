@@ -89,6 +89,7 @@ def test_config_says_what_it_is_from_what_by_what_for_what(built: Built):
             "max_seq_len": 64,
             "softmax_scale": 1 / 8**0.5,
             "position_embedding": "alibi",
+            "rope": None,
             "alibi_bias_max": 8,
             "clip_qkv": None,
             "qk_ln": False,

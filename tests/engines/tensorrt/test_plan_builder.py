@@ -63,6 +63,7 @@ BUILT_SPECS = {
             "qk_ln",
             "biases",
             "learned positions",
+            "rope of hf, scaled, grouped-query",
             "rmsnorm",
         )
     },
@@ -103,6 +104,7 @@ def test_network_builds_with_native_attention_and_cache(name, storage_type, tmp_
     assert layers[trt.LayerType.KV_CACHE_UPDATE] == 2 * spec.num_layers
     assert layers[trt.LayerType.ATTENTION_INPUT] == spec.num_layers
     assert layers[trt.LayerType.ATTENTION_OUTPUT] == spec.num_layers
+    assert layers[trt.LayerType.ROTARY_EMBEDDING] == (spec.num_layers if spec.rope else 0)
     assert not layers[trt.LayerType.SOFTMAX] and not layers[trt.LayerType.SCATTER]
 
     build_rank(network, 0, BUILDER, tmp_path / "plan")
