@@ -3,6 +3,7 @@
 import sys
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 
 sys.path.insert(0, str(REPOSITORY))
 
@@ -11,6 +12,7 @@ from mpt_trt.system.process import prefer_this_python
 from mpt_trt.workflow.config_sources import ConfigSources
 from mpt_trt.workflow.job_options import JobOptions
 from mpt_trt.workflow.job_resources import JobResources
+from mpt_trt.workflow.last_words import LastWords
 from mpt_trt.workflow.launch import Launch
 from mpt_trt.workflow.plan import Plan
 from mpt_trt.workflow.rule_values import RuleValues
@@ -28,6 +30,11 @@ wildcard_constraints:
     rank="0|[1-9][0-9]*",
 
 
+# With --verbose, Snakemake's own messages stay, too.
+last_words = LastWords()
+if not workflow.output_settings.verbose:
+    logger.addFilter(last_words)
+
 prefer_this_python()
 given = workflow.config_settings
 own_configfiles = workflow.configfiles[len(given.configfiles) :]
@@ -35,6 +42,7 @@ sources = ConfigSources.of_run([*own_configfiles, *given.configfiles], given.con
 try:
     settings = parse_settings(config, sources)
 except MptTrtError as error:
+    last_words.refuse(str(error))
     raise WorkflowError(str(error)) from None
 
 deploys_software = bool(workflow.deployment_settings.deployment_method)
@@ -43,7 +51,7 @@ options = JobOptions(plan)
 jobs = JobResources(plan)
 launch = Launch(jobs)
 
-values = RuleValues(plan, WorkflowError)
+values = RuleValues(plan, WorkflowError, last_words)
 of_job = values.of_job
 require_possible = values.require_possible
 resources_of = values.resources_of

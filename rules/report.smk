@@ -28,7 +28,7 @@ rule compute_reference:
         options=of_job(options.reference),
     shell:
         r"""
-        exec > >(tee {log:q}) 2>&1
+        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
         python {params.tool:q} \
             --model_dir {input.checkpoint[0]:q} \
             --text {input.text:q} \
@@ -66,7 +66,7 @@ rule measure_quality:
         launch=of_job(launch.smoke_test),
     shell:
         r"""
-        exec > >(tee {log:q}) 2>&1
+        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
         {params.launch.preflight:q}
         {params.launch.gpus:q} {params.launch.ranks:q} python {params.tool:q} \
             --engine_dir {input.engine:q} \
@@ -130,7 +130,7 @@ rule make_report:
         variants=of_job(plan.variants_of_report),
     shell:
         r"""
-        exec > >(tee {log:q}) 2>&1
+        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
         python {params.tool:q} \
             --model {wildcards.model:q} \
             --variants {params.variants:q} \

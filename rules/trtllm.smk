@@ -32,7 +32,7 @@ rule convert_to_trtllm:
         options=of_job(options.trtllm_checkpoint),
     shell:
         r"""
-        exec > >(tee {log:q}) 2>&1
+        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
         python {params.tool:q} \
             --model_dir {input.ft_checkpoint:q} \
             {params.options:q} \
@@ -65,7 +65,7 @@ rule build_trtllm_engine:
         options=of_job(options.limits),
     shell:
         r"""
-        exec > >(tee {log:q}) 2>&1
+        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
         python {params.tool:q} \
             --checkpoint_dir {input.checkpoint:q} \
             {params.options:q} \
@@ -92,7 +92,7 @@ rule encode_prompt:
         prompt=settings.smoke_test.prompt,
     shell:
         r"""
-        exec > >(tee {log:q}) 2>&1
+        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
         python {params.tool:q} \
             --tokenizer_dir {params.folder:q} \
             --prompt {params.prompt:q} \
@@ -127,7 +127,7 @@ rule run_trtllm:
         max_new_tokens=settings.smoke_test.max_new_tokens,
     shell:
         r"""
-        exec > >(tee {log:q}) 2>&1
+        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
         {params.launch.ranks:q} python {params.tool:q} \
             --engine_dir {input.engine:q} \
             --prompt {input.prompt:q} \
@@ -166,7 +166,7 @@ rule compare_trtllm:
         options=of_job(options.comparison),
     shell:
         r"""
-        exec > >(tee {log:q}) 2>&1
+        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
         python {params.tool:q} \
             --engine_dir {input.engine:q} \
             --generation {input.generation:q} \

@@ -36,7 +36,7 @@ rule smoke_test:
         options=of_job(options.smoke_test),
     shell:
         r"""
-        exec > >(tee {log:q}) 2>&1
+        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
         {params.launch.preflight:q}
         {params.launch.gpus:q} {params.launch.ranks:q} python {params.tool:q} \
             --engine_dir {input.engine:q} \

@@ -1,13 +1,18 @@
-"""The quantization that parsed options ask for."""
+"""What commands that make networks share: the quantization that is asked for, and progress."""
 
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.result import read_calibration
+from mpt_trt.cli.progress import bytes_progress
+from mpt_trt.engines.memory import rank_weights
+from mpt_trt.engines.spec import EngineSpec
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.quantization.schemes import Quantization, make_weight_quantization
+from mpt_trt.system.progress_lines import Advance
 
 
 def calibrated(options: argparse.Namespace, checkpoint: FtCheckpoint) -> CalibratedQuantization:
@@ -22,3 +27,8 @@ def calibrated(options: argparse.Namespace, checkpoint: FtCheckpoint) -> Calibra
     path = options.calibration
     calibration = None if path is None else read_calibration(path, checkpoint)
     return CalibratedQuantization(Quantization(scheme, options.kv_cache_dtype), calibration)
+
+
+def networks_progress(spec: EngineSpec) -> AbstractContextManager[Advance]:
+    """Progress in bytes of the weights of all ranks' networks."""
+    return bytes_progress("Writing networks", spec.tp_size * rank_weights(spec))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -13,6 +11,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -52,11 +51,9 @@ def bytes_bar(title: str, total_bytes: int) -> Progress:
     return progress
 
 
-@contextlib.contextmanager
-def steps_progress(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """Progress bar with steps and times; yields the function that advances it by one step."""
-    console = Console(stderr=True)
-    columns = [
+def steps_bar(title: str, total: int) -> Progress:
+    """Started progress bar with steps and times."""
+    columns: list[ProgressColumn] = [
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -65,6 +62,7 @@ def steps_progress(title: str, total: int) -> Iterator[Callable[[], None]]:
         TimeRemainingColumn(),
     ]
     # Steps may take minutes: the estimate looks back further than usual.
-    with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda: progress.advance(task)
+    progress = Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600)
+    progress.add_task(title, total=total)
+    progress.start()
+    return progress

@@ -10,6 +10,7 @@ from pathlib import Path
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.result import read_calibration
 from mpt_trt.cli import options as cli_options
+from mpt_trt.cli.engine_requests import networks_progress
 from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.engines.build.build import build_engine, build_one_by_one
 from mpt_trt.engines.build.parallel import build_side_by_side
@@ -52,7 +53,8 @@ def run(options: argparse.Namespace) -> None:
         _calibrated(options, checkpoint),
     )
     builder = cli_options.builder_choice(options, inputs.calibrated.quantization)
-    build_engine(inputs, builder, options.output_dir, build_plans, options.force)
+    progress = networks_progress(inputs.spec)
+    build_engine(inputs, builder, options.output_dir, build_plans, options.force, progress)
     print(options.output_dir)
 
 

@@ -12,7 +12,7 @@ from mpt_trt.checkpoint.special_tokens import read_special_tokens
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.checkpoint.tokenizer import read_tokenizer, tokenizer_files
 from mpt_trt.cli.calibration_options import fill_in
-from mpt_trt.cli.progress import bytes_progress
+from mpt_trt.cli.progress import bytes_progress, steps_progress
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FT_CHECKPOINT
 from mpt_trt.ft.int8 import Int8Conversion, require_calibratable
@@ -82,10 +82,9 @@ def _int8(
     alpha = options.smoothquant
     if alpha is None and not options.calibrate_kv_cache:
         return None
-    # These import PyTorch and Rich, which a plain conversion can do without.
+    # These import PyTorch, which a plain conversion can do without.
     from mpt_trt.calibration.block_stream import activation_amax
     from mpt_trt.cli import calibration_requests
-    from mpt_trt.cli.terminal import steps_progress
 
     fill_in(options)
     require_calibratable(config, alpha)

@@ -18,4 +18,5 @@ def run(options: argparse.Namespace) -> None:
         cli_options.vocabulary(options),
         engine_requests.calibrated(options, checkpoint),
     )
-    make_networks(inputs, options.output_dir, options.force)
+    with engine_requests.networks_progress(inputs.spec) as advance:
+        make_networks(inputs, options.output_dir, options.force, advance)

@@ -13,7 +13,8 @@ from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder_of
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.cli import calibration_requests
 from mpt_trt.cli.calibration_options import fill_in
-from mpt_trt.cli.terminal import set_up_logging, steps_progress
+from mpt_trt.cli.progress import steps_progress
+from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
 from mpt_trt.quantization.schemes import default_group_size, require_fitting_groups

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpt_trt.errors import MptTrtError
+from mpt_trt.workflow.last_words import LastWords
 from mpt_trt.workflow.plan import Plan, Target
 
 
 @dataclass(frozen=True)
 class RuleValues:
-    """error: Snakemake's exception that is shown as its message alone, without a traceback."""
+    """error: Snakemake's exception for what is wrong with a workflow. last_words: prints it."""
 
     plan: Plan
     error: type[Exception]
+    last_words: LastWords
 
     def of_job(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` of a job's target, as a function of its wildcards."""
@@ -28,6 +30,7 @@ class RuleValues:
             try:
                 return function(Target.of(dict(wildcards.items())), **keywords)
             except MptTrtError as error:
+                self.last_words.refuse(str(error))
                 raise self.error(str(error)) from None
 
         # By their names, Snakemake gives a function further arguments, such as `threads`. It reads

@@ -22,6 +22,17 @@ from mpt_trt.quantization.schemes import (
     calibration_format,
 )
 
+TARGET_FORMS = (
+    "smoke_tests/{model}/{variant}/{tp}-gpu.json",
+    "trt_engines/{model}/{variant}/{tp}-gpu",
+    "quality/{model}/{variant}/{tp}-gpu.json",
+    "reports/{model}.html",
+    "ft_ckpts/{model}/{storage}/{tp}-gpu",
+    "quantized/{model}/{qformat}/mpt_tp1_rank0.npz",
+    "build/plans/{model}/{variant}/{tp}-gpu/rank{rank}.engine",
+    "trtllm_ckpts/{model}/{variant}/{tp}-gpu",
+)
+"""What people ask for, as the rules name it."""
 FORMATS: tuple[QuantizationFormat, ...] = get_args(QuantizationFormat)
 STORAGES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 STORAGE_OF_TYPE = {storage_type: name for name, storage_type in STORAGES.items()}

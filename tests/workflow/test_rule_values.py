@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mpt_trt.workflow.job_resources import HostRequest, JobResources
+from mpt_trt.workflow.last_words import LastWords
 from mpt_trt.workflow.plan import Plan, Target
 from mpt_trt.workflow.rule_values import RuleValues
 from mpt_trt.workflow.settings import parse_settings
@@ -25,7 +26,7 @@ class Shown(Exception):
 @pytest.fixture(scope="module")
 def values() -> RuleValues:
     settings = parse_settings(CONTENT | {"site": {"gpus": "none"}})
-    return RuleValues(Plan(settings, REPOSITORY, Path("/nowhere")), Shown)
+    return RuleValues(Plan(settings, REPOSITORY, Path("/nowhere")), Shown, LastWords())
 
 
 def test_wildcards_become_a_target(values: RuleValues) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from mpt_trt.engines import manifest
@@ -17,6 +17,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.network.external_files import read_network
 from mpt_trt.quantization.schemes import Quantization, SmoothQuant
 from mpt_trt.system import gpus
+from mpt_trt.system.progress_lines import Advance, no_progress
 from mpt_trt.system.replace import (
     replace_directory,
     require_writable,
@@ -63,12 +64,17 @@ def build_engine(
     target: Path,
     build_plans: PlanBuilder = build_one_by_one,
     force: bool = False,
+    progress: AbstractContextManager[Advance] | None = None,
 ) -> None:
-    """Makes the engine directory `target` of all ranks. force: see `require_replaceable`."""
+    """Makes the engine directory `target` of all ranks.
+
+    force: see `require_replaceable`. progress: counts the bytes of the networks' weights.
+    """
     tp_size = inputs.checkpoint.tp_size
     _require_capable_gpus(builder, inputs.calibrated.quantization)
     with replace_directory(target, manifest.ENGINE, inputs.paths, force) as folder:
-        write_networks(inputs, folder)
+        with progress or nullcontext(no_progress) as advance:
+            write_networks(inputs, folder, advance)
         build_plans(folder, builder, tp_size)
         manifest.write_manifest(folder, [(folder, folder)] * tp_size)
         for description in folder.glob("rank*.json"):

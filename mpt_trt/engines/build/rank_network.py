@@ -20,6 +20,7 @@ from mpt_trt.network.decoder import build_network
 from mpt_trt.network.graph import WEIGHTS_FOLDER
 from mpt_trt.network.weight_files import write_weights
 from mpt_trt.system.files import content_hash, hard_link
+from mpt_trt.system.progress_lines import Advance, no_progress
 from mpt_trt.system.replace import replace_directory
 
 
@@ -63,29 +64,33 @@ class NetworkInputs:
         )
 
 
-def make_networks(inputs: NetworkInputs, target: Path, force: bool = False) -> None:
+def make_networks(
+    inputs: NetworkInputs, target: Path, force: bool = False, advance: Advance = no_progress
+) -> None:
     """Makes the folder `target` with the networks of all ranks and their descriptions.
 
-    force: see `require_replaceable`.
+    force: see `require_replaceable`. advance: counts the bytes of all ranks' weights.
     """
     with replace_directory(target, NETWORKS, inputs.paths, force) as folder:
-        write_networks(inputs, folder)
+        write_networks(inputs, folder, advance)
     remember_networks(target, inputs.checkpoint.tp_size)
 
 
-def write_networks(inputs: NetworkInputs, folder: Path) -> None:
+def write_networks(inputs: NetworkInputs, folder: Path, advance: Advance = no_progress) -> None:
     """Adds the networks of all ranks to `folder`."""
     for rank in all_ranks(inputs.checkpoint.tp_size):
-        write_rank_network(inputs, rank, folder)
+        write_rank_network(inputs, rank, folder, advance)
 
 
-def write_rank_network(inputs: NetworkInputs, rank: Rank, folder: Path) -> None:
+def write_rank_network(
+    inputs: NetworkInputs, rank: Rank, folder: Path, advance: Advance = no_progress
+) -> None:
     """Adds one rank's network to `folder`: graph, weights, tokenizer, and a description."""
     checkpoint, calibration = inputs.checkpoint, inputs.calibrated.calibration
     network = build_network(
         checkpoint, rank, inputs.limits.cache_len, inputs.vocabulary, inputs.calibrated
     )
-    weights = write_weights(network, checkpoint, folder / WEIGHTS_FOLDER)
+    weights = write_weights(network, checkpoint, folder / WEIGHTS_FOLDER, advance)
     graph = folder / network_name(rank.index)
     graph.write_bytes(network.model.SerializeToString())
     tokenizer = checkpoint.tokenizer_files

@@ -19,11 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from mpt_trt.engines.spec import BuilderInfo, BuildLimits
 from mpt_trt.engines.tensorrt.packages import Package
+from mpt_trt.engines.tensorrt.phases import Phases, shown_phases
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import gpus
 from mpt_trt.system.background import Background, background
@@ -160,44 +158,33 @@ def _make_writer(trt: Any, stream: BinaryIO, work: Background) -> Any:
 
 @contextmanager
 def _progress(trt: Any) -> Iterator[tuple[Any, Callable[[], bool]]]:
-    """Shows TensorRT's phases as bars; Ctrl-C and SIGTERM stop it at the next step.
+    """Shows TensorRT's phases, as bars on a terminal and else as lines.
 
-    Yields the monitor and a function that tells whether it was interrupted.
+    Ctrl-C and SIGTERM stop it at the next step. Yields the monitor and a function that tells
+    whether it was interrupted.
     """
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    ]
     interrupted: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     previous = {n: signal.signal(n, lambda number, _: interrupted.append(number)) for n in numbers}
 
     class Monitor(trt.IProgressMonitor):
-        def __init__(self, progress: Progress) -> None:
+        def __init__(self, phases: Phases) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.progress = progress
-            self.tasks: dict[str, tuple[Any, int]] = {}
+            self.phases = phases
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            indent = "" if parent_phase is None else "  "
-            task = self.progress.add_task(indent + phase_name, total=num_steps)
-            self.tasks[phase_name] = task, num_steps
+            self.phases.start(phase_name, parent_phase is None, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            self.progress.update(self.tasks[phase_name][0], completed=step + 1)
+            self.phases.update(phase_name, step + 1)
             return not interrupted
 
         def phase_finish(self, phase_name: str) -> None:
-            task, num_steps = self.tasks.pop(phase_name)
-            self.progress.update(task, completed=num_steps)
-            if self.tasks:  # one of hundreds of parts of a phase that goes on
-                self.progress.remove_task(task)
+            self.phases.finish(phase_name)
 
     try:
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            yield Monitor(progress), lambda: bool(interrupted)
+        with shown_phases() as phases:
+            yield Monitor(phases), lambda: bool(interrupted)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

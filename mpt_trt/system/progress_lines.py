@@ -1,0 +1,75 @@
+"""Progress as lines, for logs and wherever else a bar cannot be drawn."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+INTERVAL_SECONDS = 10.0
+
+
+class Advance(Protocol):
+    """Counts what has been done since it was last called; any thread may call it."""
+
+    def __call__(self, count: float = 1, /) -> None: ...
+
+
+def no_progress(count: float = 1, /) -> None:
+    """The progress of a step that nobody follows."""
+
+
+class ProgressLines:
+    """Prints to stderr how far a step is: after ten seconds, every ten seconds, and at the end.
+
+    shown: how an amount is written; amounts are counted in the unit of `total`. Threads may share
+    it.
+    """
+
+    def __init__(self, title: str, total: float, shown: Callable[[float], str]):
+        self._title, self._total, self._shown = title, total, shown
+        self._done = 0.0
+        self._started = self._printed = time.monotonic()
+        self._lock = threading.Lock()
+
+    def advance(self, count: float = 1, /) -> None:
+        """Counts what has been done; prints a line if the last one is old."""
+        with self._lock:
+            self._done += count
+            now = time.monotonic()
+            if now - self._printed < INTERVAL_SECONDS or self._done >= self._total:
+                return
+            self._printed = now
+            seconds = now - self._started
+            left = seconds * (self._total - self._done) / self._done
+            percent = 100 * self._done / self._total
+            times = f"{in_time(seconds)}, about {in_time(left)} left"
+            say(f"{self._title}: {self._amounts()} ({percent:.0f} %), {times}")
+
+    def stop(self) -> None:
+        """Prints the last line."""
+        seconds = time.monotonic() - self._started
+        say(f"{self._title}: {self._amounts()} in {in_time(seconds)}")
+
+    def _amounts(self) -> str:
+        return f"{self._shown(self._done)} of {self._shown(self._total)}"
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def in_time(seconds: float) -> str:
+    """A duration for people: `0.4 s`, `42 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"

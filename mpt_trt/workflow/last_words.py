@@ -1,0 +1,101 @@
+"""What Snakemake prints of a failure: one sentence per problem, at the very end.
+
+Snakemake itself ends with the rule's source line, or with its own log file and "At least one job
+did not complete successfully"; the reason, and for a failed job its command, stand above that.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mpt_trt.workflow.target_names import TARGET_FORMS
+
+# The rest of a message by Python's own handler of exceptions, by our tools, or by a shell.
+OUR_MESSAGE = re.compile(r"error(?: \(rank \d+ of \d+\))?: (?P<sentence>.+)")
+# How long the end of a failed job's log may take to arrive, from a pipe or a shared file system.
+LATENCY_SECONDS = 2.0
+NO_TARGET = re.compile(r"No rule to produce (?P<name>.+?) \(if you use input functions")
+LOOK_ABOVE = "Exiting because a job execution failed"
+FAILED_COMMAND, FAILED_JOBS = "CalledProcessError", "At least one job did not complete successfully"
+
+
+class LastWords(logging.Filter):
+    """A filter for Snakemake's logger that replaces what it prints of failures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._refusals: list[str] = []
+        self._failures: dict[str, tuple[str, list[str]]] = {}
+
+    def refuse(self, sentence: str) -> None:
+        """Notes why planning is about to fail, in case it does."""
+        self._refusals.append(sentence)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Changes a record about a failure; returns whether anything is left of it."""
+        event = str(getattr(record, "event", ""))
+        if str(record.msg).startswith(LOOK_ABOVE):
+            return False
+        if event == "job_error":
+            self._note_failed_job(record)
+        elif event == "error":
+            return self._replace_error(record)
+        return True
+
+    def _note_failed_job(self, record: Any) -> None:
+        rule, outputs = str(record.rule_name), ", ".join(record.output or ())
+        self._failures[f"{rule} {outputs}"] = rule, list(record.log or ())
+        # Without the event, Snakemake prints the message as it is.
+        record.event = None
+        record.msg = f"Failed: {rule} ({outputs})" if outputs else f"Failed: {rule}"
+
+    def _replace_error(self, record: logging.LogRecord) -> bool:
+        text = str(record.msg)
+        if FAILED_COMMAND in text and "returned non-zero exit status" in text:
+            return False
+        if FAILED_JOBS in text and self._failures:
+            sentences = (failure_in_words(*failure) for failure in self._failures.values())
+            record.msg = "\n".join(f"error: {sentence}" for sentence in sentences)
+        elif refusal := next((each for each in reversed(self._refusals) if each in text), None):
+            record.msg = f"error: {refusal}"
+        elif unknown := NO_TARGET.search(text):
+            record.msg = f"error: {unknown_target_in_words(unknown['name'])}"
+        return True
+
+
+def failure_in_words(rule: str, logs: Iterable[str]) -> str:
+    """Why a job failed, by its log, and where the log is."""
+    path = next(iter(logs), None)
+    if path is None:
+        return f"{rule} failed"
+    return f"{_reason(Path(path)) or f'{rule} ended without a message'} (log: {path})"
+
+
+def _reason(log: Path) -> str | None:
+    """The sentence of the tool that failed, else the last line of the log."""
+    lines: list[str] = []
+    give_up = time.monotonic() + LATENCY_SECONDS
+    while True:
+        if log.is_file():
+            lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+        own = [match["sentence"] for line in lines if (match := OUR_MESSAGE.match(line))]
+        if own:
+            return own[-1]
+        if time.monotonic() > give_up:
+            return next((line.strip() for line in reversed(lines) if line.strip()), None)
+        time.sleep(0.1)
+
+
+def unknown_target_in_words(name: str) -> str:
+    """A target that no rule makes, and what targets look like."""
+    folder = name.split("/")[0]
+    folders = [form.split("/")[0] for form in TARGET_FORMS]
+    near = difflib.get_close_matches(folder, folders, n=1)
+    forms = [form for form in TARGET_FORMS if form.split("/")[0] in near] or TARGET_FORMS
+    return f"no such target: {name}; targets look like {' or '.join(forms)}"

@@ -1,0 +1,85 @@
+"""What Snakemake prints of a failure: the sentence of the tool that failed, at the end."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from mpt_trt.workflow import last_words
+from mpt_trt.workflow.last_words import LastWords, failure_in_words
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(last_words, "LATENCY_SECONDS", 0.0)
+
+
+def shown(words: LastWords, message: str, **fields: object) -> str | None:
+    """What is left of a message of Snakemake's, which has `fields`; None for nothing."""
+    record = logging.makeLogRecord({"msg": message} | fields)
+    return record.msg if words.filter(record) else None
+
+
+def test_a_refusal_is_shown_without_its_place() -> None:
+    words = LastWords()
+    words.refuse("config.yaml has no model named 'x'")
+    text = """InputFunctionException in rule smoke_test in file "rules/verify.smk", line 9:
+Error:
+  WorkflowError:
+    config.yaml has no model named 'x'
+Traceback:
+  File "rule_values.py", line 31, in value"""
+    assert shown(words, text, event="error") == "error: config.yaml has no model named 'x'"
+    assert shown(words, "anything else", event="error") == "anything else"
+    assert shown(words, text) == text
+
+
+def test_failed_jobs_are_told_at_the_end_with_their_logs(tmp_path: Path) -> None:
+    words = LastWords()
+    for name, content in {
+        "one.log": "Loading\nerror: a.bin: damaged; make it again\nMPI_ABORT was invoked\n\n",
+        "two.log": "Traceback (most recent call last):\n  File x\nKeyError: 1\n",
+        "three.log": "error (rank 1 of 2): lost\nerror: last\n",
+    }.items():
+        (tmp_path / name).write_text(content)
+        fields = {"rule_name": "build", "output": [f"{name}.engine"], "log": [str(tmp_path / name)]}
+        record = logging.makeLogRecord({"msg": "long", "event": "job_error"} | fields)
+        assert words.filter(record)
+        assert (record.msg, record.event) == (f"Failed: build ({name}.engine)", None)
+    command = "CalledProcessError in file x:\nCommand y returned non-zero exit status 1."
+    assert shown(words, command, event="error") is None
+    assert shown(words, "Exiting because a job execution failed. Look above") is None
+    end = "WorkflowError:\nAt least one job did not complete successfully."
+    assert shown(words, end, event="error") == "\n".join(
+        [
+            f"error: a.bin: damaged; make it again (log: {tmp_path}/one.log)",
+            f"error: KeyError: 1 (log: {tmp_path}/two.log)",
+            f"error: last (log: {tmp_path}/three.log)",
+        ]
+    )
+
+
+def test_a_job_that_was_killed_has_no_message(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    for content in (None, "", "\n"):
+        if content is not None:
+            log.write_text(content)
+        assert failure_in_words("r", [str(log)]) == f"r ended without a message (log: {log})"
+    assert failure_in_words("r", []) == "r failed"
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("smoke_test/m/fp16/1-gpu.json", "smoke_tests/{model}/{variant}/{tp}-gpu.json"),
+        ("trt_engines/m/fp16", "trt_engines/{model}/{variant}/{tp}-gpu"),
+        ("report/m.html", "reports/{model}.html"),
+    ],
+)
+def test_an_unknown_target_is_told_what_targets_look_like(name: str, form: str) -> None:
+    text = f"MissingRuleException:\nNo rule to produce {name} (if you use input functions make"
+    assert shown(LastWords(), text, event="error") == (
+        f"error: no such target: {name}; targets look like {form}"
+    )
