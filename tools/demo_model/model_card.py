@@ -18,37 +18,39 @@ tags: [mpt, python, code]
 ---
 # mpt-demo
 
-A toy MPT, trained on the Python standard library, for testing workflows for MPT checkpoints. You can
-judge its text by eye, and its loss gets worse if a conversion does harm. Its text looks like Python but
-is not useful as code. It has seen one code base and repeats parts of it by heart.
+A toy MPT, trained on the Python standard library, for testing workflows for MPT checkpoints. You
+can judge its text by eye, and its loss gets worse if a conversion does harm. Its text looks like
+Python but is not useful as code. It has seen one code base and repeats parts of it by heart.
 
 | text | documents | bytes | tokens | nats per token |
 |---|---|---|---|---|
 {rows}
 
 Losses are those of the saved float16 weights, computed in float32 by transformers in windows of
-{architecture[max_seq_len]} tokens that do not overlap; the training loss is that of the beginning of the
-text. Held-out perplexity is {quality[heldout_perplexity]:.3f}, or {quality[heldout_bits_per_byte]:.4f} bits
-per byte. `training.json` contains all figures and settings.
+{architecture[max_seq_len]} tokens that do not overlap; the training loss is that of the beginning
+of the text. Held-out perplexity is {quality[heldout_perplexity]:.3f}, or
+{quality[heldout_bits_per_byte]:.4f} bits per byte. `training.json` contains all figures and
+settings.
 
 ## Model
 
 {architecture[num_layers]} blocks, hidden size {architecture[hidden_size]},
 {architecture[num_heads]} heads, ALiBi, tied embeddings, {architecture[max_seq_len]} tokens of
-context; {parameters:,} parameters. The tokenizer is a byte-level BPE with {architecture[vocab_size]}
-tokens. It puts `<|endoftext|>` (id 0) before a text, because every document in training began with it.
+context; {parameters:,} parameters. The tokenizer is a byte-level BPE with
+{architecture[vocab_size]} tokens. It puts `<|endoftext|>` (id 0) before a text, because every
+document in training began with it.
 
 ## Corpus
 
 The sources of the standard library of Python {python_version} (its tests included) and the texts
 of `pydoc_data.topics`; both Copyright Python Software Foundation, licensed under the PSF License
-Version 2 (PSF-2.0, see `LICENSE.txt`), and so is this model. Generated files, tables of data, broken
-fixtures and duplicates are left out.
+Version 2 (PSF-2.0, see `LICENSE.txt`), and so is this model. Generated files, tables of data,
+broken fixtures and duplicates are left out.
 
-The validation and held-out parts are library files and topics of 1 to 16 kB that share at most a fifth
-of their longer lines with others, in the order of the SHA-256 of their names. (Their tests are in the
-training part.) Optimizer and learning rate were chosen by the validation part. The held-out part,
-`heldout.txt`, influenced no choice. It contains {heldout_names}.
+The validation and held-out parts are library files and topics of 1 to 16 kB that share at most a
+fifth of their longer lines with others, in the order of the SHA-256 of their names. (Their tests
+are in the training part.) Optimizer and learning rate were chosen by the validation part. The
+held-out part, `heldout.txt`, influenced no choice. It contains {heldout_names}.
 
 ## Training
 
@@ -57,9 +59,9 @@ Trained on one {hardware}.
 
 {joined_stages}
 
-Snippets are the functions, methods and small classes of the training part that make sense on their own.
-Each is a separate document. Half of them get names composed of words and parts of words, so that the
-model learns what follows `def` and an unknown name.
+Snippets are the functions, methods and small classes of the training part that make sense on their
+own. Each is a separate document. Half of them get names composed of words and parts of words, so
+that the model learns what follows `def` and an unknown name.
 
 To make the model again, with that Python or with its library in `--stdlib`:
 
