@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,6 +42,23 @@ LONGEST = (
 # Shells let what they start in the background ignore it, and programs that tests interrupt with it
 # would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+CACHE = pytest.StashKey[Path]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives the tests, and the programs that they start, a cache folder that is not the user's."""
+    # Workers of pytest-xdist inherit the one of the process that started them.
+    if not hasattr(config, "workerinput"):
+        config.stash[CACHE] = Path(tempfile.mkdtemp(prefix="mpt-trt-cache-"))
+        os.environ["XDG_CACHE_HOME"] = str(config.stash[CACHE])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes that cache folder."""
+    if CACHE in config.stash:
+        shutil.rmtree(config.stash[CACHE], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

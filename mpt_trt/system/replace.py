@@ -98,25 +98,20 @@ def require_replaceable(
         raise MptTrtError(
             f"output folder {str(target)!r}: cannot be replaced as a whole; name a folder inside it"
         )
+    inputs = tuple(inputs)
     with plain_disk_errors(target):
-        existing = _lstat(target)
-        if existing is None:
-            return
-        if stat.S_ISLNK(existing.st_mode):
-            raise MptTrtError(
-                f"{target}: a symbolic link, which is never replaced; "
-                "name the folder that it points to, or another one"
-            )
-        if not stat.S_ISDIR(existing.st_mode):
-            raise MptTrtError(
-                f"{target}: a file, which a folder never replaces; choose another output folder"
-            )
-        if not os.listdir(target):  # noqa: PTH208
-            return
-        for source in inputs:
-            _require_apart(target, source)
-        if not force:
-            _require_own(target, target, kind)
+        for _ in range(ATTEMPTS):
+            with _held(target) as held:
+                if held is None:
+                    return
+                try:
+                    _require_replaceable(target, held, kind, inputs, force)
+                    return
+                except (MptTrtError, FileNotFoundError):
+                    # Another process may have replaced the folder, and be removing its files.
+                    if held.is_in_place():
+                        raise
+    raise _busy(target)
 
 
 @contextlib.contextmanager
@@ -264,6 +259,66 @@ def _fsync(path: Path) -> None:
 
 
 # --- What may be replaced ------------------------------------------------------------------------
+
+
+def _require_replaceable(
+    target: Path, held: _Held, kind: FolderKind, inputs: Iterable[Path], force: bool
+) -> None:
+    if stat.S_ISLNK(held.state.st_mode):
+        raise MptTrtError(
+            f"{target}: a symbolic link, which is never replaced; "
+            "name the folder that it points to, or another one"
+        )
+    if not stat.S_ISDIR(held.state.st_mode):
+        raise MptTrtError(
+            f"{target}: a file, which a folder never replaces; choose another output folder"
+        )
+    if not os.listdir(held.view):  # noqa: PTH208
+        return
+    for source in inputs:
+        _require_apart(target, source)
+    if not force:
+        _require_own(held.view, target, kind)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A file or folder that is looked at as one, whatever other processes move to its path.
+
+    view: a path of the same thing, wherever it is moved.
+    """
+
+    path: Path
+    view: Path
+    state: os.stat_result
+
+    def is_in_place(self) -> bool:
+        now = _lstat(self.path)
+        return now is not None and os.path.samestat(self.state, now)
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[_Held | None]:
+    """Yields what is at `path`, or None if nothing is there. Errors inside name that path."""
+    try:
+        # While it is open, no other folder gets its number.
+        descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        yield None
+        return
+    view = f"/proc/self/fd/{descriptor}"
+    try:
+        yield _Held(path, Path(view), os.fstat(descriptor))
+    except OSError as error:
+        if _is_name(error.filename):
+            error.filename = os.fsdecode(error.filename).replace(view, str(path), 1)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _busy(target: Path) -> MptTrtError:
+    return MptTrtError(f"cannot write {target}: other processes write it all the time; stop them")
 
 
 def _require_apart(target: Path, source: Path) -> None:
@@ -484,9 +539,9 @@ def _put_in_place(
                 exchange(new, target)
                 raise
             return
-        if _move_in_two_steps(new, target, attempt):
+        if _move_in_two_steps(new, target, attempt, may_remove):
             return
-    raise MptTrtError(f"cannot write {target}: other processes write it all the time; stop them")
+    raise _busy(target)
 
 
 def _move_to_free_place(new: Path, target: Path) -> bool:
@@ -500,12 +555,23 @@ def _move_to_free_place(new: Path, target: Path) -> bool:
     return True
 
 
-def _move_in_two_steps(new: Path, target: Path, attempt: int) -> bool:
+def _move_in_two_steps(
+    new: Path, target: Path, attempt: int, may_remove: Callable[[Path], None]
+) -> bool:
     old = new.with_name(OLD)
     try:
         target.rename(old)
     except FileNotFoundError:
         return False
+    with _held(old) as held:
+        if held is None:
+            return False  # A reader has moved it back.
+        try:
+            may_remove(held.view)
+        except (MptTrtError, FileNotFoundError):
+            if held.is_in_place():
+                raise
+            return False
     is_moved = _move_to_free_place(new, target)
     # Something is at `target` now, so this is not the only copy any more.
     with contextlib.suppress(FileNotFoundError):
