@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Where the workflow's outputs lie.
+# Folders of the workflow's outputs.
 FOLDERS = (
     "build",
     "revisions",
@@ -29,12 +29,16 @@ FOLDERS = (
     "quality",
     "reports",
 )
-# Snakemake's records have the names of finished and of interrupted outputs.
+# Snakemake's records of finished and of interrupted outputs.
 RECORDS = ("metadata", "incomplete")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example:\n    python tools/clean.py --directory my_project",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--directory", type=Path, default=Path(), help="working directory (default: this one)"
     )
@@ -47,7 +51,7 @@ def main() -> None:
     clean(folder)
     kept = [f"{name}/" for name in FOLDERS if (folder / name).exists()]
     if kept:
-        print(f"Kept, since the workflow did not make all that is there: {', '.join(kept)}")
+        print(f"Kept, because they contain files that the workflow did not make: {', '.join(kept)}")
 
 
 def clean(folder: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.cli.console import run_cli
+from mpt_trt.cli.parser import tool_parser
 from mpt_trt.system.replace import replace_file
 from tools.demo_model.corpus import (
     HELD_BACK_BYTES,
@@ -31,21 +32,26 @@ from tools.demo_model.corpus import (
 PARAGRAPH_CHARACTERS = 80
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    parser = tool_parser(
+        __doc__,
+        "tools/make_calibration_text.py --output my_calibration.txt",
+    )
     parser.add_argument(
         "--stdlib",
         type=Path,
         default=Path(sysconfig.get_paths()["stdlib"]),
         help="folder of the standard library (default: this Python's)",
     )
-    parser.add_argument("--bytes", type=int, default=250_000, help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="the text file")
-    return parser.parse_args()
+    parser.add_argument(
+        "--bytes", type=int, default=250_000, help="size of the text (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="text file to write")
+    return parser
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
     documents = read_corpus(arguments.stdlib)
     split = split_corpus(documents, HELDOUT_BYTES, VALIDATION_BYTES)
     chosen = choose(without_paragraphs_of(split["heldout"], split["training"]), arguments.bytes)

@@ -15,10 +15,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.parser import tool_parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "tools/make_kernels.py --output_dir my_kernels",
+    )
     folder = REPOSITORY / "mpt_trt" / "arrays" / "kernels"
     parser.add_argument(
         "--output_dir", type=Path, default=folder, help="folder (default: %(default)s)"

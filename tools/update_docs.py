@@ -17,6 +17,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from mpt_trt.checkpoint.known_models import SHIPPED, known_config
 from mpt_trt.cli.console import run_cli
+from mpt_trt.cli.parser import tool_parser
 from mpt_trt.engines import backend_support, memory
 from mpt_trt.engines.memory import GB
 from mpt_trt.engines.spec import BuildLimits, EngineSpec
@@ -48,12 +49,22 @@ COLUMNS = (
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--docs_dir", type=Path, default=REPOSITORY / "docs", help="(default: %(default)s)"
+def make_parser() -> argparse.ArgumentParser:
+    parser = tool_parser(
+        __doc__,
+        "tools/update_docs.py",
     )
-    update(parser.parse_args().docs_dir)
+    parser.add_argument(
+        "--docs_dir",
+        type=Path,
+        default=REPOSITORY / "docs",
+        help="folder of the documentation (default: %(default)s)",
+    )
+    return parser
+
+
+def main() -> None:
+    update(make_parser().parse_args().docs_dir)
 
 
 def update(docs: Path) -> None:

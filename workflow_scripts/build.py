@@ -16,11 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.output_options import add_force
+from mpt_trt.cli.parser import tool_parser
 from mpt_trt.quantization.schemes import GROUP_SIZES
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/build.py --model_dir my_ft/fp16/1-gpu --output_dir my_engine",
+    )
     parser.add_argument(
         "--model_dir", type=Path, required=True, help="a {tp_size}-gpu folder of an FT checkpoint"
     )
@@ -39,7 +43,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="storage type of the checkpoint (default); no other type is possible",
     )
     parser.set_defaults(rank_tool=Path(__file__).resolve().parent / "steps" / "build_rank.py")
-    parser.add_argument("--log_level", default="info", help="(default: %(default)s)")
+    parser.add_argument(
+        "--log_level", default="info", help="least important messages shown (default: %(default)s)"
+    )
     add_force(parser)
     options.add_limits(parser)
     options.add_vocabulary(parser)

@@ -18,10 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpt_trt.cli import calibration_options as options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.output_options import add_force
+from mpt_trt.cli.parser import tool_parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/convert_hf_mpt_to_ft.py -i resources/mpt-demo -o my_ft/fp16 -t float16",
+    )
     parser.add_argument(
         "-i", "--in_file", "--in-file", required=True, help="hub id or folder of the checkpoint"
     )

@@ -15,10 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.parser import tool_parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/preflight.py",
+    )
     parser.add_argument(
         "--needs",
         default="[]",

@@ -16,12 +16,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.cli import calibration_options as options
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.parser import tool_parser
 from mpt_trt.quantization.schemes import GROUP_SIZES
 from mpt_trt.workflow.target_names import FORMATS
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/quantize.py --model_dir resources/mpt-demo --qformat int4_awq "
+        "--export_path my_calibration",
+    )
     add = parser.add_argument
     add(
         "--model_dir",
@@ -57,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="input features per scale, for int4_awq (default: 128, or less if ranks would share a "
         "group)",
     )
-    add("--log_level", default="info", help="(default: %(default)s)")
+    add("--log_level", default="info", help="least important messages shown (default: %(default)s)")
     options.add_calibration(parser)
     return parser
 

@@ -11,13 +11,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.parser import tool_parser
 from mpt_trt.system.process import restart_with_huge_pages
 
 DEFAULT_TEXT = "Born in north-east France, Soyer trained as a"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        'workflow_scripts/run.py --engine_dir my_engine --max_output_len 64 --input_text "def '
+        'fibonacci"',
+    )
     parser.add_argument("--engine_dir", type=Path, required=True, help="the engine directory")
     parser.add_argument(
         "--max_output_len", type=int, required=True, help="maximum number of new tokens per prompt"
@@ -26,7 +31,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--tokenizer_dir",
         help="hub id or folder of the tokenizer (default: the one in the engine directory)",
     )
-    parser.add_argument("--log_level", default="warning", help="(default: %(default)s)")
+    parser.add_argument(
+        "--log_level",
+        default="warning",
+        help="least important messages shown (default: %(default)s)",
+    )
     _add_input_and_output(parser)
     _add_chat(parser)
     _add_choice_of_tokens(parser)
@@ -43,8 +52,8 @@ def _add_input_and_output(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--input_file",
         type=Path,
-        help="prompts: .txt with a text per line, .csv or .npy with a row of token ids per prompt; "
-        "with --chat: .txt, or .json with messages",
+        help="file of prompts: .txt with one text per line, .csv or .npy with one row of token ids "
+        "per prompt; with --chat: .txt, or .json with messages",
     )
     group.add_argument(
         "--max_input_length",
@@ -66,8 +75,8 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--chat",
         action="store_true",
-        help="prompts are messages of a user; the tokenizer's chat template makes the model's "
-        "input of them (for the hub's mpt-*-chat and mpt-*-instruct: that of the model card)",
+        help="treat prompts as messages of a user, and apply the tokenizer's chat template (for "
+        "the hub's mpt-*-chat and mpt-*-instruct: that of the model card)",
     )
     group.add_argument(
         "--chat_template", type=Path, metavar="FILE", help="use this Jinja template instead"
@@ -76,17 +85,43 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 def _add_choice_of_tokens(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("choice of tokens")
-    group.add_argument("--num_beams", type=int, default=1, help="(default: %(default)s)")
-    group.add_argument("--temperature", type=float, default=1.0, help="(default: %(default)s)")
     group.add_argument(
-        "--top_k", type=int, default=1, help="1: greedy, 0: no limit (default: %(default)s)"
+        "--num_beams",
+        type=int,
+        default=1,
+        help="beam search with this width (default: %(default)s)",
     )
-    group.add_argument("--top_p", type=float, default=0.0, help="0: off (default: %(default)s)")
-    group.add_argument("--length_penalty", type=float, default=1.0, help="(default: %(default)s)")
     group.add_argument(
-        "--repetition_penalty", type=float, default=1.0, help="(default: %(default)s)"
+        "--temperature", type=float, default=1.0, help="divides the logits (default: %(default)s)"
     )
-    group.add_argument("--random_seed", type=int, default=0, help="(default: %(default)s)")
+    group.add_argument(
+        "--top_k",
+        type=int,
+        default=1,
+        help="sample from this many most likely tokens; 1: greedy, 0: all (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top_p",
+        type=float,
+        default=0.0,
+        help="sample from the most likely tokens that together reach this probability; 0: off "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--length_penalty",
+        type=float,
+        default=1.0,
+        help="exponent of the length that divides a beam's score (default: %(default)s)",
+    )
+    group.add_argument(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        help="above 1: lowers the probability of tokens that have occurred (default: %(default)s)",
+    )
+    group.add_argument(
+        "--random_seed", type=int, default=0, help="seed of sampling (default: %(default)s)"
+    )
     group.add_argument(
         "--end_id",
         type=int,

@@ -15,11 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpt_trt.checkpoint.known_models import SHAPES
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.parser import tool_parser
 from mpt_trt.workflow.settings import variant_choices, variant_default
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/show_requirements.py --like mpt-7b --dtype bfloat16 -tp 2",
+    )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model_dir", type=Path, help="folder of a Hugging Face checkpoint")
     model.add_argument("--like", choices=SHAPES, help="a predefined model")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train the small MPT that ships in resources/mpt-demo, and write its whole folder.
+"""Train the small MPT of resources/mpt-demo, and write its folder.
 
 The model learns the sources and pydoc topics of a Python standard library. The folder has the model
 as transformers reads it (float16), heldout.txt, training.json (every figure), README.md (the model
@@ -20,27 +20,35 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.parser import tool_parser
 from tools.demo_model.corpus import HELDOUT_BYTES, VALIDATION_BYTES
 from tools.demo_model.recipe import Architecture, Recipe
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = tool_parser(
+        __doc__.splitlines()[0],
+        "tools/demo_model/train.py --output stage1",
     )
     add = parser.add_argument
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     output = REPOSITORY / "resources" / "mpt-demo"
-    add("--stdlib", type=Path, default=stdlib, help="folder of the standard library to learn")
-    add("--python_version", default=platform.python_version(), help="whose library that is")
-    add("--output", type=Path, default=output, help="model folder to write")
-    add("--initial", type=Path, help="model folder of this script to train on, its sizes kept")
-    add("--heldout_bytes", type=int, default=HELDOUT_BYTES, help="text held out for the figures")
-    add("--validation_bytes", type=int, default=VALIDATION_BYTES, help="text held out for choices")
+    add("--stdlib", type=Path, default=stdlib, help="standard library (default: this Python's)")
+    add("--python_version", default=platform.python_version(), help="its version (default: same)")
+    add("--output", type=Path, default=output, help="model folder to write (default: %(default)s)")
+    add("--initial", type=Path, help="model folder of an earlier run to train further")
+    add_number(parser, "heldout_bytes", HELDOUT_BYTES, "bytes held out for the figures")
+    add_number(parser, "validation_bytes", VALIDATION_BYTES, "bytes held out for choices")
     for field in dataclasses.fields(Architecture) + dataclasses.fields(Recipe):
-        add(f"--{field.name}", type=type(field.default), default=field.default, help=" ")
+        add_number(parser, field.name, field.default, field.name.replace("_", " "))
     return parser
+
+
+def add_number(parser: argparse.ArgumentParser, name: str, default: float, text: str) -> None:
+    """Adds an option of the default's type."""
+    parser.add_argument(
+        f"--{name}", type=type(default), default=default, help=f"{text} (default: %(default)s)"
+    )
 
 
 if __name__ == "__main__":

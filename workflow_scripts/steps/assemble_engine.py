@@ -12,10 +12,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.output_options import add_force
+from mpt_trt.cli.parser import tool_parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/steps/assemble_engine.py --network_dir my_networks --plan_dir "
+        "my_plans --output_dir my_engine",
+    )
     parser.add_argument(
         "--network_dir", type=Path, required=True, help="folder that make_networks.py made"
     )

@@ -14,10 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.output_options import add_force
+from mpt_trt.cli.parser import tool_parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/steps/build_trtllm.py --checkpoint_dir my_trtllm_checkpoint "
+        "--output_dir my_trtllm_engine --max_batch_size 8 --max_input_len 512 "
+        "--max_output_len 64 --show",
+    )
     add = parser.add_argument
     add(
         "--checkpoint_dir",

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare the generation that run_trtllm.py recorded with the float32 reference.
 
-The result has the format of smoke_test.py's, and covers the generated tokens.
+The result has the format of smoke_test.py's and covers only the generated tokens.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.parser import tool_parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/steps/compare_trtllm.py --engine_dir my_trtllm_engine --generation "
+        "my_generation.npz --model_dir resources/mpt-demo --output my_smoke_test.json",
+    )
     parser.add_argument("--engine_dir", type=Path, required=True, help="the engine directory")
     parser.add_argument(
         "--generation", type=Path, required=True, help="npz file that run_trtllm.py wrote"

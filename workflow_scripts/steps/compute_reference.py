@@ -14,11 +14,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.parser import tool_parser
 from mpt_trt.workflow.settings import parse_settings
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/steps/compute_reference.py --model_dir resources/mpt-demo --output "
+        "my_reference.safetensors",
+    )
     usual = parse_settings({}).quality
     parser.add_argument(
         "--model_dir", required=True, help="hub id or folder of the Hugging Face checkpoint"

@@ -19,10 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.output_options import add_force
+from mpt_trt.cli.parser import tool_parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/steps/convert_ft_to_trtllm.py --model_dir my_ft/fp16/1-gpu "
+        "--output_dir my_trtllm_checkpoint",
+    )
     parser.add_argument(
         "--model_dir", type=Path, required=True, help="a {tp_size}-gpu folder of an FT checkpoint"
     )

@@ -10,10 +10,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.parser import tool_parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/steps/encode_prompt.py --tokenizer_dir resources/mpt-demo --prompt "
+        '"def fibonacci" --output my_prompt.json',
+    )
     parser.add_argument("--tokenizer_dir", required=True, help="hub id or folder of the tokenizer")
     parser.add_argument("--prompt", required=True, help="the text")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")

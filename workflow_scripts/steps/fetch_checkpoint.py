@@ -16,10 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.output_options import add_force
+from mpt_trt.cli.parser import tool_parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/steps/fetch_checkpoint.py resolve --source mosaicml/mpt-7b "
+        "--revision main --output my_revision.json",
+    )
     steps = parser.add_subparsers(dest="step", required=True)
     for add_step in (_add_resolve, _add_fetch):
         step = add_step(steps)

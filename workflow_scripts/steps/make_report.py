@@ -13,10 +13,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.parser import tool_parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/steps/make_report.py --model mpt-demo --variants fp16 --quality "
+        "my_quality.json --smoke_tests my_smoke_test.json --output my_report.html --items_dir "
+        "my_report",
+    )
     parser.add_argument("--model", required=True, help="name of the model, for the title")
     group = parser.add_argument_group(
         "engines, in the order of the table; give one value of each option per engine"

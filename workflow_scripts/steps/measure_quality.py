@@ -14,11 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.parser import tool_parser
 from mpt_trt.system.process import restart_with_huge_pages
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/steps/measure_quality.py --engine_dir my_engine --model_dir "
+        "resources/mpt-demo --reference my_reference.safetensors --output my_quality.json",
+    )
     parser.add_argument("--engine_dir", type=Path, required=True, help="the engine directory")
     parser.add_argument(
         "--model_dir", required=True, help="hub id or folder of the Hugging Face checkpoint"

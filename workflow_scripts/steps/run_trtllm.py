@@ -13,10 +13,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.parser import tool_parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/steps/run_trtllm.py --engine_dir my_trtllm_engine --prompt "
+        "my_prompt.json --max_output_len 32 --output my_generation.npz",
+    )
     add = parser.add_argument
     add("--engine_dir", type=Path, required=True, help="engine directory that build_trtllm.py made")
     add("--prompt", type=Path, required=True, help="JSON file that encode_prompt.py wrote")

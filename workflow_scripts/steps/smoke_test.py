@@ -15,12 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.parser import tool_parser
 from mpt_trt.system.process import restart_with_huge_pages
 from mpt_trt.workflow.settings import parse_settings
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/steps/smoke_test.py --engine_dir my_engine --model_dir "
+        "resources/mpt-demo --output my_smoke_test.json",
+    )
     parser.add_argument("--engine_dir", type=Path, required=True, help="the engine directory")
     parser.add_argument(
         "--model_dir", required=True, help="hub id or folder of the Hugging Face checkpoint"
@@ -39,9 +44,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     usual = parse_settings({}).smoke_test
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
-    parser.add_argument("--prompt", default=usual.prompt, help="(default: %(default)s)")
     parser.add_argument(
-        "--max_new_tokens", type=int, default=usual.max_new_tokens, help="(default: %(default)s)"
+        "--prompt",
+        default=usual.prompt,
+        help="text that the engine continues (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=usual.max_new_tokens,
+        help="number of tokens to generate (default: %(default)s)",
     )
     options.add_tolerance(parser)
     options.add_runtime(parser)

@@ -1,8 +1,6 @@
 #!/usr/bin/env python3
 """Run a command with GPUs that no other job on this machine uses.
 
-    with_gpus.py --gpus 2 -- python job.py
-
 It waits until enough GPUs are free, and passes them to the command in CUDA_VISIBLE_DEVICES. They
 become free again when the command and its child processes have ended, for whatever reason. It fails
 at once if the machine has fewer GPUs. --gpus 0 hides all GPUs from the command.
@@ -20,11 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.parser import tool_parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = tool_parser(
+        __doc__,
+        "workflow_scripts/steps/with_gpus.py --gpus 2 -- python job.py",
     )
     parser.add_argument("--gpus", type=_count, required=True, help="number of GPUs")
     parser.add_argument("command", nargs="+", help="the command and its arguments, after --")
