@@ -1,10 +1,10 @@
-"""From a Hugging Face MPT checkpoint to verified TensorRT engines."""
+"""Builds verified TensorRT engines from Hugging Face MPT checkpoints."""
 
 import os
 
 __version__ = "0.9.0"
 
-# Unless this is set before its import, ONNX Runtime reports to its makers what it is used for: it
-# keeps a database in the user's cache folder, waits at a program's end for the disk to have it, and
+# Must be set before ONNX Runtime is imported. Otherwise ONNX Runtime sends usage data to its
+# makers: it keeps a database in the user's cache folder, waits at exit until it is on disk, and
 # sends it over the network.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,7 +1,7 @@
 """Casts, transposes and checks blocks of weights at memory speed, without PyTorch's start-up time.
 
-bfloat16 is `ml_dtypes.bfloat16`. Everything here works on blocks that fit into the processor's
-cache, and lets other Python threads run meanwhile.
+bfloat16 is `ml_dtypes.bfloat16`. All functions work on blocks that fit into the processor's cache,
+and release Python's lock.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import onnxruntime
 from numpy.typing import NDArray
 
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-# The types in which weights are stored.
+# Storage types of weights.
 STORAGE_TYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": BFLOAT16,
 }
-# The bits of the exponent, which are all ones only in infinities and NaNs.
+# Bits of the exponent; all of them are 1 only in infinities and NaNs.
 EXPONENTS: dict[np.dtype[Any], np.unsignedinteger[Any]] = {
     np.dtype(np.float16): np.uint16(0x7C00),
     BFLOAT16: np.uint16(0x7F80),
@@ -32,14 +32,14 @@ EXPONENTS: dict[np.dtype[Any], np.unsignedinteger[Any]] = {
 }
 # ONNX models of one node, made by tools/make_kernels.py.
 KERNELS = Path(__file__).with_name("kernels")
-# What ONNX calls bfloat16 (TensorProto.DataType).
+# ONNX's number for bfloat16 (TensorProto.DataType).
 ONNX_BFLOAT16 = 16
-# Values rounded at a time if it takes two steps: intermediate values stay in the cache.
+# Number of values per pass of a two-step cast, so that intermediate values stay in the cache.
 TWO_STEP_VALUES = 1 << 17
 
 
 def is_finite(values: NDArray[Any]) -> bool:
-    """Whether no element is a NaN or an infinity.
+    """Returns whether all elements are finite.
 
     As integers, the bits of NaNs and infinities exceed those of all finite values of the same sign,
     so two maxima suffice, without a temporary array.

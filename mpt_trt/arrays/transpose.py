@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 
 from mpt_trt.arrays.cast import conversion, transposition
 
-# Bytes gathered from each row at a time, at least.
+# Minimum number of bytes gathered from each row at a time.
 ROW_BYTES = 512
-# Bytes of a block; if a matrix has few rows, more bytes of each are gathered to reach this.
+# Bytes per block. If a matrix has few rows, more bytes of each row are gathered to reach it.
 BLOCK_BYTES = 512 << 10
-# Bytes gathered and transposed at a time, at most.
+# Maximum number of bytes gathered and transposed at a time.
 GROUP_BYTES = 1 << 20
-# Rows of a tile, at most; at least a quarter of that, if the number of rows has such a divisor.
+# Maximum number of rows per tile. The minimum is a quarter of it, if the number of rows has such a
+# divisor.
 TILE_ROWS = 256
-# Rows of a power of two bytes would compete for a few lines of the cache.
+# Padding per row: rows of a power of two bytes would compete for a few cache lines.
 PADDING_BYTES = 16
 
 
@@ -108,8 +109,8 @@ def _conversion_and_transposition(
 class _Group:
     """Tiles that are gathered and transposed together.
 
-    sources: rows of the matrix, `[rows, in]`, each with its target, `[rows, height]`. tiles, place:
-    where `transpose` leaves them and where they belong, as items of a tile's rows.
+    sources: rows of the matrix, `[rows, in]`, each with its target, `[rows, height]`. tiles: output
+    of `transpose`. place: destination of the tiles. Both as items of a tile's rows.
     """
 
     sources: list[tuple[NDArray, NDArray]]
@@ -125,7 +126,7 @@ class _Group:
 
 
 def _in_groups(parts: list[NDArray], rows: NDArray) -> Iterator[list[tuple[NDArray, NDArray]]]:
-    """Divides parts, from top to bottom, into groups of as many rows as `rows` has."""
+    """Divides the parts, from top to bottom, into groups with the same number of rows as `rows`."""
     group: list[tuple[NDArray, NDArray]] = []
     filled = 0
     for part in parts:
@@ -140,7 +141,7 @@ def _in_groups(parts: list[NDArray], rows: NDArray) -> Iterator[list[tuple[NDArr
 
 
 def _places(block: NDArray, num_tiles: int, tile: int) -> Iterator[NDArray]:
-    """Yields where the tiles of each group belong in `[height, out]`: items `[tiles, height]`."""
+    """Yields the place of each group's tiles in `[height, out]`, as items `[tiles, height]`."""
     items = _as_items(block.reshape(len(block), -1, tile)).T
     for start in range(0, len(items), num_tiles):
         yield items[start : start + num_tiles]
@@ -153,7 +154,7 @@ def _copy_rows(source: NDArray, target: NDArray) -> None:
 
 
 def _as_items(values: NDArray) -> NDArray:
-    """Views the last axis as one item, which NumPy copies as a whole."""
+    """Views the last axis as one item, which NumPy copies faster than a row of numbers."""
     return values.view(f"V{values.shape[-1] * values.itemsize}")[..., 0]
 
 

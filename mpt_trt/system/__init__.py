@@ -1,1 +1,1 @@
-"""What the operating system gives: files, processes, MPI, GPUs."""
+"""The operating system: files, processes, MPI, GPUs."""

@@ -1,10 +1,10 @@
-"""What a script's outcome depends on: its own source and that of the library behind it.
+"""Hashes the code that a script's result depends on: its own source and the library's.
 
-Snakemake notices neither edits to a script that a shell rule calls nor to the modules behind it.
-The rules hand it this hash as a parameter, and a changed parameter makes the outputs anew.
+Snakemake notices no edits of a script that a shell rule calls, or of the modules that it imports.
+The rules pass this hash as a parameter, and Snakemake repeats a job when a parameter changes.
 
-A script NAME.py runs the module `mpt_trt.commands.NAME`, which it imports late, by its name: see
-`mpt_trt.cli.console.run_command`.
+A script NAME.py runs the module `mpt_trt.commands.NAME`, which it imports by name after parsing its
+options (`mpt_trt.cli.console.run_command`).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pathlib import Path
 # The folder of the package mpt_trt.
 PACKAGE = Path(__file__).resolve().parents[1]
 VERSION = re.compile(rb"^__version__ = .*$", re.MULTILINE)
-# The kinds of nodes in which statements are.
+# Kinds of nodes that contain statements.
 BLOCKS = (ast.stmt, ast.excepthandler, ast.match_case)
 
 
 @functools.cache
 def source_hash(script: Path, package: Path = PACKAGE) -> str:
-    """Hash of all files that the script runs through.
+    """Hash of all files that the script executes.
 
-    It depends neither on where they lie nor on the package's version: a release alone repeats
-    nothing.
+    It depends neither on their location nor on the package's version, so a release does not repeat
+    steps.
     """
     digest = hashlib.sha256()
     for path in source_files(script, package):
@@ -40,9 +40,9 @@ def source_hash(script: Path, package: Path = PACKAGE) -> str:
 
 
 def source_files(script: Path, package: Path = PACKAGE) -> tuple[Path, ...]:
-    """`script` first, then every module of the package that it runs, directly or not.
+    """Lists `script`, then every module of the package that it imports, directly or indirectly.
 
-    Kernels in a folder next to a module, which are stored as ONNX models, count as code.
+    Kernels next to a module, which are stored as ONNX models, count as code.
     """
     paths = [script, *_command_files(script, package)]
     known = set(paths)
@@ -67,14 +67,14 @@ def _command_files(script: Path, package: Path) -> tuple[Path, ...]:
 
 @functools.cache
 def _imported(path: Path, package: Path) -> tuple[Path, ...]:
-    """The package's files that run when the lines of `path` do; most are behind many scripts."""
+    """The package's files that `path` imports; cached, because many scripts share them."""
     names = dict.fromkeys(_imported_names(ast.parse(path.read_text()), package.name))
     files = (file for name in names for file in _module_files(package, tuple(name.split(".")[1:])))
     return tuple(dict.fromkeys(files))
 
 
 def _imported_names(module: ast.Module, package: str) -> Iterator[str]:
-    """What may be a module of the package: `from a.b import c` names `a.b` and `a.b.c`."""
+    """Names that may be modules of the package: `from a.b import c` gives `a.b` and `a.b.c`."""
     for node in _statements(module):
         if isinstance(node, ast.ImportFrom):
             if node.module is not None and node.module.split(".")[0] == package:
@@ -84,7 +84,7 @@ def _imported_names(module: ast.Module, package: str) -> Iterator[str]:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """All statements within a node, in the order of ast.walk, which looks at expressions, too."""
+    """All statements within a node, in the order of ast.walk, without looking into expressions."""
     waiting = deque([node])
     while waiting:
         nodes = [n for n in ast.iter_child_nodes(waiting.popleft()) if isinstance(n, BLOCKS)]
@@ -94,9 +94,9 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
 
 @functools.cache
 def _module_files(package: Path, parts: tuple[str, ...]) -> tuple[Path, ...]:
-    """The files that run when the module is imported, its packages' `__init__` included.
+    """The files that run when the module is imported, including its packages' `__init__`.
 
-    parts: the module's name after the package's.
+    parts: the module's name without the package's.
     """
     base = package.joinpath(*parts)
     candidates = [base / "__init__.py"] + [base.with_suffix(".py")] * bool(parts)

@@ -41,9 +41,9 @@ SYNC_FILE_RANGE_WRITE = 2
 def write_in_pieces(stream: IO[bytes], content: Bytes) -> None:
     """Writes `content` in pieces of 128 KiB.
 
-    Linux's page cache holds a piece in one block of memory (ext4, Linux 6.18). Large blocks are
-    often ones that were not used lately, whose memory the host of a virtual machine may have
-    reclaimed: pieces of a mebibyte were written at 0.7 GB/s instead of 6.
+    Linux's page cache holds a piece in one block of memory (ext4, Linux 6.18). Large blocks have
+    often been unused for a while, so the host of a virtual machine may have reclaimed their memory
+    (docs/appendix/experiments.md).
     """
     view = memoryview(cast("Buffer", content)).cast("B")
     for start in range(0, len(view), WRITE_BYTES):
@@ -53,7 +53,7 @@ def write_in_pieces(stream: IO[bytes], content: Bytes) -> None:
 def reserve(stream: IO[bytes], size: int) -> None:
     """Reserves `size` bytes for a new file, if the file system supports it.
 
-    Reserved blocks take a third less time to write (ext4), and a full disk is noticed at once.
+    Reserved blocks are faster to write (ext4), and a full disk is detected at once.
     `os.posix_fallocate` would write the file itself on file systems without support.
     """
     if sys.platform != "linux" or size == 0:
@@ -64,10 +64,10 @@ def reserve(stream: IO[bytes], size: int) -> None:
 
 
 def start_writing(stream: IO[bytes]) -> None:
-    """Makes the system start writing a file's cached content to disk; does not wait for it.
+    """Makes the system start writing a file's cached content to disk, without waiting for it.
 
-    By itself, it starts when a tenth of the memory waits to be written, and from twice that on it
-    makes writers wait.
+    By default, Linux starts when a tenth of the memory waits to be written, and from twice that on
+    it pauses writers.
     """
     if sys.platform == "linux":
         stream.flush()
@@ -112,9 +112,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_small_file(path: Path, most_bytes: int) -> bytes:
-    """Reads a file, up to a byte more than `most_bytes`.
+    """Reads a file, up to one byte more than `most_bytes`.
 
-    Raises MptTrtError, naming the file, when it is missing, no file or unreadable.
+    Raises MptTrtError, naming the file, when it is missing, not a regular file or unreadable.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -130,7 +130,7 @@ def read_small_file(path: Path, most_bytes: int) -> bytes:
 
 
 def hard_link(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`, or a copy if the file system cannot link.
+    """Makes `target` a hard link to `source`, or a copy if the file system cannot link.
 
     Raises MptTrtError when `source` does not exist.
     """

@@ -1,13 +1,13 @@
-"""GPUs for jobs of one machine: every job gets GPUs that no other job has.
+"""Assigns GPUs to jobs on one machine, so that no two jobs have the same GPU.
 
 A GPU is acquired by binding a Unix socket to a name in the kernel's own ("abstract") name space,
-one name per GPU. A name has one owner on the whole machine, whoever the users are; there is no
-folder to agree on, and no file that a cleaner could delete or a crash leave behind. The kernel
-frees the name when the last process that has the socket ends, by whatever signal. The socket passes
-from the process that acquired it to the command it becomes and to that command's children, so a GPU
-stays acquired exactly as long as a process that may use it lives.
+one name per GPU. A name has one owner on the whole machine, across users. There is no shared folder
+to agree on, and no file that a cleaner could delete or a crash could leave. The kernel frees the
+name when the last process with the socket ends, whatever ended it. The socket passes from the
+process that acquired it to the command it becomes and to that command's children, so a GPU stays
+acquired exactly as long as a process that may use it lives.
 
-Containers with a network of their own have name spaces of their own: give each its own GPUs.
+Containers with separate networks have separate name spaces, so give each container its own GPUs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mpt_trt.system import gpus
 
 # Declares the number of GPUs if there is no driver to ask.
 DECLARED = "MPT_TRT_GPUS"
-# Set for a command that has GPUs: its children share these GPUs among themselves.
+# Set for a command that has GPUs, so that its children share these GPUs among themselves.
 SCOPE = "MPT_TRT_GPU_SCOPE"
 SLURM_JOB = "SLURM_JOB_ID"
 PAUSE_SECONDS = 0.1
@@ -32,7 +32,7 @@ PAUSE_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Devices:
-    """GPUs that may be acquired: values for CUDA_VISIBLE_DEVICES, and who names them."""
+    """GPUs that may be acquired: values for CUDA_VISIBLE_DEVICES, and the source of the list."""
 
     names: tuple[str, ...]
     named_by: str
@@ -51,16 +51,16 @@ class AcquiredGpus:
             held.set_inheritable(True)
 
     def release(self) -> None:
-        """Frees the GPUs, unless a child has them too."""
+        """Frees the GPUs, unless a child process also has them."""
         for held in self.sockets:
             held.close()
 
 
 def devices() -> Devices:
-    """The GPUs of this machine, or the part of them that a scheduler or user allows.
+    """GPUs of this machine, or those of them that a scheduler or user allows.
 
     CUDA_VISIBLE_DEVICES has precedence, then the driver, then the number in MPT_TRT_GPUS. The
-    latter is ignored within SLURM's jobs, where it would overrule SLURM's assignment.
+    latter is ignored in SLURM's jobs, because it would override SLURM's assignment.
 
     Raises MptTrtError when MPT_TRT_GPUS is not a number.
     """
@@ -76,7 +76,7 @@ def devices() -> Devices:
 def scope() -> str:
     """The scope of GPU names: this machine, a SLURM job, or a job of this workflow.
 
-    SLURM may number each job's GPUs from 0, and keeps the jobs apart itself.
+    SLURM may number each job's GPUs from 0, and separates jobs itself.
     """
     if SCOPE in os.environ:
         return os.environ[SCOPE]
@@ -98,10 +98,10 @@ def acquire(
     within: str,
     on_wait: Callable[[], None] = lambda: None,
 ) -> AcquiredGpus:
-    """Acquires `count` GPUs, once they are free; calls `on_wait` once if they are not.
+    """Acquires `count` GPUs. If they are not free, calls `on_wait` once and waits.
 
-    Only one process of a scope collects GPUs at a time. So no two processes wait for each other,
-    and a job that needs many GPUs gets them, however many jobs need few.
+    Only one process of a scope collects GPUs at a time. So processes never wait for each other in a
+    circle, and small jobs cannot starve a job that needs many GPUs.
 
     Raises MptTrtError, without waiting, when there are fewer than `count`.
     """
@@ -127,7 +127,7 @@ def acquire(
 
 
 def environment(names: Sequence[str]) -> dict[str, str]:
-    """Environment variables for a command that may use these GPUs, and no others."""
+    """Environment variables for a command that may use only these GPUs."""
     return {gpus.VISIBLE: ",".join(names), SCOPE: f"within-{os.getpid()}"}
 
 

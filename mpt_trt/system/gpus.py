@@ -1,6 +1,6 @@
 """NVIDIA GPUs that this process may use, from the driver's management library (NVML).
 
-NVML itself shows all GPUs of the machine. Here CUDA_VISIBLE_DEVICES is respected, as by CUDA.
+NVML itself shows all GPUs of the machine. This module respects CUDA_VISIBLE_DEVICES, like CUDA.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def driver_version() -> str | None:
 
 
 def visible() -> tuple[str, ...] | None:
-    """The entries of CUDA_VISIBLE_DEVICES up to the first that is not a GPU, where CUDA stops.
+    """Entries of CUDA_VISIBLE_DEVICES up to the first that is not a GPU, where CUDA stops.
 
     An entry is an index or (the beginning of) a UUID. None when the variable is not set.
     """
@@ -77,7 +77,7 @@ def _driver() -> Iterator[Any]:
 
 
 def _of_every_gpu(query: str) -> list[Any]:
-    """Answers of one of NVML's functions for every visible GPU; empty without a driver."""
+    """Results of an NVML function for every visible GPU; empty without a driver."""
     with _driver() as nvml:
         if nvml is None:
             return []

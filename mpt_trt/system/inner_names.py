@@ -1,4 +1,4 @@
-"""Names of files that a file in a folder gives: they stay in that folder."""
+"""Checks file names that a file in a folder lists: they must stay in that folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST_CHARACTERS = 1000
 
 
 def require_inner_name(name: str) -> None:
-    """Raises ValueError unless `name` is the relative path of something below a folder."""
+    """Raises ValueError unless `name` is a relative path below a folder."""
     parts = name.split("/")
     is_printable = name.isprintable() and len(name) <= MOST_CHARACTERS
     if not is_printable or any(part in ("", ".", "..") for part in parts):
@@ -20,11 +20,11 @@ def require_inner_name(name: str) -> None:
 
 
 def inner_path(folder: Path, name: str, named_by: Path) -> Path:
-    """The path of the file `name` in `folder`.
+    """Path of the file `name` in `folder`.
 
-    named_by: the file that has the name.
+    named_by: the file that lists the name.
 
-    Raises MptTrtError, naming that file, when the name, or a link on the way, leads outside.
+    Raises MptTrtError, naming that file, when the name or a link in its path leads outside.
     """
     try:
         require_inner_name(name)

@@ -1,4 +1,4 @@
-"""Parses JSON that others may have written: what our files cannot hold is refused by name."""
+"""Parses JSON from untrusted files, and rejects content that mpt-trt's files never have."""
 
 from __future__ import annotations
 

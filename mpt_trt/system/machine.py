@@ -23,7 +23,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """Hardware and versions. cores, gpus: those that this process may use."""
+    """Hardware and versions. cores and gpus: those that this process may use."""
 
     processor: str
     cores: int

@@ -165,7 +165,7 @@ def _patience_seconds() -> float:
 
 
 def _end_with_mpirun() -> None:
-    """Makes Linux end this rank when Open MPI's mpirun is killed, which would leave it running.
+    """Makes Linux end this rank when Open MPI's mpirun is killed; otherwise it would keep running.
 
     SLURM cleans up after its jobs itself.
     """
@@ -180,7 +180,7 @@ def rank_label() -> str:
 
 
 def is_another_rank() -> bool:
-    """Whether MPI runs several ranks and this is not the first."""
+    """Returns whether this is a rank other than 0 of several."""
     world = _running_world()
     return world is not None and world.rank > 0
 
@@ -195,7 +195,7 @@ def end_all_ranks(status: int) -> None:
 
 
 def _running_world() -> Any:
-    """MPI's world if this process is one of several ranks, else None."""
+    """Returns MPI's world communicator if this process is one of several ranks, else None."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None or mpi.Is_finalized() or mpi.COMM_WORLD.size == 1:
         return None

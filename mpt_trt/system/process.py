@@ -10,8 +10,8 @@ from pathlib import Path
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # Settings of C's allocator: ask for huge pages, and allocate blocks of up to 32 MiB from one range.
-# By default large blocks may get ranges of their own, whose ends lie in ordinary pages: half of a
-# matrix of 4 MiB, an eighth of one of 16 MiB.
+# By default, large blocks may get separate ranges whose ends have ordinary pages: half of a 4 MiB
+# matrix, an eighth of a 16 MiB matrix.
 TUNABLES = {"glibc.malloc.hugetlb": 1, "glibc.malloc.mmap_threshold": 32 << 20}
 # From Linux's sys/prctl.h.
 PR_SET_PDEATHSIG = 1
@@ -27,10 +27,10 @@ def prefer_this_python() -> None:
 
 
 def wait_without_spinning() -> None:
-    """Lets PyTorch's and NumPy's threads sleep while they wait, unless the environment disagrees.
+    """Lets PyTorch's and NumPy's threads sleep while they wait; keeps variables that are set.
 
-    By default they spin on cores that other work needs: with one busy process, calibration of the
-    demo model on two cores took at least three times as long. It must run before their import.
+    By default, they spin on cores that other work needs (docs/appendix/experiments.md). Must run
+    before PyTorch and NumPy are imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # OpenBLAS: 2**4 cycles, the minimum. Its threads spin as soon as NumPy is imported.
@@ -38,7 +38,7 @@ def wait_without_spinning() -> None:
 
 
 def restart_with_huge_pages(offer: Path = HUGE_PAGES) -> None:
-    """Restarts this program with huge pages for large blocks of memory, if it must ask for them.
+    """Restarts this program with huge pages, if the system offers them only on request.
 
     ONNX Runtime then loads and reads its weights faster (docs/appendix/experiments.md). C's
     allocator reads GLIBC_TUNABLES only when a program starts; C libraries other than glibc ignore
@@ -58,6 +58,6 @@ def restart_with_huge_pages(offer: Path = HUGE_PAGES) -> None:
 
 
 def end_with_parent() -> None:
-    """Makes Linux kill this process when its parent ends, in whatever way."""
+    """Makes Linux kill this process when its parent ends, whatever ended it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,9 +1,9 @@
 """Runs jobs in parallel processes.
 
-Threads would wait for each other: for Python's lock, between any two of the many short calls that
-handle a block, and for the kernel's lock of the address space into which all map their files.
-`concurrent.futures` would take 0.06 s more for the 150 jobs of a checkpoint, and does not report by
-which signal a process was killed.
+Threads would wait for each other: for Python's lock between the many short calls that handle a
+block, and for the kernel's lock of the shared address space that files are mapped into.
+`concurrent.futures` is slower and does not report the signal that killed a process
+(docs/appendix/experiments.md).
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ Job = Callable[[Advance], Result]
 
 MOST_PROCESSES = 1024
 INDEX_BYTES = 4
-# An upper limit of the size of a message.
+# Maximum size of a message in bytes.
 MESSAGE_BYTES = 1 << 20
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class _Worker:
-    """A process, and the socket from which its messages come.
+    """A worker process and the socket that receives its messages.
 
-    Messages are pickled: a number is progress, a tuple holds a job's result, an exception is the
-    reason why the process has ended.
+    Messages are pickled: a number is progress, a tuple contains a job's result, an exception is the
+    reason for the end of the process.
     """
 
     pid: int
@@ -66,7 +66,7 @@ class _Worker:
         os.waitpid(self.pid, 0)
 
     def _require_regular_end(self) -> None:
-        # WNOWAIT: it remains a process that `end` can wait for.
+        # WNOWAIT: `end` can still wait for the process.
         state = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         assert state is not None
         if state.si_code != os.CLD_EXITED:
@@ -80,7 +80,7 @@ class _Worker:
 
 @dataclass(frozen=True)
 class _Turns:
-    """A pipe that holds the number of the next job; whoever takes it puts the following one."""
+    """A pipe with the number of the next job; a worker that reads it writes the following one."""
 
     reading: int
     writing: int
@@ -101,8 +101,9 @@ class _Turns:
 def run_forked(jobs: Sequence[Job[Result]], num_processes: int, advance: Advance) -> list[Result]:
     """Runs the jobs and returns their results, in any order.
 
-    Each job is called in one of the processes, with a function that takes its progress; `advance`
-    is called with that progress here. No process is left when this returns or raises.
+    Each job runs in one of the processes and receives a function that reports its progress;
+    `advance` is called with that progress in this process. No process is left when this returns or
+    raises.
 
     Raises the first exception of a job or of `advance`, and MptTrtError when a process is killed.
     """
@@ -124,13 +125,13 @@ def run_forked(jobs: Sequence[Job[Result]], num_processes: int, advance: Advance
 
 @contextmanager
 def _workers(jobs: Sequence[Job[Any]], number: int) -> Iterator[list[_Worker]]:
-    """Starts processes that share the jobs; ends them when the block is left."""
+    """Starts processes that share the jobs, and ends them when the block is left."""
     workers: list[_Worker] = []
     with ExitStack() as stack:
         turns = _Turns(*os.pipe())
         stack.callback(turns.close)
         turns.put(0)
-        # An interrupt in between would leave an unknown process.
+        # An interrupt between these lines would leave an unknown process.
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
         try:
             for _ in range(min(number, len(jobs))):
@@ -149,7 +150,7 @@ def _forked(jobs: Sequence[Job[Any]], turns: _Turns) -> _Worker:
         # Neither `finally` blocks nor exit handlers of the parent may run here.
         try:
             end_with_parent()
-            if os.getppid() == parent:  # else it ended before `end_with_parent`
+            if os.getppid() == parent:  # otherwise the parent ended before `end_with_parent`
                 _work(jobs, turns, sender)
         finally:
             os._exit(1)

@@ -1,4 +1,4 @@
-"""Progress as lines, for logs and wherever else a bar cannot be drawn."""
+"""Progress as lines, for logs and other outputs without a terminal."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ INTERVAL_SECONDS = 10.0
 
 
 class Advance(Protocol):
-    """Counts what has been done since it was last called; any thread may call it."""
+    """Function that adds an amount of finished work; any thread may call it."""
 
     def __call__(self, count: float = 1, /) -> None: ...
 
 
 def no_progress(count: float = 1, /) -> None:
-    """The progress of a step that nobody follows."""
+    """Ignores the progress of a step."""
 
 
 class ProgressLines:
-    """Prints to stderr how far a step is: after ten seconds, every ten seconds, and at the end.
+    """Prints the progress of a step to stderr: every ten seconds, and at the end.
 
-    shown: how an amount is written; amounts are counted in the unit of `total`. Threads may share
-    it.
+    shown: formats an amount; amounts have the unit of `total`. Threads may share an object.
     """
 
     def __init__(self, title: str, total: float, shown: Callable[[float], str]):
@@ -35,7 +34,7 @@ class ProgressLines:
         self._lock = threading.Lock()
 
     def advance(self, count: float = 1, /) -> None:
-        """Counts what has been done; prints a line if the last one is old."""
+        """Adds an amount of finished work, and prints a line if the last one is old."""
         with self._lock:
             self._done += count
             now = time.monotonic()
@@ -63,7 +62,7 @@ def say(line: str) -> None:
 
 
 def in_time(seconds: float) -> str:
-    """A duration for people: `0.4 s`, `42 s`, `3 min 20 s`, `2 h 5 min`."""
+    """Formats a duration: `0.4 s`, `42 s`, `3 min 20 s`, `2 h 5 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:

@@ -1,4 +1,4 @@
-"""Makes dataclasses from JSON, and refuses values of other types than their fields have."""
+"""Makes dataclasses from JSON, and rejects values whose type differs from the field's."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mpt_trt.system.json_text import shown
 Made = TypeVar("Made")
 
 PLAIN = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}
-"""What is expected where a field has such a type."""
+"""Words for field types, for error messages."""
 
 
 def from_json(kind: type[Made], content: object, where: str = "") -> Made:
     """Makes a dataclass, with dataclasses, tuples and mappings inside; other keys are ignored.
 
-    where: the key under which `content` stands, for error messages.
+    where: key of `content`, for error messages.
 
     Raises ValueError, naming the key, when one is missing or has a value of another type.
     """

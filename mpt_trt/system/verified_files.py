@@ -1,7 +1,7 @@
 """Compares files with the hashes that were recorded when they were made, each file once.
 
-What was compared is remembered in the user's cache folder, by device, inode, size and time of the
-last change. Nothing depends on that memory: without it, files are read again.
+Compared files are remembered in the user's cache folder, by device, inode, size and time of the
+last change. Without that memory, files are read again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mpt_trt.system.json_text import MOST_BYTES
 
 FILE_NAME = "content_hashes.json"
 MOST_ENTRIES = 50_000
-# A file that changes twice within the clock's step has the same time afterwards (ext4: 4 ms; NFS: a
-# second, at times).
+# A file that changes twice within the clock's resolution keeps the same time (ext4: 4 ms; NFS: up
+# to a second).
 RACY_NS = 2_000_000_000
 
 Memory = dict[str, list[int | str]]
@@ -30,12 +30,12 @@ Memory = dict[str, list[int | str]]
 def require_recorded(
     folder: Path, hashes: Mapping[str, str], recorded_by: Path, remedy: str
 ) -> None:
-    """Reads the files of `folder` that are not known to have the content of the given hashes.
+    """Compares files of `folder` with the given hashes, unless they are remembered.
 
-    hashes: by name in the folder. recorded_by, remedy: the file that they stand in, and what to do,
+    hashes: by name in the folder. recorded_by, remedy: the file that records them, and the remedy,
     for error messages.
 
-    Raises MptTrtError, naming the file, when one has another content.
+    Raises MptTrtError, naming the file, when the content of one differs.
     """
     memory = _read_memory()
     identities = {name: _identity(folder / name) for name in hashes}
@@ -66,7 +66,7 @@ def require_recorded(
 def remember_written(folder: Path, hashes: Mapping[str, str]) -> None:
     """Remembers the content of files that this program has just written to `folder`.
 
-    Hard links are left out: they are files that were there before.
+    Hard links are left out, because they are existing files.
     """
     with contextlib.suppress(MptTrtError, OSError):
         own = [name for name in hashes if (folder / name).stat().st_nlink == 1]
@@ -87,7 +87,7 @@ def _identity(path: Path) -> tuple[str, int, int]:
 def _cache_file() -> Path | None:
     named = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        # By the XDG specification, relative paths are to be ignored.
+        # The XDG specification requires relative paths to be ignored.
         base = Path(named) if named.startswith("/") else Path.home() / ".cache"
     except RuntimeError:  # no home
         return None

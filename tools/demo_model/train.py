@@ -15,6 +15,7 @@ import platform
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -44,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_number(parser: argparse.ArgumentParser, name: str, default: float, text: str) -> None:
+def add_number(parser: argparse.ArgumentParser, name: str, default: Any, text: str) -> None:
     """Adds an option of the default's type."""
     parser.add_argument(
         f"--{name}", type=type(default), default=default, help=f"{text} (default: %(default)s)"
