@@ -63,6 +63,11 @@ def make_parser() -> argparse.ArgumentParser:
         "group)",
     )
     add("--log_level", default="info", help="least important messages shown (default: %(default)s)")
+    add(
+        "--force",
+        action="store_true",
+        help="replace the result file even if this tool did not write it",
+    )
     options.add_calibration(parser)
     return parser
 

@@ -14,6 +14,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from mpt_trt.arrays.cast import convert, is_finite
+from mpt_trt.calibration.npz_file import ARCHIVE_ERRORS
 from mpt_trt.calibration.npz_keys import (
     ACTIVATION_SCALE,
     CORNER,
@@ -39,10 +40,12 @@ from mpt_trt.quantization.calibrated_weights import (
 )
 from mpt_trt.quantization.schemes import QuantizationFormat
 from mpt_trt.system.files import WRITE_BYTES, write_in_pieces
-from mpt_trt.system.replace import replace_file
+from mpt_trt.system.replace import replace_file, require_writable
 
 # The earliest time that a zip archive can record: the same arrays make the same bytes.
 TIME_STAMP = (1980, 1, 1, 0, 0, 0)
+# The archive's comment: results of this program, and no other files, are replaced.
+MARK = b"mpt-trt calibration"
 
 
 @dataclass(frozen=True)
@@ -137,12 +140,33 @@ class CalibrationWriter:
             yield stream
 
 
+def require_replaceable_result(target: Path, force: bool) -> None:
+    """Raises MptTrtError when `target` is a file that `calibration_writer` did not write.
+
+    Force permits any file, but no folder.
+    """
+    require_writable(target)
+    if force or not target.is_file():
+        return
+    try:
+        with zipfile.ZipFile(target) as archive:
+            is_own = archive.comment == MARK
+    except ARCHIVE_ERRORS:
+        is_own = False
+    if not is_own:
+        raise MptTrtError(
+            f"{target}: not replaced, because quantize.py did not write it; choose another "
+            "--export_path, or replace the file with --force"
+        )
+
+
 @contextlib.contextmanager
 def calibration_writer(
     target: Path, config: MptConfig, reader: WeightReader, weight_dtype: np.dtype
 ) -> Iterator[CalibrationWriter]:
     """Writes `target` as a whole or not at all. reader: of the calibrated model."""
     with replace_file(target) as partial, zipfile.ZipFile(partial, "w") as archive:
+        archive.comment = MARK
         yield CalibrationWriter(archive, config, reader, weight_dtype)
 
 

@@ -7,13 +7,17 @@ import argparse
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
+from mpt_trt.cli.output_options import input_paths
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.heldout import HeldOut, read_text, windows, write_heldout
 from mpt_trt.evaluation.reference import reference_hidden, reference_name
 from mpt_trt.system.files import content_hash
+from mpt_trt.system.replace import require_writable
 
 
 def run(options: argparse.Namespace) -> None:
+    inputs = input_paths(options)
+    require_writable(options.output, inputs)
     for name in ("num_windows", "window_length"):
         if getattr(options, name) < 1:
             raise MptTrtError(f"--{name} = {getattr(options, name)}: at least 1 is required")
@@ -32,4 +36,4 @@ def run(options: argparse.Namespace) -> None:
         text_hash=content_hash(options.text),
         reference=reference_name(folder),
     )
-    write_heldout(heldout, options.output)
+    write_heldout(heldout, options.output, inputs)

@@ -18,4 +18,5 @@ def run(options: argparse.Namespace) -> None:
         )
     entries = [read_entry(*engine) for engine in zip(*engines, strict=True)]
     template, output = options.template or TEMPLATE, options.output
-    write_report(options.model, entries, template, output, options.items_dir)
+    inputs = (*options.quality, *options.smoke_tests)
+    write_report(options.model, entries, template, output, options.items_dir, inputs)

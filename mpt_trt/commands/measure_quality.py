@@ -7,18 +7,22 @@ import datetime
 import resource
 
 from mpt_trt.checkpoint.source import checkpoint_folder
+from mpt_trt.cli.output_options import input_paths
 from mpt_trt.engines.load import LoadedEngine, load_engine
 from mpt_trt.evaluation.heldout import read_heldout
 from mpt_trt.evaluation.quality_result import QualityResult, write_quality
 from mpt_trt.evaluation.recorded_generation import measure_speed
 from mpt_trt.quantization.schemes import as_mapping
 from mpt_trt.system.machine import describe_machine
+from mpt_trt.system.replace import require_writable
 
 SPEED_PROMPT, SPEED_NEW_TOKENS, SPEED_ROUNDS = 128, 32, 3
 KIB = 1 << 10
 
 
 def run(options: argparse.Namespace) -> None:
+    inputs = input_paths(options)
+    require_writable(options.output, inputs)
     heldout = read_heldout(options.reference)
     engine = load_engine(
         options.engine_dir,
@@ -70,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         new_tokens=new_tokens,
         peak_memory=peak_memory,
     )
-    write_quality(result, options.output)
+    write_quality(result, options.output, inputs)
     excess = figures.excess
     print(
         f"perplexity {figures.perplexity:.4f} (reference {figures.reference_perplexity:.4f}), "

@@ -9,6 +9,7 @@ import numpy as np
 from mpt_trt.calibration.model_source import open_model
 from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
 from mpt_trt.calibration.npz_keys import FILE_NAME
+from mpt_trt.calibration.writer import require_replaceable_result
 from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder_of
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.cli import calibration_requests
@@ -22,6 +23,8 @@ from mpt_trt.quantization.schemes import default_group_size, require_fitting_gro
 
 def run(options: argparse.Namespace) -> None:
     fill_in(options)
+    target = options.export_path / FILE_NAME
+    require_replaceable_result(target, options.force)
     set_up_logging(options.log_level)
     folder, _ = checkpoint_folder(options.model_dir, options.revision)
     source = open_model(folder, options.adapter)
@@ -31,7 +34,6 @@ def run(options: argparse.Namespace) -> None:
         tokenizer_folder_of(folder, source.provenance, options.tokenizer_dir)
     ).require_fitting(source.config.vocab_size)
     samples = calibration_requests.calibration_samples(options, tokenizer)
-    target = options.export_path / FILE_NAME
     weight_dtype = np.dtype(np.float16 if options.dtype == "float16" else np.float32)
     with steps_progress(f"Calibrating {folder}", source.config.num_layers) as advance:
         calibrate(source, samples, plan, computation, weight_dtype, target, advance)

@@ -20,6 +20,7 @@ from mpt_trt.checkpoint.chat import (
 from mpt_trt.checkpoint.source import tokenizer_folder_of
 from mpt_trt.checkpoint.tokenizer import Tokenizer, read_tokenizer
 from mpt_trt.cli import prompts as prompt_files
+from mpt_trt.cli.output_options import input_paths
 from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.engines.load import LoadedEngine, load_engine
 from mpt_trt.engines.manifest import Manifest, read_manifest
@@ -27,7 +28,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.generation.config import Generated, GenerationConfig
 from mpt_trt.generation.generate import generate
 from mpt_trt.generation.text import GeneratedText, OrderedPrinter
-from mpt_trt.system.replace import replace_file
+from mpt_trt.system.replace import replace_file, require_writable
 
 log = logging.getLogger("run")
 
@@ -35,6 +36,9 @@ log = logging.getLogger("run")
 def run(options: argparse.Namespace) -> None:
     set_up_logging(options.log_level)
     _require_consistent(options)
+    for output in (options.output_csv, options.output_npy):
+        if output is not None:
+            require_writable(output, input_paths(options))
     manifest = read_manifest(options.engine_dir)
     tokenizer = _tokenizer(options, manifest)
     config = _generation_config(options, manifest, tokenizer)
@@ -260,12 +264,15 @@ def _write(text: str) -> None:
 
 
 def _save(options: argparse.Namespace, outputs: list[list[Generated]], pad_id: int) -> None:
+    inputs = input_paths(options)
     rows = [list(generated.tokens) for beams in outputs for generated in beams]
     if options.output_csv is not None:
-        with replace_file(options.output_csv) as partial, partial.open("w", newline="") as stream:
+        replacement = replace_file(options.output_csv, inputs)
+        with replacement as partial, partial.open("w", newline="") as stream:
             csv.writer(stream).writerows(rows)
     if options.output_npy is not None:
         width = max(map(len, rows))
         padded = np.array([row + [pad_id] * (width - len(row)) for row in rows], np.int64)
-        with replace_file(options.output_npy) as partial, partial.open("wb") as stream:
+        replacement = replace_file(options.output_npy, inputs)
+        with replacement as partial, partial.open("wb") as stream:
             np.save(stream, padded.reshape(len(outputs), -1, width))

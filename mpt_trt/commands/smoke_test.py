@@ -7,14 +7,18 @@ import argparse
 from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.cli import options as cli_options
+from mpt_trt.cli.output_options import input_paths
 from mpt_trt.engines.load import load_engine
 from mpt_trt.evaluation.logits import measure_distance
 from mpt_trt.evaluation.recorded_generation import record_generation
 from mpt_trt.evaluation.reference import reference_logits, reference_name
 from mpt_trt.evaluation.smoke_result import SmokeResult, write_smoke_result
+from mpt_trt.system.replace import require_writable
 
 
 def run(options: argparse.Namespace) -> None:
+    inputs = input_paths(options)
+    require_writable(options.output, inputs)
     folder, _ = checkpoint_folder(options.model_dir, options.revision)
     tokenizer_dir = options.tokenizer_dir
     tokenizer = read_tokenizer(
@@ -49,4 +53,4 @@ def run(options: argparse.Namespace) -> None:
         distance=measure_distance(generation.logits, reference),
         tolerance=cli_options.tolerance(options),
     )
-    write_smoke_result(result, options.output)
+    write_smoke_result(result, options.output, inputs)

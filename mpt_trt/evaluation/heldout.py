@@ -8,6 +8,7 @@ instead of 200 kB per token, without any rounding. A product with the head gives
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,13 +78,13 @@ def windows(tokens: list[int], num_windows: int, length: int) -> NDArray[np.int6
     return np.array(tokens, np.int64)[chosen[:, None] * length + np.arange(length + 1)]
 
 
-def write_heldout(heldout: HeldOut, target: Path) -> None:
-    """Writes a safetensors file, atomically."""
+def write_heldout(heldout: HeldOut, target: Path, inputs: Iterable[Path] = ()) -> None:
+    """Writes a safetensors file, atomically. inputs: see `replace_file`."""
     tensors: dict[str, NDArray] = {"tokens": heldout.tokens, "hidden": heldout.hidden}
     texts = {key: getattr(heldout, key) for key in TEXT_KEYS}
     # One entry, because safetensors writes several in random order.
     metadata = {METADATA_KEY: json.dumps(texts)}
-    with replace_file(target) as partial:
+    with replace_file(target, inputs) as partial:
         # Not by save_file, which makes a file that only its owner may read.
         partial.write_bytes(save(tensors, metadata))
 

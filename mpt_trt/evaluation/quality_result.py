@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,9 @@ class QualityResult:
     peak_memory: int
 
 
-def write_quality(result: QualityResult, target: Path) -> None:
-    """Writes the result as JSON."""
-    write_json(target, asdict(result))
+def write_quality(result: QualityResult, target: Path, inputs: Iterable[Path] = ()) -> None:
+    """Writes the result as JSON. inputs: see `replace_file`."""
+    write_json(target, asdict(result), inputs)
 
 
 def read_quality(path: Path) -> QualityResult:

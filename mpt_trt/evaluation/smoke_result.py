@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from mpt_trt.evaluation.distance import Distance, Tolerance
 from mpt_trt.evaluation.result_file import read_result
 from mpt_trt.evaluation.speed import Speed
 from mpt_trt.system.files import write_json
+from mpt_trt.system.replace import is_replaced, remove_file, require_writable
 
 
 @dataclass(frozen=True)
@@ -44,24 +46,36 @@ class SmokeResult:
         return self.distance.violations(self.tolerance)
 
 
-def write_smoke_result(result: SmokeResult, output: Path) -> None:
-    """Writes the result to `output`, with a key `passed`.
+def write_smoke_result(result: SmokeResult, output: Path, inputs: Iterable[Path] = ()) -> None:
+    """Writes the result to `output`, with a key `passed`. inputs: see `replace_file`.
 
     Raises MptTrtError when the distance exceeds the tolerance; then the result goes to
-    {output}.rejected instead. The other of the two files is removed.
+    {output}.rejected instead, unless `output` is a device or pipe. The other file is removed.
     """
+    inputs = tuple(inputs)
     violations = result.violations
     content = asdict(result) | {"passed": not violations}
-    rejected = output.with_name(output.name + ".rejected")
-    if violations:
-        output.unlink(missing_ok=True)
-        write_json(rejected, content)
-        raise MptTrtError(
-            f"{result.engine_dir}: too far from the reference: {', '.join(violations)}; "
-            f"see {rejected}"
-        )
-    rejected.unlink(missing_ok=True)
-    write_json(output, content)
+    rejected = rejected_path(output)
+    require_writable(output, inputs)
+    if not violations:
+        write_json(output, content, inputs)
+        if is_replaced(output):
+            remove_file(rejected)
+        return
+    if is_replaced(output):
+        write_json(rejected, content, inputs)
+        remove_file(output)
+    else:
+        write_json(output, content)
+        rejected = output
+    raise MptTrtError(
+        f"{result.engine_dir}: too far from the reference: {', '.join(violations)}; see {rejected}"
+    )
+
+
+def rejected_path(output: Path) -> Path:
+    """Where a result goes that exceeds the tolerance."""
+    return output.with_name(output.name + ".rejected")
 
 
 def read_smoke_result(path: Path) -> SmokeResult:

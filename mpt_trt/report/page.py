@@ -20,7 +20,7 @@ from mpt_trt.evaluation.smoke_result import SmokeResult, read_smoke_result
 from mpt_trt.report.numbers import TIMES, number, with_error
 from mpt_trt.report.plots import Plot, draw_divergence, draw_size, draw_speed
 from mpt_trt.system.machine import Machine
-from mpt_trt.system.replace import replace_file
+from mpt_trt.system.replace import replace_file, require_writable
 
 # The variant whose size others are compared with.
 BASE_VARIANT = "fp16"
@@ -306,9 +306,17 @@ def page(model: str, entries: list[Entry], template: Path, drawn: list[Plot]) ->
 
 
 def write_report(
-    model: str, entries: list[Entry], template: Path, target: Path, items: Path
+    model: str,
+    entries: list[Entry],
+    template: Path,
+    target: Path,
+    items: Path,
+    inputs: Iterable[Path] = (),
 ) -> None:
-    """Writes the page `target`, and its table and plots into the folder `items`."""
+    """Writes the page `target`, and its table and plots into the folder `items`.
+
+    inputs: see `replace_file`; nothing is written if one of them would be replaced.
+    """
     require_comparable(entries)
     drawn = plots(entries)
     contents = {
@@ -316,6 +324,9 @@ def write_report(
         **{items / f"{plot.name}.svg": plot.svg for plot in drawn},
         target: page(model, entries, template, drawn),
     }
+    inputs = (*inputs, template)
+    for path in contents:
+        require_writable(path, inputs)
     for path, content in contents.items():
-        with replace_file(path) as partial:
+        with replace_file(path, inputs) as partial:
             partial.write_text(content, encoding="utf-8")

@@ -176,7 +176,7 @@ def replace_file(target: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     or the folder cannot be written.
     """
     require_writable(target, inputs)
-    if not _is_replaced(target):
+    if not is_replaced(target):
         with tempfile.TemporaryDirectory() as folder, plain_disk_errors(target):
             yield Path(folder) / NEW
             _write_to(target, (Path(folder) / NEW).read_bytes())
@@ -208,10 +208,22 @@ def require_writable(target: Path, inputs: Iterable[Path] = ()) -> None:
 
 
 def remove_file(target: Path) -> None:
-    """Removes an output file of an earlier run; leaves links, devices and folders alone."""
-    existing = _lstat(target)
-    if existing is not None and stat.S_ISREG(existing.st_mode):
-        target.unlink(missing_ok=True)
+    """Removes an output file of an earlier run, also one that a link points to.
+
+    Links, devices, pipes and folders stay.
+    """
+    with plain_disk_errors(target):
+        if target.is_file() and is_replaced(target):
+            Path(os.path.realpath(target)).unlink(missing_ok=True)
+
+
+def is_replaced(target: Path) -> bool:
+    """Whether a new file takes the place of `target`, instead of being written to it."""
+    try:
+        existing = target.stat()
+    except OSError:
+        return True
+    return stat.S_ISREG(existing.st_mode) and _standard_stream(existing) is None
 
 
 def recover(target: Path) -> None:
@@ -373,15 +385,6 @@ def _lstat(path: Path) -> os.stat_result | None:
 
 
 # --- Single files that are not replaced ----------------------------------------------------------
-
-
-def _is_replaced(target: Path) -> bool:
-    """Whether a new file takes the place of `target`, instead of being written to it."""
-    try:
-        existing = target.stat()
-    except OSError:
-        return True
-    return stat.S_ISREG(existing.st_mode) and _standard_stream(existing) is None
 
 
 def _standard_stream(existing: os.stat_result) -> int | None:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -50,6 +51,25 @@ def quantize(model: Path, text: Path, target: Path, *options: str) -> Path:
         *FEW, *options,
     )  # fmt: skip
     return target / "mpt_tp1_rank0.npz"
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", None])
+def test_files_of_others_are_kept(
+    content: bytes | None, model: Path, text: Path, tmp_path: Path
+) -> None:
+    """Those of NVIDIA's tools have the same names of files and arrays."""
+    target = tmp_path / "mpt_tp1_rank0.npz"
+    if content is None:
+        np.savez(target, scale=np.ones(3))
+    else:
+        target.write_bytes(content)
+    before = target.read_bytes()
+    with pytest.raises(MptTrtError, match=f"^{target}: not replaced, .* with --force$"):
+        quantize(model, text, tmp_path, "--qformat=kv_cache")
+    assert target.read_bytes() == before
+    quantize(model, text, tmp_path, "--qformat=kv_cache", "--force")
+    first = target.read_bytes()
+    assert quantize(model, text, tmp_path, "--qformat=kv_cache").read_bytes() == first
 
 
 @pytest.mark.parametrize("qformat", ["int4_awq", "fp8", "int8_sq", "kv_cache"])

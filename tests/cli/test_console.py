@@ -36,6 +36,59 @@ def test_lack_of_memory_is_reported_in_one_line(
     assert message.count("\n") == 1
 
 
+PRINT = "from mpt_trt.cli.console import run_cli; run_cli(lambda: print('x'))"
+HELP = "import sys; sys.argv = ['x', '--help']; import argparse; from mpt_trt.cli import console; "
+HELP += "console.run_command(argparse.ArgumentParser(), '')"
+
+
+@pytest.mark.parametrize("code", [PRINT, HELP])
+@pytest.mark.parametrize(
+    ("redirection", "reason"),
+    [
+        (">/dev/full", "No space left on device"),
+        (">&-", "Bad file descriptor"),
+        ("| head -c 0", "Broken pipe"),
+        ("2>&- >&-", None),
+        ("<&-", None),
+    ],
+)
+def test_output_that_cannot_be_written_is_reported_in_one_line(
+    code: str, redirection: str, reason: str | None
+) -> None:
+    command = f'set -o pipefail; {sys.executable} -c "{code}" {redirection}'
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert ended.returncode == (0 if redirection == "<&-" else 1)
+    if reason is None:
+        assert ended.stderr == ""
+    else:
+        expected = f"error: cannot write to the standard output: {reason}; redirect it to a file"
+        assert ended.stderr.startswith(expected)
+        assert ended.stderr.count("\n") == 1
+
+
+def test_files_do_not_get_the_descriptors_of_closed_streams() -> None:
+    code = "import os, sys; from mpt_trt.cli.console import run_cli; "
+    code += "run_cli(lambda: sys.exit(min(os.open('/', 0), 3)))"
+    ended = subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" <&- >&- 2>&-'])
+    assert ended.returncode == 3
+
+
+def test_an_error_is_not_hidden_by_one_of_the_output() -> None:
+    code = "from mpt_trt.cli.console import run_cli; from mpt_trt.errors import MptTrtError\n"
+    code += "def main():\n  print('x')\n  raise MptTrtError('the reason')\nrun_cli(main)"
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        ended = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (ended.returncode, ended.stderr) == (1, "error: the reason\n")
+
+
+def test_a_system_error_about_a_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_cli(lambda: open("/no/such/file"))  # noqa: PTH123, SIM115
+    assert capsys.readouterr().err == "error: /no/such/file: No such file or directory\n"
+
+
 def test_other_errors_keep_their_traceback() -> None:
     code = "from mpt_trt.cli.console import run_cli\nrun_cli(lambda: 1 / 0)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -376,3 +376,23 @@ def test_lists_of_different_length_are_refused(tmp_path: Path):
     arguments.insert(2, "fp16")
     with pytest.raises(MptTrtError, match="have 2, 1, 1 values"):
         call_tool("make_report.py", *arguments, "--output", "x", "--items_dir", "y")
+
+
+@pytest.mark.parametrize("place", ["page", "table", "template"])
+def test_inputs_are_kept(place: str, tmp_path: Path) -> None:
+    arguments = write_inputs(tmp_path, {"fp16": RESULTS["fp16"]})
+    template = tmp_path / "template.html"
+    template.write_text("kept")
+    page, items = tmp_path / "page.html", tmp_path / "items"
+    if place == "table":
+        items.mkdir()
+        quality = Path(arguments[arguments.index("--quality") + 1])
+        quality.rename(items / "table.csv")
+        arguments[arguments.index("--quality") + 1] = str(items / "table.csv")
+    else:
+        page = tmp_path / ("quality0.json" if place == "page" else "template.html")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    outputs = ("--output", page, "--items_dir", items, "--template", template)
+    with pytest.raises(MptTrtError, match="not replaced, because it is read from"):
+        call_tool("make_report.py", *arguments, *outputs)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
