@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format, merged into a checkpoint's tensors while these are read.
+"""Merges LoRA adapters in PEFT's format into a checkpoint's tensors while they are read.
 
 Format: PEFT's `tuners/lora/{config,layer,model}.py` and `utils/save_and_load.py`. The result is
 that of `merge_and_unload()`: `W + scaling * B @ A`, in float32 and not rounded to W's type.
@@ -23,7 +23,7 @@ from mpt_trt.system.files import content_hash, read_json
 from mpt_trt.system.json_text import shown
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# Keys that count in training only, or whose effect the tensors themselves show.
+# Keys that matter only in training, or whose effect the tensors already show.
 NO_EFFECT = frozenset(
     [
         "auto_mapping",
@@ -41,21 +41,21 @@ NO_EFFECT = frozenset(
         "runtime_config",
         "target_modules",
         "task_type",
-        # All layers of an MPT are nn.Linear, for which PEFT itself sets it to false.
+        # All layers of an MPT are nn.Linear, for which PEFT sets it to false.
         "fan_in_fan_out",
     ]
 )
 USED = frozenset(
     ["alpha_pattern", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern"]
 )
-# Other initializations change the base model, too.
+# Other initializations also change the base model.
 PLAIN_INITIALIZATIONS = (None, True, False, "gaussian", "orthogonal")
 ABSENT: tuple[object, ...] = (None, False, 0, "", "none", [], {})
 PARTS = {"lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
 
 
 class AdapterFile(Protocol):
-    """What reads the tensors of an adapter; see `checkpoint.tensors.WeightFile`."""
+    """Reader of an adapter's tensors; see `checkpoint.tensors.WeightFile`."""
 
     path: Path
 
@@ -87,12 +87,12 @@ class LayerUpdate:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight that it belongs to."""
+        """Shape of the weight that the update belongs to."""
         out_features, in_features = self.up.shape[0], self.down.shape[1]
         return (in_features, out_features) if self.is_embedding else (out_features, in_features)
 
     def merged(self, weight: NDArray) -> NDArray[np.float32]:
-        """The weight with the update, float32."""
+        """Adds the update to the weight, float32."""
         product = self.up @ self.down
         product *= np.float32(self.scaling)
         return np.add(weight, product.T if self.is_embedding else product, dtype=np.float32)
@@ -107,13 +107,13 @@ class LoraAdapter:
     updates: Mapping[str, LayerUpdate]
 
     def provenance(self) -> dict[str, str]:
-        """What manifests record."""
+        """Origin of the adapter, for manifests."""
         return {"adapter": str(self.folder), "adapter_hash": content_hash(self.path)}
 
     def require_fitting(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raises MptTrtError unless each update belongs to a weight of the model.
 
-        shapes: of the model's weights, by name.
+        shapes: shapes of the model's weights by name.
         """
         for name, update in self.updates.items():
             if name not in shapes:
@@ -131,7 +131,7 @@ class LoraAdapter:
 def adapter_weights(folder: Path) -> Path:
     """Finds the file of an adapter's tensors.
 
-    Raises MptTrtError when the folder holds no adapter.
+    Raises MptTrtError when the folder does not contain an adapter.
     """
     for name in (ADAPTER_CONFIG, *WEIGHT_FILES):
         require_content(folder / name)
@@ -149,8 +149,8 @@ def adapter_weights(folder: Path) -> Path:
 def read_adapter(folder: Path, file: AdapterFile) -> LoraAdapter:
     """Reads a LoRA adapter; `file` reads its `adapter_weights`.
 
-    Raises MptTrtError, naming file, field and value, for another kind of adapter, and for settings
-    and tensors that a merge of plain LoRA does not cover.
+    Raises MptTrtError, naming file, field and value, for other kinds of adapters, and for settings
+    and tensors that plain LoRA does not have.
     """
     settings = _Settings(folder / ADAPTER_CONFIG)
     updates = {}
@@ -243,7 +243,7 @@ class _Settings:
         return float(alpha) / (math.sqrt(rank) if stabilised else rank)
 
     def _of_module(self, patterns: str, default: str, module: str) -> tuple[str, Any]:
-        """The name and value of a setting that the first fitting pattern may override."""
+        """Name and value of a setting; the first matching pattern overrides the default."""
         overrides = self.content.get(patterns) or {}
         if not isinstance(overrides, dict):
             raise self.refused(patterns, overrides, "an object is expected")

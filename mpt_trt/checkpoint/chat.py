@@ -20,14 +20,14 @@ END_OF_TURN = "<|im_end|>"
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja template, and the strings that end an answer (beside the model's end tokens)."""
+    """A Jinja template, and strings that end an answer (in addition to the model's end tokens)."""
 
     text: str
     stop: tuple[str, ...] = ()
 
 
 def _chat_ml(system_message: str) -> ChatTemplate:
-    """ChatML, with a system message for conversations that have none."""
+    """Makes a ChatML template, with a system message for conversations that have none."""
     return ChatTemplate(
         "{%- if messages[0]['role'] != 'system' -%}"
         f"{{{{- '<|im_start|>system\n' + {system_message!r} + '<|im_end|>\n' -}}}}"
@@ -41,7 +41,7 @@ def _chat_ml(system_message: str) -> ChatTemplate:
 
 
 def _instruct(after_blurb: str, instruction: str, between: str, response: str) -> ChatTemplate:
-    """Instructions and answers under headings; a system message replaces the opening sentence."""
+    """Makes a template with headings; a system message replaces the opening sentence."""
     blurb = (
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request."
@@ -59,8 +59,8 @@ def _instruct(after_blurb: str, instruction: str, between: str, response: str) -
     )
 
 
-# The hub's models without a template of their own, by what their names end with; from their model
-# cards and, for the first system message, from llm-foundry's hf_chat.py.
+# Hub models without a template, by the end of their names. Sources: their model cards and, for the
+# first system message, llm-foundry's hf_chat.py.
 KNOWN_TEMPLATES: tuple[tuple[str, ChatTemplate], ...] = (
     (
         r"mpt-7b-chat",
@@ -88,7 +88,7 @@ KNOWN_TEMPLATES: tuple[tuple[str, ChatTemplate], ...] = (
 def choose_template(
     tokenizer: Tokenizer, names: Iterable[str], asked: Path | None = None
 ) -> ChatTemplate:
-    """Chooses the template of a file, else the tokenizer's, else that of a known model.
+    """Chooses the template: from a file, otherwise the tokenizer's, otherwise a known model's.
 
     names: hub id and names of the model.
 
@@ -117,7 +117,7 @@ def choose_template(
 
 
 def chat_prompt(tokenizer: Tokenizer, template: ChatTemplate, messages: Conversation) -> list[int]:
-    """Token ids of a conversation, up to where the assistant's next message begins.
+    """Token ids of a conversation, up to the beginning of the assistant's next message.
 
     Raises MptTrtError when the template is malformed or rejects the messages.
     """
@@ -128,7 +128,7 @@ def chat_prompt(tokenizer: Tokenizer, template: ChatTemplate, messages: Conversa
             tokenize=False,
             add_generation_prompt=True,
         )
-    except Exception as error:  # Jinja's own, and what templates raise
+    except Exception as error:  # Jinja's errors, and errors that templates raise
         reason = " ".join(str(error).split())
         raise MptTrtError(
             f"the chat template does not accept the messages ({type(error).__name__}: {reason}); "
@@ -138,9 +138,9 @@ def chat_prompt(tokenizer: Tokenizer, template: ChatTemplate, messages: Conversa
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """Reads a JSON file: a list of messages, or several of them, bare or as `messages` of objects.
+    """Reads a JSON file: a list of messages or of such lists, bare or as `messages` of objects.
 
-    Raises MptTrtError, naming file and message, when it is anything else.
+    Raises MptTrtError, naming file and message, for any other content.
     """
     content = read_small_file(path, MOST_BYTES).removeprefix(b"\xef\xbb\xbf")
     if content.lstrip().startswith(b"["):

@@ -1,4 +1,4 @@
-"""Who wrote a `config.json`, what its missing keys mean, and which of its keys have no effect.
+"""Finds the program that wrote a `config.json`, which decides the meaning of missing keys.
 
 Sources: llm-foundry's `models/mpt/configuration_mpt.py`, `models/utils/config_defaults.py` and
 `scripts/misc/convert_examples_ckpt.py`; `configuration_mosaic_gpt.py` of MosaicML's examples 0.0.4;
@@ -13,10 +13,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """A program that writes configurations of MPT, and what its missing keys mean.
+    """A program that writes MPT configurations, and its defaults.
 
-    alibi, no_bias: what these keys mean when they are missing; all other defaults are shared.
-    nested: its attention keys stand in `attn_config`, as in every later file.
+    alibi, no_bias: defaults of these keys; all other defaults are shared. nested: attention keys
+    are in `attn_config`, as in all later families.
     """
 
     name: str
@@ -31,9 +31,9 @@ MOSAIC_GPT = Family("mosaic_gpt", nested=False)
 REPLIT_LM = Family("replit_lm", nested=False)
 BY_MODEL_TYPE = {"mosaic_gpt": MOSAIC_GPT, "replit_lm": REPLIT_LM}
 
-# transformers writes these into every file; llm-foundry does not know them.
+# transformers writes these keys into every file; llm-foundry does not have them.
 TRANSFORMERS_KEYS = frozenset({"layer_norm_epsilon", "initializer_range"})
-# llm-foundry's code writes these; transformers only keeps them when it saves a file again.
+# llm-foundry writes these keys; transformers only keeps them when it saves a file again.
 FOUNDRY_KEYS = frozenset(
     {
         "auto_map",
@@ -64,7 +64,7 @@ FOUNDRY_ATTENTION_KEYS = frozenset(
         "sliding_window_size",
     }
 )
-# Keys of llm-foundry by the spellings that mosaic_gpt and replit_lm have for them.
+# llm-foundry's keys by their names in mosaic_gpt and replit_lm.
 FLAT_SPELLINGS = {
     "mlp_ratio": "expansion_ratio",
     "alibi": "attn_config.alibi",
@@ -83,8 +83,8 @@ FLAT_SPELLINGS = {
 def family_of(content: dict[str, Any]) -> Family:
     """Finds the family that wrote a config.json.
 
-    Of a file that was saved again, the program that saved it counts. A file without any sign is
-    read as transformers reads it, whose own class gets every file without `auto_map`.
+    For a file that was saved again, the last program counts. A file without any sign is read like
+    transformers' own class, which reads every file without `auto_map`.
     """
     if family := BY_MODEL_TYPE.get(str(content.get("model_type"))):
         return family
@@ -103,9 +103,9 @@ def family_of(content: dict[str, Any]) -> Family:
 
 
 def nest_attention(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Gives a config.json of mosaic_gpt or replit_lm the form that llm-foundry's files have.
+    """Converts a config.json of mosaic_gpt or replit_lm to llm-foundry's form.
 
-    Also returns the file's own spelling of the keys that have got other names.
+    Also returns the file's own names of the renamed keys.
     """
     nested: dict[str, Any] = {"attn_config": {}}
     spellings = {}
@@ -120,5 +120,5 @@ def nest_attention(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, s
     norm_types = {True: "low_precision_layernorm", False: "layernorm"}
     is_flag = isinstance(low_precision, bool)
     nested["norm_type"] = norm_types[low_precision] if is_flag else low_precision
-    # Their code always has learned positions where it has no ALiBi, and always ties the head.
+    # Their code always has learned positions without ALiBi, and always ties the head.
     return nested | {"learned_pos_emb": True, "tie_word_embeddings": True}, spellings

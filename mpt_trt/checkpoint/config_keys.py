@@ -1,4 +1,4 @@
-"""The keys of `config.json` by what they do: used, without effect on inference, or limited.
+"""Keys of `config.json` by their effect: used, without effect on inference, or limited.
 
 Sources: those of `config_families`; transformers' `configuration_utils.py`.
 """
@@ -10,14 +10,14 @@ def _keys(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Names that transformers' attribute_map gives to sizes; its files hold them when people add them.
+# Names of sizes in transformers' attribute_map; files contain them when people add them.
 ALIASES = {
     "hidden_size": "d_model",
     "num_attention_heads": "n_heads",
     "num_hidden_layers": "n_layers",
 }
-# Attributes of transformers' PretrainedConfig, which files of every family hold; releases before
-# 4.35 repeat them in attn_config. None affects logits.
+# Attributes of transformers' PretrainedConfig, in files of every family; releases before 4.35
+# repeat them in attn_config. None of them affects logits.
 GENERIC_KEYS = _keys(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _from_model_config
@@ -35,7 +35,7 @@ GENERIC_KEYS = _keys(
     transformers_version typical_p use_bfloat16 use_cache
     """
 )
-# Keys of a family that count in training only, or name an implementation of the same mathematics.
+# Keys that matter only in training, or select an implementation of the same mathematics.
 NO_EFFECT = _keys(
     """
     attn_impl attn_pdrop attn_uses_sequence_id auto_map custom_pipelines emb_init_std
@@ -49,7 +49,7 @@ NO_EFFECT_IN_ATTENTION = _keys(
     attn_impl attn_pdrop attn_uses_sequence_id seq_parallel_world_size
     """
 )
-# Keys with the values that mean what the network computes, and what all others would ask for.
+# Keys with their supported values, and the feature that other values request.
 LIMITED: dict[str, tuple[tuple[object, ...], str]] = {
     "attn_config.attn_logit_softcapping": ((None,), "soft-capped attention"),
     "attn_config.flex_attn_mod_list": ((None, []), "modified attention"),
@@ -86,5 +86,5 @@ USED_IN_ATTENTION = _keys(
 USED_IN_FEED_FORWARD = frozenset({"ffn_act_fn", "ffn_hidden_size"})
 TOP_LEVEL_KEYS = USED | NO_EFFECT | GENERIC_KEYS | ALIASES.keys()
 ATTENTION_KEYS = USED_IN_ATTENTION | NO_EFFECT_IN_ATTENTION | GENERIC_KEYS
-# Values of unknown keys that mean "not used".
+# Values that show that an unknown key is not used.
 ABSENT: tuple[object, ...] = (None, False, 0, -1, "", [], {})

@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder in Hugging Face format."""
+"""Files of a checkpoint folder in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
 from mpt_trt.system.json_text import shown
 
-# In order of preference; an index represents the shards that it names.
+# In order of preference; an index stands for its shards.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -18,7 +18,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 INDEX_SUFFIX = ".index.json"
-# Checkpoints of trainers, and what these keep beside the weights.
+# Checkpoints of trainers, and other files next to them.
 TRAINER_SUFFIXES = (".pt", ".pth")
 NOT_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "random_states", "training_args")
 
@@ -51,7 +51,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def shard_of_tensor(folder: Path) -> dict[str, str]:
-    """File names by tensor, as the index of the shards has them; {} for weights in one file."""
+    """File names by tensor, from the index of the shards; {} for weights in one file."""
     source = _weight_source(folder)
     if not source.name.endswith(INDEX_SUFFIX):
         return {}
@@ -65,7 +65,7 @@ def _weight_source(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     for name in WEIGHT_FILES:
-        require_content(folder / name)  # a link without target is no file
+        require_content(folder / name)  # a dangling link is not a file
     if trainers := _trainer_checkpoints(folder):
         return trainers[0]
     raise _no_weights(folder)

@@ -1,4 +1,4 @@
-"""Recognises what people have instead of a plain checkpoint, and says what to do about it."""
+"""Recognises folders that are not plain checkpoints, and names the remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpt_trt.system.files import read_json
 # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 ADAPTER_CONFIG = "adapter_config.json"
-# Read as text; the weights are looked at when they are opened.
+# Checked as text; weights are checked when they are opened.
 TEXT_FILES = (
     "config.json",
     "generation_config.json",
@@ -22,9 +22,9 @@ TEXT_FILES = (
     "added_tokens.json",
 )
 QUANTIZERS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes"}
-# What AutoGPTQ and AutoAWQ write beside config.json.
+# Files that AutoGPTQ and AutoAWQ write next to config.json.
 QUANTIZER_FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
-# Ends of tensor names that only these programs write.
+# Suffixes of tensor names that only these programs write.
 GPTQ_AND_AWQ = (".qweight", ".qzeros")
 BITSANDBYTES = (".SCB", ".weight_format", ".absmax", ".quant_map", ".nested_absmax")
 COMPRESSED = (".weight_packed", ".weight_scale", ".weight_scale_inv", ".input_scale")
@@ -33,10 +33,10 @@ UNQUANTIZED = "give the unquantized checkpoint that it was made from, and quanti
 
 
 def require_plain_checkpoint(folder: Path) -> None:
-    """Raises MptTrtError when the folder holds something else than a plain checkpoint.
+    """Raises MptTrtError unless the folder contains a plain checkpoint.
 
-    That is an adapter without its model, a quantized model, or pointers and links to files that
-    were not downloaded. Of a folder that does not exist, nothing is said.
+    Rejected are an adapter without its model, a quantized model, and pointers or links to files
+    that were not downloaded. A folder that does not exist is accepted.
     """
     _require_listing(folder)
     for name in TEXT_FILES:
@@ -49,7 +49,7 @@ def require_plain_checkpoint(folder: Path) -> None:
 def require_content(path: Path) -> None:
     """Raises MptTrtError when a path is a pointer, a dangling link or unreadable.
 
-    Of what is no file, nothing is said.
+    Other paths that are not files are accepted.
     """
     try:
         if path.is_symlink() and not path.exists():

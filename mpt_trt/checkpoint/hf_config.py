@@ -1,6 +1,6 @@
 """Reads the architecture of an MPT model from a Hugging Face `config.json`.
 
-A model that the network cannot express is refused here, before any work.
+Models that the network does not support are rejected here, before any work.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ ATTENTION_TYPES = ("multihead_attention", "grouped_query_attention", "multiquery
 def read_hf_config(folder: Path) -> MptConfig:
     """Reads `folder/config.json`, in hub (llm-foundry) or native transformers style.
 
-    Raises MptTrtError, naming file, field and value, when a field is missing, malformed or asks for
-    something that the network does not have, or when the folder holds no plain checkpoint.
+    Raises MptTrtError, naming file, field and value, when a field is missing, malformed or
+    unsupported, or when the folder is not a plain checkpoint.
     """
     require_plain_checkpoint(folder)
     path = folder / "config.json"
@@ -150,7 +150,7 @@ class _Reader:
 
     def _refuse_unsupported_value(self, field: str, value: object) -> None:
         allowed, feature = LIMITED.get(field, ((), ""))
-        # 1 == True in Python, so the types count, too.
+        # 1 == True in Python, so types are compared as well.
         if feature and not any(type(value) is type(v) and value == v for v in allowed):
             raise self.refused(field, value, f"{feature}: this feature is not supported")
 
@@ -234,7 +234,7 @@ class _Reader:
         return size
 
     def _position_embedding(self, head_dim: int) -> PositionEmbedding:
-        # The hub's configs say learned_pos_emb: true beside alibi: true; alibi wins there.
+        # The hub's configs have learned_pos_emb: true and alibi: true; alibi has precedence.
         is_learned = self._flag("learned_pos_emb", self.top, True)
         has_alibi = self._attention_flag("alibi", self.family.alibi)
         if self.attention.get("rope") is not None and self._attention_flag("rope", False):
@@ -313,5 +313,5 @@ class _Reader:
 
 @functools.cache
 def _warn_of_unknown_keys(path: Path, keys: str) -> None:
-    """Warns once, since one run may read a file several times."""
+    """Warns once per file, because a run may read a file several times."""
     log.warning("%s: keys that MPT does not have are ignored: %s", path, keys)

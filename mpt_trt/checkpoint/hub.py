@@ -1,12 +1,12 @@
 """Fetches checkpoints from the Hugging Face hub: the commit of a revision, and the files needed.
 
-Files go into the hub's own cache (`HF_HOME`), which other programs share. Only configuration,
-tokenizer and one format of weights are downloaded, and nothing in a repository is executed. The
-cache serves when the hub cannot be reached.
+Files go into the hub's cache (`HF_HOME`), which other programs share. Only configuration, tokenizer
+and one format of weights are downloaded, and nothing in a repository is executed. If the hub cannot
+be reached, cached files are used.
 
-Files are downloaded one by one with `hf_hub_download`: `snapshot_download` asks the hub for its
-listing without a time limit, does not name the file whose download failed, and continues in
-threads that Ctrl-C does not end.
+Files are downloaded one by one with `hf_hub_download`: `snapshot_download` requests the listing
+without a time limit, does not name the file whose download failed, and continues in threads that
+Ctrl-C does not end.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
 from mpt_trt.system.replace import replace_file
 
-# Files are downloaded in the order of these tables: if the last one is there, so are the others.
+# Files are downloaded in the order of these tables, so if the last one exists, the others do as
+# well.
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
     "chat_template.json",
@@ -44,19 +45,19 @@ TOKENIZER_FILES = (
     "tokenizer.json",
 )
 
-# The client has no time limit of its own, and a firewall may swallow packets.
+# The client has no time limit, and a firewall may drop packets.
 ANSWER_SECONDS = 10
 
 log = logging.getLogger(__name__)
 
 
 def resolve_revision(source: str, revision: str) -> str:
-    """Asks the hub which commit (40 hexadecimal digits) a branch, tag or commit stands for.
+    """Resolves a branch, tag or commit to a commit (40 hexadecimal digits) on the hub.
 
-    Makes one request. When the hub cannot be reached, the cache answers.
+    Makes one request. If the hub cannot be reached, the cache is used.
 
-    Raises MptTrtError when the hub refuses the model or the revision, and when it cannot be reached
-    and the cache does not know the revision.
+    Raises MptTrtError when the hub rejects the model or the revision, or when it cannot be reached
+    and the cache does not have the revision.
     """
     if COMMIT.fullmatch(revision):
         return revision
@@ -68,7 +69,7 @@ def resolve_revision(source: str, revision: str) -> str:
         raise MptTrtError(
             f"{source} (revision {revision}): the answer names no commit; check HF_ENDPOINT"
         )
-    # Only later runs without network need it, so an unwritable cache is no error yet.
+    # Only later runs without a network need it, so an unwritable cache is not an error yet.
     with contextlib.suppress(OSError, MptTrtError), replace_file(_ref(source, revision)) as ref:
         ref.write_text(commit)
     return commit
@@ -79,8 +80,8 @@ def fetch_checkpoint(source: str, revision: str, commit: str | None = None) -> S
 
     commit: the commit that `revision` was resolved to before; None resolves it now.
 
-    Raises MptTrtError that names the model and the remedy when the hub refuses or cannot be
-    reached, a file is missing or its download is cut off, or the disk is full.
+    Raises MptTrtError that names the model and the remedy when the hub rejects the request or
+    cannot be reached, a file is missing, its download is interrupted, or the disk is full.
     """
     repository = _repository(source, revision, commit or resolve_revision(source, revision))
     repository.require("config.json")
@@ -113,7 +114,7 @@ def fetch_tokenizer(source: str, revision: str, commit: str | None = None) -> Sn
 class _Repository:
     """Files of a commit, listed by the hub or by the cache.
 
-    names: paths of its files. place, remedy: for the message that one is missing.
+    names: paths of its files. place, remedy: for the error about a missing file.
     """
 
     source: str
@@ -166,7 +167,7 @@ class _Repository:
 
 
 def _repository(source: str, revision: str, commit: str) -> _Repository:
-    """Lists `commit` on the hub or, when it cannot be reached, in the cache."""
+    """Lists the files of `commit` on the hub or, if it cannot be reached, in the cache."""
     try:
         siblings = _ask_hub(source, commit, asked=revision).siblings or ()
     except Unreachable as reason:
@@ -203,7 +204,7 @@ def _cached_commit(source: str, revision: str, reason: Exception) -> str:
 
 
 def _model_folder(source: str) -> Path:
-    """The hub cache's folder of a model.
+    """Folder of a model in the hub's cache.
 
     Layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
     """
@@ -211,17 +212,17 @@ def _model_folder(source: str) -> Path:
 
 
 def _ref(source: str, revision: str) -> Path:
-    """The cache's file with the commit of a branch or tag."""
+    """File in the cache with the commit of a branch or tag."""
     return _model_folder(source) / "refs" / revision
 
 
 def _ask_hub(source: str, revision: str, asked: str | None = None) -> ModelInfo:
-    """Asks for commit and file names of a revision; messages call it `asked`, if that is given."""
+    """Requests commit and file names of a revision; messages name `asked` instead, if given."""
     with plain_errors(source, asked or revision):
         try:
             return HfApi().model_info(source, revision=revision, timeout=ANSWER_SECONDS)
         except (errors.HFValidationError, errors.HfHubHTTPError):
             raise
         except (KeyError, TypeError, ValueError) as error:
-            # A login page, say, or a mirror that speaks another language.
+            # For example, a login page, or a mirror with another protocol.
             raise Unreachable("its answer is not a hub's; check HF_ENDPOINT, proxy") from error

@@ -1,4 +1,4 @@
-"""Environment variables that the hub's client reads, checked before it is imported.
+"""Checks the environment variables of the hub's client before it is imported.
 
 Some of them break its import (`HF_HUB_ETAG_TIMEOUT=10s`), others its first request.
 """
@@ -19,7 +19,7 @@ PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 TIMEOUTS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
-# The first that is set counts; the cache is the folder itself or one within it.
+# The first one that is set counts; the cache is that folder or one within it.
 CACHES = {"HF_HUB_CACHE": "", "HUGGINGFACE_HUB_CACHE": "", "HF_HOME": "hub"}
 
 
@@ -43,7 +43,7 @@ def proxies() -> Iterator[tuple[str, str]]:
 
 
 def without_password(url: str) -> str:
-    """An address without its user and password."""
+    """Removes user and password from an address."""
     scheme, mark, rest = url.rpartition("://")
     return scheme + mark + rest.rpartition("@")[2]
 

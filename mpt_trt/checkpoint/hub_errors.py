@@ -1,4 +1,4 @@
-"""Turns what the Hugging Face hub's client raises into one sentence that names the remedy."""
+"""Turns errors of the Hugging Face hub's client into one sentence that names the remedy."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from mpt_trt.errors import MptTrtError
 OFFLINE_REMEDY = (
     "connect to the network, set HF_HOME to a cache that holds the model, or give a local folder"
 )
-# RuntimeError is what the client's native part for Xet storage raises.
+# The client's native part for Xet storage raises RuntimeError.
 SILENCE = (httpx.RequestError, httpx.InvalidURL, ConnectionError, TimeoutError, RuntimeError)
 
 
 class Unreachable(Exception):
-    """The hub gives no usable answer; the text is the reason."""
+    """Raised when the hub gives no usable answer; the text is the reason."""
 
 
 @contextlib.contextmanager
 def plain_errors(source: str, revision: str) -> Iterator[None]:
-    """Turns the client's errors into MptTrtError, or Unreachable if nobody answers."""
+    """Turns the client's errors into MptTrtError, or Unreachable if there is no answer."""
     try:
         yield
     except errors.HFValidationError:
@@ -65,7 +65,7 @@ def _reason(error: BaseException) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     if not isinstance(error, httpx.RequestError):
         return reason
-    # What stands between us and the hub, by the name of its variable.
+    # The proxy or endpoint on the way to the hub, by the name of its variable.
     between = [f"{name} = {without_password(value)}" for name, value in proxies()]
     if endpoint := os.environ.get("HF_ENDPOINT"):
         between.append(f"HF_ENDPOINT = {endpoint}")

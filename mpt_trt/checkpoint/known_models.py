@@ -16,7 +16,7 @@ COMMON: dict[str, Any] = {"vocab_size": 50432, "max_seq_len": 2048}
 MPT_7B = COMMON | {"d_model": 4096, "n_heads": 32, "n_layers": 32}
 MPT_30B = COMMON | {"d_model": 7168, "n_heads": 64, "n_layers": 48, "max_seq_len": 8192}
 
-# Fields of each model's own config.json on the hub, as MPT spells them, by its hub id's last part.
+# Fields of each model's config.json on the hub, with MPT's names, by the last part of its hub id.
 SHIPPED: dict[str, dict[str, Any]] = {
     "mpt-7b": MPT_7B,
     "mpt-7b-instruct": MPT_7B,
@@ -50,7 +50,7 @@ SHIPPED: dict[str, dict[str, Any]] = {
         "attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": 8},
     },
 }
-# Made-up sizes for benchmarks.
+# Invented sizes for benchmarks.
 BENCHMARKS: dict[str, dict[str, Any]] = {
     "bench-1.3b": COMMON | {"d_model": 2048, "n_heads": 16, "n_layers": 24, "vocab_size": 50368},
     "bench-354m": COMMON | {"d_model": 1024, "n_heads": 16, "n_layers": 24, "vocab_size": 50368},
@@ -59,7 +59,7 @@ SHAPES = SHIPPED | BENCHMARKS
 
 
 def hub_config(name: str, num_layers: int | None = None, dtype: str = "float16") -> dict[str, Any]:
-    """A hub-style config.json for a key of SHAPES. num_layers: None for the model's own number."""
+    """Makes a hub-style config.json for a key of SHAPES. num_layers: None: the model's number."""
     shape = SHAPES[name]
     attention = {"attn_type": "multihead_attention", "alibi": True}
     return {
@@ -80,5 +80,5 @@ def hub_config(name: str, num_layers: int | None = None, dtype: str = "float16")
 
 @functools.cache
 def known_config(name: str) -> MptConfig:
-    """The architecture of a key of SHAPES."""
+    """Architecture of a key of SHAPES."""
     return parse_hf_config(hub_config(name), Path(name, "config.json"))

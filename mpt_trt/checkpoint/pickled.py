@@ -1,4 +1,4 @@
-"""PyTorch's pickled weight files, and the state dict within the containers of trainers."""
+"""Reads PyTorch's pickled weight files, and state dicts in trainers' containers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mpt_trt.errors import MptTrtError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Where trainers keep the state dict: Composer, Lightning, plain loops, DeepSpeed.
+# Keys of the state dict in trainers' files: Composer, Lightning, plain loops, DeepSpeed.
 CONTAINERS = (
     ("state", "model"),
     ("state_dict",),
@@ -45,7 +45,7 @@ class PickleShard:
     """A PyTorch `.bin` or `.pt` file, mapped into memory; only tensors are unpickled."""
 
     def __init__(self, path: Path):
-        # PyTorch takes a second to import, and safetensors do without it.
+        # PyTorch takes a second to import, and safetensors do not need it.
         import torch
 
         self.path = path
@@ -58,15 +58,15 @@ class PickleShard:
         }
 
     def names(self) -> Iterable[str]:
-        """See `WeightFile`."""
+        """Implements `WeightFile`."""
         return self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """See `WeightFile`."""
+        """Implements `WeightFile`."""
         return tuple(self._tensors[name].shape)
 
     def require_values(self, name: str) -> None:
-        """See `WeightFile`."""
+        """Implements `WeightFile`."""
         tensor = self._tensors[name]
         if tensor.is_meta:
             raise MptTrtError(
@@ -80,7 +80,7 @@ class PickleShard:
             )
 
     def tensor(self, name: str) -> NDArray:
-        """See `WeightFile`."""
+        """Implements `WeightFile`."""
         tensor = self._tensors[name]
         if tensor.dtype is self._bfloat16:
             return tensor.view(self._uint16).numpy().view(BFLOAT16)
@@ -89,7 +89,7 @@ class PickleShard:
         return tensor.numpy()
 
     def prefetch(self, name: str) -> None:
-        """Does nothing: PyTorch has mapped the file."""
+        """Does nothing, because PyTorch has mapped the file."""
 
 
 def _load(path: Path) -> Any:
@@ -106,7 +106,7 @@ def _load(path: Path) -> Any:
         ) from None
     except MemoryError:
         raise
-    except Exception as error:  # damage ends in errors of many types
+    except Exception as error:  # damaged files raise many types
         if _is_bare_pickle(path):
             raise MptTrtError(
                 f"{path}: in PyTorch's format from before version 1.6, which cannot be mapped "
@@ -116,9 +116,9 @@ def _load(path: Path) -> Any:
 
 
 def _require_check_sums(path: Path) -> None:
-    """Compares the parts of a zip archive with their check sums, which PyTorch leaves out.
+    """Compares the entries of a zip archive with their checksums, which PyTorch does not do.
 
-    Raises MptTrtError when one differs. A file that is no archive is left to PyTorch.
+    Raises MptTrtError when one differs. Files that are not archives are left to PyTorch.
     """
     try:
         with zipfile.ZipFile(path) as archive, ThreadPoolExecutor(4) as pool:
@@ -127,13 +127,13 @@ def _require_check_sums(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
         return
     for entry, actual in zip(entries, sums, strict=True):
-        # PyTorch can be told to write no check sums (set_crc32_options).
+        # PyTorch can be set to write no checksums (set_crc32_options).
         if entry.CRC not in (0, actual):
             raise broken(path, ValueError(f"check sum of {entry.filename}"), "some tensor")
 
 
 def _check_sum(path: Path, entry: zipfile.ZipInfo) -> int:
-    """The CRC-32 of what an uncompressed entry of an archive holds."""
+    """CRC-32 of the content of an uncompressed entry."""
     with path.open("rb") as stream:
         stream.seek(entry.header_offset + LOCAL_HEADER_BYTES - 4)
         stream.seek(sum(struct.unpack("<HH", stream.read(4))), os.SEEK_CUR)
@@ -145,7 +145,7 @@ def _check_sum(path: Path, entry: zipfile.ZipInfo) -> int:
 
 
 def _state_dict(path: Path, content: Any) -> dict[Any, Any]:
-    """The state dict itself, or the one in a trainer's container."""
+    """Finds the state dict: the content itself, or within a trainer's container."""
     if not isinstance(content, dict):
         raise MptTrtError(f"{path}: a state dict is expected, found {type(content).__name__}")
     if _has_tensors(content):
@@ -172,7 +172,7 @@ def _has_tensors(content: dict[Any, Any]) -> bool:
 
 
 def _harmless_globals() -> list[Any]:
-    """What random states and clocks in trainers' checkpoints are made of; none of it runs code."""
+    """Types of random states and clocks in trainers' checkpoints; none of them runs code."""
     reconstruct = np.zeros(1).__reduce__()[0]
     scalar = np.float64(0).__reduce__()[0]
     modules = ("numpy.core.multiarray", "numpy._core.multiarray")
@@ -188,13 +188,13 @@ def _harmless_globals() -> list[Any]:
 
 
 def _culprit(error: pickle.UnpicklingError) -> str:
-    """Names what PyTorch refused to load, without its advice to load it anyway."""
+    """Names the object that PyTorch refused to load, without its advice to load it anyway."""
     name = re.search(r"GLOBAL (\S+)", str(error))
     return name[1] if name else "it is no state dict"
 
 
 def _is_bare_pickle(path: Path) -> bool:
-    """Whether the file is a pickle without zip archive, as PyTorch wrote before version 1.6."""
+    """Returns whether the file is a bare pickle, PyTorch's format before version 1.6."""
     try:
         with path.open("rb") as stream:
             return stream.read(1) == pickle.PROTO

@@ -29,7 +29,7 @@ LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_emb
 
 
 def read_rope(attention: Mapping[str, Any], refused: Refusal) -> Rope:
-    """Reads the rope of an `attn_config` whose `rope` is true; missing keys have their defaults."""
+    """Reads the rope settings of an `attn_config` with `rope: true`; missing keys have defaults."""
     fields = _Fields("attn_config", attention, refused)
     theta = fields.number("rope_theta", Rope().theta)
     style = fields.choice("rope_impl", "dail", ("dail", "hf"))

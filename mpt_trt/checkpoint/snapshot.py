@@ -1,4 +1,4 @@
-"""Files of one commit of a hub model, and the folder of links that stands for them."""
+"""Files of one commit of a hub model, and a folder of links to them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ RECORD_FIELDS = ("source", "revision", "commit")
 class Snapshot:
     """Files of one commit in the hub cache.
 
-    source: hub id. revision: as asked for. commit: 40 hexadecimal digits. folder: holds the files,
-    and maybe others that other programs have downloaded.
+    source: hub id. revision: as requested. commit: 40 hexadecimal digits. folder: contains the
+    files, and possibly files that other programs have downloaded.
     """
 
     source: str
@@ -31,7 +31,7 @@ class Snapshot:
     files: tuple[str, ...]
 
     def provenance(self) -> dict[str, str]:
-        """Where the files come from, for manifests."""
+        """Origin of the files, for manifests."""
         return {
             "kind": "hub",
             "source": self.source,
@@ -55,7 +55,7 @@ def link_folder(snapshot: Snapshot, target: Path, force: bool = False) -> None:
     """Makes `target` a folder of symbolic links to the files of `snapshot`, plus `source.json`.
 
     If the file system has no symbolic links, they are hard links or copies. `target` is complete or
-    absent. force: see `require_replaceable`. Raises MptTrtError when it already exists and holds
+    absent. force: see `require_replaceable`. Raises MptTrtError when it exists and contains
     something else.
     """
     sizes = {name: (snapshot.folder / name).stat().st_size for name in snapshot.files}
@@ -86,7 +86,7 @@ def read_record(path: Path) -> dict[str, str]:
 
 
 def recorded_provenance(folder: Path) -> dict[str, str] | None:
-    """Reads what `link_folder` recorded in `folder`; None for any other folder.
+    """Reads the record of `link_folder` in `folder`; None for any other folder.
 
     Raises MptTrtError when the hub cache has lost a file that the folder links to.
     """

@@ -1,8 +1,7 @@
 """Finds the folder of a checkpoint or tokenizer whose source is a folder or a hub id.
 
-A path is a path: a source that is not an existing folder is a hub id only if it is spelt
-`owner/name` and `owner` is not a folder here. What a manifest recorded as a folder is never asked
-of a hub.
+A source that is not an existing folder is a hub id only if it has the form `owner/name` and `owner`
+is not a folder here. A folder that a manifest records is never requested from a hub.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from mpt_trt.errors import MptTrtError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*", re.ASCII)
 
-# The folder of the tokenizer in FT checkpoints and engine directories.
+# Folder of the tokenizer in FT checkpoints and engine directories.
 TOKENIZER_FOLDER = "tokenizer"
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` is spelt `owner/name`, and neither it nor `owner` is a path here.
+    """Returns whether `source` has the form `owner/name`, and neither it nor `owner` is a path.
 
-    Names without an owner, which a few of the hub's oldest models have, count as paths. So does
+    Names without an owner, such as those of the hub's oldest models, count as paths. So does
     everything that starts with `.`, `/` or `~`.
     """
     if HUB_ID.fullmatch(source) is None:
@@ -35,15 +34,15 @@ def is_hub_id(source: str) -> bool:
 def checkpoint_folder(source: str, revision: str = "main") -> tuple[Path, dict[str, str]]:
     """Finds the folder of a checkpoint, and its provenance (for manifests).
 
-    source: a folder, or a hub id, whose `revision` is fetched. The provenance of a hub model holds
-    kind ("hub"), source, revision and commit, also if `link_folder` made the folder; that of any
-    other folder holds kind ("folder") and its absolute path as source.
+    source: a folder, or a hub id whose `revision` is fetched. The provenance of a hub model, or of
+    a folder that `link_folder` made, has kind ("hub"), source, revision and commit. That of any
+    other folder has kind ("folder") and its absolute path as source.
 
-    Raises MptTrtError when there is no such folder, or the hub does not provide the files.
+    Raises MptTrtError when the folder does not exist, or the hub does not provide the files.
     """
     if is_hub_id(source):
         require_usable_environment()
-        # The hub's client takes longer to import than small checkpoints take to convert.
+        # Importing the hub's client takes longer than converting a small checkpoint.
         from mpt_trt.checkpoint.hub import fetch_checkpoint
 
         snapshot = fetch_checkpoint(source, revision)
@@ -53,7 +52,7 @@ def checkpoint_folder(source: str, revision: str = "main") -> tuple[Path, dict[s
 
 
 def folder_provenance(folder: Path) -> dict[str, str]:
-    """Where the content of a folder comes from: see `checkpoint_folder`.
+    """Provenance of a folder's content; see `checkpoint_folder`.
 
     Raises MptTrtError when the hub cache has lost a file that the folder links to.
     """
@@ -64,7 +63,7 @@ def folder_provenance(folder: Path) -> dict[str, str]:
 def tokenizer_folder(source: str, revision: str = "main") -> Path:
     """Finds the folder of the tokenizer of `source`, a folder or a hub id.
 
-    Raises MptTrtError when there is no such folder, or the hub does not provide the files.
+    Raises MptTrtError when the folder does not exist, or the hub does not provide the files.
     """
     if is_hub_id(source):
         require_usable_environment()
@@ -77,12 +76,12 @@ def tokenizer_folder(source: str, revision: str = "main") -> Path:
 
 
 def tokenizer_folder_of(made: Path, provenance: dict[str, Any], asked: str | None) -> Path:
-    """Finds the tokenizer for an artifact that was made from a checkpoint.
+    """Finds the tokenizer of an FT checkpoint or engine directory.
 
     made: an FT checkpoint or engine directory; its own `tokenizer` folder comes first. provenance:
     of the checkpoint, from the manifest of `made`. asked: a folder or hub id to use instead.
 
-    Raises MptTrtError when none of them names the tokenizer's source, or it is not there.
+    Raises MptTrtError when none of them names the tokenizer's source, or it does not exist.
     """
     if asked is not None:
         return tokenizer_folder(asked)
@@ -93,7 +92,7 @@ def tokenizer_folder_of(made: Path, provenance: dict[str, Any], asked: str | Non
         raise MptTrtError(
             f"{made}: does not record where its checkpoint came from; give --tokenizer_dir"
         )
-    # Older manifests have no kind; only those of hub models have a commit.
+    # Older manifests have no kind, and only those of hub models have a commit.
     usual = "hub" if "commit" in provenance else "folder"
     if provenance.get("kind", usual) != "hub":
         return _recorded_folder(made, source)
@@ -103,7 +102,7 @@ def tokenizer_folder_of(made: Path, provenance: dict[str, Any], asked: str | Non
 
 
 def _recorded_folder(made: Path, source: str) -> Path:
-    """The folder that a checkpoint was converted from; never a hub's."""
+    """Finds the folder that a checkpoint was converted from; never asks a hub."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -114,7 +113,7 @@ def _recorded_folder(made: Path, source: str) -> Path:
 
 
 def local_folder(source: str) -> Path:
-    """The folder that `source`, which is not a hub id, names; `~` stands for the home folder.
+    """Returns the folder `source`, which is not a hub id; `~` is the home folder.
 
     Raises MptTrtError when it does not exist.
     """

@@ -1,4 +1,4 @@
-"""The tokens that begin and end a model's text, found as transformers finds them."""
+"""Finds the tokens that begin and end a model's text, like transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """bos_id: begins a text, None if unknown. end_ids: each of them ends a text."""
+    """Tokens that begin a text (bos_id; None if unknown) and end one (end_ids)."""
 
     bos_id: int | None
     end_ids: tuple[int, ...]
@@ -24,9 +24,9 @@ class SpecialTokens:
 def read_special_tokens(folder: Path, tokenizer: Path, vocab_size: int) -> SpecialTokens:
     """Reads the special tokens of the checkpoint in `folder`.
 
-    End tokens are all of generation_config.json, else of config.json, else the tokenizer's. A
-    conflict between the two files is reported. tokenizer: a folder, which need not hold one; it is
-    read only when the files do not name the tokens.
+    End tokens are all of generation_config.json, otherwise of config.json, otherwise the
+    tokenizer's. A conflict between the two files is reported. tokenizer: a folder with or without a
+    tokenizer; it is read only if the files do not name the tokens.
 
     Raises MptTrtError when a token is malformed or beyond the vocabulary.
     """
@@ -49,7 +49,7 @@ def read_special_tokens(folder: Path, tokenizer: Path, vocab_size: int) -> Speci
 
 
 def _token_ids(path: Path, field: str, vocab_size: int) -> tuple[int, ...]:
-    """Different token ids in a field, which may be missing; negative ones stand for none."""
+    """Distinct token ids of a field, which may be missing; negative ones mean none."""
     value = read_json(path).get(field) if path.is_file() else None
     values = value if isinstance(value, list) else [] if value is None else [value]
     for token in values:

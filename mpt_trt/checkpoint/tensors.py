@@ -1,8 +1,8 @@
 """Reads tensors of a Hugging Face checkpoint folder lazily.
 
 Weights are safetensors or PyTorch `.bin`, in one file or in shards with an index, or a trainer's
-`.pt`, under any of the names in `weight_names`. Files are memory-mapped: until a tensor is computed
-with, it takes no memory that the system cannot reclaim. Nothing in the checkpoint is executed.
+`.pt`, under any of the names in `weight_names`. Files are memory-mapped, so unused tensors take
+only memory that the system can reclaim. Nothing in the checkpoint is executed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SAFETENSORS_TYPES = {
 
 
 class WeightFile(Protocol):
-    """One weight file."""
+    """A weight file with tensors by name."""
 
     path: Path
 
@@ -72,25 +72,25 @@ class SafetensorsShard:
         self.path = path
         try:
             with safe_open(path, framework="np"):
-                pass  # the library checks the header against the file's size
+                pass  # the library compares the header with the file's size
             self._header, data_start = _safetensors_header(path)
             self._data = np.memmap(path, np.uint8, "r")[data_start:]
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise broken(path, error, _first_incomplete_tensor(path)) from None
 
     def names(self) -> Iterable[str]:
-        """See `WeightFile`."""
+        """Implements `WeightFile`."""
         return self._header
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """See `WeightFile`."""
+        """Implements `WeightFile`."""
         return tuple(self._header[name]["shape"])
 
     def require_values(self, name: str) -> None:
-        """Does nothing: the format has only whole tensors."""
+        """Does nothing, because the format has only whole tensors."""
 
     def tensor(self, name: str) -> NDArray:
-        """See `WeightFile`."""
+        """Implements `WeightFile`."""
         entry = self._header[name]
         if entry["dtype"] not in SAFETENSORS_TYPES:
             raise not_float(self.path, name, entry["dtype"])
@@ -99,18 +99,18 @@ class SafetensorsShard:
         return data.reshape(entry["shape"])
 
     def prefetch(self, name: str) -> None:
-        """See `WeightFile`."""
+        """Implements `WeightFile`."""
         start, stop = self._header[name]["data_offsets"]
         map_pages(self._data[start:stop])
 
 
 class HfCheckpoint:
-    """The tensors of a checkpoint whose names, shapes and types have been checked.
+    """Tensors of a checkpoint, with checked names, shapes and types.
 
     Raises MptTrtError, naming file and tensor, when a shard is missing or broken, or a tensor is
     missing, unexpected, of another shape or not floating point.
 
-    adapter: folder of a LoRA adapter that is merged while tensors are read; None for none.
+    adapter: folder of a LoRA adapter that is merged while tensors are read; None: no adapter.
     """
 
     def __init__(self, folder: Path, weights: list[Weight], adapter: Path | None = None):
@@ -129,9 +129,9 @@ class HfCheckpoint:
             self._adapter.require_fitting({_hf_name(w): w.shape for w in weights if w.hf_name})
 
     def tensor(self, weight: Weight) -> NDArray:
-        """A tensor as stored and memory-mapped: `weight.shape`, of one of EXPONENTS' types.
+        """Reads a tensor `weight.shape` as stored, memory-mapped, of one of EXPONENTS' types.
 
-        One that the adapter updates is a new array, float32.
+        A tensor that the adapter updates is a new float32 array.
         """
         shard, name = self._location[_hf_name(weight)]
         stored = shard.tensor(name)
@@ -139,7 +139,7 @@ class HfCheckpoint:
         return stored if update is None else update.merged(stored)
 
     def adapter_provenance(self) -> dict[str, str]:
-        """What manifests record of the adapter; nothing if there is none."""
+        """Origin of the adapter, for manifests; {} without an adapter."""
         return {} if self._adapter is None else self._adapter.provenance()
 
     def prefetch(self, weight: Weight) -> None:
@@ -153,7 +153,7 @@ class HfCheckpoint:
         return f"{shard.path}: tensor {name}"
 
     def _locate_tensors(self, shard: WeightFile, indexed: dict[str, str]) -> None:
-        """indexed: file names by tensor, as the index has them."""
+        """Assigns the tensors of a shard. indexed: file names by tensor, from the index."""
         for stored in filter(is_weight, shard.names()):
             if (place := indexed.get(stored, shard.path.name)) != shard.path.name:
                 raise MptTrtError(
@@ -236,7 +236,7 @@ def _open_weight_file(path: Path) -> WeightFile:
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Reads the entries of a safetensors file by tensor name, and where the data begins.
+    """Reads the entries of a safetensors file by tensor name, and the offset of its data.
 
     Format: 8 bytes little-endian header length, JSON header with `data_offsets` relative to the end
     of the header, data (safetensors README, section "Format").
@@ -250,7 +250,7 @@ def _safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def _first_incomplete_tensor(path: Path) -> str:
-    """The first tensor whose bytes lie beyond the end of a truncated safetensors file."""
+    """Name of the first tensor that is incomplete in a truncated safetensors file."""
     try:
         header, data_start = _safetensors_header(path)
         ends = {name: data_start + entry["data_offsets"][1] for name, entry in header.items()}

@@ -1,7 +1,7 @@
-"""Converts text to token ids and back, with the tokenizer that transformers makes of a folder.
+"""Converts text to token ids and back, with transformers' tokenizers.
 
-The ids are those of `AutoTokenizer`: added tokens count wherever they are stored, and truncation
-and padding that a training run left in tokenizer.json do not. Code in the folder is not executed.
+The ids are those of `AutoTokenizer`. Added tokens count wherever they are stored; truncation and
+padding that a training run left in tokenizer.json are ignored. Code in the folder is not executed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from mpt_trt.system.json_text import MOST_BYTES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Each of them by itself is enough for a tokenizer.
+# Each of these files is enough for a tokenizer.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# What transformers reads, config.json for the kind of tokenizer where none is named elsewhere.
+# Files that transformers reads; config.json names the kind of tokenizer if no other file does.
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     "merges.txt",
@@ -41,30 +41,30 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer of transformers. folder: where its files lie."""
+    """A tokenizer of transformers. folder: folder of its files."""
 
     backend: PreTrainedTokenizerBase
     folder: Path
 
     @property
     def bos_token_id(self) -> int | None:
-        """Id of the token that begins a text, None if the tokenizer names none."""
+        """Id of the token that begins a text; None if there is none."""
         return _optional_id(self.backend.bos_token_id)
 
     @property
     def eos_token_id(self) -> int | None:
-        """Id of the token that ends a text, None if the tokenizer names none."""
+        """Id of the token that ends a text; None if there is none."""
         return _optional_id(self.backend.eos_token_id)
 
     @property
     def pad_token_id(self) -> int | None:
-        """Id of the token that fills up rows, None if the tokenizer names none."""
+        """Id of the token that fills up rows; None if there is none."""
         return _optional_id(self.backend.pad_token_id)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with the tokenizer's special tokens unless told otherwise.
+        """Converts text to token ids, by default with the tokenizer's special tokens.
 
-        Raises MptTrtError when the text holds bytes that are not UTF-8 (lone surrogates).
+        Raises MptTrtError when the text contains bytes that are not UTF-8 (lone surrogates).
         """
         _require_utf8(text)
         with _plain_errors(self.folder):
@@ -78,7 +78,7 @@ class Tokenizer:
         return [int(token) for token in encoded["input_ids"]]
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids, without special tokens unless told otherwise."""
+        """Converts token ids to text, by default without special tokens."""
         with _plain_errors(self.folder):
             return str(self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
@@ -101,12 +101,12 @@ class Tokenizer:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a tokenizer."""
+    """Returns whether the folder contains a tokenizer."""
     return any((folder / name).is_file() for name in VOCABULARY_FILES)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Lists the files that make up the folder's tokenizer; [] when there is no tokenizer.
+    """Lists the files of the folder's tokenizer; [] if there is no tokenizer.
 
     Raises MptTrtError when one of them is a git-LFS pointer or damaged JSON.
     """
@@ -123,12 +123,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if not tokenizer_files(folder):
         path = folder / VOCABULARY_FILES[0]
         raise MptTrtError(f"{path}: no such file; name the folder that holds the tokenizer")
-    # Takes seconds, so nothing else that needs no text waits for it.
+    # The import takes seconds, and commands without text do not need it.
     from transformers import AutoTokenizer, MptConfig
 
     with _plain_errors(folder):
-        # Its own MPT, instead of a config.json beside the tokenizer: transformers knows neither
-        # grouped-query attention nor llm-foundry's numbers, nor MPT's relatives.
+        # transformers' own MPT configuration instead of the folder's config.json, because
+        # transformers does not support grouped-query attention, llm-foundry's numbers or MPT's
+        # relatives.
         backend = AutoTokenizer.from_pretrained(
             str(folder.absolute()),
             config=MptConfig(),
@@ -136,14 +137,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             trust_remote_code=False,
             local_files_only=True,
         )
-        # Some damage shows only when text is read.
+        # Some damage is detected only when text is read.
         backend("a", truncation=False, padding=False)
     return Tokenizer(backend, folder)
 
 
 def _require_whole(path: Path) -> None:
     require_content(path)
-    # A tokenizer of many languages may be larger than any other JSON.
+    # A multilingual tokenizer may be larger than any other JSON file.
     if path.suffix == ".json" and path.stat().st_size <= MOST_BYTES:
         read_json(path)
 
@@ -164,13 +165,13 @@ def _optional_id(value: Any) -> int | None:
 
 @contextlib.contextmanager
 def _plain_errors(folder: Path) -> Iterator[None]:
-    """Turns what the libraries raise into MptTrtError."""
+    """Turns the libraries' errors into MptTrtError."""
     try:
         with _stderr_of_success():
             yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, MptTrtError):
         raise
-    except BaseException as error:  # the library's panics are no Exception
+    except BaseException as error:  # panics of the library are not of type Exception
         reason = " ".join(str(error).split())
         path = folder / VOCABULARY_FILES[0]
         raise MptTrtError(
@@ -181,7 +182,7 @@ def _plain_errors(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stderr_of_success() -> Iterator[None]:
-    """Drops what is written to stderr if the block raises: Rust prints panics there itself."""
+    """Drops output to stderr if the block raises, because Rust prints panics there."""
     sys.stderr.flush()
     try:
         stderr = os.dup(2)

@@ -1,4 +1,4 @@
-"""Errors about weight files that readers of every format raise."""
+"""Errors about weight files, for readers of every format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mpt_trt.errors import MptTrtError
 
 
 def broken(path: Path, error: Exception, tensor: str) -> MptTrtError:
-    """Makes the error for a damaged file whose `tensor`, or every tensor, cannot be read."""
+    """Makes the error for a damaged file. tensor: the unreadable tensor; None: the whole file."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     if path.is_file() and path.stat().st_size == 0:
         reason = "the file is empty"
@@ -18,7 +18,7 @@ def broken(path: Path, error: Exception, tensor: str) -> MptTrtError:
 
 
 def not_float(path: Path, name: str, dtype: str) -> MptTrtError:
-    """Makes the error for a tensor of integers or of numbers of less than 16 bits."""
+    """Makes the error for a tensor of integers or of numbers with fewer than 16 bits."""
     return MptTrtError(
         f"{path}: tensor {name} is {dtype}; only unquantized checkpoints (float32, float16, "
         "bfloat16) are read"

@@ -1,10 +1,10 @@
-"""The names that programs give to an MPT's tensors, and the one name of each."""
+"""Maps the tensor names of different programs to MPT's own."""
 
 from __future__ import annotations
 
-# Modules that wrap others: torch.compile, FSDP, activation checkpointing, DataParallel.
+# Names of wrappers: torch.compile, FSDP, activation checkpointing, DataParallel.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"})
-# Owners of the model: Composer and PEFT, then the causal language model itself.
+# Names of owners of the model: Composer and PEFT, then the causal language model.
 OWNERS = frozenset({"base_model", "model", "transformer"})
 # mosaic_gpt's and replit_lm's names of layers by those of MPT (llm-foundry's
 # `scripts/misc/convert_examples_ckpt.py`).
@@ -16,13 +16,13 @@ LAYERS = {
     "mlp_up": "up_proj",
     "mlp_down": "down_proj",
 }
-# What TransformerEngine keeps for training in FP8.
+# State that TransformerEngine keeps for training in FP8.
 EXTRA_STATE = "_extra_state"
 USUAL_PREFIXES = ("transformer.", "")
 
 
 def plain_name(stored: str) -> str:
-    """The name of a tensor in llm-foundry's MPT without `transformer.`, e.g. `wte.weight`."""
+    """Returns a tensor's name in llm-foundry's MPT without `transformer.`, e.g. `wte.weight`."""
     parts = [part for part in stored.split(".") if part not in WRAPPERS]
     while len(parts) > 1 and parts[0] in OWNERS:
         parts.pop(0)
@@ -30,5 +30,5 @@ def plain_name(stored: str) -> str:
 
 
 def is_weight(stored: str) -> bool:
-    """Whether a stored tensor is a weight, not what a program keeps beside them."""
+    """Returns whether a stored tensor is a weight, not other state of a program."""
     return not stored.endswith(EXTRA_STATE)

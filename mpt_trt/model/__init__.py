@@ -1,1 +1,1 @@
-"""What an MPT is: architecture, tensors, which rank holds what, one block in PyTorch."""
+"""The MPT model: architecture, tensors, division among ranks, and one block in PyTorch."""

@@ -16,8 +16,8 @@ from mpt_trt.model.rope import Rope
 PositionEmbedding = Literal["alibi", "learned", "rope"]
 NormType = Literal["layernorm", "rmsnorm"]
 
-# Several times what the largest models have. Time and memory grow with these numbers before any
-# weight is read, so that a damaged or malicious file must not choose them.
+# Several times the largest models' sizes. Time and memory grow with these numbers before any weight
+# is read, so a damaged or malicious file must not choose them freely.
 MOST = {
     "hidden_size": 1 << 17,
     "num_heads": 1 << 12,
@@ -32,7 +32,7 @@ POSITIVE = ("softmax_scale", "logit_scale", "layer_norm_epsilon", "qk_ln_epsilon
 
 @dataclass(frozen=True)
 class MptConfig:
-    """Architecture of an MPT decoder; sizes are of the whole model, not of a rank.
+    """Architecture of an MPT decoder; sizes are those of the whole model.
 
     intermediate_size: width of the feed-forward layer.
     softmax_scale: factor on `Q K^T`.
@@ -43,8 +43,8 @@ class MptConfig:
     bias: linear layers and norms have biases.
     bos_token_id, eos_token_id: None when neither the config nor the tokenizer names one.
 
-    Raises MptTrtError when a size is beyond any model, sizes do not divide each other, or a factor
-    is not positive.
+    Raises MptTrtError when a size is larger than any model's, sizes do not divide each other, or a
+    factor is not positive.
     """
 
     hidden_size: int
@@ -90,7 +90,7 @@ class MptConfig:
 
     @property
     def max_positions(self) -> int | None:
-        """Number of positions that are defined; None if there is no limit."""
+        """Maximum number of positions; None if there is no limit."""
         is_dynamic = self.rope is not None and self.rope.scaling == "dynamic"
         return self.max_seq_len if self.position_embedding == "learned" or is_dynamic else None
 

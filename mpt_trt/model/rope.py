@@ -9,17 +9,17 @@ from typing import Literal
 from mpt_trt.errors import MptTrtError
 
 RopeScaling = Literal["none", "linear", "dynamic", "llama3"]
-# Several times what the largest models have.
+# Several times the largest models' values.
 MOST_THETA = 1e12
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Settings of rotary position embedding, with the names that Llama's configurations have.
+    """Settings of rotary position embedding, with the names of Llama's configurations.
 
-    theta: base of the frequencies.
-    scaling: "linear" divides positions by `factor`. "dynamic" changes nothing for the first
-        max_seq_len positions, and is not computed beyond them. "llama3" divides low frequencies by
+    theta: base of the frequencies. scaling: "linear" divides positions by `factor`. "dynamic"
+    changes nothing within max_seq_len positions, and is not computed beyond them. "llama3" divides
+    low frequencies by
         `factor`; the last three settings belong to it.
 
     Raises MptTrtError when a number is not positive or the frequencies are not in order.

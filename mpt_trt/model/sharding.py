@@ -1,7 +1,7 @@
-"""Which part of each matrix a tensor-parallel rank holds: pure functions over index ranges.
+"""Divides a model among tensor-parallel ranks: pure functions over index ranges.
 
-Attention heads and feed-forward columns are divided among ranks; a matrix that feeds them is cut by
-output columns, one that gathers them by input rows (Shoeybi et al. 2019, arXiv:1909.08053).
+Attention heads and feed-forward columns are divided among ranks. The matrix before them is split by
+output columns, the matrix after them by input rows (Shoeybi et al. 2019, arXiv:1909.08053).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class VocabularySharding:
-    """Which of the vocabulary's matrices ranks share, instead of each holding the whole."""
+    """The vocabulary's matrices that are split among ranks instead of copied to each."""
 
     embedding: bool = False
     head: bool = True
@@ -62,16 +62,16 @@ def all_ranks(tp_size: int) -> list[Rank]:
 
 
 def is_legal(config: MptConfig, tp_size: int) -> bool:
-    """Whether every rank gets whole attention heads and equal feed-forward columns.
+    """Returns whether every rank gets whole attention heads and equal feed-forward columns.
 
-    K/V heads are divided among ranks, or each is replicated on tp_size / num_kv_heads ranks.
+    K/V heads are divided among ranks, or each of them is on tp_size / num_kv_heads ranks.
     """
     kv_fits = config.num_kv_heads % tp_size == 0 or tp_size % config.num_kv_heads == 0
     return config.num_heads % tp_size == 0 and config.intermediate_size % tp_size == 0 and kv_fits
 
 
 def require_legal(config: MptConfig, tp_size: int) -> None:
-    """Raises MptTrtError, listing the legal sizes, when a model cannot be cut in tp_size parts."""
+    """Raises MptTrtError, listing the valid sizes, when tp_size does not divide the model."""
     if tp_size >= 1 and is_legal(config, tp_size):
         return
     legal = [str(size) for size in range(1, MAX_TP_SIZE + 1) if is_legal(config, size)]
@@ -83,10 +83,10 @@ def require_legal(config: MptConfig, tp_size: int) -> None:
 
 
 def vocabulary_rows(config: MptConfig, rank: Rank) -> Range:
-    """The tokens whose row of a sharded embedding or head this rank holds.
+    """Tokens whose rows of a sharded embedding or head are on this rank.
 
-    Every rank has as many rows but the last ones, which may hold fewer or none; the network pads
-    what they lack (`vocabulary_width`), and drops the padding where ranks meet.
+    The last ranks may have fewer rows or none. The network pads them to `vocabulary_width`, and
+    removes the padding when it joins the ranks' parts.
     """
     width = vocabulary_width(config, rank.tp_size)
     start = min(rank.index * width, config.vocab_size)
@@ -94,7 +94,7 @@ def vocabulary_rows(config: MptConfig, rank: Rank) -> Range:
 
 
 def vocabulary_width(config: MptConfig, tp_size: int) -> int:
-    """Rows of a rank's part of the vocabulary, padding included."""
+    """Rows of a rank's part of the vocabulary, including padding."""
     return -(-config.vocab_size // tp_size)
 
 

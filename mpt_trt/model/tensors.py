@@ -1,4 +1,4 @@
-"""Every tensor of an MPT: its Hugging Face name and shape, its FT name, and how ranks share it."""
+"""Lists the tensors of an MPT: Hugging Face name and shape, FT name, and division among ranks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Split(Enum):
-    """How tensor-parallel ranks share a tensor.
+    """Division of a tensor among tensor-parallel ranks.
 
-    WHOLE: every rank reads the one file. QKV, COLUMNS: by output features (QKV per head within
-    Q, K and V). ROWS: by input features.
+    WHOLE: every rank reads the same file. QKV, COLUMNS: by output features (QKV by heads within Q,
+    K and V). ROWS: by input features.
     """
 
     WHOLE = "whole"
@@ -27,12 +27,12 @@ class Split(Enum):
 
 
 class BlockMatrix(StrEnum):
-    """One of the four matrices of a block, by the name that FasterTransformer gives its layer.
+    """One of the four matrices of a block, named like its layer in FasterTransformer.
 
-    Formats with names of their own have a table of these members where they are read or written.
+    Readers and writers of formats with other names have a table of these members.
 
-    hf_name: Hugging Face name of the layer within a block. split_by: how ranks share the matrix.
-    norm: name of the norm whose output it multiplies; None when its input comes from another layer.
+    hf_name: Hugging Face name of the layer within a block. split_by: division among ranks. norm:
+    name of the norm before it; None if its input comes from another layer.
     """
 
     hf_name: str
@@ -45,7 +45,7 @@ class BlockMatrix(StrEnum):
     DOWN = "mlp.dense_4h_to_h", "ffn.down_proj", Split.ROWS, None
 
     def __new__(cls, name: str, hf_name: str, split_by: Split, norm: str | None) -> BlockMatrix:
-        """Makes a member that equals its name."""
+        """Makes a member that is equal to its name."""
         member = str.__new__(cls, name)
         member._value_ = name
         member.hf_name, member.split_by, member.norm = hf_name, split_by, norm
@@ -83,7 +83,7 @@ class Weight:
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is a block's matrix."""
+        """Returns whether the tensor is a block's matrix."""
         return self.matrix is not None
 
     @property
@@ -99,15 +99,15 @@ BlockMatrices = Mapping[BlockMatrix, Weight]
 
 
 class WeightReader(Protocol):
-    """What reads single tensors of a checkpoint."""
+    """Reader of single tensors of a checkpoint."""
 
     def tensor(self, weight: Weight) -> NDArray[Any]:
-        """`weight.shape`, in the stored type; maybe memory-mapped."""
+        """Reads a tensor `weight.shape` in the stored type; it may be memory-mapped."""
         ...
 
 
 def weights(config: MptConfig) -> list[Weight]:
-    """All tensors of the model, in the order in which data flows through them."""
+    """Lists all tensors of the model in the order of computation."""
     tensors = [Weight("wte", "wte.weight", (config.vocab_size, config.hidden_size))]
     if config.position_embedding == "learned":
         tensors.append(Weight("wpe", "wpe.weight", (config.max_seq_len, config.hidden_size)))
@@ -156,14 +156,14 @@ def _linear(config: MptConfig, layer: int, matrix: BlockMatrix) -> list[Weight]:
     shape, split = matrix.shape(config), matrix.split_by
     tensors = [Weight(f"{name}.weight", f"{hf_name}.weight", shape, split, layer, matrix)]
     if config.bias:
-        # A row-split layer's bias is added once, after the ranks' sums have met.
+        # A row-split layer's bias is added once, after the ranks' sums are added.
         bias_split = Split.WHOLE if split is Split.ROWS else split
         tensors.append(Weight(f"{name}.bias", f"{hf_name}.bias", shape[:1], bias_split))
     return tensors
 
 
 def block_matrices(config: MptConfig, layer: int) -> dict[BlockMatrix, Weight]:
-    """The matrices of a block by their place in it."""
+    """Matrices of a block."""
     return {
         weight.matrix: weight
         for weight in _layer_weights(config, layer)
@@ -172,6 +172,6 @@ def block_matrices(config: MptConfig, layer: int) -> dict[BlockMatrix, Weight]:
 
 
 def preceding_norm(weight: Weight) -> str | None:
-    """FT name of the norm whose output a block's matrix multiplies, if it multiplies one's."""
+    """FT name of the norm directly before a block's matrix; None if there is none."""
     layer, matrix = weight.place
     return None if matrix.norm is None else f"layers.{layer}.{matrix.norm}"

@@ -1,9 +1,9 @@
-"""One MPT block in plain PyTorch: the mathematics that the reference and calibration share.
+"""One MPT block in plain PyTorch, which the reference and calibration compute with.
 
 It follows llm-foundry's definition of MPT (`models/layers/{attention,blocks,ffn,norm}.py`):
-pre-norm; `Wqkv` has rows Q | K | V; its output is clamped before it reaches `q_ln` and `k_ln`,
-which span all heads; rope rotates what comes out of them; query head i reads key-value head
-`i // (num_heads / num_kv_heads)`; exact GELU.
+pre-norm; `Wqkv` has rows Q | K | V; its output is clamped before `q_ln` and `k_ln`, which span all
+heads; rope rotates their output; query head i reads key-value head `i // (num_heads /
+num_kv_heads)`; exact GELU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class PlainBlock(nn.Module):
-    """A block over whole sequences; submodules have the names that llm-foundry gives them."""
+    """A block over whole sequences; submodules have llm-foundry's names."""
 
     def __init__(self, config: MptConfig):
         super().__init__()
@@ -121,7 +121,7 @@ def _qk_norm(config: MptConfig, size: int) -> nn.Module:
 
 
 def causal_bias(config: MptConfig, length: int) -> Tensor:
-    """Computes the term added to attention scores: ALiBi, if any, and -inf after the query.
+    """Computes the term added to attention scores: ALiBi, if any, and -inf for later keys.
 
     Returns float32 `[num_heads, length, length]`, or `[1, length, length]` without ALiBi.
     """

@@ -33,13 +33,13 @@ class ModelTensors:
         self._weights = {w.hf_name: w for w in weights(config) if w.hf_name is not None}
 
     def tensor(self, name: str) -> Tensor:
-        """A copy of the tensor with this name, e.g. `blocks.0.norm_1.weight`."""
+        """Copies the tensor with this name, e.g. `blocks.0.norm_1.weight`."""
         stored = _as_torch(self.reader.tensor(self._weights[name]))
         # Always a copy, because the file is mapped for reading only.
         return stored.to(self.device, self.dtype, copy=True)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors whose names start with `prefix`, by the rest of their names."""
+        """Copies all tensors whose names start with `prefix`; keys are the rest of their names."""
         names = [name for name in self._weights if name.startswith(prefix)]
         return {name.removeprefix(prefix): self.tensor(name) for name in names}
 

@@ -1,1 +1,1 @@
-"""Arithmetic of the quantization schemes: integers, E4M3, smoothing. Touches no files."""
+"""Arithmetic of the quantization schemes, without files: integers, E4M3, smoothing."""

@@ -1,4 +1,4 @@
-"""The amax of a model's activations by linear layer, as a calibration pass finds them."""
+"""The amax of each linear layer's inputs and outputs, from a calibration pass."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class LinearAmax:
 
 
 ActivationAmax = list[dict[BlockMatrix, LinearAmax]]
-"""By layer, then by the matrix of the linear layer."""
+"""Amax by layer, then by matrix."""
 
 
 def amax_of(amax: ActivationAmax, weight: Weight) -> LinearAmax:
-    """The amax of the layer that `weight` belongs to; raises KeyError or IndexError without it."""
+    """Returns the amax of the layer of `weight`; raises KeyError or IndexError without it."""
     layer, matrix = weight.place
     return amax[layer][matrix]
 

@@ -1,4 +1,4 @@
-"""Rounding of the matrices that AWQ has scaled (Lin et al., arXiv:2306.00978) to 4-bit integers."""
+"""Rounds matrices that AWQ has scaled (Lin et al., arXiv:2306.00978) to 4-bit integers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPSET, IR_VERSION = 21, 10
 
 
 def quantized_rows(weight: NDArray[Any], scales: NDArray[np.float32]) -> NDArray[np.int8]:
-    """Computes round(weight / scale), halves to even, in -8..7.
+    """Computes round(weight / scale), half to even, in -8..7.
 
     weight: `[out_features, in_features]`. scales: `[out_features, in_features / group_size]`.
     """
@@ -36,7 +36,7 @@ def quantized_rows(weight: NDArray[Any], scales: NDArray[np.float32]) -> NDArray
 
 @functools.cache
 def _quantizer(group_size: int) -> onnxruntime.InferenceSession:
-    """A session that computes round(weight / scale), halves to even, in one pass over weights."""
+    """Makes a session that computes round(weight / scale), half to even, in one pass."""
     node = helper.make_node(
         "QuantizeLinear",
         ["weight", "scales"],

@@ -1,4 +1,4 @@
-"""Rounding of matrices to E4M3, eight-bit floating point numbers (arXiv:2209.05433)."""
+"""Rounds matrices to E4M3, eight-bit floating point numbers (arXiv:2209.05433)."""
 
 from __future__ import annotations
 

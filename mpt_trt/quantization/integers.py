@@ -17,16 +17,16 @@ from mpt_trt.arrays.cast import convert
 Word = TypeVar("Word", np.uint8, np.uint64)
 
 FLOAT32 = np.dtype(np.float32)
-# Elements of a block: its temporaries must stay in the processor's cache.
+# Elements per block; its temporaries must stay in the processor's cache.
 BLOCK_ELEMENTS = 1 << 18
-# The lower half of each byte of a word.
+# Mask of the lower half of each byte of a word.
 LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
-# The bits of the largest float32 below 0.5, and of the sign.
+# Bits of the largest float32 below 0.5, and of the sign.
 BELOW_HALF, SIGN = np.uint32(0x3EFFFFFF), np.uint32(0x80000000)
 
 
 def row_blocks(matrix: NDArray[Any], multiple: int = 1) -> Iterator[NDArray[Any]]:
-    """Yields successive rows of a matrix: as many multiples of `multiple` as a block holds."""
+    """Yields successive blocks of rows; the number of rows is a multiple of `multiple`."""
     step = max(1, BLOCK_ELEMENTS // (matrix.shape[1] * multiple)) * multiple
     for start in range(0, len(matrix), step):
         yield matrix[start : start + step]
@@ -58,8 +58,8 @@ def quantize(
     """Yields blocks of rows of round(matrix / scale), clipped to the signed range of `bits` bits.
 
     scales: float32 `[groups, out_features]`, each for in_features / groups rows; columns of zeros
-    may have scale 0. Halves are rounded away from zero, as in FT's weight-only layers. If groups
-    have an even number of rows, so have all blocks but the last.
+    may have scale 0. Half is rounded away from zero, as in FT's weight-only layers. If groups have
+    an even number of rows, so do all blocks except the last.
     """
     limit = 1 << (bits - 1)
     nonzero = np.where(scales == 0, np.float32(1), scales)
@@ -73,10 +73,10 @@ def quantize(
 
 
 def _past_halves(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Moves values away from zero so that truncating rounds them, halves away from zero.
+    """Moves values away from zero so that truncation rounds them, half away from zero.
 
-    They move by the largest number below a half: by a half, values just below a half would reach
-    the next integer.
+    They move by the largest number below 0.5. With 0.5, values just below a half would reach the
+    next integer.
     """
     bits = values.view(np.uint32) & SIGN
     bits |= BELOW_HALF
@@ -85,7 +85,7 @@ def _past_halves(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def packed(blocks: Iterator[NDArray[np.int8]]) -> Iterator[NDArray[np.uint8]]:
-    """Applies `pack_int4` to blocks of a matrix, all but the last with an even number of rows."""
+    """Applies `pack_int4` to blocks with an even number of rows; the last one may be odd."""
     return map(pack_int4, blocks)
 
 
@@ -108,7 +108,8 @@ def pack_int4_rows(values: NDArray[np.int8]) -> NDArray[np.uint8]:
 
     The number of rows must be even. The transpose is `pack_int4` of the transposed values.
     """
-    # Eight bytes at a time if rows are whole words: a shift of masked nibbles stays in its byte.
+    # Eight bytes at a time if rows are whole words, because shifted masked nibbles stay in their
+    # byte.
     if values.flags.c_contiguous and values.shape[1] % 8 == 0:
         words = values.view(np.uint64)
         return _packed_pairs(words, np.uint64(LOW_NIBBLES), np.uint64(4)).view(np.uint8)
@@ -122,7 +123,7 @@ def _packed_pairs(rows: NDArray[Word], low_nibbles: Word, nibble_bits: Word) -> 
 
 
 def stored_scales(scales: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Rounds scales to a network's type; none becomes 0, which TensorRT refuses.
+    """Rounds scales to a network's type, but never to 0, which TensorRT rejects.
 
     If a scale is 0 or too small for the type, its weights are 0 or too small as well.
     """

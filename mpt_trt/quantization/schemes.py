@@ -1,7 +1,7 @@
 """Ways to store a model's block matrices and KV cache, and the calibration that each needs.
 
-Each scheme is a dataclass, so that no code has to know which options belong together. The
-embedding, the head, norms and biases stay in the network's own type.
+Each scheme is a dataclass with its own options. The embedding, the head, norms and biases stay in
+the network's own type.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import is_legal
 
 QuantizationFormat = Literal["int4_awq", "fp8", "int8_sq", "kv_cache"]
-"""What calibration is made for; the first three are AMMO's names. `kv_cache`: only the amax of keys
-and values."""
+"""Format of a calibration result; the first three names are AMMO's. `kv_cache`: only the amax of
+keys and values."""
 
 KvCacheType = Literal["auto", "int8", "fp8"]
-"""How keys and values are stored; `auto`: in the network's own type."""
+"""Storage of keys and values; `auto`: in the network's own type."""
 
 CALIBRATION_BATCH_SIZE = 8
-"""Default for the maximum number of samples that calibration computes at a time."""
+"""Default maximum number of samples per calibration batch."""
 
 SMOOTHQUANT_ALPHA = 0.5
 """Migration strength of int8_sq calibration results, as in AMMO. ModelOpt's own default, 1, moves
@@ -76,7 +76,7 @@ class Fp8:
 
 WeightQuantization = WeightOnly | Awq | SmoothQuant | Fp8
 
-# For each method of config.yaml, how to make its scheme, and the options that it has.
+# Constructor and options of the scheme of each method in config.yaml.
 METHODS: dict[str, tuple[Callable[..., WeightQuantization], frozenset[str]]] = {
     "int8_weight_only": (functools.partial(WeightOnly, 8), frozenset()),
     "int4_weight_only": (functools.partial(WeightOnly, 4), frozenset({"group_size"})),
@@ -95,7 +95,7 @@ class Quantization:
 
     @property
     def uses_fp8(self) -> bool:
-        """Whether the engine computes with E4M3 numbers."""
+        """Returns whether the engine computes with E4M3 numbers."""
         return isinstance(self.scheme, Fp8) or self.kv_cache == "fp8"
 
 
@@ -111,7 +111,7 @@ def make_weight_quantization(method: str, **options: Any) -> WeightQuantization 
 
 
 def method_of(scheme: WeightQuantization | None) -> str:
-    """The name of a scheme's method in config.yaml."""
+    """Name of a scheme's method in config.yaml."""
     if scheme is None:
         return "none"
     if isinstance(scheme, WeightOnly):
@@ -151,7 +151,7 @@ def scale_block(scheme: WeightOnly, in_features: int) -> int | None:
 
 
 def folds_into_values(config: MptConfig, kv_cache: KvCacheType) -> bool:
-    """Whether V's columns can absorb the pre-quant scale of the layer after attention.
+    """Returns whether V's columns can absorb the pre-quant scale of the layer after attention.
 
     Each column must have only one use, and nothing may depend on its amax: neither clipping nor the
     scale of a quantized cache.
@@ -161,7 +161,7 @@ def folds_into_values(config: MptConfig, kv_cache: KvCacheType) -> bool:
 
 
 def default_group_size(config: MptConfig) -> int:
-    """Chooses 128, or less for models so narrow that a group would lie across ranks.
+    """Chooses 128, or fewer if a group of 128 would cross a border between ranks.
 
     It depends only on the model: all tensor-parallel sizes up to 8 share the same groups.
     """
@@ -176,7 +176,7 @@ def default_group_size(config: MptConfig) -> int:
 
 
 def require_fitting_groups(config: MptConfig, tp_size: int, group_size: int) -> None:
-    """Raises MptTrtError, with the legal sizes, when a group would lie across two ranks."""
+    """Raises MptTrtError, listing the valid sizes, when a group would be on two ranks."""
     inputs = (
         config.hidden_size,
         config.hidden_size // tp_size,

@@ -28,7 +28,7 @@ LARGEST = 127
 """Integers are symmetric: -128 is not used."""
 # Lower bound of smoothing factors, and of the weight amax that they are computed from.
 SMALLEST_FACTOR = 1e-5
-# Below any real amax: stands in for the amax of zeros, which would have no scale.
+# Replaces the amax of zeros, which would have no scale; below any real amax.
 SMALLEST_AMAX = 1e-8
 
 FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
@@ -54,8 +54,8 @@ def smoothing_factors(
     input_amax: x, amax of each input feature. weight_amax: w, amax of each input feature's weights.
     dtype: type of the weights.
     """
-    # float32 powers are PyTorch's, as in the original: they differ from NumPy's in the last place.
-    # Imported here because plain conversions and networks of smoothed weights do without PyTorch.
+    # float32 powers are PyTorch's, as in the original, because NumPy's differ in the last place.
+    # Imported here because plain conversions and networks of smoothed weights do not need PyTorch.
     import torch
 
     of_weights = np.maximum(weight_amax, np.float32(SMALLEST_FACTOR))
@@ -90,7 +90,7 @@ def quantized(weight: NDArray[Any], scales: NDArray[np.float32]) -> NDArray[np.i
 
 @dataclass(frozen=True)
 class Int8Scales:
-    """The scales of one layer's whole matrix, by the names that FT has for them.
+    """Scales of one layer's whole matrix, with FT's names.
 
     Arrays, float32 `[out_features]`. w_orig_quant: factor that quantizes the weights of an output
     feature, one value per matrix (one each for Q, K and V). w_orig_quant_col: likewise, one value
@@ -126,7 +126,7 @@ def int8_scales(
     nonzero_amax = np.maximum(weight_amax, np.float32(SMALLEST_AMAX))
     by_column = _rounded(np.divide(np.float32(LARGEST), nonzero_amax), dtype)
     ends = np.cumsum(parts)[:-1]
-    # The smallest scale is that of the largest weight.
+    # The largest weight has the smallest scale.
     by_part = np.concatenate([np.full_like(part, part.min()) for part in np.split(by_column, ends)])
     input_amax = max(input_amax, SMALLEST_AMAX)
     output_amax = max(output_amax, SMALLEST_AMAX)
@@ -151,7 +151,7 @@ def int8_scales(
 
 
 def _rounded(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[np.float32]:
-    """Rounds scales as the original's arithmetic does: to float16 for weights in float16.
+    """Rounds scales like the original: to float16 for weights in float16.
 
     Scales outside float16's normal range stay as they are; the original gets infinities, zeros and
     denormal numbers there.
