@@ -123,13 +123,12 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if not tokenizer_files(folder):
         path = folder / VOCABULARY_FILES[0]
         raise MptTrtError(f"{path}: no such file; name the folder that holds the tokenizer")
-    # The import takes seconds, and commands without text do not need it.
-    from transformers import AutoTokenizer, MptConfig
+    with _plain_errors(folder), _without_pytorch():
+        # A second to import, so nothing that needs no text waits for it.
+        from transformers import AutoTokenizer, MptConfig
 
-    with _plain_errors(folder):
-        # transformers' own MPT configuration instead of the folder's config.json, because
-        # transformers does not support grouped-query attention, llm-foundry's numbers or MPT's
-        # relatives.
+        # Its own MPT, instead of a config.json beside the tokenizer: transformers knows neither
+        # grouped-query attention nor llm-foundry's numbers, nor MPT's relatives.
         backend = AutoTokenizer.from_pretrained(
             str(folder.absolute()),
             config=MptConfig(),
@@ -140,6 +139,30 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         # Some damage is detected only when text is read.
         backend("a", truncation=False, padding=False)
     return Tokenizer(backend, folder)
+
+
+@contextlib.contextmanager
+def _without_pytorch() -> Iterator[None]:
+    """Keeps transformers from importing PyTorch, which takes 4 s and no tokenizer needs.
+
+    Nothing changes in a process that has imported PyTorch, since transformers may compute there.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    # Else transformers warns that there is no PyTorch.
+    variable = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def _require_whole(path: Path) -> None:

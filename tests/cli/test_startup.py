@@ -58,6 +58,17 @@ def test_planning_imports_nothing_heavy() -> None:
     assert not found & (HEAVY - imported_by("-m", "snakemake", "--version"))
 
 
+def test_reading_a_tokenizer_leaves_pytorch_out() -> None:
+    """Unless the process has it: a program that uses both gets a transformers that computes."""
+    read = (
+        "from pathlib import Path; from mpt_trt.checkpoint.tokenizer import read_tokenizer; "
+        "print(read_tokenizer(Path('resources/mpt-demo')).encode('hello')); import transformers; "
+    )
+    assert "torch" not in imported_by("-c", read)
+    imported_by("-c", read + "import torch; torch.zeros(1)")
+    imported_by("-c", "import torch; " + read + "assert transformers.utils.is_torch_available()")
+
+
 @pytest.mark.parametrize("asked", [None, "active"])
 def test_threads_that_wait_leave_the_core_unless_asked_otherwise(asked: str | None) -> None:
     show = "from mpt_trt.cli.console import run_cli; run_cli(lambda: {print_it})"
