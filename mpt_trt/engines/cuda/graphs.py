@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -12,6 +12,8 @@ from mpt_trt.engines.cuda.memory import call
 
 # Runs after which runtimes have finished their set-up for new shapes.
 PLAIN_RUNS = 2
+# Graphs that are kept; beam search, for one, makes new ones as its cache moves.
+MOST_GRAPHS = 16
 
 
 class StepGraphs:
@@ -23,7 +25,12 @@ class StepGraphs:
     def __init__(self, stream: Any):
         self._stream = stream
         self._plain_runs: Counter[Hashable] = Counter()
-        self._graphs: dict[Hashable, Any] = {}
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+
+    def clear(self) -> None:
+        """Forgets all graphs and runs, because what was captured has changed."""
+        self._graphs.clear()
+        self._plain_runs.clear()
 
     def run(
         self, key: Hashable, enqueue: Callable[[], None], enqueue_captured: Callable[[], None]
@@ -39,17 +46,41 @@ class StepGraphs:
             enqueue()
             return
         if key not in self._graphs:
-            self._graphs[key] = self._capture(enqueue_captured)
-        call(cudart.cudaGraphLaunch(self._graphs[key], self._stream))
+            if len(self._graphs) == MOST_GRAPHS:
+                oldest, _ = self._graphs.popitem(last=False)
+                del self._plain_runs[oldest]
+            self._graphs[key] = _Graph(self._stream, enqueue_captured)
+        self._graphs.move_to_end(key)
+        self._graphs[key].launch()
 
-    def _capture(self, enqueue: Callable[[], None]) -> Any:
+
+class _Graph:
+    """A captured step, destroyed with the object; NCCL waits for graphs that are not."""
+
+    def __init__(self, stream: Any, enqueue: Callable[[], None]):
+        self._stream = stream
+        self._executable: Any = None
         # Runtimes may still allocate memory, which other modes forbid.
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
-        call(cudart.cudaStreamBeginCapture(self._stream, mode))
+        call(cudart.cudaStreamBeginCapture(stream, mode))
         try:
             enqueue()
         except BaseException:
             # The error is more helpful than one about the capture that it ends.
-            cudart.cudaStreamEndCapture(self._stream)
+            _, unfinished = cudart.cudaStreamEndCapture(stream)
+            if unfinished is not None:
+                cudart.cudaGraphDestroy(unfinished)
             raise
-        return call(cudart.cudaGraphInstantiate(call(cudart.cudaStreamEndCapture(self._stream)), 0))
+        graph = call(cudart.cudaStreamEndCapture(stream))
+        try:
+            self._executable = call(cudart.cudaGraphInstantiate(graph, 0))
+        finally:
+            cudart.cudaGraphDestroy(graph)
+
+    def __del__(self) -> None:
+        if self._executable is not None:
+            # CUDA defers this until a launch that is under way has ended.
+            cudart.cudaGraphExecDestroy(self._executable)
+
+    def launch(self) -> None:
+        call(cudart.cudaGraphLaunch(self._executable, self._stream))

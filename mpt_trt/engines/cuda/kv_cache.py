@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from mpt_trt.engines.cuda.memory import Block, DeviceBuffer, copy_block
 from mpt_trt.network.kv_cache import CacheShape, cache_names
 from mpt_trt.quantization.schemes import KvCacheType
+
+# Least alignment of the addresses that TensorRT takes (IExecutionContext::setTensorAddress).
+ALIGNMENT = 256
 
 SetAddress = Callable[[str, int], None]
 """Tells the runtime the address of a value of the network, by name."""
@@ -42,25 +46,31 @@ class DeviceCache(Protocol):
 
 
 class _Array:
-    """Bytes `[2 * layers, rows, kv_heads, positions, head bytes]` in one buffer."""
+    """Bytes `[2 * layers, rows * kv_heads, positions * head bytes]` in one buffer.
+
+    Rows of padding follow each part (keys or values of a layer) where the next one would not start
+    at a multiple of ALIGNMENT.
+    """
 
     def __init__(self, shape: CacheShape, head_bytes: int, rows: int, positions: int):
         self.parts, self.rows, self.positions = 2 * shape.num_layers, rows, positions
         self.head_bytes, self.kv_heads = head_bytes, shape.num_kv_heads
-        self.row_bytes = shape.num_kv_heads * positions * head_bytes
-        self.buffer = DeviceBuffer(self.parts * rows * self.row_bytes)
+        self._width = positions * head_bytes
+        multiple = ALIGNMENT // math.gcd(ALIGNMENT, self._width)
+        self._height = multiple * math.ceil(rows * self.kv_heads / multiple)
+        self.buffer = DeviceBuffer(self.parts * self._height * self._width)
 
     def bind(self, names: list[str], set_address: SetAddress) -> None:
         """Binds the parts, keys and values of every layer. names: theirs, in order."""
         for part, name in enumerate(names):
-            set_address(name, self.buffer.address + part * self.rows * self.row_bytes)
+            set_address(name, self.buffer.address + part * self._height * self._width)
 
     def block(self, row: int, position: int) -> Block:
-        """The box that starts at a row and a position of `[parts, rows * heads, bytes]`."""
+        """The box that starts at a row and a position."""
         return Block(
             self.buffer.address,
-            height=self.rows * self.kv_heads,
-            width=self.positions * self.head_bytes,
+            height=self._height,
+            width=self._width,
             start=(0, row * self.kv_heads, position * self.head_bytes),
         )
 

@@ -25,7 +25,8 @@ class DeviceBuffer:
         call(cudart.cudaMemset(self.address, 0, size))
 
     def __del__(self) -> None:
-        cudart.cudaFree(self.address)
+        if self.address:
+            cudart.cudaFree(self.address)
 
     def copy_from(self, source: NDArray, stream: Any) -> None:
         """Copies a contiguous host array to the start of the buffer."""
@@ -54,7 +55,8 @@ class PinnedBuffer:
         self.array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self._address))
 
     def __del__(self) -> None:
-        cudart.cudaFreeHost(self._address)
+        if self._address:
+            cudart.cudaFreeHost(self._address)
 
 
 def call(result: tuple) -> Any:
@@ -64,6 +66,22 @@ def call(result: tuple) -> Any:
         text = cudart.cudaGetErrorString(status)[1].decode()
         raise MptTrtError(f"CUDA: {text}; free GPU memory or lower the engine's limits")
     return values[0] if values else None
+
+
+class Stream:
+    """A CUDA stream that is destroyed with the object. handle: what CUDA's functions take."""
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+        self.handle = call(cudart.cudaStreamCreate())
+
+    def __del__(self) -> None:
+        if self.handle is not None:
+            cudart.cudaStreamDestroy(self.handle)
+
+    def synchronize(self) -> None:
+        """Waits for everything on the stream."""
+        call(cudart.cudaStreamSynchronize(self.handle))
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,17 @@
 """Runs a rank's TensorRT plan on a GPU that it was built for.
 
-Each optimization profile has an execution context; both share one scratch buffer. A step of one
-token per row is captured in a CUDA graph (see mpt_trt.engines.cuda.graphs).
-
-The code follows the documented API of TensorRT 11 and TensorRT-RTX 1.7; docs/engines.md lists what
-has been run.
+Prompts run in one execution context. Steps of one token per row are captured in CUDA graphs (see
+mpt_trt.engines.cuda.graphs). A graph is valid only while the context that it was captured from is
+not changed, so there is a context for each number of rows and of logits, up to MOST_CONTEXTS.
+docs/engine_format.md describes plans and the protocol of a step; docs/engines.md lists what has
+been run.
 """
 
 from __future__ import annotations
 
-import importlib
-import mmap
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from cuda.bindings import runtime as cudart
@@ -21,23 +20,36 @@ from numpy.typing import NDArray
 from mpt_trt.arrays.cast import STORAGE_TYPES
 from mpt_trt.engines.cuda.graphs import StepGraphs
 from mpt_trt.engines.cuda.kv_cache import make_device_cache
-from mpt_trt.engines.cuda.memory import DeviceBuffer, call
+from mpt_trt.engines.cuda.memory import DeviceBuffer, Stream, call
 from mpt_trt.engines.manifest import Manifest
-from mpt_trt.engines.tensorrt.nccl import join_nccl, set_communicator
+from mpt_trt.engines.tensorrt.nccl import Nccl, join_nccl
+from mpt_trt.engines.tensorrt.plan import LoadedPlan, StepContext
 from mpt_trt.engines.tensorrt.plan_builder import CONTEXT_PROFILE, GENERATION_PROFILE
-from mpt_trt.errors import MptTrtError
 from mpt_trt.model.sharding import Rank
 from mpt_trt.network.kv_cache import cache_names, cache_shape
 from mpt_trt.system.mpi import Communicator
 
 INT64_BYTES = 8
 FLOAT32_BYTES = 4
+# Contexts of single-token steps that are kept, each with its graph.
+MOST_CONTEXTS = 4
+
+
+class _Generation(NamedTuple):
+    """The context of single-token steps of one number of rows and of logits, and its graph.
+
+    Python drops the last field first, so the graph goes before the context it was captured from.
+    """
+
+    context: StepContext
+    graphs: StepGraphs
 
 
 class TensorRtEngine:
     """One rank's plan, loaded; see `mpt_trt.engines.interface.StepModel` for the contract."""
 
     def __init__(self, engine_dir: Path, manifest: Manifest, rank: int = 0):
+        """Loads the plan; raises MptTrtError if the GPU cannot hold or run it."""
         spec = manifest.spec
         self._limits = limits = spec.limits
         self.vocab_size = spec.config.vocab_size
@@ -45,47 +57,53 @@ class TensorRtEngine:
         self.max_batch_size = limits.max_batch_size
         self.max_step_tokens = limits.max_input_len
         self.max_logits: int | None = limits.max_logits
-        self._trt = importlib.import_module(manifest.builder.package)
         if spec.tp_size > 1:
             # The ranks of a machine take its GPUs in turn.
             call(cudart.cudaSetDevice(rank % call(cudart.cudaGetDeviceCount())))
-        self._stream = call(cudart.cudaStreamCreate())
-        self._engine = self._deserialize(engine_dir / manifest.ranks[rank].engine)
-        self._contexts = self._create_contexts()
+        self._stream = Stream()
+        self._nccl: Nccl | None = None
+        plan = engine_dir / manifest.ranks[rank].engine
+        self._plan = LoadedPlan(plan, manifest.builder.package, self._stream)
         shape = cache_shape(spec.config, Rank(rank, spec.tp_size), limits.cache_len)
+        self._row_shape = (shape.num_kv_heads, shape.cache_len, shape.head_dim)
+        self._cache_inputs = cache_names("past", shape.num_layers)
+        self._addresses: dict[str, int] = {}
         self._cache = make_device_cache(
             shape,
             spec.quantization.kv_cache,
             STORAGE_TYPES[spec.dtype].itemsize,
-            self._set_address,
+            self._addresses.__setitem__,
         )
-        self._row_shape = (shape.num_kv_heads, shape.cache_len, shape.head_dim)
-        self._cache_inputs = cache_names("past", shape.num_layers)
         self._buffers = {
             "input_ids": DeviceBuffer(limits.max_batch_size * limits.max_input_len * INT64_BYTES),
             "write_positions": DeviceBuffer(limits.max_batch_size * INT64_BYTES),
             "logit_positions": DeviceBuffer(limits.max_logits * 2 * INT64_BYTES),
             "logits": DeviceBuffer(limits.max_logits * self.vocab_size * FLOAT32_BYTES),
         }
-        for name, buffer in self._buffers.items():
-            self._set_address(name, buffer.address)
+        self._addresses |= {name: buffer.address for name, buffer in self._buffers.items()}
         self._batch_size = 0
-        self._graphs = StepGraphs(self._stream)
+        self._prompts = self._plan.create_context(CONTEXT_PROFILE, None)
+        self._generations: OrderedDict[tuple[int, int], _Generation] = OrderedDict()
+
+    def __del__(self) -> None:
+        # Python would drop them in the order of creation: a plan before its contexts, NCCL before
+        # the graphs that use it.
+        for name in reversed(list(self.__dict__)):
+            del self.__dict__[name]
 
     def join(self, communicator: Communicator) -> None:
         """Connects the engine to those of the other ranks, which must all be loaded."""
         self._nccl = join_nccl(communicator)
-        for context in self._contexts:
-            set_communicator(context, self._nccl)
+        self._prompts.connect(self._nccl)
 
     @property
     def description(self) -> str:
-        return f"{self._trt.__name__} {self._trt.__version__}"
+        return self._plan.description
 
     def start(self, batch_size: int) -> None:
         """Empties the cache for `batch_size` rows; raises MptTrtError when they do not fit."""
         self._limits.require_rows(batch_size)
-        self._cache.start(batch_size, self._stream)
+        self._cache.start(batch_size, self._stream.handle)
         self._batch_size = batch_size
 
     def step(
@@ -103,67 +121,54 @@ class TensorRtEngine:
             "logit_positions": logit_positions if num_logits else [[0, 0]],
         }
         staged = {name: np.ascontiguousarray(value, np.int64) for name, value in feeds.items()}
+        stream = self._stream.handle
         for name, value in staged.items():
-            self._buffers[name].copy_from(value, self._stream)
+            self._buffers[name].copy_from(value, stream)
         self._cache.before_step(input_ids.shape[1])
+        shapes = {name: value.shape for name, value in staged.items()}
+        cache_row_shape = (self._batch_size, *self._row_shape)
+        shapes |= dict.fromkeys(self._cache_inputs, cache_row_shape)
         if input_ids.shape[1] == 1:
-            key = (self._batch_size, len(staged["logit_positions"]), self._cache.address)
-
-            def enqueue() -> None:
-                self._enqueue(GENERATION_PROFILE, staged)
-
-            self._graphs.run(key, enqueue, enqueue)
+            self._run_single_tokens(shapes)
         else:
-            self._enqueue(CONTEXT_PROFILE, staged)
-        self._cache.after_step(write_positions, self._stream)
+            self._run_prompts(shapes)
+        self._cache.after_step(write_positions, stream)
         logits = np.empty((num_logits, self.vocab_size), np.float32)
-        self._buffers["logits"].copy_to(logits, self._stream)
-        call(cudart.cudaStreamSynchronize(self._stream))
+        self._buffers["logits"].copy_to(logits, stream)
+        self._stream.synchronize()
         return logits
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Makes cache row i a copy of the old row rows[i]."""
-        self._cache.reorder(rows, self._stream)
-        call(cudart.cudaStreamSynchronize(self._stream))
+        self._cache.reorder(rows, self._stream.handle)
+        self._stream.synchronize()
         self._batch_size = len(rows)
 
-    def _deserialize(self, path: Path) -> Any:
-        self._logger = self._trt.Logger(self._trt.Logger.ERROR)
-        self._runtime = self._trt.Runtime(self._logger)
-        with (
-            path.open("rb") as stream,
-            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as plan,
-        ):
-            engine = self._runtime.deserialize_cuda_engine(plan)
-        if engine is None:
-            raise MptTrtError(
-                f"{path}: {self.description} cannot load the plan on this GPU; build it again here"
-            )
-        return engine
+    def _run_prompts(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._prompts.set(self._addresses, shapes)
+        self._prompts.enqueue(self._stream.handle)
 
-    def _create_contexts(self) -> list[Any]:
-        """Creates a context per profile; they never run at the same time and share memory."""
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        size = max(1, self._engine.device_memory_size_v2)
-        self._scratch = DeviceBuffer(size)
-        contexts = []
-        for profile in (CONTEXT_PROFILE, GENERATION_PROFILE):
-            context = self._engine.create_execution_context(strategy)
-            context.set_device_memory(self._scratch.address, size)
-            context.set_optimization_profile_async(profile, self._stream)
-            contexts.append(context)
-        call(cudart.cudaStreamSynchronize(self._stream))
-        return contexts
+    def _run_single_tokens(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        context, graphs = self._generation(shapes)
+        if context.set(self._addresses, shapes):
+            graphs.clear()
+        stream = self._stream.handle
 
-    def _set_address(self, name: str, address: int) -> None:
-        for context in self._contexts:
-            context.set_tensor_address(name, address)
+        def enqueue() -> None:
+            context.enqueue(stream)
 
-    def _enqueue(self, profile: int, feeds: dict[str, NDArray[np.int64]]) -> None:
-        context = self._contexts[profile]
-        for name, value in feeds.items():
-            context.set_input_shape(name, value.shape)
-        for name in self._cache_inputs:
-            context.set_input_shape(name, (self._batch_size, *self._row_shape))
-        if not context.execute_async_v3(self._stream):
-            raise MptTrtError(f"{self.description} failed to run a step; see its messages above")
+        if context.is_capturable(stream):
+            graphs.run(None, enqueue, enqueue)
+        else:
+            enqueue()
+
+    def _generation(self, shapes: dict[str, tuple[int, ...]]) -> _Generation:
+        """The context for a single-token step, the last one used or a new one."""
+        key = (self._batch_size, shapes["logit_positions"][0])
+        if key not in self._generations:
+            if len(self._generations) == MOST_CONTEXTS:
+                self._generations.popitem(last=False)
+            context = self._plan.create_context(GENERATION_PROFILE, self._nccl)
+            self._generations[key] = _Generation(context, StepGraphs(self._stream.handle))
+        self._generations.move_to_end(key)
+        return self._generations[key]

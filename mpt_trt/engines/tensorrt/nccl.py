@@ -11,7 +11,25 @@ from mpt_trt.system.mpi import Communicator
 CAPSULE_NAME = b"ncclComm_t"
 
 
-def join_nccl(communicator: Communicator) -> Any:
+class Nccl:
+    """NCCL's communicator of all ranks, destroyed with the object, which all ranks must drop.
+
+    NCCL waits until graphs that were captured with it are destroyed.
+    """
+
+    def __init__(self, communicator: Any):
+        self._communicator = communicator
+        new_capsule = ctypes.pythonapi.PyCapsule_New
+        new_capsule.restype = ctypes.py_object
+        new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        self.capsule = new_capsule(communicator.ptr, CAPSULE_NAME, None)
+        """The communicator's pointer, as execution contexts take it."""
+
+    def __del__(self) -> None:
+        self._communicator.destroy()
+
+
+def join_nccl(communicator: Communicator) -> Nccl:
     """Creates NCCL's communicator of all ranks, which must live as long as the engine.
 
     Raises MptTrtError when the package nccl4py is not installed.
@@ -24,18 +42,8 @@ def join_nccl(communicator: Communicator) -> Any:
         ) from None
     own_id = core.get_unique_id() if communicator.rank == 0 else None
     unique_id = communicator.exchange(own_id)[0]
-    return core.Communicator.init(
-        nranks=communicator.size, rank=communicator.rank, unique_id=unique_id
+    return Nccl(
+        core.Communicator.init(
+            nranks=communicator.size, rank=communicator.rank, unique_id=unique_id
+        )
     )
-
-
-def set_communicator(context: Any, nccl: Any) -> None:
-    """Passes NCCL's communicator to an execution context, as a capsule of its pointer.
-
-    Raises MptTrtError when TensorRT rejects it.
-    """
-    new_capsule = ctypes.pythonapi.PyCapsule_New
-    new_capsule.restype = ctypes.py_object
-    new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    if not context.set_communicator(new_capsule(nccl.ptr, CAPSULE_NAME, None)):
-        raise MptTrtError("TensorRT rejected the NCCL communicator; see its messages above")

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from mpt_trt.engines.spec import BuilderInfo, BuildLimits
+from mpt_trt.engines.tensorrt.logger import make_logger
 from mpt_trt.engines.tensorrt.packages import Package
 from mpt_trt.engines.tensorrt.phases import Phases, shown_phases
 from mpt_trt.errors import MptTrtError
@@ -60,7 +61,7 @@ def build_plan(network_path: Path, options: BuildOptions, target: Path) -> Built
     KeyboardInterrupt when interrupted.
     """
     trt = importlib.import_module(options.package.module)
-    logger = _make_logger(trt)
+    logger = make_logger(trt)
     builder = trt.Builder(logger)
     builder.max_threads = os.cpu_count() or 1
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -69,6 +70,7 @@ def build_plan(network_path: Path, options: BuildOptions, target: Path) -> Built
         raise _failure(trt, options, network_path, "parse", logger)
     _let_attention_decompose(trt, network)
     config = builder.create_builder_config()
+    _set_flags(trt, config)
     for tokens in (options.limits.max_input_len, 1):
         config.add_optimization_profile(_profile(builder, network, options.limits, tokens))
     capabilities = _set_compute_capabilities(trt, config, options)
@@ -104,27 +106,8 @@ def _stream_plan(
 def _failure(
     trt: ModuleType, options: BuildOptions, path: Path, action: str, logger: Any
 ) -> MptTrtError:
-    details = "; ".join(dict.fromkeys(logger.errors)) or "no message"
     package = f"{options.package.module} {options.package.version}"
-    return MptTrtError(f"{path}: {package} cannot {action} the network: {details}")
-
-
-def _make_logger(trt: Any) -> Any:
-    """Makes a logger that keeps errors, because TensorRT returns None or False on failure."""
-
-    class Logger(trt.ILogger):
-        # Every build without a GPU logs this; it is harmless.
-        EXPECTED = "CUDA driver version is insufficient"
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR and self.EXPECTED not in message:
-                self.errors.append(" ".join(message.split()))
-
-    return Logger()
+    return MptTrtError(f"{path}: {package} cannot {action} the network: {logger.take()}")
 
 
 def _make_writer(trt: Any, stream: BinaryIO, work: Background) -> Any:
@@ -188,6 +171,15 @@ def _progress(trt: Any) -> Iterator[tuple[Any, Callable[[], bool]]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _set_flags(trt: ModuleType, config: Any) -> None:
+    """Sets the flags of a plan that is captured in CUDA graphs and computes float32 as float32."""
+    # By default, TensorRT may round the factors of float32 products to TF32's 10-bit mantissas.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    # TensorRT-RTX needs it for plans whose steps are captured; `tensorrt` does not have it.
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
 def _let_attention_decompose(trt: ModuleType, network: Any) -> None:
