@@ -44,10 +44,12 @@ class Simulation:
     """A machine with simulated GPUs.
 
     plans: engine directories by the content of their plans, for plans that TensorRT has built.
+    is_clean_at_end: whether the end of `installed` fails after a broken rule or a leak.
     """
 
     book: Book = field(default_factory=Book)
     plans: dict[bytes, tuple[Path, int]] = field(default_factory=dict)
+    is_clean_at_end: bool = True
 
     def __post_init__(self) -> None:
         self.cuda = SimulatedCuda(self.book)
@@ -87,7 +89,10 @@ class Simulation:
 def installed(
     capability: str = CAPABILITY, ranks: Communicator | None = None
 ) -> Iterator[Simulation]:
-    """A machine with simulated GPUs while the block runs. ranks: MPI's, for several ranks."""
+    """A machine with simulated GPUs while the block runs; fails when it leaves anything behind.
+
+    ranks: MPI's communicator, for engines of several ranks.
+    """
     simulation = Simulation()
     module = SimulatedTensorRt(simulation.world)
     nccl = types.ModuleType("nccl")
@@ -101,9 +106,16 @@ def installed(
         patch.setattr(gpus, "compute_capabilities", lambda: (capability,))
         patch.setattr(gpus, "memory_sizes", lambda: (simulation.cuda.memory.capacity,))
         patch.setattr(gpus, "names", lambda: ("Simulated GPU",))
-        yield simulation
-        # Buffers are freed by the runtime that made them.
-        gc.collect()
+        # What is there already need not be searched for what the block drops.
+        gc.freeze()
+        try:
+            yield simulation
+            if simulation.is_clean_at_end:
+                simulation.require_clean()
+        finally:
+            # Buffers are freed by the runtime that made them.
+            gc.collect()
+            gc.unfreeze()
 
 
 def build_simulated(inputs: NetworkInputs, target: Path) -> Path:

@@ -1,0 +1,79 @@
+"""Steps of every kind, as generation makes them, on two engines whose logits must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mpt_trt.engines.interface import StepModel
+from mpt_trt.generation.config import GenerationConfig
+from mpt_trt.generation.generate import generate
+from support.engines import Ids, deviation
+
+ROWS = 3
+
+
+def require_same_steps(
+    ours: StepModel, theirs: StepModel, vocab_size: int, bound: float, seed: int = 0
+) -> None:
+    """Prompts in pieces, ragged rows, single tokens, other numbers of rows and logits, new order.
+
+    Both engines need 4 rows and 32 positions, and take at least 9 tokens per step. bound: of the
+    difference, as a multiple of the logits' standard deviation.
+    """
+    numbers = np.random.default_rng(seed)
+
+    def step(seq: int, positions: Sequence[int], logit_rows: Sequence[int]) -> None:
+        ids = numbers.integers(0, vocab_size, (len(positions), seq))
+        # Of the last token or, to vary it, of an earlier one.
+        where = np.array([(row, (seq - 1) * (row % 2 == 0)) for row in logit_rows], np.int64)
+        arguments: tuple[Ids, Ids, Ids] = (ids, np.array(positions), where.reshape(-1, 2))
+        found, expected = (model.step(*arguments) for model in (ours, theirs))
+        assert found.shape == expected.shape == (len(logit_rows), vocab_size)
+        if logit_rows:
+            assert deviation(found, expected) <= bound, (seq, positions, logit_rows)
+
+    def start(rows: int) -> None:
+        for model in (ours, theirs):
+            model.start(rows)
+
+    def reorder(rows: list[int]) -> None:
+        for model in (ours, theirs):
+            model.reorder(np.array(rows))
+
+    every = range(ROWS)
+    start(ROWS)
+    # A prompt in pieces, of which the first gives no logits; rows end at places of their own.
+    step(5, [0, 0, 0], [])
+    step(9, [5, 5, 5], every)
+    # Plain, plain, captured, replayed; with fewer logits in between, and then replayed again.
+    for index in range(4):
+        step(1, [14 + index, 7 + index, 10 + index], every)
+    step(1, [18, 11, 14], [1])
+    step(1, [19, 12, 15], every)
+    step(1, [20, 13, 16], [])
+    # Beam search: more rows, then others, with a step in between that uses the same graph again.
+    reorder([2, 2, 0, 1])
+    for index in range(4):
+        step(1, [17 + index, 17 + index, 21 + index, 14 + index], range(4))
+    reorder([3, 1, 0, 0])
+    step(1, [18, 21, 21, 21], range(4))
+    reorder([1, 2])
+    step(4, [22, 22], [1, 0])
+    # Anew with as many rows as at first.
+    start(ROWS)
+    step(9, [0, 0, 0], every)
+    for index in range(4):
+        step(1, [9 + index] * ROWS, every)
+
+
+def require_same_text(ours: StepModel, theirs: StepModel, vocab_size: int) -> None:
+    """Greedy decoding of prompts of different lengths, beam search, and greedy decoding again."""
+    numbers = np.random.default_rng(1)
+    prompts = [numbers.integers(0, vocab_size, size).tolist() for size in (9, 4, 19)]
+    for beams, count in ((1, 3), (2, 2), (1, 3)):
+        config = GenerationConfig(8, end_ids=(7,), pad_id=0, num_beams=beams)
+        found, expected = (generate(model, prompts[:count], config) for model in (ours, theirs))
+        for mine, other in zip(found, expected, strict=True):
+            assert [each.tokens for each in mine] == [each.tokens for each in other]
