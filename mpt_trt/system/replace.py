@@ -165,6 +165,22 @@ def staging_directory(target: Path) -> Iterator[Path]:
             raise
 
 
+def move_together(folder: Path, names: Iterable[str], target: Path) -> None:
+    """Moves finished files into the folder `target`, one after the other.
+
+    Other processes that move files there wait for it, so the files of several never mix.
+    """
+    with plain_disk_errors(target):
+        lock = _lock(target, fcntl.LOCK_EX)
+        try:
+            for name in names:
+                (folder / name).replace(target / name)
+                sync_entry(target / name)
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
 @contextlib.contextmanager
 def replace_file(target: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """Yields a path; the file written there replaces `target` if the block succeeds.

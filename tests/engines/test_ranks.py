@@ -576,6 +576,28 @@ def test_network_of_another_build_and_the_same_size_is_named(engine, converted, 
     )
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".engine", None])
+def test_swapped_files_of_two_ranks_are_named(engine: Path, suffix: str | None, tmp_path: Path):
+    """suffix: of their networks or plans; None for the weights, which are equally large."""
+    copy = Path(shutil.copytree(engine, tmp_path / "engine"))
+    names = [f"rank{rank}{suffix}" for rank in (0, 1)]
+    if suffix is None:
+        matrix = "weights/model.layers.0.attention.dense.weight"
+        names = [f"{matrix}.{rank}.bin" for rank in (0, 1)]
+    first, second = (copy / name for name in names)
+    assert first.read_bytes() != second.read_bytes()
+    first.rename(copy / "first")
+    second.rename(first)
+    (copy / "first").rename(second)
+    with pytest.raises(MptTrtError) as caught:
+        manifest = read_manifest(copy)
+        check_content(copy, manifest.ranks[1], names[1])
+    # Plans differ in size, which is noticed first.
+    reasons = r"has \d+ bytes, but|not the file that config\.json describes"
+    assert re.search(reasons, str(caught.value))
+    assert "build the engine again" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "file", ["rank1.onnx", "rank1.engine", "weights/model.layers.0.attention.dense.weight.1.bin"]
 )

@@ -408,6 +408,33 @@ def test_stopped_at_every_line(tmp_path: Path, way: str, stop: Callable[[], None
     assert line > 50
 
 
+def test_files_that_several_move_together_never_mix(tmp_path: Path) -> None:
+    target, names = tmp_path / "target", [f"file{number}" for number in range(30)]
+    target.mkdir()
+    errors: list[BaseException] = []
+
+    def write(text: str, start: threading.Barrier) -> None:
+        try:
+            with replace.staging_directory(target / "result") as folder:
+                for name in names:
+                    (folder / name).write_text(text)
+                start.wait(10)
+                replace.move_together(folder, names, target)
+        except BaseException as error:
+            errors.append(error)
+
+    for _ in range(20):
+        start = threading.Barrier(3)
+        threads = [threading.Thread(target=write, args=(text, start)) for text in "abc"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        assert len({(target / name).read_text() for name in names}) == 1
+        assert sorted(path.name for path in target.iterdir()) == sorted(names)
+
+
 class TestReplaceFile:
     def test_new_and_again(self, tmp_path: Path) -> None:
         target = tmp_path / "deep" / "target"

@@ -19,6 +19,7 @@ from mpt_trt.quantization.schemes import Quantization, SmoothQuant
 from mpt_trt.system import gpus
 from mpt_trt.system.progress_lines import Advance, no_progress
 from mpt_trt.system.replace import (
+    move_together,
     replace_directory,
     require_writable,
     staging_directory,
@@ -37,8 +38,9 @@ def build_rank(
 ) -> None:
     """Adds one rank's plan, and its description, to `target`, from the folder of its network.
 
-    The files appear when they are complete, the plan last. is_trusted: the network's files are not
-    compared with the hashes that were recorded.
+    The files appear when they are complete, the plan last. A plan whose description is of another
+    build, because a process was killed between the two, is refused by its hash. is_trusted: the
+    network's files are not compared with the hashes that were recorded.
     """
     manifest.require_whole_network(networks, rank, is_trusted)
     _require_capable_gpus(builder, manifest.read_network_spec(networks, rank).quantization)
@@ -48,8 +50,7 @@ def build_rank(
     with staging_directory(target / manifest.engine_name(rank)) as folder:
         _build_plan(networks, rank, builder, folder)
         sync(folder)
-        for name in names:
-            (folder / name).replace(target / name)
+        move_together(folder, names, target)
 
 
 def build_one_by_one(folder: Path, builder: BuilderChoice, tp_size: int) -> None:

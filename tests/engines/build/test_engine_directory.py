@@ -40,6 +40,7 @@ from support.engines import (
     random_ids,
     reference,
     run_tool,
+    start_tool,
     tree,
 )
 
@@ -519,11 +520,31 @@ def test_collecting_an_incomplete_rank_names_the_file(parts, removed, is_cut, tm
     assert not (tmp_path / "engine").exists() and not list(tmp_path.glob(".engine*"))
 
 
+def test_a_build_killed_between_description_and_plan_is_noticed_and_repaired(parts, tmp_path):
+    copy = Path(shutil.copytree(parts, tmp_path / "parts"))
+    networks, plans = copy / "network", copy / "plan"
+    build_rank(networks, 0, BuilderChoice("tensorrt_rtx", ("8.9",)), copy / "other")
+    shutil.copyfile(copy / "other/rank0.engine.json", plans / "rank0.engine.json")
+    with pytest.raises(
+        MptTrtError, match=rf"^{plans}/rank0\.engine: .*; delete .* and build it ag"
+    ):
+        collect([(networks, plans)], tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+    build_rank(networks, 0, BUILDER, plans)
+    collect([(networks, plans)], tmp_path / "engine")
+    read_manifest(tmp_path / "engine")
+
+
 def test_step_by_step_tools_make_an_engine_directory(built: Built, tmp_path):
     network, plan, engine = (tmp_path / name for name in ("network", "plan", "engine"))
     options = (f"--model_dir={built.ft}", *LIMIT_FLAGS, f"--output_dir={network}")
     call_tool("make_networks.py", *options)
-    call_tool("build_rank.py", f"--network_dir={network}", f"--output_dir={plan}")
+    # Twice at once, as from two working copies.
+    options = (f"--network_dir={network}", f"--output_dir={plan}")
+    both = [start_tool("build_rank.py", *options) for _ in range(2)]
+    for process in both:
+        assert process.communicate()[1] is not None and process.returncode == 0
+    assert tree(plan) == ["rank0.engine", "rank0.engine.json"]
     folders = ("--network_dir", network, "--plan_dir", plan, "--output_dir", engine)
     call_tool("assemble_engine.py", *folders)
     manifest = read_manifest(engine)
