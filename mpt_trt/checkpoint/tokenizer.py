@@ -124,11 +124,12 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         path = folder / VOCABULARY_FILES[0]
         raise MptTrtError(f"{path}: no such file; name the folder that holds the tokenizer")
     with _plain_errors(folder), _without_pytorch():
-        # A second to import, so nothing that needs no text waits for it.
+        # The import takes a second, and commands without text do not need it.
         from transformers import AutoTokenizer, MptConfig
 
-        # Its own MPT, instead of a config.json beside the tokenizer: transformers knows neither
-        # grouped-query attention nor llm-foundry's numbers, nor MPT's relatives.
+        # transformers' own MPT configuration instead of the folder's config.json, because
+        # transformers does not support grouped-query attention, llm-foundry's numbers or MPT's
+        # relatives.
         backend = AutoTokenizer.from_pretrained(
             str(folder.absolute()),
             config=MptConfig(),
