@@ -1,1 +1,1 @@
-"""What a model's activations say about scales, through ModelOpt, and the npz that keeps it."""
+"""Calibration of scales from a model's activations, through ModelOpt, and its npz file."""

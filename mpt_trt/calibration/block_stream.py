@@ -1,8 +1,8 @@
-"""One pass over a model's blocks, which keeps the hidden states of all samples between blocks.
+"""Runs samples through a model block by block, keeping their hidden states between blocks.
 
-Memory holds one block and the samples' hidden states, on the CPU or on a GPU, however large the
-model. Calibration of a linear layer uses only that layer and the activations of the unquantized
-model, so blocks that are calibrated one by one get the same results as inside the whole model.
+Memory holds one block and the samples' hidden states, on the CPU or on a GPU, for any model size.
+Calibration of a linear layer uses only that layer and the activations of the unquantized model, so
+blocks that are calibrated one by one get the same results as inside the whole model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mpt_trt.quantization.schemes import CALIBRATION_BATCH_SIZE
 
 @dataclass(frozen=True)
 class Computation:
-    """Device, type and maximum number of samples at a time with which blocks are computed."""
+    """Device, type and maximum batch size of the computation of blocks."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -39,7 +39,7 @@ class Computation:
 
 @dataclass
 class SampleRun:
-    """Feeds all samples to a block, as often as it is called.
+    """Runs a block on all samples at each call.
 
     The first call must see the unquantized block, because its outputs are the next block's inputs.
     """
@@ -81,7 +81,8 @@ def stream_blocks(
         tensors = model.tensors(f"blocks.{layer}.")
         block = with_weights(partial(PlainBlock, config), tensors)
         visit(layer, block, run)
-        # ModelOpt leaves reference cycles in what it quantized, which would keep the weights.
+        # ModelOpt leaves reference cycles in quantized modules, which would keep the weights in
+        # memory.
         block.to("meta")
         del block, tensors
         if not run.outputs:
@@ -92,7 +93,7 @@ def stream_blocks(
 def equal_batch_size(num_samples: int, at_most: int) -> int:
     """Chooses the largest batch size that divides the samples equally.
 
-    Statistics that are means over batches are then means over samples.
+    Means over batches are then means over samples.
     """
     return next(size for size in range(at_most, 0, -1) if num_samples % size == 0)
 
@@ -123,7 +124,7 @@ class AmaxObserver:
         self._amax: Tensor | None = None
 
     def observe(self, values: Tensor) -> None:
-        """Takes values `[..., features]` into account."""
+        """Includes values `[..., features]`."""
         amax = values.detach().abs().flatten(0, -2).amax(0)
         self._amax = amax if self._amax is None else self._amax.maximum(amax)
 
@@ -152,7 +153,7 @@ def activation_amax(
     advance: Callable[[], None] = lambda: None,
     adapter: Path | None = None,
 ) -> ActivationAmax:
-    """Computes the amax of inputs and outputs of a model's linear layers while it reads samples.
+    """Computes the amax of inputs and outputs of a model's linear layers over samples.
 
     folder: in Hugging Face format, or an FT checkpoint. samples: int64 `[number, seq]`. advance is
     called after each block. adapter: folder of a LoRA adapter to merge.
@@ -181,7 +182,7 @@ def activation_amax(
 
 
 def linear_modules(block: nn.Module) -> dict[BlockMatrix, nn.Module]:
-    """The linear layers of a block, also after ModelOpt has replaced their class."""
+    """Finds the linear layers of a block, also after ModelOpt has replaced their class."""
     return {matrix: block.get_submodule(matrix.hf_name) for matrix in BlockMatrix}
 
 

@@ -11,9 +11,9 @@ from mpt_trt.quantization.schemes import UNQUANTIZED, Quantization, calibration_
 
 @dataclass(frozen=True)
 class CalibratedQuantization:
-    """Everything that a network needs to know about its quantization.
+    """A quantization and the calibration result that it needs, if any.
 
-    Raises MptTrtError when the calibration is missing, or is of another format.
+    Raises MptTrtError when the calibration is missing or has another format.
     """
 
     quantization: Quantization = UNQUANTIZED
@@ -39,7 +39,7 @@ class CalibratedQuantization:
 
     @property
     def required_calibration(self) -> CalibrationResult:
-        """The calibration result of a quantization that needs one."""
+        """Returns the calibration result of a quantization that needs one."""
         assert self.calibration is not None, "calibrated without a result"
         return self.calibration
 

@@ -1,4 +1,4 @@
-"""Opens a model in a folder of Hugging Face format or an FT checkpoint."""
+"""Opens a model in a Hugging Face folder or an FT checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpt_trt.model.tensors import WeightReader, weights
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on disk. provenance: where its weights came from; {} if unknown."""
+    """A model on disk. provenance: origin of its weights; {} if unknown."""
 
     folder: Path
     config: MptConfig
@@ -27,7 +27,7 @@ class ModelSource:
 
 
 def is_ft_folder(folder: Path) -> bool:
-    """Whether the folder is a {tp_size}-gpu folder of an FT checkpoint."""
+    """Returns whether the folder is a {tp_size}-gpu folder of an FT checkpoint."""
     return (folder / "config.ini").is_file()
 
 
@@ -36,7 +36,7 @@ def open_model(folder: Path, adapter: Path | None = None) -> ModelSource:
 
     adapter: folder of a LoRA adapter to merge; an FT checkpoint has its own merged already.
 
-    Raises MptTrtError, naming file and field, when the folder does not hold such a model.
+    Raises MptTrtError, naming file and field, when the folder does not contain such a model.
     """
     if is_ft_folder(folder):
         if adapter is not None:

@@ -1,4 +1,4 @@
-"""Calibration of a model by NVIDIA's ModelOpt, one block after the other."""
+"""Calibrates a model with NVIDIA's ModelOpt, one block after the other."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """What to calibrate for. group_size: input features that share a scale, for int4_awq."""
+    """Format of a calibration. group_size: input features that share a scale, for int4_awq."""
 
     quantization_format: QuantizationFormat
     group_size: int | None = None
@@ -68,10 +68,10 @@ def calibrate(
     in the file. advance is called after each block. A block is written while the next one is
     calibrated.
 
-    Raises MptTrtError for samples that the model cannot read, and values that the computation's
-    type or weight_dtype cannot hold.
+    Raises MptTrtError for samples that the model cannot read, and for values that the computation's
+    type or weight_dtype cannot represent.
     """
-    # The writer comes first, so that it closes the file after the last block has been written.
+    # The writer is opened first, so that it closes the file after the last block is written.
     with (
         calibration_writer(target, source.config, source.reader, weight_dtype) as writer,
         background() as writing,
@@ -98,7 +98,7 @@ def quantize_module(
     if plan.quantization_format == "kv_cache":
         forward_loop(module)
         return
-    # ModelOpt takes seconds to import, and -kv and -sq conversions do without it.
+    # ModelOpt takes seconds to import, and -kv and -sq conversions do not need it.
     import modelopt.torch.quantization as mtq
 
     try:
@@ -133,12 +133,12 @@ def calibrated_matrix(
     module: nn.Module, plan: CalibrationPlan, weight_dtype: np.dtype
 ) -> CalibratedMatrix:
     """Reads ModelOpt's results for one linear layer, with weights rounded to weight_dtype."""
-    # Modules that ModelOpt adds, which nn.Module's type does not know.
+    # ModelOpt adds these modules, which nn.Module's type lacks.
     weight: Any = module.weight_quantizer
     inputs: Any = module.input_quantizer
     if plan.quantization_format == "fp8":
         return Fp8Scales(_scale(weight.amax, FP8_MAX), _scale(inputs.amax, FP8_MAX))
-    # Weights that are not finite show in their scales, and when they are written.
+    # Weights that are not finite are detected in their scales and when they are written.
     values = _on_host(module.get_parameter("weight").detach().to(getattr(torch, weight_dtype.name)))
     smoothing = _floats(inputs.pre_quant_scale).reshape(-1)
     if plan.quantization_format == "int4_awq":
@@ -174,7 +174,7 @@ def _floats(values: Tensor) -> NDArray[np.float32]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Sends what ModelOpt prints and warns of for each block to the debug log."""
+    """Sends ModelOpt's output and warnings for each block to the debug log."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -26,9 +26,9 @@ from mpt_trt.system.json_text import shown
 
 # Size of zip's local header up to the name; it ends with the lengths of name and extra field.
 LOCAL_HEADER_BYTES = 30
-# NumPy itself reads headers of up to 10,000 characters; it would first read up to 4 GB of them.
+# NumPy accepts headers of up to 10,000 characters, but would first read up to 4 GB.
 NPY_MAGIC_BYTES, NPY_HEADER_BYTES = 12, 1 << 14
-# What Python's archives raise for damage, other versions, unknown compression and passwords.
+# Python's errors for damaged, too new, unknown-compression and encrypted archives.
 ARCHIVE_ERRORS = (
     EOFError,
     LookupError,
@@ -47,7 +47,7 @@ ARCHIVE_ERRORS = (
 class NpzFile:
     """An npz archive whose arrays are read on request.
 
-    Raises MptTrtError, naming the file, when it does not exist or is not such an archive.
+    Raises MptTrtError, naming the file, when it does not exist or is not an npz archive.
     """
 
     def __init__(self, path: Path):
@@ -65,9 +65,9 @@ class NpzFile:
         self.keys = frozenset(name.removesuffix(".npy") for name in names)
 
     def _archive(self) -> zipfile.ZipFile:
-        """The calling thread's own archive.
+        """Returns the calling thread's own archive.
 
-        Python 3.12 opens an entry at a wrong place while another thread reads one.
+        Python 3.12 opens entries at a wrong offset while another thread reads the same archive.
         """
         archive: zipfile.ZipFile | None = getattr(self._of_thread, "archive", None)
         if archive is None:
@@ -77,9 +77,9 @@ class NpzFile:
     def array(self, key: str, most: int | None = None) -> NDArray:
         """Reads a whole array.
 
-        most: largest number of values, where it is not known otherwise.
+        most: maximum number of values, unless it is known otherwise.
 
-        Raises MptTrtError when it is missing, damaged, or holds more values or no numbers.
+        Raises MptTrtError when it is missing or damaged, has more values, or is not numeric.
         """
         with self._stream(key) as stream:
             shape, is_by_column, dtype = self._header(key, stream)
@@ -89,14 +89,14 @@ class NpzFile:
             return flat.reshape(shape, order="F" if is_by_column else "C")
 
     def floats(self, key: str) -> NDArray[np.float32]:
-        """Reads an array in float32; raises MptTrtError also when it holds NaN or Inf.
+        """Reads an array in float32; also raises MptTrtError when it contains NaN or Inf.
 
-        Its shape must be known: `shape` reads that alone.
+        Its shape must have been checked; `shape` reads only the shape.
         """
         return convert(self.numbers(key), np.dtype(np.float32))
 
     def numbers(self, key: str) -> NDArray:
-        """Reads an array as stored; raises MptTrtError also when it holds NaN or Inf."""
+        """Reads an array as stored; also raises MptTrtError when it contains NaN or Inf."""
         numbers = self.array(key)
         if numbers.dtype not in EXPONENTS:
             numbers = numbers.astype(np.float32)
@@ -107,7 +107,7 @@ class NpzFile:
     def rows(self, key: str, number: int) -> Iterator[NDArray]:
         """Yields `numbers` of a matrix, up to `number` rows at a time.
 
-        Rows are valid until the next ones are requested. Some damage is noticed only at the end.
+        Rows are valid until the next ones are requested. Some damage is detected only at the end.
         """
         with self._stream(key) as stream:
             shape, is_by_column, dtype = self._header(key, stream)
@@ -129,7 +129,7 @@ class NpzFile:
     ) -> Iterator[NDArray]:
         """Yields rows of an uncompressed entry, read into `buffer`.
 
-        It bypasses zipfile, which would allocate memory for each piece.
+        Bypasses zipfile, which would allocate memory for each piece.
         """
         stream = self._archive().fp
         assert stream is not None
@@ -151,14 +151,14 @@ class NpzFile:
             raise self.damaged(f"{key} is damaged (its check sum is another)")
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Reads only an array's shape."""
+        """Reads the shape of an array."""
         with self._stream(key) as stream:
             return self._header(key, stream)[0]
 
     def _header(self, key: str, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-        """Reads shape, whether columns are contiguous, and type; `stream` is at the data then.
+        """Reads shape, whether columns are contiguous, and type; leaves `stream` at the data.
 
-        Raises MptTrtError unless the array's bytes are as many as its entry has.
+        Raises MptTrtError unless the array has the size of its entry.
         """
         start = stream.read(NPY_MAGIC_BYTES)
         # Version 1 of the format has a length of two bytes, later ones of four.
@@ -169,7 +169,7 @@ class NpzFile:
         start += stream.read(end - len(start))
         try:
             shape, is_by_column, dtype = self._parse(io.BytesIO(start))
-        except Exception as error:  # NumPy lets Python evaluate the header
+        except Exception as error:  # NumPy evaluates the header as Python
             raise self.damaged(f"{key} is damaged (its header: {shown(error)})") from None
         if dtype not in EXPONENTS and dtype.kind not in "fiub":
             raise self.damaged(f"{key} holds {dtype} instead of numbers")
@@ -197,7 +197,7 @@ class NpzFile:
         return MptTrtError(f"{self.path}: {what}; calibrate the model again with quantize.py")
 
     def damaged(self, what: str) -> MptTrtError:
-        """Makes the error for a file that is not whole."""
+        """Makes the error for an incomplete file."""
         return MptTrtError(
             f"{self.path}: {what}; delete it and calibrate the model again with quantize.py"
         )
@@ -216,6 +216,6 @@ class NpzFile:
 
 
 def _content_offset(descriptor: int, entry: zipfile.ZipInfo) -> int:
-    """Where the bytes of an entry begin: after its local header, a name and an extra field."""
+    """Offset of an entry's content, after its local header, name and extra field."""
     lengths = os.pread(descriptor, 4, entry.header_offset + LOCAL_HEADER_BYTES - 4)
     return entry.header_offset + LOCAL_HEADER_BYTES + sum(struct.unpack("<HH", lengths))

@@ -1,9 +1,9 @@
 """Names of the arrays in a calibration result.
 
-Keys are `_np:` and the path of a tensor in AMMO's model, joined by `:`; docs/formats.md lists
-them. Q, K and V are separate there, and one matrix with rows Q | K | V here. What AMMO's layout has
-no place for is stored under `mpt_trt:`, where AMMO's readers do not look: the amax of keys and
-values, and a small corner of every matrix, by which a result is recognized as belonging to a model.
+Keys are `_np:` and the path of a tensor in AMMO's model, joined by `:`; docs/formats.md lists them.
+Q, K and V are separate there, and one matrix with rows Q | K | V here. Data without a place in
+AMMO's layout is stored under `mpt_trt:`, which AMMO's readers ignore: the amax of keys and values,
+and a small corner of every matrix, which shows whether a result belongs to a model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WEIGHT_SCALE, ACTIVATION_SCALE = "weights_scaling_factor", "activation_scaling_f
 # Formats whose results contain whole matrices.
 WITH_MATRICES: tuple[QuantizationFormat, ...] = ("int4_awq", "int8_sq")
 
-# Rows and columns of each matrix by which models are told apart.
+# Rows and columns of each matrix's corner, which distinguishes models.
 CORNER = (8, 64)
 
 

@@ -1,4 +1,4 @@
-"""A rank's part of a calibrated matrix, read from the result in blocks of rows."""
+"""Reads a rank's part of a calibrated matrix in blocks of rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpt_trt.calibration.result import CalibrationResult
 from mpt_trt.model.sharding import Range
 from mpt_trt.model.tensors import BlockMatrix
 
-# A cache line of each column's 4-bit integers, once they are packed.
+# One cache line of each column's packed 4-bit integers.
 BLOCK_ROWS = 128
 
 
@@ -24,11 +24,10 @@ def held_blocks(
 ) -> Iterator[tuple[NDArray, NDArray[np.float32]]]:
     """Yields a rank's part of a matrix, BLOCK_ROWS rows at a time, with the rows' scales.
 
-    rows: in ascending order. Each block
-    `[BLOCK_ROWS, columns]` is valid until the next one is asked for; its scales are float32
-    `[BLOCK_ROWS, columns / group_size]`.
+    rows: in ascending order. Each block `[BLOCK_ROWS, columns]` is valid until the next one is
+    requested; its scales are float32 `[BLOCK_ROWS, columns / group_size]`.
 
-    Raises MptTrtError when the result is not one of int4_awq.
+    Raises MptTrtError unless the result's format is int4_awq.
     """
     group_size = calibration.awq_group_size
     groups = slice(columns.start // group_size, columns.stop // group_size)
@@ -52,7 +51,7 @@ def _held_parts(blocks: Iterator[NDArray], rows: list[Range], columns: Range) ->
 
 
 def _joined(parts: Iterator[NDArray], number: int) -> Iterator[NDArray]:
-    """Yields the same rows, `number` at a time, copied to a reused block if need be."""
+    """Yields the same rows, `number` at a time, copied to a reused block if necessary."""
     block, filled = np.empty((0, 0)), 0
     for part in parts:
         rest = part

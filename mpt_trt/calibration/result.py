@@ -1,4 +1,4 @@
-"""Reads a calibration result, of ours or of AMMO, and checks that it belongs to a model."""
+"""Reads calibration results of mpt-trt and AMMO, and checks that they belong to a model."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ ABSOLUTE_TOLERANCE = 2.0**-24
 
 
 def read_calibration(path: Path, checkpoint: FtCheckpoint) -> CalibrationResult:
-    """Opens a calibration result, of ours or of AMMO, for a model.
+    """Opens a calibration result of mpt-trt or AMMO for a model.
 
-    Raises MptTrtError, with what differs and the remedy, when the file is damaged or was made for
-    another model: another architecture, or other weights.
+    Raises MptTrtError, with the difference and the remedy, when the file is damaged or was made for
+    a model with another architecture or other weights.
     """
     file = NpzFile(path)
     result = CalibrationResult(file, checkpoint.config)
@@ -77,7 +77,7 @@ class CalibrationResult:
 
     @cached_property
     def quantization_format(self) -> QuantizationFormat:
-        """The format that the keys imply; AMMO's files do not name it."""
+        """Infers the format from the keys, because AMMO's files do not name it."""
         base = matrix_keys(0, BlockMatrix.OUTPUT)[0]
         is_quantized = f"{base}:{ACTIVATION_SCALE}" in self.file.keys
         if f"{base}:{SMOOTHING}" in self.file.keys:
@@ -207,7 +207,7 @@ class CalibrationResult:
         return float(self._positive(key).item())
 
 
-# --- whether a file belongs to a model ----------------------------------------------------------
+# --- check that a file belongs to a model --------------------------------------------------------
 
 
 def _require_layers(file: NpzFile, config: MptConfig) -> None:

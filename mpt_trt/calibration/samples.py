@@ -1,4 +1,4 @@
-"""Samples that a model reads while it is calibrated: pieces of a text."""
+"""Samples of a text for calibration."""
 
 from __future__ import annotations
 

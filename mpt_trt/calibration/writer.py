@@ -42,7 +42,7 @@ from mpt_trt.quantization.schemes import QuantizationFormat
 from mpt_trt.system.files import WRITE_BYTES, write_in_pieces
 from mpt_trt.system.replace import replace_file, require_writable
 
-# The earliest time that a zip archive can record: the same arrays make the same bytes.
+# The earliest time of the zip format, so that the same arrays give the same bytes.
 TIME_STAMP = (1980, 1, 1, 0, 0, 0)
 # The archive's comment: results of this program, and no other files, are replaced.
 MARK = b"mpt-trt calibration"
@@ -50,9 +50,9 @@ MARK = b"mpt-trt calibration"
 
 @dataclass(frozen=True)
 class CalibrationWriter:
-    """An archive that grows by one array at a time; the same arrays make the same bytes.
+    """An archive that is written one array at a time; the same arrays give the same bytes.
 
-    reader: of the calibrated model. weight_dtype: float16 or float32, the type of weights;
+    reader: reader of the calibrated model. weight_dtype: type of weights, float16 or float32;
     everything else is float32.
     """
 
@@ -62,9 +62,9 @@ class CalibrationWriter:
     weight_dtype: np.dtype
 
     def model(self, quantization_format: QuantizationFormat) -> None:
-        """Writes what identifies the model: all norms, and a corner of each matrix.
+        """Writes the arrays that identify the model: all norms, and a corner of each matrix.
 
-        If the format has matrices, the embedding is written too, because AMMO's loader then reads
+        If the format has matrices, the embedding is also written, because AMMO's loader then reads
         all weights from the file.
         """
         for weight in weights(self.config):
@@ -164,7 +164,7 @@ def require_replaceable_result(target: Path, force: bool) -> None:
 def calibration_writer(
     target: Path, config: MptConfig, reader: WeightReader, weight_dtype: np.dtype
 ) -> Iterator[CalibrationWriter]:
-    """Writes `target` as a whole or not at all. reader: of the calibrated model."""
+    """Writes `target` completely or not at all. reader: reader of the calibrated model."""
     with replace_file(target) as partial, zipfile.ZipFile(partial, "w") as archive:
         archive.comment = MARK
         yield CalibrationWriter(archive, config, reader, weight_dtype)

@@ -1,8 +1,7 @@
-"""The features that each backend supports: the table of docs/backends.md and the refusals.
+"""Features that each backend supports, for the table of docs/backends.md and for checks.
 
-`tensorrt` and `tensorrt_rtx` build this project's own network, which supports everything that an
-MptConfig can express. TensorRT-LLM's MPTForCausalLM has limits of its own, which were read from the
-sources of 0.20 to 1.2.1.
+`tensorrt` and `tensorrt_rtx` build mpt-trt's own network, which supports every MptConfig. The
+limits of TensorRT-LLM's MPTForCausalLM come from the sources of 0.20 to 1.2.1.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from mpt_trt.quantization.schemes import (
 )
 
 AWQ_GROUP_SIZES = (128, 64)
-"""Group sizes that TensorRT-LLM has int4_awq kernels for."""
+"""Group sizes of TensorRT-LLM's int4_awq kernels."""
 FIXED_EPSILON = 1e-5
-"""Epsilon of TensorRT-LLM's last norm; it ignores the checkpoint's."""
+"""Epsilon of TensorRT-LLM's last norm, which ignores the checkpoint's."""
 DEFAULT_ALIBI_BIAS_MAX = 8
 # TensorRT-LLM pads a rank's matrices unless their sizes are multiples of these.
 WEIGHT_ONLY_MULTIPLE, AWQ_MULTIPLE = 64, 128
@@ -44,7 +43,7 @@ class Feature:
     """A feature of a model or a variant: one row of the table.
 
     field: the key of config.yaml or config.json, or the option, that requests the feature.
-    requested_value: None for a row that no request is refused for. unsupported: the reason of each
+    requested_value: None for a row that never leads to a rejection. unsupported: reason of each
     backend that lacks the feature. notes: how a backend supports it.
     """
 
@@ -55,12 +54,12 @@ class Feature:
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def supporting_backends(self) -> list[str]:
-        """The backends that have the feature."""
+        """Backends that have the feature."""
         return [backend for backend in BACKENDS if backend not in self.unsupported]
 
 
 def uses_modelopt_form(scheme: WeightQuantization | None) -> bool:
-    """Whether TensorRT-LLM gets SmoothQuant in ModelOpt's form, from a calibration of int8_sq.
+    """Returns whether TensorRT-LLM gets SmoothQuant in ModelOpt's form, from int8_sq calibration.
 
     TensorRT-LLM's plain attention accepts only that form, which has exactly these settings. Other
     settings need its SmoothQuant plugins and a smoothed FT checkpoint.
@@ -71,7 +70,7 @@ def uses_modelopt_form(scheme: WeightQuantization | None) -> bool:
 
 
 def uses_plugin_form(scheme: WeightQuantization | None) -> bool:
-    """Whether TensorRT-LLM runs the scheme by its SmoothQuant plugin."""
+    """Returns whether TensorRT-LLM runs the scheme with its SmoothQuant plugin."""
     return isinstance(scheme, SmoothQuant) and not uses_modelopt_form(scheme)
 
 
@@ -111,7 +110,7 @@ def _small_awq_groups(spec: EngineSpec) -> int | None:
 
 
 def _uneven_matrices(spec: EngineSpec) -> str | None:
-    """The first of a rank's matrices whose sizes the 4-bit or 8-bit kernels do not support."""
+    """Finds a matrix of a rank whose sizes the 4-bit or 8-bit kernels do not support."""
     if not isinstance(spec.scheme, WeightOnly | Awq):
         return None
     multiple = AWQ_MULTIPLE if isinstance(spec.scheme, Awq) else WEIGHT_ONLY_MULTIPLE
@@ -318,7 +317,7 @@ FEATURES: tuple[Feature, ...] = (
 
 
 def table() -> str:
-    """The table of docs/backends.md, in Markdown."""
+    """Makes the table of docs/backends.md, in Markdown."""
     head = f"| | {' | '.join(f'`{backend}`' for backend in BACKENDS)} |"
     rows = [head, f"|---|{'---|' * len(BACKENDS)}"]
     for feature in FEATURES:

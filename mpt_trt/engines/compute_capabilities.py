@@ -1,4 +1,4 @@
-"""The GPUs that TensorRT-RTX builds plans for, and whether these can compute with fp8."""
+"""Compute capabilities that TensorRT-RTX builds plans for, and those with fp8."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from mpt_trt.quantization.schemes import Quantization
 
 DEFAULT = ("8.0", "8.6", "8.9", "12.0")
 """GPUs that every release of TensorRT-RTX builds for; see `default_capabilities`."""
-# The first GPUs with E4M3 arithmetic (Ada).
+# First compute capability with E4M3 arithmetic (Ada).
 FP8_CAPABILITY = (8, 9)
 
 
 def default_capabilities(quantization: Quantization) -> tuple[str, ...]:
-    """The GPUs that an engine is built for unless it is said: those that can compute it."""
+    """Default GPUs of an engine: those of DEFAULT that can compute it."""
     return tuple(each for each in DEFAULT if _has_fp8(each) or not quantization.uses_fp8)
 
 
 def require_fp8_support(
     capabilities: tuple[str, ...], quantization: Quantization, field: str = "compute_capabilities"
 ) -> None:
-    """Raise MptTrtError if the engine uses fp8 and some of the GPUs to build for lack it.
+    """Raises MptTrtError if the engine uses fp8 and one of the GPUs to build for lacks it.
 
-    field: the key or option that names the GPUs.
+    field: key or option that names the GPUs.
     """
     lacking = [each for each in capabilities if not _has_fp8(each)]
     if quantization.uses_fp8 and lacking:
@@ -37,9 +37,9 @@ def require_fp8_support(
 def require_buildable(
     package: Package, capabilities: tuple[str, ...], field: str = "compute_capabilities"
 ) -> None:
-    """Raise MptTrtError if the package, TensorRT-RTX, does not build for one of the GPUs.
+    """Raises MptTrtError if the package, TensorRT-RTX, does not build for one of the GPUs.
 
-    The package is imported only for GPUs that not every release builds for.
+    The package is imported only for GPUs that some releases do not build for.
     """
     if not (others := [each for each in capabilities if each not in DEFAULT]):
         return

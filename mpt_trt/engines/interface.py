@@ -1,6 +1,6 @@
-"""The one interface of every runtime: a network that steps over a key-value cache of its own.
+"""The interface of all runtimes: a network that steps over its own KV cache.
 
-Shapes: `rows` counts rows of the cache, `vocab` the vocabulary.
+In shapes, `rows` is the number of cache rows and `vocab` the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 
 class StepModel(Protocol):
-    """A loaded engine, as generation and evaluation use it. The KV cache lives inside it."""
+    """A loaded engine with its KV cache, as generation and evaluation use it."""
 
     vocab_size: int
     capacity: int
-    """Cache positions per row: the most tokens a row can hold, prompt and new ones together."""
+    """Cache positions per row: maximum number of prompt and new tokens together."""
     max_batch_size: int
-    """Most cache rows."""
+    """Maximum number of cache rows."""
     max_step_tokens: int
-    """Most tokens per row in one step; a longer prompt is prefilled in chunks."""
+    """Maximum number of tokens per row in one step; longer prompts are prefilled in chunks."""
 
     def start(self, batch_size: int) -> None:
         """Empties the cache and gives it `batch_size` rows."""
@@ -58,18 +58,18 @@ class StepModel(Protocol):
 
 @runtime_checkable
 class GreedyModel(StepModel, Protocol):
-    """A model that can also choose the most likely tokens itself, without waiting for anyone."""
+    """A model that can also choose the most likely tokens itself."""
 
     def greedy_steps(
         self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64], count: int
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Runs up to `count` steps of one token per row, as many as the caller takes.
+        """Runs up to `count` steps of one token per row, until the caller stops.
 
         Args:
             tokens: `[rows]`, the input of the first step. Each later step reads the tokens that the
                 step before it has chosen.
-            write_positions: `[rows]`, those of the first step; see `step`.
-            count: the most steps.
+            write_positions: `[rows]`, positions of the first step; see `step`.
+            count: maximum number of steps.
 
         Yields:
             For each step, the most likely token of every row and the natural log of its

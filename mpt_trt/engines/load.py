@@ -39,7 +39,7 @@ class LoadedEngine:
 
     @property
     def is_first_rank(self) -> bool:
-        """Whether this process prints and writes the results of the engine."""
+        """Returns whether this process prints and writes the results of the engine."""
         return self.communicator is None or self.communicator.rank == 0
 
 
@@ -53,13 +53,12 @@ def load_engine(
     """Loads an engine directory or, if it has several ranks, this process's rank of it.
 
     runtime: `tensorrt` runs the plan, and fails if it cannot; `onnxruntime` runs the network;
-    `auto` prefers the plan and falls back to the network.
-    num_threads: CPU threads of ONNX Runtime; 0 for all cores, which the ranks share.
-    activations: of ONNX Runtime on a CPU; see `Activations`.
-    is_trusted: files are not compared with the hashes that were recorded when they were made.
+    `auto` prefers the plan and falls back to the network. num_threads: CPU threads of ONNX Runtime;
+    0 for all cores, which the ranks share. activations: setting of ONNX Runtime on a CPU; see
+    `Activations`. is_trusted: files are not compared with the recorded hashes.
 
     Raises MptTrtError, on all ranks if on one, when the directory is incomplete, the runtime cannot
-    load it, or another number of processes was started than the engine has ranks.
+    load it, or the number of processes differs from the number of ranks.
     """
     manifest = read_manifest(engine_dir)
     ranks = communicator(manifest.spec.tp_size)
@@ -74,7 +73,7 @@ def load_engine(
 
 
 def _load_together(load: Callable[[], LoadedEngine], ranks: Communicator) -> LoadedEngine:
-    # A rank that fails in `load` must not leave another one waiting there.
+    # A rank that fails in `load` must not leave other ranks waiting in it.
     engine = ranks.agree(load)
     runtimes = ranks.exchange(engine.runtime)
     if len(set(runtimes)) > 1:
@@ -124,7 +123,7 @@ def _open_network(
 
 
 def _has_cuda_provider() -> bool:
-    """Whether the installed ONNX Runtime supports GPUs and this machine has one."""
+    """Returns whether the installed ONNX Runtime supports GPUs and this machine has one."""
     import onnxruntime
 
     installed = onnxruntime.get_available_providers()
@@ -132,7 +131,7 @@ def _has_cuda_provider() -> bool:
 
 
 def tensorrt_obstacle(manifest: Manifest) -> str | None:
-    """The reason why TensorRT cannot run the plan on this machine; None without one."""
+    """Reason why TensorRT cannot run the plan on this machine; None if it can."""
     present = gpus.compute_capabilities()
     wanted = manifest.builder.compute_capabilities
     if not present:

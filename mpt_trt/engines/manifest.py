@@ -1,8 +1,7 @@
 """Reads and writes `config.json` of an engine directory, which describes the engine.
 
-A directory holds, for every rank, `rank{r}.onnx` (the network), `rank{r}.engine` (the TensorRT
-plan), and the networks' weights in `weights/`. Everything that loads an engine reads this file
-first.
+For every rank, a directory contains `rank{r}.onnx` (the network) and `rank{r}.engine` (the TensorRT
+plan); `weights/` contains the networks' weights. `config.json` is read before an engine is loaded.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from mpt_trt.system.verified_files import remember_written, require_recorded
 FORMAT = 3
 MANIFEST = "config.json"
 BUILDERS = ("tensorrt", "tensorrt_rtx", "none")
-# What all ranks of an engine have in common.
+# Keys that are the same for all ranks of an engine.
 COMMON_KEYS = (
     "model_name",
     "config",
@@ -54,7 +53,7 @@ COMMON_KEYS = (
 
 
 def _described_files(folder: Path, pattern: str) -> set[str] | None:
-    """Lists the files that the descriptions in a folder name, and the descriptions."""
+    """Lists the descriptions in a folder and the files that they name."""
     descriptions = {path.name: read_mark(path).get("files") for path in folder.glob(pattern)}
     listed = [files for files in descriptions.values() if isinstance(files, dict)]
     return {*descriptions, *(name for files in listed for name in files)} if listed else None
@@ -91,7 +90,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class RankFiles:
-    """One rank's network and plan by name, and every file of the rank by its path in the folder."""
+    """Names of a rank's network and plan, and all files of the rank by path in the folder."""
 
     network: str
     engine: str
@@ -109,7 +108,7 @@ class RankFiles:
 
 @dataclass(frozen=True)
 class Common:
-    """What descriptions of networks and of engines say in the same words: see COMMON_KEYS."""
+    """Fields that descriptions of networks and of engines share; see COMMON_KEYS."""
 
     model_name: str
     config: MptConfig
@@ -121,7 +120,7 @@ class Common:
     vocabulary: VocabularySharding
     provenance: dict[str, Any]
     calibration: str | None
-    # Older descriptions have only the one of the architecture.
+    # Older descriptions have only the architecture's end token.
     end_ids: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -137,7 +136,7 @@ class Common:
         return (() if single is None else (single,)) if self.end_ids is None else self.end_ids
 
     def spec(self) -> EngineSpec:
-        """Raises ValueError when the sizes do not fit together."""
+        """Spec of the engine; raises ValueError when the sizes are inconsistent."""
         return EngineSpec(
             config=self.config,
             dtype=self.dtype,
@@ -194,7 +193,7 @@ class EngineDescription(Common):
             raise ValueError(f"{len(self.ranks)} ranks, but tp_size = {self.tp_size}")
 
     def manifest(self) -> Manifest:
-        """Raises ValueError when the sizes do not fit together."""
+        """Makes the manifest; raises ValueError when the sizes are inconsistent."""
         return Manifest(
             self.model_name,
             self.spec(),
@@ -210,9 +209,8 @@ class EngineDescription(Common):
 class Manifest:
     """The content of `config.json`.
 
-    provenance: where the checkpoint came from, as its own manifest records it. end_ids: tokens that
-    end a text. calibration: content hash of the calibration result, None for an engine that needed
-    none.
+    provenance: origin of the checkpoint, from its own manifest. end_ids: tokens that end a text.
+    calibration: content hash of the calibration result; None for an engine without one.
     """
 
     model_name: str
@@ -254,7 +252,7 @@ def write_network_description(
     calibration: str | None,
     hashes: dict[str, str],
 ) -> None:
-    """Writes `rank{r}.network.json` beside a rank's network.
+    """Writes `rank{r}.network.json` next to a rank's network.
 
     provenance, end_ids, calibration: see `Manifest`. hashes: content hash of each of the network's
     files, by path in the folder.
@@ -272,7 +270,7 @@ def write_network_description(
 
 
 def read_network_manifest(folder: Path) -> Manifest:
-    """That of a folder with the network of the only rank, and no plan."""
+    """Reads the manifest of a folder with the network of a single rank and no plan."""
     network = read_network_description(folder, 0)
     files = RankFiles(network.network, engine_name(0), network.files)
     return Manifest(
@@ -313,7 +311,7 @@ def read_plan_description(folder: Path, rank: int) -> PlanDescription:
 
 
 def read_network_spec(folder: Path, rank: int = 0) -> EngineSpec:
-    """The spec that a rank's network was made for.
+    """Reads the spec of a rank's network.
 
     Raises MptTrtError when the network's description is missing or damaged.
     """
@@ -322,7 +320,7 @@ def read_network_spec(folder: Path, rank: int = 0) -> EngineSpec:
 
 
 def read_network_hash(folder: Path, rank: int) -> str:
-    """The content hash of a rank's network."""
+    """Content hash of a rank's network."""
     return _network_hash(read_network_description(folder, rank))
 
 
@@ -331,9 +329,9 @@ def _network_hash(description: NetworkDescription) -> str:
 
 
 def require_whole_network(folder: Path, rank: int, is_trusted: bool = False) -> None:
-    """Raises MptTrtError when a file of a rank's network is missing or is another one.
+    """Raises MptTrtError when a file of a rank's network is missing or differs.
 
-    is_trusted: its size suffices; the content is not compared with the recorded hash.
+    is_trusted: only sizes are compared, not hashes.
     """
     files = read_network_description(folder, rank).files
     description, remedy = folder / network_description_name(rank), _make_networks_again(folder)
@@ -370,13 +368,13 @@ def _build_again(engine_dir: Path) -> str:
 
 
 def remember_networks(folder: Path, tp_size: int) -> None:
-    """Remembers that the networks of all ranks, just written, are what was recorded of them."""
+    """Remembers that the networks of all ranks, just written, match their descriptions."""
     for rank in range(tp_size):
         remember_written(folder, _hashes(read_network_description(folder, rank).files))
 
 
 def remember_engine(engine_dir: Path) -> None:
-    """Remembers that an engine directory, just written, is what its manifest says."""
+    """Remembers that an engine directory, just written, matches its manifest."""
     for rank in read_manifest(engine_dir).ranks:
         remember_written(engine_dir, _hashes(rank.files))
 
@@ -386,7 +384,7 @@ def _hashes(files: Mapping[str, FileRecord]) -> dict[str, str]:
 
 
 def _records(folder: Path, hashes: dict[str, str]) -> dict[str, dict]:
-    """A FileRecord, as JSON, of each path in the folder."""
+    """Makes a FileRecord, as JSON, for each path in the folder."""
     return {
         name: asdict(FileRecord((folder / name).stat().st_size, content))
         for name, content in hashes.items()
@@ -396,7 +394,7 @@ def _records(folder: Path, hashes: dict[str, str]) -> dict[str, dict]:
 def write_plan_description(
     engine: Path, content: str, network_hash: str, builder: BuilderInfo
 ) -> None:
-    """Writes `rank{r}.engine.json` beside a plan. content: the plan's content hash."""
+    """Writes `rank{r}.engine.json` next to a plan. content: the plan's content hash."""
     description = {
         "engine": engine.name,
         "files": _records(engine.parent, {engine.name: content}),
@@ -414,8 +412,7 @@ def collect(
 ) -> None:
     """Makes an engine directory of hard links from (network folder, plan folder) of each rank.
 
-    is_trusted: files are not compared with the hashes that were recorded when they were made.
-    force: see `require_replaceable`.
+    is_trusted: files are not compared with the recorded hashes. force: see `require_replaceable`.
 
     Raises MptTrtError when a file is missing or damaged, or the ranks do not belong together.
     """
@@ -437,7 +434,7 @@ def _link_rank(rank: int, networks: Path, plans: Path, folder: Path) -> None:
 
 
 def write_manifest(folder: Path, rank_folders: list[tuple[Path, Path]]) -> None:
-    """Writes `folder/config.json` from the descriptions that lie beside networks and plans."""
+    """Writes `folder/config.json` from the descriptions of networks and plans."""
     networks = [read_network_description(path, rank) for rank, (path, _) in enumerate(rank_folders)]
     plans = [read_plan_description(path, rank) for rank, (_, path) in enumerate(rank_folders)]
     for rank, (network, plan) in enumerate(zip(networks, plans, strict=True)):
@@ -493,9 +490,10 @@ def _rank_files(network: NetworkDescription, plan: PlanDescription) -> RankFiles
 
 
 def read_manifest(engine_dir: Path) -> Manifest:
-    """Reads `config.json` and checks that every file it names is there, in its full size.
+    """Reads `config.json` and checks that every file it names exists and has its full size.
 
-    Raises MptTrtError, naming the file, when the folder is no engine directory or is incomplete.
+    Raises MptTrtError, naming the file, when the folder is not an engine directory or is
+    incomplete.
     """
     recover(engine_dir)
     path = engine_dir / MANIFEST
@@ -522,13 +520,13 @@ def _require_named(rank: RankFiles) -> None:
 
 
 def check_content(engine_dir: Path, files: RankFiles, *names: str) -> None:
-    """Raises MptTrtError when a file of a rank is not the one that was built with the others."""
+    """Raises MptTrtError when the content of a rank's file differs from the recorded hash."""
     hashes = {name: files.files[name].hash for name in names}
     require_recorded(engine_dir, hashes, engine_dir / MANIFEST, _build_again(engine_dir))
 
 
 def _scheme(content: dict[str, Any]) -> WeightQuantization | None:
-    """Raises ValueError when the content of `quantization` is none that `as_mapping` makes."""
+    """Makes the scheme; raises ValueError when `quantization` cannot come from `as_mapping`."""
     method = content.get("method")
     if method == "none":
         return None

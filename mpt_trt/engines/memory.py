@@ -1,4 +1,4 @@
-"""The GPU memory of an engine in bytes, before it is made.
+"""GPU memory of an engine in bytes, computed before it is made.
 
 Weights and KV cache are exact, activations an estimate. Imports neither NumPy nor ONNX, because
 Snakemake's planning calls these functions for many engines.
@@ -21,8 +21,8 @@ MIB = 1 << 20
 GB = 10**9
 FLOAT32_BYTES = 4
 
-# Memory of common GPUs in 10^9 bytes: vendors count in 2^30 bytes, of which error correction and
-# the driver take some.
+# Memory of common GPUs in 10^9 bytes: vendors count 2^30 bytes, but error correction and the driver
+# take a part.
 GPU_CLASSES_GB = (16, 24, 40, 48, 80)
 # Allowance for the CUDA context and the workspaces of TensorRT and NCCL; not measured.
 GPU_OVERHEAD = 1024 * MIB
@@ -30,7 +30,7 @@ GPU_OVERHEAD = 1024 * MIB
 
 @functools.cache
 def rank_weights(spec: EngineSpec) -> int:
-    """Size of a rank's weights, which is exact; no rank has more than the first."""
+    """Exact size of rank 0's weights; no rank has more."""
     tables = {"wte", "lm_head.weight"}
     read = [w for w in weights(spec.config) if w.name not in tables and _is_read(w)]
     elements = sum(math.prod(_rank_shape(spec, weight)) for weight in read if not weight.is_linear)
@@ -44,7 +44,7 @@ def _rank_shape(spec: EngineSpec, weight: Weight) -> tuple[int, ...]:
 
 
 def block_tensors(spec: EngineSpec) -> list[TensorSpec]:
-    """The tensors that a rank's network stores for the matrices of one block."""
+    """Tensors that a rank's network stores for the matrices of one block."""
     rank = Rank(0, spec.tp_size)
     return [
         tensor
@@ -54,24 +54,24 @@ def block_tensors(spec: EngineSpec) -> list[TensorSpec]:
 
 
 def matrix_bytes(spec: EngineSpec) -> int:
-    """Size of the matrices of all blocks of a rank, with their scales."""
+    """Size of a rank's matrices of all blocks, with their scales."""
     return spec.config.num_layers * sum(tensor.byte_size for tensor in block_tensors(spec))
 
 
 def _is_read(weight: Weight) -> bool:
-    # FT has files of zeros for norms without a bias, which no engine reads.
+    # FT has files of zeros for norms without a bias; engines do not read them.
     return weight.hf_name is not None
 
 
 def _qk_norm_elements_of_others(config: MptConfig, tp_size: int) -> int:
-    """Number of elements of the query and key norms that only other ranks hold."""
+    """Number of elements of the query and key norms that are only on other ranks."""
     query, key, _ = sharding.qkv_columns(config, Rank(0, tp_size))
     others = config.hidden_size - len(query) + config.kv_size - len(key)
     return others * config.num_layers * (2 if config.bias else 1)
 
 
 def _vocabulary_elements(spec: EngineSpec) -> int:
-    """Number of elements of embedding and head, which are one table if they have the same rows."""
+    """Number of elements of embedding and head, which share a table if they have the same rows."""
     config, is_alone = spec.config, spec.tp_size == 1
     head = "embedding" if config.tie_word_embeddings else "head"
     tables = {
@@ -84,7 +84,7 @@ def _vocabulary_elements(spec: EngineSpec) -> int:
 
 
 def kv_cache(spec: EngineSpec) -> int:
-    """Size of a rank's KV cache for all rows, which is exact; beam search briefly has two."""
+    """Exact size of a rank's KV cache for all rows; beam search briefly has two."""
     is_quantized = spec.quantization.kv_cache != "auto"
     return _cache_elements(spec) * (1 if is_quantized else spec.element_bytes)
 
@@ -103,7 +103,7 @@ def activations(spec: EngineSpec) -> int:
     of the first two of these numbers of elements and the largest of the others:
 
         attention bias  T * cache_len * heads (one head without ALiBi), which all layers share
-        residual        3 * T * hidden: it, its norm, a layer's output
+        residual        3 * T * hidden: itself, its norm, a layer's output
 
         bias            the attention bias in float32, before it is rounded
         attention       2 * T * (Q + K + V columns), and 3 * T * cache_len * heads for the scores in
@@ -133,7 +133,7 @@ def activations(spec: EngineSpec) -> int:
 
 
 def gpu_memory(spec: EngineSpec) -> int:
-    """Memory that a rank takes on its GPU."""
+    """Memory that a rank needs on its GPU."""
     return rank_weights(spec) + kv_cache(spec) + activations(spec) + GPU_OVERHEAD
 
 
@@ -151,9 +151,9 @@ def gpus_in_words(spec: EngineSpec) -> str:
 
 
 def gpu_obstacle(spec: EngineSpec, available: int) -> str | None:
-    """Why a GPU of `available` bytes cannot hold a rank; None if it can.
+    """Reason why a GPU with `available` bytes cannot hold a rank; None if it can.
 
-    Counts only weights and KV cache, so that nothing is refused because of an estimate.
+    Counts only weights and KV cache, so that an estimate never leads to a rejection.
     """
     needed = rank_weights(spec) + kv_cache(spec)
     if needed <= available:

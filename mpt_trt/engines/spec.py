@@ -1,4 +1,4 @@
-"""What an engine is made for, and the builder of its plans."""
+"""Properties of an engine, and the builder of its plans."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.quantization.schemes import UNQUANTIZED, Quantization, WeightQuantization
 
 TENSORRT_LLM = "tensorrt_llm"
-"""The backend whose engines TensorRT-LLM builds from a checkpoint in its own format."""
+"""Backend whose engines TensorRT-LLM builds from a checkpoint in its own format."""
 BACKENDS = ("tensorrt", "tensorrt_rtx", TENSORRT_LLM)
 
 MOST = {"max_batch_size": 1 << 16, "max_input_len": 1 << 24, "max_output_len": 1 << 24}
@@ -20,7 +20,7 @@ MOST = {"max_batch_size": 1 << 16, "max_input_len": 1 << 24, "max_output_len": 1
 
 @dataclass(frozen=True)
 class BuildLimits:
-    """The largest inputs of an engine.
+    """Maximum sizes of an engine's inputs.
 
     max_batch_size: rows of the KV cache (prompts x beams).
     max_input_len: tokens per row and step; longer prompts are fed in pieces.
@@ -41,7 +41,7 @@ class BuildLimits:
                 raise MptTrtError(f"{name} = {value}: at most {most} is supported")
 
     def require_rows(self, batch_size: int) -> None:
-        """Raise MptTrtError when the KV cache has fewer than `batch_size` rows."""
+        """Raises MptTrtError when the KV cache has fewer than `batch_size` rows."""
         if batch_size > self.max_batch_size:
             raise MptTrtError(
                 f"{batch_size} rows are asked for, but the engine was built for max_batch_size = "
@@ -49,7 +49,7 @@ class BuildLimits:
             )
 
     def require_window(self, length: int) -> None:
-        """Raise MptTrtError when a row of the KV cache holds fewer than `length` tokens."""
+        """Raises MptTrtError when a row of the KV cache has fewer than `length` positions."""
         if length > self.cache_len:
             raise MptTrtError(
                 f"window_length = {length}, but a row of the engine's cache holds {self.cache_len} "
@@ -59,7 +59,7 @@ class BuildLimits:
 
     @property
     def cache_len(self) -> int:
-        """Cache positions per row: the longest prompt of one step and the longest output."""
+        """Cache positions per row: max_input_len + max_output_len."""
         return self.max_input_len + self.max_output_len
 
     @property
@@ -83,9 +83,9 @@ class BuilderInfo:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What an engine is made for. dtype: float32, float16 or bfloat16.
+    """Properties of an engine. dtype: float32, float16 or bfloat16.
 
-    Raises MptTrtError with the valid sizes when the model cannot be divided among tp_size ranks.
+    Raises MptTrtError with the valid sizes when tp_size does not divide the model.
     """
 
     config: MptConfig

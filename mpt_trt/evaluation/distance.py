@@ -1,6 +1,6 @@
-"""The distance of an engine's logits from the float32 reference, and how much of it is allowed.
+"""Distance of an engine's logits from the float32 reference, and its tolerance.
 
-Imports no NumPy, because Snakemake's planning reads tolerances.
+Does not import NumPy, because Snakemake's planning reads tolerances.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Tolerance:
 class Distance:
     """Distance of logits from the reference.
 
-    max_abs: largest difference of a logit. mean_kl: mean over positions of
-    KL(reference || engine), in nats. top1: share of positions with the same most likely token.
-    positions: how many were compared.
+    max_abs: largest difference of a logit. mean_kl: mean over positions of KL(reference || engine),
+    in nats. top1: share of positions with the same most likely token. positions: number of compared
+    positions.
     """
 
     max_abs: float
@@ -32,7 +32,7 @@ class Distance:
     positions: int
 
     def violations(self, tolerance: Tolerance) -> list[str]:
-        """Each figure that exceeds the tolerance, in words; empty if none does."""
+        """Describes each figure that exceeds the tolerance; [] if none does."""
         checks = (
             (self.max_abs <= tolerance.max_abs, f"max_abs {self.max_abs:.3g}", tolerance.max_abs),
             (self.mean_kl <= tolerance.mean_kl, f"mean_kl {self.mean_kl:.3g}", tolerance.mean_kl),

@@ -1,8 +1,8 @@
-"""Windows of held-out text, and the float32 reference's hidden states on them, in a file.
+"""File with windows of held-out text and the float32 reference's hidden states on them.
 
-The reference is the same for every engine of a model, so it is computed once. The file has the
-head's inputs, the `hidden` values of each token instead of its `vocab` logits: for MPT-7B 16 kB
-instead of 200 kB per token, without any rounding. A product with the head gives the logits.
+The reference is the same for every engine of a model, so it is computed once. The file contains the
+head's inputs instead of logits: for MPT-7B, 16 kB instead of 200 kB per token, without rounding. A
+product with the head gives the logits.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class HeldOut:
 
     tokens: int64 `[windows, length + 1]`; the model reads all but the last token of a window and
     predicts all but the first. hidden: float32 `[windows, length, hidden]`, the input of the
-    reference's head. text: name of the file. text_hash: its content hash. reference: the software
-    that computed the reference.
+    reference's head. text: name of the text file. text_hash: its content hash. reference: the
+    software that computed the reference.
     """
 
     tokens: NDArray[np.int64]
@@ -52,7 +52,7 @@ class HeldOut:
 
 
 def read_text(path: Path) -> str:
-    """Reads a text and leaves its line ends as they are; raises MptTrtError if that fails."""
+    """Reads a text without changing its line ends; raises MptTrtError if that fails."""
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def read_text(path: Path) -> str:
 
 
 def windows(tokens: list[int], num_windows: int, length: int) -> NDArray[np.int64]:
-    """Cuts out at most `num_windows` windows that do not overlap, evenly spread over the text.
+    """Selects up to `num_windows` windows without overlap, spread evenly over the text.
 
     Returns `[windows, length + 1]`; each window's last token is the next one's first.
 
@@ -82,10 +82,10 @@ def write_heldout(heldout: HeldOut, target: Path, inputs: Iterable[Path] = ()) -
     """Writes a safetensors file, atomically. inputs: see `replace_file`."""
     tensors: dict[str, NDArray] = {"tokens": heldout.tokens, "hidden": heldout.hidden}
     texts = {key: getattr(heldout, key) for key in TEXT_KEYS}
-    # One entry, because safetensors writes several in random order.
+    # One metadata entry, because safetensors writes several in random order.
     metadata = {METADATA_KEY: json.dumps(texts)}
     with replace_file(target, inputs) as partial:
-        # Not by save_file, which makes a file that only its owner may read.
+        # save_file would make a file that only its owner can read.
         partial.write_bytes(save(tensors, metadata))
 
 

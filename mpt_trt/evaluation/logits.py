@@ -1,4 +1,4 @@
-"""Logits of an engine at every token of given sequences, and their distance from the reference."""
+"""Computes an engine's logits at every token of sequences, and their distance to the reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpt_trt.engines.load import LoadedEngine
 from mpt_trt.evaluation.distance import Distance
 from mpt_trt.generation.logits import log_softmax
 
-# Logits that a step may return; beyond it, larger steps are no faster.
+# Maximum number of logits per step; larger steps are not faster.
 LOGITS_BYTES = 1 << 27
 
 
@@ -31,12 +31,12 @@ def measure_distance(engine: NDArray[np.float32], reference: NDArray[np.float32]
 
 
 def divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """KL(p || q) in nats, `[...]`, of natural log-probabilities `[..., vocab]`."""
+    """Computes KL(p || q) in nats, `[...]`, from natural log-probabilities `[..., vocab]`."""
     return np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def all_logits(engine: LoadedEngine, tokens: list[int]) -> NDArray[np.float32]:
-    """Logits at every token of one sequence, `[len(tokens), vocab]`."""
+    """Computes logits at every token of one sequence, `[len(tokens), vocab]`."""
     sequences = np.array([tokens], np.int64)
     return np.concatenate([piece.logits[0] for piece in logits_in_pieces(engine, sequences)])
 
@@ -45,8 +45,8 @@ def all_logits(engine: LoadedEngine, tokens: list[int]) -> NDArray[np.float32]:
 class LogitsPiece:
     """Part of the logits of several sequences.
 
-    sequences, positions: which ones. logits: float32 `[sequences, positions, vocab]`, not to be
-    written to, nor read after the next step.
+    sequences, positions: their indices. logits: float32 `[sequences, positions, vocab]`; must not
+    be written to, or read after the next step.
     """
 
     sequences: slice
@@ -55,11 +55,10 @@ class LogitsPiece:
 
 
 def logits_in_pieces(engine: LoadedEngine, tokens: NDArray[np.int64]) -> Iterator[LogitsPiece]:
-    """Logits at every token of `[sequences, seq]`, in as few steps as the engine's limits allow.
+    """Yields logits at every token of `[sequences, seq]`, in as few steps as the limits allow.
 
-    An engine that returns one row of logits for each row of its cache reads as many sequences at a
-    time as it has rows, token by token: every step returns that many logits, in the shape that
-    generation is fastest at.
+    An engine that returns one row of logits per row of its cache reads one sequence per row, token
+    by token, so every step returns a full set of logits in the fastest shape.
     """
     limit = max(1, LOGITS_BYTES // (np.float32().itemsize * engine.model.vocab_size))
     if engine.max_logits is not None:
@@ -76,7 +75,7 @@ def logits_in_pieces(engine: LoadedEngine, tokens: NDArray[np.int64]) -> Iterato
 
 
 def _step(model: StepModel, tokens: NDArray[np.int64], start: int) -> NDArray[np.float32]:
-    """Logits at all tokens of a step that begins at cache position `start` in every row."""
+    """Computes logits at all tokens of a step that starts at cache position `start`."""
     rows, length = tokens.shape
     every_token = np.argwhere(np.ones_like(tokens))
     logits = model.step(tokens, np.full(rows, start, np.int64), every_token)

@@ -1,4 +1,4 @@
-"""Quality of an engine: its predictions of held-out text against the float32 reference's."""
+"""Compares an engine's predictions of held-out text with the float32 reference's."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mpt_trt.evaluation.quality_result import Estimate, Figures, Size
 from mpt_trt.evaluation.reference import Head
 from mpt_trt.generation.logits import log_softmax, require_finite
 
-# Values of float64 log-probabilities in memory at a time.
+# Maximum number of float64 log-probabilities in memory.
 CHUNK_VALUES = 1 << 21
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Figures of each position, `[windows, length]` each; logarithms are natural.
+    """Figures of each position, arrays `[windows, length]`; logarithms are natural.
 
     nats, reference_nats: negative log-probability of the next token. kl: KL(reference || engine).
     is_same: whether both have the same most likely token.
@@ -39,11 +39,11 @@ class Predictions:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> Predictions:
-        """Arrays to be filled in."""
+        """Makes arrays to be filled in."""
         return cls(np.empty(shape), np.empty(shape), np.empty(shape), np.empty(shape, np.bool_))
 
     def figures(self) -> Figures:
-        """Means over the windows, with standard errors."""
+        """Computes means over the windows, with standard errors."""
         nats, reference_nats = estimate(self.nats), estimate(self.reference_nats)
         return Figures(
             nats_per_token=nats,
@@ -59,9 +59,9 @@ class Predictions:
 
 
 def estimate(values: NDArray) -> Estimate:
-    """The mean of `[windows, length]` and its standard error, with windows as the samples.
+    """Computes the mean of `[windows, length]` and its standard error over windows.
 
-    Tokens of one window are not independent of each other; windows nearly are.
+    Tokens of one window are not independent of each other, but windows nearly are.
     """
     means = values.mean(axis=1, dtype=np.float64)
     error = None if len(means) < 2 else float(means.std(ddof=1) / math.sqrt(len(means)))
@@ -71,7 +71,7 @@ def estimate(values: NDArray) -> Estimate:
 def measure(engine: LoadedEngine, heldout: HeldOut, head: Head | None) -> Figures | None:
     """Reads the windows with the engine and compares its predictions with the reference's.
 
-    Every rank takes part. Only the first has the reference's head and gets the figures.
+    Every rank takes part. Only rank 0 has the reference's head and returns the figures.
 
     Raises FloatingPointError when a logit is not finite.
     """
@@ -111,7 +111,7 @@ def _compare(
 
 
 def engine_size(engine_dir: Path, manifest: Manifest) -> Size:
-    """Bytes on disk of an engine directory's plans, networks and files in total."""
+    """Bytes on disk of an engine directory: plans, networks, and all files."""
     plans = {rank.engine for rank in manifest.ranks}
     named = {name for rank in manifest.ranks for name in rank.files}
     everything = {str(path.relative_to(engine_dir)) for path in engine_dir.rglob("*")}
@@ -123,7 +123,7 @@ def engine_size(engine_dir: Path, manifest: Manifest) -> Size:
 
 
 def _disk(folder: Path, names: set[str]) -> int:
-    """Bytes of the named files; directories are left out, a file with two names counts once."""
+    """Bytes of the named files without directories; a file with two names counts once."""
     paths = [folder / name for name in names]
     stats = [path.stat() for path in paths if path.is_file()]
     return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())

@@ -1,4 +1,4 @@
-"""The file of a quality measurement: `quality/{model}/{variant}/{tp}-gpu.json`."""
+"""Result file of a quality measurement, `quality/{model}/{variant}/{tp}-gpu.json`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures of an engine's predictions of held-out text. Logarithms are natural: nats.
+    """Figures of an engine's predictions of held-out text; logarithms are natural (nats).
 
-    nats_per_token: mean negative log-probability of the token that follows. perplexity: its
-    exponential. reference_...: the same for the reference. excess: nats per token more than the
-    reference needs; in this paired difference most of the variation between windows cancels. kl:
-    mean KL(reference || engine) of the next-token distributions. top1: share of positions with the
-    same most likely token. windows, tokens: how many were measured.
+    nats_per_token: mean negative log-probability of the next token. perplexity: its exponential.
+    reference_...: the same for the reference. excess: nats per token more than the reference needs;
+    most of the variation between windows cancels in this paired difference. kl: mean KL(reference
+    || engine) of the next-token distributions. top1: share of positions with the same most likely
+    token. windows, tokens: numbers of measured windows and tokens.
     """
 
     nats_per_token: Estimate
@@ -46,10 +46,10 @@ class Figures:
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes on disk of all ranks. A file that ranks share, or that has two names, counts once.
+    """Bytes on disk of all ranks; shared files and hard links count once.
 
-    plans: TensorRT's files. networks: graphs and weights, which ONNX Runtime loads and plans are
-    built from. total: every file in the directory.
+    plans: TensorRT's files. networks: graphs and weights, from which plans are built and which ONNX
+    Runtime loads. total: every file in the directory.
     """
 
     plans: int
@@ -62,11 +62,11 @@ class QualityResult:
     """Quality, size and speed of one engine.
 
     quantization: as in config.yaml, with the options of its own method. kv_cache: type of keys and
-    values; `auto` means dtype. runtime: the runtime that ran the engine. fallback_reason: why that
-    was not TensorRT; None when it was. date: UTC day. reference: the software that computed the
+    values; `auto` means dtype. runtime: the runtime that ran the engine. fallback_reason: why it
+    was not TensorRT; None if it was. date: UTC day. reference: the software that computed the
     reference. text: file name. window_length: tokens per window. speed: measured on one sequence of
-    prompt_len tokens and new_tokens after them. peak_memory: bytes of host memory, the sum of the
-    ranks' peaks up to the end of that.
+    prompt_len tokens and new_tokens generated tokens. peak_memory: bytes of host memory, the sum of
+    the ranks' peaks up to then.
     """
 
     engine_dir: str

@@ -1,4 +1,4 @@
-"""Greedy generations of an engine, recorded: tokens, logits and speed."""
+"""Records greedy generations of an engine: tokens, logits and speed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mpt_trt.generation.generate import generate
 
 @dataclass(frozen=True)
 class RecordedGeneration:
-    """One greedy generation by an engine.
+    """A greedy generation by an engine.
 
-    tokens: prompt and continuation. prompt_len: tokens of the prompt. logits: float32
-    `[len(tokens) - 1, vocab]`, the engine's at every token but the last.
+    tokens: prompt and continuation. prompt_len: tokens of the prompt. logits: float32 `[len(tokens)
+    - 1, vocab]`, the engine's logits at every token except the last.
     """
 
     tokens: list[int]
@@ -39,9 +39,9 @@ def record_generation(
     The continuation's logits are those of the generation itself (prefill, then single tokens); the
     prompt's are read in a second pass.
     """
-    # No end token, because every requested position shall be compared.
+    # No end token, so that every requested position is compared.
     config = GenerationConfig(max_new_tokens=max_new_tokens, end_ids=(), pad_id=0)
-    generate(engine.model, [prompt], config)  # warm-up: the first run sets things up, slowly
+    generate(engine.model, [prompt], config)  # warm-up: the first run includes set-up
     recorder = _Recorder(engine.model)
     generated = generate(recorder, [prompt], config)[0][0].tokens
     prompt_logits = all_logits(engine, prompt)[:-1]
@@ -71,9 +71,9 @@ def measure_speed(
 
 
 class _Recorder:
-    """A StepModel that passes everything on to another, and keeps the steps' logits and times.
+    """A StepModel that forwards calls to another and keeps the logits and times of steps.
 
-    It does not choose tokens itself (see `GreedyModel`), so that every step's logits are seen.
+    It is not a `GreedyModel`, so that every step returns logits.
     """
 
     def __init__(self, model: StepModel):

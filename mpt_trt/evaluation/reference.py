@@ -1,8 +1,8 @@
-"""The reference: float32 logits from a Hugging Face checkpoint, without any code of the engines.
+"""Computes float32 reference logits from a Hugging Face checkpoint, without code of the engines.
 
-The blocks are transformers' own if it has the architecture, and `model.torch_block`'s if it does
-not. They run one after the other, and each gets its weights when its turn comes: memory is that of
-one block, or of the embedding, so that a laptop can check a 30B model.
+The blocks are transformers' own if it supports the architecture, otherwise those of
+`model.torch_block`. They run one after the other, and weights are read block by block. Memory is
+that of one block or of the embedding, so a laptop can check a 30B model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Block = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
 def reference_logits(folder: Path, token_ids: list[int], adapter: Path | None = None) -> Tensor:
-    """Logits at every token of one sequence, float32 `[len(token_ids), vocab]`.
+    """Computes logits at every token of one sequence, float32 `[len(token_ids), vocab]`.
 
     adapter: folder of a LoRA adapter to merge.
 
@@ -42,7 +42,7 @@ def reference_logits(folder: Path, token_ids: list[int], adapter: Path | None = 
 def reference_hidden(
     folder: Path, token_ids: NDArray[np.int64], adapter: Path | None = None
 ) -> Tensor:
-    """Inputs of the head: the last norm's output, float32 `[sequences, seq, hidden]`.
+    """Computes the inputs of the head (the last norm's output), float32 `[sequences, seq, hidden]`.
 
     token_ids: `[sequences, seq]`. Each block is read once and runs on one sequence after the other.
 
@@ -57,13 +57,13 @@ def reference_hidden(
 
 @dataclass(frozen=True)
 class Head:
-    """The last matrix product. weight: float32 `[vocab, hidden]`. scale: factor of its result."""
+    """The last matrix product. weight: float32 `[vocab, hidden]`. scale: factor of the result."""
 
     weight: Tensor
     scale: float
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits, float32 `[..., vocab]`, for hidden states `[..., hidden]`."""
+        """Computes logits, float32 `[..., vocab]`, from hidden states `[..., hidden]`."""
         with torch.inference_mode():
             return hidden @ self.weight.T * self.scale
 
@@ -78,7 +78,7 @@ def read_head(folder: Path, adapter: Path | None = None) -> Head:
 def reference_name(folder: Path) -> str:
     """Name of the software that computes the reference of a checkpoint, for reports."""
     if not is_in_transformers(read_hf_config(folder)):
-        # Without the part after `+`, which names the hardware that PyTorch was built for.
+        # Without the part after `+`, the hardware that PyTorch was built for.
         return f"plain PyTorch {torch.__version__.split('+')[0]}, float32"
     import transformers  # seconds to import, and not needed for other architectures
 
@@ -86,7 +86,7 @@ def reference_name(folder: Path) -> str:
 
 
 def is_in_transformers(config: MptConfig) -> bool:
-    """Whether transformers' MPT has every feature of the architecture."""
+    """Returns whether transformers' MPT has every feature of the architecture."""
     return (
         config.num_kv_heads == config.num_heads
         and config.intermediate_size == 4 * config.hidden_size
@@ -107,7 +107,7 @@ def _hidden(model: ModelTensors, block: Block, token_ids: Tensor) -> Tensor:
     config = model.config
     hidden = embed(model, model.tensor("wte.weight"), token_ids)
     for layer in range(config.num_layers):
-        # No variable holds them: this block's weights are freed before the next one's are read.
+        # No variable holds the weights, so they are freed before the next block's are read.
         hidden = _each_sequence(block, model.tensors(f"blocks.{layer}."), hidden)
     return with_weights(partial(model_norm, config), model.tensors("norm_f."))(hidden)
 
@@ -130,7 +130,7 @@ def _transformers_block(config: MptConfig, length: int) -> Block:
     # Seconds to import, and not needed for other architectures.
     from transformers.models.mpt.modeling_mpt import MptBlock, build_mpt_alibi_tensor
 
-    # transformers' whole model would leave alibi_bias_max at 8 whatever the checkpoint says.
+    # transformers' whole model would always use 8 for alibi_bias_max.
     alibi = build_mpt_alibi_tensor(config.num_heads, length, config.alibi_bias_max)
     is_hidden = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     settings = _transformers_config(config)

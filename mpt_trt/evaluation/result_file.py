@@ -1,4 +1,4 @@
-"""Reads result files: JSON objects that were written from dataclasses."""
+"""Reads result files, JSON objects that were written from dataclasses."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Result = TypeVar("Result")
 
 
 def read_result(path: Path, kind: type[Result], description: str) -> Result:
-    """Reads a dataclass, with dataclasses and tuples inside; keys that it lacks are ignored.
+    """Reads a dataclass, with dataclasses and tuples inside; other keys are ignored.
 
-    description: of the expected content, for error messages.
+    description: expected content, for error messages.
 
     Raises MptTrtError, naming the key, when one is missing or has a value of another type.
     """

@@ -1,4 +1,4 @@
-"""The file of a smoke test: `smoke_tests/{model}/{variant}/{tp}-gpu.json`."""
+"""Result file of a smoke test, `smoke_tests/{model}/{variant}/{tp}-gpu.json`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mpt_trt.system.replace import is_replaced, remove_file, require_writable
 
 @dataclass(frozen=True)
 class SmokeResult:
-    """One generation by an engine, against the float32 reference.
+    """A generation by an engine, compared with the float32 reference.
 
     engines: names of the ranks' plans in engine_dir. runtime: the runtime that ran the engine.
-    fallback_reason: why that was not TensorRT; None when it was. text: the continuation of prompt.
+    fallback_reason: why it was not TensorRT; None if it was. text: the continuation of prompt.
     tokens: prompt and continuation. prompt_len: tokens of the prompt. reference: the software that
     computed the reference.
     """
@@ -42,15 +42,15 @@ class SmokeResult:
 
     @property
     def violations(self) -> list[str]:
-        """Each figure of the distance that exceeds the tolerance, in words."""
+        """Describes each figure of the distance that exceeds the tolerance."""
         return self.distance.violations(self.tolerance)
 
 
 def write_smoke_result(result: SmokeResult, output: Path, inputs: Iterable[Path] = ()) -> None:
     """Writes the result to `output`, with a key `passed`. inputs: see `replace_file`.
 
-    Raises MptTrtError when the distance exceeds the tolerance; then the result goes to
-    {output}.rejected instead, unless `output` is a device or pipe. The other file is removed.
+    Raises MptTrtError when the distance exceeds the tolerance. The result then goes to
+    {output}.rejected, unless `output` is a device or pipe. The other file is removed.
     """
     inputs = tuple(inputs)
     violations = result.violations
@@ -74,7 +74,7 @@ def write_smoke_result(result: SmokeResult, output: Path, inputs: Iterable[Path]
 
 
 def rejected_path(output: Path) -> Path:
-    """Where a result goes that exceeds the tolerance."""
+    """Path of a result that exceeds the tolerance."""
     return output.with_name(output.name + ".rejected")
 
 

@@ -1,9 +1,9 @@
 """Reads a FasterTransformer (FT) checkpoint directory: `config.ini` and raw `.bin` files by rank.
 
-Files have no header: C order, little endian. Linear weights are transposed to
-`[in_features, out_features]`, as a MatMul expects them. Names, splits and keys are those of
-NVIDIA's convert_hf_mpt_to_ft.py; docs/ft_differences.md lists where that is wrong and ours is not.
-`manifest.json` is our addition: where the weights came from, and a hash of every file.
+Files have no header: C order, little endian. Linear weights are transposed to `[in_features,
+out_features]`, as a MatMul expects them. Names, splits and keys are those of NVIDIA's
+convert_hf_mpt_to_ft.py, except where that is wrong (docs/ft_differences.md). mpt-trt adds
+`manifest.json` with the provenance of the weights and a hash of every file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from mpt_trt.system.verified_files import require_recorded
 SECTION = "gpt"
 CONFIG = "config.ini"
 MANIFEST = "manifest.json"
-# Those of converters have a kilobyte.
+# Far above the size of converters' files, about a kilobyte.
 MOST_INI_BYTES = 1 << 20
 QUOTES = "'"
 NORM_TYPES: dict[str, NormType] = {"layernorm": "layernorm", "rmsnorm": "rmsnorm"}
@@ -59,7 +59,7 @@ ROPE_SCALINGS: dict[str, RopeScaling] = {
     "dynamic": "dynamic",
     "llama3": "llama3",
 }
-# A plain checkpoint also has int8 files of QKV if this file exists.
+# If this file exists, a plain checkpoint also has int8 files of QKV.
 KV_SCALE = f"model.layers.0.{BlockMatrix.QKV}.scale_y_quant_orig.bin"
 
 
@@ -78,14 +78,14 @@ FT_CHECKPOINT = FolderKind("an FT checkpoint", _own_files)
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the manifest records of a file."""
+    """The manifest's record of a file."""
 
     hash: str
 
 
 @dataclass(frozen=True)
 class _Manifest:
-    """What is read from the manifest."""
+    """The fields of the manifest that are read."""
 
     files: dict[str, _Entry] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class FtCheckpoint:
 
     storage_type: a key of STORAGE_TYPES. manifest: {} when absent. smoothing: SmoothQuant's alpha
     if the weights and norms are smoothed; such a directory is not a plain checkpoint. int8_layers:
-    linear layers that have int8 weights and scales.
+    linear layers with int8 weights and scales.
     """
 
     folder: Path
@@ -110,14 +110,14 @@ class FtCheckpoint:
     int8_layers: Int8Layers = Int8Layers.NONE
 
     def rank_files(self, rank: Rank) -> dict[str, FtFile]:
-        """The files in the storage type that one rank reads, by FT weight name."""
+        """Files in the storage type that one rank reads, by FT weight name."""
         return {
             weight.name: ft_file(self.config, weight, rank, self.storage_type)
             for weight in weights(self.config)
         }
 
     def rank_int8_files(self, rank: Rank) -> dict[str, Int8Files]:
-        """The int8 files that one rank reads, by FT layer name: `layers.0.attention.dense`."""
+        """Int8 files that one rank reads, by FT layer name, e.g. `layers.0.attention.dense`."""
         return {
             linear_name(weight): int8_files(self.config, weight, rank)
             for weight in weights(self.config)
@@ -126,20 +126,20 @@ class FtCheckpoint:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Where the weights came from, as the manifest records it; {} if it does not."""
+        """Provenance of the weights from the manifest; {} if it is not recorded."""
         provenance = self.manifest.get("provenance", {})
         return provenance if isinstance(provenance, dict) else {}
 
     @property
     def recorded_hashes(self) -> dict[str, str]:
-        """Content hashes by name, as the manifest records them."""
+        """Content hashes by name, from the manifest."""
         return {name: entry["hash"] for name, entry in self.manifest.get("files", {}).items()}
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text; config.ini has room for only one of them.
+        """Tokens that end a text, from the manifest; config.ini stores only one of them.
 
-        Raises MptTrtError when the manifest records something else.
+        Raises MptTrtError when the manifest's value is malformed.
         """
         single = self.config.eos_token_id
         recorded = self.manifest.get("end_ids", [] if single is None else [single])
@@ -155,12 +155,12 @@ class FtCheckpoint:
 
     @property
     def tokenizer_files(self) -> list[str]:
-        """Paths, in the folder, of the tokenizer's files; [] if none travels with it."""
+        """Paths, in the folder, of the tokenizer's files; [] if it has none."""
         paths = sorted((self.folder / TOKENIZER_FOLDER).glob("*"))
         return [str(path.relative_to(self.folder)) for path in paths if path.is_file()]
 
     def require_plain(self) -> None:
-        """Raises MptTrtError when the weights are smoothed: the network would compute nonsense."""
+        """Raises MptTrtError when the weights are smoothed, because the network would be wrong."""
         if self.smoothing is not None:
             raise MptTrtError(
                 f"{self.folder}/config.ini: smoothquant = {self.smoothing:g}: smoothed for int8, "
@@ -168,20 +168,20 @@ class FtCheckpoint:
             )
 
     def file_of(self, weight: Weight, rank: Rank) -> FtFile:
-        """The file from which a rank reads a tensor."""
+        """File from which a rank reads a tensor."""
         return ft_file(self.config, weight, rank, self.storage_type)
 
     def matrix(self, weight: Weight, rank: Rank) -> NDArray[Any]:
-        """A rank's part of a linear layer's weight, `[in, out]`, memory-mapped."""
+        """Maps a rank's part of a linear layer's weight, `[in, out]`, into memory."""
         return self.mapped(self.file_of(weight, rank))
 
     def mapped(self, file: FtFile) -> NDArray[Any]:
-        """The content of a file in the storage type, `file.shape`, memory-mapped for reading."""
+        """Maps a file in the storage type, `file.shape`, into memory for reading."""
         dtype = STORAGE_TYPES[self.storage_type]
         return np.memmap(self.folder / file.name, dtype, "r", shape=file.shape)
 
     def hashes(self, names: list[str]) -> dict[str, str]:
-        """Content hash of each named file, from the manifest if it records one."""
+        """Content hash of each named file, from the manifest or computed."""
         known = self.recorded_hashes
         unknown = {name: self.folder / name for name in names if name not in known}
         known.update(content_hashes(unknown))
@@ -189,12 +189,12 @@ class FtCheckpoint:
 
 
 def read_ft_checkpoint(folder: Path, is_trusted: bool = False) -> FtCheckpoint:
-    """Opens a directory written by us or by NVIDIA's converter.
+    """Opens a directory written by mpt-trt or by NVIDIA's converter.
 
-    is_trusted: files are not compared with the hashes that the manifest records.
+    is_trusted: files are not compared with the manifest's hashes.
 
     Raises MptTrtError, naming file and field, when config.ini is missing or malformed, or a tensor
-    file is missing, of the wrong size, or not the one that the manifest describes.
+    file is missing, has the wrong size, or differs from the manifest.
     """
     recover(folder)
     path = folder / CONFIG
@@ -246,7 +246,7 @@ def _int8_layers(folder: Path, smoothing: float | None) -> Int8Layers:
 
 
 def _check_sizes(checkpoint: FtCheckpoint) -> list[str]:
-    """Returns the names of all files."""
+    """Checks the size of every file and returns the names of all files."""
     names = []
     for file in ft_files(
         checkpoint.config, checkpoint.tp_size, checkpoint.storage_type, checkpoint.int8_layers
@@ -269,7 +269,7 @@ def _convert_again(folder: Path) -> str:
 
 
 class _Ini:
-    """The [gpt] section of a config.ini; keeps the path for error messages."""
+    """The [gpt] section of a config.ini, with the file's path for error messages."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -318,7 +318,7 @@ class _Ini:
         return value
 
     def integer(self, key: str, most: int, default: int | None = None) -> int:
-        # NVIDIA's converter writes n_inner = 256.0 where expansion_ratio is a float.
+        # NVIDIA's converter writes n_inner = 256.0 if expansion_ratio is a float.
         value = self.number(key, default)
         if value < 1 or value != int(value):
             raise self.refused(key, self.values.get(key), "a positive integer is required")

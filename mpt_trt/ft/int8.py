@@ -1,4 +1,4 @@
-"""Writes what an FT checkpoint holds for 8-bit products: smoothed and int8 weights, and scales.
+"""Writes an FT checkpoint's files for 8-bit products: smoothed and int8 weights, and scales.
 
 Every matrix is streamed three times: for the amax of each input feature, for the amax of each
 output feature after smoothing, and into its files.
@@ -38,8 +38,8 @@ from mpt_trt.quantization.smoothing import (
 class Int8Conversion:
     """Inputs of int8 weights and scales.
 
-    amax: of the activations. alpha: of smoothing; None: no smoothing, and int8 files only of QKV,
-    as with `-kv`. provenance: how the amax was computed, recorded in the manifest.
+    amax: amax of the activations. alpha: migration strength; None: no smoothing, and int8 files
+    only for QKV, as with `-kv`. provenance: origin of the amax, recorded in the manifest.
     """
 
     amax: ActivationAmax
@@ -48,7 +48,7 @@ class Int8Conversion:
 
     @property
     def layers(self) -> Int8Layers:
-        """The linear layers that get int8 weights and scales."""
+        """Linear layers that get int8 weights and scales."""
         return Int8Layers.QKV if self.alpha is None else Int8Layers.ALL
 
     def require_fitting(self, config: MptConfig) -> None:
@@ -83,7 +83,7 @@ class Int8Writer:
     alpha: float | None
 
     def write(self, weight: Weight) -> dict[str, str]:
-        """Writes all files of a linear layer but its bias, and those of the norm before it.
+        """Writes all files of a linear layer except its bias, and those of the norm before it.
 
         Returns content hashes by file name.
 
@@ -177,7 +177,7 @@ class Int8Writer:
             (files.scale_y_accum_quant, scales.y_accum_quant),
             (files.scale_y_accum_quant_col, scales.y_accum_quant_col),
         ):
-            # If the whole matrix shares one scale, the file holds only the first value.
+            # If the whole matrix shares one scale, the file contains only the first value.
             yield file, _part(values, outputs)[: file.num_elements]
         if files.smoother is not None:
             yield files.smoother, factors[inputs.start : inputs.stop]

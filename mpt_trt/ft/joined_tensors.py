@@ -1,4 +1,4 @@
-"""Whole tensors of an FT checkpoint, joined from the files of its ranks."""
+"""Joins whole tensors of an FT checkpoint from the files of its ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files an FT checkpoint has, and which part of a tensor each holds: pure functions."""
+"""Layout of an FT checkpoint: its files and the part of a tensor in each; pure functions."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 @dataclass(frozen=True)
 class FtFile:
-    """One `.bin` file.
+    """A `.bin` file.
 
-    tensor: FT name without `model.` and rank. weight: the tensor that it holds or belongs to.
+    tensor: FT name without `model.` and rank. weight: the tensor that it contains or belongs to.
     rank: None for a file that all ranks read. dtype: a key of ELEMENT_BYTES.
     """
 
@@ -51,7 +51,7 @@ class Int8Layers(Enum):
     """Linear layers of a directory that have int8 weights and scales.
 
     NONE: a plain checkpoint. QKV: with `-kv`, in addition to a plain checkpoint. ALL: with `-sq`;
-    the plain files then hold smoothed values.
+    the plain files then contain smoothed values.
     """
 
     NONE = "none"
@@ -59,7 +59,7 @@ class Int8Layers(Enum):
     ALL = "all"
 
     def includes(self, weight: Weight) -> bool:
-        """Whether the layer of `weight` has int8 weights and scales."""
+        """Returns whether the layer of `weight` has int8 weights and scales."""
         if self is Int8Layers.QKV:
             return weight.is_linear and weight.split is Split.QKV
         return weight.is_linear and self is Int8Layers.ALL
@@ -67,20 +67,19 @@ class Int8Layers(Enum):
 
 @dataclass(frozen=True)
 class Int8Files:
-    """The files of one linear layer that a rank reads for 8-bit products.
+    """Files of one linear layer that a rank reads for 8-bit products.
 
-    weight, weight_col: int8 `[in, out]`; quantized with a scale for the matrix (one each for Q, K
-    and V), and with one for each output feature.
+    weight, weight_col: int8 `[in, out]`; quantized with one scale for the matrix (one each for Q, K
+    and V), and with one per output feature.
 
     All others are float32. integer = value * orig_quant, value = integer * quant_orig:
 
-    scale_x_orig_quant: of the layer's input (divided by the smoother, if any), `[1]`.
-    scale_y_quant_orig: of the layer's output, `[1]`.
-    scale_w_quant_orig: of weight, `[1]`, or `[out]` of QKV. scale_w_quant_orig_col: of weight_col,
-        `[out]`.
-    scale_y_accum_quant(_col): from the sum of integer products to the output's integer; shapes as
-        of scale_w_quant_orig(_col).
-    smoother: what the layer's input is divided by, `[in]`; None where a norm has taken it over.
+    scale_x_orig_quant: for the layer's input (divided by the smoother, if any), `[1]`.
+    scale_y_quant_orig: for the layer's output, `[1]`. scale_w_quant_orig: for weight, `[1]`, or
+    `[out]` for QKV. scale_w_quant_orig_col: for weight_col,
+        `[out]`. scale_y_accum_quant(_col): from the sum of integer products to the output's
+        integer; shaped like scale_w_quant_orig(_col). smoother: divisors of the layer's input,
+        `[in]`; None if a norm has absorbed them.
     """
 
     weight: FtFile
@@ -99,7 +98,7 @@ class Int8Files:
 
 
 def ft_file(config: MptConfig, weight: Weight, rank: Rank, dtype: str) -> FtFile:
-    """The file from which rank `rank.index` reads `weight`."""
+    """File from which rank `rank.index` reads `weight`."""
     if weight.split is Split.WHOLE:
         return FtFile(weight.name, weight, None, weight.shape, dtype)
     rows, columns = held(config, weight, rank)
@@ -109,7 +108,7 @@ def ft_file(config: MptConfig, weight: Weight, rank: Rank, dtype: str) -> FtFile
 
 
 def int8_files(config: MptConfig, weight: Weight, rank: Rank) -> Int8Files:
-    """The int8 files of a linear layer that rank `rank.index` reads."""
+    """Int8 files of a linear layer that rank `rank.index` reads."""
     rows, columns = held(config, weight, rank)
     out_features, in_features = sum(map(len, rows)), len(columns)
     layer = linear_name(weight)
@@ -141,14 +140,14 @@ def int8_files(config: MptConfig, weight: Weight, rank: Rank) -> Int8Files:
 
 
 def linear_name(weight: Weight) -> str:
-    """FT name of the layer that `weight` belongs to, e.g. `layers.0.attention.dense`."""
+    """FT name of the layer of `weight`, e.g. `layers.0.attention.dense`."""
     return weight.name.removesuffix(".weight")
 
 
 def ft_files(
     config: MptConfig, tp_size: int, dtype: str, int8_layers: Int8Layers = Int8Layers.NONE
 ) -> list[FtFile]:
-    """Every `.bin` file of a directory for tp_size ranks."""
+    """Lists all `.bin` files of a directory for tp_size ranks."""
     by_name: dict[str, FtFile] = {}
     for weight in weights(config):
         files = files_of(config, weight, tp_size, dtype)
@@ -171,14 +170,14 @@ def total_bytes(
 
 
 def files_of(config: MptConfig, weight: Weight, tp_size: int, dtype: str) -> list[FtFile]:
-    """The files of one tensor: one for all ranks, or one per rank."""
+    """Files of one tensor: one for all ranks, or one per rank."""
     if weight.split is Split.WHOLE:
         return [FtFile(weight.name, weight, None, weight.shape, dtype)]
     return [ft_file(config, weight, rank, dtype) for rank in sharding.all_ranks(tp_size)]
 
 
 def held(config: MptConfig, weight: Weight, rank: Rank) -> tuple[list[Range], Range]:
-    """Rows and columns of the Hugging Face tensor `[out, in]` (or `[out]`) that a rank holds."""
+    """Rows and columns of the Hugging Face tensor `[out, in]` (or `[out]`) on a rank."""
     every_input = Range(0, weight.shape[-1])
     if weight.split is Split.QKV:
         return list(sharding.qkv_columns(config, rank)), every_input

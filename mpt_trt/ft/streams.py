@@ -1,4 +1,4 @@
-"""Streams the tensors of a checkpoint, in small slabs, into the `.bin` files of an FT directory."""
+"""Streams a checkpoint's tensors, in small blocks, into the `.bin` files of an FT directory."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ REPORTED_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class TensorSource:
-    """The tensors of a checkpoint in the type and the order in which FT files hold them.
+    """Tensors of a checkpoint in the type and order of FT files.
 
     storage_type: a key of STORAGE_TYPES. All methods raise MptTrtError for a NaN or Inf in the
     checkpoint, and for a value that the storage type cannot hold. They may yield buffers that the
-    next piece, of any tensor, overwrites.
+    next piece of any tensor overwrites.
     """
 
     checkpoint: HfCheckpoint
@@ -52,7 +52,7 @@ class TensorSource:
             self.checkpoint.prefetch(weight)
 
     def pieces(self, files: list[FtFile]) -> Iterator[list[NDArray[Any]]]:
-        """Yields flat pieces of the content of a tensor's files: one of each file at a time.
+        """Yields flat pieces of a tensor's files, one piece of each file at a time.
 
         files: the result of `files_of`, or one element of it.
         """
@@ -62,7 +62,7 @@ class TensorSource:
             return
         source = self.checkpoint.tensor(weight)
         for slab in self._slabs(files, source):
-            # Values that are not finite in the checkpoint are not finite in any type.
+            # Values that are not finite in the checkpoint are not finite in any other type.
             if not is_finite(slab):
                 raise self._unfit(source, weight)
             yield list(slab.reshape(len(files), -1))
@@ -75,7 +75,7 @@ class TensorSource:
     def rows(self, file: FtFile) -> Iterator[tuple[Range, NDArray[Any]]]:
         """Yields blocks of rows of a linear layer's weight, `[rows, out]`, with their indices.
 
-        Rows are counted in the whole matrix; the file may hold only a rank's part of it.
+        Indices are those of the whole matrix; the file may contain only a rank's part of it.
         """
         assert file.rank is not None
         _, columns = held(self.config, file.weight, file.rank)
@@ -86,7 +86,7 @@ class TensorSource:
             start += len(block)
 
     def _slabs(self, files: list[FtFile], source: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        """Yields what `pieces` splits by file: values of all files."""
+        """Yields values of all files together, which `pieces` splits by file."""
         if files[0].rank is None:
             return _flat_slabs(source, self._dtype, self._buffers)
         parts = [self._parts(file, source) for file in files]
@@ -96,7 +96,7 @@ class TensorSource:
         return iter([convert(joined, self._dtype)])
 
     def _parts(self, file: FtFile, source: NDArray[Any]) -> list[NDArray[Any]]:
-        """The parts of a tensor that a file holds, from top to bottom."""
+        """Parts of a tensor in a file, from top to bottom."""
         assert file.rank is not None
         rows, columns = held(self.config, file.weight, file.rank)
         parts = [source[r.start : r.stop] for r in rows]

@@ -27,7 +27,7 @@ from mpt_trt.system.process_pool import Advance, Job, run_forked
 from mpt_trt.system.replace import replace_directory
 from mpt_trt.system.verified_files import remember_written
 
-# FT's own key has only one value, "alibi"; without it, FT takes positions to be learned.
+# FT's key has only the value "alibi"; without it, FT uses learned positions.
 POSITION_TYPES = {"learned": "learned_absolute", "rope": "rope"}
 
 
@@ -36,11 +36,9 @@ class ConversionSettings:
     """Settings of a conversion.
 
     workers: number of processes. model_name: recorded in config.ini, as by FT's converter (its `-i`
-    argument).
-    provenance: where the weights came from, recorded in the manifest.
-    int8: inputs of int8 weights and scales; None for a plain checkpoint.
-    tokenizer: files that are copied to the folder `tokenizer`.
-    end_ids: tokens that end a text, recorded in the manifest.
+    argument). provenance: origin of the weights, recorded in the manifest. int8: inputs of int8
+    weights and scales; None for a plain checkpoint. tokenizer: files that are copied to the folder
+    `tokenizer`. end_ids: tokens that end a text, recorded in the manifest.
     """
 
     storage_type: str
@@ -71,9 +69,9 @@ def write_ft_checkpoint(
     advance: Advance = lambda _: None,
     force: bool = False,
 ) -> None:
-    """Writes `target` (a `{tp_size}-gpu` folder) as a whole or not at all.
+    """Writes `target` (a `{tp_size}-gpu` folder) completely or not at all.
 
-    Tensors are streamed through small slabs, so memory does not grow with the model. `advance` is
+    Tensors are streamed through small blocks, so memory does not grow with the model. `advance` is
     called with the number of bytes written. force: see `require_replaceable`.
 
     Raises MptTrtError for an illegal tp_size, a NaN or Inf in the checkpoint, a value that the
@@ -173,7 +171,7 @@ def _write_ini(path: Path, config: MptConfig, settings: ConversionSettings) -> N
 
 
 def _keys_beyond_ft(config: MptConfig) -> dict[str, object]:
-    """Settings that FT's config.ini has no key for, if they differ from what FT assumes."""
+    """Settings without a key in FT's config.ini that differ from FT's assumptions."""
     default_scale = 1.0 / math.sqrt(config.head_dim)
     values: dict[str, object] = {
         "position_embedding_type": POSITION_TYPES.get(config.position_embedding),
@@ -191,7 +189,7 @@ def _keys_beyond_ft(config: MptConfig) -> dict[str, object]:
 
 
 def _rope_keys(rope: Rope) -> dict[str, object]:
-    """Settings that differ from the usual ones, and theta always: `rope_theta`, ..."""
+    """Keys of rope: always `rope_theta`, and other settings that differ from the defaults."""
     changed = {k: v for k, v in asdict(rope).items() if v != getattr(Rope(), k)}
     return {f"rope_{key}": value for key, value in {"theta": rope.theta, **changed}.items()}
 

@@ -1,1 +1,1 @@
-"""Choosing tokens over anything that steps: greedy, sampling, beam search."""
+"""Choosing tokens with any StepModel: greedy, sampling, beam search."""

@@ -1,7 +1,7 @@
-"""Beam search: several hypotheses per prompt, extended together.
+"""Beam search, which extends several hypotheses per prompt together.
 
-Shapes: `batch` counts prompts, `beams` the hypotheses followed per prompt, `width` the hypotheses
-that an array has per prompt, `vocab` the vocabulary.
+In shapes, `batch` is the number of prompts, `beams` that of running hypotheses per prompt, `width`
+that of an array's hypotheses per prompt, and `vocab` the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class _Hypotheses:
 
     tokens: NDArray[np.int64]  # [batch, width, max_new_tokens]
     lengths: NDArray[np.int64]  # [batch, width]
-    log_probs: NDArray[np.float64]  # [batch, width], the model's own
-    scores: NDArray[np.float32]  # [batch, width], to rank by; -inf: no such hypothesis
+    log_probs: NDArray[np.float64]  # [batch, width], from the model
+    scores: NDArray[np.float32]  # [batch, width], for ranking; -inf: no hypothesis
 
     @classmethod
     def empty(cls, batch: int, width: int, max_new_tokens: int, score: float) -> _Hypotheses:
-        """Hypotheses without tokens, all of one score."""
+        """Makes hypotheses without tokens, all with the same score."""
         return cls(
             tokens=np.zeros((batch, width, max_new_tokens), dtype=np.int64),
             lengths=np.zeros((batch, width), dtype=np.int64),
@@ -36,7 +36,7 @@ class _Hypotheses:
         )
 
     def take(self, index: NDArray[np.int64]) -> _Hypotheses:
-        """The hypotheses at `index`, `[batch, new width]`."""
+        """Selects the hypotheses at `index`, `[batch, new width]`."""
         return _Hypotheses(
             tokens=np.take_along_axis(self.tokens, index[:, :, None], axis=1),
             lengths=np.take_along_axis(self.lengths, index, axis=1),
@@ -45,7 +45,7 @@ class _Hypotheses:
         )
 
     def merged(self, other: _Hypotheses) -> _Hypotheses:
-        """These hypotheses and the others, prompt by prompt."""
+        """Joins these hypotheses with others, prompt by prompt."""
         return _Hypotheses(
             tokens=np.concatenate([self.tokens, other.tokens], axis=1),
             lengths=np.concatenate([self.lengths, other.lengths], axis=1),
@@ -54,18 +54,19 @@ class _Hypotheses:
         )
 
     def rescored(self, scores: NDArray[np.float32]) -> _Hypotheses:
-        """The same hypotheses with other scores."""
+        """Returns the same hypotheses with other scores."""
         return _Hypotheses(self.tokens, self.lengths, self.log_probs, scores)
 
 
 def beam_search(stepper: Stepper, config: GenerationConfig) -> list[list[Generated]]:
-    """Follows `num_beams` running hypotheses per prompt and keeps as many finished ones.
+    """Extends `num_beams` running hypotheses per prompt and keeps the same number of finished ones.
 
-    Each step extends the running ones, moves those that ended to the finished ones, and closes a
-    prompt once its best running one, at its present length, does not beat its worst finished one.
+    Each step extends the running hypotheses and moves ended ones to the finished ones. A prompt is
+    done when its best running hypothesis, at its current length, does not beat its worst finished
+    one.
     """
     batch, beams, most = len(stepper.prompts.ids), config.num_beams, config.max_new_tokens
-    # One empty beam per prompt to begin with; the first step spreads it out.
+    # Starts with one empty beam per prompt, which the first step multiplies.
     running = _Hypotheses.empty(batch, 1, most, score=0.0)
     finished = _Hypotheses.empty(batch, beams, most, score=-np.inf)
     is_open = np.ones(batch, dtype=bool)
@@ -95,9 +96,9 @@ def _extended(
     prompts: PromptBatch,
     config: GenerationConfig,
 ) -> tuple[_Hypotheses, NDArray[np.int64]]:
-    """The best `num_candidates` extensions by a token, best first, and the beam each extends.
+    """Returns the best `num_candidates` extensions by a token, best first, and their beams.
 
-    The beams are numbered within the prompt: `[batch, num_candidates]`.
+    Beams are numbered within the prompt, `[batch, num_candidates]`.
     """
     batch, width = running.scores.shape
     step = int(running.lengths[0, 0])
@@ -132,11 +133,11 @@ def _with_finished(
     ended: NDArray[np.bool_],
     scale: float,
 ) -> _Hypotheses:
-    """The best of the hypotheses finished so far and the candidates that `ended`.
+    """Returns the best of the finished hypotheses and the candidates that `ended`.
 
     `finished` is `[batch, num_beams]`, `candidates` and `ended` are `[batch, num_candidates]`. Only
-    the first `num_beams` candidates count: the others would not have become beams. Their scores are
-    divided by `scale`.
+    the first `num_beams` candidates count, because the others would not have become beams. Their
+    scores are divided by `scale`.
     """
     beams = finished.scores.shape[1]
     counts = ended & (np.arange(ended.shape[1]) < beams)
@@ -147,14 +148,14 @@ def _with_finished(
 
 
 def _top(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Indices of the `count` highest scores of each row, highest first, `[batch, count]`."""
+    """Finds indices of the `count` highest scores of each row, highest first, `[batch, count]`."""
     some = np.sort(np.argpartition(-scores, count - 1, axis=-1)[:, :count], axis=-1)
     order = np.argsort(-np.take_along_axis(scores, some, axis=-1), axis=-1, kind="stable")
     return np.take_along_axis(some, order, axis=-1)
 
 
 def _cache_rows(parents: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """Beam numbers within each prompt, `[batch, beams]`, to cache rows, `[batch * beams]`.
+    """Converts beam numbers within each prompt, `[batch, beams]`, to cache rows `[batch * beams]`.
 
     Each prompt has `width` cache rows.
     """

@@ -1,4 +1,4 @@
-"""The settings of a generation, and its result."""
+"""Settings of a generation, and its result."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mpt_trt.errors import MptTrtError
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Settings that decide how tokens are chosen.
+    """Settings for choosing tokens.
 
-    `top_k=1` is greedy (or, with `num_beams` > 1, beam search), whatever `temperature` and `top_p`
-    are. Any other `top_k` samples: repetition penalty, temperature, top-k and top-p, in that order.
+    `top_k=1` is greedy (or, with `num_beams` > 1, beam search), for any `temperature` and `top_p`.
+    Any other `top_k` samples: repetition penalty, temperature, top-k and top-p, in that order.
 
     Raises:
         MptTrtError: a field is outside its range; names the field, the value and the range.
@@ -24,7 +24,7 @@ class GenerationConfig:
     end_ids: tuple[int, ...]
     """Tokens that end a sequence; (): every sequence gets `max_new_tokens` tokens."""
     pad_id: int
-    """The token that the model reads where a row has none. It never pads the output."""
+    """Token that the model reads in place of padding. It never pads the output."""
     num_beams: int = 1
     temperature: float = 1.0
     top_k: int = 1
@@ -34,7 +34,7 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     """> 1 makes tokens of the prompt and of the output so far less likely (arXiv:1909.05858)."""
     length_penalty: float = 1.0
-    """A hypothesis is ranked by its log-probability / (number of new tokens ** length_penalty)."""
+    """Hypotheses are ranked by log-probability / (number of new tokens ** length_penalty)."""
     random_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,29 +62,29 @@ class GenerationConfig:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether every token is the one that the model itself finds most likely."""
+        """Returns whether every token is the model's most likely one."""
         return self.top_k == 1 and self.num_beams == 1 and self.repetition_penalty == 1
 
     @property
     def num_candidates(self) -> int:
-        """Extensions that a step of beam search looks at, per prompt.
+        """Number of extensions per prompt that a step of beam search considers.
 
-        A beam can end in as many of them as there are end tokens, so enough go on.
+        Each beam can end in one extension per end token, so enough of them continue.
         """
         return max(2, 1 + len(set(self.end_ids))) * self.num_beams
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One continuation of a prompt."""
+    """A continuation of a prompt."""
 
     tokens: tuple[int, ...]
-    """The new tokens, without prompt and padding; the end token included if it was produced."""
+    """New tokens, without prompt and padding, but with the end token if it was produced."""
     cumulative_log_prob: float
-    """Natural log of the probability that the model gives these tokens, before any penalty,
-    temperature or filter."""
+    """Natural log of the model's probability of these tokens, before any penalty, temperature or
+    filter."""
     score: float | None = None
-    """The rank among a prompt's beams: log-probability with the repetition penalty, divided by
+    """Ranking score among a prompt's beams: log-probability with the repetition penalty, divided by
     length ** length_penalty. None without beams."""
 
 

@@ -1,11 +1,12 @@
-"""Token generation over any runtime: greedy, sampling and beam search.
+"""Generates tokens with any runtime: greedy, sampling and beam search.
 
 A runtime needs only the three methods of `StepModel`. The results follow Hugging Face transformers
 5.14 (`GenerationMixin._sample`, `GenerationMixin._beam_search` with `early_stopping=False`, and the
-logits processors): for the same logits, they are the same token for token.
+logits processors): for the same logits, all tokens are the same.
 
-Shapes: `batch` counts prompts, `beams` the hypotheses followed per prompt, `rows` cache rows
-(`batch * beams`, the beams of one prompt side by side), `vocab` the vocabulary.
+In shapes, `batch` is the number of prompts, `beams` that of hypotheses per prompt, `rows` that of
+cache rows (`batch * beams`, with adjacent beams of a prompt), and `vocab` the size of the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ def generate(
     on_token: OnToken | None = None,
     on_step: OnStep | None = None,
 ) -> list[list[Generated]]:
-    """Continues every prompt. Prompts may differ in length; no row's output depends on another's.
+    """Continues every prompt; lengths may differ, and outputs do not depend on other prompts.
 
     Returns:
-        Per prompt, `config.num_beams` hypotheses, best first.
+        For each prompt, `config.num_beams` hypotheses, best first.
 
     Raises:
-        MptTrtError: the request does not fit the model (found before the model is touched), or
-            `on_token` is given with beams.
-        FloatingPointError: the model returned logits that no token can be chosen from.
+        MptTrtError: the request does not fit the model (checked before the model runs), or
+        `on_token` is given with beams.
+        FloatingPointError: no token can be chosen from the model's logits.
     """
     if on_token is not None and config.num_beams > 1:
         raise MptTrtError(
@@ -57,7 +58,7 @@ def generate(
 
 
 def _ignore(*_: object) -> None:
-    """The callback of a caller that gave none."""
+    """Default callback, which does nothing."""
 
 
 def _check_vocabulary(

@@ -14,14 +14,14 @@ def require_finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Returns the logits if each row has a finite maximum; a NaN anywhere makes the maximum NaN.
 
     Raises:
-        FloatingPointError: a row has none.
+        FloatingPointError: a row has no finite maximum.
     """
     require_finite_rows(logits.max(axis=-1))
     return logits
 
 
 def require_finite_rows(values: NDArray[np.floating]) -> None:
-    """Raises FloatingPointError, naming the first such row, unless all `[rows]` are finite."""
+    """Raises FloatingPointError, naming the row, unless all `[rows]` are finite."""
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         raise FloatingPointError(
@@ -31,13 +31,13 @@ def require_finite_rows(values: NDArray[np.floating]) -> None:
 
 
 def log_softmax(logits: NDArray[Float]) -> NDArray[Float]:
-    """Natural log-probabilities, `[..., vocab]`, in the type of the logits."""
+    """Computes natural log-probabilities, `[..., vocab]`, in the type of the logits."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Probabilities, `[..., vocab]`; a score of -inf has probability 0."""
+    """Computes probabilities, `[..., vocab]`; a score of -inf has probability 0."""
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
 
@@ -45,12 +45,12 @@ def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 def penalize_repetition(
     scores: NDArray[np.float32], seen: NDArray[np.int64], penalty: float
 ) -> NDArray[np.float32]:
-    """Makes tokens that occurred less likely: score * penalty if negative, else score / penalty.
+    """Lowers scores of tokens that occurred: score * penalty if negative, else score / penalty.
 
     Args:
-        scores: `[rows, vocab]`, left as they are.
+        scores: `[rows, vocab]`, not modified.
         seen: `[rows, n]` token ids; one that occurs twice counts once.
-        penalty: above 1 to penalize, 1 to leave the scores as they are.
+        penalty: above 1 to penalize, 1 for no effect.
     """
     if penalty == 1.0:
         return scores
@@ -61,9 +61,9 @@ def penalize_repetition(
 
 
 def keep_top_k(scores: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:
-    """Sets all but the `top_k` highest of each row's scores, `[rows, vocab]`, to -inf.
+    """Sets all scores except the `top_k` highest of each row, `[rows, vocab]`, to -inf.
 
-    Those that tie with the last one stay. 0: all stay.
+    Scores equal to the last one stay. 0: all stay.
     """
     vocab = scores.shape[-1]
     if not 0 < top_k < vocab:
@@ -73,11 +73,11 @@ def keep_top_k(scores: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:
 
 
 def keep_top_p(scores: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
-    """Sets all but the fewest most likely tokens with total probability `top_p` to -inf.
+    """Sets all tokens except the fewest most likely ones with total probability `top_p` to -inf.
 
-    Counted from the unlikely end: a token goes if it and all less likely ones together have a
-    probability of at most 1 - top_p, where of equals the lower id counts as less likely. The most
-    likely token always stays. 0 or 1: all stay.
+    A token is removed if it and all less likely ones together have a probability of at most 1 -
+    top_p; among equals, the lower id counts as less likely. The most likely token always stays. 0
+    or 1: all stay.
 
     Args:
         scores: `[rows, vocab]`; probabilities are their softmax.
@@ -85,7 +85,7 @@ def keep_top_p(scores: NDArray[np.float64], top_p: float) -> NDArray[np.float64]
     """
     if not 0 < top_p < 1:
         return scores
-    # Sorting the values, and the ids only where they tie, takes a fifth of a stable argsort's time.
+    # Sorting the values, and ids only for ties, is faster than a stable argsort.
     ascending = np.sort(scores, axis=-1)
     tail = np.cumsum(softmax(ascending), axis=-1)
     num_dropped = np.minimum((tail <= 1 - top_p).sum(axis=-1, keepdims=True), scores.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""Greedy decoding and sampling: one sequence per prompt."""
+"""Greedy decoding and sampling, with one sequence per prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpt_trt.generation.logits import (
 from mpt_trt.generation.stepping import Stepper, is_end
 
 OnToken = Callable[[int, int], bool | None]
-"""Called with (row, token) for every new token, as soon as it is chosen, end token included.
+"""Called with (row, token) for every new token, including end tokens, as soon as it is chosen.
 
 The row ends when it returns True. All ranks of an engine must end the same rows.
 """
@@ -71,14 +71,14 @@ def _let_model_choose(
 
 
 def _log_probs_of(chosen: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Natural log-probability of the chosen token of each row, `[rows]`."""
+    """Computes the natural log-probability of the chosen token of each row, `[rows]`."""
     return np.take_along_axis(log_softmax(logits), chosen[:, None], axis=-1)[:, 0]
 
 
 def _chooser(config: GenerationConfig, batch: int) -> _Chooser:
     if config.top_k == 1:
         return lambda scores: scores.argmax(axis=-1)
-    # A generator per row, so that a row draws the same numbers whatever the other rows are.
+    # One generator per row, so that a row's numbers do not depend on other rows.
     generators = [np.random.default_rng((config.random_seed, row)) for row in range(batch)]
     return lambda scores: _draw(_sampling_probabilities(scores, config), generators)
 
@@ -86,8 +86,8 @@ def _chooser(config: GenerationConfig, batch: int) -> _Chooser:
 def _sampling_probabilities(
     scores: NDArray[np.float32], config: GenerationConfig
 ) -> NDArray[np.float64]:
-    """Probabilities `[rows, vocab]` after temperature, then top-k, then top-p."""
-    # In float64 a very low temperature makes no score overflow.
+    """Computes probabilities `[rows, vocab]` after temperature, then top-k, then top-p."""
+    # float64, so that a very low temperature does not make scores overflow.
     warm = scores.astype(np.float64) / config.temperature
     return softmax(keep_top_p(keep_top_k(warm, config.top_k), config.top_p))
 
@@ -97,14 +97,14 @@ def _draw(
 ) -> NDArray[np.int64]:
     """Draws one token per row, by inverting the cumulative distribution at a number from [0, 1)."""
     cumulative = np.cumsum(probabilities, axis=-1)
-    # This makes the last entries exactly 1, so a token is drawn, and never one of probability 0.
+    # This makes the last entries exactly 1, so a token with a probability above 0 is always drawn.
     cumulative /= cumulative[:, -1:]
     drawn = np.array([generator.random() for generator in generators])
     return (cumulative <= drawn[:, None]).sum(axis=-1)
 
 
 class _Sequences:
-    """The new tokens of every prompt, one sequence each, as they come."""
+    """New tokens of every prompt, one growing sequence each."""
 
     def __init__(self, batch: int, config: GenerationConfig, on_token: OnToken):
         self.tokens = np.full((batch, config.max_new_tokens), config.pad_id, dtype=np.int64)
@@ -120,7 +120,7 @@ class _Sequences:
 
     @property
     def go_on(self) -> bool:
-        """Whether another token is wanted."""
+        """Returns whether another token is needed."""
         return self.count < self._config.max_new_tokens and self.num_live > 0
 
     def append(self, chosen: NDArray[np.int64], log_probs: NDArray[np.floating]) -> None:

@@ -1,4 +1,4 @@
-"""Prefill and decode: the steps of a model through a batch of prompts and the tokens after them."""
+"""Runs a model's steps for a batch of prompts (prefill) and the tokens after them (decode)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mpt_trt.generation.config import GenerationConfig
 from mpt_trt.generation.logits import require_finite, require_finite_rows
 
 OnStep = Callable[[str, int], None]
-"""Called with (phase, tokens) when a step of the model has returned.
+"""Called with (phase, tokens) after each step of the model.
 
 `phase` is "prefill" or "decode". `tokens` is the number of tokens that the step advanced: in
-prefill the prompt tokens that it read (padding not counted), in decode the rows that are still
-being generated. So the prefill counts add up to the prompt lengths, and without beams the decode
-counts add up to the new tokens less one per prompt, the one that prefill already gave.
+prefill, the prompt tokens that it read (without padding); in decode, the rows that are still being
+generated. So the prefill counts add up to the prompt lengths. Without beams, the decode counts add
+up to the new tokens minus one per prompt, which prefill gave.
 """
 
 
@@ -39,8 +39,8 @@ class PromptBatch:
         return cls(ids, lengths)
 
     def vocabulary(self) -> NDArray[np.int64]:
-        """The ids that occur in each prompt, `[batch, longest]`."""
-        # The padding repeats the prompt's first token, because the pad id did not occur.
+        """Ids that occur in each prompt, `[batch, longest]`."""
+        # The padding repeats the prompt's first token, because the pad id does not occur in it.
         is_prompt = np.arange(self.ids.shape[1]) < self.lengths[:, None]
         return np.where(is_prompt, self.ids, self.ids[:, :1])
 
@@ -56,9 +56,9 @@ class Stepper:
     def prefill(self) -> NDArray[np.float32]:
         """Reads all prompts; returns the logits at the last token of each, `[batch, vocab]`.
 
-        All rows go through their prompts at the same offset. A row shorter than the longest gets
-        padding after its end. No query sees it: decode starts to write at the row's own end, and a
-        query only looks back.
+        All rows read their prompts at the same offset. Shorter rows get padding after their end,
+        which no query sees: decode starts to write at the row's own end, and queries only look
+        back.
 
         Raises:
             FloatingPointError: logits are not finite.
@@ -80,15 +80,15 @@ class Stepper:
     def decode(
         self, tokens: NDArray[np.int64], num_generated: int, num_live: int
     ) -> NDArray[np.float32]:
-        """Feeds the newest token of each row, `[rows]`; returns its logits, `[rows, vocab]`.
+        """Reads the newest token of each row, `[rows]`; returns its logits, `[rows, vocab]`.
 
-        Rows that are done go on with the others; their positions stay in the cache because every
-        row was checked to have room for `max_new_tokens`.
+        Finished rows continue with the others; their positions stay in the cache, because every row
+        has room for `max_new_tokens`.
 
         Args:
-            tokens: `[rows]`, of every row the `num_generated`-th token after its prompt.
+            tokens: `[rows]`, the `num_generated`-th token after the prompt of every row.
             num_generated: tokens per row so far.
-            num_live: rows that are not done, for `on_step`.
+            num_live: unfinished rows, for `on_step`.
 
         Raises:
             FloatingPointError: logits are not finite.
@@ -114,11 +114,11 @@ class Stepper:
             yield chosen, log_probs
 
     def reorder(self, rows: NDArray[np.int64], num_rows: int) -> None:
-        """Moves cache rows, unless each of the `num_rows` would stay where it is."""
+        """Moves cache rows, unless all `num_rows` rows would stay in place."""
         if not np.array_equal(rows, np.arange(num_rows)):
             self.model.reorder(rows)
 
 
 def is_end(tokens: NDArray[np.int64], config: GenerationConfig) -> NDArray[np.bool_]:
-    """Whether each of `tokens` is an end token, in their shape."""
+    """Returns whether each of `tokens` is an end token, with the same shape."""
     return np.isin(tokens, config.end_ids)

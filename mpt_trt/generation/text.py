@@ -1,4 +1,4 @@
-"""The text of tokens as they are generated: whole characters, up to a stop string."""
+"""Text of tokens during generation: whole characters, up to a stop string."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Decoder(Protocol):
     """Turns token ids into text."""
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids, without special tokens unless told otherwise."""
+        """Converts token ids to text, by default without special tokens."""
 
 
 class GeneratedText:
-    """The text of one sequence of new tokens, which ends before the first stop string.
+    """Text of one sequence of new tokens, which ends before the first stop string.
 
     Stop strings may begin and end within tokens, and may contain special tokens, which are not
     part of the text.
@@ -41,7 +41,7 @@ class GeneratedText:
         return self._end is not None
 
     def text(self, is_finished: bool = True) -> str:
-        """The text; if more tokens follow, without what may still become something else."""
+        """Returns the text; without its uncertain end if more tokens follow."""
         raw = self._raw(self.tokens)
         limit = len(raw)
         if self._end is not None:
@@ -52,14 +52,14 @@ class GeneratedText:
         return self._visible(raw, limit)
 
     def _visible(self, raw: str, limit: int) -> str:
-        """`raw[:limit]` without special tokens."""
+        """Returns `raw[:limit]` without special tokens."""
         plain = self._decoder.decode(self.tokens)
         if plain == raw:
             return raw[:limit]
         for count in range(len(self.tokens), -1, -1):
             start = self._raw(self.tokens[:count])
             if len(start) <= limit and raw.startswith(start):
-                # What is left of the next token, unless that is a special one.
+                # The rest of the next token, unless it is a special one.
                 next_one = self.tokens[count : count + 1]
                 rest = raw[len(start) : limit] if self._decoder.decode(next_one) else ""
                 return self._decoder.decode(self.tokens[:count]) + rest
@@ -70,15 +70,15 @@ class GeneratedText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that a stop string begins with."""
+    """Length of the longest suffix of `text` that is a prefix of a stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class OrderedPrinter:
-    """Prints the texts of several sequences as they grow, but each as a whole and in order.
+    """Prints growing texts of several sequences, each in one piece and in order.
 
-    texts: of each sequence. before: printed before each text. after: printed after it.
+    texts: text of each sequence. before: printed before each text. after: printed after it.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class OrderedPrinter:
         self._row, self._printed, self._is_begun = 0, 0, False
 
     def update(self, row: int, is_finished: bool) -> None:
-        """Prints what is certain by now. row: the sequence that got a token or was finished."""
+        """Prints the text that is certain. row: the sequence that got a token or was finished."""
         self._finished[row] = self._finished[row] or is_finished
         while row == self._row and self._row < len(self._texts):
             if not self._is_begun:

@@ -31,19 +31,20 @@ class Attention:
 
     @property
     def num_heads(self) -> int:
-        """The rank's query heads."""
+        """Number of the rank's query heads."""
         return len(sharding.query_heads(self.config, self.rank))
 
     @property
     def num_kv_heads(self) -> int:
-        """The rank's key/value heads."""
+        """Number of the rank's key/value heads."""
         return len(sharding.kv_heads(self.config, self.rank))
 
     def emit_bias(self, query_positions: str) -> str:
         """Adds the bias of attention's scores, `[batch, heads or 1, seq, keys]`.
 
-        ALiBi's slope times the (negative) distance to the key; -inf for keys after the query. The
-        distance is taken before rounding to the network's type, which cannot hold large positions.
+        It is ALiBi's slope times the (negative) distance to the key, and -inf for keys after the
+        query. The distance is computed before rounding to the network's type, which cannot
+        represent large positions.
         """
         graph = self.graph
         keys = self.cache.key_positions(graph, query_positions)

@@ -4,7 +4,7 @@ Opset 24, standard operators only. One step of the network takes the next tokens
 batch (a prompt, a piece of one, or one token), writes their keys and values into the cache in
 place, and returns logits at the requested positions:
 
-    input_ids        int64 [batch, seq]       tokens; rows may be right-padded with anything
+    input_ids        int64 [batch, seq]       tokens; any right padding of rows
     write_positions  int64 [batch]            cache position of each row's first token
     logit_positions  int64 [num_logits, 2]    (row, index in seq) pairs
     past_key.{i}     [batch, kv_heads, cache_len, head_dim]   likewise past_value.{i}
@@ -17,11 +17,11 @@ caller copies the step's keys and values into the cache (see mpt_trt.network.kv_
     past_key.{i}     int8 or float8e4m3fn, likewise past_value.{i}
     new_key.{i}      likewise, [batch, kv_heads, seq, head_dim]; and new_value.{i}
 
-A token at cache position p attends to the positions 0..p of its row, so values that padding wrote
-beyond a row's end are overwritten before any token attends to them.
+A token at cache position p attends to the positions 0..p of its row, so values of padding after a
+row's end are overwritten before any token attends to them.
 
 The weights are external data in the folder WEIGHTS_FOLDER next to the graph: the FT checkpoint's
-own files and the quantized matrices of `mpt_trt.network.linear`.
+files and the quantized matrices of `mpt_trt.network.linear`.
 
 Each of several ranks computes its heads and its part of the feed-forward layer; collective nodes
 combine the results. Every rank returns the same logits of the whole vocabulary.
@@ -70,8 +70,8 @@ def build_network(
 
     cache_len: positions per row of the KV cache, which TensorRT requires to be static.
 
-    Raises MptTrtError when the checkpoint was converted for another number of ranks or does not fit
-    the quantization.
+    Raises MptTrtError when the checkpoint has another tensor-parallel size or does not fit the
+    quantization.
     """
     if checkpoint.tp_size != rank.tp_size:
         raise MptTrtError(

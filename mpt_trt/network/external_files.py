@@ -1,4 +1,4 @@
-"""Where a network's weights lie: parts of files beside the graph, and of no other files."""
+"""Locates a network's weights: parts of files in the network's folder, and no others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.system.inner_names import inner_path
 from mpt_trt.system.json_text import shown
 
-# Of ONNX types that take less than a byte.
+# Bits of ONNX types with less than a byte per element.
 BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4}
 
 
@@ -37,8 +37,8 @@ class FilePart:
 def read_network(path: Path) -> onnx.ModelProto:
     """Reads the graph of a network, without its weights.
 
-    Raises MptTrtError, naming the network, when it cannot be read, or when a weight does not lie in
-    a file below the network's folder, or reaches beyond the end of that file.
+    Raises MptTrtError, naming the network, when it cannot be read, or when a weight is outside of
+    the files in the network's folder.
     """
     try:
         model = onnx.load(path, load_external_data=False)
@@ -53,9 +53,9 @@ def read_network(path: Path) -> onnx.ModelProto:
 def file_part(tensor: TensorProto, folder: Path, named_by: Path | None = None) -> FilePart:
     """Locates the content of an external tensor.
 
-    folder: the network's. named_by: the network's path, for error messages.
+    folder: folder of the network. named_by: path of the network, for error messages.
 
-    Raises MptTrtError when it lies outside of the folder, or reaches beyond the end of its file.
+    Raises MptTrtError when it is outside of the folder or of its file.
     """
     named_by = named_by or folder
     place = {entry.key: entry.value for entry in tensor.external_data}
@@ -97,7 +97,7 @@ def _damaged(named_by: Path, tensor: TensorProto, why: str) -> MptTrtError:
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
-    """Every tensor of a model, also those in attributes of nodes and in graphs below."""
+    """Yields every tensor of a model, including those in attributes of nodes and in subgraphs."""
     yield from _tensors_of_graph(model.graph)
     for function in model.functions:
         yield from _tensors_of_nodes(function.node)

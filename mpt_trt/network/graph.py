@@ -1,6 +1,6 @@
-"""Builds an ONNX graph node by node, with weights in files of their own.
+"""Builds an ONNX graph node by node, with each weight in a separate file.
 
-A node has the name of its output, so that names in a graph viewer follow the model:
+A node has the name of its output, so names in a graph viewer follow the model:
 `layers.3.mlp.dense_h_to_4h`.
 """
 
@@ -20,10 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 from mpt_trt.model.sharding import Range, Rank
 
 OPSET = 24
-# The first IR version that knows opset 24's types; newer ones are refused by older readers.
+# The first IR version with opset 24's types, because older readers reject newer versions.
 IR_VERSION = 11
 WEIGHTS_FOLDER = "weights"
-# DistCollective is not a standard operator; TensorRT's parser knows its type in any domain.
+# DistCollective is not a standard operator; TensorRT's parser accepts it in any domain.
 COLLECTIVE_DOMAIN = "mpt_trt"
 COLLECTIVE = "DistCollective"
 ELEMENT_TYPES = {
@@ -36,12 +36,12 @@ ELEMENT_TYPES = {
 }
 
 Content = Path | Callable[[], Iterator[NDArray]]
-"""The source of a file's bytes: another file, or pieces that are computed when it is written."""
+"""Source of a file's bytes: another file, or pieces that are computed when it is written."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A weight in a file of its own. element_type: of ONNX; INT4 has two elements per byte."""
+    """A weight in a separate file. element_type: ONNX type; INT4 has two elements per byte."""
 
     file_name: str
     element_type: int
@@ -52,7 +52,7 @@ class StoredTensor:
 def external_tensor(
     name: str, element_type: int, shape: tuple[int, ...], location: str, **place: int
 ) -> TensorProto:
-    """An initializer whose content is a file, or the part of it that `place` says.
+    """Makes an initializer whose content is a file, or the part of it at `place`.
 
     place: `offset` and `length`, in bytes.
     """
@@ -66,10 +66,10 @@ def external_tensor(
 
 @dataclass
 class GraphBuilder:
-    """Collects nodes, inputs, outputs and initializers; values are referred to by name.
+    """Collects nodes, inputs, outputs and initializers; values are identified by name.
 
-    weights: the rank's stored tensors by weight name. used: content of the files that a node has
-    read, by file name.
+    weights: the rank's stored tensors by weight name. used: content of the files that nodes read,
+    by file name.
     """
 
     weights: dict[str, StoredTensor]
@@ -83,7 +83,7 @@ class GraphBuilder:
     value_types: list[onnx.ValueInfoProto] = field(default_factory=list)
 
     def node(self, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """Adds a node with one output, which is named like the node, and returns that name."""
+        """Adds a node with one output of the same name, and returns that name."""
         self.nodes.append(helper.make_node(op_type, inputs, [output], name=output, **attributes))
         return output
 
@@ -95,24 +95,24 @@ class GraphBuilder:
         self.outputs.append(helper.make_tensor_value_info(name, element_type, shape))
 
     def constant(self, name: str, values: object, dtype: type) -> str:
-        """A small tensor stored in the graph itself; the same name is stored once."""
+        """Adds a small tensor to the graph itself; a name is stored once."""
         self.initializers[name] = numpy_helper.from_array(np.asarray(values, dtype), name)
         return name
 
     def scalar(self, name: str, value: float) -> str:
-        """A number in the network's own type."""
+        """Adds a number in the network's type."""
         self.initializers[name] = helper.make_tensor(name, self.element_type, [], [value])
         return name
 
     def zeros(self, name: str, shape: tuple[int, ...]) -> str:
-        """Zeros in the network's own type."""
+        """Adds zeros in the network's type."""
         self.initializers[name] = helper.make_tensor(
             name, self.element_type, shape, np.zeros(math.prod(shape))
         )
         return name
 
     def split(self, value: str, parts: list[str], sizes: list[int], axis: int, name: str) -> None:
-        """Cuts `value` along `axis` into values named `parts`."""
+        """Splits `value` along `axis` into values named `parts`."""
         lengths = self.constant(f"sizes_{'_'.join(map(str, sizes))}", sizes, np.int64)
         self.nodes.append(helper.make_node("Split", [value, lengths], parts, name=name, axis=axis))
 
@@ -120,11 +120,11 @@ class GraphBuilder:
         return name in self.weights
 
     def weight(self, name: str) -> str:
-        """A stored tensor as an initializer."""
+        """Adds a stored tensor as an initializer."""
         return self._external(name, self.weights[name], self.weights[name].shape)
 
     def weight_rows(self, name: str, rows: Range) -> str:
-        """Some rows (the first dimension) of a stored tensor as an initializer."""
+        """Adds some rows (first dimension) of a stored tensor as an initializer."""
         stored = self.weights[name]
         shape = (len(rows), *stored.shape[1:])
         itemsize = helper.tensor_dtype_to_np_dtype(stored.element_type).itemsize
@@ -143,28 +143,28 @@ class GraphBuilder:
         return name
 
     def all_reduce(self, value: str, output: str, element_type: int | None = None) -> str:
-        """The sum over ranks; the value itself when there is one rank.
+        """Adds the sum over ranks; for a single rank, returns the value itself.
 
-        element_type: of the value; the network's own when not given.
+        element_type: type of the value; by default the network's.
         """
         operation = {"collective_operation": "all_reduce", "reduce_op": "sum"}
         return self._collective(value, output, operation, element_type or self.element_type)
 
     def all_gather(self, value: str, output: str) -> str:
-        """The ranks' values one after the other along the first axis."""
+        """Adds the concatenation of the ranks' values along the first axis."""
         operation = {"collective_operation": "all_gather", "reduce_op": "none"}
         return self._collective(value, output, operation, self.element_type)
 
     def _collective(
         self, value: str, output: str, operation: dict[str, str], element_type: int
     ) -> str:
-        """A node in the form that TensorRT's parser turns into its own collective layer.
+        """Adds a node in the form that TensorRT's parser turns into its own collective layer.
 
         group_size 0 means all ranks (the parser's checkDistCollective).
         """
         if self.rank.tp_size == 1:
             return value
-        # No standard says what type comes out of this operator, so the graph does.
+        # No standard defines this operator's output type, so the graph declares it.
         self.value_types.append(helper.make_tensor_value_info(output, element_type, None))
         return self.node(
             COLLECTIVE,

@@ -1,4 +1,4 @@
-"""The KV cache of the network: in the network's own type, or with one byte per element.
+"""KV cache of the network, in the network's type or with one byte per element.
 
 Both kinds have the inputs `past_key.{layer}` and `past_value.{layer}` of shape
 `[batch, kv_heads, cache_len, head_dim]` for every layer.
@@ -21,15 +21,15 @@ from mpt_trt.quantization.calibrated_weights import FP8_MAX, INT8_MAX, KvAmax
 from mpt_trt.quantization.schemes import KvCacheType
 
 KINDS = ("key", "value")
-# Greater than any position, and small enough for differences of two.
+# Greater than any position, but differences of two such numbers do not overflow.
 NEVER = 1 << 30
-# ONNX's type of a quantized cache, and the largest number that it holds.
+# ONNX type of a quantized cache, and its largest number.
 QUANTIZED_TYPES = {"int8": (TensorProto.INT8, INT8_MAX), "fp8": (TensorProto.FLOAT8E4M3FN, FP8_MAX)}
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Of one rank; kv_heads are the rank's."""
+    """Shape of one rank's cache; kv_heads is the rank's number of K/V heads."""
 
     num_layers: int
     num_kv_heads: int
@@ -38,13 +38,13 @@ class CacheShape:
 
 
 def cache_shape(config: MptConfig, rank: Rank, cache_len: int) -> CacheShape:
-    """The cache of a rank."""
+    """Shape of a rank's cache."""
     kv_heads = len(sharding.kv_heads(config, rank))
     return CacheShape(config.num_layers, kv_heads, cache_len, config.head_dim)
 
 
 class Cache(Protocol):
-    """What the decoder asks of a cache."""
+    """Interface between the decoder and a cache."""
 
     @property
     def shape(self) -> CacheShape: ...
@@ -52,9 +52,9 @@ class Cache(Protocol):
     def add_inputs(self, graph: GraphBuilder) -> None: ...
 
     def key_positions(self, graph: GraphBuilder, query_positions: str) -> str:
-        """Position of every key that `update` returns, int64, `[keys]` or `[batch, 1, 1, keys]`.
+        """Returns the position of every key from `update`, int64 `[keys]` or `[batch, 1, 1, keys]`.
 
-        query_positions: int64 `[batch, seq]`. Keys that are no one's have a position beyond any.
+        query_positions: int64 `[batch, seq]`. Unused keys have a position greater than any.
         """
         ...
 
@@ -70,7 +70,7 @@ class Cache(Protocol):
 
 @dataclass(frozen=True)
 class InPlaceCache:
-    """Updated in place: `present_{kind}.{layer}` is the buffer of `past_{kind}.{layer}`."""
+    """Cache that is updated in place, so past and present values share one buffer."""
 
     shape: CacheShape
 
@@ -92,11 +92,11 @@ class InPlaceCache:
 
 @dataclass(frozen=True)
 class CopiedCache:
-    """One byte an element; the caller copies `new_{kind}.{layer}` into the buffer after the step.
+    """Cache with one byte per element; the caller copies `new_{kind}.{layer}` into the buffer.
 
-    TensorRT's in-place cache takes no 8-bit types, and no other operator writes in place in both
-    runtimes. So the network does not write at all: it attends to what the buffer held before the
-    step and, after it, to the step's own keys and values as they will be read back later.
+    TensorRT's in-place cache does not support 8-bit types, and no other operator writes in place in
+    both runtimes. So the network does not write to the cache: it attends to the buffer as it was
+    before the step and to the step's own keys and values, rounded as they will be read back later.
 
     amax: amax of keys and of values, by layer.
     """
@@ -124,7 +124,7 @@ class CopiedCache:
         quantized_type, largest = QUANTIZED_TYPES[self.type]
         name = f"layers.{layer}.attention/{kind}"
         amax = getattr(self.amax[layer], kind) or 1.0
-        # In float32: a float16 scale would make ONNX Runtime divide in float16.
+        # float32, because a float16 scale would make ONNX Runtime divide in float16.
         scale = graph.constant(f"{name}_scale", amax / largest, np.float32)
         output = f"new_{kind}.{layer}"
         graph.node("QuantizeLinear", [new, scale], output, output_dtype=quantized_type)
@@ -146,7 +146,7 @@ class CopiedCache:
 
 
 def make_cache(shape: CacheShape, calibrated: CalibratedQuantization) -> Cache:
-    """The cache that a quantization asks for."""
+    """Makes the cache of a quantization."""
     cache_type, calibration = calibrated.quantization.kv_cache, calibrated.calibration
     if cache_type == "auto" or calibration is None:
         return InPlaceCache(shape)
@@ -155,7 +155,7 @@ def make_cache(shape: CacheShape, calibrated: CalibratedQuantization) -> Cache:
 
 
 def cache_names(age: str, num_layers: int) -> list[str]:
-    """The network's values of one age (past, present, new), by layer, keys before values."""
+    """Names of the network's cache values of one age (past, present, new), by layer, keys first."""
     return [f"{age}_{kind}.{layer}" for layer in range(num_layers) for kind in KINDS]
 
 
@@ -164,7 +164,7 @@ def _buffer_shape(shape: CacheShape) -> list[str | int]:
 
 
 def _buffer_positions(graph: GraphBuilder) -> str:
-    """The positions of a row of the buffer, int64 `[cache_len]`."""
+    """Adds the positions of a row of the buffer, int64 `[cache_len]`."""
     length = graph.node("Shape", ["past_key.0"], "bias/cache_shape", start=2, end=3)
     length = graph.node("Squeeze", [length], "bias/cache_len")
     return graph.node("Range", ["zero", length, "one"], "bias/key_positions")

@@ -40,7 +40,7 @@ def _emit_layer_norm(graph: GraphBuilder, name: str, value: str, epsilon: float)
 
 @dataclass(frozen=True)
 class QueryKeyNorms:
-    """The layer norms of all query features and of all key features of a token (`qk_ln`)."""
+    """Layer norms over all query features and over all key features of a token (`qk_ln`)."""
 
     graph: GraphBuilder
     config: MptConfig
@@ -57,7 +57,7 @@ class QueryKeyNorms:
         )
 
     def _across_ranks(self, name: str, query: str, key: str) -> tuple[str, str]:
-        """Adds the norms of features that several ranks share.
+        """Adds the norms of features that are divided among ranks.
 
         One all-reduce in float32 adds the sums and the sums of squares of both.
         """
@@ -71,7 +71,7 @@ class QueryKeyNorms:
         ]
         means = []
         for value, part, width in zip(values, columns, widths, strict=True):
-            # Ranks that hold the same K/V heads each add their share of the same sums.
+            # Ranks with the same K/V heads each add their share of the same sums.
             copies = len(part) * self.rank.tp_size / width
             scale = graph.constant(f"{value}/share", 1 / (width * copies), np.float32)
             means += self._means(value, scale)
@@ -85,7 +85,7 @@ class QueryKeyNorms:
         )
 
     def _means(self, value: str, scale: str) -> list[str]:
-        """This rank's share of the mean and of the mean square, each `[batch, seq, 1]`."""
+        """Adds this rank's share of the mean and of the mean square, each `[batch, seq, 1]`."""
         graph = self.graph
         axis = graph.constant("axis_2", [2], np.int64)
         square = graph.node("Mul", [value, value], f"{value}/squared")

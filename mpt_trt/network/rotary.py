@@ -19,12 +19,12 @@ def emit_rotation(
 ) -> Rotation:
     """Adds the rotation of every token of a step, which all layers share.
 
-    positions: int64 `[batch, seq]`. The angles are tables with a row per cache position: computed
-    here in float64, they are exact at large positions, where a GPU's fast sine is not.
+    positions: int64 `[batch, seq]`. The angles are tables with one row per cache position. They are
+    computed here in float64, because a GPU's fast sine is inexact at large positions.
     """
     frequencies = rope_frequencies(rope, head_dim)
     angles = np.arange(cache_len, dtype=np.float64)[:, None] * np.array(frequencies)
-    # Padding may lie beyond the cache's end; the row it gets is never used.
+    # Padding may be beyond the cache's end; its row is never used.
     last = graph.constant("rotary/last", cache_len - 1, np.int64)
     rows = graph.node("Min", [positions, last], "rotary/positions")
 
@@ -40,7 +40,7 @@ def emit_rotation(
 
 @dataclass(frozen=True)
 class RotatedHeads:
-    """The heads of a rank that are rotated, in the packed output of the QKV projection.
+    """Rotated heads of a rank, in the packed output of the QKV projection.
 
     num_rotated: query and key heads, which come first. num_values: value heads.
     """

@@ -1,4 +1,4 @@
-"""The embedding and the head: the two matrices of the network that have a row per token."""
+"""The embedding and the head, the two matrices with one row per token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpt_trt.network.norms import emit_norm
 class Vocabulary:
     """Emits the embedding of tokens and the logits of hidden states.
 
-    sharding: the matrices that ranks share instead of each holding the whole.
+    sharding: matrices that are split among ranks instead of copied to each.
     """
 
     graph: GraphBuilder
@@ -32,7 +32,7 @@ class Vocabulary:
         tokens = self._embed_tokens()
         if self.config.position_embedding != "learned":
             return tokens
-        # Padding may lie beyond the last learned position; the row it gets is never used.
+        # Padding may be beyond the last learned position; its row is never used.
         last = graph.constant("last_position", self.config.max_seq_len - 1, np.int64)
         clamped = graph.node("Min", [query_positions, last], "positions/clamped")
         learned = graph.node("Gather", [graph.weight("wpe"), clamped], "position_embedding")
@@ -43,7 +43,7 @@ class Vocabulary:
         if not self.sharding.embedding:
             return graph.node("Gather", [graph.weight("wte"), "input_ids"], "embedding")
         rows = sharding.vocabulary_rows(self.config, self.rank)
-        # A rank beyond the vocabulary's end owns no token, but its Gather needs a row to read.
+        # A rank beyond the vocabulary's end has no token, but its Gather needs a row to read.
         table = self._vocabulary_part("wte", rows if len(rows) else Range(0, 1))
         start = graph.constant("vocabulary/start", rows.start, np.int64)
         count = graph.constant("vocabulary/count", len(rows), np.int64)
@@ -61,7 +61,7 @@ class Vocabulary:
         return graph.all_reduce(part, "embedding")
 
     def emit_logits(self, hidden: str) -> None:
-        """Adds `logits` at the requested positions, to which the final norm is limited."""
+        """Adds the final norm and `logits`, both only at the requested positions."""
         graph = self.graph
         chosen = graph.node("GatherND", [hidden, "logit_positions"], "head/hidden")
         normed = emit_norm(graph, self.config, "final_layernorm", chosen)
@@ -82,7 +82,7 @@ class Vocabulary:
         return self.graph.node("Gemm", [normed, head], "head/product", transB=1)
 
     def _sharded_head(self, normed: str) -> str:
-        """Adds the product of every rank's part of the vocabulary, gathered without its padding."""
+        """Adds the logits of all ranks' parts of the vocabulary, without padding."""
         graph = self.graph
         rows = sharding.vocabulary_rows(self.config, self.rank)
         width = sharding.vocabulary_width(self.config, self.rank.tp_size)
@@ -106,8 +106,8 @@ class Vocabulary:
         both_are_sharded = self.sharding.embedding and self.sharding.head
         if not self.config.tie_word_embeddings or both_are_sharded:
             return graph.weight_rows(name, rows)
-        # TensorRT distinguishes weights by address and refuses two sizes at the same one. So the
-        # rows are sliced from the whole matrix, which the graph has anyway, when it is loaded.
+        # TensorRT identifies weights by address and rejects two sizes at the same one. So the rows
+        # are sliced from the whole matrix, which the graph also contains, when it is loaded.
         first = graph.constant("vocabulary/first_row", [rows.start], np.int64)
         end = graph.constant("vocabulary/end_row", [rows.stop], np.int64)
         axis = graph.constant("axis_0", [0], np.int64)

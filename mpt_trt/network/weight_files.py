@@ -22,7 +22,7 @@ def write_weights(
 ) -> dict[str, str]:
     """Adds the network's weights to `folder`; returns the content hash of each file by name.
 
-    Files that another rank has already linked are kept. advance: counts the bytes of each file.
+    Files that another rank has linked are kept. advance: counts the bytes of each file.
     """
     folder.mkdir(exist_ok=True)
     linked = {name: content for name, content in network.files.items() if isinstance(content, Path)}

@@ -1,1 +1,1 @@
-"""A page, a table and plots from finished measurements."""
+"""Page, table and plots from finished measurements."""

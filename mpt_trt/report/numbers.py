@@ -1,4 +1,4 @@
-"""Numbers for readers: few digits, standard errors, powers of ten."""
+"""Formats numbers for readers: few digits, standard errors, powers of ten."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mpt_trt.evaluation.quality_result import Estimate
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
-# Exponents of ten that are written out as decimals.
+# Exponents of ten that are written as decimals.
 PLAIN = range(-3, 6)
 
 

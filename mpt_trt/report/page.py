@@ -1,4 +1,4 @@
-"""A comparison of a model's engines: `reports/{model}.html`, and its table and plots as files.
+"""Compares a model's engines in `reports/{model}.html`, with its table and plots as files.
 
 The page needs no other files: styles and plots are inside it, and it has no scripts.
 """
@@ -22,19 +22,19 @@ from mpt_trt.report.plots import Plot, draw_divergence, draw_size, draw_speed
 from mpt_trt.system.machine import Machine
 from mpt_trt.system.replace import replace_file, require_writable
 
-# The variant whose size others are compared with.
+# Variant that other sizes are compared with.
 BASE_VARIANT = "fp16"
-# Relative increase of perplexity up to which an engine counts as nearly as good as the reference.
+# Maximum relative increase of perplexity of an engine that is nearly as good as the reference.
 NEARLY = 0.01
 TABLE = "table.csv"
-# The page that ships.
+# Template that ships with mpt-trt.
 TEMPLATE = Path(__file__).parent / "page.html.jinja"
 MISSING = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One engine of a report: the name of its variant, and the results of its measurements."""
+    """An engine of a report: the name of its variant, and the results of its measurements."""
 
     variant: str
     quality: QualityResult
@@ -42,7 +42,7 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """The engine's name in the report."""
+        """Name of the engine in the report."""
         ranks = self.quality.ranks
         return self.variant if ranks == 1 else f"{self.variant}, {ranks} ranks"
 
@@ -91,7 +91,7 @@ class Column:
 
 
 def column_groups(entries: list[Entry]) -> dict[str, list[Column]]:
-    """All columns after the engine's name, grouped by subject."""
+    """Makes all columns after the engine's name, grouped by subject."""
     return {
         "Size on disk": _size_columns(entries),
         "Held-out text": _text_columns(entries),
@@ -148,7 +148,7 @@ def _run_columns(entries: list[Entry]) -> list[Column]:
 
 
 def _multiples(entries: list[Entry], sizes: list[int]) -> list[str]:
-    """Each size as a multiple of the base variant's on the fewest ranks, or a dash without it."""
+    """Formats sizes as multiples of the base variant's on the fewest ranks; dashes without it."""
     bases = [
         (entry.quality.ranks, size)
         for entry, size in zip(entries, sizes, strict=True)
@@ -161,7 +161,7 @@ def _multiples(entries: list[Entry], sizes: list[int]) -> list[str]:
 
 
 def table_csv(entries: list[Entry]) -> str:
-    """The figures in full precision as CSV, one line per engine."""
+    """Makes CSV of the figures in full precision, one line per engine."""
     stream = io.StringIO()
     rows = [_csv_row(entry) for entry in entries]
     writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
@@ -220,7 +220,7 @@ def plots(entries: list[Entry]) -> list[Plot]:
 
 
 def findings(entries: list[Entry]) -> list[str]:
-    """The main findings of the table, in sentences."""
+    """Main findings of the table, in sentences."""
     by_size = sorted(entries, key=lambda entry: (entry.quality.size.networks, entry.quality.ranks))
     good = [entry for entry in by_size if entry.perplexity_change.mean <= NEARLY]
     fastest = max(entries, key=lambda entry: entry.quality.speed.decode_tokens_per_s)

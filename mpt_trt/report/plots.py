@@ -1,7 +1,7 @@
-"""The plots of a report, as SVG that takes its colours from the page and its font from the reader.
+"""Plots of a report, as SVG with the page's colours and the reader's font.
 
-No information is in colour only: every point and bar has its name next to it. Text stays text, so
-that readers can search it, scale it and have it read aloud.
+Colour is never the only information: every point and bar has its name next to it. Text stays text,
+so readers can search it, scale it and have it read aloud.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from mpt_trt.report.numbers import number
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
-# Each colour as drawn, and the page's variable that replaces it, with a value for use without the
-# page. Colour-blind people can tell these colours of Okabe and Ito's palette apart.
+# Drawn colours, and the page's variables that replace them, with a value for use without the page.
+# Colour-blind people can distinguish these colours of Okabe and Ito's palette.
 COLOURS = {
     "#000001": "var(--ink, #1b1f24)",
     "#000002": "var(--faint, #6a737d)",
@@ -60,9 +60,9 @@ STYLE: dict[RcKeyType, Any] = {
     "hatch.linewidth": 0.8,
     "legend.frameon": False,
 }
-WIDTH = 4.7  # inches: text has its nominal size at a phone's width
+WIDTH = 4.7  # inches; text has its nominal size at a phone's width
 ROW = 0.27
-# Smaller KL is drawn at the edge, because float32 logits do not resolve it.
+# Smaller values are drawn at the edge, because float32 logits do not resolve them.
 LEAST_KL = 1e-13
 # The axis of perplexity spans at least this share of the reference's.
 LEAST_SPAN = 0.02
@@ -70,7 +70,7 @@ LEAST_SPAN = 0.02
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot. name: stem of its file. svg: a whole SVG element."""
+    """A plot. name: stem of its file. svg: a complete SVG element."""
 
     name: str
     title: str
@@ -204,7 +204,7 @@ def _span(values: Sequence[float], base: float) -> tuple[float, float]:
 def _label_at_the_side(
     axes: Axes, points: list[tuple[float, float, str]], figure_height: float
 ) -> None:
-    """Writes names of points (x, y, name) into a column at the right, with lines to the points."""
+    """Writes names of points (x, y, name) in a column at the right, with lines to the points."""
     bottom, top = axes.get_ylim()
     gap = (top - bottom) * 0.16 / figure_height / 0.81
     ordered = sorted(points, key=lambda point: (point[1], point[0]))
@@ -252,7 +252,7 @@ def _row_axes(figure: Figure, labels: Sequence[str]) -> Axes:
 
 
 def _label_width(labels: Sequence[str]) -> float:
-    """Share of the figure's width that the names of rows need at 9 points."""
+    """Share of the figure's width for the names of rows at 9 points."""
     return min(0.5, 0.03 + 0.0165 * max(map(len, labels)))
 
 

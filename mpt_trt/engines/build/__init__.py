@@ -1,1 +1,1 @@
-"""From an FT checkpoint to an engine directory."""
+"""Building of engine directories from FT checkpoints."""

@@ -27,7 +27,7 @@ from mpt_trt.system.replace import (
 )
 
 PlanBuilder = Callable[[Path, BuilderChoice, int], None]
-"""Adds the plans of all ranks to the folder that has their networks.
+"""Adds the plans of all ranks to the folder of their networks.
 
 Arguments: folder, builder, tp_size.
 """
@@ -36,11 +36,11 @@ Arguments: folder, builder, tp_size.
 def build_rank(
     networks: Path, rank: int, builder: BuilderChoice, target: Path, is_trusted: bool = False
 ) -> None:
-    """Adds one rank's plan, and its description, to `target`, from the folder of its network.
+    """Adds one rank's plan and its description to `target`.
 
     The files appear when they are complete, the plan last. A plan whose description is of another
-    build, because a process was killed between the two, is refused by its hash. is_trusted: the
-    network's files are not compared with the hashes that were recorded.
+    build, because a process was killed between the two, is refused by its hash. networks: folder of
+    the network. is_trusted: the network's files are not compared with the recorded hashes.
     """
     manifest.require_whole_network(networks, rank, is_trusted)
     _require_capable_gpus(builder, manifest.read_network_spec(networks, rank).quantization)
@@ -54,7 +54,7 @@ def build_rank(
 
 
 def build_one_by_one(folder: Path, builder: BuilderChoice, tp_size: int) -> None:
-    """Adds the plans of all ranks to the folder that has their networks."""
+    """Adds the plans of all ranks to the folder of their networks."""
     for rank in range(tp_size):
         _build_plan(folder, rank, builder, folder)
 
@@ -89,7 +89,7 @@ def _build_plan(networks: Path, rank: int, builder: BuilderChoice, folder: Path)
     options = BuildOptions(package, spec.limits, builder.compute_capabilities)
     plan = folder / manifest.engine_name(rank)
     network = networks / manifest.network_name(rank)
-    # TensorRT's parser follows names to wherever they lead.
+    # TensorRT's parser follows file names out of the folder.
     read_network(network)
     with _hint_at_int8_kernels(spec.quantization):
         built = plan_builder.build_plan(network, options, plan)
@@ -98,10 +98,10 @@ def _build_plan(networks: Path, rank: int, builder: BuilderChoice, folder: Path)
 
 
 def _require_capable_gpus(builder: BuilderChoice, quantization: Quantization) -> None:
-    """Raise MptTrtError if some of the GPUs to build for cannot run the engine."""
+    """Raises MptTrtError if one of the GPUs to build for cannot run the engine."""
     package = choose_package(builder.backend)
     if package.module != "tensorrt_rtx":
-        # It builds for the GPU that it runs on.
+        # This backend builds for the GPU that it runs on.
         return require_fp8_support(gpus.compute_capabilities()[:1], quantization)
     require_buildable(package, builder.compute_capabilities)
     return require_fp8_support(builder.compute_capabilities, quantization)
@@ -109,7 +109,7 @@ def _require_capable_gpus(builder: BuilderChoice, quantization: Quantization) ->
 
 @contextmanager
 def _hint_at_int8_kernels(quantization: Quantization) -> Iterator[None]:
-    """Adds to the error of a failed build which backend has kernels for 8-bit integers."""
+    """Adds the backend with kernels for 8-bit integers to the error of a failed build."""
     try:
         yield
     except MptTrtError as error:

@@ -1,4 +1,4 @@
-"""All ranks' plans at a time: a process per rank, with a GPU of its own if it builds on one."""
+"""Builds the plans of all ranks in parallel, in one process per rank with its own GPU, if any."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mpt_trt.system import gpu_locks
 
 
 def build_side_by_side(tool: Path, folder: Path, builder: BuilderChoice, tp_size: int) -> None:
-    """Adds the plans of all ranks to the folder that has their networks.
+    """Adds the plans of all ranks to the folder of their networks.
 
-    tool: build_rank.py, which builds one. When a rank fails, the others are finished.
+    tool: build_rank.py, which builds one plan. If a rank fails, the others are finished.
 
-    Raises MptTrtError that names the rank; its own message has been printed before.
+    Raises MptTrtError that names the rank, after the rank has printed its own message.
     """
     commands = [_command(tool, folder, builder, rank) for rank in range(tp_size)]
     environments = _environments(builder, tp_size)
     running: list[subprocess.Popen] = []
     try:
         for command, environment in zip(commands, environments, strict=True):
-            # Sockets hold the GPUs of this process; the command must have them, too.
+            # Sockets hold the GPUs of this process, so the command must inherit them.
             running.append(subprocess.Popen(command, env=environment, close_fds=False))
         failed = [rank for rank, process in enumerate(running) if process.wait() != 0]
     finally:
@@ -45,7 +45,7 @@ def _command(tool: Path, folder: Path, builder: BuilderChoice, rank: int) -> lis
         f"--rank={rank}",
         f"--backend={builder.backend}",
         f"--output_dir={folder}",
-        # The networks have just been made.
+        # The networks were just made, so they need no check.
         "--trust",
         "--compute_capabilities",
         *builder.compute_capabilities,
@@ -53,7 +53,7 @@ def _command(tool: Path, folder: Path, builder: BuilderChoice, rank: int) -> lis
 
 
 def _environments(builder: BuilderChoice, tp_size: int) -> list[dict[str, str]]:
-    """Of each rank's process; the GPUs there are go round."""
+    """Environment of each rank's process; GPUs are assigned in turn."""
     names = gpu_locks.devices().names
     if choose_package(builder.backend).module != "tensorrt" or not names:
         return [dict(os.environ)] * tp_size

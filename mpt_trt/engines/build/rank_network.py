@@ -1,4 +1,4 @@
-"""The networks of an engine's ranks, from an FT checkpoint."""
+"""Makes the networks of an engine's ranks from an FT checkpoint."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from mpt_trt.system.replace import replace_directory
 
 @dataclass(frozen=True)
 class NetworkInputs:
-    """Everything that the networks of an engine are made from.
+    """Inputs of an engine's networks.
 
-    Raises MptTrtError when the limits exceed the positions that the model defines.
+    Raises MptTrtError when the limits exceed the model's positions.
     """
 
     checkpoint: FtCheckpoint
@@ -47,13 +47,13 @@ class NetworkInputs:
 
     @property
     def paths(self) -> list[Path]:
-        """The files and folders that the networks are made from."""
+        """Files and folders that the networks are made from."""
         calibration = self.calibrated.calibration
         return [self.checkpoint.folder, *([calibration.path] if calibration else [])]
 
     @property
     def spec(self) -> EngineSpec:
-        """What the engine is made for."""
+        """Spec of the engine."""
         return EngineSpec(
             self.checkpoint.config,
             self.checkpoint.storage_type,

@@ -10,16 +10,16 @@ from cuda.bindings import runtime as cudart
 
 from mpt_trt.engines.cuda.memory import call
 
-# Runs after which runtimes have finished their set-up for new shapes.
+# Number of runs after which runtimes have finished their set-up for new shapes.
 PLAIN_RUNS = 2
 # Graphs that are kept; beam search, for one, makes new ones as its cache moves.
 MOST_GRAPHS = 16
 
 
 class StepGraphs:
-    """Captures a step when it is repeated after PLAIN_RUNS runs, and replays it from then on.
+    """Captures a step after PLAIN_RUNS runs, and replays it from then on.
 
-    Capturing earlier would be in vain for beam search, which moves the cache after most steps.
+    Earlier captures would be useless in beam search, which moves the cache after most steps.
     """
 
     def __init__(self, stream: Any):
@@ -37,9 +37,9 @@ class StepGraphs:
     ) -> None:
         """Runs a step, or replays its graph.
 
-        key: everything that decides which kernels run, and on which memory. enqueue: puts the step
-        on the stream. enqueue_captured: does the same without anything that must not be captured,
-        such as waiting for the stream.
+        key: identifies the kernels and the memory of the step. enqueue: puts the step on the
+        stream. enqueue_captured: does the same without operations that must not be captured, such
+        as waiting for the stream.
         """
         if self._plain_runs[key] < PLAIN_RUNS:
             self._plain_runs[key] += 1
@@ -60,13 +60,13 @@ class _Graph:
     def __init__(self, stream: Any, enqueue: Callable[[], None]):
         self._stream = stream
         self._executable: Any = None
-        # Runtimes may still allocate memory, which other modes forbid.
+        # Other modes forbid allocations, which runtimes may still make.
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         call(cudart.cudaStreamBeginCapture(stream, mode))
         try:
             enqueue()
         except BaseException:
-            # The error is more helpful than one about the capture that it ends.
+            # This error is more helpful than the error of the capture that it ends.
             _, unfinished = cudart.cudaStreamEndCapture(stream)
             if unfinished is not None:
                 cudart.cudaGraphDestroy(unfinished)

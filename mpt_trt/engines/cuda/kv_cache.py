@@ -1,4 +1,4 @@
-"""The key-value cache of an engine in GPU memory."""
+"""KV cache of an engine in GPU memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpt_trt.quantization.schemes import KvCacheType
 ALIGNMENT = 256
 
 SetAddress = Callable[[str, int], None]
-"""Tells the runtime the address of a value of the network, by name."""
+"""Function that passes the address of one of the network's values to the runtime, by name."""
 
 
 class DeviceCache(Protocol):
@@ -41,7 +41,7 @@ class DeviceCache(Protocol):
         ...
 
     def reorder(self, rows: NDArray[np.int64], stream: Any) -> None:
-        """Makes row i a copy of the old row rows[i]."""
+        """Makes row i a copy of the old row `rows[i]`."""
         ...
 
 
@@ -61,7 +61,7 @@ class _Array:
         self.buffer = DeviceBuffer(self.parts * self._height * self._width)
 
     def bind(self, names: list[str], set_address: SetAddress) -> None:
-        """Binds the parts, keys and values of every layer. names: theirs, in order."""
+        """Binds the parts (keys and values of every layer). names: names of the parts, in order."""
         for part, name in enumerate(names):
             set_address(name, self.buffer.address + part * self._height * self._width)
 
@@ -81,7 +81,7 @@ class _Array:
 
 
 class _Buffers:
-    """The keys and values of all earlier positions, for both kinds of cache."""
+    """Keys and values of all earlier positions, for both kinds of cache."""
 
     def __init__(self, shape: CacheShape, element_bytes: int, set_address: SetAddress):
         self._shape, self._set_address = shape, set_address
@@ -90,10 +90,10 @@ class _Buffers:
 
     def start(self, batch_size: int, stream: Any) -> None:
         """Empties the cache and gives it `batch_size` rows."""
-        # Old values are overwritten before anything reads them. So buffers with the right number of
-        # rows stay, and with them the graphs that were captured.
+        # Old values are overwritten before they are read. So buffers with the right number of rows
+        # are kept, and with them the captured graphs.
         if self._kept is None or self._kept.rows != batch_size:
-            # Frees the old buffers before there are new ones.
+            # Frees the old buffers before allocating new ones.
             self._kept = None
             self._keep(self._array(batch_size, self._shape.cache_len))
 
@@ -103,7 +103,7 @@ class _Buffers:
         return 0 if self._kept is None else self._kept.buffer.address
 
     def reorder(self, rows: NDArray[np.int64], stream: Any) -> None:
-        """Makes row i a copy of the old row rows[i]."""
+        """Makes row i a copy of the old row `rows[i]`."""
         old, new = self._filled, self._array(len(rows), self._shape.cache_len)
         for target, source in enumerate(rows):
             new.copy_row(target, old, int(source), stream)
@@ -130,7 +130,7 @@ class InPlaceCache(_Buffers):
         """Does nothing, because the buffers stay bound."""
 
     def after_step(self, write_positions: NDArray[np.int64], stream: Any) -> None:
-        """Does nothing, because the step has updated the cache itself."""
+        """Does nothing, because the step has updated the cache."""
 
     def _keep(self, array: _Array) -> None:
         super()._keep(array)
@@ -140,13 +140,13 @@ class InPlaceCache(_Buffers):
 class CopiedCache(_Buffers):
     """A quantized cache, one byte per element. A step's keys and values are copied into it.
 
-    Those of all layers are one array, so rows that write at the same position need one copy, and
-    other rows one each.
+    All layers share one array, so rows that write at the same position need one copy, and other
+    rows one each.
     """
 
     def __init__(self, shape: CacheShape, set_address: SetAddress):
         super().__init__(shape, 1, set_address)
-        # By (rows, seq), because a captured step always writes to the same address.
+        # Keyed by (rows, seq), because a captured step always writes to the same address.
         self._new: dict[tuple[int, int], _Array] = {}
         self._seq = 0
 
@@ -154,7 +154,7 @@ class CopiedCache(_Buffers):
         """Prepares for a step of `seq` tokens per row."""
         key = (self._filled.rows, seq)
         if key not in self._new:
-            # Arrays for several tokens, the pieces of a prompt, are mostly used once.
+            # Arrays for several tokens (pieces of a prompt) are mostly used once.
             self._new = {k: array for k, array in self._new.items() if k[1] == 1}
             self._new[key] = self._array(*key)
         self._new[key].bind(cache_names("new", self._shape.num_layers), self._set_address)

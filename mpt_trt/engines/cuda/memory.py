@@ -1,4 +1,4 @@
-"""GPU memory, and host memory for copies to and from it, through CUDA's runtime."""
+"""GPU memory, and host memory for copies to and from it, from CUDA's runtime."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Stream:
 class Block:
     """A box of bytes in a three-dimensional array of bytes `[depth, height, width]`.
 
-    address: of the array. width, height: of the array. start: (z, y, x) of the box's first byte.
+    address, width, height: those of the array. start: (z, y, x) of the box's first byte.
     """
 
     address: int

@@ -1,1 +1,1 @@
-"""ONNX Runtime as the runtime of a rank's network: on a CPU, and in `cuda` on a GPU."""
+"""Runtime of a rank's network: ONNX Runtime on a CPU, and on a GPU in `cuda`."""

@@ -1,8 +1,8 @@
 """DistCollective nodes under ONNX Runtime: Python operators that exchange values over MPI.
 
-ONNX Runtime does not know DistCollective. When a graph is loaded, each such node becomes an
-operator of onnxruntime-extensions that calls the communicator. These operators support only
-float32, so there is a Cast before and after each.
+ONNX Runtime has no DistCollective. When a graph is loaded, each such node becomes an operator of
+onnxruntime-extensions that calls the communicator. These operators support only float32, so there
+is a Cast before and after each.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Array = NDArray[np.float32]
 
 
 class Collectives:
-    """The collectives of one session.
+    """Collectives of one session.
 
     An exception that crosses ONNX Runtime's frames ends the process. So the first exception is
-    kept, the rest of the step runs on zeros, and `step` raises it at the end.
+    stored, the rest of the step computes with zeros, and `step` raises the exception at the end.
     """
 
     def __init__(self, communicator: Communicator):
@@ -45,7 +45,7 @@ class Collectives:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Surrounds a run of the session; raises the first error of its collectives."""
+        """Encloses a run of the session; raises the first error of its collectives."""
         token = _running.set(self)
         try:
             with self._communicator.deferred_interrupts():
@@ -57,11 +57,11 @@ class Collectives:
             raise failure
 
     def all_reduce(self, value: Array) -> Array:
-        """The sum of all ranks' values, or zeros after an error."""
+        """Returns the sum of all ranks' values, or zeros after an error."""
         return self._call(self._communicator.all_reduce, value, value.shape)
 
     def all_gather(self, value: Array) -> Array:
-        """All ranks' values along the first axis, or zeros after an error."""
+        """Joins all ranks' values along the first axis; returns zeros after an error."""
         shape = (len(value) * self._communicator.size, *value.shape[1:])
         return self._call(self._communicator.all_gather, value, shape)
 
@@ -74,12 +74,12 @@ class Collectives:
         return np.zeros(shape, np.float32)
 
 
-# The session whose step runs, because operators belong to the process, not to a session.
+# The session that runs a step, because operators belong to the process, not to a session.
 _running: ContextVar[Collectives] = ContextVar("running")
 
 
 def replace_collectives(model: onnx.ModelProto, options: onnxruntime.SessionOptions) -> None:
-    """Replaces the graph's collectives by operators, which run within Collectives.step."""
+    """Replaces the graph's collectives with operators, which run within Collectives.step."""
     options.register_custom_ops_library(_library())
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     nodes = [new for node in model.graph.node for new in _replaced(node, types)]
@@ -92,7 +92,7 @@ def replace_collectives(model: onnx.ModelProto, options: onnxruntime.SessionOpti
 def _library() -> str:
     """Registers the operators and returns the path of onnxruntime-extensions' library.
 
-    Only once per process, because a second time crashes it.
+    Runs once per process, because a second registration crashes it.
     """
     operators = _import_operators()
     number = operators.PyCustomOpDef.dt_float
@@ -122,7 +122,7 @@ def _import_operators() -> ModuleType:
             "onnxruntime-extensions is not installed, and several ranks under ONNX Runtime need it;"
             " install requirements.txt"
         )
-    # A package that is present but has not run: enough for its modules to be found.
+    # An empty package object, so that its modules are found without running the package.
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         return importlib.import_module(f"{spec.name}._ocos")

@@ -1,7 +1,7 @@
-"""The key-value cache of a network under ONNX Runtime on a CPU.
+"""KV cache of a network under ONNX Runtime on a CPU.
 
-A step reads its whole buffers, used or not. So they are only as long as the positions in use,
-rounded up to a multiple of POSITIONS_AT_ONCE, and the loaded network accepts any length.
+A step reads its buffers completely. So they are only as long as the filled positions, rounded up to
+a multiple of POSITIONS_AT_ONCE, and the loaded network accepts any length.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mpt_trt.quantization.schemes import KvCacheType
 Binding: TypeAlias = onnxruntime.IOBinding
 
 POSITIONS_AT_ONCE = 64
-# The axis of positions in a layer's keys or values.
+# Axis of positions in a layer's keys or values.
 POSITIONS_AXIS = 2
 
 
 def take_any_cache_length(model: onnx.ModelProto) -> None:
-    """Makes the number of cache positions, a constant before, an input dimension.
+    """Turns the number of cache positions from a constant into an input dimension.
 
     The graph reads the number from the buffers' shape.
     """
@@ -50,7 +50,7 @@ class CpuCache(Protocol):
         ...
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
-        """Makes row i a copy of the old row rows[i]."""
+        """Makes row i a copy of the old row `rows[i]`."""
         ...
 
 
@@ -75,10 +75,10 @@ class InPlaceCache:
             self._bind()
 
     def after_step(self, write_positions: NDArray[np.int64]) -> None:
-        """Does nothing: the step has updated the cache itself."""
+        """Does nothing, because the step has updated the cache."""
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
-        """Makes row i a copy of the old row rows[i]."""
+        """Makes row i a copy of the old row `rows[i]`."""
         self._buffers = np.take(self._buffers, rows, axis=1)
         self._bind()
 
@@ -91,9 +91,9 @@ class InPlaceCache:
 
 
 class CopiedCache:
-    """A quantized cache. The keys and values that a step computes are copied into it afterwards.
+    """A quantized cache. The keys and values of a step are copied into it after the step.
 
-    Those of all layers are one array, like the cache, so that each row takes one copy.
+    All layers share one array, like the cache, so each row needs one copy.
     """
 
     def __init__(self, binding: Binding, shape: CacheShape, cache_type: KvCacheType):
@@ -123,7 +123,7 @@ class CopiedCache:
             self._buffers[:, row, :, start : start + seq] = self._new[:, row]
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
-        """Makes row i a copy of the old row rows[i]."""
+        """Makes row i a copy of the old row `rows[i]`."""
         self._buffers = np.take(self._buffers, rows, axis=1)
         self._bind("past", self._buffers)
 
@@ -145,7 +145,7 @@ class CopiedCache:
 def make_cpu_cache(
     binding: Binding, shape: CacheShape, cache_type: KvCacheType, element_type: int
 ) -> CpuCache:
-    """Makes a session's cache. element_type: the network's, for a cache without quantization."""
+    """Makes a session's cache. element_type: type of the network, for an unquantized cache."""
     if cache_type == "auto":
         return InPlaceCache(binding, shape, element_type)
     return CopiedCache(binding, shape, cache_type)
@@ -168,13 +168,13 @@ def _length(array: NDArray) -> int:
 
 
 def _in_use(shape: CacheShape, used: int) -> int:
-    """Length of a buffer for `used` positions, at most the cache's."""
+    """Length of a buffer for `used` positions; at most that of the cache."""
     steps = max(-(-used // POSITIONS_AT_ONCE), 1)
     return min(steps * POSITIONS_AT_ONCE, shape.cache_len)
 
 
 def _lengthened(array: NDArray, positions: int) -> NDArray:
-    """The array with zeros after its last positions."""
+    """Extends the array with zeros after its last positions."""
     dimensions = list(array.shape)
     dimensions[1 + POSITIONS_AXIS] = positions
     longer = np.zeros(dimensions, array.dtype)
@@ -183,6 +183,6 @@ def _lengthened(array: NDArray, positions: int) -> NDArray:
 
 
 def _parts(array: NDArray, element_type: int) -> list[onnxruntime.OrtValue]:
-    """The keys and values of every layer, in the array's memory."""
+    """Views the keys and values of every layer, in the array's memory."""
     as_value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
     return [as_value(part, element_type) for part in array]

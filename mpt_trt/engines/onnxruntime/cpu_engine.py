@@ -1,4 +1,4 @@
-"""Runs a rank's network under ONNX Runtime on a CPU: the fallback on machines without a GPU.
+"""Runs a rank's network under ONNX Runtime on a CPU, the fallback on machines without a GPU.
 
 It uses the same graph and the same weights as TensorRT. Parts that ONNX Runtime does not support
 are rewritten in memory when the graph is loaded (see `rewrites`).
@@ -35,7 +35,7 @@ ACCURACY_LEVELS = {"exact": "1", "int8": "4"}
 
 
 class OnnxRuntimeEngine:
-    """One rank's network, loaded; see `mpt_trt.engines.interface.StepModel` for the contract."""
+    """A rank's loaded network; implements `mpt_trt.engines.interface.StepModel`."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class OnnxRuntimeEngine:
         return f"ONNX Runtime {version} ({CPU}{arithmetic}{rounding})"
 
     def start(self, batch_size: int) -> None:
-        """Empties the cache; raises MptTrtError when it cannot have `batch_size` rows."""
+        """Empties the cache; raises MptTrtError when it has fewer than `batch_size` rows."""
         self._limits.require_rows(batch_size)
         self._cache.start(batch_size)
 
@@ -103,12 +103,12 @@ class OnnxRuntimeEngine:
         return logits
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
-        """Makes cache row i a copy of the old row rows[i]."""
+        """Makes cache row i a copy of the old row `rows[i]`."""
         self._cache.reorder(rows)
 
 
 def _lacks_kernels(spec: EngineSpec) -> bool:
-    """Whether ONNX Runtime's CPU provider lacks kernels for the network's type.
+    """Returns whether ONNX Runtime's CPU provider lacks kernels for the network's type.
 
     It has none for bfloat16, and its products of integers return only float32.
     """
@@ -126,7 +126,7 @@ def _require_integer_weights(engine_dir: Path, spec: EngineSpec) -> None:
 
 
 def _computing_type(spec: EngineSpec) -> int:
-    """ONNX type that the session computes in, and of a cache without quantization."""
+    """ONNX type of the session's arithmetic, and of a cache without quantization."""
     return TensorProto.FLOAT if _lacks_kernels(spec) else ELEMENT_TYPES[spec.dtype]
 
 

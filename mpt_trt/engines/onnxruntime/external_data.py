@@ -19,7 +19,7 @@ from mpt_trt.network.external_files import FilePart, file_part
 class SharedWeight:
     """A weight that is passed to sessions.
 
-    element_type: ONNX's. content: its bytes in a file, or a function that computes them.
+    element_type: ONNX type. content: the bytes in a file, or a function that computes them.
     """
 
     name: str
@@ -34,19 +34,19 @@ class SharedWeight:
         return math.prod(self.shape) * itemsize
 
     def read(self) -> NDArray:
-        """The weight's bytes in a contiguous array."""
+        """Reads the weight's bytes into a contiguous array."""
         content = self.content
         return content.read() if isinstance(content, FilePart) else content()
 
     def as_value(self) -> onnxruntime.OrtValue:
-        """Reads the weight into host memory, as a value of ONNX Runtime."""
+        """Reads the weight into host memory as a value of ONNX Runtime."""
         dtype = helper.tensor_dtype_to_np_dtype(self.element_type)
         content = self.read().reshape(-1).view(dtype).reshape(self.shape)
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(content, self.element_type)
 
 
 def map_tensor(tensor: TensorProto, folder: Path) -> NDArray:
-    """Maps an external initializer into memory. Its type must have at least a byte per element."""
+    """Maps an external initializer into memory. The type must have whole bytes."""
     stored = file_part(tensor, folder)
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     return np.memmap(stored.path, dtype, "r", offset=stored.offset, shape=tuple(tensor.dims))

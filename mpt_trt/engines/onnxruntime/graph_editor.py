@@ -1,4 +1,4 @@
-"""Edits ONNX graphs in memory: nodes, constants, and who makes and who reads a value."""
+"""Edits ONNX graphs in memory: nodes, constants, and makers and readers of values."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import onnx
 from onnx import helper, numpy_helper
 
 MICROSOFT_DOMAIN = "com.microsoft"
-"""The domain of ONNX Runtime's own operators."""
+"""Domain of ONNX Runtime's own operators."""
 
 Replacements = dict[str, list[onnx.NodeProto]]
-"""New nodes for each node that goes, by its name."""
+"""New nodes by name of the node that they replace."""
 
 
 class Graph:
     """A graph that is being edited.
 
     maker: the node that makes a value. readers: the nodes that read it. Both describe the graph as
-    it was when it was read.
+    it was read.
     """
 
     def __init__(self, model: onnx.ModelProto):
@@ -36,7 +36,7 @@ class Graph:
                 self.readers[name].append(node)
 
     def constant(self, name: str, values: list[int]) -> str:
-        """Puts an int64 vector into the graph and returns its name."""
+        """Adds an int64 vector to the graph and returns its name."""
         self.initializers[name] = numpy_helper.from_array(np.array(values, np.int64), name)
         return name
 
@@ -64,15 +64,15 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
 def make_node(
     op_type: str, inputs: list[str], output: str, domain: str | None = None, **options: Any
 ) -> onnx.NodeProto:
-    """A node with one output, which is named like the node. options: its attributes."""
+    """Makes a node with one output of the same name. options: attributes of the node."""
     return helper.make_node(op_type, inputs, [output], output, domain=domain, **options)
 
 
 def cast(value: str, output: str, element_type: int) -> onnx.NodeProto:
-    """A node that converts `value` to another ONNX type."""
+    """Makes a node that converts `value` to another ONNX type."""
     return helper.make_node("Cast", [value], [output], name=f"{output}/cast", to=element_type)
 
 
 def reshape(value: str, shape: str, output: str) -> onnx.NodeProto:
-    """A node that reshapes `value`. shape: name of a constant."""
+    """Makes a node that reshapes `value`. shape: name of a constant."""
     return make_node("Reshape", [value, shape], output)

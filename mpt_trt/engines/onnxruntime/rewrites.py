@@ -14,7 +14,7 @@ from mpt_trt.engines.onnxruntime.external_data import map_tensor
 from mpt_trt.engines.onnxruntime.graph_editor import cast
 
 FLOAT32 = np.dtype(np.float32)
-# Attributes that name the type of what a node computes.
+# Attributes with the type of a node's result.
 TYPE_ATTRIBUTES = ("to", "output_dtype")
 QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 
@@ -22,9 +22,9 @@ QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 def compute_in_float32(
     model: onnx.ModelProto, element_type: int, folder: Path, options: onnxruntime.SessionOptions
 ) -> list[onnxruntime.OrtValue]:
-    """Turns everything of ONNX type `element_type` in the graph to float32.
+    """Converts all values of ONNX type `element_type` in the graph to float32.
 
-    folder: the network's. options: of the session, which get the converted weights.
+    folder: folder of the network. options: options of the session, which get the converted weights.
 
     Returns the converted weights, which must live as long as the session.
     """
@@ -52,10 +52,10 @@ def compute_in_float32(
 
 
 def spell_out_scale_types(model: onnx.ModelProto, element_type: int) -> None:
-    """Adds Casts where the scale of a (de)quantization has another type than the network.
+    """Adds Casts for (de)quantization scales whose type differs from the network's.
 
-    element_type: the network's. ONNX Runtime 1.32 forgets the difference when it moves such nodes,
-    and then refuses the network (seen with a float16 cache of a single head).
+    element_type: type of the network. ONNX Runtime 1.32 loses the difference when it moves such
+    nodes, and then rejects the network (seen with a float16 cache of a single head).
     """
     scales = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []

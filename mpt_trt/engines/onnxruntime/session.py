@@ -16,7 +16,7 @@ ERROR_SEVERITY = 3
 
 
 def session_options(path: Path) -> onnxruntime.SessionOptions:
-    """Options for the network at `path`, or one rewritten from it; its weights are next to it."""
+    """Options for the network at `path` or one rewritten from it; its weights are next to it."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERROR_SEVERITY
     options.add_session_config_entry(
@@ -33,7 +33,7 @@ def open_session(
 ) -> onnxruntime.InferenceSession:
     """Opens a session on a network; raises MptTrtError when it cannot be loaded.
 
-    path: of the network that became `model`. provider: its name and its options.
+    path: path of the network that became `model`. provider: name and options.
     """
     try:
         return onnxruntime.InferenceSession(
@@ -45,7 +45,7 @@ def open_session(
 
 @contextmanager
 def naming_network(path: Path) -> Iterator[None]:
-    """Raises MptTrtError where a graph of another kind than ours cannot be rewritten."""
+    """Raises MptTrtError when a graph that mpt-trt did not make cannot be rewritten."""
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -57,7 +57,7 @@ def naming_network(path: Path) -> Iterator[None]:
 
 
 def run(session: onnxruntime.InferenceSession, binding: Any) -> None:
-    """Runs a step on what is bound; raises MptTrtError when the network cannot compute it."""
+    """Runs a step on the bound values; raises MptTrtError when the network cannot compute it."""
     try:
         session.run_with_iobinding(binding)
     except Exception as error:  # the library raises many types, without a common base

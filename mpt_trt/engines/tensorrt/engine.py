@@ -46,7 +46,7 @@ class _Generation(NamedTuple):
 
 
 class TensorRtEngine:
-    """One rank's plan, loaded; see `mpt_trt.engines.interface.StepModel` for the contract."""
+    """A rank's loaded plan; implements `mpt_trt.engines.interface.StepModel`."""
 
     def __init__(self, engine_dir: Path, manifest: Manifest, rank: int = 0):
         """Loads the plan; raises MptTrtError if the GPU cannot hold or run it."""
@@ -58,7 +58,7 @@ class TensorRtEngine:
         self.max_step_tokens = limits.max_input_len
         self.max_logits: int | None = limits.max_logits
         if spec.tp_size > 1:
-            # The ranks of a machine take its GPUs in turn.
+            # GPUs of a machine are assigned to its ranks in turn.
             call(cudart.cudaSetDevice(rank % call(cudart.cudaGetDeviceCount())))
         self._stream = Stream()
         self._nccl: Nccl | None = None
@@ -117,7 +117,8 @@ class TensorRtEngine:
         feeds = {
             "input_ids": input_ids,
             "write_positions": write_positions,
-            # The profiles start at one row of logits: without rows, one is computed and dropped.
+            # The profiles' minimum is one row of logits: if none is requested, one is computed and
+            # dropped.
             "logit_positions": logit_positions if num_logits else [[0, 0]],
         }
         staged = {name: np.ascontiguousarray(value, np.int64) for name, value in feeds.items()}
@@ -139,7 +140,7 @@ class TensorRtEngine:
         return logits
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
-        """Makes cache row i a copy of the old row rows[i]."""
+        """Makes cache row i a copy of the old row `rows[i]`."""
         self._cache.reorder(rows, self._stream.handle)
         self._stream.synchronize()
         self._batch_size = len(rows)

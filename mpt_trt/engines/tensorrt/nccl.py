@@ -1,4 +1,4 @@
-"""Connects the ranks of TensorRT's collective layers with NCCL, which they set up over MPI."""
+"""Connects ranks with NCCL for TensorRT's collective layers; MPI exchanges its id."""
 
 from __future__ import annotations
 

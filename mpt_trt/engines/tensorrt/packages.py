@@ -26,7 +26,7 @@ class Package:
 
 @functools.cache
 def installed_package(module: str) -> Package | None:
-    """The installed distribution that provides the module; None if there is none."""
+    """Installed distribution that provides the module; None if there is none."""
     for distribution in DISTRIBUTIONS[module]:
         try:
             return Package(module, metadata.version(distribution))

@@ -1,4 +1,4 @@
-"""The phases of a build by TensorRT on stderr: bars on a terminal, else lines."""
+"""Shows the phases of a TensorRT build on stderr, as bars on a terminal or as lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mpt_trt.system.progress_lines import INTERVAL_SECONDS, in_time, say
 
 
 class Phases(Protocol):
-    """What TensorRT reports: phases of the build, and hundreds of parts of a phase."""
+    """Receiver of TensorRT's reports: phases of the build, and hundreds of parts of a phase."""
 
     def start(self, name: str, is_outer: bool, num_steps: int) -> None: ...
 
@@ -33,7 +33,7 @@ class Phases(Protocol):
 
 @contextmanager
 def shown_phases() -> Iterator[Phases]:
-    """Phases that are shown while they run."""
+    """Yields phases that are shown while they run."""
     if not sys.stderr.isatty():
         yield _Lines()
         return
@@ -67,7 +67,7 @@ class _Bars:
 
 
 class _Lines:
-    """A line at the start and end of each outer phase, and every ten seconds."""
+    """Prints a line at the start and end of each outer phase, and every ten seconds."""
 
     def __init__(self) -> None:
         self._started = self._printed = time.monotonic()

@@ -141,9 +141,9 @@ def _make_writer(trt: Any, stream: BinaryIO, work: Background) -> Any:
 
 @contextmanager
 def _progress(trt: Any) -> Iterator[tuple[Any, Callable[[], bool]]]:
-    """Shows TensorRT's phases, as bars on a terminal and else as lines.
+    """Shows TensorRT's phases, as bars on a terminal or as lines.
 
-    Ctrl-C and SIGTERM stop it at the next step. Yields the monitor and a function that tells
+    Ctrl-C and SIGTERM stop it at the next step. Yields the monitor and a function that returns
     whether it was interrupted.
     """
     interrupted: list[int] = []

@@ -1,1 +1,1 @@
-"""Checkpoints and engines of TensorRT-LLM, the second backend."""
+"""Checkpoints and engines of TensorRT-LLM."""

@@ -1,6 +1,6 @@
-"""The command line of `trtllm-build` for a checkpoint and an engine's limits.
+"""Makes the command line of `trtllm-build` for a checkpoint and an engine's limits.
 
-It has no options for precision, quantization, ranks and the embedding's sharding, because
+There are no options for precision, quantization, ranks and the embedding's sharding, because
 trtllm-build reads them from the checkpoint's config.json.
 """
 
@@ -26,14 +26,15 @@ TRTLLM_ENGINE = FolderKind("a TensorRT-LLM engine directory", _own_files)
 def build_command(
     builder: str, checkpoint: Path, limits: BuildLimits, workers: int, target: Path
 ) -> list[str]:
-    """The arguments of `trtllm-build`, beginning with its path `builder`.
+    """Makes the arguments of `trtllm-build`, starting with its path `builder`.
 
-    workers: ranks to build at the same time, each on a GPU of its own. A row of this project's
-    batches is a request with one beam.
+    workers: ranks to build at the same time, each on its own GPU. A row of mpt-trt's batches is a
+    request with one beam.
     """
     config = read_json(checkpoint / "config.json")
     dtype = config["dtype"]
-    # NVIDIA recommends TensorRT's own products for FP8; the plugin's are for single requests.
+    # NVIDIA recommends TensorRT's own products for FP8, because the plugin's are for single
+    # requests.
     is_fp8 = config["quantization"]["quant_algo"] == "FP8"
     # Fused attention supports only float16 and bfloat16.
     is_fused = dtype != "float32"

@@ -1,8 +1,8 @@
 """Writes TensorRT-LLM's unified checkpoint: `config.json` and `rank{r}.safetensors`.
 
-The sources are an FT checkpoint of the same number of ranks and, if the quantization needs one, a
-calibration result. docs/formats.md describes the content; the tests compare it with ModelOpt's
-export.
+The sources are an FT checkpoint with the same tensor-parallel size and, if the quantization needs
+one, a calibration result. docs/formats.md describes the content; the tests compare it with
+ModelOpt's export.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
 from mpt_trt.system.files import write_json
 from mpt_trt.system.replace import FolderKind, read_mark, replace_directory
 
-# The checkpoint does not depend on limits: trtllm-build takes them.
+# The checkpoint does not depend on limits, because trtllm-build receives them.
 NO_LIMITS = BuildLimits(max_batch_size=1, max_input_len=1, max_output_len=1)
 KV_CACHE_ALGORITHMS = {"auto": None, "int8": "INT8", "fp8": "FP8"}
 KV_CACHE_MAX = {"int8": INT8_MAX, "fp8": FP8_MAX}
-# By (per_channel, per_token).
+# Keys are (per_channel, per_token).
 PLUGIN_ALGORITHMS = {
     (True, True): "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN",
     (True, False): "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN",
@@ -52,7 +52,7 @@ PLUGIN_ALGORITHMS = {
 
 @dataclass(frozen=True)
 class TrtllmConversion:
-    """The conversion of an FT checkpoint, for the same number of ranks.
+    """Conversion of an FT checkpoint with the same tensor-parallel size.
 
     Raises MptTrtError, before any work, when TensorRT-LLM's MPT model does not support it, or a
     calibration result is missing or has another format.
@@ -70,7 +70,7 @@ class TrtllmConversion:
         if spec.quantization.kv_cache != "auto":
             # Raises for a result without the amax of keys and values.
             self.calibrated.required_calibration.kv_amax(0)
-        # Raises for a checkpoint that is smoothed or plain and should not be.
+        # Raises for a smoothed checkpoint that should be plain, and the reverse.
         self.linear_form(Rank(0, self.checkpoint.tp_size))
 
     @property
@@ -79,7 +79,7 @@ class TrtllmConversion:
 
     @property
     def spec(self) -> EngineSpec:
-        """What the engine is made for, with the calibration result's group size."""
+        """Spec of the engine, with the calibration result's group size."""
         quantization = self.calibrated.quantization
         if isinstance(quantization.scheme, Awq):
             scheme = Awq(self.calibrated.required_calibration.group_size)
@@ -122,7 +122,7 @@ TRTLLM_CHECKPOINT = FolderKind("a TensorRT-LLM checkpoint", _own_files)
 def write_trtllm_checkpoint(
     conversion: TrtllmConversion, target: Path, workers: int = 1, force: bool = False
 ) -> None:
-    """Writes the folder `target` atomically, `workers` ranks at a time.
+    """Writes the folder `target` in one step, `workers` ranks at a time.
 
     Tensors are streamed, so that each of these ranks needs memory for one matrix. force: see
     `require_replaceable`.
@@ -144,7 +144,7 @@ def write_trtllm_checkpoint(
 
 
 def config_content(conversion: TrtllmConversion) -> dict:
-    """The content of config.json."""
+    """Makes the content of config.json."""
     config, tp_size = conversion.config, conversion.checkpoint.tp_size
     return {
         "architecture": "MPTForCausalLM",
@@ -172,7 +172,7 @@ def config_content(conversion: TrtllmConversion) -> dict:
 
 
 def _quantization_content(calibrated: CalibratedQuantization) -> dict:
-    """The key `quantization`, with no other keys than TensorRT-LLM knows: it refuses them.
+    """Makes the key `quantization`, only with keys that TensorRT-LLM accepts.
 
     Without exclude_modules, TensorRT-LLM excludes the head and the embedding.
     """
@@ -205,14 +205,14 @@ def _quantization_content(calibrated: CalibratedQuantization) -> dict:
 
 
 def rank_tensors(conversion: TrtllmConversion, rank: Rank) -> Tensors:
-    """All tensors of one rank's file by name."""
+    """Tensors of one rank's file by name."""
     checkpoint = conversion.checkpoint
     linear_form = conversion.linear_form(rank)
     tensors = _vocabulary_tensors(conversion, rank)
     for weight in weights(checkpoint.config):
         if weight.is_linear:
             tensors |= linear_form.tensors(weight)
-        # Norms; FT has zeros for those without a bias.
+        # Norms, because FT stores zeros for norms without a bias.
         elif len(weight.shape) == 1 and weight.hf_name is not None:
             module, _, kind = weight.name.rpartition(".")
             stored = checkpoint.mapped(checkpoint.file_of(weight, rank))
@@ -221,7 +221,7 @@ def rank_tensors(conversion: TrtllmConversion, rank: Rank) -> Tensors:
 
 
 def _vocabulary_tensors(conversion: TrtllmConversion, rank: Rank) -> Tensors:
-    """The embedding, and the head, which TensorRT-LLM stores even if they are tied."""
+    """Embedding and head, which TensorRT-LLM stores even if they are tied."""
     checkpoint, config = conversion.checkpoint, conversion.config
     files = {name: file for name, file in checkpoint.rank_files(rank).items() if _is_table(file)}
     embedding = checkpoint.mapped(files["wte"])
@@ -237,7 +237,7 @@ def _is_table(file: FtFile) -> bool:
 
 
 def _cache_tensors(conversion: TrtllmConversion) -> Tensors:
-    """The scale of each layer's cache, which keys and values share."""
+    """Scale of each layer's cache, which keys and values share."""
     cache = conversion.calibrated.quantization.kv_cache
     if cache == "auto":
         return {}
@@ -251,7 +251,7 @@ def _cache_tensors(conversion: TrtllmConversion) -> Tensors:
 
 
 def _whole(stored: NDArray) -> StreamedTensor:
-    """An unchanged array, streamed some rows at a time."""
+    """Makes a tensor of an unchanged array, streamed in blocks of rows."""
 
     def blocks() -> Iterator[NDArray]:
         yield from row_blocks(np.atleast_2d(stored))

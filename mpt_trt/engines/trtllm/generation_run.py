@@ -1,7 +1,7 @@
-"""One generation by TensorRT-LLM's C++ runtime, recorded as an npz file.
+"""Records one generation by TensorRT-LLM's C++ runtime in an npz file.
 
-This was written from TensorRT-LLM's source and has never run with it. So it calls as little of it
-as possible: ModelRunnerCpp.from_dir and generate, as they are in 0.20 to 1.2.1.
+This was written from TensorRT-LLM's source and has never run with it. So it calls only
+ModelRunnerCpp.from_dir and generate, as they are in 0.20 to 1.2.1.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ NO_END_TOKEN = -1
 class TrtllmGeneration:
     """One greedy generation by TensorRT-LLM.
 
-    tokens: prompt and continuation. prompt_len: tokens of the prompt. logits: float32
-    `[len(tokens) - prompt_len, vocab]`, those that each token of the continuation was chosen by.
-    version: of TensorRT-LLM. compute_capability: of the first rank's GPU. Speeds in tokens per
-    second.
+    tokens: prompt and continuation. prompt_len: tokens of the prompt. logits: float32 `[len(tokens)
+    - prompt_len, vocab]`, from which each token of the continuation was chosen. version: version of
+    TensorRT-LLM. compute_capability: that of rank 0's GPU. Speeds are in tokens per second.
     """
 
     tokens: list[int]
@@ -41,9 +40,9 @@ class TrtllmGeneration:
 def record_trtllm_generation(
     engine_dir: Path, prompt: list[int], max_new_tokens: int, version: str, target: Path
 ) -> None:
-    """Continues `prompt` greedily on every rank; the first one writes the file `target`.
+    """Continues `prompt` greedily on every rank; rank 0 writes the file `target`.
 
-    The speed of prefill is measured on the first token, that of decoding on the others.
+    The first token gives the speed of prefill, the others the speed of decoding.
     """
     import tensorrt_llm
     import torch
@@ -68,7 +67,7 @@ def record_trtllm_generation(
         torch.cuda.synchronize()
         return output, time.perf_counter() - started
 
-    generate(max_new_tokens)  # warm-up: the first run sets things up, slowly
+    generate(max_new_tokens)  # warm-up: the first run includes set-up
     _, first = generate(1)
     output, whole = generate(max_new_tokens)
     if rank == 0:
@@ -88,7 +87,7 @@ def _generation(
     version: str,
     compute_capability: str,
 ) -> TrtllmGeneration:
-    """output: of ModelRunnerCpp.generate. seconds: of prefill and decoding."""
+    """Makes the record. output: that of ModelRunnerCpp.generate. seconds: prefill and decoding."""
     length = int(output["sequence_lengths"][0, 0])
     new_tokens = length - len(prompt)
     prefill, decode = seconds

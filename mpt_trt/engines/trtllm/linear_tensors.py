@@ -1,6 +1,6 @@
-"""The tensors of a linear layer in TensorRT-LLM's checkpoint, for each kind of quantization.
+"""Tensors of a linear layer in TensorRT-LLM's checkpoint, for each kind of quantization.
 
-Its matrices are `[out_features, in_features]`; those of FT files and of this project's networks are
+Its matrices are `[out_features, in_features]`; those of FT files and of mpt-trt's networks are
 `[in_features, out_features]`. Integers and E4M3 values are the same as in those networks.
 """
 
@@ -34,17 +34,17 @@ from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
 
 FLOAT32, INT8 = np.dtype(np.float32), np.dtype(np.int8)
 # Columns of an FT file that are transposed together: few enough for a small block of memory, and
-# enough to read the file in long pieces.
+# enough for long reads.
 BLOCK_COLUMNS = 256
 
 Tensors = dict[str, StreamedTensor]
 
 
 class LinearForm(Protocol):
-    """The linear layers of one rank in the checkpoint."""
+    """Linear layers of one rank in the checkpoint."""
 
     def tensors(self, weight: Weight) -> Tensors:
-        """All tensors of the layer of `weight` by full name."""
+        """Tensors of the layer of `weight` by full name."""
         ...
 
 
@@ -53,7 +53,7 @@ def choose_form(
 ) -> LinearForm:
     """Chooses the form for a quantization.
 
-    Raises MptTrtError when the checkpoint is smoothed and should not be, or the reverse.
+    Raises MptTrtError for a smoothed checkpoint that should be plain, and the reverse.
     """
     scheme = calibrated.quantization.scheme
     if isinstance(scheme, SmoothQuant) and uses_plugin_form(scheme):
@@ -75,7 +75,7 @@ def choose_form(
 
 @dataclass(frozen=True)
 class PlainForm:
-    """Unchanged matrices; `trtllm-build` quantizes those of weight-only variants."""
+    """Unchanged matrices, which `trtllm-build` quantizes for weight-only variants."""
 
     checkpoint: FtCheckpoint
     rank: Rank
@@ -112,7 +112,7 @@ class PluginSmoothQuantForm:
     """int8 matrices of a smoothed FT checkpoint, for TensorRT-LLM's SmoothQuant plugins.
 
     QKV and the first feed-forward matrix follow a norm, which applies the smoothing and quantizes
-    (`scale_to_int`); the inputs of the others are divided by `smoother`.
+    (`scale_to_int`). The inputs of the other matrices are divided by `smoother`.
 
     Raises MptTrtError when the checkpoint is not smoothed, or was smoothed with another alpha.
     """
@@ -145,7 +145,7 @@ class PluginSmoothQuantForm:
             norm_scale = np.ones(1, np.float32) if by_token else input_scale
             tensors[f"{module_name(norm)}.scale_to_int"] = vector(norm_scale)
         else:
-            # Only a norm can take its place.
+            # Only a norm can replace it.
             assert files.smoother is not None
             smoother = self._read(files.smoother)
             tensors[f"{module}.smoother"] = vector(smoother, (1, *smoother.shape))
@@ -169,9 +169,9 @@ class PluginSmoothQuantForm:
 class AwqForm:
     """4-bit integers in groups, two rows per byte; the input is multiplied by the pre-quant scale.
 
-    Byte j of column c holds row 2j in its low half and row 2j + 1 in its high half.
+    Byte j of column c contains row 2j in its low half and row 2j + 1 in its high half.
 
-    Raises MptTrtError when the calibration result is not of int4_awq.
+    Raises MptTrtError unless the calibration result's format is int4_awq.
     """
 
     checkpoint: FtCheckpoint
@@ -259,7 +259,7 @@ def transposed(
     dtype: np.dtype,
     change: Callable[[NDArray], NDArray] = lambda block: block,
 ) -> StreamedTensor:
-    """The transpose `[out, in]` of an array, maybe memory-mapped, after `change` of its blocks."""
+    """Makes the transpose `[out, in]` of an array, after applying `change` to its blocks."""
 
     def blocks() -> Iterator[NDArray]:
         for start in range(0, stored.shape[1], BLOCK_COLUMNS):
@@ -270,18 +270,18 @@ def transposed(
 
 
 def vector(values: NDArray | list[float], shape: tuple[int, ...] | None = None) -> StreamedTensor:
-    """A short float32 vector; shape: its stored shape if that is not one dimension."""
+    """Makes a short float32 vector. shape: stored shape, by default one-dimensional."""
     stored = np.asarray(values, np.float32)
     return StreamedTensor(FLOAT32, stored.shape if shape is None else shape, lambda: iter([stored]))
 
 
 def part_of(whole: NDArray, rows: list[Range], columns: Range) -> NDArray:
-    """The given rows and columns of a matrix."""
+    """Selects rows and columns of a matrix."""
     return np.concatenate(
         [whole[row.start : row.stop, columns.start : columns.stop] for row in rows]
     )
 
 
 def column_of(whole: NDArray, rows: list[Range]) -> NDArray:
-    """The given elements of a vector, `[rows, 1]`."""
+    """Selects elements of a vector, `[rows, 1]`."""
     return part_of(whole[:, None], rows, Range(0, 1))

@@ -16,9 +16,9 @@ MODULES = {
 
 
 def module_name(ft_name: str) -> str:
-    """The module of an FT layer or norm.
+    """Name of the module of an FT layer or norm.
 
-    That of `layers.0.mlp.dense_h_to_4h` is `transformer.layers.0.mlp.fc`.
+    For example, `layers.0.mlp.dense_h_to_4h` is `transformer.layers.0.mlp.fc`.
     """
     if ft_name == "final_layernorm":
         return "transformer.ln_f"

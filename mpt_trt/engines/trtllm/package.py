@@ -11,7 +11,7 @@ from mpt_trt.errors import MptTrtError
 DISTRIBUTION = "tensorrt_llm"
 BUILDER = "trtllm-build"
 FIRST, REMOVED = (0, 20), (1, 3)
-"""The first version that reads these checkpoints, and the first without a TensorRT backend."""
+"""First version that reads these checkpoints, and first version without a TensorRT backend."""
 
 REMEDY = (
     "run the workflow with --sdm conda or --sdm apptainer, which take 1.2.1 from "
@@ -20,7 +20,7 @@ REMEDY = (
 
 
 def require_tensorrt_llm() -> str:
-    """The version of the installed TensorRT-LLM.
+    """Version of the installed TensorRT-LLM.
 
     Raises MptTrtError when it is missing, too old or too new.
     """
@@ -46,7 +46,7 @@ def require_tensorrt_llm() -> str:
 
 
 def builder_path() -> str:
-    """The path of `trtllm-build`; raises MptTrtError when it is missing."""
+    """Path of `trtllm-build`; raises MptTrtError when it is missing."""
     path = shutil.which(BUILDER)
     if path is None:
         raise MptTrtError(f"{BUILDER}: not found, although TensorRT-LLM is installed; {REMEDY}")

@@ -1,7 +1,7 @@
 """Writes a safetensors file block by block, so that memory holds only one block.
 
-The file has the length of the header, as uint64 little endian; the header, JSON with the type,
-shape and place of every tensor; and the tensors in C order without gaps.
+The file contains the length of the header (uint64, little endian), the header (JSON with type,
+shape and offsets of every tensor), and the tensors in C order without gaps.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StreamedTensor:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, StreamedTensor]) -> None:
-    """Writes the tensors, largest elements first, so that each is aligned to its elements.
+    """Writes the tensors, largest elements first, so that all elements are aligned.
 
     Raises ValueError when a tensor's blocks do not match its type or shape.
     """

@@ -1,13 +1,13 @@
 """Linear layers with 4-bit weights in groups, after activation-aware scaling (AWQ).
 
-The weights of a layer have been divided by its pre-quant scale, by which its input is multiplied.
-If the input comes from a norm, the norm's weight and bias absorb the factor. If it is the output of
-attention, V's columns absorb it, provided that each has one use and nothing lies between.
-Otherwise, as after GELU, a node of the network multiplies.
+The weights of a layer are divided by its pre-quant scale, and its input is multiplied by it. If the
+input comes from a norm, the norm's weight and bias absorb the factor. If it is the output of
+attention, V's columns absorb it, provided that each has one use and nothing is in between.
+Otherwise, as after GELU, the network has a node that multiplies.
 
 The integers are round(weight / scale) in -8..7 with scale = amax / 7, as in ModelOpt's fake
-quantization. (TensorRT-LLM's 2023 loader recomputed amax / 8 from the same npz, with which the
-largest positive weight of a group saturates.)
+quantization. (TensorRT-LLM's 2023 loader recomputed amax / 8 from the same npz, which saturates the
+largest positive weight of a group.)
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ from mpt_trt.quantization.schemes import (
 )
 
 Factor = Callable[[], NDArray[np.float32]]
-"""A vector that is read from the calibration result when a file is written."""
+"""Function that reads a vector from the calibration result when a file is written."""
 
 
 class AwqLinear:
-    """See `LinearLayers`.
+    """Implements `LinearLayers` for AWQ.
 
     Raises MptTrtError when the calibration's groups do not fit the ranks.
     """
@@ -103,7 +103,7 @@ class AwqLinear:
         return graph.node("MatMul", [value, matrix], name)
 
     def _stored(self, weight: Weight, matrices: BlockMatrices) -> dict[str, StoredTensor]:
-        """The tensors of a layer, by their name after that of the layer."""
+        """Tensors of a layer, by name relative to the layer."""
         specs = layer_specs(
             self._checkpoint.config,
             weight,
@@ -166,7 +166,7 @@ class AwqLinear:
     def _scaled_value_bias(
         self, matrices: BlockMatrices, tensors: dict[str, StoredTensor]
     ) -> dict[str, StoredTensor]:
-        """The bias of QKV, if V's columns have taken the scale of attention's output."""
+        """Bias of QKV, if V's columns have absorbed the scale of attention's output."""
         bias = f"{linear_name(matrices[BlockMatrix.QKV])}.bias"
         if bias not in tensors or not self._folds_into_values:
             return {}
@@ -174,7 +174,7 @@ class AwqLinear:
         return {bias: self._times(tensors[bias], f"{bias}.{self._rank.index}", factor)}
 
     def _times(self, stored: StoredTensor, name: str, factor: Factor) -> StoredTensor:
-        """An FT file of one dimension, times a vector."""
+        """Makes a tensor of a one-dimensional FT file times a vector."""
         storage_type = self._checkpoint.storage_type
         path = stored.content
         assert isinstance(path, Path)
@@ -187,13 +187,13 @@ class AwqLinear:
         return computed(f"{name}.scaled", TensorSpec(storage_type, stored.shape), pieces)
 
     def _pre_quant_scale(self, weight: Weight) -> NDArray[np.float32]:
-        """The rank's part, float32 `[in_features]`."""
+        """Reads the rank's part of a pre-quant scale, float32 `[in_features]`."""
         _, columns = held(self._checkpoint.config, weight, self._rank)
         whole = self._calibration.pre_quant_scale(*weight.place)
         return whole[columns.start : columns.stop]
 
     def _factor_of_qkv(self, output: Weight) -> NDArray[np.float32]:
-        """1 for the rank's columns of Q and K; for those of V, the scale of attention's output."""
+        """Factors of the rank's QKV columns: 1 for Q and K, attention's output scale for V."""
         query, key, _ = sharding.qkv_columns(self._checkpoint.config, self._rank)
         ones = np.ones(len(query) + len(key), np.float32)
         return np.concatenate([ones, self._pre_quant_scale(output)])
@@ -202,7 +202,8 @@ class AwqLinear:
 def _quantize_into(target: NDArray[np.uint8], rows: NDArray, scales: NDArray[np.float32]) -> None:
     """Fills `target` `[in, out / 2]` with the integers of an even number of rows `[out, in]`.
 
-    scales: as in `quantized_rows`. Pairs are packed before they are transposed: half the bytes.
+    scales: as in `quantized_rows`. Pairs are packed before they are transposed, which moves half
+    the bytes.
     """
     group_size = rows.shape[1] // scales.shape[1]
     groups = max(1, BLOCK_ELEMENTS // (BLOCK_ROWS * group_size))

@@ -1,4 +1,4 @@
-"""The interface of the network's linear layers, and code that its implementations share."""
+"""Interface of the network's linear layers, and code that its implementations share."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from mpt_trt.network.linear.specs import PRE_QUANT_SCALE, QUANTIZED_MATRIX, SCAL
 
 
 class LinearLayers(Protocol):
-    """The linear layers of one rank, without their biases."""
+    """Linear layers of one rank, without their biases."""
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """Everything that the rank's network stores, by name; contents are computed when written.
+        """All tensors that the rank's network stores, by name; contents are computed when written.
 
-        Sizes of the matrices are those of `specs.layer_specs`.
+        The matrices have the sizes of `specs.layer_specs`.
         """
         ...
 
     def emit(self, graph: GraphBuilder, weight: Weight, value: str) -> str:
         """Adds the product of `value` `[..., in_features]` and a block's matrix.
 
-        Returns the product's name, which is that of the layer.
+        Returns the product's name, which is the layer's.
         """
         ...
 
 
 def linear_weights(config: MptConfig) -> list[Weight]:
-    """The matrices of all blocks, to which quantization is limited."""
+    """Matrices of all blocks; only these are quantized."""
     return [weight for weight in weights(config) if weight.is_linear]
 
 
 def ft_tensors(checkpoint: FtCheckpoint, rank: Rank) -> dict[str, StoredTensor]:
-    """The rank's FT files, without the zeros that FT has for norms that lack a bias."""
+    """The rank's FT files, without FT's zeros for norms that have no bias."""
     element_type = ELEMENT_TYPES[checkpoint.storage_type]
     return {
         name: StoredTensor(file.name, element_type, file.shape, checkpoint.folder / file.name)
@@ -54,7 +54,7 @@ def with_quantized_matrices(
 ) -> dict[str, StoredTensor]:
     """The rank's FT files, with `layer_tensors` of each matrix instead of the matrix.
 
-    layer_tensors: returns tensors by their name after that of the layer.
+    layer_tensors: returns tensors by name relative to the layer.
     """
     tensors = ft_tensors(checkpoint, rank)
     for weight in linear_weights(checkpoint.config):
@@ -64,19 +64,19 @@ def with_quantized_matrices(
 
 
 def named_by_layer(weight: Weight, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors under their full names."""
+    """Gives the tensors their full names."""
     return {f"{linear_name(weight)}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def computed(name: str, spec: TensorSpec, pieces: Callable[[], Iterator[NDArray]]) -> StoredTensor:
-    """A tensor whose file `model.{name}.bin` is computed when it is written."""
+    """Makes a tensor whose file `model.{name}.bin` is computed when it is written."""
     return StoredTensor(f"model.{name}.bin", ELEMENT_TYPES[spec.dtype], spec.shape, pieces)
 
 
 def dequantized(graph: GraphBuilder, name: str, **attributes: int) -> str:
-    """Adds the stored integers of layer `name` times the stored scales, in the network's type.
+    """Adds the product of layer `name`'s stored integers and scales, in the network's type.
 
-    Both runtimes fuse this with the product, so that they read integers from memory.
+    Both runtimes fuse this with the matrix product, so they read integers from memory.
     """
     inputs = [graph.weight(f"{name}.{QUANTIZED_MATRIX}"), graph.weight(f"{name}.{SCALE}")]
     return graph.node("DequantizeLinear", inputs, f"{name}/weight", **attributes)

@@ -1,4 +1,4 @@
-"""Linear layers with their biases, on one rank or with input features on all of them."""
+"""Linear layers with biases, on one rank or with input features divided among ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def emit_row_split_linear(
 ) -> str:
     """Adds a linear layer whose input features are divided among ranks.
 
-    The ranks' products are added up before the bias.
+    The ranks' products are added before the bias.
     """
     product = layers.emit(graph, weight, value)
     total = graph.all_reduce(product, f"{linear_name(weight)}/all_ranks")

@@ -24,7 +24,7 @@ from mpt_trt.quantization.schemes import Fp8, Quantization
 
 @dataclass(frozen=True)
 class Fp8Linear:
-    """See `LinearLayers`."""
+    """Implements `LinearLayers` for fp8."""
 
     checkpoint: FtCheckpoint
     rank: Rank
@@ -39,7 +39,7 @@ class Fp8Linear:
         name = linear_name(weight)
         scales = self.calibration.fp8_scales(*weight.place)
         to_float = {"output_dtype": graph.element_type}
-        # In float32: a float16 scale would make ONNX Runtime divide in float16.
+        # float32, because a float16 scale would make ONNX Runtime divide in float16.
         scale = graph.constant(f"{name}.{INPUT_SCALE}", scales.activation or 1.0, np.float32)
         value = graph.node(
             "QuantizeLinear",

@@ -1,4 +1,4 @@
-"""Linear layers with unquantized matrices: the FT checkpoint's own files."""
+"""Linear layers with unquantized matrices, which are the FT checkpoint's files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mpt_trt.network.linear.base import ft_tensors
 
 @dataclass(frozen=True)
 class PlainLinear:
-    """See `LinearLayers`."""
+    """Implements `LinearLayers` without quantization."""
 
     checkpoint: FtCheckpoint
     rank: Rank

@@ -1,8 +1,8 @@
 """Linear layers with 8-bit weights and activations, from a SmoothQuant FT checkpoint.
 
-The integers are the checkpoint's own files. A layer's input is divided by its smoother, unless a
-norm has absorbed that, and quantized with the calibrated scale or with one per token that the
-network computes. TensorRT multiplies the integers if it has a kernel for that.
+The integers are the checkpoint's files. A layer's input is divided by its smoother, unless a norm
+has absorbed it, and quantized with the calibrated scale or with one scale per token that the
+network computes. TensorRT multiplies the integers if it has a kernel for them.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from mpt_trt.network.linear.specs import (
 from mpt_trt.quantization.calibrated_weights import INT8_MAX
 from mpt_trt.quantization.schemes import Quantization, SmoothQuant
 
-# Lower bound of a row's amax, so that a row of zeros is not divided by zero.
+# Lower bound of a row's amax, to avoid dividing a row of zeros by zero.
 SMALLEST_ROW_MAXIMUM = 2.0**-14
 
 
 @dataclass(frozen=True)
 class SmoothQuantLinear:
-    """See `LinearLayers`.
+    """Implements `LinearLayers` for SmoothQuant.
 
     Raises MptTrtError when the checkpoint is not smoothed, or was smoothed with another alpha.
     """
@@ -105,7 +105,7 @@ class SmoothQuantLinear:
     def _inverse_smoother(self, file: FtFile, spec: TensorSpec) -> StoredTensor:
         def pieces() -> Iterator[NDArray]:
             dtype = STORAGE_TYPES[spec.dtype]
-            # A feature that calibration never saw active has a smoother of 1e-5.
+            # A feature that was never active during calibration has a smoother of 1e-5.
             most = np.float32(ml_dtypes.finfo(dtype).max)
             yield convert(np.minimum(1 / self._read(file), most), dtype)
 
@@ -122,7 +122,7 @@ class SmoothQuantLinear:
 
 
 def require_smoothed(checkpoint: FtCheckpoint, alpha: float) -> None:
-    """Raises MptTrtError when the checkpoint is not smoothed, or with another alpha."""
+    """Raises MptTrtError when the checkpoint is not smoothed or has another alpha."""
     if checkpoint.smoothing != alpha:
         raise MptTrtError(
             f"{checkpoint.folder}/config.ini: smoothquant = {checkpoint.smoothing}, but "
@@ -143,7 +143,7 @@ def _rounded_to_int8(graph: GraphBuilder, value: str, scale: str, name: str) -> 
 def _rounded_by_row(graph: GraphBuilder, value: str, name: str) -> tuple[str, str]:
     """Divides each row by its amax, in steps of 1/127; also returns the amax `[..., 1]`.
 
-    Runtimes do not take a scale that is computed; so the row is brought to -1..1 instead.
+    Runtimes do not accept computed scales, so the row is scaled to -1..1 instead.
     """
     magnitude = graph.node("Abs", [value], f"{name}/magnitude")
     axis = graph.constant("last_axis", [-1], np.int64)

@@ -23,7 +23,7 @@ from mpt_trt.quantization.schemes import (
     scale_block,
 )
 
-# Names after that of the layer: `layers.0.attention.dense.weight.scale`.
+# Names relative to the layer, as in `layers.0.attention.dense.weight.scale`.
 MATRIX, QUANTIZED_MATRIX, SCALE = "weight", "weight.quantized", "weight.scale"
 PRE_QUANT_SCALE, INPUT_SCALE = "pre_quant_scale", "input_scale"
 
@@ -46,11 +46,11 @@ class TensorSpec:
 def layer_specs(
     config: MptConfig, weight: Weight, rank: Rank, dtype: str, quantization: Quantization
 ) -> dict[str, TensorSpec]:
-    """The tensors that a rank's network stores instead of a block's matrix, by name.
+    """Tensors that a rank's network stores instead of a block's matrix, by name.
 
-    dtype: of the unquantized network.
+    dtype: type of the unquantized network.
     """
-    # FT's order, [in_features, out_features], is that of the network.
+    # The network has FT's order, [in_features, out_features].
     shape = height, width = ft_file(config, weight, rank, dtype).shape
     match quantization.scheme:
         case None:
@@ -73,7 +73,7 @@ def layer_specs(
                 specs[PRE_QUANT_SCALE] = TensorSpec(dtype, (height,))
             return specs
         case SmoothQuant(per_channel=per_channel, per_token=per_token):
-            # FT scales Q, K and V separately in any case.
+            # FT always scales Q, K and V separately.
             is_scalar = not per_channel and weight.split is not Split.QKV
             specs = {
                 QUANTIZED_MATRIX: TensorSpec("int8", shape),
@@ -89,7 +89,7 @@ def layer_specs(
 
 
 def _has_pre_quant_scale(weight: Weight, is_folded_into_values: bool) -> bool:
-    """Whether neither a norm nor the columns of V have taken the factors of the layer's input."""
+    """Returns whether neither a norm nor V's columns have absorbed the factors of the input."""
     if weight.matrix is None or weight.matrix.norm is not None:
         return False
     return weight.matrix is not BlockMatrix.OUTPUT or not is_folded_into_values

@@ -1,7 +1,7 @@
 """Linear layers with integer weights that were rounded to nearest: int8 and int4 weight-only.
 
-Integers and scales are those of FT's weight-only layers (ft_checkpoint, section 5) before the
-permutation for a certain GPU: scale = amax / 128 or amax / 8, and the largest weight saturates.
+Integers and scales are those of FT's weight-only layers before the permutation for a particular
+GPU: scale = amax / 128 or amax / 8, and the largest weight saturates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mpt_trt.quantization.schemes import Quantization, WeightOnly, require_fitti
 
 
 class WeightOnlyLinear:
-    """See `LinearLayers`.
+    """Implements `LinearLayers` for weight-only integers.
 
     Raises MptTrtError when groups do not fit the ranks.
     """
@@ -52,7 +52,7 @@ class WeightOnlyLinear:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """One rank's part of a matrix, `[in_features, out_features]`."""
+    """A rank's part of a matrix, `[in_features, out_features]`."""
 
     checkpoint: FtCheckpoint
     weight: Weight
@@ -82,7 +82,7 @@ class _Matrix:
 
     @functools.cached_property
     def _unrounded_scales(self) -> NDArray[np.float32]:
-        """float32 `[groups, out_features]`; one group where a scale is for a whole column."""
+        """Computes scales, float32 `[groups, out_features]`, with one group for whole columns."""
         if self.scheme.group_size is not None:
             amax = integers.group_amax(self._content(self.rank), self.scheme.group_size)
         else:
@@ -90,7 +90,7 @@ class _Matrix:
         return amax / np.float32(1 << (self.scheme.bits - 1))
 
     def _column_amax(self) -> NDArray[np.float32]:
-        # A row-split matrix has each column on all ranks.
+        # Each column of a row-split matrix is on all ranks.
         is_spread = self.weight.split is Split.ROWS
         ranks = all_ranks(self.rank.tp_size) if is_spread else [self.rank]
         return np.max([integers.column_amax(self._content(rank)) for rank in ranks], axis=0)

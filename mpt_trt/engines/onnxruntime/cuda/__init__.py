@@ -1,1 +1,1 @@
-"""ONNX Runtime as the runtime of a network on a GPU."""
+"""Runtime of a network on a GPU: ONNX Runtime's CUDA provider."""

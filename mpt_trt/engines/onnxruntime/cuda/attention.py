@@ -24,7 +24,7 @@ MHA_KEYS, MHA_KEY_COUNTS = 1, 4
 def attend_to_filled_cache(model: onnx.ModelProto) -> None:
     """Lets attention read only the first `key_length` positions of the cache.
 
-    key_length: a new input, int64 `[1]`, in host memory. A quantized cache is left as it is.
+    key_length: a new input, int64 `[1]`, in host memory. A quantized cache is left unchanged.
     """
     graph = Graph(model)
     replacements: Replacements = {}
@@ -54,7 +54,7 @@ def attend_to_filled_cache(model: onnx.ModelProto) -> None:
 def fuse_attention(model: onnx.ModelProto) -> None:
     """Uses ONNX Runtime's own attention if keys have as many heads as queries.
 
-    It takes queries as they come from their product, so only keys and values are transposed.
+    It reads queries in the layout of their product, so only keys and values are transposed.
     """
     graph = Graph(model)
     replacements: Replacements = {}
@@ -101,9 +101,9 @@ def _with_flat_queries(graph: Graph, attention: onnx.NodeProto, num_heads: int) 
 def compute_attention_of_one_query(model: onnx.ModelProto) -> None:
     """Computes attention in a form that suits single queries.
 
-    For a network that is specialized for one token. The portable operator works on blocks of
-    queries and leaves most of a GPU idle with only one. ONNX Runtime's own operator needs as many
-    heads of keys as of queries; other networks get two products and a softmax.
+    Only for networks that are specialized for one token. The portable operator works on blocks of
+    queries, and one query leaves most of a GPU idle. ONNX Runtime's own operator needs the same
+    number of heads for keys and queries; other networks get two products and a softmax.
     """
     graph = Graph(model)
     replacements: Replacements = {}
@@ -126,10 +126,10 @@ def _heads(graph: Graph, attention: onnx.NodeProto) -> tuple[int, int]:
 
 
 def _fused_attention(graph: Graph, node: onnx.NodeProto, num_heads: int) -> list[onnx.NodeProto]:
-    """Passes keys and values like those of another sequence, because the cache has them already.
+    """Passes keys and values as those of another sequence, because the cache already contains them.
 
-    The result is `[batch, 1, heads * head_dim]`. Its readers take it for
-    `[batch, heads, 1, head_dim]`, which is the same layout.
+    The result is `[batch, 1, heads * head_dim]`. Its readers expect `[batch, heads, 1, head_dim]`,
+    which has the same layout.
     """
     name = f"{node.name}/merged_query"
     merged = graph.constant("merged_heads_of_one", [0, 1, -1])
@@ -175,10 +175,10 @@ def _written_out(graph: Graph, node: onnx.NodeProto, num_kv_heads: int) -> list[
 
 
 def attend_to_keys_in_use(model: onnx.ModelProto) -> None:
-    """Tells ONNX Runtime's own attention how many keys each row has, so that it reads no others.
+    """Passes each row's number of keys to ONNX Runtime's attention, so that it reads no others.
 
-    For a network that is specialized for one token. A quantized cache is left as it is, because
-    there the step's own key comes after all of the cache.
+    Only for networks that are specialized for one token. A quantized cache is left unchanged,
+    because the step's own key then comes after the whole cache.
     """
     graph = Graph(model)
     fused = [

@@ -2,7 +2,7 @@
 
 Two sessions read one copy of the weights: one graph for prompts, and one for steps of one token per
 row (see `rewrites`). After two such steps with the same cache, the next one is captured in a CUDA
-graph. (ONNX Runtime has CUDA graphs of its own, but waits after each.) Weights, cache, inputs and
+graph. (ONNX Runtime's own CUDA graphs wait for the GPU after each run.) Weights, cache, inputs and
 outputs are in this module's own buffers, and everything runs on one stream.
 """
 
@@ -42,7 +42,7 @@ FLOAT32_BYTES = 4
 # Batch size from which an engine uses the prepacked layout, by bits of weights. The column layout
 # decodes smaller batches and reads prompts faster (docs/appendix/experiments.md).
 PREPACKED_ROWS = {4: 16, 8: 2}
-# Data types and major compute capability that have kernels for the prepacked layout.
+# Data types and major compute capability with kernels for the prepacked layout.
 PREPACKED_TYPES = ("float16", "bfloat16")
 PREPACKED_COMPUTE_CAPABILITY = 8
 # Bytes per row of a step's result: the token, its position, and a float32.
@@ -50,7 +50,7 @@ RESULT_BYTES = 2 * INT64_BYTES + FLOAT32_BYTES
 
 
 class OnnxCudaEngine:
-    """A network, loaded on a GPU; see `GreedyModel` for the contract."""
+    """A network that is loaded on a GPU; implements `GreedyModel`."""
 
     def __init__(self, engine_dir: Path, manifest: Manifest):
         spec = manifest.spec
@@ -98,7 +98,7 @@ class OnnxCudaEngine:
         return f"ONNX Runtime {onnxruntime.__version__} ({PROVIDER})"
 
     def start(self, batch_size: int) -> None:
-        """Empties the cache; raises MptTrtError when it cannot have `batch_size` rows."""
+        """Empties the cache; raises MptTrtError when it has fewer than `batch_size` rows."""
         self._limits.require_rows(batch_size)
         self._use_rows(batch_size)
         self._cache.start(batch_size, self._stream)
@@ -123,7 +123,7 @@ class OnnxCudaEngine:
     def greedy_steps(
         self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64], count: int
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Runs steps of one token per row, each on the most likely tokens of the one before.
+        """Runs steps of one token per row, each with the most likely tokens of the previous step.
 
         The next step runs while the caller looks at the result of the last one. See
         `GreedyModel.greedy_steps`.
@@ -138,11 +138,11 @@ class OnnxCudaEngine:
                 if index:
                     yield results[(index - 1) % 2].wait()
         finally:
-            # A step that nobody waits for still writes to its result.
+            # A step still writes to its result if the caller does not wait for it.
             call(cudart.cudaStreamSynchronize(self._stream))
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
-        """Makes cache row i a copy of the old row rows[i]."""
+        """Makes cache row i a copy of the old row `rows[i]`."""
         self._use_rows(len(rows))
         self._cache.reorder(rows, self._stream)
         call(cudart.cudaStreamSynchronize(self._stream))
@@ -181,7 +181,7 @@ class OnnxCudaEngine:
         feeds = {
             "input_ids": input_ids,
             "write_positions": write_positions,
-            # If no logits are wanted, those of one row are computed and dropped.
+            # If no logits are requested, those of one row are computed and dropped.
             "logit_rows": logit_rows if num_logits else [0],
         }
         staged = {name: np.ascontiguousarray(value, np.int64) for name, value in feeds.items()}
@@ -204,7 +204,7 @@ class OnnxCudaEngine:
         return logits
 
     def _prompt_buffer(self, name: str, size: int) -> DeviceBuffer:
-        """A buffer of at least `size` bytes: the last one of that name if it is large enough."""
+        """Returns a buffer of at least `size` bytes; reuses the previous one of that name."""
         if name not in self._prompt_buffers or self._prompt_buffers[name].size < size:
             self._prompt_buffers.pop(name, None)
             self._prompt_buffers[name] = DeviceBuffer(size)
@@ -214,7 +214,7 @@ class OnnxCudaEngine:
 class _CacheBinder:
     """Binds parts of the cache, or of a step's new keys and values, to the sessions.
 
-    rows, seq: the present number of rows, and of tokens per step.
+    rows, seq: current number of rows, and of tokens per step.
     """
 
     def __init__(self, sessions: tuple[CudaSession, ...], shape: CacheShape, element_type: int):
@@ -234,8 +234,8 @@ class _CacheBinder:
 class _StepState:
     """Inputs and outputs of a step of one token per row, for up to `rows` rows.
 
-    One buffer has a step's tokens and positions. Another has the next step's, followed by their
-    likelihood. So there is one copy between two steps, and one to the host.
+    One buffer has a step's tokens and positions, and another has those of the next step, followed
+    by their likelihood. So two steps need one copy between them and one to the host.
     """
 
     def __init__(self, rows: int, vocab_size: int):
@@ -262,7 +262,7 @@ class _StepState:
         self._present.copy_from(np.concatenate([tokens, write_positions]), stream)
 
     def advance(self, stream: Any) -> None:
-        """Makes the next step's tokens and positions the present ones."""
+        """Makes the next step's tokens and positions the current ones."""
         self._present.copy_from_device(self._next, 2 * self._rows * INT64_BYTES, stream)
 
     def read_result(self, target: NDArray[np.uint8], stream: Any) -> None:
@@ -271,7 +271,7 @@ class _StepState:
 
 
 class _StepResult:
-    """The tokens that a step has chosen, which are being copied to the host."""
+    """Tokens that a step has chosen, while they are copied to the host."""
 
     def __init__(self, rows: int):
         self._buffer = PinnedBuffer(rows * RESULT_BYTES)

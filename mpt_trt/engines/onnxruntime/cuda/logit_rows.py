@@ -1,4 +1,4 @@
-"""Logits on a GPU: the rows that are computed, and the most likely token of each."""
+"""Logits on a GPU: selection of rows, and the most likely token of each."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mpt_trt.engines.onnxruntime.graph_editor import Graph, make_node
 
 
 def choose_rows_by_number(model: onnx.ModelProto) -> None:
-    """Replaces the input `logit_positions` by `logit_rows`: row * seq + index, `[num_logits]`.
+    """Replaces the input `logit_positions` with `logit_rows`: row * seq + index, `[num_logits]`.
 
-    ONNX Runtime's GatherND copies a table to the GPU at each run, and releases it in a callback in
-    which CUDA does not permit that.
+    ONNX Runtime's GatherND copies a table to the GPU at each run, and releases it in a callback
+    where CUDA does not permit it.
     """
     graph = Graph(model)
     [gather] = [node for node in graph.nodes if node.op_type == "GatherND"]
@@ -31,11 +31,11 @@ def choose_rows_by_number(model: onnx.ModelProto) -> None:
 
 
 def append_argmax(model: onnx.ModelProto) -> None:
-    """Adds outputs for greedy decoding: the inputs of the next step, and its tokens' likelihood.
+    """Adds outputs for greedy decoding: the next step's inputs, and its tokens' likelihood.
 
-    For a network that is specialized for one token. The outputs are next_ids int64 `[batch, 1]`,
-    next_positions int64 `[batch]`, and sum_exp_relative_to_max float32 `[batch, 1]`: the sum of
-    exp(logit - largest logit), which is 1 / the probability of the most likely token.
+    Only for networks that are specialized for one token. The outputs are next_ids int64 `[batch,
+    1]`, next_positions int64 `[batch]`, and sum_exp_relative_to_max float32 `[batch, 1]`: the sum
+    of exp(logit - largest logit), which is 1 / the probability of the most likely token.
     """
     graph = model.graph
     one = numpy_helper.from_array(np.array(1, np.int64), "one_position")

@@ -1,4 +1,4 @@
-"""Products with integer matrices through ONNX Runtime's own operator, MatMulNBits.
+"""Products with integer matrices through ONNX Runtime's operator MatMulNBits.
 
 There are two layouts of the integers. The column layout is faster for few rows of activations, the
 prepacked one for more (docs/appendix/experiments.md). Both store unsigned numbers: 8 (4 bits) or
@@ -25,18 +25,18 @@ from mpt_trt.network.external_files import file_part
 
 # Bits of an integer, by ONNX type.
 INTEGER_BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.INT8: 8}
-# Masks, by bits, that flip the sign bits of two's complement, so that 0 becomes 8 and 128.
+# Masks, by bits, that flip the sign bits of two's complement, so that 0 becomes 8 or 128.
 SIGN_BITS = {4: np.uint8(0x88), 8: np.uint8(0x80)}
 # Rows of a column that share a stored scale if the network has one scale for the whole column.
 COLUMN_BLOCK_SIZE = 128
-# Rows that share a stored scale in the prepacked layout: the only number that ONNX Runtime 1.31 has
-# kernels for.
+# Rows that share a stored scale in the prepacked layout; ONNX Runtime 1.31 has kernels only for
+# this number.
 PREPACKED_BLOCK_SIZE = 32
 TILE_ROWS = 64
 INTERLEAVED_BYTES = 128
-# The prepacked layout needs a multiple of so many columns, by bits.
+# The number of columns in the prepacked layout must be a multiple of this, by bits.
 PREPACKED_COLUMNS = {4: 64, 8: 32}
-# MatMulNBits' accuracy_level at which activations are not rounded.
+# MatMulNBits' accuracy_level without rounding of activations.
 EXACT = 1
 
 
@@ -44,7 +44,7 @@ EXACT = 1
 class IntegerMatrix:
     """Integers `[in_features, out_features]`, scales `[blocks, out_features]` or `[out_features]`.
 
-    block_size: rows that share a scale; None: all. folder: the network's.
+    block_size: rows that share a scale; None: all. folder: folder of the network.
     """
 
     integers: TensorProto
@@ -64,7 +64,7 @@ class IntegerMatrix:
         return height, width
 
     def can_be_prepacked(self) -> bool:
-        """Whether `prepacked_layout` supports its shape and block size."""
+        """Returns whether `prepacked_layout` supports the shape and block size."""
         height, width = self.shape
         rows = self.block_size or PREPACKED_BLOCK_SIZE
         return (
@@ -74,12 +74,12 @@ class IntegerMatrix:
         )
 
     def read_integers(self) -> NDArray[np.uint8]:
-        """Bytes `[in_features, out_features * bits / 8]`; a lower nibble comes before a higher."""
+        """Reads bytes `[in_features, out_features * bits / 8]`; the low nibble comes first."""
         stored = file_part(self.integers, self.folder).read() ^ SIGN_BITS[self.bits]
         return stored.reshape(self.shape[0], -1)
 
     def read_scales(self, rows_of_scale: int) -> NDArray:
-        """Scales `[out_features, in_features / rows_of_scale]`."""
+        """Reads scales `[out_features, in_features / rows_of_scale]`."""
         height, width = self.shape
         dtype = helper.tensor_dtype_to_np_dtype(self.scales.data_type)
         stored = file_part(self.scales, self.folder).read().view(dtype).reshape(-1, width)
@@ -120,7 +120,7 @@ def prepacked_layout(matrix: IntegerMatrix, node: onnx.NodeProto) -> QuantizedMa
     The layout is that of `preprocess_weights_for_mixed_gemm` in TensorRT-LLM and of
     `weight_prepacked = 1` in ONNX Runtime. Columns are cut into tiles of 64 rows. Tiles of
     neighbouring columns are interleaved, as many as fill 128 bytes. Within a tile, a byte of 4-bit
-    integers holds the rows k and k + 8.
+    integers contains the rows k and k + 8.
     """
 
     def tiles() -> NDArray[np.uint8]:

@@ -19,11 +19,11 @@ NORMS = {
     "LayerNormalization": "SkipLayerNormalization",
     "RMSNormalization": "SkipSimplifiedLayerNormalization",
 }
-"""The operator that norms a sum, for each of the portable network's norms."""
+"""Operator that norms a sum, for each of the portable network's norms."""
 
 
 def fuse_residual_norms(model: onnx.ModelProto) -> None:
-    """Adds to the residual stream within the next norm: one pass over the hidden states."""
+    """Adds to the residual stream within the next norm, in one pass over the hidden states."""
     graph = Graph(model)
     replacements: Replacements = {}
     for add in graph.nodes:
@@ -41,8 +41,8 @@ def fuse_residual_norms(model: onnx.ModelProto) -> None:
 def norm_with_fast_kernels(model: onnx.ModelProto) -> None:
     """Turns norms without a residual into norms with a residual of zeros.
 
-    For a network that is specialized for one token. ONNX Runtime's kernel for a plain norm takes
-    three times as long.
+    Only for networks that are specialized for one token. ONNX Runtime's kernel for a plain norm is
+    slower (docs/appendix/experiments.md).
     """
     graph = Graph(model)
     replacements: Replacements = {}

@@ -11,8 +11,8 @@ from mpt_trt.engines.onnxruntime.graph_editor import Graph, Replacements, attrib
 def specialize_for_one_token(model: onnx.ModelProto) -> None:
     """Makes `seq` 1 and returns the logits of every row, in order, `[batch, vocab]`.
 
-    The input `logit_positions` goes. No value has to be transposed any more: with one position,
-    `[batch, seq, heads, head_dim]` and `[batch, heads, seq, head_dim]` are one layout.
+    Removes the input `logit_positions` and all transposes: with one position, `[batch, seq, heads,
+    head_dim]` and `[batch, heads, seq, head_dim]` have the same layout.
     """
     for value in model.graph.input:
         for dimension in value.type.tensor_type.shape.dim:
@@ -27,7 +27,7 @@ def specialize_for_one_token(model: onnx.ModelProto) -> None:
 
 
 def _simplify(model: onnx.ModelProto) -> None:
-    """Removes the nodes that only several positions need."""
+    """Removes nodes that only several positions need."""
     graph = Graph(model)
     sizes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
     replacements: Replacements = {}

@@ -24,7 +24,7 @@ from mpt_trt.engines.onnxruntime.graph_editor import Graph, Replacements, cast
 
 
 def prefill_graph(network: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of the network that reads prompts."""
+    """Makes a copy of the network that reads prompts."""
     model = copy.deepcopy(network)
     clip_in_float32(model)
     choose_rows_by_number(model)
@@ -35,7 +35,7 @@ def prefill_graph(network: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def decode_graph(network: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of the network that reads one token per row and chooses the most likely next ones."""
+    """Makes a copy of the network that reads one token per row and chooses the next tokens."""
     model = copy.deepcopy(network)
     clip_in_float32(model)
     specialize_for_one_token(model)
@@ -48,7 +48,7 @@ def decode_graph(network: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def clip_in_float32(model: onnx.ModelProto) -> None:
-    """Clips bfloat16 as float32, which is exact: ONNX Runtime has no kernel that clips bfloat16."""
+    """Clips bfloat16 as float32, which is exact, because ONNX Runtime cannot clip bfloat16."""
     graph = Graph(model)
     replacements: Replacements = {}
     for node in graph.nodes:

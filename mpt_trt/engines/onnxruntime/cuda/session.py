@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime's CUDA provider, with all values in their callers' buffers."""
+"""Sessions of ONNX Runtime's CUDA provider, with all values in the caller's buffers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CudaSession:
     ):
         """Loads the network; raises MptTrtError if that fails.
 
-        path: of the network that became `model`. stream: CUDA's, for all runs. constants: the
+        path: path of the network that became `model`. stream: CUDA stream of all runs. constants:
         initializers that the model lacks.
         """
         options = session_options(path)
@@ -63,17 +63,17 @@ class CudaSession:
     def bind_input(
         self, name: str, element_type: int, shape: tuple[int, ...], address: int
     ) -> None:
-        """Binds an input to GPU memory. element_type: ONNX's."""
+        """Binds an input to GPU memory. element_type: ONNX type."""
         self._binding.bind_input(name, "cuda", 0, element_type, shape, address)
 
     def bind_output(
         self, name: str, element_type: int, shape: tuple[int, ...], address: int
     ) -> None:
-        """Binds an output to GPU memory. element_type: ONNX's."""
+        """Binds an output to GPU memory. element_type: ONNX type."""
         self._binding.bind_output(name, "cuda", 0, element_type, shape, address)
 
     def has_input(self, name: str) -> bool:
-        """Whether the network has such an input."""
+        """Returns whether the network has such an input."""
         return name in self._inputs
 
     def bind_host_input(self, name: str, value: NDArray) -> None:
@@ -88,6 +88,6 @@ class CudaSession:
         """Puts a run on the stream that is being captured.
 
         This is not safe outside of a capture: ONNX Runtime releases host memory of some operators
-        in a callback of the stream, in which CUDA does not permit that.
+        in a callback of the stream, where CUDA does not permit it.
         """
         self._session.run_with_iobinding(self._binding, self._without_waiting)

@@ -25,7 +25,7 @@ from mpt_trt.engines.onnxruntime.graph_editor import Graph, Replacements, attrib
 from mpt_trt.network.external_files import file_part
 from mpt_trt.network.graph import external_tensor
 
-# Smaller tensors stay: norms, biases, and scales of whole columns.
+# Smaller tensors stay in the graph: norms, biases, and scales of whole columns.
 LEAST_BYTES = 1 << 18
 
 
@@ -45,8 +45,8 @@ def share_weights(
     The nodes that dequantize such integers and multiply by them become one operator of ONNX
     Runtime, MatMulNBits, which reads integers.
 
-    folder: the network's. prepacked_bits: bits of the integers to store in the prepacked layout,
-    if it supports all matrices of the network; see `matmul_nbits`.
+    folder: folder of the network. prepacked_bits: bits of the integers to store in the prepacked
+    layout, if it supports all matrices of the network; see `matmul_nbits`.
     """
     matmuls = _fuse_quantized_matmuls(model, folder, prepacked_bits)
     inputs = [weight for matmul in matmuls for weight in matmul.inputs]
@@ -68,7 +68,7 @@ def share_weights(
 
 
 def _left_out(weight: SharedWeight) -> TensorProto:
-    """An initializer without content, which the loader provides."""
+    """Makes an initializer without content, which the loader provides."""
     location = "given when the network is loaded"
     return external_tensor(weight.name, weight.element_type, weight.shape, location)
 
@@ -78,7 +78,7 @@ def _fuse_quantized_matmuls(
 ) -> list[QuantizedMatMul]:
     graph = Graph(model)
     candidates = list(_dequantized_matmuls(graph, folder))
-    # All or none: the kernels of the prepacked layout are on or off for a whole session.
+    # All or none, because the kernels of the prepacked layout are on or off for a whole session.
     is_prepacked = all(
         each.matrix.bits in prepacked_bits and each.matrix.can_be_prepacked() for each in candidates
     )
@@ -116,7 +116,7 @@ def _dequantized_matmuls(graph: Graph, folder: Path) -> Iterator[_DequantizedMat
 
 
 def _is_fusible(node: onnx.NodeProto, integers: TensorProto, readers: list[str]) -> bool:
-    """Whether only a MatMul reads the matrix, and scales are per block of rows or per column.
+    """Returns whether only a MatMul reads the matrix, with scales per block of rows or column.
 
     node: the matrix's DequantizeLinear. integers: `[in_features, out_features]`.
     """
