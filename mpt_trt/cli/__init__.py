@@ -1,1 +1,1 @@
-"""What the commands share: options, exit codes, progress."""
+"""Shared parts of the commands: options, exit codes, progress."""

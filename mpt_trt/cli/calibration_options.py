@@ -10,15 +10,15 @@ from typing import Any
 import mpt_trt
 from mpt_trt.quantization.schemes import CALIBRATION_BATCH_SIZE
 
-# The text that ships.
+# The calibration text that ships with mpt-trt.
 TEXT = Path(mpt_trt.__file__).parent / "calibration" / "calibration.txt"
 
 
 @dataclass(frozen=True)
 class _ConfigDefault:
-    """A default of config.yaml's schema, read only by tools that calibrate.
+    """A default of config.yaml's schema that is read only when a tool calibrates.
 
-    Conversion has these options, too, and mostly does not: reading YAML takes 0.05 s of its 0.2 s.
+    Conversion has these options but mostly does not calibrate, and reading YAML takes 0.05 s.
     """
 
     key: str

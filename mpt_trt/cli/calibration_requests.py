@@ -1,4 +1,4 @@
-"""What parsed options ask for, where a model reads the calibration text."""
+"""Calibration settings from parsed options."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mpt_trt.errors import MptTrtError
 
 
 def calibration_samples(options: argparse.Namespace, tokenizer: Tokenizer) -> Tensor:
-    """Token ids, int64 `[calib_size, calib_max_seq_length]`."""
+    """Reads the samples, token ids int64 `[calib_size, calib_max_seq_length]`."""
     return read_samples(
         options.calib_text, tokenizer, options.calib_size, options.calib_max_seq_length
     )
 
 
 def computation(options: argparse.Namespace, dtype: str) -> Computation:
-    """Device, type and batch size of calibration.
+    """Makes device, type and batch size of calibration.
 
-    dtype: of computation on a GPU; a CPU computes in float32.
+    dtype: type of computation on a GPU; a CPU computes in float32.
 
-    Raises MptTrtError for a number below 1, and when there is no GPU but one is asked for.
+    Raises MptTrtError for a number below 1, and when a requested GPU is missing.
     """
     for name in ("calib_size", "calib_max_seq_length", "batch_size"):
         if (value := getattr(options, name)) < 1:

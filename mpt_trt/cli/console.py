@@ -1,4 +1,4 @@
-"""Running a command: its options, then its module, then its exit code."""
+"""Runs a command: parses its options, imports its module, sets the exit code."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from mpt_trt.system.process import wait_without_spinning
 
 INTERRUPTED = 128 + signal.SIGINT
 REMEDY = "free memory, raise the limit (ulimit -v, SLURM's --mem), or use fewer processes"
-# What PyTorch and Python's threads say, who have no exception of their own for it.
+# Messages of PyTorch and Python's threads, which have no exception type for a lack of memory.
 MEMORY_MESSAGES = ("can't allocate memory", "can't start new thread", "std::bad_alloc")
 
 
 def run_command(parser: argparse.ArgumentParser, command: str) -> None:
     """Parse the options, then import the module `command` and call its `run(options)`.
 
-    So modules of commands import at their top whatever they need, and `--help` and wrong options do
-    not wait for it. Exits as `run_cli` does.
+    So `--help` and wrong options do not wait for the imports of the command's module. Exits like
+    `run_cli`.
     """
 
     def main() -> None:
@@ -41,7 +41,7 @@ def run_command(parser: argparse.ArgumentParser, command: str) -> None:
 def run_cli(main: Callable[[], None]) -> None:
     """Run `main` and exit: 0, 1 with one line for bad input or no memory, 130 when interrupted.
 
-    Output that the standard output does not take (a full disk, a closed pipe) is such an error.
+    Failed writes to the standard output (a full disk, a closed pipe) are such errors.
 
     SIGTERM is treated like Ctrl-C, so that unfinished outputs are removed in both cases.
     """
@@ -51,7 +51,7 @@ def run_cli(main: Callable[[], None]) -> None:
     try:
         _run_and_flush(main)
     except SharedError as error:
-        # No rank needs to be ended by another: they all come here, and meet in MPI's finalization.
+        # All ranks get here and meet in MPI's finalization, so none needs to end the others.
         if not mpi.is_another_rank():
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -72,14 +72,14 @@ def run_cli(main: Callable[[], None]) -> None:
             traceback.print_exc()
             mpi.end_all_ranks(1)
         raise
-    # Python looks for garbage once more when it ends, among everything that was imported: 0.03 s.
+    # Skips Python's final garbage collection over everything that was imported (0.03 s).
     gc.freeze()
 
 
 def _run_and_flush(main: Callable[[], None]) -> None:
     try:
         main()
-    except SystemExit:  # by --help
+    except SystemExit:  # raised by --help
         flush_standard_output()
         raise
     except BaseException:
@@ -90,7 +90,7 @@ def _run_and_flush(main: Callable[[], None]) -> None:
 
 
 def _plain_message(error: Exception) -> str | None:
-    """One line about an error that says nothing about our code; None for others."""
+    """Message for errors that are not bugs of mpt-trt, in one line; None for others."""
     if _is_out_of_memory(error):
         return f"out of memory ({error}); {REMEDY}"
     if isinstance(error, BrokenPipeError):

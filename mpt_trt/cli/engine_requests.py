@@ -1,4 +1,4 @@
-"""What commands that make networks share: the quantization that is asked for, and progress."""
+"""Shared parts of commands that make networks: requested quantization, and progress."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpt_trt.system.progress_lines import Advance
 
 
 def calibrated(options: argparse.Namespace, checkpoint: FtCheckpoint) -> CalibratedQuantization:
-    """The quantization asked for; the calibration is checked against the checkpoint."""
+    """Reads the requested quantization, and checks its calibration against the checkpoint."""
     scheme = make_weight_quantization(
         options.quantization,
         group_size=options.group_size,
@@ -30,5 +30,5 @@ def calibrated(options: argparse.Namespace, checkpoint: FtCheckpoint) -> Calibra
 
 
 def networks_progress(spec: EngineSpec) -> AbstractContextManager[Advance]:
-    """Progress in bytes of the weights of all ranks' networks."""
+    """Shows progress in bytes of the weights of all ranks' networks."""
     return bytes_progress("Writing networks", spec.tp_size * rank_weights(spec))

@@ -74,7 +74,7 @@ def add_vocabulary(parser: argparse.ArgumentParser) -> None:
 
 
 def vocabulary(options: argparse.Namespace) -> VocabularySharding:
-    """Which of the vocabulary's matrices are split over the ranks."""
+    """Returns the vocabulary's matrices that are split over the ranks."""
     return VocabularySharding(options.shard_embedding, options.shard_head)
 
 
@@ -123,7 +123,7 @@ def add_builder(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("builder")
     group.add_argument(
         "--backend",
-        # TensorRT-LLM builds from checkpoints of its own; see build_trtllm.py.
+        # TensorRT-LLM builds from its own checkpoints; see build_trtllm.py.
         choices=[name for name in variant_choices("backend") if name != TENSORRT_LLM],
         default=variant_default("backend"),
         help="builder of the plan (default: %(default)s)",
@@ -140,7 +140,7 @@ def add_builder(parser: argparse.ArgumentParser) -> None:
 
 
 def limits(options: argparse.Namespace) -> BuildLimits:
-    """The limits of the engine."""
+    """Returns the limits of the engine."""
     return BuildLimits(
         max_batch_size=options.max_batch_size,
         max_input_len=options.max_input_len,
@@ -150,7 +150,7 @@ def limits(options: argparse.Namespace) -> BuildLimits:
 
 
 def builder_choice(options: argparse.Namespace, quantization: Quantization) -> BuilderChoice:
-    """The builder of the plans of an engine of that quantization, and its GPUs."""
+    """Returns the builder of an engine's plans, and the GPUs to build for."""
     given = options.compute_capabilities
     chosen = default_capabilities(quantization) if given is None else tuple(given)
     return BuilderChoice(options.backend, chosen)
@@ -170,12 +170,12 @@ def add_tolerance(parser: argparse.ArgumentParser) -> None:
 
 
 def tolerance(options: argparse.Namespace) -> Tolerance:
-    """The distance that the engine's logits may have from the reference's."""
+    """Returns the allowed distance of the engine's logits from the reference."""
     return Tolerance(options.max_abs, options.mean_kl, options.min_top1)
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose what runs an engine, and whether its files are compared."""
+    """Add the options that choose an engine's runtime, and whether its files are compared."""
     add_trust(parser)
     group = parser.add_argument_group("runtime")
     group.add_argument(
@@ -200,7 +200,7 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Add the option that spares comparing files with the hashes recorded of them."""
+    """Add the option that skips comparing files with their recorded hashes."""
     parser.add_argument(
         "--trust",
         action="store_true",
@@ -216,5 +216,5 @@ def add_ignored(parser: argparse.ArgumentParser) -> None:
 
 
 def ignored(options: argparse.Namespace) -> list[str]:
-    """Those of these flags that were given."""
+    """Returns the given flags without effect."""
     return [f"--{name}" for name in WITHOUT_EFFECT if getattr(options, name)]

@@ -1,11 +1,11 @@
-"""What tools share about their outputs; it needs no library."""
+"""Options and checks of tools' outputs, without imports of libraries."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-# Options that name a file or folder, or a hub id, that a tool reads.
+# Options that name an input: a file, a folder or a hub id.
 INPUT_OPTIONS = (
     "adapter",
     "chat_template",
@@ -20,7 +20,7 @@ INPUT_OPTIONS = (
 
 
 def input_paths(options: argparse.Namespace) -> list[Path]:
-    """What a tool reads, which none of its output files may replace; hub ids are no paths here."""
+    """Lists a tool's inputs, which its outputs must not replace; hub ids are left out."""
     values = [getattr(options, name, None) for name in INPUT_OPTIONS]
     return [Path(value) for value in values if value is not None]
 

@@ -1,7 +1,7 @@
-"""Progress on stderr: a bar on a terminal, else lines.
+"""Shows progress on stderr, as a bar on a terminal or as lines.
 
-What draws bars is imported only for a terminal, and when a bar first advances: it takes 0.05 s, a
-fifth of what a small conversion takes.
+The library that draws bars takes 0.05 s to import, a fifth of a small conversion. So it is imported
+only for a terminal, when a bar first advances.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _progress(lines: ProgressLines, start_bar: Callable[[], Progress]) -> Iterat
     try:
         yield shown.advance
     except BaseException:
-        # An error has the last word.
+        # An error message comes last.
         if isinstance(shown, _LazyBar):
             shown.stop()
         raise

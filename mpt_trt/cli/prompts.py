@@ -1,4 +1,4 @@
-"""Prompts from command lines and files, as token ids."""
+"""Reads prompts from command lines and files, as token ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_small_file
 
 MOST_TEXT_BYTES = 1 << 30
-# No vocabulary is larger.
+# Larger than any vocabulary.
 MOST_ID = 2**31 - 1
 
 TEXT_SUFFIX, IDS_SUFFIXES, CHAT_SUFFIX = ".txt", (".csv", ".npy"), ".json"
@@ -23,7 +23,7 @@ TEXT_SUFFIX, IDS_SUFFIXES, CHAT_SUFFIX = ".txt", (".csv", ".npy"), ".json"
 def read_texts(path: Path) -> list[str]:
     """Reads the lines of a UTF-8 file, which end with LF or CRLF; empty lines are left out.
 
-    Raises MptTrtError when the file is not UTF-8 or holds no text.
+    Raises MptTrtError when the file is not UTF-8 or contains no text.
     """
     content = read_small_file(path, MOST_TEXT_BYTES)
     try:
@@ -36,11 +36,11 @@ def read_texts(path: Path) -> list[str]:
 
 
 def read_ids(path: Path, padding: set[int]) -> list[list[int]]:
-    """Reads prompts from a .csv or .npy file with a row of token ids per prompt.
+    """Reads prompts from a .csv or .npy file with one row of token ids per prompt.
 
-    padding: ids that are dropped at the end of an array's rows.
+    padding: ids that are removed at the end of an array's rows.
 
-    Raises MptTrtError when the file holds anything else than integers, or an empty prompt.
+    Raises MptTrtError when the file contains anything other than integers, or an empty prompt.
     """
     try:
         rows = _csv_rows(path) if path.suffix == ".csv" else _array_rows(path, padding)
@@ -67,7 +67,7 @@ def _csv_rows(path: Path) -> list[list[int]]:
 
 
 def _array_rows(path: Path, padding: set[int]) -> list[list[int]]:
-    # Mapped, so that a header which promises more than the file holds allocates nothing.
+    # Mapped, so that a header with a wrong size allocates nothing.
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.ndarray):
         raise TypeError("an archive instead of one array")
@@ -87,7 +87,7 @@ def _without_padding(row: list[int], padding: set[int]) -> list[int]:
 
 
 def encoded(texts: list[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
-    """Token ids of each text; raises MptTrtError when a text is empty."""
+    """Converts each text to token ids; raises MptTrtError when a text is empty."""
     for index, text in enumerate(texts):
         if not text:
             raise MptTrtError(f"prompt {index} is empty; give at least one character")

@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, or that cannot take what is written to them."""
+"""Handles standard streams that are closed or cannot be written to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STDIN, STDOUT, STDERR = range(3)
 
 
 class _StandardOutput(io.FileIO):
-    """Descriptor 1; raises MptTrtError, which no other file's error can be mistaken for."""
+    """Descriptor 1, whose errors are MptTrtErrors, distinct from those of other files."""
 
     def write(self, content: Buffer, /) -> int:
         try:
@@ -30,10 +30,10 @@ class _StandardOutput(io.FileIO):
 
 
 def prepare_standard_streams() -> None:
-    """Opens standard streams that are closed, and makes errors of the standard output ours.
+    """Opens closed standard streams, and turns errors of the standard output into MptTrtError.
 
-    Otherwise the next file that is opened would get the descriptor of a closed stream, and with it
-    what libraries print. Writing to a closed standard output stays an error.
+    Otherwise the next opened file would get the descriptor of a closed stream, and the output of
+    libraries with it. Writing to a closed standard output stays an error.
     """
     for descriptor in (STDIN, STDOUT, STDERR):
         try:
@@ -43,17 +43,17 @@ def prepare_standard_streams() -> None:
     if sys.stderr is None:
         stream = io.BufferedWriter(io.FileIO(STDERR, "w", closefd=False))
         sys.stderr = io.TextIOWrapper(stream, line_buffering=True)
-    # Anything else is somebody's replacement, who sees to its errors.
+    # Any other object is a replacement, whose owner handles its errors.
     if sys.stdout is sys.__stdout__:
         sys.stdout = _standard_output(sys.stdout)
 
 
 def flush_standard_output() -> None:
-    """Writes what is buffered; raises MptTrtError when that fails, and drops the rest."""
+    """Writes buffered output; if that fails, drops the rest and raises MptTrtError."""
     try:
         sys.stdout.flush()
     except (MptTrtError, OSError):
-        # Python tries again when it ends.
+        # Otherwise, Python would try again at exit.
         _open_null(STDOUT, os.O_WRONLY)
         with contextlib.suppress(MptTrtError, OSError):
             sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What Rich writes to stderr: log messages and progress bars."""
+"""Log messages and progress bars on stderr, drawn by Rich."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from mpt_trt.errors import MptTrtError
 
 
 def set_up_logging(level: str) -> None:
-    """Log to stderr. level: a name of the logging module, in any case.
+    """Log to stderr. level: a level name of the logging module, in any case.
 
-    Raises MptTrtError when there is no such level.
+    Raises MptTrtError for an unknown level.
     """
     if level.upper() not in logging.getLevelNamesMapping():
         raise MptTrtError(f"log level {level!r}: known are debug, info, warning, error, critical")
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_path=False, markup=False)
     logging.basicConfig(level=level.upper(), format="%(message)s", handlers=[handler], force=True)
-    # The hub's client reports every request, and what it logs itself it also prints.
+    # The hub's client logs every request, and also prints its own messages.
     logging.getLogger("huggingface_hub").propagate = False
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def bytes_bar(title: str, total_bytes: int) -> Progress:
-    """Started progress bar with bytes, rate and time."""
+    """Start a progress bar with bytes, rate and time."""
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -52,7 +52,7 @@ def bytes_bar(title: str, total_bytes: int) -> Progress:
 
 
 def steps_bar(title: str, total: int) -> Progress:
-    """Started progress bar with steps and times."""
+    """Start a progress bar with steps and times."""
     columns: list[ProgressColumn] = [
         TextColumn("{task.description}"),
         BarColumn(),
@@ -61,7 +61,7 @@ def steps_bar(title: str, total: int) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
     ]
-    # Steps may take minutes: the estimate looks back further than usual.
+    # Steps may take minutes, so the estimate covers a longer period than usual.
     progress = Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600)
     progress.add_task(title, total=total)
     progress.start()

@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _rank_folder(model_dir: Path, world_size: int) -> Path:
-    """The {tp_size}-gpu folder, where only the one above it is named."""
+    """Finds the {tp_size}-gpu folder if only its parent is named."""
     below = model_dir / f"{world_size}-gpu"
     is_above = not (model_dir / "config.ini").exists() and (below / "config.ini").exists()
     return below if is_above else model_dir
@@ -77,7 +77,7 @@ def _calibrated(options: argparse.Namespace, checkpoint: FtCheckpoint) -> Calibr
 
 
 def _scheme(options: argparse.Namespace, alpha: float | None) -> WeightQuantization | None:
-    """alpha: of the checkpoint, None when it is not smoothed."""
+    """Makes the scheme. alpha: alpha of the checkpoint; None if it is not smoothed."""
     methods = ("use_weight_only", "use_smooth_quant", "enable_fp8")
     chosen = [f"--{name}" for name in methods if getattr(options, name)]
     if len(chosen) > 1:

@@ -62,8 +62,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _inputs(options: argparse.Namespace, folder: Path) -> list[Path]:
-    """The files and folders that are read, which an output must not replace."""
-    # Unless it is given, the text is not known yet.
+    """Lists the inputs, which an output must not replace."""
+    # Without the option, the text is not known yet.
     others = (options.tokenizer_dir, options.calib_text)
     return [folder, *(Path(path) for path in others if isinstance(path, str | Path))]
 
@@ -78,11 +78,11 @@ def _tokenizer_files(options: argparse.Namespace, folder: Path) -> tuple[Path, .
 def _int8(
     options: argparse.Namespace, folder: Path, tokenizer_dir: Path, config: MptConfig
 ) -> Int8Conversion | None:
-    """Inputs of int8 weights and scales; None if they are not asked for."""
+    """Computes the inputs of int8 weights and scales; None if they are not requested."""
     alpha = options.smoothquant
     if alpha is None and not options.calibrate_kv_cache:
         return None
-    # These import PyTorch, which a plain conversion can do without.
+    # These modules import PyTorch, which a plain conversion does not need.
     from mpt_trt.calibration.block_stream import activation_amax
     from mpt_trt.cli import calibration_requests
 

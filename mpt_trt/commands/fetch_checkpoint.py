@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def resolve(options: argparse.Namespace) -> None:
-    # The hub's client reads the environment when it is imported, and that is checked now.
+    # The hub's client reads the environment at import, so the environment is checked first.
     from mpt_trt.checkpoint.hub import resolve_revision
 
     source, revision = options.source, options.revision
@@ -33,7 +33,7 @@ def resolve(options: argparse.Namespace) -> None:
     if (record.get("source"), record.get("revision")) != (source, revision):
         commit = resolve_revision(source, revision)
         record = {"source": source, "revision": revision, "commit": commit}
-    # Written in either case: make-like tools expect a new time stamp.
+    # Written in either case, because make-like tools expect a new time stamp.
     write_json(options.output, record)
     log.info("%s (revision %s) is commit %s", source, revision, record["commit"])
 

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     speed = measure_speed(engine, prompt, new_tokens, SPEED_ROUNDS)
     peak_memory = peak_memory_of_ranks(engine)
 
-    # Both import PyTorch, whose memory is not the engine's.
+    # Both import PyTorch, whose memory must not count as the engine's.
     from mpt_trt.evaluation.perplexity import engine_size, measure, require_same_model
     from mpt_trt.evaluation.reference import read_head
 
@@ -84,6 +84,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def peak_memory_of_ranks(engine: LoadedEngine) -> int:
-    """Bytes of host memory, the sum of each rank's largest resident set so far."""
+    """Bytes of host memory: the sum of all ranks' peak resident sets so far."""
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
     return own if engine.communicator is None else sum(engine.communicator.exchange(own))

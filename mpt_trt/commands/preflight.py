@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def read_needs(text: str) -> list[Needs]:
-    """Raises MptTrtError when `text` is not what the workflow passes."""
+    """Parses the needs; raises MptTrtError when `text` does not come from the workflow."""
     try:
         return [
             Needs(**entry | {"builder": BuilderChoice(**entry["builder"])})

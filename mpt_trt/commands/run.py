@@ -91,7 +91,7 @@ def _require_consistent(options: argparse.Namespace) -> None:
 
 
 def _require_utf8(name: str, text: str) -> None:
-    """Arguments that are not UTF-8 come as lone surrogates."""
+    """Raises MptTrtError for an argument that is not UTF-8 (Python gives lone surrogates)."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -103,7 +103,7 @@ def _has_ids(options: argparse.Namespace) -> bool:
 
 
 def _tokenizer(options: argparse.Namespace, manifest: Manifest) -> Tokenizer | None:
-    """The tokenizer; None if there is none and the prompts are ids, which can do without."""
+    """Reads the tokenizer; None if there is none and the prompts are ids, which need none."""
     asked, made = options.tokenizer_dir, options.engine_dir
     try:
         folder = tokenizer_folder_of(made, manifest.provenance, asked)
@@ -183,7 +183,7 @@ def _generation_config(
 def _end_ids(
     options: argparse.Namespace, manifest: Manifest, tokenizer: Tokenizer | None
 ) -> tuple[int, ...]:
-    """End tokens: those asked for, else the engine's, else the tokenizer's."""
+    """Returns end tokens: the requested ones, else the engine's, else the tokenizer's."""
     if options.end_id is not None:
         return tuple(dict.fromkeys(options.end_id))
     own = None if tokenizer is None else tokenizer.eos_token_id
@@ -203,7 +203,7 @@ def _report_conflict(config: GenerationConfig, tokenizer: Tokenizer | None) -> N
 
 
 class _Output:
-    """Prints prompts and outputs, as they grow or at the end; finds stop strings."""
+    """Prints prompts and outputs, while they grow or at the end, and finds stop strings."""
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class _Output:
         self._printer: OrderedPrinter | None = None
 
     def stream(self) -> None:
-        """Starts to print: the text of only one prompt bare, those of several as at the end."""
+        """Starts printing: a single prompt's text undecorated, several ones as at the end."""
         before, after = [""], "\n"
         if len(self._prompts) > 1:
             before = [self._header(index) + _label(index, 0) for index in range(len(self._prompts))]
@@ -226,7 +226,7 @@ class _Output:
         self._printer = OrderedPrinter(self._texts, before, after, _write)
 
     def on_token(self, row: int, token: int) -> bool:
-        """Takes a new token of a row; returns whether a stop string ends the row."""
+        """Adds a new token to a row; returns whether a stop string ends the row."""
         stops = self._texts[row].add(token)
         if self._printer is not None:
             tokens = len(self._texts[row].tokens)
@@ -249,7 +249,7 @@ class _Output:
 
 
 class _Ids:
-    """Stands in for a tokenizer that there is not."""
+    """Replaces a missing tokenizer."""
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return " ".join(map(str, token_ids))

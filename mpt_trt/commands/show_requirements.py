@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def parts(spec: EngineSpec) -> dict[str, int]:
-    """Everything that is computed of one engine, in bytes."""
+    """Computes all sizes of an engine, in bytes."""
     return {
         "disk, FT checkpoint": resources.ft_checkpoint_disk(spec),
         "disk, engine directory": resources.engine_disk(spec),

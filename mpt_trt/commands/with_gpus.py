@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> None:
     if taken.names:
         print(f"GPUs of this job: {', '.join(taken.names)}", file=sys.stderr)
     program, *_ = options.command
-    # Python ignores this one, and what is ignored stays so in the command.
+    # Python ignores this signal, and the command would inherit that.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         os.execvpe(program, options.command, os.environ | gpu_locks.environment(taken.names))

@@ -1,1 +1,1 @@
-"""What Snakemake must know before anything runs: configuration, target names, resources of jobs."""
+"""Facts that Snakemake needs to plan jobs: configuration, target names, resources of jobs."""

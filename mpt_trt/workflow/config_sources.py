@@ -1,4 +1,4 @@
-"""Where the values of the configuration come from: files, and `--config` of the command line."""
+"""Sources of the configuration's values: files, and `--config` on the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Schema = dict[str, Any]
 
 @dataclass(frozen=True)
 class ConfigSources:
-    """What Snakemake has merged: files, of which later ones count more, and then `--config`."""
+    """Sources that Snakemake merges: files (later ones have precedence), then `--config`."""
 
     files: tuple[str, ...] = ("config.yaml",)
     command_line: Mapping[str, Any] | None = None
@@ -27,11 +27,11 @@ class ConfigSources:
     def of_run(
         cls, files: Sequence[str | Path], command_line: Mapping[str, Any] | None
     ) -> ConfigSources:
-        """Files below the working directory are called by their path from there."""
+        """Makes the sources of a run; files below the working directory get relative names."""
         return cls(tuple(map(_shown, files)), command_line)
 
     def of(self, path: Sequence[object]) -> str:
-        """Name of the source that a value comes from; path: the keys that lead to it."""
+        """Name of the source of a value. path: the keys that lead to it."""
         if _has(self.command_line or {}, path):
             return COMMAND_LINE
         if len(self.files) == 1:
@@ -43,10 +43,10 @@ class ConfigSources:
     def with_types(
         self, content: Mapping[str, Any], schema: Schema, resolved: Callable[[Schema], Schema]
     ) -> dict[str, Any]:
-        """`content`, in which values of `--config` have the types that the schema wants.
+        """Converts values of `--config` in `content` to the types of the schema.
 
-        Snakemake hands nested ones over as strings: `--config 'variants={fp16: {max_batch_size:
-        4}}'`. What is not of that type stays a string. resolved: follows a schema's `$ref`.
+        Snakemake passes nested values as strings: `--config 'variants={fp16: {max_batch_size:
+        4}}'`. A value of another type stays a string. resolved: follows a schema's `$ref`.
         """
         return _typed(content, self.command_line or {}, schema, resolved)
 
@@ -61,7 +61,7 @@ def _text(name: str) -> str:
 
 
 def _has(content: object, path: Sequence[object]) -> bool:
-    """Whether `content`, of mappings and lists, has a value at `path`."""
+    """Returns whether `content`, of mappings and lists, has a value at `path`."""
     for key in path:
         try:
             content = content[key]  # type: ignore[index]
@@ -71,7 +71,7 @@ def _has(content: object, path: Sequence[object]) -> bool:
 
 
 def _typed(value: Any, given: Any, schema: Schema, resolved: Callable[[Schema], Schema]) -> Any:
-    """given: the same value as `--config` has it."""
+    """Converts a value. given: the same value in `--config`."""
     schema = resolved(schema)
     if isinstance(value, Mapping) and isinstance(given, Mapping):
         known, others = schema.get("properties", {}), schema.get("additionalProperties") or {}
@@ -87,7 +87,7 @@ def _typed(value: Any, given: Any, schema: Schema, resolved: Callable[[Schema], 
 
 
 def _converted(text: str, schema: Schema) -> Any:
-    """The text as a number, boolean or null, if the schema wants one of these."""
+    """Converts the text to a number, boolean or null, if the schema has one of these types."""
     numbers = {"integer": int, "number": float}
     types = schema.get("type", ())
     for kind in [types] if isinstance(types, str) else types:

@@ -1,7 +1,7 @@
-"""Which GPUs a job asks for, on this machine or of a cluster's scheduler.
+"""GPUs that a job requests, on this machine or from a cluster's scheduler.
 
-Pure functions of the site's settings and of what the job needs; a job never gets fewer GPUs than it
-needs: it is refused.
+Pure functions of the site's settings and the job's needs. A job that needs more GPUs than there are
+is rejected.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from mpt_trt.workflow.settings import Site
 
 @dataclass(frozen=True)
 class GpuRequest:
-    """What a scheduler is asked for, as Snakemake's resources of the same names; None: unsaid.
+    """Request to a scheduler, as Snakemake's resources of the same names; None: not requested.
 
-    gpu: GPUs of all nodes. gpu_model: kind of GPU. gres: GPUs of one node, of a kind where one is
-    named, for sites that want `--gres` instead.
+    gpu: GPUs on all nodes. gpu_model: kind of GPU. gres: GPUs on one node, with their kind if it is
+    named, for sites that use `--gres`.
     """
 
     gpu: int | None = None
@@ -29,32 +29,32 @@ class GpuRequest:
 
 
 def local_devices(site: Site) -> Devices:
-    """The GPUs of this machine that jobs may use."""
+    """GPUs of this machine that jobs may use."""
     if site.gpus == "none":
         return Devices((), "site.gpus = none")
     return gpu_locks.devices()
 
 
 def has_gpus(site: Site) -> bool:
-    """Whether jobs that can use GPUs find some."""
+    """Returns whether there are GPUs for jobs."""
     return site.gpus == "scheduler" or bool(local_devices(site).names)
 
 
 def require_gpus(site: Site, count: int) -> None:
-    """Raises MptTrtError when this machine, if jobs run on it, has less than `count` GPUs."""
+    """Raises MptTrtError when jobs run on this machine and it has fewer than `count` GPUs."""
     if site.gpus != "scheduler":
         gpu_locks.require(count, local_devices(site))
 
 
 def most_gpus(site: Site) -> int:
-    """GPUs of this machine or, if jobs run elsewhere, of a node of the cluster."""
+    """Number of GPUs of this machine or, if jobs run elsewhere, of a node of the cluster."""
     return site.gpus_per_node if site.gpus == "scheduler" else len(local_devices(site).names)
 
 
 def num_nodes(site: Site, num_ranks: int) -> int:
-    """The fewest nodes that the ranks divide evenly among, a GPU a rank.
+    """Smallest number of nodes that divides the ranks evenly, with one GPU per rank.
 
-    One for this machine, and for a cluster's processors.
+    It is 1 for this machine, and for a cluster without GPUs.
     """
     if site.gpus != "scheduler":
         return 1
@@ -63,9 +63,9 @@ def num_nodes(site: Site, num_ranks: int) -> int:
 
 
 def gpu_request(site: Site, count: int, memory: int) -> GpuRequest:
-    """For `count` GPUs, of which each must have `memory` bytes.
+    """Makes a request for `count` GPUs with at least `memory` bytes each.
 
-    Raises MptTrtError when the cluster has none so large.
+    Raises MptTrtError when the cluster has no GPU of that size.
     """
     if count == 0:
         return GpuRequest()

@@ -1,4 +1,4 @@
-"""The options of each job's command, as lists of words: what the configuration says of results."""
+"""Options of each job's command, as lists of words, from the configuration."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LIMITS = ("max_batch_size", "max_input_len", "max_output_len")
 
 @dataclass(frozen=True, eq=False)
 class JobOptions:
-    """Public methods give what a rule records: another value makes its outputs again.
+    """Public methods return values that a rule records; a changed value repeats the job.
 
-    Rules have few of them: Snakemake calls each for every job, whether it is to run or not.
+    Rules have few of them, because Snakemake calls each for every job, even if it does not run.
     """
 
     plan: Plan
@@ -31,7 +31,7 @@ class JobOptions:
         return [f"--storage_type={self.plan.storage_type(target)}", *self._tokenizer(target)]
 
     def quantize(self, target: Target) -> list[str]:
-        """The default group size of a model is left to quantize.py."""
+        """Options of quantize.py, which chooses a model's default group size itself."""
         name = target_names.calibration_name(target.qformat)
         size = [] if name.group_size is None else [f"--awq_block_size={name.group_size}"]
         qformat = f"--qformat={name.quantization_format}"
@@ -51,7 +51,7 @@ class JobOptions:
         ]
 
     def shipped_text_version(self, target: Target) -> str | None:
-        """Hash of the text that ships, if it is read: it is not among the inputs."""
+        """Hash of the text that ships, if the job reads it, because it is not among the inputs."""
         is_read = self.plan.settings.calibration.text is None
         return content_hash(SHIPPED_TEXT) if is_read else None
 
@@ -73,7 +73,7 @@ class JobOptions:
         ]
 
     def builder(self, target: Target) -> dict[str, Any]:
-        """Options, and the version of the package: an upgrade builds plans again."""
+        """Options, and the version of the package, so that an upgrade repeats builds."""
         package = self.plan.builder(target)
         capabilities = self.plan.variant(target).compute_capabilities
         options = [f"--backend={package.module}", "--compute_capabilities", *capabilities]
@@ -98,7 +98,7 @@ class JobOptions:
             f"--quantization={scheme['method']}",
             f"--kv_cache_dtype={variant.kv_cache_dtype}",
         ]
-        # int4_awq has the groups of its calibration result.
+        # int4_awq uses the groups of its calibration result.
         if scheme["method"] == "int4_weight_only" and scheme["group_size"] is not None:
             options.append(f"--group_size={scheme['group_size']}")
         if scheme["method"] == "smoothquant":
@@ -134,7 +134,7 @@ class JobOptions:
         ]
 
     def _tokenizer(self, target: Target) -> list[str]:
-        """None for the model's own."""
+        """Option for the tokenizer; [] for the model's own."""
         has_own = self.plan.settings.model(target.model).tokenizer is None
         return [] if has_own else [f"--tokenizer_dir={self.plan.tokenizer_folder(target)}"]
 

@@ -1,7 +1,7 @@
-"""What the job of each rule asks of this machine or of a cluster's scheduler.
+"""Resources that the job of each rule requests from this machine or a cluster's scheduler.
 
-`site` of the configuration says which GPUs there are; docs/clusters.md. No job's outcome depends on
-what is here.
+`site` of the configuration describes the GPUs (docs/clusters.md). Results of jobs do not depend on
+this module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mpt_trt.workflow.settings import Site
 
 @dataclass(frozen=True)
 class HostRequest:
-    """Snakemake's resources of a job on one node. mem_mb: in 10^6 bytes. runtime: in minutes."""
+    """Snakemake's resources for a job on one node. mem_mb: 10^6 bytes. runtime: minutes."""
 
     mem_mb: int
     runtime: int
@@ -27,7 +27,7 @@ class HostRequest:
 
 @dataclass(frozen=True)
 class GpuJobRequest(HostRequest):
-    """A job on one node that may use GPUs; see GpuRequest. None leaves a resource out."""
+    """Resources of a job on one node that may use GPUs; see GpuRequest. None: not requested."""
 
     gpu: int | None = None
     gpu_model: str | None = None
@@ -37,9 +37,10 @@ class GpuJobRequest(HostRequest):
 
 @dataclass(frozen=True)
 class RanksRequest(GpuJobRequest):
-    """A job of a process for each rank, on one node or several. mem_mb: of each node.
+    """Resources of a job with one process per rank, on one or several nodes. mem_mb: per node.
 
-    tasks: all processes; tasks_per_node, tasks_per_gpu: as SLURM has them. mpi: starts them.
+    tasks: all processes. tasks_per_node, tasks_per_gpu: SLURM's options. mpi: command that starts
+    them.
     """
 
     tasks: int | None = None
@@ -50,9 +51,9 @@ class RanksRequest(GpuJobRequest):
 
 @dataclass(frozen=True, eq=False)
 class JobResources:
-    """Public methods have the names of rules, and return what a job of that rule asks for.
+    """Public methods have the names of rules, and return the request of that rule's job.
 
-    They raise MptTrtError when this machine or cluster does not have that.
+    They raise MptTrtError when this machine or cluster lacks a resource.
     """
 
     plan: Plan
@@ -62,7 +63,7 @@ class JobResources:
         return self.plan.settings.site
 
     def _megabytes(self, size: int) -> int:
-        """A job's `mem_mb`, from what its command needs in bytes."""
+        """Converts the needs of a command in bytes to its job's `mem_mb`."""
         return -(-size // 10**6) + self._site.job_overhead_mb
 
     # --- checkpoints and calibration --------------------------------------------------------------
@@ -81,14 +82,14 @@ class JobResources:
         return resources.conversion_minutes(config, dtype, tp_size)
 
     def convert_smoothquant_checkpoint(self, target: Target) -> HostRequest:
-        """Calibration, without a GPU, and conversion."""
+        """Resources of calibration, without a GPU, and conversion."""
         config, settings = self.plan.planned_config(target), self.plan.settings
         calibration = resources.forward_minutes(config, settings.calibration.num_tokens)
         conversion = self._conversion_minutes(config, self.plan.storage_type(target), target)
         return HostRequest(self._calibration_megabytes(target), calibration + conversion)
 
     def quantize(self, target: Target) -> GpuJobRequest:
-        """One GPU, which holds what a CPU would need as memory."""
+        """Resources of calibration on one GPU, which replaces the CPU's memory."""
         config, calibration = self.plan.planned_config(target), self.plan.settings.calibration
         count = self.calibration_gpus
         return GpuJobRequest(
@@ -127,7 +128,7 @@ class JobResources:
         )
 
     def build_gpus(self, target: Target) -> int:
-        """`tensorrt` builds on a GPU, which the job has to itself; `tensorrt_rtx` needs none."""
+        """Number of GPUs of a build: 1 for `tensorrt`, which builds on it, 0 for `tensorrt_rtx`."""
         return int(self.plan.builder(target).module == "tensorrt")
 
     def assemble_engine(self, target: Target) -> HostRequest:
@@ -142,7 +143,7 @@ class JobResources:
         return HostRequest(self._megabytes(resources.network_memory(spec)), runtime)
 
     def build_trtllm_engine(self, target: Target) -> GpuJobRequest:
-        """A GPU for each rank: trtllm-build builds all at a time."""
+        """Resources with one GPU per rank, because trtllm-build builds all at the same time."""
         spec = self.plan.engine_spec(target)
         needed = self._megabytes(target.tp * resources.build_memory(spec))
         return GpuJobRequest(needed, resources.build_minutes(spec), gpu=target.tp)
@@ -165,7 +166,7 @@ class JobResources:
     def _memory_and_time_of_smoke_test(self, target: Target) -> tuple[int, int]:
         spec, test = self.plan.engine_spec(target), self.plan.settings.smoke_test
         nodes = self.num_nodes(target) if spec.tp_size == target.tp else 1
-        # A token of the prompt has one character or more, but for rare bytes.
+        # A token of the prompt has at least one character, except for rare bytes.
         steps = len(test.prompt) + test.max_new_tokens
         return (
             self._megabytes(resources.smoke_test_memory(spec, nodes)),
@@ -191,7 +192,7 @@ class JobResources:
     # --- GPUs and nodes ---------------------------------------------------------------------------
 
     def _gpus(self, count: int, needed: int) -> dict[str, Any]:
-        """The fields of GpuRequest for `count` GPUs, of which each holds `needed` bytes."""
+        """Fields of GpuRequest for `count` GPUs with at least `needed` bytes each."""
         gpu_request.require_gpus(self._site, count)
         return vars(gpu_request.gpu_request(self._site, count, needed))
 
@@ -203,10 +204,10 @@ class JobResources:
         return gpu_request.num_nodes(self._site, target.tp)
 
     def _ranks(self, target: Target) -> dict[str, Any]:
-        """How the ranks are divided among nodes and started; one rank is not started by MPI.
+        """Division of the ranks among nodes, and their launcher; a single rank needs no MPI.
 
         `tasks_per_node` must be more than one; with one rank per node, `tasks` is their number.
-        `tasks_per_gpu` 0 keeps SLURM's plugin from taking `tasks` for the tasks of one GPU.
+        `tasks_per_gpu` 0 keeps SLURM's plugin from using `tasks` as the tasks of one GPU.
         """
         ranks, nodes = target.tp, self.num_nodes(target)
         return {

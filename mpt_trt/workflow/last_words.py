@@ -1,7 +1,7 @@
-"""What Snakemake prints of a failure: one sentence per problem, at the very end.
+"""Makes Snakemake report failures in one sentence per problem, at the very end.
 
-Snakemake itself ends with the rule's source line, or with its own log file and "At least one job
-did not complete successfully"; the reason, and for a failed job its command, stand above that.
+By default, Snakemake ends with the rule's source line, or with its own log file and "At least one
+job did not complete successfully", after the reason and the command of the failed job.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 from mpt_trt.workflow.target_names import TARGET_FORMS
 
-# The rest of a message by Python's own handler of exceptions, by our tools, or by a shell.
+# Rest of an error message of Python's exception handler, mpt-trt's tools, or a shell.
 OUR_MESSAGE = re.compile(r"error(?: \(rank \d+ of \d+\))?: (?P<sentence>.+)")
-# How long the end of a failed job's log may take to arrive, from a pipe or a shared file system.
+# Time for the end of a failed job's log to arrive, from a pipe or a shared file system.
 LATENCY_SECONDS = 2.0
 NO_TARGET = re.compile(r"No rule to produce (?P<name>.+?) \(if you use input functions")
 LOOK_ABOVE = "Exiting because a job execution failed"
@@ -26,7 +26,7 @@ FAILED_COMMAND, FAILED_JOBS = "CalledProcessError", "At least one job did not co
 
 
 class LastWords(logging.Filter):
-    """A filter for Snakemake's logger that replaces what it prints of failures."""
+    """A filter for Snakemake's logger that replaces its reports of failures."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,11 +34,11 @@ class LastWords(logging.Filter):
         self._failures: dict[str, tuple[str, list[str]]] = {}
 
     def refuse(self, sentence: str) -> None:
-        """Notes why planning is about to fail, in case it does."""
+        """Stores the reason for a failure of planning, in case it fails."""
         self._refusals.append(sentence)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Changes a record about a failure; returns whether anything is left of it."""
+        """Changes a record about a failure; returns whether it has text left."""
         event = str(getattr(record, "event", ""))
         if str(record.msg).startswith(LOOK_ABOVE):
             return False
@@ -51,7 +51,7 @@ class LastWords(logging.Filter):
     def _note_failed_job(self, record: Any) -> None:
         rule, outputs = str(record.rule_name), ", ".join(record.output or ())
         self._failures[f"{rule} {outputs}"] = rule, list(record.log or ())
-        # Without the event, Snakemake prints the message as it is.
+        # Without the event, Snakemake prints the message unchanged.
         record.event = None
         record.msg = f"Failed: {rule} ({outputs})" if outputs else f"Failed: {rule}"
 
@@ -70,7 +70,7 @@ class LastWords(logging.Filter):
 
 
 def failure_in_words(rule: str, logs: Iterable[str]) -> str:
-    """Why a job failed, by its log, and where the log is."""
+    """Describes the reason for a job's failure, from its log, and the log's path."""
     path = next(iter(logs), None)
     if path is None:
         return f"{rule} failed"
@@ -78,7 +78,7 @@ def failure_in_words(rule: str, logs: Iterable[str]) -> str:
 
 
 def _reason(log: Path) -> str | None:
-    """The sentence of the tool that failed, else the last line of the log."""
+    """Finds the message of the failed tool, otherwise the last line of the log."""
     lines: list[str] = []
     give_up = time.monotonic() + LATENCY_SECONDS
     while True:
@@ -93,7 +93,7 @@ def _reason(log: Path) -> str | None:
 
 
 def unknown_target_in_words(name: str) -> str:
-    """A target that no rule makes, and what targets look like."""
+    """Describes an unknown target, and the forms of targets."""
     folder = name.split("/")[0]
     folders = [form.split("/")[0] for form in TARGET_FORMS]
     near = difflib.get_close_matches(folder, folders, n=1)

@@ -1,4 +1,4 @@
-"""The commands in front of a job's own: a look at the machine, its GPUs, and a process per rank."""
+"""Commands before a job's own: preflight, GPU assignment, and one process per rank."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ ENGINE_TARGET = re.compile(
     r"(?:\.json)?"
 )
 MAX_TARGETS = 200
-"""A command line has room for about twice as many."""
+"""A command line has room for about twice this number."""
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """What stands in front of a job's command: commands as lists of words, empty for none.
+    """Commands before a job's own, as lists of words, empty for none.
 
-    preflight: shows what the machine has, before its first GPU job. gpus: hands out GPUs. ranks:
-    starts a process for each rank.
+    preflight: shows the machine's equipment before its first GPU job. gpus: assigns GPUs. ranks:
+    starts one process per rank.
 
-    Snakemake records parameters of built-in types only, so none of this: where a job runs says
-    nothing about its result, and another site repeats nothing.
+    Snakemake records only parameters of built-in types, so it does not record these. Results do not
+    depend on where a job runs, so another site does not repeat jobs.
     """
 
     preflight: list[str]
@@ -42,7 +42,7 @@ class Launcher:
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """Public methods have the names of rules."""
+    """Launchers of jobs; public methods have the names of rules."""
 
     jobs: JobResources
 
@@ -68,7 +68,7 @@ class Launch:
         return Launcher([], [], self._ranks(target))
 
     def _with_gpus(self, count: int) -> list[str]:
-        """Gives a command `count` GPUs of its own, or hides all of them from it."""
+        """Assigns `count` GPUs to a command, or hides all GPUs from it."""
         script = self._plan.script("steps/with_gpus.py")
         return ["python", str(script), f"--gpus={count}", "--"]
 
@@ -84,7 +84,7 @@ class Launch:
         return ["python", str(script), "--once=logs/preflight", f"--needs={needs}"]
 
     def needs_of_targets(self, _: Target) -> str:
-        """What the engines among the configuration's targets need, as JSON."""
+        """Needs of the engines among the configuration's targets, as JSON."""
         return json.dumps([asdict(needs) for needs in islice(self._all_needs(), MAX_TARGETS)])
 
     def _all_needs(self) -> Iterator[Needs]:
@@ -94,7 +94,7 @@ class Launch:
 
     def _needs(self, name: str, target: Target) -> Needs:
         variant, spec = self._plan.variant(target), self._plan.engine_spec(target)
-        # TensorRT-LLM builds all ranks at a time.
+        # TensorRT-LLM builds all ranks at the same time.
         builds = target.tp if variant.backend == TENSORRT_LLM else 1
         return Needs(
             target=name,

@@ -1,8 +1,8 @@
-"""What the rules take from the configuration: what jobs are made from, and what is refused.
+"""Plans a run: inputs of jobs, and checks before any job runs.
 
-Everything here is a function of the checked settings, of a job's wildcards and of the model's
-files, if they are on disk already. It raises MptTrtError, before any job runs. What a job asks of a
-machine is in `mpt_trt.workflow.job_resources`, and the options of its command in `job_options`.
+All results are functions of the checked settings, a job's wildcards and the model's files, if they
+are on disk. Errors are MptTrtErrors before any job runs. `mpt_trt.workflow.job_resources` has the
+resources of jobs, `job_options` the options of their commands.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from mpt_trt.workflow.trtllm_sources import trtllm_calibration, trtllm_ft_storag
 
 CALIBRATION_FILE = "mpt_tp1_rank0.npz"
 DEFAULT_SHAPE = "mpt-7b"
-"""The shape that is assumed for a hub model until its config.json is there."""
+"""Shape that is assumed for a hub model until its config.json is fetched."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A job's wildcards. Those that its rule does not have keep their defaults."""
+    """A job's wildcards; those that its rule lacks keep their defaults."""
 
     model: str = ""
     variant: str = ""
@@ -61,10 +61,10 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The plan of one run.
+    """Plan of a run.
 
-    repository: folder of the Snakefile. working_directory: of artifacts. deploys_software: whether
-    jobs run in conda environments or containers, instead of the environment that plans.
+    repository: folder of the Snakefile. working_directory: folder of artifacts. deploys_software:
+    whether jobs run in conda environments or containers instead of the planning environment.
     """
 
     settings: Settings
@@ -74,7 +74,7 @@ class Plan:
 
     @cached_property
     def has_gpus(self) -> bool:
-        """Whether jobs that can use GPUs find some."""
+        """Returns whether there are GPUs for jobs."""
         return gpu_request.has_gpus(self.settings.site)
 
     # --- checkpoints ------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class Plan:
         return self._sources[target.model]
 
     def shipped(self, path: str) -> Path:
-        """A file of the repository, from the working directory."""
+        """Path of a file of the repository, relative to the working directory."""
         return self._repository / path
 
     @cached_property
@@ -103,10 +103,10 @@ class Plan:
         return Path() if is_here else self.repository
 
     def find(self, path: str) -> str:
-        """A path of the configuration, from the working directory.
+        """Resolves a path of the configuration, relative to the working directory.
 
-        `~` is the user's home. A relative path that is not in the working directory but among the
-        files that ship with the repository, such as `resources/mpt-demo`, means the shipped one.
+        `~` is the user's home. A relative path that exists only in the repository, such as
+        `resources/mpt-demo`, refers to the repository.
         """
         path = os.path.expanduser(path)  # noqa: PTH111 (that fails if there is no such user)
         shipped = self.repository / path
@@ -114,26 +114,26 @@ class Plan:
         return str(shipped) if not is_here and shipped.exists() else path
 
     def script(self, name: str) -> Path:
-        """A script of workflow_scripts/."""
+        """Path of a script of workflow_scripts/."""
         return self.shipped(f"workflow_scripts/{name}")
 
     def code_version(self, name: str) -> str:
-        """Hash of a script and of the library behind it: an edit makes its outputs again."""
+        """Hash of a script's code, so that an edit repeats its jobs."""
         return source_hash((self.repository / "workflow_scripts" / name).resolve())
 
     def revision(self, target: Target) -> str:
-        """The model's branch, tag or commit on the hub."""
+        """Branch, tag or commit of the model on the hub."""
         return self.settings.model(target.model).revision
 
     def is_on_hub(self, target: Target) -> bool:
         return is_hub_id(self.source(target))
 
     def checkpoint_folder(self, target: Target) -> str:
-        """Folder of the model in Hugging Face format: its own, or the one of its hub files."""
+        """Folder of the model in Hugging Face format: its source, or that of its hub files."""
         return f"checkpoints/{target.model}" if self.is_on_hub(target) else self.source(target)
 
     def checkpoint_inputs(self, target: Target) -> list[str]:
-        """The folder first, then, if it is the user's own, each of its files that are read."""
+        """Lists the folder, then, if it is the user's, each of its files that are read."""
         folder = self.checkpoint_folder(target)
         if self.is_on_hub(target):
             return [folder]
@@ -145,7 +145,7 @@ class Plan:
         return self.checkpoint_folder(target) if tokenizer is None else self.find(tokenizer)
 
     def calibration_text(self, target: Target) -> list[str]:
-        """The user's own calibration text; none for the one that ships."""
+        """The user's calibration text; [] for the one that ships."""
         text = self.settings.calibration.text
         return [] if text is None else [self.find(text)]
 
@@ -153,11 +153,11 @@ class Plan:
         return self.find(self.settings.quality.text)
 
     def storage_type(self, target: Target) -> str:
-        """Type of the FT checkpoint's files, as the converter calls it."""
+        """Type of the FT checkpoint's files, with the converter's name."""
         return target_names.ft_storage(target.storage).storage_type
 
     def stored_config(self, target: Target) -> MptConfig | None:
-        """The model's architecture; None until its config.json is on disk."""
+        """Architecture of the model; None until its config.json is on disk."""
         folder = self.working_directory / self.checkpoint_folder(target)
         try:
             return _config_at(folder, os.stat(f"{folder}/config.json").st_mtime_ns)  # noqa: PTH116
@@ -165,7 +165,7 @@ class Plan:
             return None
 
     def planned_config(self, target: Target) -> MptConfig:
-        """The model's architecture or, until it is fetched, that of the known model of its name."""
+        """Architecture of the model or, until it is fetched, of the known model of its name."""
         if (config := self.stored_config(target)) is not None:
             return config
         name = Path(self.source(target)).name
@@ -177,27 +177,27 @@ class Plan:
         return self.settings.variant(target.variant)
 
     def engine_spec(self, target: Target) -> EngineSpec:
-        """The engine that a job's resources are computed from.
+        """Spec that a job's resources are computed from.
 
-        A number of ranks that the planned architecture cannot have may be right once the model is
-        fetched; until then one rank stands for each, since none needs more.
+        A tensor-parallel size that does not divide the planned architecture may be valid for the
+        fetched model. Until then, a single rank's resources are used, which are an upper bound.
         """
         config = self.planned_config(target)
         tp_size = target.tp if sharding.is_legal(config, target.tp) else 1
         return _spec_of(config, self.variant(target), tp_size)
 
     def builder(self, target: Target) -> Package:
-        """The package that builds the plan, with `backend: auto` resolved."""
+        """Package that builds the plan, with `backend: auto` resolved."""
         return choose_package(self.variant(target).backend, self.has_gpus)
 
     def ft_checkpoint(self, target: Target) -> str:
-        """The FT checkpoint that the variant's networks are made from."""
+        """FT checkpoint that the variant's networks are made from."""
         variant = self.variant(target)
         name = target_names.ft_storage_of(variant.dtype, variant.quantization).name
         return f"ft_ckpts/{target.model}/{name}/{target.tp}-gpu"
 
     def calibration(self, target: Target) -> list[str]:
-        """The calibration result that the variant's networks are made from, if any."""
+        """Calibration result that the variant's networks are made from, if any."""
         variant = self.variant(target)
         name = target_names.calibration_of(variant.quantization, variant.kv_cache_dtype)
         return _calibration_result(target.model, name)
@@ -216,12 +216,12 @@ class Plan:
         return _calibration_result(target.model, trtllm_calibration(variant.quantized))
 
     def variants_of_trtllm(self) -> str:
-        """A wildcard constraint: the variants whose engines TensorRT-LLM builds."""
+        """Wildcard constraint for variants whose engines TensorRT-LLM builds."""
         names = self.settings.variants_of(TENSORRT_LLM)
         return "|".join(map(re.escape, names)) or "(?!)"
 
     def other_variants(self) -> str:
-        """A wildcard constraint: any other name, also one that the configuration does not have."""
+        """Wildcard constraint for any other name, including unknown ones."""
         return f"(?!(?:{self.variants_of_trtllm()})/)[^/]+"
 
     # --- reports ----------------------------------------------------------------------------------
@@ -246,12 +246,12 @@ class Plan:
             for variant, tp_size in self.engines_of_report
         ]
 
-    # --- what is refused --------------------------------------------------------------------------
+    # --- checks -----------------------------------------------------------------------------------
 
     def require_possible(self, step: str, target: Target) -> None:
         """Raises MptTrtError when the rule `step` cannot make the target.
 
-        Of a model that is not fetched yet, the step itself refuses what its architecture forbids.
+        For a model that is not fetched yet, the step itself checks the architecture.
         """
         config = self.stored_config(target)
         match step:
@@ -290,7 +290,7 @@ class Plan:
             require_supported(_spec_of(config, variant, target.tp), TENSORRT_LLM)
 
     def _require_trtllm_for(self, result: str, target: Target) -> None:
-        """TensorRT-LLM must be in the environment of the jobs, unless the result is there."""
+        """Requires TensorRT-LLM in the environment of the jobs, unless the result exists."""
         path = self.working_directory / result.format(**vars(target))
         if not self.deploys_software and not path.exists():
             require_tensorrt_llm()
@@ -306,13 +306,13 @@ class Plan:
 
 @functools.cache
 def _config_at(folder: Path, mtime_ns: int) -> MptConfig:
-    """Read once, since many jobs ask for it, and again when the file has changed."""
+    """Reads a config.json; cached until the file changes, because many jobs need it."""
     return read_hf_config(folder)
 
 
 @functools.cache
 def _spec_of(config: MptConfig, variant: Variant, tp_size: int) -> EngineSpec:
-    """Made once, since many jobs ask for it."""
+    """Makes a spec; cached, because many jobs need it."""
     return variant.spec(config, tp_size)
 
 

@@ -1,7 +1,7 @@
-"""Compares what an engine needs with what a machine has.
+"""Compares the needs of an engine with a machine.
 
-Builds and loads nothing: versions come from the packages' metadata. Problems that only a build or a
-run reveals, such as a driver that is too old for a package, are not detected.
+Builds and loads nothing; versions come from the packages' metadata. Problems that only a build or a
+run shows, such as a driver that is too old, are not detected.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from mpt_trt.system.machine import Machine, describe_machine
 
 @dataclass(frozen=True)
 class Inventory:
-    """A machine and its software, by version; None for software that is missing.
+    """A machine and the versions of its software; None for missing software.
 
-    free_disk: in bytes.
+    free_disk: bytes.
     """
 
     host: str
@@ -43,8 +43,8 @@ class Inventory:
 class Needs:
     """Resources of a target, in bytes.
 
-    builder: as configured. gpu_memory: of each rank. build_memory, run_memory: host memory of a
-    build and of a run under ONNX Runtime. is_calibrated: whether it needs a calibration.
+    builder: as configured. gpu_memory: memory of each rank. build_memory, run_memory: host memory
+    of a build and of a run under ONNX Runtime. is_calibrated: whether it needs a calibration.
     """
 
     target: str
@@ -59,10 +59,10 @@ class Needs:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Missing parts in words, empty if nothing is missing.
+    """Descriptions of missing parts; empty if nothing is missing.
 
     build: for building the target. tensorrt: for running its plan. run: for running it with any
-    runtime, as ONNX Runtime is the fallback.
+    runtime; ONNX Runtime is the fallback.
     """
 
     build: tuple[str, ...]
@@ -71,7 +71,7 @@ class Verdict:
 
 
 def inspect(folder: Path) -> Inventory:
-    """Describes this machine and its software. folder: where the artifacts will lie."""
+    """Describes this machine and its software. folder: folder of the artifacts."""
     return Inventory(
         host=platform.node(),
         machine=describe_machine(),
@@ -92,7 +92,7 @@ def _builder_version(module: str) -> str | None:
 
 
 def judge(needs: Needs, inventory: Inventory) -> Verdict:
-    """Finds what keeps a target from being built or run on a machine."""
+    """Finds missing parts for building or running a target on a machine."""
     ranks = tuple(_missing_for_ranks(needs, inventory))
     tensorrt = (*_missing_for_tensorrt(needs, inventory), *ranks)
     fallback = (*_missing_for_onnxruntime(needs, inventory), *ranks)

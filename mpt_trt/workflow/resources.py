@@ -1,6 +1,6 @@
-"""Disk and host memory in bytes, and minutes, that the workflow's jobs need.
+"""Disk space and host memory (bytes) and time (minutes) of the workflow's jobs.
 
-Sizes of files are exact; estimates are called so. Measured with TensorRT-RTX 1.7, ONNX Runtime 1.32
+Sizes of files are exact, other values estimates. Measured with TensorRT-RTX 1.7, ONNX Runtime 1.32
 and PyTorch 2.13 on Linux (docs/requirements.md).
 """
 
@@ -29,7 +29,7 @@ from mpt_trt.quantization.schemes import (
 PLAN_BASE = 4 * MIB
 PLAN_PER_LAYER = MIB
 # Host memory of a build. Measured: 1.17 x the weights at 2.6 GB and 1.04 x at 13 GB; 0.6 GB in all
-# for 0.2 GB of weights. It includes two pieces of the plan of 64 MiB each. TensorRT unpacks 4-bit
+# for 0.2 GB of weights. It includes two pieces of the plan of 64 MiB each. TensorRT expands 4-bit
 # weights: 8.4 GB in all for MPT-7B, 2.4 GB for 1.3B.
 BUILD_PER_WEIGHT = 1.2
 BUILD_BASE = 700 * MIB
@@ -43,9 +43,10 @@ NETWORK_BASE = 200 * MIB
 # Bytes per element of a matrix that is being quantized: half a byte for its 4-bit integers and the
 # same for the part that is read. Measured: 174 MiB in all for MPT-7B in int4_awq, two at a time.
 NETWORK_PER_ELEMENT = 1
-# A process with PyTorch and ModelOpt; the most copies of a matrix or an activation that ModelOpt
-# has at a time; the hidden states of all samples: before a block, after it, and of a second run.
-# Measured, with pages of mapped files: 0.83 GB for the demo model, 1.38 GB for blocks of 0.2 GB.
+# A process with PyTorch and ModelOpt; the maximum number of copies of a matrix or an activation
+# that ModelOpt has at a time; the hidden states of all samples before a block, after it, and of a
+# second run. Measured with pages of mapped files: 0.83 GB for the demo model, 1.38 GB for blocks of
+# 0.2 GB.
 CALIBRATION_BASE = 700 * MIB
 CALIBRATION_COPIES = 6
 CALIBRATION_STATES = 3
@@ -53,11 +54,11 @@ CALIBRATION_STATES = 3
 SMOKE_TEST_BASE = 450 * MIB
 # A process with PyTorch and transformers. Measured: 0.43 GiB.
 REFERENCE_BASE = 500 * MIB
-# Logits of a step, and the values from which the network computes them.
+# Logits of a step, and the values that the network computes them from.
 QUALITY_STEP = 1024 * MIB
 
-# Time limits of jobs are allowances for slow machines, not forecasts, because a scheduler ends jobs
-# that exceed them. Bytes per second that a slow hub and a busy shared file system give one job:
+# Time limits are for slow machines, because a scheduler ends jobs that exceed them. Bytes per
+# second of a slow hub and of a busy shared file system for one job:
 DOWNLOAD_RATE = 10**7
 DISK_RATE = 5 * 10**7
 # Bytes of weights that a builder processes per second, without reading and writing. Measured with
@@ -70,7 +71,7 @@ CPU_RATE = 2 * 10**9
 CPU_PRODUCTS = 10**10
 GPU_PRODUCTS = 10**12
 CALIBRATION_PASSES = 10
-# Starting Python from a shared file system, and everything else that does not depend on the model.
+# Starting Python from a shared file system, and other work that does not depend on the model.
 BASE_MINUTES = 10
 
 
@@ -78,7 +79,7 @@ BASE_MINUTES = 10
 
 
 def ft_checkpoint_disk(spec: EngineSpec) -> int:
-    """Size of the FT checkpoint's `.bin` files, which is exact; its other files are small."""
+    """Exact size of the FT checkpoint's `.bin` files; its other files are small."""
     is_smoothed = isinstance(spec.scheme, SmoothQuant)
     int8_layers = Int8Layers.ALL if is_smoothed else Int8Layers.NONE
     return _ft_bytes(spec.config, spec.tp_size, spec.dtype, int8_layers)
@@ -92,7 +93,7 @@ def _ft_bytes(
 
 
 def engine_disk(spec: EngineSpec) -> int:
-    """Size of an engine directory: the plans, and the matrices that its network quantizes.
+    """Size of an engine directory: its plans, and the quantized matrices of its networks.
 
     All other weights are links to the FT checkpoint.
     """
@@ -107,7 +108,7 @@ def engine_disk(spec: EngineSpec) -> int:
 
 
 def conversion_memory(workers: int) -> int:
-    """Host memory of a conversion, which streams the model: its size does not matter."""
+    """Host memory of a conversion, which streams the model, so its size does not matter."""
     return CONVERSION_BASE + workers * CONVERSION_PER_WORKER
 
 
@@ -128,7 +129,7 @@ def calibration_memory(config: MptConfig, num_samples: int, sequence_length: int
 
 
 def network_memory(spec: EngineSpec) -> int:
-    """Host memory of making networks, where each worker quantizes one matrix at a time.
+    """Host memory of making networks; each worker quantizes one matrix at a time.
 
     Unquantized weights and SmoothQuant's integers are links.
     """
@@ -150,7 +151,7 @@ def build_memory(spec: EngineSpec) -> int:
 
 
 def _unpacked_bytes(spec: EngineSpec) -> int:
-    """Size that 4-bit weights take beyond their packed size when each has a byte."""
+    """Additional size of 4-bit weights that are expanded to one byte each."""
     packed = sum(
         tensor.byte_size for tensor in memory.block_tensors(spec) if tensor.dtype == "int4"
     )
@@ -160,7 +161,7 @@ def _unpacked_bytes(spec: EngineSpec) -> int:
 def smoke_test_memory(spec: EngineSpec, num_nodes: int = 1) -> int:
     """Estimates the host memory of a smoke test under ONNX Runtime on the CPU, per node.
 
-    The ranks divide evenly among the nodes.
+    The ranks are divided evenly among the nodes.
     """
     ranks = spec.tp_size // num_nodes * _onnx_runtime_memory(spec, 1)
     return ranks + _reference_memory(spec.config)
@@ -192,8 +193,8 @@ def quality_memory(spec: EngineSpec, num_windows: int, window_length: int) -> in
 def _onnx_runtime_memory(spec: EngineSpec, rows: int) -> int:
     """Host memory of a rank with `rows` rows in its cache.
 
-    ONNX Runtime computes in float32 on the CPU. It has two copies of the weights of bfloat16
-    networks and of quantized ones, whose second copy is in the order of its kernels.
+    ONNX Runtime computes in float32 on the CPU. It has two copies of the weights of bfloat16 and
+    quantized networks; the second copy of the latter is in the order of its kernels.
     """
     in_float32 = replace(spec, dtype="float32")
     is_quantized = spec.scheme is not None
@@ -203,7 +204,7 @@ def _onnx_runtime_memory(spec: EngineSpec, rows: int) -> int:
 
 
 def _reference_memory(config: MptConfig) -> int:
-    """Size of one block, the embedding and the head in float32, which the reference has."""
+    """Size of one block, the embedding and the head in float32, for the reference."""
     block = sum(math.prod(w.shape) for w in weights(replace(config, num_layers=1)))
     return block * FLOAT32_BYTES
 
@@ -223,9 +224,9 @@ def conversion_minutes(config: MptConfig, storage_type: str, tp_size: int) -> in
 
 
 def network_minutes(spec: EngineSpec) -> int:
-    """Time limit of making all networks: weights are linked, or read, quantized and written.
+    """Time limit of making all networks, which links weights or reads, quantizes and writes them.
 
-    For integers without groups, a rank reads the whole of each matrix that is divided by rows.
+    For integers without groups, each rank reads row-split matrices completely.
     """
     scheme = spec.scheme
     if scheme is None:

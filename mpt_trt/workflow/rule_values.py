@@ -1,4 +1,4 @@
-"""Functions of a plan in the form in which Snakemake's rules take them: of a job's wildcards."""
+"""Adapts functions of a plan to Snakemake's rules, as functions of a job's wildcards."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mpt_trt.workflow.plan import Plan, Target
 
 @dataclass(frozen=True)
 class RuleValues:
-    """error: Snakemake's exception for what is wrong with a workflow. last_words: prints it."""
+    """Values for rules. error: Snakemake's exception for workflow errors. last_words: prints it."""
 
     plan: Plan
     error: type[Exception]
     last_words: LastWords
 
     def of_job(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` of a job's target, as a function of its wildcards."""
+        """Turns a function of a target into a function of a job's wildcards."""
 
         def value(wildcards: Any, **keywords: Any) -> Any:
             try:
@@ -33,13 +33,13 @@ class RuleValues:
                 self.last_words.refuse(str(error))
                 raise self.error(str(error)) from None
 
-        # By their names, Snakemake gives a function further arguments, such as `threads`. It reads
-        # the signature whenever it calls one; this makes that quick.
+        # Snakemake passes further arguments, such as `threads`, by name. It reads the signature at
+        # every call; this makes that quick.
         value.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
         return value
 
     def require_possible(self, step: str) -> Callable[..., Any]:
-        """An input function that adds no input, but refuses what the rule `step` cannot make."""
+        """Makes an input function that only rejects targets that the rule `step` cannot make."""
 
         def nothing(target: Target) -> list[str]:
             self.plan.require_possible(step, target)
@@ -48,8 +48,8 @@ class RuleValues:
         return self.of_job(nothing)
 
     def resources_of(self, request_of: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-        """The fields of the request that `request_of` makes for a job's target, by name."""
-        # Snakemake asks for the resources of a job one after the other.
+        """Fields of the request that `request_of` makes for a job's target, by name."""
+        # Snakemake requests the resources of a job one after the other.
         latest = functools.lru_cache(maxsize=1)(request_of)
 
         def field(name: str) -> Callable[..., Any]:
@@ -65,7 +65,7 @@ class RuleValues:
     def tool(self, script: str) -> dict[str, Any]:
         """Path and version of a script of workflow_scripts/, as parameters.
 
-        Snakemake records parameters of built-in types only, so not the path, as a Path: the same
-        script in another place repeats nothing.
+        Snakemake records only parameters of built-in types. The path is a Path, so a script in
+        another place does not repeat jobs.
         """
         return {"tool": self.plan.script(script), "code": self.plan.code_version(script)}

@@ -1,4 +1,4 @@
-"""`config.yaml`: checked against its schema, defaults filled in, as frozen dataclasses."""
+"""Reads `config.yaml` into frozen dataclasses: checked against its schema, with defaults."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SCHEMA = Path(__file__).with_name("config.schema.yaml")
 
 @dataclass(frozen=True)
 class Model:
-    """See the schema."""
+    """Entry of `models`; see the schema."""
 
     source: str
     revision: str
@@ -46,7 +46,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Variant:
-    """See the schema. quantization: None for `method: none`."""
+    """Entry of `variants`; see the schema. quantization: None for `method: none`."""
 
     dtype: str
     quantization: WeightQuantization | None
@@ -70,9 +70,9 @@ class Variant:
         return BuilderChoice(self.backend, self.compute_capabilities)
 
     def spec(self, config: MptConfig, tp_size: int) -> EngineSpec:
-        """The engine of a model in this variant.
+        """Makes the spec of a model's engine in this variant.
 
-        Raises MptTrtError when the model cannot be divided among tp_size ranks.
+        Raises MptTrtError when tp_size does not divide the model.
         """
         limits = BuildLimits(
             self.max_batch_size,
@@ -86,7 +86,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Calibration:
-    """See the schema. text: None for the text that ships."""
+    """Section `calibration`; see the schema. text: None for the text that ships."""
 
     text: str | None
     num_samples: int
@@ -100,7 +100,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class SmokeTest:
-    """See the schema."""
+    """Section `smoke_test`; see the schema."""
 
     prompt: str
     max_new_tokens: int
@@ -108,7 +108,7 @@ class SmokeTest:
 
 @dataclass(frozen=True)
 class Site:
-    """See the schema."""
+    """Section `site`; see the schema."""
 
     gpus: str
     gpu_request: str
@@ -121,7 +121,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Quality:
-    """See the schema."""
+    """Section `quality`; see the schema."""
 
     text: str
     num_windows: int
@@ -129,13 +129,13 @@ class Quality:
 
     @property
     def num_tokens(self) -> int:
-        """Most tokens that are read."""
+        """Maximum number of tokens that are read."""
         return self.num_windows * self.window_length
 
 
 @dataclass(frozen=True)
 class Report:
-    """See the schema. variants: None for all."""
+    """Section `report`; see the schema. variants: None for all."""
 
     variants: tuple[str, ...] | None
     tp_sizes: tuple[int, ...]
@@ -144,7 +144,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Settings:
-    """The whole configuration; models and variants by name."""
+    """The configuration, with models and variants by name."""
 
     models: dict[str, Model]
     variants: dict[str, Variant]
@@ -156,11 +156,11 @@ class Settings:
     targets: tuple[str, ...]
 
     def model(self, name: str) -> Model:
-        """Raises MptTrtError, with the nearest known name, when there is no such model."""
+        """Returns a model; raises MptTrtError with the nearest name when it is unknown."""
         return _entry("model", self.models, name)
 
     def variant(self, name: str) -> Variant:
-        """Raises MptTrtError, with the nearest known name, when there is no such variant."""
+        """Returns a variant; raises MptTrtError with the nearest name when it is unknown."""
         return _entry("variant", self.variants, name)
 
     def variants_of(self, backend: str) -> tuple[str, ...]:
@@ -168,9 +168,9 @@ class Settings:
         return tuple(name for name, entry in self.variants.items() if entry.backend == backend)
 
     def engines_of_report(self) -> list[tuple[str, int]]:
-        """(variant, tp_size) of every engine that a model's report shows, in its order.
+        """Lists (variant, tp_size) of the engines in a model's report, in its order.
 
-        Raises MptTrtError when there is no such variant, or its quality is not measured.
+        Raises MptTrtError when a variant is unknown, or its quality is not measured.
         """
         report, unmeasured = self.report, self.variants_of(TENSORRT_LLM)
         measured = tuple(name for name in self.variants if name not in unmeasured)
@@ -195,7 +195,7 @@ def parse_settings(
 ) -> Settings:
     """Checks `content` and fills in defaults.
 
-    Raises MptTrtError that names the source, the key, its value and, for a misspelt key, the
+    Raises MptTrtError that names the source, the key, its value and, for an unknown key, the
     nearest known one.
     """
     import jsonschema  # tools need only defaults
@@ -220,22 +220,22 @@ def parse_settings(
 
 
 def variant_default(key: str) -> Any:
-    """The default of one key of a variant, for command-line tools that have the same option."""
+    """Default of a variant's key, for command-line tools with the same option."""
     return _schema()["$defs"]["variant"]["properties"][key]["default"]
 
 
 def variant_choices(key: str) -> list[str]:
-    """The values that one key of a variant may have."""
+    """Valid values of a variant's key."""
     return _schema()["$defs"]["variant"]["properties"][key]["enum"]
 
 
 def quantization_default(key: str) -> Any:
-    """The default of one key of a variant's `quantization`."""
+    """Default of a key of a variant's `quantization`."""
     return _quantization_schema()[key]["default"]
 
 
 def quantization_choices(key: str) -> list[Any]:
-    """The values that one key of a variant's `quantization` may have."""
+    """Valid values of a key of a variant's `quantization`."""
     return _quantization_schema()[key]["enum"]
 
 
@@ -244,17 +244,17 @@ def _quantization_schema() -> dict[str, Any]:
 
 
 def default_calibration() -> Calibration:
-    """How to calibrate where nothing is said."""
+    """Default settings of calibration."""
     return Calibration(**_with_defaults({}, _schema())["calibration"])
 
 
 def default_tolerance() -> Tolerance:
-    """The tolerance of a variant that names none."""
+    """Default tolerance of a variant."""
     return Tolerance(**_with_defaults({}, _schema()["$defs"]["variant"])["tolerance"])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: `; did you mean 'x'?`, or the known names."""
+    """Makes a hint for an unknown name: `; did you mean 'x'?`, or the known names."""
     names = sorted(known)
     if close := difflib.get_close_matches(name, names, n=1):
         return f"did you mean {close[0]!r}?"
@@ -289,7 +289,7 @@ def _report(entry: dict[str, Any]) -> Report:
 
 
 def _require_own_options(content: Mapping[str, Any], sources: ConfigSources) -> None:
-    """Raises MptTrtError when a variant sets an option that its quantization method has not."""
+    """Raises MptTrtError when a variant sets an option of another quantization method."""
     for name, variant in content.get("variants", {}).items():
         options = dict(variant.get("quantization", {}))
         method = options.pop("method", "none")
@@ -306,7 +306,7 @@ def _require_own_options(content: Mapping[str, Any], sources: ConfigSources) -> 
 
 @functools.cache
 def _schema() -> dict[str, Any]:
-    # libyaml, where PyYAML has it, reads the schema in a tenth of the time.
+    # libyaml, if PyYAML has it, reads the schema in a tenth of the time.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return yaml.load(SCHEMA.read_text(), loader)
 
@@ -317,7 +317,7 @@ def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_defaults(value: Any, schema: dict[str, Any]) -> Any:
-    """`value` with the schema's defaults in the places where it says nothing."""
+    """Fills in the schema's defaults for missing keys of `value`."""
     schema = _resolved(schema)
     if not isinstance(value, Mapping):
         return value
@@ -328,7 +328,7 @@ def _with_defaults(value: Any, schema: dict[str, Any]) -> Any:
 
 
 def _place(error: ValidationError) -> list[object]:
-    """The keys that lead to the wrong value, or to the unknown key."""
+    """Keys that lead to the wrong value or the unknown key."""
     place: list[object] = list(error.absolute_path)
     return [*place, _unknown_key(error)] if error.validator == "additionalProperties" else place
 
@@ -340,7 +340,7 @@ def _unknown_key(error: ValidationError) -> object:
 
 
 def _explain(error: ValidationError) -> str:
-    # What these hold depends on the validator.
+    # The content of these attributes depends on the validator.
     schema: Any = error.schema
     expected: Any = error.validator_value
     instance: Any = error.instance

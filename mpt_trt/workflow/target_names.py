@@ -1,8 +1,8 @@
-"""Names of artifacts in target paths: what each says about how the artifact is made.
+"""Names of artifacts in target paths, and their meaning.
 
 An FT checkpoint is `fp32`, `fp16`, `bf16` or, for SmoothQuant, `sq`, which means alpha 0.5 and
 float16; other settings are part of the name: `sq-0.8-bf16`. A calibration result is `fp8`,
-`int8_sq`, `kv_cache` or `int4_awq`, and `int4_awq-g64` where a group size is asked for.
+`int8_sq`, `kv_cache` or `int4_awq`, and `int4_awq-g64` if a group size is set.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TARGET_FORMS = (
     "build/plans/{model}/{variant}/{tp}-gpu/rank{rank}.engine",
     "trtllm_ckpts/{model}/{variant}/{tp}-gpu",
 )
-"""What people ask for, as the rules name it."""
+"""Forms of the targets that users request."""
 FORMATS: tuple[QuantizationFormat, ...] = get_args(QuantizationFormat)
 STORAGES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 STORAGE_OF_TYPE = {storage_type: name for name, storage_type in STORAGES.items()}
@@ -42,7 +42,7 @@ DEFAULT_STORAGE = "float16"
 
 @dataclass(frozen=True)
 class FtStorage:
-    """How an FT checkpoint is stored. alpha: of SmoothQuant; None for a plain checkpoint."""
+    """Storage of an FT checkpoint. alpha: SmoothQuant's; None for a plain checkpoint."""
 
     storage_type: str
     alpha: float | None = None
@@ -60,7 +60,7 @@ class FtStorage:
 
 
 def ft_storage(name: str) -> FtStorage:
-    """What the name of an FT checkpoint says; raises MptTrtError when it says nothing."""
+    """Parses the name of an FT checkpoint; raises MptTrtError for an unknown name."""
     if name in STORAGES:
         return FtStorage(STORAGES[name])
     match = re.fullmatch(rf"sq(?:-([0-9.]+))?(?:-({'|'.join(STORAGES)}))?", name)
@@ -80,13 +80,13 @@ def ft_storage(name: str) -> FtStorage:
 
 
 def ft_storage_of(dtype: str, scheme: WeightQuantization | None) -> FtStorage:
-    """The FT checkpoint that a variant's network is made from."""
+    """Storage of the FT checkpoint that a variant's network is made from."""
     return FtStorage(dtype, scheme.alpha if isinstance(scheme, SmoothQuant) else None)
 
 
 @dataclass(frozen=True)
 class CalibrationName:
-    """What a calibration result is for. group_size: of int4_awq, None for the model's default."""
+    """Format of a calibration result. group_size: int4_awq's; None for the model's default."""
 
     quantization_format: QuantizationFormat
     group_size: int | None = None
@@ -98,7 +98,7 @@ class CalibrationName:
 
 
 def calibration_name(name: str) -> CalibrationName:
-    """What the name of a calibration result says; raises MptTrtError when it says nothing."""
+    """Parses the name of a calibration result; raises MptTrtError for an unknown name."""
     known = [CalibrationName(quantization_format) for quantization_format in FORMATS]
     known += [CalibrationName("int4_awq", group_size) for group_size in GROUP_SIZES]
     by_name = {entry.name: entry for entry in known}
@@ -110,7 +110,7 @@ def calibration_name(name: str) -> CalibrationName:
 def calibration_of(
     scheme: WeightQuantization | None, kv_cache: KvCacheType
 ) -> CalibrationName | None:
-    """The calibration result that a variant's network is made from; None when it needs none."""
+    """Calibration result that a variant's network is made from; None if it needs none."""
     quantization_format = calibration_format(scheme, kv_cache)
     if quantization_format is None:
         return None

@@ -1,4 +1,4 @@
-"""What a variant's TensorRT-LLM checkpoint is made from."""
+"""Inputs of a variant's TensorRT-LLM checkpoint."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from mpt_trt.workflow.target_names import CalibrationName, FtStorage, calibratio
 
 
 def trtllm_ft_storage(dtype: str, scheme: WeightQuantization | None) -> FtStorage:
-    """The FT checkpoint; a smoothed one for the plugin form of SmoothQuant alone."""
+    """Storage of the FT checkpoint; only the plugin form of SmoothQuant needs a smoothed one."""
     return ft_storage_of(dtype, None if uses_modelopt_form(scheme) else scheme)
 
 
 def trtllm_calibration(quantization: Quantization) -> CalibrationName | None:
-    """The calibration result; None when none is needed."""
+    """Calibration result; None if none is needed."""
     if uses_modelopt_form(quantization.scheme):
         return CalibrationName("int8_sq")
     return calibration_of(quantization.scheme, quantization.kv_cache)
