@@ -12,7 +12,7 @@ INSTALL_SLURM := (apt-get update && apt-get install -y --no-install-recommends $
 
 DEMO := smoke_tests/mpt-demo/fp16/1-gpu.json
 
-.PHONY: demo test test-install slurm-ready test-slurm test-gpu fuzz nightly bench check docs clean
+.PHONY: demo test test-install slurm-ready test-slurm test-gpu test-kills fuzz nightly bench check docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/snakemake --cores 2 $(DEMO)
@@ -43,6 +43,11 @@ test-gpu: $(VENV)/installed-dev
 # Readers of foreign files on 20,000 mutations of each: some minutes.
 fuzz: $(VENV)/installed-dev
 	MPT_TRT_FUZZ=20000 $(BIN)/python -m pytest tests/fuzz
+
+# The workflow killed at 20 points, and a replacement of a folder at all of its system calls: some 10
+# minutes. strace makes the latter; without it, that test is skipped.
+test-kills: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m kills tests/kills
 
 # Real shapes, cut to two blocks: some 5 minutes, 10 GB of memory and of disk.
 nightly: $(VENV)/installed-dev

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import random
 import re
 import shutil
 import signal
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from mpt_trt.ft.checkpoint import read_ft_checkpoint
+from support.kills import StoppedWorkflow, artifacts, finish
 from support.paths import REPOSITORY
 from support.workflow import SMALL, Workflow
 
@@ -294,27 +295,28 @@ def test_a_missing_model_folder_is_named(made: Workflow) -> None:
     assert "no such folder: nowhere" in result.stdout + result.stderr
 
 
-def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    workflow = Workflow.create(tmp_path / "project")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "snakemake", "--cores", "2", SMOKE_TEST.format("fp32")],
-        cwd=workflow.folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+def test_interrupted_and_killed_it_ends_with_the_same_artifacts(
+    made: Workflow, tmp_path: Path
+) -> None:
+    workflow, target = Workflow.create(tmp_path / "project"), SMOKE_TEST.format("fp32")
     network = workflow.folder / "build/networks/toy/fp32/1-gpu"
-    deadline = time.monotonic() + 60
-    while not network.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    run = StoppedWorkflow(workflow, target)
+    run.wait_until(network.exists)
     # Ctrl-C reaches the whole foreground process group.
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) != 0
-    assert not (workflow.folder / SMOKE_TEST.format("fp32")).exists()
+    assert run.stop(signal.SIGINT)
     assert list(workflow.folder.rglob(".*partial*")) == []
-    jobs = workflow.make(SMOKE_TEST.format("fp32"))
-    assert jobs[0] in ("make_networks fp32", "build_rank fp32", "assemble_engine fp32")
-    assert jobs[-1] == "smoke_test fp32"
+    rest = ("make_networks fp32", "build_rank fp32", "assemble_engine fp32")
+    assert workflow.planned(target)[0] in rest
+    killed = 0
+    for rule in ("make_networks", "build_rank", "smoke_test"):
+        run = StoppedWorkflow(workflow, target)
+        run.wait_for(f"rule {rule}:")
+        time.sleep(random.random())
+        killed += run.stop(signal.SIGKILL)
+    assert killed > 0
+    finish(workflow, target)
+    expected = {path: content for path, content in artifacts(made).items() if "/fp32/" in path}
+    assert artifacts(workflow) == expected
 
 
 def test_shipped_models_plan_without_a_network(made: Workflow) -> None:
