@@ -36,8 +36,10 @@ import numpy as np
 import torch
 
 from mpt_trt.calibration.block_stream import Computation, equal_batch_size, stream_blocks
+from mpt_trt.calibration.calibrate import calibrate
 from mpt_trt.calibration.model_source import ModelSource, open_model
-from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate, modelopt_config
+from mpt_trt.calibration.modelopt import modelopt_config
+from mpt_trt.calibration.plan import CalibrationPlan
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.torch_block import PlainBlock, causal_bias, with_weights
 from mpt_trt.model.torch_tensors import ModelTensors, embed

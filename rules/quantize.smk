@@ -1,6 +1,6 @@
 """From a model's checkpoint to calibration results, for engines of any number of ranks.
 
-quantized/{model}/{qformat}/mpt_tp1_rank0.npz    qformat is int4_awq, int4_awq-g64 and the like, fp8,
+quantized/{model}/{qformat}/mpt_tp1_rank0.npz    qformat is int4_awq, int4_gptq, int4_awq-g64, fp8,
                                                  int8_sq or kv_cache
 """
 

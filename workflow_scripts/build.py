@@ -61,14 +61,15 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--use_weight_only", action="store_true", help="store weights as integers")
     group.add_argument(
         "--weight_only_precision",
-        choices=["int8", "int4", "int4_awq"],
+        choices=["int8", "int4", "int4_awq", "int4_gptq"],
         default="int8",
-        help="type of the integers; int4_awq needs --quant_ckpt_path (default: %(default)s)",
+        help="type of the integers; int4_awq and int4_gptq need --quant_ckpt_path (default: "
+        "%(default)s)",
     )
     group.add_argument(
         "--per_group",
         action="store_true",
-        help="int4: one scale per group of input features; int4_awq always has groups",
+        help="int4: one scale per group of input features; other 4-bit types always have groups",
     )
     group.add_argument(
         "--group_size",

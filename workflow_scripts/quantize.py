@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Calibrate a model for quantization and write {export_path}/mpt_tp1_rank0.npz.
 
-The model reads samples of a text while NVIDIA's ModelOpt observes its linear layers, one block at a
-time, so memory holds two blocks and the samples' hidden states. The file has AMMO's layout, and
-serves engines of any tensor-parallel size.
+The model reads samples of a text, one block at a time, so memory holds two blocks and the samples'
+hidden states. NVIDIA's ModelOpt or, for int4_gptq, mpt-trt itself observes the inputs of its linear
+layers. The file has AMMO's layout, and serves engines of any tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--awq_block_size",
         type=int,
         choices=GROUP_SIZES,
-        help="input features per scale, for int4_awq (default: 128, or less if ranks would share a "
-        "group)",
+        help="input features per scale, for int4_awq and int4_gptq (default: 128, or less if ranks "
+        "would share a group)",
     )
     add("--log_level", default="info", help="least important messages shown (default: %(default)s)")
     add(

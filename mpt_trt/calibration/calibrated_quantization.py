@@ -24,7 +24,7 @@ class CalibratedQuantization:
         if needed is None:
             return
         method, cache = method_of(self.quantization.scheme), self.quantization.kv_cache
-        what = method if needed in ("int4_awq", "fp8") else f"a KV cache of {cache}"
+        what = f"a KV cache of {cache}" if needed == "kv_cache" else method
         if self.calibration is None:
             raise MptTrtError(
                 f"{what} needs a calibration result: make one with quantize.py --qformat {needed} "

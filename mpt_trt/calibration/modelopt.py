@@ -1,4 +1,4 @@
-"""Calibrates a model with NVIDIA's ModelOpt, one block after the other."""
+"""Calibration of a block by NVIDIA's ModelOpt."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpt_trt.calibration.block_stream import (
-    Computation,
-    SampleRun,
-    linear_modules,
-    not_finite,
-    observed_cache,
-    stream_blocks,
-)
-from mpt_trt.calibration.model_source import ModelSource
-from mpt_trt.calibration.writer import calibration_writer
+from mpt_trt.calibration.block_stream import SampleRun, linear_modules, not_finite, on_host
+from mpt_trt.calibration.plan import CalibrationPlan
+from mpt_trt.model.tensors import BlockMatrix
 from mpt_trt.model.torch_block import PlainBlock
 from mpt_trt.quantization.calibrated_weights import (
     FP8_MAX,
@@ -39,66 +29,25 @@ from mpt_trt.quantization.calibrated_weights import (
     Fp8Scales,
     SmoothQuantMatrix,
 )
-from mpt_trt.quantization.schemes import SMOOTHQUANT_ALPHA, QuantizationFormat
-from mpt_trt.system.background import background
+from mpt_trt.quantization.schemes import SMOOTHQUANT_ALPHA
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CalibrationPlan:
-    """Format of a calibration. group_size: input features that share a scale, for int4_awq."""
-
-    quantization_format: QuantizationFormat
-    group_size: int | None = None
-
-
-def calibrate(
-    source: ModelSource,
-    samples: Tensor,
-    plan: CalibrationPlan,
-    computation: Computation,
-    weight_dtype: np.dtype,
-    target: Path,
-    advance: Callable[[], None] = lambda: None,
-) -> None:
-    """Calibrates a model and writes the result to the npz file `target`, or nothing at all.
-
-    samples: token ids, int64 `[number, seq]`. weight_dtype: float16 or float32, the type of weights
-    in the file. advance is called after each block. A block is written while the next one is
-    calibrated.
-
-    Raises MptTrtError for samples that the model cannot read, and for values that the computation's
-    type or weight_dtype cannot represent.
-    """
-    # The writer is opened first, so that it closes the file after the last block is written.
-    with (
-        calibration_writer(target, source.config, source.reader, weight_dtype) as writer,
-        background() as writing,
-    ):
-        writing.start(partial(writer.model, plan.quantization_format))
-
-        def visit(layer: int, block: PlainBlock, run: SampleRun) -> None:
-            with observed_cache(block) as cache_amax:
-                quantize_module(block, plan, run)
-            kv_amax, modules = cache_amax(), linear_modules(block)
-            if plan.quantization_format == "kv_cache":
-                modules = {}
-            matrices = {n: calibrated_matrix(m, plan, weight_dtype) for n, m in modules.items()}
-            writing.start(partial(writer.block, layer, kv_amax, matrices))
-            advance()
-
-        stream_blocks(source, samples, computation, visit)
+def calibrated_by_modelopt(
+    plan: CalibrationPlan, weight_dtype: np.dtype, block: PlainBlock, run: SampleRun
+) -> dict[BlockMatrix, CalibratedMatrix]:
+    """Lets ModelOpt calibrate a block, in place, and reads its results for each linear layer."""
+    quantize_module(block, plan, run)
+    modules = linear_modules(block)
+    return {name: calibrated_matrix(m, plan, weight_dtype) for name, m in modules.items()}
 
 
 def quantize_module(
     module: nn.Module, plan: CalibrationPlan, forward_loop: Callable[[nn.Module], None]
 ) -> None:
-    """Calibrates a module's linear layers in place; for kv_cache, only runs the loop."""
-    if plan.quantization_format == "kv_cache":
-        forward_loop(module)
-        return
-    # ModelOpt takes seconds to import, and -kv and -sq conversions do not need it.
+    """Calibrates a module's linear layers in place."""
+    # ModelOpt takes seconds to import, and -kv and -sq conversions do without it.
     import modelopt.torch.quantization as mtq
 
     try:
@@ -138,21 +87,14 @@ def calibrated_matrix(
     inputs: Any = module.input_quantizer
     if plan.quantization_format == "fp8":
         return Fp8Scales(_scale(weight.amax, FP8_MAX), _scale(inputs.amax, FP8_MAX))
-    # Weights that are not finite are detected in their scales and when they are written.
-    values = _on_host(module.get_parameter("weight").detach().to(getattr(torch, weight_dtype.name)))
+    # Weights that are not finite show in their scales, and when they are written.
+    values = on_host(module.get_parameter("weight").detach().to(getattr(torch, weight_dtype.name)))
     smoothing = _floats(inputs.pre_quant_scale).reshape(-1)
     if plan.quantization_format == "int4_awq":
         group_scales = _scales(weight.amax, INT4_MAX).reshape(len(values), -1)
         return AwqMatrix(values, group_scales, smoothing)
     row_scales = _scales(weight.amax, INT8_MAX).reshape(-1)
     return SmoothQuantMatrix(values, row_scales, smoothing, _scale(inputs.amax, INT8_MAX))
-
-
-def _on_host(values: Tensor) -> NDArray:
-    """Copies values from a GPU to page-locked memory, which is faster and reused by PyTorch."""
-    if values.device.type == "cpu":
-        return values.numpy()
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values).numpy()
 
 
 def _scale(amax: Tensor, largest: int) -> float:

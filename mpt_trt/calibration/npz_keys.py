@@ -31,7 +31,7 @@ WEIGHT, SMOOTHING = "weight", "prequant_scaling_factor"
 WEIGHT_SCALE, ACTIVATION_SCALE = "weights_scaling_factor", "activation_scaling_factor"
 
 # Formats whose results contain whole matrices.
-WITH_MATRICES: tuple[QuantizationFormat, ...] = ("int4_awq", "int8_sq")
+WITH_MATRICES: tuple[QuantizationFormat, ...] = ("int4_awq", "int4_gptq", "int8_sq")
 
 # Rows and columns of each matrix's corner, which distinguishes models.
 CORNER = (8, 64)
@@ -64,6 +64,11 @@ def whole_key(weight: Weight) -> str | None:
 def amax_key(layer: int, name: str) -> str:
     """Key of the amax of keys or values (name: `key` or `value`)."""
     return f"mpt_trt:layers:{layer}:attention:{name}:amax"
+
+
+def bits_key(layer: int, matrix: BlockMatrix) -> str:
+    """Key of the bits of a matrix's integers, which only results of int4_gptq have."""
+    return f"mpt_trt:layers:{layer}:{matrix.replace('.', ':')}:bits"
 
 
 def corner_key(weight: Weight) -> str:

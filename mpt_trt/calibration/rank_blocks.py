@@ -27,13 +27,13 @@ def held_blocks(
     rows: in ascending order. Each block `[BLOCK_ROWS, columns]` is valid until the next one is
     requested; its scales are float32 `[BLOCK_ROWS, columns / group_size]`.
 
-    Raises MptTrtError unless the result's format is int4_awq.
+    Raises MptTrtError when the result is not one of a format in groups.
     """
-    group_size = calibration.awq_group_size
+    group_size = calibration.required_group_size
     groups = slice(columns.start // group_size, columns.stop // group_size)
-    whole = calibration.awq_scales(layer, matrix)
+    whole = calibration.group_scales(layer, matrix)
     scales = np.concatenate([whole[part.start : part.stop, groups] for part in rows])
-    parts = _held_parts(calibration.awq_rows(layer, matrix, BLOCK_ROWS), rows, columns)
+    parts = _held_parts(calibration.grouped_rows(layer, matrix, BLOCK_ROWS), rows, columns)
     start = 0
     for block in _joined(parts, BLOCK_ROWS):
         yield block, scales[start : start + len(block)]

@@ -21,6 +21,7 @@ from mpt_trt.calibration.npz_keys import (
     WEIGHT_SCALE,
     WITH_MATRICES,
     amax_key,
+    bits_key,
     corner_key,
     heights_of,
     matrix_keys,
@@ -38,7 +39,7 @@ from mpt_trt.quantization.calibrated_weights import (
     KvAmax,
     SmoothQuantMatrix,
 )
-from mpt_trt.quantization.schemes import QuantizationFormat
+from mpt_trt.quantization.schemes import GROUPED, QuantizationFormat
 
 # Weights of the same model may have been rounded to bfloat16 on both sides.
 RELATIVE_TOLERANCE = 2.0**-7
@@ -77,7 +78,9 @@ class CalibrationResult:
 
     @cached_property
     def quantization_format(self) -> QuantizationFormat:
-        """Infers the format from the keys, because AMMO's files do not name it."""
+        """The format that the keys imply; AMMO's files do not name it."""
+        if bits_key(0, BlockMatrix.OUTPUT) in self.file.keys:
+            return "int4_gptq"
         base = matrix_keys(0, BlockMatrix.OUTPUT)[0]
         is_quantized = f"{base}:{ACTIVATION_SCALE}" in self.file.keys
         if f"{base}:{SMOOTHING}" in self.file.keys:
@@ -86,8 +89,8 @@ class CalibrationResult:
 
     @cached_property
     def group_size(self) -> int | None:
-        """Input features that share a scale; None unless the format is int4_awq."""
-        if self.quantization_format != "int4_awq":
+        """Input features that share a scale; None unless the format has groups."""
+        if self.quantization_format not in GROUPED:
             return None
         base = matrix_keys(0, BlockMatrix.OUTPUT)[0]
         elements = math.prod(self.file.shape(f"{base}:{WEIGHT}"))
@@ -97,27 +100,30 @@ class CalibrationResult:
         return elements // scales
 
     @property
-    def awq_group_size(self) -> int:
-        """Input features that share a scale; raises MptTrtError unless the format is int4_awq."""
-        self.require_format("int4_awq")
+    def required_group_size(self) -> int:
+        """Input features that share a scale; raises MptTrtError unless the format has groups."""
+        self._require_groups()
         assert self.group_size is not None
         return self.group_size
 
     def awq_matrix(self, layer: int, matrix: BlockMatrix) -> AwqMatrix:
         """Reads a matrix; raises MptTrtError unless the format is int4_awq."""
         self.require_format("int4_awq")
-        weight, scales = self._weight(layer, matrix), self.awq_scales(layer, matrix)
+        weight, scales = self._weight(layer, matrix), self.group_scales(layer, matrix)
         return AwqMatrix(weight, scales, self._smoothing(layer, matrix))
 
-    def awq_rows(self, layer: int, matrix: BlockMatrix, number: int) -> Iterator[NDArray]:
-        """Yields the weight of `awq_matrix`, up to `number` rows at a time."""
-        self.require_format("int4_awq")
+    def grouped_rows(self, layer: int, matrix: BlockMatrix, number: int) -> Iterator[NDArray]:
+        """Yields the weight of a matrix in groups, up to `number` rows at a time."""
+        self._require_groups()
         for key in matrix_keys(layer, matrix):
             yield from self.file.rows(f"{key}:{WEIGHT}", number)
 
-    def awq_scales(self, layer: int, matrix: BlockMatrix) -> NDArray[np.float32]:
-        """Reads scales `[out, in / group_size]`, without the matrix."""
-        self.require_format("int4_awq")
+    def group_scales(self, layer: int, matrix: BlockMatrix) -> NDArray[np.float32]:
+        """Reads scales `[out, in / group_size]`, without the matrix.
+
+        Those of int4_gptq may be negative, none is 0.
+        """
+        self._require_groups()
         out_features, _ = block_matrices(self.config, layer)[matrix].shape
         return self._joined(layer, matrix, WEIGHT_SCALE).reshape(out_features, -1)
 
@@ -169,6 +175,10 @@ class CalibrationResult:
                 f"is needed; calibrate with --qformat {needed}"
             )
 
+    def _require_groups(self) -> None:
+        if self.quantization_format not in GROUPED:
+            self.require_format(GROUPED[0])
+
     def _weight(self, layer: int, matrix: BlockMatrix) -> NDArray:
         """Reads a matrix (rows Q | K | V for QKV) in the type in which it is stored."""
         keys = matrix_keys(layer, matrix)
@@ -177,13 +187,21 @@ class CalibrationResult:
 
     def _joined(self, layer: int, matrix: BlockMatrix, name: str) -> NDArray[np.float32]:
         """Reads flat scales, those of Q, K and V joined."""
-        parts = [self._positive(f"{key}:{name}") for key in matrix_keys(layer, matrix)]
+        is_signed = self.quantization_format == "int4_gptq"
+        read = self._nonzero if is_signed else self._positive
+        parts = [read(f"{key}:{name}") for key in matrix_keys(layer, matrix)]
         return np.concatenate([part.reshape(-1) for part in parts])
 
     def _positive(self, key: str) -> NDArray[np.float32]:
         values = self.file.floats(key)
         if not (values > 0).all():
             raise self.file.refused(f"{key} holds {values.min()}, not positive")
+        return values
+
+    def _nonzero(self, key: str) -> NDArray[np.float32]:
+        values = self.file.floats(key)
+        if not values.all():
+            raise self.file.refused(f"{key} holds 0, by which nothing can be divided")
         return values
 
     def _smoothing(self, layer: int, matrix: BlockMatrix) -> NDArray[np.float32]:

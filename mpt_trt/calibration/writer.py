@@ -23,6 +23,7 @@ from mpt_trt.calibration.npz_keys import (
     WEIGHT_SCALE,
     WITH_MATRICES,
     amax_key,
+    bits_key,
     corner_key,
     heights_of,
     matrix_keys,
@@ -36,6 +37,7 @@ from mpt_trt.quantization.calibrated_weights import (
     CalibratedMatrix,
     Fp8Scales,
     KvAmax,
+    RoundedWeights,
     SmoothQuantMatrix,
 )
 from mpt_trt.quantization.schemes import QuantizationFormat
@@ -95,13 +97,19 @@ class CalibrationWriter:
                 self._scalar(f"{key}:{WEIGHT_SCALE}", calibrated.weight)
                 self._scalar(f"{key}:{ACTIVATION_SCALE}", calibrated.activation)
             return
+        if isinstance(calibrated, RoundedWeights):
+            self._scalar(bits_key(layer, matrix), calibrated.bits)
+            # AMMO's readers expect the factor; the network has no use for ones.
+            smoothing = np.ones(calibrated.weight.shape[1], np.float32)
+        else:
+            smoothing = calibrated.pre_quant_scale
         cuts = np.cumsum(heights_of(self.config, matrix, len(calibrated.weight)))[:-1]
         weights_by_key = np.split(calibrated.weight, cuts)
         scales_by_key = np.split(calibrated.scales, cuts)
         for key, weight, scales in zip(keys, weights_by_key, scales_by_key, strict=True):
             self._weight(f"{key}:{WEIGHT}", weight, key)
             self._write(f"{key}:{WEIGHT_SCALE}", scales)
-            self._write(f"{key}:{SMOOTHING}", calibrated.pre_quant_scale)
+            self._write(f"{key}:{SMOOTHING}", smoothing)
             if isinstance(calibrated, SmoothQuantMatrix):
                 self._scalar(f"{key}:{ACTIVATION_SCALE}", calibrated.activation_scale)
 

@@ -20,6 +20,7 @@ from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.quantization.schemes import (
     Awq,
     Fp8,
+    Gptq,
     KvCacheType,
     Quantization,
     SmoothQuant,
@@ -93,6 +94,8 @@ def _scheme(options: argparse.Namespace, alpha: float | None) -> WeightQuantizat
         return None
     if options.weight_only_precision == "int4_awq":
         return Awq()
+    if options.weight_only_precision == "int4_gptq":
+        return Gptq()
     if options.weight_only_precision == "int8":
         return WeightOnly(8)
     return WeightOnly(4, options.group_size if options.per_group else None)

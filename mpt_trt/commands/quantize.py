@@ -6,9 +6,10 @@ import argparse
 
 import numpy as np
 
+from mpt_trt.calibration.calibrate import calibrate
 from mpt_trt.calibration.model_source import open_model
-from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
 from mpt_trt.calibration.npz_keys import FILE_NAME
+from mpt_trt.calibration.plan import CalibrationPlan
 from mpt_trt.calibration.writer import require_replaceable_result
 from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder_of
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
@@ -18,7 +19,7 @@ from mpt_trt.cli.progress import steps_progress
 from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
-from mpt_trt.quantization.schemes import default_group_size, require_fitting_groups
+from mpt_trt.quantization.schemes import GROUPED, default_group_size, require_fitting_groups
 
 
 def run(options: argparse.Namespace) -> None:
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace, config: MptConfig) -> CalibrationPlan:
     group_size = options.awq_block_size
-    if options.qformat != "int4_awq":
+    if options.qformat not in GROUPED:
         if group_size is not None:
             raise MptTrtError(
                 f"--awq_block_size = {group_size}: {options.qformat} has no groups; leave it out"

@@ -19,6 +19,7 @@ from mpt_trt.model.tensors import weights
 from mpt_trt.quantization.schemes import (
     SMOOTHQUANT_ALPHA,
     Awq,
+    Gptq,
     SmoothQuant,
     WeightOnly,
     WeightQuantization,
@@ -26,7 +27,7 @@ from mpt_trt.quantization.schemes import (
 )
 
 AWQ_GROUP_SIZES = (128, 64)
-"""Group sizes of TensorRT-LLM's int4_awq kernels."""
+"""Group sizes of TensorRT-LLM's 4-bit kernels."""
 FIXED_EPSILON = 1e-5
 """Epsilon of TensorRT-LLM's last norm, which ignores the checkpoint's."""
 DEFAULT_ALIBI_BIAS_MAX = 8
@@ -94,7 +95,7 @@ def require_supported(spec: EngineSpec, backend: str) -> None:
 
 
 def _float32_of_integers(spec: EngineSpec) -> str | None:
-    has_integers = isinstance(spec.scheme, WeightOnly | Awq)
+    has_integers = isinstance(spec.scheme, WeightOnly | Awq | Gptq)
     return spec.dtype if has_integers and spec.dtype == "float32" else None
 
 
@@ -103,7 +104,7 @@ def _weight_only_groups(spec: EngineSpec) -> int | None:
 
 
 def _small_awq_groups(spec: EngineSpec) -> int | None:
-    if not isinstance(spec.scheme, Awq):
+    if not isinstance(spec.scheme, Awq | Gptq):
         return None
     size = spec.scheme.group_size or default_group_size(spec.config)
     return None if size in AWQ_GROUP_SIZES else size
@@ -111,9 +112,9 @@ def _small_awq_groups(spec: EngineSpec) -> int | None:
 
 def _uneven_matrices(spec: EngineSpec) -> str | None:
     """Finds a matrix of a rank whose sizes the 4-bit or 8-bit kernels do not support."""
-    if not isinstance(spec.scheme, WeightOnly | Awq):
+    if not isinstance(spec.scheme, WeightOnly | Awq | Gptq):
         return None
-    multiple = AWQ_MULTIPLE if isinstance(spec.scheme, Awq) else WEIGHT_ONLY_MULTIPLE
+    multiple = AWQ_MULTIPLE if isinstance(spec.scheme, Awq | Gptq) else WEIGHT_ONLY_MULTIPLE
     for weight in filter(lambda weight: weight.is_linear, weights(spec.config)):
         shape = ft_file(spec.config, weight, Rank(0, spec.tp_size), spec.dtype).shape
         if any(size % multiple for size in shape):
@@ -172,15 +173,15 @@ FEATURES: tuple[Feature, ...] = (
         _weight_only_groups,
         {TENSORRT_LLM: "it has one int4 scale per output feature; set group_size to null"},
     ),
-    Feature("`int4_awq` in groups of 128 or 64"),
+    Feature("`int4_awq`, `int4_gptq` in groups of 128 or 64"),
     Feature(
-        "`int4_awq` in groups of 32 or 16",
+        "`int4_awq`, `int4_gptq` in groups of 32 or 16",
         "group_size",
         _small_awq_groups,
         {TENSORRT_LLM: "its kernels support groups of 128 and 64"},
     ),
     Feature(
-        "`int8_weight_only`, `int4_weight_only`, `int4_awq` in float32",
+        "`int8_weight_only`, `int4_weight_only`, `int4_awq`, `int4_gptq` in float32",
         "dtype",
         _float32_of_integers,
         {TENSORRT_LLM: "its kernels for integer weights compute in float16 and bfloat16"},
@@ -191,7 +192,7 @@ FEATURES: tuple[Feature, ...] = (
         _uneven_matrices,
         {
             TENSORRT_LLM: f"both must be multiples of {WEIGHT_ONLY_MULTIPLE} "
-            f"(int4_awq: {AWQ_MULTIPLE})"
+            f"(int4_awq, int4_gptq: {AWQ_MULTIPLE})"
         },
     ),
     Feature(

@@ -27,6 +27,19 @@ class AwqMatrix:
 
 
 @dataclass(frozen=True)
+class RoundedWeights:
+    """A matrix that calibration has rounded itself; `weight` is integers times scales.
+
+    weight: `[out, in]`, float32 or the stored type. scales: float32 `[out, in / group_size]`, not
+    0; negative ones turn the grid around. bits: of an integer, 4 or 8.
+    """
+
+    weight: NDArray[Any]
+    scales: NDArray[np.float32]
+    bits: int
+
+
+@dataclass(frozen=True)
 class SmoothQuantMatrix:
     """A matrix for 8-bit weights and activations; types and pre_quant_scale as in AwqMatrix.
 
@@ -48,7 +61,7 @@ class Fp8Scales:
     activation: float
 
 
-CalibratedMatrix = AwqMatrix | SmoothQuantMatrix | Fp8Scales
+CalibratedMatrix = AwqMatrix | RoundedWeights | SmoothQuantMatrix | Fp8Scales
 
 
 @dataclass(frozen=True)

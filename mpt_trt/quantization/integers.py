@@ -125,10 +125,12 @@ def _packed_pairs(rows: NDArray[Word], low_nibbles: Word, nibble_bits: Word) -> 
 def stored_scales(scales: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Rounds scales to a network's type, but never to 0, which TensorRT rejects.
 
-    If a scale is 0 or too small for the type, its weights are 0 or too small as well.
+    If a scale is 0 or too small for the type, its weights are 0 or too small as well. Scales that
+    turn the grid around are negative and stay so.
     """
     smallest = np.float32(2.0**-24 if dtype == np.float16 else 2.0**-126)
-    return convert(np.maximum(scales, smallest), dtype)
+    is_small = np.abs(scales) < smallest
+    return convert(np.where(is_small, np.copysign(smallest, scales), scales), dtype)
 
 
 def _float32(block: NDArray[Any]) -> NDArray[np.float32]:

@@ -15,9 +15,12 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import is_legal
 
-QuantizationFormat = Literal["int4_awq", "fp8", "int8_sq", "kv_cache"]
-"""Format of a calibration result; the first three names are AMMO's. `kv_cache`: only the amax of
-keys and values."""
+QuantizationFormat = Literal["int4_awq", "int4_gptq", "fp8", "int8_sq", "kv_cache"]
+"""Format of a calibration result; int4_awq, fp8 and int8_sq are AMMO's names. `kv_cache`: only the
+amax of keys and values."""
+
+GROUPED: tuple[QuantizationFormat, ...] = ("int4_awq", "int4_gptq")
+"""Formats whose input features share scales in groups."""
 
 KvCacheType = Literal["auto", "int8", "fp8"]
 """Storage of keys and values; `auto`: in the network's own type."""
@@ -56,6 +59,17 @@ class Awq:
 
 
 @dataclass(frozen=True)
+class Gptq:
+    """4-bit weights in groups, rounded by GPTQ (Frantar et al., arXiv:2210.17323).
+
+    Weights are rounded one input feature after the other; later ones correct the error of earlier
+    ones. group_size: input features that share a scale; None: see `default_group_size`.
+    """
+
+    group_size: int | None = None
+
+
+@dataclass(frozen=True)
 class SmoothQuant:
     """8-bit weights and activations (Xiao et al., arXiv:2211.10438).
 
@@ -74,13 +88,14 @@ class Fp8:
     """E4M3 weights and activations, with one calibrated scale per matrix and one per input."""
 
 
-WeightQuantization = WeightOnly | Awq | SmoothQuant | Fp8
+WeightQuantization = WeightOnly | Awq | Gptq | SmoothQuant | Fp8
 
 # Constructor and options of the scheme of each method in config.yaml.
 METHODS: dict[str, tuple[Callable[..., WeightQuantization], frozenset[str]]] = {
     "int8_weight_only": (functools.partial(WeightOnly, 8), frozenset()),
     "int4_weight_only": (functools.partial(WeightOnly, 4), frozenset({"group_size"})),
     "int4_awq": (Awq, frozenset({"group_size"})),
+    "int4_gptq": (Gptq, frozenset({"group_size"})),
     "smoothquant": (SmoothQuant, frozenset({"alpha", "per_channel", "per_token"})),
     "fp8": (Fp8, frozenset()),
 }
@@ -116,7 +131,8 @@ def method_of(scheme: WeightQuantization | None) -> str:
         return "none"
     if isinstance(scheme, WeightOnly):
         return f"int{scheme.bits}_weight_only"
-    return {Awq: "int4_awq", SmoothQuant: "smoothquant", Fp8: "fp8"}[type(scheme)]
+    names = {Awq: "int4_awq", Gptq: "int4_gptq", SmoothQuant: "smoothquant", Fp8: "fp8"}
+    return names[type(scheme)]
 
 
 def as_mapping(scheme: WeightQuantization | None) -> dict[str, Any]:
@@ -135,6 +151,8 @@ def calibration_format(
     """
     if isinstance(scheme, Awq):
         return "int4_awq"
+    if isinstance(scheme, Gptq):
+        return "int4_gptq"
     if isinstance(scheme, Fp8):
         return "fp8"
     return None if kv_cache == "auto" else "kv_cache"

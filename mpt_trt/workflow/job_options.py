@@ -98,7 +98,7 @@ class JobOptions:
             f"--quantization={scheme['method']}",
             f"--kv_cache_dtype={variant.kv_cache_dtype}",
         ]
-        # int4_awq uses the groups of its calibration result.
+        # int4_awq and int4_gptq have the groups of their calibration results.
         if scheme["method"] == "int4_weight_only" and scheme["group_size"] is not None:
             options.append(f"--group_size={scheme['group_size']}")
         if scheme["method"] == "smoothquant":

@@ -21,6 +21,7 @@ from mpt_trt.quantization.schemes import (
     CALIBRATION_BATCH_SIZE,
     Awq,
     Fp8,
+    Gptq,
     SmoothQuant,
     WeightOnly,
 )
@@ -99,7 +100,7 @@ def engine_disk(spec: EngineSpec) -> int:
     """
     plan = memory.rank_weights(spec) + PLAN_BASE + spec.config.num_layers * PLAN_PER_LAYER
     quantized = 0
-    if isinstance(spec.scheme, WeightOnly | Awq | Fp8):
+    if isinstance(spec.scheme, WeightOnly | Awq | Gptq | Fp8):
         quantized = memory.matrix_bytes(spec)
     return spec.tp_size * (plan + quantized)
 

@@ -2,7 +2,7 @@
 
 An FT checkpoint is `fp32`, `fp16`, `bf16` or, for SmoothQuant, `sq`, which means alpha 0.5 and
 float16; other settings are part of the name: `sq-0.8-bf16`. A calibration result is `fp8`,
-`int8_sq`, `kv_cache` or `int4_awq`, and `int4_awq-g64` if a group size is set.
+`int8_sq`, `kv_cache`, `int4_awq` or `int4_gptq`, and `int4_awq-g64` if a group size is set.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import get_args
 from mpt_trt.errors import MptTrtError
 from mpt_trt.quantization.schemes import (
     GROUP_SIZES,
+    GROUPED,
     Awq,
+    Gptq,
     KvCacheType,
     QuantizationFormat,
     SmoothQuant,
@@ -86,7 +88,7 @@ def ft_storage_of(dtype: str, scheme: WeightQuantization | None) -> FtStorage:
 
 @dataclass(frozen=True)
 class CalibrationName:
-    """Format of a calibration result. group_size: int4_awq's; None for the model's default."""
+    """Format of a calibration result. group_size: None for the model's default."""
 
     quantization_format: QuantizationFormat
     group_size: int | None = None
@@ -100,7 +102,7 @@ class CalibrationName:
 def calibration_name(name: str) -> CalibrationName:
     """Parses the name of a calibration result; raises MptTrtError for an unknown name."""
     known = [CalibrationName(quantization_format) for quantization_format in FORMATS]
-    known += [CalibrationName("int4_awq", group_size) for group_size in GROUP_SIZES]
+    known += [CalibrationName(grouped, size) for grouped in GROUPED for size in GROUP_SIZES]
     by_name = {entry.name: entry for entry in known}
     if name not in by_name:
         raise MptTrtError(f"calibration {name!r}: no such format; known are {', '.join(by_name)}")
@@ -114,5 +116,5 @@ def calibration_of(
     quantization_format = calibration_format(scheme, kv_cache)
     if quantization_format is None:
         return None
-    group_size = scheme.group_size if isinstance(scheme, Awq) else None
+    group_size = scheme.group_size if isinstance(scheme, Awq | Gptq) else None
     return CalibrationName(quantization_format, group_size)

@@ -22,8 +22,9 @@ from mpt_trt.calibration.block_stream import (
     equal_batch_size,
     stream_blocks,
 )
+from mpt_trt.calibration.calibrate import calibrate
 from mpt_trt.calibration.model_source import open_model
-from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
+from mpt_trt.calibration.plan import CalibrationPlan
 from mpt_trt.calibration.result import CalibrationResult, read_calibration
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint

@@ -20,6 +20,7 @@ from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import read_ft_checkpoint
 from mpt_trt.ft.int8 import Int8Conversion
+from mpt_trt.quantization.schemes import GROUPED
 from support.checkpoints import CheckpointSpec, write_checkpoint
 from support.engines import call_tool
 from support.ft import random_amax, write_ft
@@ -72,7 +73,7 @@ def test_files_of_others_are_kept(
     assert quantize(model, text, tmp_path, "--qformat=kv_cache").read_bytes() == first
 
 
-@pytest.mark.parametrize("qformat", ["int4_awq", "fp8", "int8_sq", "kv_cache"])
+@pytest.mark.parametrize("qformat", ["int4_awq", "int4_gptq", "fp8", "int8_sq", "kv_cache"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_format_and_type(
     qformat: str, dtype: str, model: Path, text: Path, tmp_path: Path
@@ -82,13 +83,13 @@ def test_every_format_and_type(
     result = read_calibration(path, read_ft_checkpoint(tmp_path / "ft"))
     assert result.quantization_format == qformat
     # 12 features for each of 4 ranks: no larger group lies within one.
-    assert result.group_size == (16 if qformat == "int4_awq" else None)
-    if qformat == "int4_awq":
+    assert result.group_size == (16 if qformat in GROUPED else None)
+    if qformat in GROUPED:
         stored = result.file.array("_np:layers:0:mlp:fc:weight").dtype
         assert stored == ("float16" if dtype == "float16" else "float32")
 
 
-@pytest.mark.parametrize("qformat", ["int4_awq", "fp8"])
+@pytest.mark.parametrize("qformat", ["int4_awq", "int4_gptq", "fp8"])
 def test_same_input_same_bytes(qformat: str, model: Path, text: Path, tmp_path: Path) -> None:
     """Whatever form the checkpoint has."""
     first, second = (
@@ -166,7 +167,7 @@ def test_modelopt_is_imported_by_calibration_alone() -> None:
     code = (
         "import sys, mpt_trt.calibration.result, mpt_trt.cli.engine_requests;"
         "assert 'torch' not in sys.modules;"
-        "import mpt_trt.evaluation.reference, mpt_trt.calibration.modelopt;"
+        "import mpt_trt.evaluation.reference, mpt_trt.calibration.calibrate;"
         "assert 'modelopt' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

@@ -23,6 +23,7 @@ from mpt_trt.model.rope import Rope
 from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.quantization.schemes import (
     Awq,
+    Gptq,
     Fp8,
     Quantization,
     SmoothQuant,
@@ -51,8 +52,8 @@ NARROW = {"hidden_size": 4160, "num_heads": 65, "num_kv_heads": 65, "softmax_sca
 # Of each feature that some backend lacks, a spec that has it and no other such feature.
 SPECS = {
     "`int4_weight_only` in groups": with_scheme(WeightOnly(4, 64)),
-    "`int4_awq` in groups of 32 or 16": with_scheme(Awq(32)),
-    "`int8_weight_only`, `int4_weight_only`, `int4_awq` in float32": replace(
+    "`int4_awq`, `int4_gptq` in groups of 32 or 16": with_scheme(Awq(32)),
+    "`int8_weight_only`, `int4_weight_only`, `int4_awq`, `int4_gptq` in float32": replace(
         with_scheme(WeightOnly(8)), dtype="float32"
     ),
     "integer weights with matrices of any size": replace(
@@ -135,12 +136,12 @@ def lacking_fields(name: str, scheme: WeightQuantization | None, tp_size: int) -
     is_plugin = isinstance(scheme, SmoothQuant) and scheme != SmoothQuant(0.5, True, False)
     if is_plugin and "clip_qkv" in attention:
         fields |= {"clip_qkv", "alibi_bias_max"}  # MPT-7B-StoryWriter has both
-    if isinstance(scheme, WeightOnly | Awq):
+    if isinstance(scheme, WeightOnly | Awq | Gptq):
         head_dim = hidden // raw["n_heads"]
         kv_heads = attention.get("kv_n_heads", raw["n_heads"])
         parts = (hidden, 4 * hidden, hidden + 2 * kv_heads * head_dim)
         sizes = [hidden, *(part // tp_size for part in parts)]
-        multiple = 128 if isinstance(scheme, Awq) else 64
+        multiple = 128 if isinstance(scheme, Awq | Gptq) else 64
         if any(size % multiple for size in sizes):
             fields.add("shape")
     return fields

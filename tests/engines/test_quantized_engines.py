@@ -27,9 +27,10 @@ import torch
 from numpy.typing import NDArray
 
 from mpt_trt.calibration.block_stream import Computation, activation_amax
+from mpt_trt.calibration.calibrate import calibrate
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.model_source import open_model
-from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
+from mpt_trt.calibration.plan import CalibrationPlan
 from mpt_trt.calibration.result import read_calibration
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
@@ -46,8 +47,10 @@ from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
 from mpt_trt.model.sharding import VocabularySharding, all_ranks
 from mpt_trt.model.tensors import weights
 from mpt_trt.quantization.schemes import (
+    GROUPED,
     Awq,
     Fp8,
+    Gptq,
     Quantization,
     SmoothQuant,
     WeightOnly,
@@ -78,6 +81,7 @@ QUANTIZATIONS = {
     "int4_weight_only in groups": Quantization(WeightOnly(4, 32)),
     "int4_awq": Quantization(Awq()),
     "int4_awq, int8 cache": Quantization(Awq(), "int8"),
+    "int4_gptq": Quantization(Gptq()),
     "sq": Quantization(SmoothQuant()),
     "sq per channel": Quantization(SmoothQuant(per_token=False)),
     "sq per token": Quantization(SmoothQuant(per_channel=False)),
@@ -115,7 +119,7 @@ class Model:
             return CalibratedQuantization(quantization)
         path = self.folder / f"{needed}.npz"
         if not path.exists():
-            plan = CalibrationPlan(needed, self.group_size if needed == "int4_awq" else None)
+            plan = CalibrationPlan(needed, self.group_size if needed in GROUPED else None)
             weight_dtype = np.dtype(self.weight_type)
             calibrate(open_model(self.hf), self.samples, plan, Computation(), weight_dtype, path)
         return CalibratedQuantization(quantization, read_calibration(path, checkpoint))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
+from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, SmoothQuant, WeightOnly
 from mpt_trt.workflow import target_names
 from mpt_trt.workflow.target_names import CalibrationName, FtStorage
 
@@ -56,6 +56,8 @@ def test_unknown_ft_storage(name: str) -> None:
         (SmoothQuant(), "int8", "kv_cache"),
         (Awq(), "auto", "int4_awq"),
         (Awq(64), "int8", "int4_awq-g64"),
+        (Gptq(), "auto", "int4_gptq"),
+        (Gptq(32), "auto", "int4_gptq-g32"),
         (Fp8(), "fp8", "fp8"),
     ],
 )
@@ -68,7 +70,7 @@ def test_calibration_of_a_variant(scheme, kv_cache: str, name: str | None) -> No
 
 @pytest.mark.parametrize("name", ["int4", "int4_awq-64", "int4_awq-g48", "fp8-g128", ""])
 def test_unknown_calibration(name: str) -> None:
-    with pytest.raises(MptTrtError, match="known are int4_awq, fp8, int8_sq, kv_cache"):
+    with pytest.raises(MptTrtError, match="known are int4_awq, int4_gptq, fp8, int8_sq, kv_cache"):
         target_names.calibration_name(name)
 
 

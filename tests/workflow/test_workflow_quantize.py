@@ -71,7 +71,10 @@ def test_an_edited_module_calibrates_again(made: Workflow) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("int5_awq", "calibration 'int5_awq': no such format; known are int4_awq, fp8, int8_sq"),
+        (
+            "int5_awq",
+            "calibration 'int5_awq': no such format; known are int4_awq, int4_gptq, fp8, int8_sq",
+        ),
         ("int4_awq-g100", "known are .* int4_awq-g128, int4_awq-g64"),
     ],
 )

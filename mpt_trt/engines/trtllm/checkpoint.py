@@ -33,7 +33,7 @@ from mpt_trt.model.sharding import Rank, VocabularySharding, all_ranks
 from mpt_trt.model.tensors import weights
 from mpt_trt.quantization.calibrated_weights import FP8_MAX, INT8_MAX
 from mpt_trt.quantization.integers import row_blocks
-from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
+from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, SmoothQuant, WeightOnly
 from mpt_trt.system.files import write_json
 from mpt_trt.system.replace import FolderKind, read_mark, replace_directory
 
@@ -81,8 +81,9 @@ class TrtllmConversion:
     def spec(self) -> EngineSpec:
         """Spec of the engine, with the calibration result's group size."""
         quantization = self.calibrated.quantization
-        if isinstance(quantization.scheme, Awq):
-            scheme = Awq(self.calibrated.required_calibration.group_size)
+        if isinstance(quantization.scheme, Awq | Gptq):
+            group_size = self.calibrated.required_calibration.group_size
+            scheme = replace(quantization.scheme, group_size=group_size)
             quantization = replace(quantization, scheme=scheme)
         return EngineSpec(
             self.config,
@@ -183,7 +184,7 @@ def _quantization_content(calibrated: CalibratedQuantization) -> dict:
             return {"quant_algo": None, **cache}
         case WeightOnly(bits=bits):
             return {"quant_algo": f"W{bits}A16", **cache}
-        case Awq():
+        case Awq() | Gptq():
             return {
                 "quant_algo": "W4A16_AWQ",
                 **cache,

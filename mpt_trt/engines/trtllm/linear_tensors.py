@@ -30,7 +30,7 @@ from mpt_trt.quantization.awq import quantized_rows
 from mpt_trt.quantization.calibrated_weights import INT8_MAX
 from mpt_trt.quantization.fp8 import quantized_block
 from mpt_trt.quantization.integers import pack_int4_rows
-from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
+from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, SmoothQuant, WeightOnly
 
 FLOAT32, INT8 = np.dtype(np.float32), np.dtype(np.int8)
 # Columns of an FT file that are transposed together: few enough for a small block of memory, and
@@ -60,7 +60,7 @@ def choose_form(
         return PluginSmoothQuantForm(checkpoint, rank, scheme)
     checkpoint.require_plain()
     match scheme:
-        case Awq():
+        case Awq() | Gptq():
             return AwqForm(checkpoint, rank, calibrated.required_calibration)
         case Fp8():
             return Fp8Form(checkpoint, rank, calibrated.required_calibration)
@@ -171,7 +171,7 @@ class AwqForm:
 
     Byte j of column c contains row 2j in its low half and row 2j + 1 in its high half.
 
-    Raises MptTrtError unless the calibration result's format is int4_awq.
+    Raises MptTrtError when the calibration result has no groups.
     """
 
     checkpoint: FtCheckpoint
@@ -179,13 +179,13 @@ class AwqForm:
     calibration: CalibrationResult
 
     def tensors(self, weight: Weight) -> Tensors:
-        module, group_size = module_name(linear_name(weight)), self.calibration.awq_group_size
+        module, group_size = module_name(linear_name(weight)), self.calibration.required_group_size
         rows, columns = held(self.checkpoint.config, weight, self.rank)
         height, width = sum(map(len, rows)), len(columns)
 
         def scales() -> NDArray[np.float32]:
             groups = Range(columns.start // group_size, columns.stop // group_size)
-            return part_of(self.calibration.awq_scales(*weight.place), rows, groups)
+            return part_of(self.calibration.group_scales(*weight.place), rows, groups)
 
         def integers() -> Iterator[NDArray]:
             for block, block_scales in held_blocks(self.calibration, *weight.place, rows, columns):

@@ -19,10 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpt_trt.arrays.cast import STORAGE_TYPES, convert, transposed_copy
-from mpt_trt.calibration.rank_blocks import BLOCK_ROWS, held_blocks
+from mpt_trt.arrays.cast import STORAGE_TYPES, convert
 from mpt_trt.calibration.result import CalibrationResult
-from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.ft.layout import held, linear_name
 from mpt_trt.model import sharding
@@ -36,6 +34,7 @@ from mpt_trt.network.linear.base import (
     named_by_layer,
     scaled_input,
 )
+from mpt_trt.network.linear.int4_groups import Int4Groups, require_group_size
 from mpt_trt.network.linear.specs import (
     PRE_QUANT_SCALE,
     QUANTIZED_MATRIX,
@@ -44,14 +43,12 @@ from mpt_trt.network.linear.specs import (
     layer_specs,
 )
 from mpt_trt.quantization import integers
-from mpt_trt.quantization.awq import quantized_rows
-from mpt_trt.quantization.integers import BLOCK_ELEMENTS, FLOAT32
+from mpt_trt.quantization.integers import FLOAT32
 from mpt_trt.quantization.schemes import (
     Awq,
     KvCacheType,
     Quantization,
     folds_into_values,
-    require_fitting_groups,
 )
 
 Factor = Callable[[], NDArray[np.float32]]
@@ -71,17 +68,11 @@ class AwqLinear:
         calibration: CalibrationResult,
         kv_cache: KvCacheType,
     ):
-        config, group_size = checkpoint.config, calibration.group_size
-        if group_size is None:
-            raise ValueError(f"{calibration.path}: not a result of int4_awq")
-        if group_size % 2:
-            raise calibration.file.refused(f"the group size {group_size} is odd")
-        try:
-            require_fitting_groups(config, rank.tp_size, group_size)
-        except MptTrtError as error:
-            raise MptTrtError(f"{calibration.path}: {error}") from None
+        config = checkpoint.config
+        group_size = require_group_size(calibration, config, rank)
         self._checkpoint, self._rank, self._calibration = checkpoint, rank, calibration
         self._group_size = group_size
+        self._groups = Int4Groups(checkpoint.config, rank, calibration)
         self._quantization = Quantization(Awq(group_size), kv_cache)
         self._folds_into_values = folds_into_values(config, kv_cache)
 
@@ -112,7 +103,10 @@ class AwqLinear:
             self._quantization,
         )
         contents = {
-            QUANTIZED_MATRIX: (f"{weight.name}.int4", partial(self._integers, weight)),
+            QUANTIZED_MATRIX: (
+                f"{weight.name}.int4",
+                partial(self._groups.packed_integers, weight),
+            ),
             SCALE: (f"{weight.name}.scale", partial(self._scales, weight, matrices)),
             PRE_QUANT_SCALE: (
                 f"{linear_name(weight)}.{PRE_QUANT_SCALE}",
@@ -125,25 +119,12 @@ class AwqLinear:
             if key in specs
         }
 
-    def _integers(self, weight: Weight) -> Iterator[NDArray]:
-        rows, columns = held(self._checkpoint.config, weight, self._rank)
-        packed = np.empty((len(columns), sum(map(len, rows)) // 2), np.uint8)
-        start = 0
-        for block, scales in held_blocks(self._calibration, *weight.place, rows, columns):
-            stop = start + len(block) // 2
-            _quantize_into(packed[:, start:stop], block, scales)
-            start = stop
-        yield packed
-
     def _scales(self, weight: Weight, matrices: BlockMatrices) -> Iterator[NDArray]:
-        rows, columns = held(self._checkpoint.config, weight, self._rank)
-        groups = slice(columns.start // self._group_size, columns.stop // self._group_size)
-        whole = self._calibration.awq_scales(*weight.place)
-        scales = np.concatenate([whole[part.start : part.stop, groups] for part in rows]).T
+        scales = self._groups.scales(weight)
         if weight.matrix is BlockMatrix.QKV and self._folds_into_values:
             scales = scales * self._factor_of_qkv(matrices[BlockMatrix.OUTPUT])
         dtype = STORAGE_TYPES[self._checkpoint.storage_type]
-        yield integers.stored_scales(np.ascontiguousarray(scales, np.float32), dtype)
+        yield integers.stored_scales(scales.astype(np.float32), dtype)
 
     def _stored_pre_quant_scale(self, weight: Weight) -> Iterator[NDArray]:
         dtype = STORAGE_TYPES[self._checkpoint.storage_type]
@@ -197,17 +178,3 @@ class AwqLinear:
         query, key, _ = sharding.qkv_columns(self._checkpoint.config, self._rank)
         ones = np.ones(len(query) + len(key), np.float32)
         return np.concatenate([ones, self._pre_quant_scale(output)])
-
-
-def _quantize_into(target: NDArray[np.uint8], rows: NDArray, scales: NDArray[np.float32]) -> None:
-    """Fills `target` `[in, out / 2]` with the integers of an even number of rows `[out, in]`.
-
-    scales: as in `quantized_rows`. Pairs are packed before they are transposed, which moves half
-    the bytes.
-    """
-    group_size = rows.shape[1] // scales.shape[1]
-    groups = max(1, BLOCK_ELEMENTS // (BLOCK_ROWS * group_size))
-    for start in range(0, scales.shape[1], groups):
-        part = slice(start * group_size, (start + groups) * group_size)
-        integers_of_part = quantized_rows(rows[:, part], scales[:, start : start + groups])
-        target[part] = transposed_copy(integers.pack_int4_rows(integers_of_part))

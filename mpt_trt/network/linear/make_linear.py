@@ -8,10 +8,11 @@ from mpt_trt.model.sharding import Rank
 from mpt_trt.network.linear.awq import AwqLinear
 from mpt_trt.network.linear.base import LinearLayers
 from mpt_trt.network.linear.fp8 import Fp8Linear
+from mpt_trt.network.linear.gptq import GptqLinear
 from mpt_trt.network.linear.plain import PlainLinear
 from mpt_trt.network.linear.smoothquant import SmoothQuantLinear
 from mpt_trt.network.linear.weight_only import WeightOnlyLinear
-from mpt_trt.quantization.schemes import Awq, Fp8, SmoothQuant, WeightOnly
+from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, SmoothQuant, WeightOnly
 
 
 def make_linear(
@@ -33,6 +34,8 @@ def make_linear(
             return AwqLinear(
                 checkpoint, rank, calibrated.required_calibration, quantization.kv_cache
             )
+        case Gptq():
+            return GptqLinear(checkpoint, rank, calibrated.required_calibration)
         case Fp8():
             return Fp8Linear(checkpoint, rank, calibrated.required_calibration)
         case SmoothQuant() as scheme:

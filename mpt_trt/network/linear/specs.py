@@ -15,6 +15,7 @@ from mpt_trt.model.tensors import BlockMatrix, Split, Weight
 from mpt_trt.quantization.schemes import (
     Awq,
     Fp8,
+    Gptq,
     Quantization,
     SmoothQuant,
     WeightOnly,
@@ -62,12 +63,14 @@ def layer_specs(
                 QUANTIZED_MATRIX: TensorSpec(f"int{bits}", shape),
                 SCALE: TensorSpec(dtype, scales),
             }
-        case Awq(group_size=group_size):
+        case Awq(group_size=group_size) | Gptq(group_size=group_size):
             groups = height // (group_size or default_group_size(config))
             specs = {
                 QUANTIZED_MATRIX: TensorSpec("int4", shape),
                 SCALE: TensorSpec(dtype, (groups, width)),
             }
+            if isinstance(quantization.scheme, Gptq):
+                return specs
             is_folded = folds_into_values(config, quantization.kv_cache)
             if _has_pre_quant_scale(weight, is_folded):
                 specs[PRE_QUANT_SCALE] = TensorSpec(dtype, (height,))

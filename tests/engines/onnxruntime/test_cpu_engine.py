@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from mpt_trt.calibration.block_stream import Computation
+from mpt_trt.calibration.calibrate import calibrate
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.model_source import open_model
-from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
+from mpt_trt.calibration.plan import CalibrationPlan
 from mpt_trt.calibration.result import read_calibration
 from mpt_trt.engines.onnxruntime import cpu_cache
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings

@@ -17,9 +17,10 @@ from safetensors import torch as torch_file
 from safetensors.numpy import load_file
 
 from mpt_trt.calibration.block_stream import Computation
+from mpt_trt.calibration.calibrate import calibrate
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.model_source import open_model
-from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
+from mpt_trt.calibration.plan import CalibrationPlan
 from mpt_trt.calibration.result import read_calibration
 from mpt_trt.engines.trtllm import checkpoint as trtllm_checkpoint
 from mpt_trt.engines.trtllm.checkpoint import TrtllmConversion, write_trtllm_checkpoint

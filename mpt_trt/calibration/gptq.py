@@ -1,0 +1,111 @@
+"""GPTQ of a model's matrices, on what they multiply while the model reads the samples.
+
+A matrix is rounded on the inputs that it gets in the model as rounded so far, and aims at the
+outputs that the unquantized model has: it makes up for errors of the matrices before it, too (as
+in GPTAQ, arXiv:2504.02692). So there are two hidden states of every sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpt_trt.calibration.block_stream import SampleRun, linear_modules, not_finite, on_host
+from mpt_trt.model.tensors import BlockMatrix
+from mpt_trt.model.torch_block import PlainBlock
+from mpt_trt.quantization.calibrated_weights import CalibratedMatrix, RoundedWeights
+from mpt_trt.quantization.gptq import Statistics, round_with_gptq
+from mpt_trt.quantization.grids import INT4
+
+
+@dataclass
+class GptqCalibration:
+    """Rounds one block after the other to int4.
+
+    hidden: the samples' hidden states in the model as rounded so far, in batches; empty before the
+    first block.
+    """
+
+    group_size: int
+    weight_dtype: np.dtype
+    hidden: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, block: PlainBlock, run: SampleRun) -> dict[BlockMatrix, CalibratedMatrix]:
+        """Runs a block on all samples and rounds its matrices, in place as well.
+
+        Raises MptTrtError when the model computes NaN or Inf.
+        """
+        hidden = self.hidden or run.hidden
+        modules = linear_modules(block)
+        with contextlib.ExitStack() as stack:
+            plain = {name: stack.enter_context(_Inputs(m)) for name, m in modules.items()}
+            run(block)
+        matrices: dict[BlockMatrix, CalibratedMatrix] = {}
+        # In the order of the data: each is rounded on the errors of those before it.
+        for name, module in modules.items():
+            statistics = _statistics(block, module, plain.pop(name), hidden, run.attention_bias)
+            matrices[name] = self._rounded(module, statistics)
+        self.hidden = [block(batch, run.attention_bias) for batch in hidden]
+        return matrices
+
+    def _rounded(self, module: nn.Module, statistics: Statistics) -> RoundedWeights:
+        weight = module.get_parameter("weight")
+        rounded = round_with_gptq(weight.float(), statistics, INT4, self.group_size)
+        dequantized = rounded.dequantized()
+        weight.copy_(dequantized)
+        stored = dequantized.to(getattr(torch, self.weight_dtype.name))
+        return RoundedWeights(on_host(stored), rounded.scales.cpu().numpy(), INT4.bits)
+
+
+class _Inputs:
+    """Keeps what a module multiplies, by batch, `[tokens, in]`, while it is entered."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+        self.batches: list[Tensor] = []
+
+    def __enter__(self) -> _Inputs:
+        self._handle = self._module.register_forward_pre_hook(self._keep)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _keep(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.batches.append(inputs[0].detach().flatten(0, -2))
+
+
+class _LastInputs(_Inputs):
+    """The same, and ends the block's run there: nothing after the module is needed."""
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        super()._keep(module, inputs)
+        raise _Reached
+
+
+class _Reached(Exception):
+    """A module's inputs are known."""
+
+
+def _statistics(
+    block: PlainBlock,
+    module: nn.Module,
+    plain: _Inputs,
+    hidden: list[Tensor],
+    attention_bias: Tensor,
+) -> Statistics:
+    """Sums over all tokens of a module's inputs; `plain` has those of the unquantized model."""
+    weight = module.get_parameter("weight")
+    statistics = Statistics.empty(weight.shape[1], weight.device)
+    with _LastInputs(module) as inputs:
+        for batch, expected in zip(hidden, plain.batches, strict=True):
+            with contextlib.suppress(_Reached):
+                block(batch, attention_bias)
+            statistics.add(inputs.batches.pop(), expected)
+    if not statistics.is_finite:
+        raise not_finite()
+    return statistics

@@ -1,0 +1,142 @@
+"""GPTQ (Frantar et al., arXiv:2210.17323): rounding that corrects its own errors.
+
+The weights of a linear layer are rounded one input feature after the other. After each, the
+features that follow are changed so that they make up for the error of the layer's output, as far
+as the calibration text shows it: its Hessian is H = sum of x x^T over the inputs x.
+
+If the layers before have been rounded as well, the inputs x differ from the inputs y of the
+unquantized model. The weights W are first moved towards those that map x to the output W y with
+the least error, W + W (sum of (y - x) x^T) H^-1 (Li et al., arXiv:2504.02692, have the same aim).
+
+Features are rounded in the order of their mean square, the largest first, so that the most features
+are left to correct the errors that weigh most. Groups are those of the stored order: their scales
+are chosen before, and no permutation is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpt_trt.quantization.grids import Grid
+from mpt_trt.quantization.scale_search import search_scales
+
+DAMPING = 0.01
+"""Part of the Hessian's mean diagonal that is added to its diagonal, as in the paper."""
+BLOCK_COLUMNS = 128
+"""Input features whose errors are applied to all later ones together."""
+
+
+CORRECTION = 0.5
+"""Part of the way to the weights of least error that they are moved. With all of it, the result
+follows the calibration text too closely."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over the tokens of the calibration text.
+
+    hessian: of x x^T, float64 `[in, in]`. shift: of (y - x) x^T, float32 `[in, in]`. x are the
+    inputs that the layer has in the model as rounded so far, y those in the unquantized model.
+    """
+
+    hessian: Tensor
+    shift: Tensor
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device) -> Statistics:
+        """Sums over no tokens."""
+        hessian = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        return cls(hessian, torch.zeros(in_features, in_features, device=device))
+
+    def add(self, inputs: Tensor, expected: Tensor) -> None:
+        """Adds tokens: x and y, `[tokens, in]` each."""
+        inputs, expected = inputs.float(), expected.float()
+        self.hessian.add_(inputs.T @ inputs)
+        self.shift.addmm_((expected - inputs).T, inputs)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether neither the inputs nor the sums held NaN or Inf."""
+        return bool(self.hessian.isfinite().all() and self.shift.isfinite().all())
+
+
+@dataclass(frozen=True)
+class RoundedMatrix:
+    """A matrix on a grid.
+
+    values: float32 numbers of the grid, `[out, in]`. scales: float32 `[out, in / group_size]`.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    def dequantized(self) -> Tensor:
+        """The weights that the values stand for, float32 `[out, in]`."""
+        return self.values * _by_feature(self.scales, self.values.shape[1])
+
+
+def round_with_gptq(
+    weight: Tensor, statistics: Statistics, grid: Grid, group_size: int
+) -> RoundedMatrix:
+    """Rounds a matrix to a grid.
+
+    weight: float32 `[out, in]`. statistics: its Hessian is changed. group_size: input features that
+    share a scale; it divides `in`.
+    """
+    hessian = statistics.hessian
+    diagonal = hessian.diagonal()
+    # Features that are zero in the whole text have no error to correct.
+    diagonal[diagonal == 0] = 1
+    importance = diagonal.float()
+    diagonal += DAMPING * diagonal.mean()
+    order = importance.argsort(descending=True, stable=True)
+    factor = inverse_factor(hessian[order[:, None], order]).float()
+    shift = (weight @ statistics.shift)[:, order] @ factor.T @ factor
+    weight = weight.clone()
+    weight[:, order] += CORRECTION * shift
+    groups = weight.reshape(len(weight), -1, group_size)
+    scales = search_scales(groups, importance.reshape(-1, group_size), grid)
+    values = torch.empty_like(weight)
+    scale_of_feature = _by_feature(scales, weight.shape[1])
+    values[:, order] = _round_in_order(weight[:, order], scale_of_feature[:, order], factor, grid)
+    return RoundedMatrix(values, scales)
+
+
+def _by_feature(scales: Tensor, in_features: int) -> Tensor:
+    return scales.repeat_interleave(in_features // scales.shape[1], 1)
+
+
+def _round_in_order(weight: Tensor, scales: Tensor, factor: Tensor, grid: Grid) -> Tensor:
+    """Rounds columns from left to right, and returns their numbers on the grid.
+
+    weight, scales: float32 `[out, in]`. factor: see `inverse_factor`.
+    """
+    # A column is a row here, which lies together in memory.
+    rest, scales = weight.T.contiguous(), scales.T.contiguous()
+    values = torch.empty_like(rest)
+    for start in range(0, len(rest), BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, len(rest))
+        errors = torch.empty_like(rest[start:stop])
+        for column in range(start, stop):
+            values[column] = grid.quantized(rest[column] / scales[column])
+            corrections = factor[column, column:stop]
+            error = (rest[column] - values[column] * scales[column]) / corrections[0]
+            rest[column:stop].addr_(corrections, error, alpha=-1)
+            errors[column - start] = error
+        rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return values.T
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """Computes the upper triangular U with H^-1 = U^T U, in the Hessian's precision.
+
+    With rows and columns reversed, the Cholesky factor of H is an upper factor R with H = R R^T,
+    and U = R^-1: one factorization, and no inverse of H.
+    """
+    factor = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=True)
+    return inverse

@@ -1,0 +1,41 @@
+"""Grids of numbers that a weight may have, times a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The numbers that a format can represent.
+
+    bits: of a number. lowest, highest: its largest negative and positive numbers. nearest: rounds
+    float32 values within that range to the grid, halves to even.
+    """
+
+    bits: int
+    lowest: float
+    highest: float
+    nearest: Callable[[Tensor], Tensor]
+
+    def quantized(self, values: Tensor) -> Tensor:
+        """Rounds values to the nearest number of the grid; those beyond its ends saturate."""
+        return self.nearest(values.clamp(self.lowest, self.highest))
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the grid reaches equally far on both sides."""
+        return self.lowest == -self.highest
+
+
+def _nearest_e4m3(values: Tensor) -> Tensor:
+    return values.to(torch.float8_e4m3fn).to(values.dtype)
+
+
+INT4 = Grid(4, -8, 7, torch.round)
+INT8 = Grid(8, -128, 127, torch.round)
+E4M3 = Grid(8, -448, 448, _nearest_e4m3)
