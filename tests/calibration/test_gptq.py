@@ -54,7 +54,6 @@ def test_divergence(result, held_out) -> None:
         measure_distance(row.numpy(), reference_logits(DEMO, ids.tolist()).numpy())
         for row, ids in zip(logits, held_out, strict=True)
     ]
-    print(np.mean([each.mean_kl for each in distances]))
     assert np.mean([each.mean_kl for each in distances]) < {64: 0.040, 32: 0.033}[group_size]
 
 

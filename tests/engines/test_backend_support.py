@@ -23,8 +23,8 @@ from mpt_trt.model.rope import Rope
 from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.quantization.schemes import (
     Awq,
-    Gptq,
     Fp8,
+    Gptq,
     Quantization,
     SmoothQuant,
     WeightOnly,
