@@ -1,11 +1,11 @@
-"""mpt-trt: from Hugging Face MPT checkpoints to verified TensorRT engines.
+"""mpt-trt: builds verified TensorRT engines from Hugging Face MPT checkpoints.
 
-Name a file or folder to make it and whatever it needs, for example
+Name a file or folder to make it and every missing input, for example
 
     snakemake -c2 trt_engines/mpt-7b/fp16/1-gpu
 
 `snakemake --list` explains the rules. Without a name, the `targets` of config.yaml are made. The
-configuration is config.yaml of the working directory or, if there is none, the one beside this file.
+configuration is config.yaml of the working directory or, if there is none, the one next to this file.
 """
 
 from pathlib import Path

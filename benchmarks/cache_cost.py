@@ -1,7 +1,7 @@
-"""What an 8-bit key-value cache costs and saves on the CPU, against a cache in the network's type.
+"""Measures time and memory of an 8-bit KV cache on the CPU, against the network's type.
 
-The demo model in float32 under ONNX Runtime, single tokens at the end of caches of two lengths, the
-three caches in alternation in one run; the figures are ratios of medians, and of bytes.
+Runs the demo model in float32 under ONNX Runtime, with single tokens at the end of caches of two
+lengths. The three caches alternate in one run; the figures are ratios of medians and of bytes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def figures(arguments: argparse.Namespace, length: int) -> dict:
 
 
 def make_engines(folder: Path, length: int) -> dict[str, Path]:
-    """An engine directory for each kind of cache; made once."""
+    """Makes an engine directory for each kind of cache, once."""
     ft, npz = folder / "ft", folder / "kv" / "mpt_tp1_rank0.npz"
     if not npz.exists():
         measure(script("convert_hf_mpt_to_ft.py", "-i", DEMO, "-o", ft, "-t", "float32"))
@@ -79,7 +79,7 @@ def open_engine(folder: Path, threads: int):
 
 
 def cache_bytes(folder: Path) -> int:
-    """Of the buffers that the network asks for."""
+    """Size of the network's cache buffers in bytes."""
     import onnx
     from onnx import helper
 
@@ -93,7 +93,7 @@ def cache_bytes(folder: Path) -> int:
 
 
 def step_seconds(model, count: int) -> float:
-    """Of one token behind a full cache, the mean of `count`."""
+    """Measures one token after a full cache, the mean of `count` steps."""
     tokens, logits = np.array([[100]]), np.array([[0, 0]])
     model.start(1)
     started = time.perf_counter()

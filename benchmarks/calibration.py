@@ -1,11 +1,11 @@
 """Calibration against one plain forward pass over the same tokens, in one run.
 
 Makes a random checkpoint, and measures seconds and peak memory of: a forward pass with the whole
-model in memory (its reading not counted); reading the blocks alone, and a forward pass block by
-block, as calibration does it; calibration for each format, its file included; a plain write of as
-many bytes to the same disk; and, with --stock, ModelOpt's quantize on the whole of transformers'
-model, which makes no file. What is done once a process (CUDA's start, ModelOpt's kernels) is done
-on one block before, and counted apart.
+model in memory (without reading it); reading the blocks; a forward pass block by block, as in
+calibration; calibration for each format, including its file; a plain write of as many bytes to the
+same disk; and, with --stock, ModelOpt's quantize on transformers' model, which writes no file. Work
+that happens once per process (CUDA's start, ModelOpt's kernels) is done on one block before, and
+counted separately.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ WRITTEN_AT_ONCE = 64 * MIB
 
 @dataclass
 class Cost:
-    """What a run took.
+    """Cost of a run.
 
-    cpu_seconds: of all threads. peak_gpu_mib: most that PyTorch allocated. peak_private_mib: of
-    host memory, see Measured.
+    cpu_seconds: sum over all threads. peak_gpu_mib: peak of PyTorch's allocations.
+    peak_private_mib: host memory, see Measured.
     """
 
     seconds: float = 0.0
@@ -131,7 +131,7 @@ class Bench:
         }
 
     def cost(self, work: Callable[[], None]) -> Cost:
-        """No file is there to be replaced, and nothing else is on its way to the disk."""
+        """Measures work, after removing its old file and waiting until the disk is idle."""
         self.target.unlink(missing_ok=True)
         os.sync()
         with measured(self.computation.device) as cost:
@@ -162,7 +162,7 @@ class Bench:
 
     @torch.no_grad()
     def forward_in_memory(self) -> Cost:
-        """All blocks are read, and the pass made once, before the clock starts."""
+        """Measures a forward pass with all blocks in memory, after a warm-up pass."""
         config = self.source.config
         model = self.model(config)
         blocks = [
@@ -184,7 +184,7 @@ class Bench:
         return self.cost(forward)
 
     def stock(self, plan: CalibrationPlan) -> Cost:
-        """mtq.quantize on transformers' model, which is read before the clock starts."""
+        """Measures mtq.quantize on transformers' model, which is read before the clock starts."""
         import modelopt.torch.quantization as mtq
         from transformers import MptForCausalLM
 
@@ -197,7 +197,7 @@ class Bench:
                 model(batch, use_cache=False)
 
         cost = self.cost(lambda: mtq.quantize(model, modelopt_config(plan), read_samples))
-        # ModelOpt leaves reference cycles, which would keep the weights.
+        # ModelOpt leaves reference cycles, which would keep the weights in memory.
         model.to("meta")
         return cost
 

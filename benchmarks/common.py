@@ -1,4 +1,4 @@
-"""What the benchmarks share: measured commands, and results that say what was measured where."""
+"""Shared parts of the benchmarks: measured commands, and result files with the machine."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ sys.path.insert(0, str(REPOSITORY))
 from mpt_trt.system.machine import describe_machine
 from mpt_trt.system.process import wait_without_spinning
 
-# As the tools do; benchmarks import PyTorch after this module.
+# Like the tools; benchmarks import PyTorch after this module.
 wait_without_spinning()
 
-# Where results go, if not to those that are kept.
+# Folder of the results, if they are not to be committed.
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 PACKAGES = (
     "torch",
@@ -40,10 +40,10 @@ SAMPLE_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of a command.
+    """A measured run of a command.
 
-    peak_private_mib: most memory that the system could not reclaim (RssAnon), in MiB; pages of
-    memory-mapped files are not in it.
+    peak_private_mib: peak memory that the system could not reclaim (RssAnon), in MiB, without pages
+    of memory-mapped files.
     """
 
     seconds: float
@@ -52,7 +52,7 @@ class Measured:
 
 def measure(command: list[str | Path]) -> Measured:
     """Runs a command to its end; raises RuntimeError with its messages when it fails."""
-    # A pipe that nobody reads before the end would stop a command that says much.
+    # An unread pipe would block a command with much output.
     with tempfile.TemporaryFile("w+") as output:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -70,30 +70,30 @@ def measure(command: list[str | Path]) -> Measured:
 
 
 def script(name: str, *arguments: str | Path) -> list[str | Path]:
-    """The command line of one of our own tools."""
+    """Command line of one of mpt-trt's tools."""
     return [sys.executable, SCRIPTS / name, *arguments]
 
 
 def make_random_checkpoint(
     target: Path, like: str, dtype: str = "float16", layers: int | None = None
 ) -> None:
-    """layers: number of blocks, None for the shape's own."""
+    """Makes a random checkpoint. layers: number of blocks; None: the shape's own."""
     words: list[str | Path] = ["--like", like, "--dtype", dtype, "--output_dir", target]
     words += [] if layers is None else ["--layers", str(layers)]
     measure(script("make_random_checkpoint.py", *words))
 
 
 def timed(function: Callable[[], object]) -> float:
-    """Seconds of one call."""
+    """Measures the seconds of one call."""
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of weights that a step of one token reads of the network in `folder`.
+    """Bytes of weights that a step of one token reads from the network in `folder`.
 
-    Every weight once; of the embedding, the head's use.
+    Counts every weight once, and the embedding as the head.
     """
     return sum(path.stat().st_size for path in (folder / "weights").iterdir())
 
@@ -125,7 +125,7 @@ def _plain(value: object) -> object:
 
 
 def private_mib(pid: int) -> float:
-    """RssAnon of a process and of all below it; what those share is counted for each."""
+    """RssAnon of a process and its descendants; shared pages count for each."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

@@ -1,4 +1,4 @@
-"""Conversion to an FT checkpoint against `cp` of the same bytes, in one run.
+"""Compares conversion to an FT checkpoint with `cp` of the same bytes, in one run.
 
 Makes a random checkpoint of each source type, then alternates cp and conversion, and compares
 medians. The files are in the page cache before the first measured run, if they fit.
@@ -51,7 +51,7 @@ def remove_outputs(folder: Path) -> None:
 
 
 def make_checkpoint(arguments: argparse.Namespace, dtype: str) -> Path:
-    """The random checkpoint of that type; those of other types are removed."""
+    """Makes the random checkpoint of that type, and removes those of other types."""
     folder = arguments.folder / f"checkpoint-{dtype}"
     for other in arguments.folder.glob("checkpoint-*"):
         if other != folder:
@@ -64,7 +64,8 @@ def make_checkpoint(arguments: argparse.Namespace, dtype: str) -> Path:
 def compare(source: Path, target: Path, storage_type: str, tp: int, repeats: int) -> dict:
     """Alternates cp and conversion.
 
-    ratio is of the medians, per byte written, where a conversion may write more than cp or less.
+    `ratio` is that of the medians per byte written, because a conversion may write more or fewer
+    bytes than cp.
     """
     command = script(
         "convert_hf_mpt_to_ft.py", "-i", source, "-o", target, "-t", storage_type, "-tp", str(tp)
@@ -92,10 +93,10 @@ def compare(source: Path, target: Path, storage_type: str, tp: int, repeats: int
 
 
 def _empty(folder: Path, new_name: Path) -> None:
-    """Frees what the files of a folder hold, and moves it away.
+    """Frees the content of a folder's files, and moves the folder away.
 
-    Not removed: ext4 looks, one by one, at the inodes that were removed within the last minutes
-    whenever it makes a file, which then takes up to 1 ms in place of 0.02.
+    Files are not removed, because ext4 looks at all recently removed inodes whenever it makes a
+    file, which then takes up to 1 ms instead of 0.02 ms.
     """
     for path in folder.rglob("*"):
         if path.is_file():

@@ -1,10 +1,10 @@
-"""Greedy decoding on the CPU: networks under ONNX Runtime against transformers, in one run.
+"""Compares greedy decoding on the CPU under ONNX Runtime with transformers, in one run.
 
-All run one random model with the same number of threads, transformers in float32: the float32
-network, which has to give the same tokens; int4_awq with exact activations; and with activations
-rounded to 8 bits. Timed in alternation: reading prompts of several lengths up to the first new
-token, and decoding. The rate of decoding is that of the tokens behind the first. The limit is the
-rate at which a network's weights can be read, measured in the same rounds.
+All run one random model with the same number of threads: transformers in float32; the float32
+network, which has to give the same tokens; int4_awq with exact activations; and int4_awq with
+activations rounded to 8 bits. They alternate in reading prompts of several lengths up to the first
+new token, and in decoding. The rate of decoding is that of the tokens after the first. The limit is
+the rate at which a network's weights can be read, measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ READS = 3
 
 @dataclass(frozen=True)
 class Contender:
-    """is_quantized: int4_awq. activations: see mpt_trt.engines.onnxruntime.cpu_settings."""
+    """A measured network. is_quantized: int4_awq. activations: see `cpu_settings.Activations`."""
 
     is_quantized: bool = False
     activations: str = "exact"
@@ -57,7 +57,7 @@ CONTENDERS = {
 
 class Generator(Protocol):
     def tokens(self, length: int, count: int) -> list[int]:
-        """`count` new tokens behind a prompt of `length`."""
+        """Generates `count` new tokens after a prompt of `length` tokens."""
         ...
 
 
@@ -101,12 +101,12 @@ def main() -> None:
     print(write_result(f"cpu-decode-{name}", figures))
 
 
-# What each round times: (who, prompt's length, new tokens), and "read" alone.
+# Timed parts of a round: (contender, prompt's length, new tokens), and "read".
 Seconds = dict[tuple[str, int, int] | str, list[float]]
 
 
 def timings(loaded: dict[str, Generator], arguments: argparse.Namespace) -> Seconds:
-    """Seconds of every round, of which the first is dropped."""
+    """Measures the seconds of every round; the first round is dropped."""
     read = reader(arguments.threads)
     cases = [(PROMPT, 1), (PROMPT, arguments.tokens), *((n, 1) for n in arguments.prompts)]
     seconds: Seconds = {"read": []}
@@ -122,7 +122,7 @@ def timings(loaded: dict[str, Generator], arguments: argparse.Namespace) -> Seco
 
 
 def summary(seconds: Seconds, folder: Path, arguments: argparse.Namespace) -> dict:
-    """Medians and their ratios; a ratio above 1 is in the network's favour."""
+    """Computes medians and their ratios; above 1, the network is faster."""
     median = {key: statistics.median(values) for key, values in seconds.items()}
     names = [*CONTENDERS, "transformers"]
     count = arguments.tokens
@@ -171,7 +171,7 @@ def show(figures: dict) -> None:
 
 
 def make_networks(folder: Path, arguments: argparse.Namespace) -> None:
-    """The checkpoint, made once, and both networks, without plans, for these prompts."""
+    """Makes the checkpoint, once, and both networks, without plans, for these prompts."""
     from networks import network_without_plan
 
     from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
@@ -186,7 +186,7 @@ def make_networks(folder: Path, arguments: argparse.Namespace) -> None:
         make_random_checkpoint(checkpoint, arguments.like, "float32", arguments.layers)
         options = ("-i", checkpoint, "-o", ft.parent, "-t", "float32")
         measure(script("convert_hf_mpt_to_ft.py", *options))
-        # Of random weights any calibration will do.
+        # Any calibration is good enough for random weights.
         size = ("--calib_size", "1", "--calib_max_seq_length", "32")
         tokenizer = ("--tokenizer_dir", REPOSITORY / "resources" / "mpt-demo")
         source = ("--model_dir", ft, "--qformat", "int4_awq", *size, *tokenizer)
@@ -209,7 +209,7 @@ def network_name(contender: Contender) -> str:
 
 
 def load(make: Callable[[], Generator]) -> tuple[Generator, dict[str, float]]:
-    """What `make` loads; its seconds, and the memory that cannot be reclaimed (RssAnon)."""
+    """Loads a contender; also returns seconds and memory that cannot be reclaimed (RssAnon)."""
     gc.collect()
     before, started = private_mib(os.getpid()), time.perf_counter()
     made = make()
@@ -237,7 +237,7 @@ class OurRuntime:
 
 
 class Peer:
-    """transformers' own generate, with its KV cache on (its MPT configuration has it off)."""
+    """transformers' own generate with its KV cache, which its MPT configuration turns off."""
 
     def __init__(self, model_dir: Path, threads: int):
         import torch
@@ -274,7 +274,7 @@ READ_BYTES = 1 << 30
 
 
 def reader(threads: int) -> Callable[[], object]:
-    """Reads a GiB, many times what the caches hold: PyTorch's sum."""
+    """Makes a function that reads 1 GiB, far more than the caches hold, with PyTorch's sum."""
     import torch
 
     torch.set_num_threads(threads)

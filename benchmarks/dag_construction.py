@@ -1,8 +1,8 @@
-"""What Snakemake itself takes to plan many engines: nothing made yet, and everything made.
+"""Measures Snakemake's planning of many engines: nothing made yet, and everything made.
 
-For models x variants x (1, 2, 4, 8) ranks, up to the smoke tests. Artifacts are stand-ins: empty
-files, as many as MPT-7B has, linked as its are. Their records are those of Snakemake's own --touch
-on one model, copied for the other ones.
+Plans models x variants x (1, 2, 4, 8) ranks, up to the smoke tests. Artifacts are placeholders:
+empty files with MPT-7B's numbers of files and links. Their records come from Snakemake's own
+--touch on one model, copied for the other ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mpt_trt.network.graph import WEIGHTS_FOLDER
 from mpt_trt.workflow.target_names import STORAGES
 
 TP_SIZES = (1, 2, 4, 8)
-# Eight ranks are legal for it. All models are alike, so that records can be copied.
+# Eight ranks are valid for it. All models are alike, so that records can be copied.
 SHAPE = "mpt-7b"
 TREES = ("revisions", "checkpoints", "ft_ckpts", "build/networks", "build/plans", "trt_engines")
 
@@ -80,7 +80,7 @@ def snakemake(folder: Path, *options: str) -> list[str | Path]:
 
 @dataclass(frozen=True)
 class Planned:
-    """cpu_seconds: what a machine with nothing else to do needs."""
+    """A measured dry run. cpu_seconds: CPU time, which hardly depends on other work."""
 
     run: Measured
     cpu_seconds: float
@@ -102,7 +102,7 @@ def children_seconds() -> float:
 
 
 def require_nothing_to_do(folder: Path) -> None:
-    """A dry run that would do something would be no measure of doing nothing."""
+    """Raises RuntimeError if a dry run has jobs, because it would not measure an idle plan."""
     command = snakemake(folder, "--dry-run")
     command[command.index("all")] = "rules"
     result = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -129,7 +129,7 @@ def write_config(folder: Path, models: list[str], variants: list[str]) -> None:
 
 
 def make_stand_ins(folder: Path, model: str, variants: list[str]) -> None:
-    """Empty folders and files in the place of everything that is made for one model."""
+    """Makes empty folders and files as placeholders for all artifacts of one model."""
     for output in outputs(model, variants):
         target = folder / output.folder
         for path in output.files:
@@ -149,7 +149,7 @@ def make_stand_ins(folder: Path, model: str, variants: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Output:
-    """A folder, the names of files that are made in it, and what others are links to."""
+    """A folder, the names of files in it, and the targets of its links."""
 
     folder: str
     files: list[str]
@@ -196,11 +196,11 @@ def storage_of(variants: list[str], variant: str) -> str:
 
 
 def copy_model(folder: Path, model: str, others: list[str]) -> None:
-    """What was made for one model, time stamps and Snakemake's records included, for others."""
+    """Copies one model's artifacts to others, including time stamps and Snakemake's records."""
     records = {path: path.read_text() for path in (folder / ".snakemake/metadata").iterdir()}
     for other in others:
         for tree in (*TREES, "smoke_tests"):
-            # Links: the files of all models are alike, and there are millions.
+            # Links, because the files of all models are alike, and there are millions.
             command = ["cp", "--archive", "--link", folder / tree / model, folder / tree / other]
             subprocess.run(command, check=True)
         for path, text in records.items():

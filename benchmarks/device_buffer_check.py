@@ -1,6 +1,6 @@
-"""Tries, on any CUDA GPU, the part of the TensorRT runtime that needs no TensorRT: its memory.
+"""Tests the memory of the TensorRT runtime on any CUDA GPU, without TensorRT.
 
-Buffers, and both kinds of key-value cache against the same done with NumPy.
+Compares buffers and both kinds of KV cache with NumPy.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check_buffers(stream) -> None:
 
 
 def check_cache(cache_type: str, stream) -> None:
-    """Steps of several lengths and positions, and a change of rows, on both sides."""
+    """Compares steps of several lengths and positions, and a change of rows."""
     random = np.random.default_rng(0)
     addresses: dict[str, int] = {}
     cache = make_device_cache(SHAPE, cache_type, 4, addresses.__setitem__)
@@ -79,7 +79,7 @@ def row_shape(cache_type: str, positions: int) -> tuple[int, ...]:
 
 
 def write(addresses: dict[str, int], age: str, content: NDArray) -> None:
-    """content: `[rows, parts, ...]`; each part lies at an address of its own."""
+    """Writes content `[rows, parts, ...]`; each part has its own address."""
     kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
     for part, name in enumerate(cache_names(age, SHAPE.num_layers)):
         values = np.ascontiguousarray(content[:, part])

@@ -1,12 +1,11 @@
-"""Build of one rank's engine without a GPU: time, memory and disk against the weights.
+"""Measures the build of one rank's engine without a GPU: time, memory and disk space.
 
-The weights are random. So is what calibration would find for int4_awq: a scale of 1 for the inputs,
-and of each group what its largest weight asks for. What it is made from, and in which steps, is the
-same as behind a true calibration.
+The weights are random. For int4_awq, the calibration result has a scale of 1 for the inputs, and
+scales from the largest weight of each group. The steps after it are those after a real calibration.
 
-Where the disk does not hold an FT checkpoint of all blocks, --layers 12 --linked_layers 48 --tp 4
-makes 12, and links the files of the others to theirs, with ranks changed about: so no two blocks of
-a rank are the same. (TensorRT would store those once.)
+If an FT checkpoint of all blocks does not fit on the disk, --layers 12 --linked_layers 48 --tp 4
+makes 12 blocks and links the files of the others to them, with exchanged ranks, so that no two
+blocks of a rank are the same. (TensorRT would store equal blocks once.)
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def main() -> None:
 
 
 def make_sources(arguments: argparse.Namespace, ft: Path) -> None:
-    """The FT checkpoint and, for int4_awq, the calibration result, unless they are there."""
+    """Makes the FT checkpoint and, for int4_awq, the calibration result, if they are missing."""
     checkpoint, calibration = arguments.folder / "checkpoint", arguments.folder / FILE_NAME
     is_awq = arguments.quantization == "int4_awq"
     if (ft / f"{arguments.tp}-gpu").exists() and (calibration.exists() or not is_awq):
@@ -86,7 +85,7 @@ def make_sources(arguments: argparse.Namespace, ft: Path) -> None:
 
 
 def link_layers(folder: Path, number: int) -> None:
-    """Makes an FT checkpoint one of `number` blocks, by links to the files that it has.
+    """Extends an FT checkpoint to `number` blocks with links to its files.
 
     Block i's files of rank r are those of block i % held and rank (r + i // held) % ranks.
     """
@@ -112,7 +111,7 @@ def link_layers(folder: Path, number: int) -> None:
 
 
 def write_calibration(folder: Path, target: Path) -> None:
-    """An int4_awq result with the weights as they are and inputs that are not scaled."""
+    """Writes an int4_awq result with unchanged weights and unscaled inputs."""
     config = read_hf_config(folder)
     found = HfCheckpoint(folder, weights(config))
     with calibration_writer(target, config, found, np.dtype(np.float16)) as writer:
@@ -148,7 +147,7 @@ def describe(
     arguments: argparse.Namespace, steps: dict[str, Measured], folders: tuple[Path, ...]
 ) -> dict:
     network = folders[1]
-    # Of the rank that is built; the networks of all ranks are there.
+    # Only the built rank's, because the networks of all ranks exist.
     files = json.loads((network / "rank0.network.json").read_text())["files"]
     weight_bytes = sum(entry["bytes"] for name, entry in files.items() if "/" in name)
     peak = max(run.peak_private_mib for run in steps.values())

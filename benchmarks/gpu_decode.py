@@ -1,8 +1,8 @@
-"""Greedy decoding of one model shape on a GPU, under ONNX Runtime as run.py uses it.
+"""Measures greedy decoding of one model shape on a GPU, with run.py's ONNX Runtime engine.
 
-Random weights. For each engine and number of rows: milliseconds a step of one token a row, and of
-reading a prompt; seconds and GPU memory of loading. In the same run: how fast the GPU reads, and a
-plain PyTorch MPT, compiled, whose step is a CUDA graph (float16, batch 1).
+Weights are random. For each engine and number of rows, it measures milliseconds per step of one
+token per row, milliseconds per prompt, and seconds and GPU memory of loading. The same run measures
+the GPU's read rate, and a compiled PyTorch MPT whose step is a CUDA graph (float16, batch 1).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RECIPES = {
     "int8_weight_only": CalibratedQuantization(Quantization(WeightOnly(8), "auto"), None),
     "int4_weight_only-g128": CalibratedQuantization(Quantization(WeightOnly(4, 128), "auto"), None),
 }
-# The first steps of a generation are not counted, and so many are looked at together.
+# Number of first steps that are not counted, and of steps that are averaged.
 WARM_UP = 8
 STEPS = 64
 GIB = 1 << 30
@@ -43,10 +43,10 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Case:
-    """An engine, and what is measured of it.
+    """An engine and its measurements.
 
-    max_rows: of the engine. batches: rows that decode at once, from prompts of `start` tokens until
-    the cache is full. prompts: lengths of prompts of which one is read.
+    max_rows: max_batch_size of the engine. batches: rows that decode together, from prompts of
+    `start` tokens until the cache is full. prompts: lengths of single prompts.
     """
 
     calibrated: str
@@ -120,9 +120,10 @@ def measured(case: Case, checkpoint: FtCheckpoint, folder: Path) -> dict:
 
 
 def step_ms(model: StepModel, batch: int, case: Case) -> dict[str, float]:
-    """Of greedy decoding until the cache is full: of the first steps, of the last, and of all.
+    """Measures greedy decoding until the cache is full: the first steps, the last, and all.
 
-    For the second time; and of all for the first time, in which steps are captured.
+    These are figures of the second run; all steps are also measured in the first run, which
+    captures steps.
     """
     prompts = [[100 + index % 1000 for index in range(case.start)] for _ in range(batch)]
     config = GenerationConfig(case.cache_len - case.start, end_ids=(), pad_id=0)
@@ -148,7 +149,7 @@ def step_ms(model: StepModel, batch: int, case: Case) -> dict[str, float]:
 
 
 def prompt_ms(model: StepModel, length: int) -> float:
-    """Of reading one prompt up to its last token's logits, median of five after one."""
+    """Measures reading one prompt up to its last logits, the median of five after a warm-up."""
     ids = np.arange(length, dtype=np.int64)[None] % 1000 + 100
     last = np.array([[0, length - 1]])
     zero = np.zeros(1, np.int64)
@@ -172,7 +173,7 @@ def gpu_memory_used() -> int:
 
 
 def read_rate() -> float:
-    """Bytes a second at which 4 GiB are read: PyTorch's sum of float32, best of 10."""
+    """Measures the read rate over 4 GiB in bytes per second: PyTorch's float32 sum, best of 10."""
     import torch
 
     values = torch.ones(GIB, device="cuda")

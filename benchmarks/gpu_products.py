@@ -1,8 +1,8 @@
-"""Products with 4- and 8-bit weights under ONNX Runtime on a GPU: by columns, and in tiles.
+"""Measures products with 4- and 8-bit weights under ONNX Runtime on a GPU, in both layouts.
 
-Milliseconds of all products of a model's layers for some numbers of rows, as one CUDA graph; beside
-them, how fast the GPU reads. Random weights; layers are measured until their weights no longer fit
-the GPU's cache, and counted up.
+Measures milliseconds of all products of a model's layers for several numbers of rows, as one CUDA
+graph, and the GPU's read rate. Weights are random. As many layers are measured as exceed the GPU's
+cache, and the result is scaled up.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mpt_trt.engines.onnxruntime.cuda.session import CudaSession
 from mpt_trt.engines.onnxruntime.cuda.shared_weights import share_weights
 from mpt_trt.network.graph import external_tensor
 
-# Of MPT-7B: in and out features of a layer's matrices.
+# Input and output features of a layer's matrices in MPT-7B.
 SHAPES = ((4096, 12288), (4096, 4096), (4096, 16384), (16384, 4096))
 MODEL_LAYERS = 32
 LAYERS = 8
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 class LinearLayers:
-    """A network of nothing but products, on the GPU."""
+    """A network that contains only products, on the GPU."""
 
     def __init__(self, folder: Path, bits: int, prepacked_bits: Collection[int]):
         model = integer_network(folder, bits)
@@ -74,7 +74,7 @@ class LinearLayers:
             self._session.bind_input(weight.name, weight.element_type, weight.shape, buffer.address)
 
     def milliseconds(self, rows: int) -> float:
-        """Of the model's layers, median of several replays."""
+        """Measures the model's layers, median of several replays."""
         buffers = []
         for name, width in (*inputs(), *outputs()):
             buffers.append(DeviceBuffer(rows * width * FLOAT16_BYTES))
@@ -100,7 +100,7 @@ def outputs() -> list[tuple[str, int]]:
 
 
 def integer_network(folder: Path, bits: int) -> onnx.ModelProto:
-    """Layers of the same random integers, each of which is read on its own."""
+    """Makes layers of the same random integers, each of which is read separately."""
     rng = np.random.default_rng(0)
     for height, width in SHAPES:
         content = rng.integers(0, 256, height * width * bits // 8, np.uint8)
@@ -140,7 +140,7 @@ def integer_network(folder: Path, bits: int) -> onnx.ModelProto:
 
 
 def scale_shape(bits: int, height: int, width: int) -> tuple[int, ...]:
-    """One for a group of 4-bit weights, one for a column of others."""
+    """Shape of the scales: one per group of 4-bit weights, one per column of others."""
     return (height // GROUP_SIZE, width) if bits == 4 else (width,)
 
 

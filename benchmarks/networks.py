@@ -1,4 +1,4 @@
-"""Networks without plans, for benchmarks of ONNX Runtime on a GPU that TensorRT does not take."""
+"""Makes networks without plans, for benchmarks of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpt_trt.model.sharding import VocabularySharding
 
 
 def random_ft_checkpoint(folder: Path, like: str, dtype: str) -> FtCheckpoint:
-    """The FT checkpoint of a random model, for one rank; made once."""
+    """Makes the FT checkpoint of a random model for one rank, once."""
     ft = folder / "ft" / "1-gpu"
     if not ft.exists():
         model_dir = folder / "checkpoint"
@@ -31,7 +31,7 @@ def random_ft_checkpoint(folder: Path, like: str, dtype: str) -> FtCheckpoint:
 def network_without_plan(
     checkpoint: FtCheckpoint, folder: Path, limits: BuildLimits, calibrated: CalibratedQuantization
 ) -> Manifest:
-    """Puts the network of the only rank into `folder`, and returns what describes it."""
+    """Makes the network of a single rank in `folder`, and returns its manifest."""
     folder.mkdir(parents=True)
     write_networks(NetworkInputs(checkpoint, limits, VocabularySharding(), calibrated), folder)
     return read_network_manifest(folder)

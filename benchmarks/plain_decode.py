@@ -1,7 +1,7 @@
-"""A plain MPT in PyTorch that decodes greedily with a static cache: compiled, as a CUDA graph.
+"""A plain PyTorch MPT that decodes greedily with a static cache, compiled and as a CUDA graph.
 
-What a careful user of PyTorch would write, as the peer of gpu_decode.py. Float16, batch 1, no
-biases, ALiBi, tied head.
+The peer of gpu_decode.py, written as a careful user of PyTorch would: float16, batch 1, no biases,
+ALiBi, tied head.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAYERS = (
 
 
 class Block(torch.nn.Module):
-    """One layer; matrices are `[in_features, out_features]`, as in the FT checkpoint."""
+    """A layer; matrices are `[in_features, out_features]`, as in the FT checkpoint."""
 
     def __init__(self, config: MptConfig, weights: dict[str, Tensor], cache_len: int):
         super().__init__()
@@ -57,7 +57,7 @@ class Block(torch.nn.Module):
 
 
 class Decoder:
-    """The whole step: token and position in place, so that it can be replayed."""
+    """A whole step, which updates token and position in place, so that it can be replayed."""
 
     def __init__(self, checkpoint: FtCheckpoint, cache_len: int):
         config = self.config = checkpoint.config
@@ -98,7 +98,7 @@ class Decoder:
 
 @torch.no_grad()
 def decode_ms(checkpoint: FtCheckpoint, cache_len: int, steps: int) -> dict[str, float]:
-    """Milliseconds a token as a CUDA graph, of PyTorch's own kernels and of compiled ones."""
+    """Measures milliseconds per token as a CUDA graph, with PyTorch's kernels and compiled ones."""
     decoder = Decoder(checkpoint, cache_len)
     found = {"graph": _replayed_ms(decoder, steps)}
     for block in decoder.blocks:

@@ -1,8 +1,8 @@
-"""The short set of benchmarks, on small models: each ratio beside the last recorded one.
+"""Runs a short set of benchmarks on small models, and compares ratios with recorded ones.
 
-Prints a table and marks what is worse by more than the noise, which was found when the ratios were
-recorded. The exit status says nothing about them: timings of another machine, or of a busy one,
-prove nothing. Recording runs the set several times.
+Prints a table and marks ratios that are worse by more than the noise of the recording. The exit
+status does not depend on them, because timings of another or a busy machine prove nothing.
+Recording runs the set several times.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from common import REPOSITORY, describe_machine, measure, today
 
 BENCHMARKS = Path(__file__).parent
 RECORDED = BENCHMARKS / "recorded_ratios.json"
-# Even where the runs of a recording agreed better.
+# Minimum, even if the runs of a recording agreed better.
 LEAST_NOISE = 0.05
 
 Keys = tuple[str, ...]
@@ -29,9 +29,9 @@ Keys = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Where in a benchmark's result a ratio is found.
+    """Place of a ratio in a benchmark's result.
 
-    over: what the value is divided by, if that is not done there.
+    over: key of the divisor, unless the value is already a ratio.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A script with its options, and what counts of its result; its files lie in a folder."""
+    """A script with its options, the ratios of its result, and its folder."""
 
     script: str
     options: tuple[str, ...]
@@ -103,7 +103,7 @@ SHORT_SET = (
 
 @dataclass(frozen=True)
 class Recorded:
-    """A ratio as it was, the median of several runs.
+    """A recorded ratio, the median of several runs.
 
     noise: largest distance of a run from the median, as a share of it.
     """
@@ -132,7 +132,7 @@ def main() -> None:
 
 
 def run_all(folder: Path) -> dict[str, float]:
-    """Every ratio of the short set, by name."""
+    """Measures every ratio of the short set, by name."""
     found = {}
     for benchmark in SHORT_SET:
         print(benchmark.script, "...", file=sys.stderr, flush=True)
@@ -142,7 +142,7 @@ def run_all(folder: Path) -> dict[str, float]:
 
 
 def run(benchmark: Benchmark, folder: Path) -> dict:
-    """What the benchmark writes."""
+    """Runs a benchmark and reads its result."""
     options = [*benchmark.options, *(("--folder", folder) if benchmark.takes_folder else ())]
     with tempfile.TemporaryDirectory() as results:
         os.environ["BENCHMARK_RESULTS"] = results
@@ -163,7 +163,7 @@ def _at(keys: Keys, result: dict) -> float:
 
 
 def record(rounds: list[dict[str, float]]) -> dict[str, Recorded]:
-    """Of several runs of the set: medians, and how far runs were from them."""
+    """Runs the set several times; returns medians and the distance of runs from them."""
     recorded = {}
     for name in rounds[0]:
         values = [found[name] for found in rounds]
@@ -174,7 +174,7 @@ def record(rounds: list[dict[str, float]]) -> dict[str, Recorded]:
 
 
 def table(found: dict[str, float], recorded: dict[str, Recorded]) -> str:
-    """One line a ratio: its name, now, recorded, the change, and what that means."""
+    """Makes one line per ratio: name, current, recorded, change, and verdict."""
     better = {ratio.name: ratio.better for each in SHORT_SET for ratio in each.ratios}
     lines = [f"{'ratio':<46} {'now':>7} {'recorded':>8} {'change':>7}"]
     for name, now in found.items():
@@ -192,7 +192,7 @@ def table(found: dict[str, float], recorded: dict[str, Recorded]) -> str:
 
 
 def judged(now: float, was: Recorded, better: str) -> str:
-    """`WORSE` or `better` where the change is more than the noise, else nothing."""
+    """Returns `WORSE` or `better` if the change exceeds the noise, otherwise nothing."""
     change = now / was.ratio - 1
     if abs(change) <= was.noise:
         return ""
@@ -209,11 +209,11 @@ def write(path: Path, recorded: dict[str, Recorded]) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Recorded], dict | None]:
-    """The recorded ratios and the machine; none where nothing was recorded."""
+    """Reads the recorded ratios and the machine; empty if nothing was recorded."""
     if not path.exists():
         return {}, None
     content = json.loads(path.read_text())
-    # JSON has lists where the machine has tuples.
+    # JSON turns the machine's tuples into lists.
     machine = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in content["machine"].items()

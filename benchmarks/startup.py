@@ -1,9 +1,9 @@
-"""Start-up: each tool's --help, tools that load no model, and Snakemake with nothing to do.
+"""Measures start-up: each tool's --help, tools that load no model, and an idle Snakemake.
 
-First makes everything of the demo model that its report shows, which takes minutes where it is not
-there. Then runs each command several times, in alternation. The figures are medians of wall-clock
-time and of CPU time (user and system, which other work on the machine hardly changes), beside a
-Python that does nothing and a Snakemake that only says its version.
+First makes the demo model's report, which takes minutes if it does not exist. Then runs each
+command several times, in alternation. The figures are medians of wall-clock time and of CPU time
+(user and system, which other work hardly changes), next to a Python that does nothing and a
+Snakemake that only prints its version.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ sys.path.insert(0, str(REPOSITORY))
 import yaml
 
 PYTHON, SNAKEMAKE = "python -c pass", "snakemake --version"
-# Seconds that a command of each kind may take.
+# Maximum seconds of a command of each kind.
 LIMITS = {"help": 0.3, "start": 1.0, "workflow": 2.0}
 ENGINE = "mpt-demo/fp16/1-gpu"
-# run.py as it is, ended where it would load the engine.
+# run.py, ended before it loads the engine.
 UNTIL_LOADING = """
 import sys
 sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]
@@ -102,7 +102,7 @@ def write(commands: dict[str, dict[str, Command]], repeats: int) -> None:
 
 
 def timed(command: Command) -> tuple[float, float]:
-    """Seconds of CPU time, of the command and its children, and of wall-clock time."""
+    """Measures seconds of CPU time, including child processes, and of wall-clock time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
@@ -121,7 +121,7 @@ def snakemake() -> Command:
 
 
 def tools() -> list[Path]:
-    """The command-line tools; the rest of the folder are modules of them."""
+    """Lists the command-line tools; the other files of the folder are their modules."""
     return [path for path in sorted(SCRIPTS.glob("*.py")) if "__main__" in path.read_text()]
 
 
@@ -134,7 +134,7 @@ def settings() -> dict:
 
 
 def starts(scratch: Path) -> dict[str, Command]:
-    """What loads no model, on what the demo model's report was made of."""
+    """Commands that load no model, with the inputs of the demo model's report."""
     networks, plans = (Path("build", kind, ENGINE) for kind in ("networks", "plans"))
     smoke_test = Path("smoke_tests", f"{ENGINE}.json")
     quality = Path("quality", f"{ENGINE}.json")

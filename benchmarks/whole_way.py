@@ -1,7 +1,7 @@
-"""The whole way of a random model, from its checkpoint to a verified engine, through Snakemake.
+"""Measures a random model's way from checkpoint to verified engine, through Snakemake.
 
-One line a step: seconds and memory from Snakemake's `benchmark:` files, and what the step leaves on
-disk. Making the random checkpoint is not a step.
+Prints one line per step: seconds and memory from Snakemake's `benchmark:` files, and the size of
+the step's output. Making the random checkpoint is not a step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from common import REPOSITORY, make_random_checkpoint, write_result
 
 MODEL = "random"
 RESOURCES = REPOSITORY / "resources"
-# Where each rule puts its result; a rule that is not named here leaves nothing large.
+# Output of each rule; other rules write little.
 OUTPUTS = {
     "convert_checkpoint": "ft_ckpts",
     "quantize": "quantized",
@@ -65,11 +65,11 @@ def main() -> None:
 
 
 def write_config(folder: Path, checkpoint: Path, samples: int) -> None:
-    """The repository's configuration with the random model, and a tokenizer that fits any."""
+    """Writes the repository's configuration with the random model, and a generic tokenizer."""
     content = yaml.safe_load((REPOSITORY / "config.yaml").read_text())
     tokenizer = str(RESOURCES / "mpt-demo")
     content["models"] = {MODEL: {"source": str(checkpoint), "tokenizer": tokenizer}}
-    # Of random weights no token stands out: which one is likeliest says nothing.
+    # With random weights, no token stands out, so top-1 agreement is meaningless.
     for variant in content["variants"].values():
         variant.setdefault("tolerance", {})["min_top1"] = 0.0
     content["calibration"] = {"num_samples": samples, "sequence_length": 512}
@@ -84,7 +84,7 @@ def run_snakemake(folder: Path, target: str, cores: int) -> None:
 
 
 def steps(folder: Path) -> list[dict]:
-    """In the order in which they ended."""
+    """Lists the steps in the order in which they ended."""
     paths = sorted((folder / "logs").rglob("*.tsv"), key=lambda path: path.stat().st_mtime_ns)
     return [step(folder, path) for path in paths]
 
@@ -98,7 +98,7 @@ def step(folder: Path, path: Path) -> dict:
         "rule": rule,
         "seconds": float(row["s"]),
         "cpu_seconds": float(row["cpu_time"]),
-        # What the process had in memory, pages of mapped files included, and what was its alone.
+        # Memory of the process including pages of mapped files, and its private memory.
         "max_rss_gb": float(row["max_rss"]) * 2**20 / 1e9,
         "max_uss_gb": float(row["max_uss"]) * 2**20 / 1e9,
         "output_gb": None if output is None else disk_gb(folder / output),
@@ -106,7 +106,7 @@ def step(folder: Path, path: Path) -> dict:
 
 
 def disk_gb(folder: Path) -> float:
-    """As `du` has it: a file with two names in it counts once."""
+    """Disk space as reported by `du`: a file with two names counts once."""
     output = subprocess.check_output(["du", "--summarize", "--block-size=1", folder], text=True)
     return int(output.split()[0]) / 1e9
 

@@ -1,15 +1,15 @@
-"""From a model's source to FT checkpoints.
+"""Rules from a model's source to FT checkpoints.
 
-revisions/{model}/revision.json     the commit that the revision meant when it was first resolved
+revisions/{model}/revision.json     the commit of the revision when it was first resolved
 checkpoints/{model}                 a hub model's files (links into the hub's cache)
 ft_ckpts/{model}/{storage}/{tp}-gpu the FT checkpoint; storage is fp32, fp16, bf16 or, for
                                     SmoothQuant, sq, sq-0.8, sq-bf16 and the like
 """
 
 
-# Without the version of its code: the commit, once recorded, stays.
+# The version of the code is not a parameter, so that a recorded commit stays.
 rule resolve_revision:
-    """Record the commit that a hub model's revision stands for, once and for all."""
+    """Record the commit of a hub model's revision; that commit is used from then on."""
     output:
         "revisions/{model}/revision.json",
     log:
@@ -34,7 +34,7 @@ rule resolve_revision:
 
 
 rule fetch_checkpoint:
-    """Download a hub model's files of that commit."""
+    """Download the files of a hub model's recorded commit."""
     input:
         revision="revisions/{model}/revision.json",
     output:
@@ -59,7 +59,7 @@ rule fetch_checkpoint:
 
 
 rule convert_checkpoint:
-    """Convert a model to an FT checkpoint (fp32, fp16, bf16) for `tp` ranks."""
+    """Convert a model to an FT checkpoint (fp32, fp16 or bf16) for `tp` ranks."""
     input:
         require_possible("convert_checkpoint"),
         checkpoint=of_job(plan.checkpoint_inputs),
@@ -92,7 +92,7 @@ rule convert_checkpoint:
 
 
 rule convert_smoothquant_checkpoint:
-    """The same (sq, sq-0.8, sq-bf16), smoothed after the model has read the calibration text."""
+    """Convert a model to a SmoothQuant FT checkpoint (sq, sq-0.8, sq-bf16, ...) for `tp` ranks."""
     input:
         require_possible("convert_smoothquant_checkpoint"),
         checkpoint=of_job(plan.checkpoint_inputs),

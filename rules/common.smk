@@ -1,4 +1,4 @@
-"""What all rules share: the plan of this run, and names for how rules take values from it."""
+"""Shared by all rules: the plan of this run, and functions that take values from it."""
 
 import sys
 
@@ -30,7 +30,7 @@ wildcard_constraints:
     rank="0|[1-9][0-9]*",
 
 
-# With --verbose, Snakemake's own messages stay, too.
+# With --verbose, Snakemake's own messages are also printed.
 last_words = LastWords()
 if not workflow.output_settings.verbose:
     logger.addFilter(last_words)

@@ -1,10 +1,10 @@
-"""From an FT checkpoint, and a calibration result where one is needed, to an engine directory.
+"""Rules from an FT checkpoint, and a calibration result if needed, to an engine directory.
 
 build/networks/{model}/{variant}/{tp}-gpu                       the networks of all ranks
 build/plans/{model}/{variant}/{tp}-gpu/rank{rank}.engine        the TensorRT plan of a rank
 trt_engines/{model}/{variant}/{tp}-gpu                          all of them, and config.json
 
-Engines of variants with backend tensorrt_llm are made by trtllm.smk.
+trtllm.smk makes the engines of variants with backend tensorrt_llm.
 """
 
 
@@ -37,8 +37,8 @@ rule make_networks:
         """
 
 
-# Its description, rank{rank}.engine.json, is written beside it. To name it here would take Snakemake
-# a tenth more time for large plans; assemble_engine refuses a plan without it.
+# Its description, rank{rank}.engine.json, is not an output here, because Snakemake would plan large
+# runs a tenth slower; assemble_engine rejects a plan without it.
 rule build_rank:
     """Build the TensorRT plan of one rank from its network."""
     input:
@@ -72,7 +72,7 @@ rule build_rank:
 
 
 rule assemble_engine:
-    """Put the networks and plans of all ranks together as an engine directory."""
+    """Assemble an engine directory from the networks and plans of all ranks."""
     input:
         networks="build/networks/{model}/{variant}/{tp}-gpu",
         plans=of_job(plan.plans_of_ranks),

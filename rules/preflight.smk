@@ -1,9 +1,9 @@
-"""What this machine has. It prints, and makes no file."""
+"""Rule that shows this machine's equipment. It prints, and makes no file."""
 
 
-# No benchmark: with that file, the rule would be done once and for all.
+# No benchmark, because with that file the rule would run only once.
 rule preflight:
-    """Show what this machine has, and which `targets` of config.yaml it can build and run."""
+    """Show this machine's equipment, and the `targets` that it can build and run."""
     log:
         "logs/preflight.log",
     localrule: True

@@ -1,4 +1,4 @@
-"""From a model's checkpoint to calibration results, for engines of any number of ranks.
+"""Rule from a model's checkpoint to calibration results, for any tensor-parallel size.
 
 quantized/{model}/{qformat}/mpt_tp1_rank0.npz    qformat is int4_awq, int4_gptq, int4_awq-g64, fp8,
                                                  int8_sq or kv_cache
@@ -6,7 +6,7 @@ quantized/{model}/{qformat}/mpt_tp1_rank0.npz    qformat is int4_awq, int4_gptq,
 
 
 rule quantize:
-    """Calibrate a model: run it on the calibration text and keep what its activations need."""
+    """Calibrate a model: run it on the calibration text and store scales of its activations."""
     input:
         require_possible("quantize"),
         checkpoint=of_job(plan.checkpoint_inputs),

@@ -1,4 +1,4 @@
-"""From engine directories to figures of their quality, and a page that shows them side by side.
+"""Rules from engine directories to quality figures and a page that compares them.
 
 quality/{model}/reference.safetensors       windows of held-out text, and the float32 reference on them
 quality/{model}/{variant}/{tp}-gpu.json     perplexity, KL, top-1 agreement, size, speed
@@ -77,7 +77,7 @@ rule measure_quality:
 
 
 rule make_report:
-    """Show the engines of a model side by side: a page, a table and plots."""
+    """Compare the engines of a model on a page, with a table and plots."""
     input:
         quality=of_job(plan.quality_of_report),
         smoke_tests=of_job(plan.smoke_tests_of_report),

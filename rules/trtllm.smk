@@ -1,18 +1,18 @@
-"""The second backend: TensorRT-LLM 0.20 to 1.2.1, in an environment or container of its own.
+"""Rules of the backend TensorRT-LLM 0.20 to 1.2.1, in a separate environment or container.
 
 trtllm_ckpts/{model}/{variant}/{tp}-gpu                     its checkpoint, of any variant
 trt_engines/{model}/{variant}/{tp}-gpu                      of variants with backend tensorrt_llm only
 build/trtllm_generations/{model}/{variant}/{tp}-gpu.npz     tokens and logits of a generation (temporary)
 smoke_tests/{model}/{variant}/{tp}-gpu.json                 of variants with backend tensorrt_llm only
 
-A missing or unfit TensorRT-LLM costs nobody's time. Without --sdm, jobs run in the active environment:
-`require_possible` looks there before any job runs. With --sdm, Snakemake makes the environment, or
-fetches the container, before the first job; both are pinned, and the step looks again.
+A missing or unsupported TensorRT-LLM is reported early. Without --sdm, jobs run in the active
+environment, which `require_possible` checks before any job runs. With --sdm, Snakemake makes the
+pinned environment, or fetches the pinned container, before the first job, and the step checks again.
 """
 
 
 rule convert_to_trtllm:
-    """Convert an FT checkpoint to a TensorRT-LLM checkpoint, of any variant."""
+    """Convert an FT checkpoint to a TensorRT-LLM checkpoint of any variant."""
     input:
         require_possible("convert_to_trtllm"),
         of_job(plan.calibration_for_trtllm),
@@ -137,7 +137,7 @@ rule run_trtllm:
 
 
 rule compare_trtllm:
-    """Smoke test of such an engine: compare what it generated with the float32 reference."""
+    """Smoke test of a TensorRT-LLM engine: compare its generation with the float32 reference."""
     input:
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
         generation="build/trtllm_generations/{model}/{variant}/{tp}-gpu.npz",

@@ -1,8 +1,8 @@
-"""From an engine directory to the result of its smoke test.
+"""Rule from an engine directory to the result of its smoke test.
 
 smoke_tests/{model}/{variant}/{tp}-gpu.json     text, speed, runtime, distance to the reference
 
-Engines of variants with backend tensorrt_llm are tested by trtllm.smk.
+trtllm.smk tests the engines of variants with backend tensorrt_llm.
 """
 
 

@@ -74,7 +74,7 @@ def outputs(folder: Path) -> Iterator[Path]:
     for kind in RECORDS:
         records = folder / ".snakemake" / kind
         for record in records.rglob("*"):
-            # A long name is cut into folders, whose names begin with @.
+            # A long name is split into folders whose names start with @.
             parts = record.relative_to(records).parts
             if record.is_dir() or parts[-1].startswith("."):
                 continue

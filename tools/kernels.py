@@ -1,4 +1,4 @@
-"""ONNX models of one node, by which mpt_trt.arrays casts and transposes arrays."""
+"""Makes one-node ONNX models with which mpt_trt.arrays casts and transposes arrays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INTEGERS = {
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the models into the folder that make_kernels.py is given."""
+    """Write the models into the output folder of make_kernels.py."""
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, model in kernels():
         content = model.SerializeToString(deterministic=True)
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def kernels() -> Iterator[tuple[str, onnx.ModelProto]]:
-    """Every model, with the name of its file."""
+    """Yields every model with the name of its file."""
     for name, element_type in FLOATS.items():
         for source, target in ((name, "float32"), ("float32", name)):
             types = (element_type, TensorProto.FLOAT)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make the default calibration text: English prose and code from Python's standard library.
 
-The text comes from documents that the demo model was trained on, and contains nothing that is held
-out for that model's figures. The same library gives the same text.
+The text comes from documents that the demo model was trained on, and contains no held-out text of
+that model. The same library gives the same text.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def without_paragraphs_of(heldout: list[Document], documents: list[Document]) -> list[Document]:
-    """Documents that share no paragraph with a held-out document; a few topics do."""
+    """Selects documents that share no paragraph with a held-out document."""
     paragraphs = {
         paragraph
         for document in heldout
@@ -72,7 +72,7 @@ def without_paragraphs_of(heldout: list[Document], documents: list[Document]) ->
 
 
 def choose(documents: list[Document], total_bytes: int) -> list[Document]:
-    """Topics and library files of moderate size, about half of each, in the order of a hash."""
+    """Chooses topics and library files of moderate size, about half of each, in order of a hash."""
     small, large = HELD_BACK_BYTES
     chosen: list[Document] = []
     for kind in ("topic", "library"):

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""Write the ONNX models of one node by which mpt_trt.arrays casts and transposes arrays.
+"""Write the one-node ONNX models with which mpt_trt.arrays casts and transposes arrays.
 
-They are files of the package because a conversion would otherwise import `onnx` only to make them,
-which takes 0.1 s.
+They are files of the package, so that a conversion need not import `onnx`, which takes 0.1 s.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Generated parts of the markdown documents, between two lines that mark their place."""
+"""Reads and writes generated parts of Markdown documents, between two marking lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An MPT checkpoint of a known model's shape with random weights."""
+"""Writes MPT checkpoints of a known model's shape with random weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WEIGHT_STD = 0.02
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the checkpoint that the options of make_random_checkpoint.py ask for."""
+    """Write the checkpoint for the options of make_random_checkpoint.py."""
     dtype = getattr(torch, options.dtype)
     with replace_directory(options.output_dir, NEVER_REPLACED, force=options.force) as folder:
         content = hub_config(options.like, options.layers, options.dtype)
@@ -77,7 +77,7 @@ def _byte_size(weight: Weight, dtype: torch.dtype) -> int:
 
 
 def _random(weight: Weight, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Norm weights about 1, all others about 0; the same for the same seed and name."""
+    """Random values about 1 for norm weights and about 0 for others, fixed by seed and name."""
     generator = torch.Generator().manual_seed(seed + zlib.crc32(weight.name.encode()))
     values = torch.randn(weight.shape, generator=generator) * WEIGHT_STD
     return (values + 1 if "layernorm.weight" in weight.name else values).to(dtype)

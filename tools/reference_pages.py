@@ -1,4 +1,4 @@
-"""Tables of docs/config.md and docs/scripts.md, from the configuration's schema and the scripts."""
+"""Makes the tables of docs/config.md and docs/scripts.md from the schema and the scripts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCRIPTS = "workflow_scripts"
 
 
 def configuration() -> str:
-    """Markdown tables of all keys of config.yaml, one table per section."""
+    """Makes Markdown tables of all keys of config.yaml, one table per section."""
     schema = yaml.safe_load(SCHEMA.read_text())
     definitions = schema["$defs"]
     sections = {
@@ -39,7 +39,7 @@ def configuration() -> str:
 
 
 def scripts(repository: Path) -> str:
-    """A Markdown table of the scripts in workflow_scripts with the first sentence of their help."""
+    """Makes a Markdown table of the scripts with the first sentence of their help."""
     rows = (
         f"| `{path.relative_to(repository / SCRIPTS)}` | {_first_sentence(path)} |\n"
         for folder in (SCRIPTS, f"{SCRIPTS}/steps")

@@ -1,4 +1,4 @@
-"""The sources and pydoc topics of a Python standard library, and which of them are held out."""
+"""The corpus: sources and pydoc topics of a Python standard library, split into parts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXCLUDED_PATTERNS = (
     "encodings/hp_roman8.py", "encodings/palmos.py", "encodings/aliases.py",
     "lib2to3/tests/data/*", "test/bad*", "test/*/bad*", "test/encoded_modules/*",
 )  # fmt: skip
-# Of a file's non-blank characters, how many stand in words: code is above, number tables below.
+# Minimum share of a file's non-blank characters in words: code is above, number tables below.
 LEAST_WORD_SHARE = 0.45
 HELD_BACK_BYTES = (1_000, 16_000)
 HELDOUT_BYTES, VALIDATION_BYTES = 100_000, 150_000
@@ -36,7 +36,7 @@ SHORTEST_COUNTED_LINE = 30
 
 @dataclass(frozen=True)
 class Document:
-    """One file or one pydoc topic. name: path in the library, or `topics/NAME`."""
+    """A source file or pydoc topic. name: path in the library, or `topics/NAME`."""
 
     name: str
     text: str
@@ -59,7 +59,7 @@ Split = dict[str, list[Document]]
 
 
 def read_corpus(stdlib: Path) -> list[Document]:
-    """All usable documents below `stdlib`, sorted by name, exact duplicates dropped."""
+    """Reads all usable documents below `stdlib`, sorted by name, without exact duplicates."""
     documents = read_topics(stdlib / TOPICS_FILE)
     for path in stdlib.rglob("*.py"):
         name = path.relative_to(stdlib).as_posix()
@@ -71,7 +71,7 @@ def read_corpus(stdlib: Path) -> list[Document]:
 
 
 def read_source(path: Path) -> str | None:
-    """The file's text; None if it is not UTF-8, not Python, empty, or a table of data."""
+    """Reads a file's text; None if it is not UTF-8, not Python, empty, or a table of data."""
     try:
         text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
         with warnings.catch_warnings(action="ignore"):
@@ -84,7 +84,7 @@ def read_source(path: Path) -> str | None:
 
 
 def read_topics(path: Path) -> list[Document]:
-    """The dictionary `topics` of pydoc's data file, read as a literal: nothing is executed."""
+    """Reads the dictionary `topics` of pydoc's data file as a literal, without executing it."""
     if not path.is_file():
         return []
     assignments = [n for n in ast.parse(path.read_bytes()).body if isinstance(n, ast.Assign)]
@@ -93,11 +93,11 @@ def read_topics(path: Path) -> list[Document]:
 
 
 def split_corpus(documents: list[Document], heldout_bytes: int, validation_bytes: int) -> Split:
-    """Disjoint `training`, `validation` (to watch) and `heldout` (to report) documents.
+    """Splits documents into `training`, `validation` (to watch) and `heldout` (to report).
 
-    Held back are, in the stable order of a hash of their names, documents of a size that gives
-    many of them, few of whose longer lines occur in others, and no tests: these resemble each
-    other, and the figures are to speak of the library itself.
+    Validation and held-out documents are taken in the order of a hash of their names. They are
+    documents of moderate size, few of whose longer lines occur in others. Tests are excluded,
+    because they resemble each other.
     """
     shares = shared_line_shares(documents)
     small, large = HELD_BACK_BYTES
@@ -118,7 +118,7 @@ def split_corpus(documents: list[Document], heldout_bytes: int, validation_bytes
 
 
 def shared_line_shares(documents: list[Document]) -> dict[str, float]:
-    """Per document name: the share of its distinct long lines that other documents hold too."""
+    """Computes, per document name, the share of its distinct long lines that occur in others."""
     lines = {
         d.name: {line for line in d.text.splitlines() if len(line.strip()) >= SHORTEST_COUNTED_LINE}
         for d in documents
@@ -131,7 +131,7 @@ def shared_line_shares(documents: list[Document]) -> dict[str, float]:
 
 
 def take(documents: list[Document], total_bytes: int) -> list[Document]:
-    """The first documents of both kinds: sources up to their share of the bytes, then topics."""
+    """Takes the first documents of both kinds: sources up to their share of bytes, then topics."""
     topics_bytes = round(total_bytes * HELD_BACK_TOPICS_SHARE)
     taken: list[Document] = []
     for kind, enough in (("library", total_bytes - topics_bytes), ("topic", topics_bytes)):
@@ -144,5 +144,5 @@ def take(documents: list[Document], total_bytes: int) -> list[Document]:
 
 
 def joined(documents: list[Document]) -> str:
-    """The documents as one text, as heldout.txt holds them."""
+    """Joins documents to one text, in the format of heldout.txt."""
     return END_OF_TEXT.join(document.text for document in documents)

@@ -1,4 +1,4 @@
-"""The whole flow: corpus, tokenizer, training, model, figures and card."""
+"""Makes the demo model: corpus, tokenizer, training, model, figures and card."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ log = logging.getLogger("train_demo_model")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train and write the model that the options of train.py ask for."""
+    """Train and write the model for the options of train.py."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output = options.output
     if output.exists() and any(output.iterdir()) and not (output / "training.json").is_file():
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
 def make_demo_model(
     options: argparse.Namespace, architecture: Architecture, recipe: Recipe
 ) -> None:
-    """The whole flow: corpus, tokenizer, training, model, figures and card."""
+    """Makes the demo model: corpus, tokenizer, training, model, figures and card."""
     torch.manual_seed(recipe.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     documents = read_corpus(options.stdlib)
@@ -114,7 +114,7 @@ def make_demo_model(
 
 @dataclass(frozen=True)
 class Initial:
-    """A folder that this script wrote, to train on."""
+    """A folder of an earlier run whose model is trained further."""
 
     architecture: Architecture
     tokenizer: Tokenizer
@@ -133,7 +133,7 @@ class Initial:
 
 
 def greedy_samples(model: Any, tokenizer: Tokenizer) -> dict[str, str]:
-    """Per prompt what transformers' greedy search continues it with, to an end of text at most."""
+    """Continues each prompt with transformers' greedy search, up to an end of text."""
     samples = {}
     for prompt in PROMPTS:
         ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.device)
@@ -148,7 +148,7 @@ def greedy_samples(model: Any, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def describe_corpus(split: Split, streams: dict[str, Tensor]) -> dict:
-    """Sizes and the texts' SHA-256, by which two corpora can be told apart."""
+    """Sizes and SHA-256 of the texts, which identify a corpus."""
     parts = {
         part: {
             "documents": len(documents),
@@ -162,13 +162,13 @@ def describe_corpus(split: Split, streams: dict[str, Tensor]) -> dict:
 
 
 def measure(model: Any, streams: dict[str, Tensor], heldout_bytes: int) -> dict:
-    """Losses of the saved float16 weights, computed in float32 by transformers."""
+    """Measures losses of the saved float16 weights, computed in float32 by transformers."""
     length, heldout = model.config.max_seq_len, streams["heldout"]
     measured = {
         "heldout": heldout,
         "heldout_first_windows": heldout[: FIRST_WINDOWS * length + 1],
         "validation": streams["validation"],
-        # As much text as is held out, but seen in training: how much was learnt by heart.
+        # As much training text as is held out, to measure how much was learnt by heart.
         "training": streams["training"][: len(heldout)],
     }
     losses = {

@@ -1,4 +1,4 @@
-"""The demo model's README.md, from the figures of its training.json."""
+"""Makes the demo model's README.md from the figures of its training.json."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ STAGE = """\
 
 
 def stage_commands(stages: list[dict]) -> list[str]:
-    """One command per stage. Each but the last writes the folder that the next begins with."""
+    """Makes one command per stage; each stage starts with the folder of the previous one."""
     commands = []
     for number, stage in enumerate(stages, 1):
         options = {
@@ -96,7 +96,7 @@ def stage_commands(stages: list[dict]) -> list[str]:
 
 
 def model_card(figures: dict) -> str:
-    """README.md from the figures of training.json."""
+    """Fills in README.md with the figures of training.json."""
     corpus, stages = figures["corpus"], figures["stages"]
     losses = figures["quality"]["nats_per_token"]
     rows = [

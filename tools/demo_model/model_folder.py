@@ -1,4 +1,4 @@
-"""The folder that transformers loads the demo model from."""
+"""Writes and reads the demo model's folder in transformers' format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tools.demo_model.tokens import END_OF_TEXT_ID
 
 
 def hf_config(architecture: Architecture) -> dict:
-    """config.json in the form transformers itself writes for an MPT."""
+    """Makes config.json in transformers' own format."""
     return {
         "architectures": ["MptForCausalLM"],
         "model_type": "mpt",
@@ -63,9 +63,9 @@ def hf_config(architecture: Architecture) -> dict:
 def write_model(
     folder: Path, architecture: Architecture, weights: dict[str, Tensor], tokenizer: Tokenizer
 ) -> None:
-    """Everything that transformers loads. weights: float16."""
+    """Writes the files that transformers loads. weights: float16."""
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    # safetensors makes files that only their owner may read.
+    # safetensors makes files that only their owner can read.
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     write_json(folder / "config.json", hf_config(architecture))
@@ -93,8 +93,8 @@ def to_float16(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_in_transformers(folder: Path) -> Any:
-    """MptForCausalLM in float32; raises MptTrtError unless every weight found its place."""
-    # Its types leave out that it may return a pair.
+    """Loads MptForCausalLM in float32; raises MptTrtError unless all weights are used."""
+    # Its type annotations omit that it may return a pair.
     loaded: Any = MptForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )

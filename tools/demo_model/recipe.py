@@ -1,4 +1,4 @@
-"""The demo model's sizes, and how it is trained."""
+"""Sizes and training settings of the demo model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Architecture:
-    """The MPT's sizes. Fixed for all: no biases, exact GELU, ALiBi, tied embeddings."""
+    """Sizes of the MPT, which always has no biases, exact GELU, ALiBi and tied embeddings."""
 
     hidden_size: int = 256
     num_heads: int = 4
@@ -25,7 +25,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Steps are the optimizer's; a batch is of windows of max_seq_len tokens."""
+    """Training settings. Steps are the optimizer's; a batch has windows of max_seq_len tokens."""
 
     steps: int = 19_750
     batch_size: int = 64

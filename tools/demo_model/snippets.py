@@ -1,4 +1,4 @@
-"""Stand-alone functions and classes of a corpus, the demo model's second diet."""
+"""Extracts stand-alone functions and classes of a corpus for the second training stage."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from tools.demo_model.corpus import Document
 
 SNIPPET_LINES = (2, 60)
 MADE_UP_SHARE = 0.5
-# So many renderings of the snippets, each with names of its own, lest the names be learnt by heart.
+# Number of renderings of the snippets with different names, so that names are not learnt by heart.
 SNIPPET_VARIANTS = 8
 
 
 @dataclass(frozen=True)
 class Snippet:
-    """A definition on its own: the name that it defines, and its text around that name."""
+    """A stand-alone definition: the name that it defines, and its text around that name."""
 
     name: str
     parts: tuple[str, ...]
 
 
 def snippets_of(document: Document) -> Iterator[Snippet]:
-    """Functions that take arguments and, of the library, methods and small classes, undecorated.
+    """Finds undecorated functions with arguments and, in the library, methods and small classes.
 
-    They are documents of their own in training. In a module a name has usually been seen before
-    its definition; only here does the model learn what follows `def` and an unknown name.
+    Each is a separate document in training. In a module, a name has usually occurred before its
+    definition; only snippets teach the model what follows `def` and an unknown name.
     """
     lines = document.text.split("\n")
     shortest, longest = SNIPPET_LINES
@@ -48,13 +48,13 @@ def snippets_of(document: Document) -> Iterator[Snippet]:
 def standalone_text(
     node: ast.FunctionDef | ast.ClassDef, parent: ast.AST, lines: list[str], kind: str
 ) -> str | None:
-    """The definition in `lines` as it would stand in a module; None if it is not wanted."""
+    """Returns the definition in `lines` as in a module; None if it is not suitable."""
     match node:
         case ast.ClassDef() if kind == "library" and isinstance(parent, ast.Module):
             return "\n".join(lines) + "\n"
         case ast.FunctionDef(args=ast.arguments(args=[ast.arg(arg=first), *_])):
             if len(node.body) > 1 and ast.get_docstring(node):
-                # Prose would fill a short sample; code shows more.
+                # Docstrings are removed, because prose would fill a short sample.
                 lines = (
                     lines[: node.body[0].lineno - node.lineno]
                     + (lines[node.body[1].lineno - node.lineno :])
@@ -67,7 +67,7 @@ def standalone_text(
 
 
 def method_as_function(text: str, parent: ast.AST) -> str | None:
-    """A method with its class's name for `self`; None if it makes no sense outside the class."""
+    """Turns a method into a function with its class's name for `self`; None if that fails."""
     class_words = re.findall("[A-Z]?[a-z]+", getattr(parent, "name", ""))
     receiver = class_words[-1].lower() if class_words else "class"
     plain = re.match(r"def (?!__)", text) and "return " in text and "super()" not in text
@@ -77,13 +77,13 @@ def method_as_function(text: str, parent: ast.AST) -> str | None:
 
 
 def plain_words(documents: list[Document]) -> list[str]:
-    """Words of prose and code, each at least three times in the documents."""
+    """Lists words of prose and code that occur at least three times in the documents."""
     counts = Counter(word for d in documents for word in re.findall(r"\b[a-z]{3,10}\b", d.text))
     return sorted(word for word, count in counts.items() if count >= 3)
 
 
 def made_up_name(words: Sequence[str], draw: random.Random) -> str:
-    """One to three words, or the beginnings or ends of words."""
+    """Makes a name of one to three words, or beginnings or ends of words."""
     pieces = []
     for word in draw.choices(words, k=draw.randint(1, 3)):
         cut = draw.randint(1, len(word) - 2)
@@ -92,7 +92,7 @@ def made_up_name(words: Sequence[str], draw: random.Random) -> str:
 
 
 def render(snippets: list[Snippet], words: Sequence[str], draw: random.Random) -> list[str]:
-    """The snippets' texts, some under names that were made up, recursive calls included."""
+    """Renders the snippets, some with made-up names, also in recursive calls."""
     texts = []
     for snippet in snippets:
         name, text = made_up_name(words, draw), "".join(snippet.parts)
@@ -106,7 +106,7 @@ def render(snippets: list[Snippet], words: Sequence[str], draw: random.Random) -
 
 
 def snippet_texts(documents: list[Document], seed: int) -> list[str]:
-    """All renderings of the documents' snippets, one after the other."""
+    """Lists all renderings of the documents' snippets."""
     snippets = [snippet for document in documents for snippet in snippets_of(document)]
     words, draw = plain_words(documents), random.Random(seed)
     return [text for _ in range(SNIPPET_VARIANTS) for text in render(snippets, words, draw)]

@@ -1,4 +1,4 @@
-"""The demo model's tokenizer, and the corpus as tokens."""
+"""Trains the demo model's tokenizer, and converts the corpus to tokens."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ END_OF_TEXT_ID = 0
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE, so that any text comes back exactly.
+    """Trains a byte-level BPE, which represents any text exactly.
 
-    It puts `<|endoftext|>`, id 0, before a text: every document in training begins with it, and
-    without it the model takes a prompt for the middle of some document.
+    It puts `<|endoftext|>` (id 0) before a text. Every document in training starts with it; without
+    it, the model treats a prompt as the middle of a document.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -38,7 +38,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def make_streams(tokenizer: Tokenizer, split: Split, recipe: Recipe) -> dict[str, Tensor]:
-    """Each part, and the snippets if wanted, as int64 [tokens]: texts after one `<|endoftext|>`."""
+    """Converts each part, and snippets if needed, to int64 [tokens], with `<|endoftext|>` first."""
     texts = {part: [document.text for document in documents] for part, documents in split.items()}
     if recipe.snippet_windows:
         texts["snippets"] = snippet_texts(split["training"], recipe.seed)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Train the small MPT of resources/mpt-demo, and write its folder.
 
-The model learns the sources and pydoc topics of a Python standard library. The folder has the model
-as transformers reads it (float16), heldout.txt, training.json (every figure), README.md (the model
-card, from the same figures) and the library's licence. One seed fixes everything random. Different
-kinds of GPU round differently, so figures agree closely, but not exactly.
+The model learns the sources and pydoc topics of a Python standard library. The folder contains the
+model in transformers' format (float16), heldout.txt, training.json (all figures), README.md (the
+model card, from the same figures) and the library's licence. One seed determines all random
+choices. Different kinds of GPU round differently, so figures agree closely, but not exactly.
 """
 
 from __future__ import annotations

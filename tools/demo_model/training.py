@@ -19,12 +19,12 @@ log = logging.getLogger(__name__)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with ALiBi, by a flash kernel that takes no bias.
+    """Causal self-attention with ALiBi, with a flash kernel that does not support a bias.
 
-    ALiBi adds `-slope * (i - j)` to the score of query i and key j. A softmax ignores what is
-    constant in j, so `slope * j` does the same, and that is a product: one more column in the
-    query (slope) and in the key (j). Two columns in fact, j // 256 and j % 256, because each is
-    then exact in bfloat16. `EXTRA` columns keep the head size a multiple of 8.
+    ALiBi adds `-slope * (i - j)` to the score of query i and key j. A softmax ignores terms that
+    are constant in j, so `slope * j` has the same effect. It is a product of additional columns of
+    the query (slope) and of the key (j). There are two such columns, j // 256 and j % 256, because
+    each is exact in bfloat16. `EXTRA` columns keep the head size a multiple of 8.
     """
 
     EXTRA = 8
@@ -42,11 +42,11 @@ class Attention(nn.Module):
         self.register_buffer("positions", positions, persistent=False)
 
     def alibi_columns(self, architecture: Architecture) -> tuple[Tensor, Tensor]:
-        """(query columns [1, heads, 1, EXTRA], key columns [1, 1, max_seq_len, EXTRA])."""
+        """Makes query columns [1, heads, 1, EXTRA] and key columns [1, 1, max_seq_len, EXTRA]."""
         heads, length = architecture.num_heads, architecture.max_seq_len
         exponents = torch.arange(1, heads + 1) * (architecture.alibi_bias_max / heads)
         slopes = torch.zeros(1, heads, 1, self.EXTRA)
-        # The kernel scales every product by 1 / sqrt(head_dim); this one must not be.
+        # Compensates for the kernel's scale of 1 / sqrt(head_dim).
         slopes[..., :2] = (2.0**-exponents * math.sqrt(self.head_dim)).view(1, heads, 1, 1)
         positions = torch.zeros(1, 1, length, self.EXTRA)
         positions[..., 0] = torch.arange(length) // 256 * 256
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         return slopes, positions
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[batch, length, hidden] -> the same."""
+        """Maps [batch, length, hidden] to the same shape."""
         batch, length, hidden_size = hidden.shape
         qkv = self.Wqkv(hidden).view(batch, length, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -85,7 +85,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each after a norm, added to what came in."""
+    """A block: attention and feed-forward, each after a norm and with a residual connection."""
 
     def __init__(self, architecture: Architecture, dropout: float) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Block(nn.Module):
 
 
 class DemoMpt(nn.Module):
-    """An MPT whose parameters have the names that transformers' MptForCausalLM gives them."""
+    """An MPT whose parameters have the names of transformers' MptForCausalLM."""
 
     def __init__(self, architecture: Architecture, dropout: float) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class DemoMpt(nn.Module):
         self.initialize(architecture.num_layers)
 
     def initialize(self, num_layers: int) -> None:
-        """GPT-2's scheme: what writes to the residual stream shrinks with the depth."""
+        """Initializes like GPT-2: weights before the residual stream shrink with the depth."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 into_residual = name.endswith(("out_proj.weight", "down_proj.weight"))
@@ -128,7 +128,7 @@ class DemoMpt(nn.Module):
                 nn.init.normal_(parameter, std=std)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [batch, length] -> logits [batch, length, vocab]."""
+        """Maps tokens int64 [batch, length] to logits [batch, length, vocab]."""
         hidden = self.dropout(self.transformer["wte"](tokens))
         for block in cast(nn.ModuleList, self.transformer["blocks"]):
             hidden = block(hidden)
@@ -137,18 +137,18 @@ class DemoMpt(nn.Module):
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean nats per token. tokens: int64 [batch, length + 1]."""
+    """Computes mean nats per token. tokens: int64 [batch, length + 1]."""
     logits = model(tokens[:, :-1]).float()
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Keller Jordan, 2024) for matrices, those of one shape together in batched products.
+    """Muon (Keller Jordan, 2024) for matrices, with batched products for matrices of one shape.
 
-    The momentum of each matrix is made orthogonal and scaled to the size of AdamW's updates
-    (Liu et al., 2025, arXiv 2502.16982), so that one learning rate serves both optimizers.
-    torch.optim.Muon computes the same one matrix at a time; for matrices this small that made a
-    whole training step half as long again.
+    The momentum of each matrix is made orthogonal and scaled to the size of AdamW's updates (Liu et
+    al., 2025, arXiv 2502.16982), so that one learning rate serves both optimizers. torch.optim.Muon
+    computes the same for one matrix at a time, which made training steps of such small matrices 1.5
+    times as long.
     """
 
     MOMENTUM = 0.95
@@ -174,7 +174,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """[n, rows, columns] with all singular values near 1: five Newton-Schulz steps in bfloat16."""
+    """Moves all singular values near 1 with five Newton-Schulz steps in bfloat16."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = (matrices if wide else matrices.mT).bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -185,7 +185,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def make_optimizers(model: DemoMpt, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the embedding and the norms' weights."""
+    """Makes Muon for the blocks' matrices, and AdamW for the embedding and the norms' weights."""
     rate, decay = recipe.learning_rate, recipe.weight_decay
     matrices = [p for p in model.transformer["blocks"].parameters() if p.ndim == 2]
     groups = [
@@ -197,14 +197,14 @@ def make_optimizers(model: DemoMpt, recipe: Recipe) -> list[torch.optim.Optimize
 
 
 def learning_rate_at(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then linear decay. step counts from 1; only after the last is it zero."""
+    """Computes linear warm-up, then linear decay to zero after the last step. step: from 1."""
     rising = step / max(1, recipe.warmup_steps)
     falling = (recipe.steps + 1 - step) / max(1, recipe.steps - recipe.warmup_steps)
     return recipe.learning_rate * min(1.0, rising, falling)
 
 
 def batches(stream: Tensor, length: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Endless int64 [batch, length + 1]: every epoch cuts the stream anew and shuffles it."""
+    """Yields int64 [batch, length + 1] endlessly; each epoch cuts and shuffles anew."""
     generator = torch.Generator().manual_seed(seed)
     within = torch.arange(length + 1, device=stream.device)
     while True:
@@ -219,7 +219,7 @@ def batches(stream: Tensor, length: int, batch_size: int, seed: int) -> Iterator
 
 
 def mixed_batches(streams: dict[str, Tensor], recipe: Recipe, length: int) -> Iterator[Tensor]:
-    """Batches of the corpus; their last `snippet_windows` begin with a snippet, as prompts do."""
+    """Yields batches of the corpus whose last `snippet_windows` start with a snippet."""
     size = recipe.batch_size - recipe.snippet_windows
     corpus = batches(streams["training"], length, size, recipe.seed)
     if not recipe.snippet_windows:
@@ -236,7 +236,7 @@ def mixed_batches(streams: dict[str, Tensor], recipe: Recipe, length: int) -> It
 
 
 def mean_loss(logits_of: Callable[[Tensor], Tensor], stream: Tensor, length: int) -> float:
-    """Nats per token: each token but the first once, in windows of `length` that do not overlap."""
+    """Computes nats per token over all tokens except the first, in windows without overlap."""
     full = (len(stream) - 1) // length
     pieces = list(stream.unfold(0, length + 1, length).split(16)) if full else []
     rest = stream[full * length :]
@@ -253,10 +253,10 @@ def mean_loss(logits_of: Callable[[Tensor], Tensor], stream: Tensor, length: int
 def train(model: DemoMpt, streams: dict[str, Tensor], recipe: Recipe, length: int) -> float:
     """Trains in place; returns the seconds that it took.
 
-    Streams are int64 [tokens] on the model's device. Raises MptTrtError once the loss is no number.
+    Streams are int64 [tokens] on the model's device. Raises MptTrtError when the loss is NaN.
     """
     device = streams["training"].device.type
-    # cuDNN's backward yields NaN where a query's scores are far below zero (PyTorch issue 196678).
+    # cuDNN's backward pass gives NaN if a query's scores are far below zero (PyTorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
     loss_of = torch.compile(next_token_loss, dynamic=False, disable=device != "cuda")
@@ -288,7 +288,7 @@ def train(model: DemoMpt, streams: dict[str, Tensor], recipe: Recipe, length: in
 def update(
     model: nn.Module, loss: Tensor, optimizers: list[torch.optim.Optimizer], learning_rate: float
 ) -> None:
-    """One step of every optimizer, gradients clipped to norm 1."""
+    """Makes one step of every optimizer, with gradients clipped to norm 1."""
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
