@@ -208,7 +208,7 @@ def test_a_damaged_plan(tmp_path, simulation):
 def test_a_gpu_of_another_capability(engine_dir):
     with installed(capability="9.0"):
         message = load_error(engine_dir)
-        assert "this GPU has compute capability 9.0, the plan is for 8.6" in message
+        assert "this GPU has compute capability 9.0, the plan is for 8.9" in message
 
 
 # From nothing, to all that the engine takes: whatever is allocated last fails.

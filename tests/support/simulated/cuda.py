@@ -28,10 +28,15 @@ HANDLE_STEP = 16
 
 @dataclass
 class Operation:
-    """Work on a stream. before_launch: checks that a launch of a graph with it makes at once."""
+    """Work on a stream.
+
+    before_launch: checks that a launch of a graph with it makes at once. writes_pageable: it writes
+    to memory that is there for certain only while the host waits for it.
+    """
 
     name: str
     run: Callable[[], None]
+    writes_pageable: bool = False
     before_launch: Callable[[], None] = lambda: None
     context: Any = None
 
@@ -130,7 +135,7 @@ class SimulatedCuda:
             else:
                 self._write(dst, view(src, count).copy(), name)
 
-        self.put(stream, Operation(name, copy))
+        self.put(stream, Operation(name, copy, is_pageable))
         if is_pageable:
             self._stream(stream).unawaited = name
         return (SUCCESS,)
@@ -167,7 +172,7 @@ class SimulatedCuda:
             KIND.cudaMemcpyDeviceToDevice: (True, True),
         }[kind]
         for address, is_device in zip((src, dst), on_device, strict=True):
-            if is_device:
+            if self.memory.is_known(address):
                 self.memory.require_live(address, count, name)
             found = self.memory.find(address, count)
             is_right = (found is not None and found.is_device) == is_device
@@ -179,8 +184,10 @@ class SimulatedCuda:
         return SUCCESS, real.cudaStream_t(self._new(_Stream()))
 
     def cudaStreamDestroy(self, stream: Any) -> tuple:
-        self.cudaStreamSynchronize(stream)
+        found = self._stream(stream)
+        self._drain(found, is_waiting=False)
         del self._handles[int(stream)]
+        self.book.require(not found.queue, Rule.HOST_COPY_AWAITED, "end of the stream")
         return (SUCCESS,)
 
     def cudaStreamSynchronize(self, stream: Any) -> tuple:
@@ -276,7 +283,7 @@ class SimulatedCuda:
     def drain_all(self) -> None:
         for each in list(self._handles.values()):
             if isinstance(each, _Stream):
-                self._drain(each)
+                self._drain(each, is_waiting=False)
 
     def leaks(self) -> list[str]:
         """What is still allocated or created."""
@@ -288,10 +295,11 @@ class SimulatedCuda:
         """Graphs that have not been destroyed."""
         return sum(isinstance(each, list) for each in self._handles.values())
 
-    def _drain(self, stream: _Stream) -> None:
-        while stream.queue:
+    def _drain(self, stream: _Stream, is_waiting: bool = True) -> None:
+        while stream.queue and (is_waiting or not stream.queue[0].writes_pageable):
             self._run_next(stream)
-        stream.unawaited = None
+        if is_waiting:
+            stream.unawaited = None
 
     def _run_next(self, stream: _Stream) -> None:
         # Removed first: an operation that fails must not run again.

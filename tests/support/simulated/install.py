@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -34,7 +35,8 @@ from support.simulated.network import RankNetwork
 from support.simulated.rules import Book
 from support.simulated.tensorrt import SimulatedTensorRt, World
 
-CAPABILITY = "8.6"
+# With kernels for fp8.
+CAPABILITY = "8.9"
 PLAN_MARK = b"simulated plan of "
 USERS_OF_CUDA = (engine, graphs, memory)
 
@@ -47,6 +49,7 @@ class Simulation:
     is_clean_at_end: whether the end of `installed` fails after a broken rule or a leak.
     """
 
+    capability: str = CAPABILITY
     book: Book = field(default_factory=Book)
     plans: dict[bytes, tuple[Path, int]] = field(default_factory=dict)
     is_clean_at_end: bool = True
@@ -69,8 +72,8 @@ class Simulation:
         else:
             raise ValueError("magic tag does not match (simulated)")
         manifest = read_manifest(folder)
-        if CAPABILITY not in manifest.builder.compute_capabilities:
-            raise ValueError(f"does not support compute capability {CAPABILITY} (simulated)")
+        if self.capability not in manifest.builder.compute_capabilities:
+            raise ValueError(f"does not support compute capability {self.capability} (simulated)")
         return RankNetwork(folder / network_name(rank), manifest.spec)
 
     def require_clean(self) -> None:
@@ -87,18 +90,21 @@ class Simulation:
 
 @contextmanager
 def installed(
-    capability: str = CAPABILITY, ranks: Communicator | None = None
+    capability: str = CAPABILITY,
+    ranks: Communicator | None = None,
+    users_of_cuda: tuple[ModuleType, ...] = USERS_OF_CUDA,
 ) -> Iterator[Simulation]:
     """A machine with simulated GPUs while the block runs; fails when it leaves anything behind.
 
-    ranks: MPI's communicator, for engines of several ranks.
+    ranks: MPI's communicator, for engines of several ranks. users_of_cuda: modules that have
+    imported CUDA's runtime as `cudart`.
     """
-    simulation = Simulation()
+    simulation = Simulation(capability)
     module = SimulatedTensorRt(simulation.world)
     nccl = types.ModuleType("nccl")
     nccl.core = make_core(simulation.world, ranks)  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
-        for user in USERS_OF_CUDA:
+        for user in users_of_cuda:
             patch.setattr(user, "cudart", simulation.cuda)
         patch.setitem(sys.modules, module.__name__, module)  # type: ignore[arg-type]
         patch.setitem(sys.modules, "nccl", nccl)

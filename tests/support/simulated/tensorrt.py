@@ -264,7 +264,9 @@ class IExecutionContext:
             communicator = self._world.communicators.get(self._communicator or 0)
             self._network.run(addresses, shapes, communicator)
 
-        self._cuda.put(stream_handle, Operation("step", compute, require_unchanged, self))
+        self._cuda.put(
+            stream_handle, Operation("step", compute, before_launch=require_unchanged, context=self)
+        )
         return True
 
     def _require_ready(self, stream: Any) -> None:
