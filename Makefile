@@ -1,11 +1,11 @@
-# `make demo` runs the main job on the model that ships; `make test` runs the test suite.
+# `make demo` runs the workflow on the demo model; `make test` runs the test suite.
 # Both set up .venv first. PYTHON: any Python 3.11 or newer.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# SLURM's plugin for PMIx looks for the name that Debian has in the package for developers.
+# SLURM's PMIx plugin looks for a name that is only in Debian's development package.
 PMIX := /usr/lib/$(shell uname -m)-linux-gnu/pmix2/lib/libpmix.so
 SLURM_PACKAGES := slurm-wlm slurm-client munge libpmix-dev
 INSTALL_SLURM := (apt-get update && apt-get install -y --no-install-recommends $(SLURM_PACKAGES))
@@ -21,26 +21,26 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# `pip install .` and `pip install -e .` in fresh environments: half a minute.
+# Tests `pip install .` and `pip install -e .` in fresh environments: half a minute.
 test-install: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m install tests/install
 
-# Whether SLURM can run here: Debian's packages, installed if need be, and root, for device files.
+# Checks that SLURM can run here: installs Debian's packages if needed, and needs root for device files.
 slurm-ready:
 	command -v slurmctld munged srun >/dev/null && test -e $(PMIX) || $(INSTALL_SLURM)
 	device=$$(mktemp -u) && mknod $$device c 195 0 && rm $$device
 
-# The workflow on a real SLURM, which it starts and stops: some 4 minutes. Debian, as root.
+# Tests the workflow on a real SLURM, which it starts and stops: about 4 minutes. Debian, as root.
 test-slurm: $(VENV)/installed-dev slurm-ready
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
-# ONNX Runtime on a CUDA GPU, for which onnxruntime-gpu takes the place of onnxruntime in .venv.
+# Tests ONNX Runtime on a CUDA GPU; replaces onnxruntime in .venv with onnxruntime-gpu.
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
 	$(PIP) install --quiet "onnxruntime-gpu[cuda,cudnn]==1.31.1"
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
-# Readers of foreign files on 20,000 mutations of each: some minutes.
+# Tests readers of foreign files on 20,000 mutations of each: a few minutes.
 fuzz: $(VENV)/installed-dev
 	MPT_TRT_FUZZ=20000 $(BIN)/python -m pytest tests/fuzz
 
@@ -49,16 +49,16 @@ fuzz: $(VENV)/installed-dev
 test-kills: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m kills tests/kills
 
-# Real shapes, cut to two blocks: some 5 minutes, 10 GB of memory and of disk.
+# Tests real shapes with two blocks: about 5 minutes, 10 GB of memory, 10 GB of disk space.
 nightly: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m nightly tests/nightly
 
-# Ratios of speed and memory on small models, beside those last recorded: 1 to 3 minutes, 4 GB of disk.
+# Compares speed and memory on small models with recorded ratios: 1 to 3 minutes, 4 GB of disk space.
 # To record them anew: make bench BENCH=--record
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/regressions.py $(BENCH)
 
-# Style, spelling, types, and which package imports which.
+# Checks style, spelling, types, and the order of imports between packages.
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,11 +68,11 @@ check: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# The generated tables of docs/.
+# Writes the generated tables of docs/.
 docs: $(VENV)/installed
 	$(BIN)/python tools/update_docs.py
 
-# A folder is made for the Python at hand; a stamp says that the pinned packages are in it.
+# Makes .venv with PYTHON; the stamp files show that the pinned packages are installed.
 $(VENV)/installed: requirements.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -83,7 +83,7 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(PIP) install --quiet --requirement requirements-dev.txt --constraint constraints.txt
 	touch $@
 
-# Deletes only what Snakemake has recorded as an output, and logs: checkpoints, engines and results
-# that you made or put there yourself are kept, and so is .venv.
+# Deletes only logs and outputs that Snakemake has recorded. Checkpoints, engines and results that you
+# made or put there yourself are kept, and so is .venv.
 clean:
 	$(PYTHON) tools/clean.py
