@@ -43,7 +43,7 @@ from mpt_trt.calibration.plan import CalibrationPlan
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.torch_block import PlainBlock, causal_bias, with_weights
 from mpt_trt.model.torch_tensors import ModelTensors, embed
-from mpt_trt.quantization.schemes import default_group_size
+from mpt_trt.quantization.schemes import GROUPED, default_group_size
 from mpt_trt.system.files import write_in_pieces
 
 MIB = 1 << 20
@@ -217,7 +217,7 @@ def make_bench(arguments: argparse.Namespace) -> Bench:
 
 
 def plan_for(name: str, config: MptConfig) -> CalibrationPlan:
-    return CalibrationPlan(name, default_group_size(config) if name == "int4_awq" else None)
+    return CalibrationPlan(name, default_group_size(config) if name in GROUPED else None)
 
 
 @contextlib.contextmanager
