@@ -64,6 +64,7 @@ rule measure_quality:
     params:
         **tool("steps/measure_quality.py"),
         launch=of_job(launch.smoke_test),
+        options=of_job(options.quality),
     shell:
         r"""
         exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
@@ -72,6 +73,7 @@ rule measure_quality:
             --engine_dir {input.engine:q} \
             --model_dir {input.checkpoint[0]:q} \
             --reference {input.reference:q} \
+            {params.options:q} \
             --output {output:q}
         """
 

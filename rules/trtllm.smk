@@ -88,13 +88,14 @@ rule encode_prompt:
         "../envs/base.yaml"
     params:
         **tool("steps/encode_prompt.py"),
-        folder=of_job(plan.tokenizer_folder),
+        options=of_job(options.tokenizer),
         prompt=settings.smoke_test.prompt,
     shell:
         r"""
         exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
         python {params.tool:q} \
-            --tokenizer_dir {params.folder:q} \
+            --model_dir {input.checkpoint[0]:q} \
+            {params.options:q} \
             --prompt {params.prompt:q} \
             --output {output:q}
         """

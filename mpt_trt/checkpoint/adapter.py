@@ -128,6 +128,11 @@ class LoraAdapter:
                 )
 
 
+def adapter_files(folder: Path) -> list[Path]:
+    """Lists the files of an adapter that are read; raises MptTrtError when it holds no adapter."""
+    return [folder / ADAPTER_CONFIG, adapter_weights(folder)]
+
+
 def adapter_weights(folder: Path) -> Path:
     """Finds the file of an adapter's tensors.
 
@@ -137,7 +142,7 @@ def adapter_weights(folder: Path) -> Path:
         require_content(folder / name)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise MptTrtError(
-            f"{folder}: no {ADAPTER_CONFIG}; --adapter takes a folder that PEFT's save_pretrained "
+            f"{folder}: no {ADAPTER_CONFIG}; an adapter is a folder that PEFT's save_pretrained "
             "has written"
         )
     for name in WEIGHT_FILES:

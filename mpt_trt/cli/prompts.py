@@ -38,7 +38,7 @@ def read_texts(path: Path) -> list[str]:
 def read_ids(path: Path, padding: set[int]) -> list[list[int]]:
     """Reads prompts from a .csv or .npy file with one row of token ids per prompt.
 
-    padding: ids that are removed at the end of an array's rows.
+    padding: ids that are removed at both ends of an array's rows.
 
     Raises MptTrtError when the file contains anything other than integers, or an empty prompt.
     """
@@ -80,10 +80,8 @@ def _array_rows(path: Path, padding: set[int]) -> list[list[int]]:
 
 
 def _without_padding(row: list[int], padding: set[int]) -> list[int]:
-    end = len(row)
-    while end and row[end - 1] in padding:
-        end -= 1
-    return row[:end]
+    kept = [index for index, token in enumerate(row) if token not in padding]
+    return row[kept[0] : kept[-1] + 1] if kept else []
 
 
 def encoded(texts: list[str], encode: Callable[[str], list[int]]) -> list[list[int]]:

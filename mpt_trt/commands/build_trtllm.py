@@ -10,6 +10,7 @@ from pathlib import Path
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.engines.trtllm import package
 from mpt_trt.engines.trtllm.build_command import TRTLLM_ENGINE, build_command
+from mpt_trt.engines.trtllm.records import link_records
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.replace import replace_directory
 
@@ -37,3 +38,4 @@ def run(options: argparse.Namespace) -> None:
             raise MptTrtError(
                 f"{package.BUILDER} ended with status {status}; its own message is above"
             )
+        link_records(options.checkpoint_dir, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.cli import options as cli_options
@@ -24,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
     tokenizer_dir = options.tokenizer_dir
     tokenizer = read_tokenizer(
         folder if tokenizer_dir is None else tokenizer_folder(tokenizer_dir, "main")
-    )
+    ).require_fitting(read_hf_config(folder).vocab_size)
     generation = read_trtllm_generation(options.generation)
     prompt_len = generation.prompt_len
     # TensorRT-LLM returns the logits of the generated tokens.

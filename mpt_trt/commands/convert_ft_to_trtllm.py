@@ -22,5 +22,5 @@ def run(options: argparse.Namespace) -> None:
         checkpoint, engine_requests.calibrated(options, checkpoint), cli_options.vocabulary(options)
     )
     write_trtllm_checkpoint(conversion, options.output_dir, options.workers, options.force)
-    size = sum(path.stat().st_size for path in options.output_dir.iterdir())
+    size = sum(path.stat().st_size for path in options.output_dir.iterdir() if path.is_file())
     print(f"{options.output_dir}: {checkpoint.tp_size} ranks, {size / 1e9:.2f} GB")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder
-from mpt_trt.checkpoint.special_tokens import read_special_tokens
+from mpt_trt.checkpoint.special_tokens import describe_conflict, read_special_tokens
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.checkpoint.tokenizer import read_tokenizer, tokenizer_files
 from mpt_trt.cli.calibration_options import fill_in
@@ -25,6 +26,8 @@ from mpt_trt.system.files import content_hash
 from mpt_trt.system.process_pool import MOST_PROCESSES
 from mpt_trt.system.replace import require_replaceable
 
+log = logging.getLogger(__name__)
+
 
 def run(options: argparse.Namespace) -> None:
     if options.processes < 1:
@@ -40,6 +43,8 @@ def run(options: argparse.Namespace) -> None:
     sharding.require_legal(config, options.tensor_parallelism)
     tokenizer = tokenizer_folder(options.tokenizer_dir) if options.tokenizer_dir else folder
     special = read_special_tokens(folder, tokenizer, config.vocab_size)
+    if special.ignored_end_ids:
+        log.warning("%s", describe_conflict(special.end_ids, special.ignored_end_ids))
     single = config.eos_token_id if config.eos_token_id in special.end_ids else None
     if single is None and special.end_ids:
         single = special.end_ids[0]
@@ -54,6 +59,7 @@ def run(options: argparse.Namespace) -> None:
         int8=_int8(options, folder, tokenizer, config),
         tokenizer=_tokenizer_files(options, tokenizer),
         end_ids=special.end_ids,
+        ignored_end_ids=special.ignored_end_ids,
     )
     total = total_bytes(config, settings.storage_type, settings.tp_size, settings.int8_layers)
     with bytes_progress(f"Converting {options.in_file}", total) as advance:
@@ -64,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
 def _inputs(options: argparse.Namespace, folder: Path) -> list[Path]:
     """Lists the inputs, which an output must not replace."""
     # Without the option, the text is not known yet.
-    others = (options.tokenizer_dir, options.calib_text)
+    others = (options.tokenizer_dir, options.calib_text, options.adapter)
     return [folder, *(Path(path) for path in others if isinstance(path, str | Path))]
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from mpt_trt.checkpoint.source import tokenizer_folder
+from mpt_trt.checkpoint.hf_config import read_hf_config
+from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.cli.output_options import input_paths
 from mpt_trt.system.files import write_json
 
 
 def run(options: argparse.Namespace) -> None:
-    tokenizer = read_tokenizer(tokenizer_folder(options.tokenizer_dir, "main"))
+    folder, _ = checkpoint_folder(options.model_dir)
+    asked = options.tokenizer_dir
+    tokenizer = read_tokenizer(folder if asked is None else tokenizer_folder(asked, "main"))
+    tokenizer.require_fitting(read_hf_config(folder).vocab_size)
     content = {"prompt": options.prompt, "tokens": tokenizer.encode(options.prompt)}
     write_json(options.output, content, input_paths(options))

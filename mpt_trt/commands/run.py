@@ -18,6 +18,7 @@ from mpt_trt.checkpoint.chat import (
     read_conversations,
 )
 from mpt_trt.checkpoint.source import tokenizer_folder_of
+from mpt_trt.checkpoint.special_tokens import describe_conflict
 from mpt_trt.checkpoint.tokenizer import Tokenizer, read_tokenizer
 from mpt_trt.cli import prompts as prompt_files
 from mpt_trt.cli.output_options import input_paths
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     if engine.is_first_rank:
         _say_what_runs(engine)
         if options.end_id is None:
-            _report_conflict(config, tokenizer)
+            _report_conflict(config.end_ids, manifest, tokenizer)
     output = _Output(prompts, config, tokenizer, stop)
     if options.streaming and engine.is_first_rank:
         output.stream()
@@ -192,14 +193,15 @@ def _end_ids(
     return manifest.end_ids
 
 
-def _report_conflict(config: GenerationConfig, tokenizer: Tokenizer | None) -> None:
-    own, used = None if tokenizer is None else tokenizer.eos_token_id, list(config.end_ids)
-    if own is not None and own not in used:
-        log.warning(
-            "the model's configuration ends text with %s, its tokenizer with %d; %s is used, "
-            "because the configuration comes first (--end_id chooses)",
-            *(used, own, used),
-        )
+def _report_conflict(
+    end_ids: tuple[int, ...], manifest: Manifest, tokenizer: Tokenizer | None
+) -> None:
+    ignored = dict(manifest.ignored_end_ids)
+    own = None if tokenizer is None else tokenizer.eos_token_id
+    if own is not None and own not in end_ids:
+        ignored["the tokenizer"] = (own,)
+    if ignored:
+        log.warning("%s", describe_conflict(end_ids, ignored))
 
 
 class _Output:

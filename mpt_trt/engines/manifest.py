@@ -48,6 +48,7 @@ COMMON_KEYS = (
     "vocabulary",
     "provenance",
     "end_ids",
+    "ignored_end_ids",
     "calibration",
 )
 
@@ -122,6 +123,7 @@ class Common:
     calibration: str | None
     # Older descriptions have only the architecture's end token.
     end_ids: tuple[int, ...] | None = field(default=None, kw_only=True)
+    ignored_end_ids: dict[str, tuple[int, ...]] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         if any(token not in range(self.config.vocab_size) for token in self.end_ids or ()):
@@ -202,6 +204,7 @@ class EngineDescription(Common):
             self.calibration,
             self.builder,
             self.ranks,
+            self.ignored_end_ids,
         )
 
 
@@ -211,6 +214,7 @@ class Manifest:
 
     provenance: origin of the checkpoint, from its own manifest. end_ids: tokens that end a text.
     calibration: content hash of the calibration result; None for an engine without one.
+    ignored_end_ids: other end tokens, by the file of the checkpoint that names them.
     """
 
     model_name: str
@@ -220,6 +224,7 @@ class Manifest:
     calibration: str | None
     builder: BuilderInfo
     ranks: tuple[RankFiles, ...]
+    ignored_end_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def network_name(rank: int) -> str:
@@ -249,19 +254,21 @@ def write_network_description(
     spec: EngineSpec,
     provenance: dict,
     end_ids: tuple[int, ...],
+    ignored_end_ids: dict[str, tuple[int, ...]],
     calibration: str | None,
     hashes: dict[str, str],
 ) -> None:
     """Writes `rank{r}.network.json` next to a rank's network.
 
-    provenance, end_ids, calibration: see `Manifest`. hashes: content hash of each of the network's
-    files, by path in the folder.
+    provenance, end_ids, ignored_end_ids, calibration: see `Manifest`. hashes: content hash of each
+    of the network's files, by path in the folder.
     """
     description = {
         "model_name": model_name,
         **_spec_content(spec),
         "provenance": provenance,
         "end_ids": list(end_ids),
+        "ignored_end_ids": ignored_end_ids,
         "calibration": calibration,
         "network": network_name(rank),
         "files": _records(folder, hashes),
@@ -281,6 +288,7 @@ def read_network_manifest(folder: Path) -> Manifest:
         network.calibration,
         BuilderInfo("none", "0", ()),
         (files,),
+        network.ignored_end_ids,
     )
 
 

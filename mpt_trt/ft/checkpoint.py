@@ -89,6 +89,7 @@ class _Manifest:
 
     files: dict[str, _Entry] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    ignored_end_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,12 @@ class FtCheckpoint:
                 f"{self.config.vocab_size} is required"
             )
         return tuple(recorded)
+
+    @property
+    def ignored_end_ids(self) -> dict[str, tuple[int, ...]]:
+        """End tokens that other files of the checkpoint name, by file."""
+        recorded = self.manifest.get("ignored_end_ids", {})
+        return {name: tuple(ids) for name, ids in recorded.items()}
 
     @property
     def tokenizer_files(self) -> list[str]:

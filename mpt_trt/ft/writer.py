@@ -6,8 +6,8 @@ import configparser
 import functools
 import math
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ class ConversionSettings:
     workers: number of processes. model_name: recorded in config.ini, as by FT's converter (its `-i`
     argument). provenance: origin of the weights, recorded in the manifest. int8: inputs of int8
     weights and scales; None for a plain checkpoint. tokenizer: files that are copied to the folder
-    `tokenizer`. end_ids: tokens that end a text, recorded in the manifest.
+    `tokenizer`. end_ids: tokens that end a text, recorded in the manifest. ignored_end_ids: other
+    end tokens by the file that names them, also recorded.
     """
 
     storage_type: str
@@ -49,6 +50,7 @@ class ConversionSettings:
     int8: Int8Conversion | None = None
     tokenizer: tuple[Path, ...] = ()
     end_ids: tuple[int, ...] = ()
+    ignored_end_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def alpha(self) -> float | None:
@@ -207,5 +209,7 @@ def _write_manifest(folder: Path, settings: ConversionSettings, hashes: dict[str
         content["calibration"] = settings.int8.provenance
     if settings.end_ids:
         content["end_ids"] = list(settings.end_ids)
+    if settings.ignored_end_ids:
+        content["ignored_end_ids"] = settings.ignored_end_ids
     content["files"] = files
     write_json(folder / MANIFEST, content)

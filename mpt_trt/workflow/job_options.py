@@ -28,14 +28,14 @@ class JobOptions:
     # --- conversion and calibration ---------------------------------------------------------------
 
     def conversion(self, target: Target) -> list[str]:
-        return [f"--storage_type={self.plan.storage_type(target)}", *self._tokenizer(target)]
+        return [f"--storage_type={self.plan.storage_type(target)}", *self._model(target)]
 
     def quantize(self, target: Target) -> list[str]:
         """Options of quantize.py, which chooses a model's default group size itself."""
         name = target_names.calibration_name(target.qformat)
         size = [] if name.group_size is None else [f"--awq_block_size={name.group_size}"]
         qformat = f"--qformat={name.quantization_format}"
-        return [qformat, *size, *self._tokenizer(target), *self._calibration(target)]
+        return [qformat, *size, *self._model(target), *self._calibration(target)]
 
     def smoothquant(self, target: Target) -> list[str]:
         alpha = target_names.ft_storage(target.storage).alpha
@@ -119,7 +119,7 @@ class JobOptions:
     def comparison(self, target: Target) -> list[str]:
         tolerance = self.plan.variant(target).tolerance
         return [
-            *self._tokenizer(target),
+            *self._model(target),
             f"--max_abs={tolerance.max_abs}",
             f"--mean_kl={tolerance.mean_kl}",
             f"--min_top1={tolerance.min_top1}",
@@ -128,15 +128,26 @@ class JobOptions:
     def reference(self, target: Target) -> list[str]:
         quality = self.plan.settings.quality
         return [
-            *self._tokenizer(target),
+            *self._model(target),
             f"--num_windows={quality.num_windows}",
             f"--window_length={quality.window_length}",
         ]
 
-    def _tokenizer(self, target: Target) -> list[str]:
+    def quality(self, target: Target) -> list[str]:
+        return self._adapter(target)
+
+    def tokenizer(self, target: Target) -> list[str]:
         """Option for the tokenizer; [] for the model's own."""
         has_own = self.plan.settings.model(target.model).tokenizer is None
         return [] if has_own else [f"--tokenizer_dir={self.plan.tokenizer_folder(target)}"]
+
+    def _model(self, target: Target) -> list[str]:
+        """What belongs to the model beside its folder: tokenizer and adapter."""
+        return [*self.tokenizer(target), *self._adapter(target)]
+
+    def _adapter(self, target: Target) -> list[str]:
+        folder = self.plan.adapter_folder(target)
+        return [] if folder is None else [f"--adapter={folder}"]
 
 
 def _switch(name: str, is_on: bool) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt_trt.checkpoint import known_models
+from mpt_trt.checkpoint.adapter import adapter_files
 from mpt_trt.checkpoint.files import checkpoint_files
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.source import is_hub_id
@@ -133,12 +134,36 @@ class Plan:
         return f"checkpoints/{target.model}" if self.is_on_hub(target) else self.source(target)
 
     def checkpoint_inputs(self, target: Target) -> list[str]:
-        """Lists the folder, then, if it is the user's, each of its files that are read."""
+        """Lists the folder, then each file of the user's own that is read."""
         folder = self.checkpoint_folder(target)
         if self.is_on_hub(target):
-            return [folder]
+            return [folder, *self._adapter_inputs(target)]
         files = checkpoint_files(self.working_directory / folder)
-        return [folder, *(str(Path(folder, path.name)) for path in files)]
+        own = [str(Path(folder, path.name)) for path in files]
+        return [folder, *own, *self._adapter_inputs(target)]
+
+    def adapter_folder(self, target: Target) -> str | None:
+        """Folder of the LoRA adapter that is merged into the model, if any.
+
+        Raises MptTrtError when it does not exist.
+        """
+        adapter = self.settings.model(target.model).adapter
+        if adapter is None:
+            return None
+        folder = self.find(adapter)
+        if not (self.working_directory / folder).is_dir():
+            raise MptTrtError(
+                f"models.{target.model}.adapter = {adapter}: no such folder; give one that PEFT's "
+                "save_pretrained has written"
+            )
+        return folder
+
+    def _adapter_inputs(self, target: Target) -> list[str]:
+        folder = self.adapter_folder(target)
+        if folder is None:
+            return []
+        files = adapter_files(self.working_directory / folder)
+        return [str(Path(folder, path.name)) for path in files]
 
     def tokenizer_folder(self, target: Target) -> str:
         tokenizer = self.settings.model(target.model).tokenizer

@@ -42,6 +42,7 @@ class Model:
     source: str
     revision: str
     tokenizer: str | None
+    adapter: str | None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import AutoTokenizer
 
 from mpt_trt.checkpoint.chat import chat_prompt, choose_template, read_conversations
 from mpt_trt.checkpoint.source import tokenizer_folder_of
-from mpt_trt.checkpoint.special_tokens import SpecialTokens, read_special_tokens
+from mpt_trt.checkpoint.special_tokens import describe_conflict, read_special_tokens
 from mpt_trt.checkpoint.tokenizer import read_tokenizer, tokenizer_files
 from mpt_trt.errors import MptTrtError
 from support.paths import REPOSITORY
@@ -152,7 +151,11 @@ def test_end_tokens(
 ) -> None:
     edit(folder / "generation_config.json", eos_token_id=generation)
     edit(folder / "config.json", eos_token_id=config, bos_token_id=2)
-    assert read_special_tokens(folder, folder, VOCAB_SIZE) == SpecialTokens(2, expected)
+    found = read_special_tokens(folder, folder, VOCAB_SIZE)
+    assert (found.bos_id, found.end_ids) == (2, expected)
+    ignored = {3: (3,), 6: (6,)} if generation else {}
+    key = config[0] if isinstance(config, list) else config
+    assert found.ignored_end_ids == ({"config.json": ignored[key]} if key in ignored else {})
 
 
 def test_end_token_of_special_tokens_map(folder: Path) -> None:
@@ -165,14 +168,14 @@ def test_end_token_of_special_tokens_map(folder: Path) -> None:
     assert read_special_tokens(folder, folder, VOCAB_SIZE).end_ids == (expected,)
 
 
-def test_a_conflict_between_files_is_reported_once(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_conflict_between_files_is_recorded_and_described(folder: Path) -> None:
     edit(folder / "generation_config.json", eos_token_id=[5])
-    edit(folder / "config.json", eos_token_id=6, bos_token_id=2)
-    with caplog.at_level(logging.WARNING):
-        read_special_tokens(folder, folder, VOCAB_SIZE)
-    assert [record.getMessage().count("[5]") for record in caplog.records] == [2]
+    edit(folder / "config.json", eos_token_id=[6, 5], bos_token_id=2)
+    found = read_special_tokens(folder, folder, VOCAB_SIZE)
+    assert found.ignored_end_ids == {"config.json": (6, 5)}
+    assert describe_conflict(found.end_ids, found.ignored_end_ids) == (
+        "text ends with [5]; config.json names [6, 5], which is ignored (run.py --end_id chooses)"
+    )
 
 
 @pytest.mark.parametrize("value", ["</s>", [0, "x"], True, 4096])

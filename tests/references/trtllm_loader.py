@@ -61,7 +61,9 @@ def load(folder: Path) -> Loaded:
     check_config(config)
     world = config["mapping"]["world_size"]
     # Snakemake leaves a hidden time stamp.
-    files = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    # TensorRT-LLM ignores what it does not know.
+    others = {"manifest.json", "tokenizer"}
+    files = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - others
     assert files == {"config.json", *(f"rank{rank}.safetensors" for rank in range(world))}
     ranks = [load_file(folder / f"rank{rank}.safetensors") for rank in range(world)]
     wanted = expected(config)

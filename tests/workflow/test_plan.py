@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,61 @@ def test_paths_are_looked_for_here_and_then_among_what_ships(
         (folder / path).mkdir(parents=True)
     expected = found.format(repository=repository, home=Path.home())
     assert make_plan(folder, repository).find(path) == expected
+
+
+def write_adapter(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_an_adapter_is_an_input_of_every_job_that_reads_the_model(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", SPEC)
+    write_adapter(tmp_path / "lora")
+    models = {
+        "tuned": {"source": "model", "adapter": "lora"},
+        "hub": {"source": "owner/name", "adapter": str(tmp_path / "lora")},
+    }
+    plan = make_plan(tmp_path, models=models)
+    files = ["lora/adapter_config.json", "lora/adapter_model.safetensors"]
+    assert plan.checkpoint_inputs(Target("tuned")) == [*plan.checkpoint_inputs(TOY), *files]
+    first, *others = plan.checkpoint_inputs(Target("hub"))
+    assert (first, others) == ("checkpoints/hub", [str(tmp_path / name) for name in files])
+    options = JobOptions(plan)
+    for found in (
+        options.conversion(Target("tuned", storage="fp16")),
+        options.smoothquant(Target("tuned", storage="sq")),
+        options.quantize(Target("tuned", qformat="fp8")),
+        options.reference(Target("tuned")),
+        options.smoke_test(Target("tuned", "fp16")),
+        options.comparison(Target("tuned", "fp16")),
+        options.quality(Target("tuned")),
+    ):
+        assert found.count("--adapter=lora") == 1
+    assert options.tokenizer(Target("tuned")) == []
+    assert options.quality(TOY) == []
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: None, r"models\.tuned\.adapter = lora: no such folder"),
+        (lambda folder: (folder / "lora").mkdir(), r"lora: no adapter_config\.json"),
+        (
+            lambda folder: (write_adapter(folder / "lora") / "adapter_model.safetensors").unlink(),
+            r"lora: no tensors of an adapter",
+        ),
+    ],
+)
+def test_folders_without_an_adapter_are_named(
+    tmp_path: Path, prepare: Callable[[Path], object], message: str
+) -> None:
+    write_checkpoint(tmp_path / "model", SPEC)
+    prepare(tmp_path)
+    plan = make_plan(tmp_path, models={"tuned": {"source": "model", "adapter": "lora"}})
+    with pytest.raises(MptTrtError, match=message):
+        plan.checkpoint_inputs(Target("tuned"))
 
 
 def test_shipped_models_and_tokenizers_are_found_from_elsewhere(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ class TestShippedConfiguration:
         assert found.variant("fp32").dtype == "float32"
         assert found.variant("fp16").dtype == "float16"
         assert found.variant("bf16").dtype == "bfloat16"
-        assert found.model("mpt-7b") == Model("mosaicml/mpt-7b", "main", None)
+        assert found.model("mpt-7b") == Model("mosaicml/mpt-7b", "main", None, None)
 
     def test_targets_name_known_models_and_variants(self) -> None:
         found = parse_settings(SHIPPED)
@@ -151,7 +151,7 @@ class TestDefaults:
 
     def test_entries(self) -> None:
         found = parse_settings({"models": {"m": {"source": "s"}}, "variants": {"v": {}}})
-        assert found.model("m") == Model(source="s", revision="main", tokenizer=None)
+        assert found.model("m") == Model(source="s", revision="main", tokenizer=None, adapter=None)
         expected = {
             "dtype": "float16",
             "quantization": None,
@@ -194,13 +194,13 @@ class TestDefaults:
 
     def test_given_values_stay(self) -> None:
         content = {
-            "models": {"m": {"source": "s", "revision": "v1", "tokenizer": "t"}},
+            "models": {"m": {"source": "s", "revision": "v1", "tokenizer": "t", "adapter": "a"}},
             "variants": {"v": {"max_batch_size": 3, "tolerance": {"min_top1": 0.5}}},
             "smoke_test": {"max_new_tokens": 5},
             "targets": ["a", "b"],
         }
         found = parse_settings(content)
-        assert found.model("m") == Model("s", "v1", "t")
+        assert found.model("m") == Model("s", "v1", "t", "a")
         assert found.variant("v").max_batch_size == 3
         assert found.variant("v").max_input_len == 512
         assert found.variant("v").tolerance == Tolerance(0.1, 0.001, 0.5)

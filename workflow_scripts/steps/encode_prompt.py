@@ -16,10 +16,15 @@ from mpt_trt.cli.parser import tool_parser
 def make_parser() -> argparse.ArgumentParser:
     parser = tool_parser(
         __doc__,
-        "workflow_scripts/steps/encode_prompt.py --tokenizer_dir resources/mpt-demo --prompt "
+        "workflow_scripts/steps/encode_prompt.py --model_dir resources/mpt-demo --prompt "
         '"def fibonacci" --output my_prompt.json',
     )
-    parser.add_argument("--tokenizer_dir", required=True, help="hub id or folder of the tokenizer")
+    parser.add_argument(
+        "--model_dir", required=True, help="hub id or folder of the Hugging Face checkpoint"
+    )
+    parser.add_argument(
+        "--tokenizer_dir", help="hub id or folder of the tokenizer (default: --model_dir)"
+    )
     parser.add_argument("--prompt", required=True, help="the text")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
     return parser

@@ -105,6 +105,7 @@ def write_rank_network(
         inputs.spec,
         provenance=checkpoint.provenance,
         end_ids=checkpoint.end_ids,
+        ignored_end_ids=checkpoint.ignored_end_ids,
         calibration=None if calibration is None else content_hash(calibration.path),
         hashes={graph.name: content_hash(graph)} | weight_hashes | checkpoint.hashes(tokenizer),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpt_trt.engines.spec import BuildLimits
+from mpt_trt.engines.trtllm.records import record_files
 from mpt_trt.system.files import read_json
 from mpt_trt.system.replace import FolderKind, read_mark
 
@@ -17,7 +18,8 @@ def _own_files(folder: Path) -> set[str] | None:
     content = read_mark(folder / "config.json")
     if not {"pretrained_config", "build_config"} <= content.keys():
         return None
-    return {"config.json", *(path.name for path in folder.glob("rank*.engine"))}
+    engines = {path.name for path in folder.glob("rank*.engine")}
+    return {"config.json"} | engines | record_files(folder)
 
 
 TRTLLM_ENGINE = FolderKind("a TensorRT-LLM engine directory", _own_files)

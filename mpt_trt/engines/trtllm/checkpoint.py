@@ -1,4 +1,4 @@
-"""Writes TensorRT-LLM's unified checkpoint: `config.json` and `rank{r}.safetensors`.
+"""Writes TensorRT-LLM's unified checkpoint: `config.json` and `rank{r}.safetensors`, with records.
 
 The sources are an FT checkpoint with the same tensor-parallel size and, if the quantization needs
 one, a calibration result. docs/formats.md describes the content; the tests compare it with
@@ -24,6 +24,7 @@ from mpt_trt.engines.backend_support import (
 from mpt_trt.engines.spec import TENSORRT_LLM, BuildLimits, EngineSpec
 from mpt_trt.engines.trtllm.linear_tensors import LinearForm, Tensors, choose_form, vector
 from mpt_trt.engines.trtllm.names import EMBEDDING, HEAD, module_name
+from mpt_trt.engines.trtllm.records import record_files, write_records
 from mpt_trt.engines.trtllm.safetensors_file import StreamedTensor, write_safetensors
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
@@ -114,7 +115,8 @@ def _own_files(folder: Path) -> set[str] | None:
         return None
     ranks = mapping.get("world_size")
     count = ranks if isinstance(ranks, int) else 0
-    return {"config.json", *(f"rank{rank}.safetensors" for rank in range(count))}
+    own = {f"rank{rank}.safetensors" for rank in range(count)}
+    return {"config.json"} | own | record_files(folder)
 
 
 TRTLLM_CHECKPOINT = FolderKind("a TensorRT-LLM checkpoint", _own_files)
@@ -133,6 +135,7 @@ def write_trtllm_checkpoint(
     replacement = replace_directory(target, TRTLLM_CHECKPOINT, inputs, force)
     with replacement as folder, ThreadPoolExecutor(workers) as pool:
         write_json(folder / "config.json", config_content(conversion))
+        write_records(conversion.checkpoint, folder)
 
         def write(rank: Rank) -> None:
             path = folder / f"rank{rank.index}.safetensors"

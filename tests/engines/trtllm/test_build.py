@@ -201,6 +201,24 @@ def test_a_missing_program_is_named(tmp_path):
     assert "trtllm-build: not found, although TensorRT-LLM is installed" in message
 
 
+def test_records_travel_from_the_checkpoint_to_the_engine(tmp_path):
+    checkpoint = described(tmp_path / "ckpt")
+    (checkpoint / "tokenizer").mkdir()
+    (checkpoint / "tokenizer/tokenizer.json").write_text("{}")
+    manifest = {"end_ids": [7, 9], "files": {"tokenizer/tokenizer.json": "xxh3:0"}}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    environment = Installation.create(tmp_path / "site", "1.2.1").environment
+    assert build(tmp_path, environment).returncode == 0
+    engine = tmp_path / "engine"
+    assert json.loads((engine / "manifest.json").read_text()) == manifest
+    assert (engine / "tokenizer/tokenizer.json").read_text() == "{}"
+    manifest["files"] = {"../secret": "xxh3:0"}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    result = build(tmp_path, environment, "--force")
+    assert "manifest.json: '../secret' is no name" in one_line_error(result)
+    assert (engine / "tokenizer/tokenizer.json").exists()
+
+
 def test_a_failed_build_leaves_nothing(tmp_path):
     installed = Installation.create(tmp_path / "site", "1.2.1", status=3)
     result = build(tmp_path, installed.environment)
@@ -337,11 +355,29 @@ def test_what_the_first_rank_records_is_read(rank, tmp_path, monkeypatch):
 def test_the_prompt_is_written_as_tokens(tmp_path):
     folder = write_checkpoint(tmp_path / "hf", CheckpointSpec())
     output = tmp_path / "prompt.json"
-    call_tool(
-        "encode_prompt.py", f"--tokenizer_dir={folder}", "--prompt=hello", f"--output={output}"
-    )
+    call_tool("encode_prompt.py", f"--model_dir={folder}", "--prompt=hello", f"--output={output}")
     found = json.loads(output.read_text())
     assert found["prompt"] == "hello" and len(found["tokens"]) == 5
+
+
+def test_a_tokenizer_of_another_model_is_rejected(tmp_path):
+    folder = write_checkpoint(tmp_path / "hf", CheckpointSpec(vocab_size=9))
+    other = write_checkpoint(tmp_path / "other", CheckpointSpec())
+    with pytest.raises(MptTrtError, match="does not fit the model"):
+        call_tool(
+            "encode_prompt.py",
+            f"--model_dir={folder}",
+            f"--tokenizer_dir={other}",
+            "--prompt=hello",
+            f"--output={tmp_path / 'prompt.json'}",
+        )
+    np.savez(tmp_path / "generation.npz", tokens=[1, 2])
+    with pytest.raises(MptTrtError, match="does not fit the model"):
+        call_tool(
+            "compare_trtllm.py",
+            *("--engine_dir", tmp_path, "--generation", tmp_path / "generation.npz"),
+            *("--model_dir", folder, "--tokenizer_dir", other, "--output", tmp_path / "o.json"),
+        )
 
 
 # --- rules ---------------------------------------------------------------------------------------

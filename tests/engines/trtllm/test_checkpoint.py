@@ -32,6 +32,7 @@ from mpt_trt.model.sharding import Rank, VocabularySharding
 from mpt_trt.network.graph import StoredTensor
 from mpt_trt.network.linear.make_linear import make_linear
 from mpt_trt.quantization.schemes import Awq, Fp8, Quantization, SmoothQuant, WeightOnly
+from mpt_trt.system.files import content_hash
 from references import trtllm_loader
 from support.checkpoints import CheckpointSpec, tensors, write_checkpoint
 from support.engines import call_tool
@@ -210,6 +211,29 @@ def test_config_says_what_the_model_is(name, tmp_path):
         "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
         "use_parallel_embedding": False,
     }.items() <= config.items()
+
+
+def test_end_tokens_provenance_and_tokenizer_travel_with_it(tmp_path):
+    hf = write_checkpoint(tmp_path / "hf", small(num_heads=6))
+    (hf / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    call_tool("convert_hf_mpt_to_ft.py", "-i", hf, "-o", tmp_path / "ft", "-t", "float16")
+    target = tmp_path / "trtllm"
+    for _ in range(2):  # the second one replaces what is of the same kind
+        call_tool(
+            *("convert_ft_to_trtllm.py", "--model_dir", tmp_path / "ft/1-gpu"),
+            *("--output_dir", target),
+        )
+    manifest = json.loads((target / "manifest.json").read_text())
+    ft = json.loads((tmp_path / "ft/1-gpu/manifest.json").read_text())
+    for key in ("mpt_trt_version", "provenance", "end_ids", "ignored_end_ids"):
+        assert manifest[key] == ft[key], key
+    assert manifest["end_ids"] == [7, 9]
+    assert manifest["ignored_end_ids"] == {"config.json": [0]}
+    names = sorted(path.name for path in (target / "tokenizer").iterdir())
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(names)
+    assert sorted(manifest["files"]) == [f"tokenizer/{name}" for name in names]
+    for name, known in manifest["files"].items():
+        assert known == content_hash(target / name) == content_hash(hf / Path(name).name)
 
 
 def test_a_sharded_embedding_is_divided_by_rows(tmp_path):

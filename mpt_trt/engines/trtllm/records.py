@@ -1,0 +1,51 @@
+"""Files next to TensorRT-LLM's own in its checkpoints and engine directories: manifest, tokenizer.
+
+TensorRT-LLM's formats have no place for several end tokens or for where the weights came from, and
+it ignores files that it does not know. So `manifest.json` records them under the same keys as that
+of an FT checkpoint, and the folder `tokenizer` travels with the engine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mpt_trt
+from mpt_trt.system.files import hard_link, write_json
+from mpt_trt.system.inner_names import inner_path
+from mpt_trt.system.replace import read_mark
+
+if TYPE_CHECKING:  # TensorRT-LLM's environment lacks what reads FT checkpoints
+    from mpt_trt.ft.checkpoint import FtCheckpoint
+
+MANIFEST = "manifest.json"
+
+
+def write_records(checkpoint: FtCheckpoint, folder: Path) -> None:
+    """Adds the records of an FT checkpoint to a TensorRT-LLM checkpoint that is being written."""
+    names = checkpoint.tokenizer_files
+    for name in names:
+        hard_link(checkpoint.folder / name, folder / name)
+    content = {
+        "mpt_trt_version": mpt_trt.__version__,
+        "provenance": checkpoint.provenance,
+        "end_ids": list(checkpoint.end_ids),
+        "ignored_end_ids": checkpoint.ignored_end_ids,
+        "files": checkpoint.hashes(names),
+    }
+    write_json(folder / MANIFEST, content)
+
+
+def link_records(checkpoint: Path, folder: Path) -> None:
+    """Adds the records of a TensorRT-LLM checkpoint, if it has any, to an engine directory.
+
+    Raises MptTrtError when the manifest is damaged or one of its files is missing.
+    """
+    for name in sorted(record_files(checkpoint)):
+        hard_link(inner_path(checkpoint, name, checkpoint / MANIFEST), folder / name)
+
+
+def record_files(folder: Path) -> set[str]:
+    """Names of the records in a folder; none if it has no manifest that lists its files."""
+    files = read_mark(folder / MANIFEST).get("files")
+    return {MANIFEST, *files} if isinstance(files, dict) else set()
