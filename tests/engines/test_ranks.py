@@ -440,6 +440,7 @@ def test_engine_of_two_ranks_says_what_it_is(engine: Path, converted):
         "vocabulary": {"embedding": False, "head": True},
         "provenance": {"folder": "somewhere"},
         "end_ids": [0],
+        "ignored_end_ids": {},
         "builder": {
             "package": "tensorrt_rtx",
             "version": version,

@@ -117,6 +117,7 @@ def test_config_says_what_it_is_from_what_by_what_for_what(built: Built):
         "vocabulary": {"embedding": False, "head": True},
         "provenance": {"folder": "somewhere"},
         "end_ids": [0],
+        "ignored_end_ids": {},
         "builder": {
             "package": "tensorrt_rtx",
             "version": BUILDER_VERSION,
