@@ -187,6 +187,12 @@ MUTATIONS: list[tuple[str, Rule | str, str, list[Change]]] = [
         ],
     ),
     (
+        "scratch memory that TensorRT shall manage",
+        Rule.SCRATCH_SET,
+        IN_PLACE,
+        [("plan", "Strategy.USER_MANAGED", "Strategy.STATIC")],
+    ),
+    (
         "scratch memory that is not aligned",
         Rule.SCRATCH_ALIGNED,
         IN_PLACE,

@@ -142,9 +142,28 @@ class SimulatedCuda:
 
     def cudaMemcpy3DAsync(self, p: Any, stream: Any) -> tuple:
         extent = (p.extent.depth, p.extent.height, p.extent.width)
-        source, target = _Box(p.srcPtr, p.srcPos), _Box(p.dstPtr, p.dstPos)
+        source, target = _Box.of(p.srcPtr, p.srcPos), _Box.of(p.dstPtr, p.dstPos)
+        return self._copy_box(target, source, extent, p.kind, stream)
+
+    def cudaMemcpy2DAsync(
+        self,
+        dst: int,
+        dpitch: int,
+        src: int,
+        spitch: int,
+        width: int,
+        height: int,
+        kind: Any,
+        stream: Any,
+    ) -> tuple:
+        source, target = _Box(src, spitch, height), _Box(dst, dpitch, height)
+        return self._copy_box(target, source, (1, height, width), kind, stream)
+
+    def _copy_box(
+        self, target: _Box, source: _Box, extent: tuple[int, int, int], kind: Any, stream: Any
+    ) -> tuple:
         self.book.require(
-            p.kind == KIND.cudaMemcpyDeviceToDevice, Rule.COPY_KIND, "3D copies here are on device"
+            kind == KIND.cudaMemcpyDeviceToDevice, Rule.COPY_KIND, "boxes here are on the device"
         )
         for box in (source, target):
             self.book.require(
@@ -325,16 +344,20 @@ class SimulatedCuda:
         self.book.require(not self.is_capturing(stream), Rule.CAPTURE_PAGEABLE_MEMORY, name)
 
 
+@dataclass(frozen=True)
 class _Box:
-    """A box in a pitched array of bytes."""
+    """A box in a pitched array of bytes, by the position (z, y, x) of its first byte."""
 
-    def __init__(self, pointer: Any, position: Any):
-        self.address, self.pitch = int(pointer.ptr), int(pointer.pitch)
-        self.height = int(pointer.ysize)
-        self.start = (int(position.z), int(position.y), int(position.x))
+    address: int
+    pitch: int
+    height: int
+    start: tuple[int, int, int] = (0, 0, 0)
 
-    def __repr__(self) -> str:
-        return f"an array of {self.height} rows of {self.pitch} bytes"
+    @classmethod
+    def of(cls, pointer: Any, position: Any) -> _Box:
+        """From CUDA's cudaPitchedPtr and cudaPos."""
+        start = (int(position.z), int(position.y), int(position.x))
+        return cls(int(pointer.ptr), int(pointer.pitch), int(pointer.ysize), start)
 
     def holds(self, extent: tuple[int, int, int]) -> bool:
         _, y, x = self.start

@@ -92,8 +92,9 @@ class Rule(Enum):
         "TensorRT documentation, KV Cache: only aliased tensors share memory",
     )
     SCRATCH_SET = (
-        "a context with user-managed memory has scratch memory",
-        "docstring of ExecutionContextAllocationStrategy.USER_MANAGED",
+        "contexts have scratch memory, and the application gives it to them",
+        "docstrings of BuilderFlag.REQUIRE_USER_ALLOCATION and of "
+        "ExecutionContextAllocationStrategy.USER_MANAGED",
     )
     SCRATCH_ALIGNED = (
         "scratch memory is 256-byte aligned",

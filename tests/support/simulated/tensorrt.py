@@ -135,7 +135,8 @@ class ICudaEngine:
             self._runtime.logger.log(real.ILogger.Severity.ERROR, "out of memory (simulated)")
             return None
         is_managed = strategy == real.ExecutionContextAllocationStrategy.USER_MANAGED
-        return IExecutionContext(self, self._network, self._world, is_managed)
+        self._world.book.require(is_managed, Rule.SCRATCH_SET, str(strategy))
+        return IExecutionContext(self, self._network, self._world)
 
 
 def profile_range(tensor: Tensor, limits: BuildLimits, profile: int) -> tuple[Shape, Shape]:
@@ -148,12 +149,9 @@ def profile_range(tensor: Tensor, limits: BuildLimits, profile: int) -> tuple[Sh
 
 
 class IExecutionContext:
-    def __init__(
-        self, engine: ICudaEngine, network: RankNetwork, world: World, is_memory_managed: bool
-    ):
+    def __init__(self, engine: ICudaEngine, network: RankNetwork, world: World):
         self.engine, self._network, self._world = engine, network, world
         self._book, self._cuda = world.book, world.cuda
-        self._is_memory_managed = is_memory_managed
         self._scratch = (0, 0)
         self._profile, self._profile_stream = 0, None
         self._profile_is_set = True
@@ -283,8 +281,7 @@ class IExecutionContext:
         for output, source in network.aliases.items():
             is_shared = self._addresses[output] == self._addresses[source]
             require(is_shared, Rule.CACHE_ALIASED, f"{output} and {source}")
-        if self._is_memory_managed:
-            require(self._scratch[1] > 0, Rule.SCRATCH_SET, "no scratch memory")
+        require(self._scratch[1] > 0, Rule.SCRATCH_SET, "no scratch memory")
         is_same = self._profile_stream is not None and int(self._profile_stream) == int(stream)
         is_ordered = self._profile_is_set or is_same
         require(is_ordered, Rule.PROFILE_SYNCHRONIZED, "another stream")
