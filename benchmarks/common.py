@@ -16,6 +16,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = REPOSITORY / "workflow_scripts"
+FOLDERS = (SCRIPTS, SCRIPTS / "steps", REPOSITORY / "tools")
 sys.path.insert(0, str(REPOSITORY))
 
 from mpt_trt.system.machine import describe_machine
@@ -71,7 +72,8 @@ def measure(command: list[str | Path]) -> Measured:
 
 def script(name: str, *arguments: str | Path) -> list[str | Path]:
     """Command line of one of mpt-trt's tools."""
-    return [sys.executable, SCRIPTS / name, *arguments]
+    (path,) = (folder / name for folder in FOLDERS if (folder / name).exists())
+    return [sys.executable, path, *arguments]
 
 
 def make_random_checkpoint(
