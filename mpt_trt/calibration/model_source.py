@@ -31,6 +31,16 @@ def is_ft_folder(folder: Path) -> bool:
     return (folder / "config.ini").is_file()
 
 
+def model_folder(folder: Path) -> Path:
+    """Finds the {tp_size}-gpu folder of an FT checkpoint if only its parent is named.
+
+    Those for several tensor-parallel sizes contain the same weights.
+    """
+    inner = [path.parent for path in folder.glob("[0-9]*-gpu/config.ini")]
+    is_above = inner and not is_ft_folder(folder) and not (folder / "config.json").exists()
+    return min(inner, key=lambda path: (len(path.name), path.name)) if is_above else folder
+
+
 def open_model(folder: Path, adapter: Path | None = None) -> ModelSource:
     """Opens a folder in Hugging Face format, or a {tp_size}-gpu folder of an FT checkpoint.
 

@@ -22,6 +22,7 @@ from mpt_trt.checkpoint.config_keys import (
     USED_IN_FEED_FORWARD,
 )
 from mpt_trt.checkpoint.foreign import require_plain_checkpoint
+from mpt_trt.checkpoint.other_folders import describe_folder, hint
 from mpt_trt.checkpoint.rope_config import read_rope
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MOST, MptConfig, NormType, PositionEmbedding
@@ -47,7 +48,12 @@ def read_hf_config(folder: Path) -> MptConfig:
     """
     require_plain_checkpoint(folder)
     path = folder / "config.json"
-    return parse_hf_config(read_json(path), path)
+    if folder.is_dir() and not path.exists():
+        raise MptTrtError(f"{path}: no such file{hint(folder)}")
+    content = read_json(path)
+    if "model_type" not in content and (kind := describe_folder(folder)):
+        raise MptTrtError(f"{folder}: not a checkpoint in Hugging Face format, but {kind}")
+    return parse_hf_config(content, path)
 
 
 def parse_hf_config(content: dict[str, Any], path: Path) -> MptConfig:

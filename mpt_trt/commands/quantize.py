@@ -7,7 +7,7 @@ import argparse
 import numpy as np
 
 from mpt_trt.calibration.calibrate import calibrate
-from mpt_trt.calibration.model_source import open_model
+from mpt_trt.calibration.model_source import model_folder, open_model
 from mpt_trt.calibration.npz_keys import FILE_NAME
 from mpt_trt.calibration.plan import CalibrationPlan
 from mpt_trt.calibration.writer import require_replaceable_result
@@ -28,6 +28,7 @@ def run(options: argparse.Namespace) -> None:
     require_replaceable_result(target, options.force)
     set_up_logging(options.log_level)
     folder, _ = checkpoint_folder(options.model_dir, options.revision)
+    folder = model_folder(folder)
     source = open_model(folder, options.adapter)
     plan = _plan(options, source.config)
     computation = calibration_requests.computation(options, options.dtype)

@@ -13,6 +13,7 @@ from typing import Any
 
 import mpt_trt
 from mpt_trt.arrays.cast import STORAGE_TYPES
+from mpt_trt.checkpoint.other_folders import describe_folder, hint
 from mpt_trt.engines.spec import BuilderInfo, BuildLimits, EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
@@ -505,7 +506,11 @@ def read_manifest(engine_dir: Path) -> Manifest:
     """
     recover(engine_dir)
     path = engine_dir / MANIFEST
+    if engine_dir.is_dir() and not path.exists():
+        raise MptTrtError(f"{path}: no such file{hint(engine_dir)}")
     content = read_json(path)
+    if "ranks" not in content and (kind := describe_folder(engine_dir)):
+        raise MptTrtError(f"{engine_dir}: not an engine directory, but {kind}")
     if content.get("format") != FORMAT:
         raise MptTrtError(
             f"{path}: format = {shown(content.get('format'))}: this version reads engine "

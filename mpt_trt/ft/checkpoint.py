@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpt_trt.arrays.cast import STORAGE_TYPES
+from mpt_trt.checkpoint.other_folders import hint
 from mpt_trt.checkpoint.source import TOKENIZER_FOLDER
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.layout import (
@@ -283,7 +284,7 @@ class _Ini:
         parser = configparser.ConfigParser(interpolation=None)
         if not path.exists():
             has_tensors = any(path.parent.glob("model.*.bin"))
-            remedy = "give a {tp_size}-gpu folder of an FT checkpoint"
+            remedy = "give a {tp_size}-gpu folder of an FT checkpoint" + hint(path.parent)
             raise MptTrtError(
                 f"{path}: no such file; {_convert_again(path.parent) if has_tensors else remedy}"
             )

@@ -1,0 +1,38 @@
+"""Recognises folders of another kind than the one that was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpt_trt.system.replace import read_mark
+
+# Keys that only one kind of config.json has, and what that kind is.
+KEYS = {
+    "ranks": "an engine directory, which run.py reads",
+    "pretrained_config": "an engine directory of TensorRT-LLM, which only TensorRT-LLM reads",
+    "architecture": "a TensorRT-LLM checkpoint, which build_trtllm.py reads",
+    "model_type": "a checkpoint in Hugging Face format, which convert_hf_mpt_to_ft.py converts",
+}
+
+
+def describe_folder(folder: Path) -> str | None:
+    """Returns what a folder is and which command reads it; None if that is unknown."""
+    if (folder / "config.ini").is_file():
+        return "an FT checkpoint, which build.py and quantize.py read"
+    content = read_mark(folder / "config.json")
+    for key, description in KEYS.items():
+        if key in content:
+            return description
+    if (folder / "snapshots").is_dir():
+        commits = sorted(path.name for path in (folder / "snapshots").iterdir())
+        commit = commits[0] if len(commits) == 1 else "COMMIT"
+        return f"a model's folder in the hub cache; give {folder / 'snapshots' / commit}"
+    if inner := sorted(path.name for path in folder.glob("[0-9]*-gpu") if path.is_dir()):
+        return f"a folder that contains {', '.join(inner)}; give {folder / inner[0]}"
+    return None
+
+
+def hint(folder: Path) -> str:
+    """Returns the end of an error's sentence about a missing file: what the folder is instead."""
+    description = describe_folder(folder)
+    return "" if description is None else f"; {folder} is {description}"
