@@ -12,7 +12,7 @@ INSTALL_SLURM := (apt-get update && apt-get install -y --no-install-recommends $
 
 DEMO := smoke_tests/mpt-demo/fp16/1-gpu.json
 
-.PHONY: demo test test-install slurm-ready test-slurm test-gpu test-kills fuzz nightly bench check docs clean
+.PHONY: demo test test-install slurm-ready test-slurm test-gpu test-tensorrt test-kills fuzz nightly bench check docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/snakemake --cores 2 $(DEMO)
@@ -39,6 +39,11 @@ test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
 	$(PIP) install --quiet "onnxruntime-gpu[cuda,cudnn]==1.31.1"
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+# TensorRT plans on a GPU that they are built for: every variant and feature, compared, checked and
+# measured. Ends with a table and first_contact.json. To run some cases: CONTACT="--only int8"
+test-tensorrt: $(VENV)/installed-dev
+	PYTHONPATH=.:tests $(BIN)/python -m first_contact $(CONTACT)
 
 # Tests readers of foreign files on 20,000 mutations of each: a few minutes.
 fuzz: $(VENV)/installed-dev

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -17,10 +17,26 @@ ROWS = 3
 def require_same_steps(
     ours: StepModel, theirs: StepModel, vocab_size: int, bound: float, seed: int = 0
 ) -> None:
+    """Makes the steps of `make_steps`; fails where the difference exceeds the bound."""
+
+    def require(difference: float, step: str) -> None:
+        assert difference <= bound, step
+
+    make_steps(ours, theirs, vocab_size, require, seed)
+
+
+def make_steps(
+    ours: StepModel,
+    theirs: StepModel,
+    vocab_size: int,
+    judge: Callable[[float, str], None],
+    seed: int = 0,
+) -> None:
     """Prompts in pieces, ragged rows, single tokens, other numbers of rows and logits, new order.
 
-    Both engines need 4 rows and 32 positions, and take at least 9 tokens per step. bound: of the
-    difference, as a multiple of the logits' standard deviation.
+    Both engines need 4 rows and 32 positions, and take at least 9 tokens per step. judge: is called
+    with the difference of each step's logits, as a multiple of their standard deviation, and with a
+    description of the step.
     """
     numbers = np.random.default_rng(seed)
 
@@ -32,7 +48,8 @@ def require_same_steps(
         found, expected = (model.step(*arguments) for model in (ours, theirs))
         assert found.shape == expected.shape == (len(logit_rows), vocab_size)
         if logit_rows:
-            assert deviation(found, expected) <= bound, (seq, positions, logit_rows)
+            step_name = f"{seq} tokens at {list(positions)}, logits of {list(logit_rows)}"
+            judge(deviation(found, expected), step_name)
 
     def start(rows: int) -> None:
         for model in (ours, theirs):

@@ -47,12 +47,14 @@ class Simulation:
 
     plans: engine directories by the content of their plans, for plans that TensorRT has built.
     is_clean_at_end: whether the end of `installed` fails after a broken rule or a leak.
+    real_module: TensorRT's, which builds plans.
     """
 
     capability: str = CAPABILITY
     book: Book = field(default_factory=Book)
     plans: dict[bytes, tuple[Path, int]] = field(default_factory=dict)
     is_clean_at_end: bool = True
+    real_module: ModuleType | None = None
 
     def __post_init__(self) -> None:
         self.cuda = SimulatedCuda(self.book)
@@ -101,6 +103,7 @@ def installed(
     """
     simulation = Simulation(capability)
     module = SimulatedTensorRt(simulation.world)
+    simulation.real_module = sys.modules[module.__name__]
     nccl = types.ModuleType("nccl")
     nccl.core = make_core(simulation.world, ranks)  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
