@@ -16,8 +16,9 @@ LAYERS = {
     "mlp_up": "up_proj",
     "mlp_down": "down_proj",
 }
-# State that TransformerEngine keeps for training in FP8.
-EXTRA_STATE = "_extra_state"
+# Ends of names: state of TransformerEngine for training in FP8; frequencies of rope, which follow
+# from config.json.
+OTHER_STATE = ("_extra_state", ".inv_freq")
 USUAL_PREFIXES = ("transformer.", "")
 
 
@@ -31,4 +32,4 @@ def plain_name(stored: str) -> str:
 
 def is_weight(stored: str) -> bool:
     """Returns whether a stored tensor is a weight, not other state of a program."""
-    return not stored.endswith(EXTRA_STATE)
+    return not stored.endswith(OTHER_STATE)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
@@ -16,7 +17,7 @@ from mpt_trt.ft.checkpoint import read_ft_checkpoint
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.rope import Rope
 from references import plain_mpt
-from support.checkpoints import CheckpointSpec, config_dict, tensors
+from support.checkpoints import CheckpointSpec, config_dict, tensors, write_checkpoint
 from support.engines import (
     Ids,
     Logits,
@@ -160,3 +161,14 @@ def test_damaged_ini_is_refused(line: str, tmp_path: Path) -> None:
     ini.write_text("\n".join(lines + [line] * bool(value)))
     with pytest.raises(MptTrtError, match=f"config.ini: .*{key}"):
         read_ft_checkpoint(ini.parent)
+
+
+def test_stored_frequencies_are_not_weights(tmp_path: Path) -> None:
+    """Some releases keep the buffer of the rotation; config.json says the same."""
+    spec = replace(BASE, rope=ROPES["hf"])
+    folder = write_checkpoint(tmp_path, spec)
+    buffer = {"transformer.rotary_embedding.inv_freq": torch.ones(8)}
+    save_file(tensors(spec) | buffer, folder / "model.safetensors")
+    ids = random_ids(spec, rows=1, length=9)
+    found = reference_logits(folder, ids[0].tolist()).numpy()
+    assert deviation(found, exact_logits(spec, ids)[0]) < 2e-5
