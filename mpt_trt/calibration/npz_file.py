@@ -113,7 +113,7 @@ class NpzFile:
             shape, is_by_column, dtype = self._header(key, stream)
             header_bytes = stream.tell()
             if len(shape) != 2:
-                raise self.damaged(f"{key} has shape {list(shape)}, which is no matrix")
+                raise self.damaged(f"{key} has shape {list(shape)}, but must be a matrix")
             entry = self._archive().getinfo(f"{key}.npy")
             is_stored = entry.compress_type == zipfile.ZIP_STORED
             if is_stored and not is_by_column and dtype in EXPONENTS:
@@ -148,7 +148,7 @@ class NpzFile:
                 raise self.damaged(f"{key} holds NaN or Inf")
             yield rows
         if check != entry.CRC:
-            raise self.damaged(f"{key} is damaged (its check sum is another)")
+            raise self.damaged(f"{key} is damaged (its checksum differs)")
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Reads the shape of an array."""

@@ -201,7 +201,7 @@ class CalibrationResult:
     def _nonzero(self, key: str) -> NDArray[np.float32]:
         values = self.file.floats(key)
         if not values.all():
-            raise self.file.refused(f"{key} holds 0, by which nothing can be divided")
+            raise self.file.refused(f"{key} holds 0, but must be positive")
         return values
 
     def _smoothing(self, layer: int, matrix: BlockMatrix) -> NDArray[np.float32]:

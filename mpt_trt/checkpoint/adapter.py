@@ -178,13 +178,13 @@ def _modules(file: AdapterFile) -> dict[str, dict[str, str]]:
         if place is None:
             kind = "DoRA's " if "lora_magnitude_vector" in words else ""
             raise MptTrtError(
-                f"{file.path}: {kind}tensor {stored} is no part of a plain LoRA adapter, which is "
-                "all that can be merged here; merge it with PEFT's merge_and_unload()"
+                f"{file.path}: {kind}tensor {stored} does not belong to a plain LoRA adapter, and "
+                "only these are merged; merge it with PEFT's merge_and_unload()"
             )
         module = ".".join(words[:place])
         parts = modules.setdefault(module, {})
         if PARTS[words[place]] in parts:
-            raise MptTrtError(f"{file.path}: holds several adapters of {module}; save one alone")
+            raise MptTrtError(f"{file.path}: holds several adapters of {module}; save only one")
         parts[PARTS[words[place]]] = stored
     return modules
 
@@ -218,7 +218,7 @@ class _Settings:
             raise self.refused("peft_type", kind, "only LORA is merged")
         initialization = self.content.get("init_lora_weights")
         if initialization not in PLAIN_INITIALIZATIONS:
-            why = "it changes the base model, too; merge it with PEFT's merge_and_unload()"
+            why = "it also changes the base model; merge it with PEFT's merge_and_unload()"
             raise self.refused("init_lora_weights", initialization, why)
         for key, value in self.content.items():
             if key not in USED | NO_EFFECT and key != "use_rslora" and value not in ABSENT:
@@ -256,7 +256,9 @@ class _Settings:
             try:
                 fits = re.match(rf"(.*\.)?({pattern})$", module)
             except re.error as error:
-                raise self.refused(patterns, pattern, f"no regular expression ({error})") from None
+                raise self.refused(
+                    patterns, pattern, f"not a regular expression ({error})"
+                ) from None
             if fits:
                 return f"{patterns}.{pattern}", value
         return default, self.content.get(default)

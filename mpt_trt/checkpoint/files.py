@@ -29,7 +29,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     Raises MptTrtError when the folder or its weights are missing.
     """
     if not folder.is_dir():
-        raise MptTrtError(f"no such folder: {folder}; models.*.source names a hub id or a folder")
+        raise MptTrtError(f"no such folder: {folder}; models.*.source must be a hub id or a folder")
     require_plain_checkpoint(folder)
     source = _weight_source(folder)
     indexed = [source] if source.name.endswith(INDEX_SUFFIX) else []
@@ -90,11 +90,11 @@ def _no_weights(folder: Path) -> MptTrtError:
         index = f"{shards[0].name.split('-')[0]}{shards[0].suffix}{INDEX_SUFFIX}"
         return MptTrtError(
             f"{folder}: shards ({shards[0].name}, ...) without their index; download {index} from "
-            "where they came from"
+            "their source"
         )
     if next(folder.glob("*.distcp"), None):
         return MptTrtError(
-            f"{folder}: a distributed checkpoint (.distcp); make one file of it with "
+            f"{folder}: a distributed checkpoint (.distcp); convert it to one file with "
             "torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
         )
     return MptTrtError(f"{folder}: no weights found; one of {', '.join(WEIGHT_FILES)} is needed")
@@ -106,7 +106,7 @@ def _indexed_files(index: Path) -> list[Path]:
         raise MptTrtError(f"{index}: field weight_map is missing; download the index again")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name.isprintable():
-            raise MptTrtError(f"{index}: weight_map.{tensor} = {shown(name)}: no name of a file")
+            raise MptTrtError(f"{index}: weight_map.{tensor} = {shown(name)}: not a file name")
     tensor_of = {name: tensor for tensor, name in weight_map.items()}
     for name, tensor in sorted(tensor_of.items()):
         if Path(name).name != name:

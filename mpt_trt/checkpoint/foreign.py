@@ -54,8 +54,8 @@ def require_content(path: Path) -> None:
     try:
         if path.is_symlink() and not path.exists():
             raise MptTrtError(
-                f"{path}: links to {path.readlink()}, which is gone (a hub cache that was cleaned "
-                "or copied without its blobs?); download the file again"
+                f"{path}: links to {path.readlink()}, which does not exist (a hub cache that was "
+                "cleaned, or copied without its blobs?); download the file again"
             )
         if not path.is_file():
             return

@@ -246,7 +246,7 @@ class _Reader:
         if self.attention.get("rope") is not None and self._attention_flag("rope", False):
             if has_alibi:
                 raise self.refused(
-                    "attn_config.alibi", True, "together with rope: true it is not supported"
+                    "attn_config.alibi", True, "not supported together with rope: true"
                 )
             if head_dim % 2:
                 raise self.refused(
@@ -312,7 +312,9 @@ class _Reader:
     def _qk_ln_epsilon(self) -> float:
         name = self.attention.get("norm_type") or "low_precision_layernorm"
         if self.attention.get("qk_ln") and NORM_TYPES.get(str(name).lower()) != "layernorm":
-            raise self.refused("attn_config.norm_type", name, "with qk_ln only layer norm is known")
+            raise self.refused(
+                "attn_config.norm_type", name, "with qk_ln, only layer norm is supported"
+            )
         value = self.attention.get("norm_eps")
         return 1e-5 if value is None else self._number("attn_config.norm_eps", value)
 

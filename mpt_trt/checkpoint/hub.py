@@ -150,7 +150,9 @@ class _Repository:
         shards = sorted({str(name) for name in weight_map.values()})
         for name in shards:
             if "/" in name or not name.endswith(suffix):
-                raise MptTrtError(f"{index}: weight_map names {name!r}, which is no {suffix} file")
+                raise MptTrtError(
+                    f"{index}: weight_map names {name!r}, which is not a {suffix} file"
+                )
             self.require(name)
         return shards
 
@@ -197,7 +199,7 @@ def _cached_commit(source: str, revision: str, reason: Exception) -> str:
     if not COMMIT.fullmatch(commit):
         raise offline(source, revision, reason) from reason
     log.warning(
-        "%s: the hub cannot be reached (%s); revision %s is taken to be commit %s, as in the cache",
+        "%s: the hub cannot be reached (%s); for revision %s, commit %s of the cache is used",
         *(source, reason, revision, commit),
     )
     return commit

@@ -69,7 +69,7 @@ def _require_proxy(name: str, value: str) -> None:
         why = f"an address with one of {', '.join(PROXY_SCHEMES)} is required (http://host:port)"
         raise _refused(name, shown, why)
     if parts.scheme.lower().startswith("socks") and importlib.util.find_spec("socksio") is None:
-        why = "a SOCKS proxy needs a package more: pip install 'httpx[socks]'"
+        why = "a SOCKS proxy needs another package: pip install 'httpx[socks]'"
         raise _refused(name, shown, why)
 
 
@@ -77,7 +77,7 @@ def _require_exceptions(name: str, value: str) -> None:
     for entry in filter(None, (part.strip() for part in value.split(","))):
         address, has_range, _ = entry.partition("/")
         if has_range and _is_ipv6(address):
-            why = f"{entry} is a range of IPv6 addresses, which the client does not understand"
+            why = f"{entry} is a range of IPv6 addresses, which the client does not support"
             raise _refused(name, value, why)
 
 
@@ -106,7 +106,7 @@ def _require_token() -> None:
         for position, character in enumerate(os.environ.get(name, "").strip(), start=1):
             if not "!" <= character <= "~":
                 raise MptTrtError(
-                    f"{name}: character {position} is {character!r}, which no token holds; copy "
+                    f"{name}: character {position} is {character!r}, which no token contains; copy "
                     "the token again, or unset the variable"
                 )
 

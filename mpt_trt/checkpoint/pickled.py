@@ -101,7 +101,7 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise MptTrtError(
-            f"{path}: refused, since it holds more than tensors ({_culprit(error)}); convert "
+            f"{path}: rejected, because it holds more than tensors ({_culprit(error)}); convert "
             "it to safetensors on a machine where you trust it"
         ) from None
     except MemoryError:
@@ -190,7 +190,7 @@ def _harmless_globals() -> list[Any]:
 def _culprit(error: pickle.UnpicklingError) -> str:
     """Names the object that PyTorch refused to load, without its advice to load it anyway."""
     name = re.search(r"GLOBAL (\S+)", str(error))
-    return name[1] if name else "it is no state dict"
+    return name[1] if name else "not a state dict"
 
 
 def _is_bare_pickle(path: Path) -> bool:

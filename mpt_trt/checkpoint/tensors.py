@@ -178,10 +178,10 @@ class HfCheckpoint:
         expected = {w.hf_name for w in weights if w.hf_name is not None}
         unexpected = sorted(self._location.keys() - expected)
         if missing := sorted(expected - self._location.keys()):
-            there = f"all {len(self._location)} tensors that are there are expected ones"
+            there = f"all {len(self._location)} present tensors are expected"
             if unexpected:
                 stored = [self._location[name][1] for name in unexpected]
-                there = f"instead there is {', '.join(stored[:3])}{_and_others(stored[2:])}"
+                there = f"found instead: {', '.join(stored[:3])}{_and_others(stored[2:])}"
             raise MptTrtError(
                 f"{self.shards[0].path if len(self.shards) == 1 else self.folder}: "
                 f"tensor {missing[0]} is missing{_and_others(missing)}; {there}; config.json and "
@@ -216,8 +216,8 @@ class HfCheckpoint:
             shape = shard.shape(name)
             if shape != weight.shape:
                 raise MptTrtError(
-                    f"{shard.path}: tensor {name} has shape {list(shape)}, but config.json asks "
-                    f"for {list(weight.shape)}"
+                    f"{shard.path}: tensor {name} has shape {list(shape)}, but config.json "
+                    f"requires {list(weight.shape)}"
                 )
 
 

@@ -14,7 +14,7 @@ def run(options: argparse.Namespace) -> None:
         counts = ", ".join(str(len(values)) for values in engines)
         raise MptTrtError(
             f"--variants, --quality and --smoke_tests have {counts} values; "
-            "give one of each an engine"
+            "give one of each per engine"
         )
     entries = [read_entry(*engine) for engine in zip(*engines, strict=True)]
     template, output = options.template or TEMPLATE, options.output

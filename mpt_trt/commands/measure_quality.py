@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
     excess = figures.excess
     print(
         f"perplexity {figures.perplexity:.4f} (reference {figures.reference_perplexity:.4f}), "
-        f"{excess.mean:+.2g} nats a token, KL {figures.kl.mean:.2g}, "
+        f"{excess.mean:+.2g} nats per token, KL {figures.kl.mean:.2g}, "
         f"same top token {figures.top1.mean:.2%}, over {figures.tokens} tokens"
     )
 

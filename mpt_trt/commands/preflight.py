@@ -43,7 +43,7 @@ def read_needs(text: str) -> list[Needs]:
             for entry in json.loads(text)
         ]
     except (ValueError, TypeError, KeyError) as error:
-        raise MptTrtError(f"--needs: not a JSON list of what targets need: {error!r}") from None
+        raise MptTrtError(f"--needs: not a JSON list of needs: {error!r}") from None
 
 
 def show_machine(inventory: Inventory, console: Console) -> None:

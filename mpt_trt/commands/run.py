@@ -84,7 +84,7 @@ def _require_consistent(options: argparse.Namespace) -> None:
     if file is not None and file.suffix not in legal:
         hint = " without --chat" if file.suffix in texts else ""
         hint = " with --chat" if options.chat else hint
-        raise MptTrtError(f"{file}: unknown kind of file; {', '.join(legal)} are read{hint}")
+        raise MptTrtError(f"{file}: unknown file type; use {', '.join(legal)}{hint}")
     for index, text in enumerate(options.stop or ()):
         _require_utf8(f"--stop {index}", text)
     for index, text in enumerate(options.input_text):

@@ -29,7 +29,7 @@ def require_fp8_support(
     lacking = [each for each in capabilities if not _has_fp8(each)]
     if quantization.uses_fp8 and lacking:
         raise MptTrtError(
-            f"{field}: {', '.join(lacking)} cannot compute with fp8, which takes "
+            f"{field}: {', '.join(lacking)} cannot compute with fp8, which needs "
             f"{'.'.join(map(str, FP8_CAPABILITY))} or newer; leave them out, or choose int8"
         )
 

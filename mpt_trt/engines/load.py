@@ -93,7 +93,9 @@ def _load_rank(
     is_trusted: bool,
 ) -> LoadedEngine:
     files = manifest.ranks[0 if ranks is None else ranks.rank]
-    obstacle = "asked for" if runtime == "onnxruntime" else tensorrt_obstacle(manifest)
+    obstacle = (
+        "ONNX Runtime was requested" if runtime == "onnxruntime" else tensorrt_obstacle(manifest)
+    )
     if obstacle is None:
         from mpt_trt.engines.tensorrt.engine import TensorRtEngine
 

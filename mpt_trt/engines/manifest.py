@@ -578,5 +578,5 @@ def _require_file(name: str, size: int, description: Path, remedy: str) -> None:
         raise MptTrtError(f"{path}: missing, though {description.name} names it; {remedy}")
     if (actual := path.stat().st_size) != size:
         raise MptTrtError(
-            f"{path}: has {actual} bytes, but {description.name} says {size}; {remedy}"
+            f"{path}: has {actual} bytes, but {description.name} records {size}; {remedy}"
         )

@@ -44,8 +44,8 @@ class BuildLimits:
         """Raises MptTrtError when the KV cache has fewer than `batch_size` rows."""
         if batch_size > self.max_batch_size:
             raise MptTrtError(
-                f"{batch_size} rows are asked for, but the engine was built for max_batch_size = "
-                f"{self.max_batch_size}; build it for more, or ask for fewer prompts or beams"
+                f"{batch_size} rows are requested, but the engine was built for max_batch_size = "
+                f"{self.max_batch_size}; build it for more, or use fewer prompts or beams"
             )
 
     def require_window(self, length: int) -> None:

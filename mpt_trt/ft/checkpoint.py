@@ -348,7 +348,9 @@ class _Ini:
         if value is None:
             return None
         if value != int(value) or not 0 <= value < vocab_size:
-            raise self.refused(key, self.values.get(key), f"no token of {vocab_size}")
+            raise self.refused(
+                key, self.values.get(key), f"a token id below {vocab_size} is required"
+            )
         return int(value)
 
     def choice(self, key: str, choices: Collection[str], default: str) -> str:
@@ -404,7 +406,7 @@ def _position_embedding(ini: _Ini, folder: Path) -> PositionEmbedding:
     named = ini.choice("position_embedding_type", POSITION_EMBEDDINGS, stored)
     if (named == "learned_absolute") != is_learned:
         verb = "lies" if is_learned else "does not lie"
-        raise ini.refused("position_embedding_type", named, f"but model.wpe.bin {verb} beside it")
+        raise ini.refused("position_embedding_type", named, f"but model.wpe.bin {verb} next to it")
     return POSITION_EMBEDDINGS[named]
 
 

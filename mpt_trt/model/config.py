@@ -83,7 +83,7 @@ class MptConfig:
         if (self.position_embedding == "rope") != (self.rope is not None):
             raise MptTrtError(
                 f"position_embedding = {self.position_embedding}: "
-                f"the settings of rope are {'missing' if self.rope is None else 'given, too'}"
+                f"the settings of rope are {'missing' if self.rope is None else 'also given'}"
             )
         if self.rope is not None and self.head_dim % 2:
             raise MptTrtError(f"rope rotates pairs of features, but a head has {self.head_dim}")

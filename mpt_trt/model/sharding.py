@@ -76,9 +76,9 @@ def require_legal(config: MptConfig, tp_size: int) -> None:
         return
     legal = [str(size) for size in range(1, MAX_TP_SIZE + 1) if is_legal(config, size)]
     raise MptTrtError(
-        f"tensor parallelism of {tp_size} does not fit a model with {config.num_heads} heads, "
+        f"tensor-parallel size {tp_size} does not divide a model with {config.num_heads} heads, "
         f"{config.num_kv_heads} K/V heads and {config.intermediate_size} feed-forward columns; "
-        f"legal sizes are {', '.join(legal)}"
+        f"valid sizes are {', '.join(legal)}"
     )
 
 

@@ -76,7 +76,7 @@ def build_network(
     if checkpoint.tp_size != rank.tp_size:
         raise MptTrtError(
             f"{checkpoint.folder}: tensor_parallelism = {checkpoint.tp_size}, but an engine for "
-            f"{rank.tp_size} ranks was asked for; convert with -tp {rank.tp_size}"
+            f"{rank.tp_size} ranks was requested; convert with -tp {rank.tp_size}"
         )
     if rank.tp_size == 1:
         vocabulary = VocabularySharding(embedding=False, head=False)

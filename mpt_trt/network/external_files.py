@@ -75,8 +75,8 @@ def file_part(tensor: TensorProto, folder: Path, named_by: Path | None = None) -
         raise _damaged(
             named_by,
             tensor,
-            f"it has {needed} bytes, but lies in {length} from {offset} on of {path.name}, which "
-            f"has {size}",
+            f"it has {needed} bytes, but its place is {length} bytes at {offset} in {path.name}, "
+            f"which has {size}",
         )
     return FilePart(path, offset, length)
 

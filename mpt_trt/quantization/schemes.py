@@ -205,6 +205,6 @@ def require_fitting_groups(config: MptConfig, tp_size: int, group_size: int) -> 
     legal = [str(g) for g in GROUP_SIZES if all(size % g == 0 for size in inputs)]
     raise MptTrtError(
         f"group_size = {group_size}: layers with {', '.join(map(str, sorted(set(inputs))))} input "
-        f"features on each of {tp_size} ranks are no multiples of it; legal sizes are "
+        f"features on each of {tp_size} ranks are not multiples of it; valid sizes are "
         f"{', '.join(legal) or 'none'}"
     )

@@ -88,7 +88,7 @@ def require(count: int, available: Devices) -> None:
     if count > len(available.names):
         raise MptTrtError(
             f"{count} GPUs are needed, but there are {len(available.names)} "
-            f"(says {available.named_by}); ask for fewer ranks, or use a machine that has them"
+            f"(according to {available.named_by}); use fewer ranks, or a machine with enough GPUs"
         )
 
 

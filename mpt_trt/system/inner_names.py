@@ -16,7 +16,7 @@ def require_inner_name(name: str) -> None:
     parts = name.split("/")
     is_printable = name.isprintable() and len(name) <= MOST_CHARACTERS
     if not is_printable or any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"{shown(name)} is no name of a file in this folder")
+        raise ValueError(f"{shown(name)} is not the name of a file in this folder")
 
 
 def inner_path(folder: Path, name: str, named_by: Path) -> Path:
@@ -29,12 +29,12 @@ def inner_path(folder: Path, name: str, named_by: Path) -> Path:
     try:
         require_inner_name(name)
     except ValueError as error:
-        raise MptTrtError(f"{named_by}: {error}; it is damaged or not to be trusted") from None
+        raise MptTrtError(f"{named_by}: {error}; it is damaged or cannot be trusted") from None
     path = folder / name
     top = os.path.realpath(folder)
     if os.path.commonpath([top, os.path.realpath(path)]) != top:
         raise MptTrtError(
             f"{path}: a link that leads outside of {folder}, though {named_by.name} names it as a "
-            "file there; put the file itself in its place"
+            "file there; replace it with the file itself"
         )
     return path

@@ -72,7 +72,7 @@ class _Worker:
         if state.si_code != os.CLD_EXITED:
             raise MptTrtError(
                 f"a process of this program was ended by {signal.Signals(state.si_status).name}, "
-                "as by the system when memory is short; run it again, with fewer --processes"
+                "possibly by the system for lack of memory; run it again with fewer --processes"
             )
         if state.si_status != 0:
             raise RuntimeError(f"a process ended with status {state.si_status} and no message")

@@ -85,7 +85,7 @@ def _smallest_model(site: Site, memory: int) -> str | None:
     if not fitting:
         name, size = max(site.gpu_memory_gb.items(), key=lambda item: item[1])
         raise MptTrtError(
-            f"a rank needs {memory / GB:.1f} GB of its GPU, and the largest of site.gpu_memory_gb "
-            f"is {name} with {size:g} GB; ask for more ranks"
+            f"a rank needs {memory / GB:.1f} GB on its GPU, but the largest GPU of "
+            f"site.gpu_memory_gb is {name} with {size:g} GB; use more ranks"
         )
     return fitting[min(fitting)]

@@ -323,8 +323,8 @@ class Plan:
     def _require_measurable(self, target: Target) -> None:
         if self.variant(target).backend == TENSORRT_LLM:
             raise MptTrtError(
-                f"quality of {target.variant}: under backend {TENSORRT_LLM} there are smoke tests "
-                "only; measure a variant with another backend"
+                f"quality of {target.variant}: backend {TENSORRT_LLM} has only smoke tests; "
+                "measure a variant with another backend"
             )
         self.engine_spec(target).limits.require_window(self.settings.quality.window_length)
 

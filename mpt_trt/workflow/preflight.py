@@ -152,7 +152,7 @@ def _builder(needs: Needs, inventory: Inventory) -> str | None:
 
 
 def _too_little(what: str, needed: int, there: int) -> str:
-    return f"{needed / GB:.1f} GB of {what}; {there / GB:.1f} GB are there"
+    return f"{needed / GB:.1f} GB of {what}; {there / GB:.1f} GB are available"
 
 
 def _version(distribution: str) -> str | None:

@@ -181,8 +181,8 @@ class Settings:
             self.variant(name)
             if name in unmeasured:
                 raise MptTrtError(
-                    f"config.yaml: report: {name} has backend {TENSORRT_LLM}, under which no "
-                    "quality is measured; leave it out"
+                    f"config.yaml: report: {name} has backend {TENSORRT_LLM}, whose quality "
+                    "is not measured; leave it out"
                 )
             usual = report.tp_sizes if name in listed else ()
             found += [

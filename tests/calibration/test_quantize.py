@@ -112,7 +112,7 @@ def test_group_size_is_an_option(model: Path, text: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--qformat=int4_awq", "--awq_block_size=64"], "group_size = 64: .* legal sizes are 16"),
+        (["--qformat=int4_awq", "--awq_block_size=64"], "group_size = 64: .* valid sizes are 16"),
         (["--qformat=fp8", "--awq_block_size=64"], "fp8 has no groups"),
         (["--qformat=fp8", "--calib_size=40"], r"225 tokens, but 40 samples of 20 tokens are 800"),
         (["--qformat=fp8", "--calib_size=0"], "--calib_size = 0: at least 1 is required"),
@@ -142,7 +142,7 @@ def test_a_missing_gpu_is_named(model: Path, text: Path, tmp_path: Path) -> None
 
 def test_models_without_legal_groups_are_refused(text: Path, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "hf", replace(SPEC, hidden_size=60))
-    message = "60, 240 input features .* legal sizes are none"
+    message = "60, 240 input features .* valid sizes are none"
     assert_refused(message, model, text, tmp_path / "a", "--qformat=int4_awq")
 
 

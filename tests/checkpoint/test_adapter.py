@@ -232,7 +232,10 @@ class TestRefusals:
         ("changes", "complaint"),
         [
             ({f"{MODULE}.lora_magnitude_vector": torch.ones(144)}, "DoRA's tensor"),
-            ({f"{MODULE}.bias": torch.ones(144)}, f"tensor {MODULE}.bias is no part of a plain"),
+            (
+                {f"{MODULE}.bias": torch.ones(144)},
+                f"tensor {MODULE}.bias does not belong to a plain",
+            ),
             ({f"{MODULE}.lora_A.other.weight": torch.ones(4, 48)}, "holds several adapters"),
             ({f"{MODULE}.lora_B.weight": None}, f"{MODULE} has only A of LoRA"),
             ({f"{MODULE}.lora_A.weight": torch.ones(8, 48)}, "gives it rank 4"),

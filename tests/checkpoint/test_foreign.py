@@ -206,7 +206,7 @@ class TestMissing:
         content = renamed(lambda n: n.replace("ffn.up_proj", "ffn.gate"))
         path = write_tensors(tmp_path, content)
         assert refusal(tmp_path).startswith(
-            f"{path}: tensor blocks.0.ffn.up_proj.weight is missing (and 1 more); instead there is "
+            f"{path}: tensor blocks.0.ffn.up_proj.weight is missing (and 1 more); found instead: "
             "transformer.blocks.0.ffn.gate.weight, transformer.blocks.1.ffn.gate.weight; config"
         )
 
@@ -215,7 +215,7 @@ class TestMissing:
         content.pop("transformer.norm_f.weight")
         path = write_tensors(tmp_path, content)
         assert refusal(tmp_path).startswith(
-            f"{path}: tensor norm_f.weight is missing; all {len(content)} tensors that are there "
+            f"{path}: tensor norm_f.weight is missing; all {len(content)} present tensors "
         )
 
 
@@ -326,7 +326,9 @@ class TestFiles:
         (tmp_path / name).unlink()
         (tmp_path / name).symlink_to("../../blobs/gone")
         message = refusal(tmp_path)
-        assert message.startswith(f"{tmp_path / name}: links to ../../blobs/gone, which is gone")
+        assert message.startswith(
+            f"{tmp_path / name}: links to ../../blobs/gone, which does not exist"
+        )
 
     def test_dangling_link_beside_good_weights(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path, BASE, layout="bin")

@@ -305,7 +305,7 @@ def test_the_cache_serves_while_the_hub_is_gone(place: Workplace):
     succeeded(place.fetch())
     place.server.stop()
     place.revision_file.unlink()
-    assert "taken to be commit " + A in succeeded(place.resolve())
+    assert f"commit {A} of the cache is used" in succeeded(place.resolve())
     place.output_dir.rename(place.folder / "first")
     assert "using the cache" in succeeded(place.fetch())
     assert place.fetched() == {**TEXT_FILES, **SAFETENSORS}
@@ -441,11 +441,11 @@ def test_a_server_that_is_no_hub(place: Workplace):
         ),
         (
             [TEXT_FILES, UNWANTED, {"pytorch_model.bin.index.json": index_of("modeling_mpt.py")}],
-            "'modeling_mpt.py', which is no .bin file",
+            "'modeling_mpt.py', which is not a .bin file",
         ),
         (
             [TEXT_FILES, {"model.safetensors.index.json": index_of("../x.safetensors")}],
-            "'../x.safetensors', which is no .safetensors file",
+            "'../x.safetensors', which is not a .safetensors file",
         ),
         (
             [TEXT_FILES, {"model.safetensors.index.json": b"{}"}],

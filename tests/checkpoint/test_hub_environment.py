@@ -77,7 +77,7 @@ def test_socks_needs_a_package(monkeypatch, scheme: str) -> None:
 def test_stray_characters_of_a_token(monkeypatch, name: str, token: str) -> None:
     monkeypatch.setenv(name, token)
     message = refusal()
-    assert message.startswith(f"{name}: character 7 is {token[6]!r}, which no token holds")
+    assert message.startswith(f"{name}: character 7 is {token[6]!r}, which no token contains")
     assert "hf_" not in message
 
 

@@ -273,7 +273,7 @@ class TestNames:
         path = tmp_path / {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[suffix]
         torch.save(content, path) if suffix == "bin" else save_file(content, path)
         assert refusal(tmp_path) == (
-            f"{path}: tensor {name} has shape {shape}, but config.json asks for {expected}"
+            f"{path}: tensor {name} has shape {shape}, but config.json requires {expected}"
         )
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
@@ -505,7 +505,7 @@ class TestCodeInPickles:
         assert message.startswith(f"{path}: ")
         assert not witness.exists()
         if layout == "zip":
-            assert "refused, since it holds more than tensors (posix.system)" in message
+            assert "rejected, because it holds more than tensors (posix.system)" in message
         # The payload is live: PyTorch itself runs it when told to trust the file.
         trusting = pickle.load if layout == "bare pickle" else torch.load
         options = {} if layout == "bare pickle" else {"weights_only": False}

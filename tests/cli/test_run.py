@@ -214,7 +214,7 @@ def test_end_id_ends_the_output(
         (["--max_output_len=4", "--temperature=0"], "temperature"),
         (["--max_output_len=4", "--runtime=tensorrt"], "TensorRT cannot run this engine here"),
         (["--max_output_len=4", "--tokenizer_dir=./nowhere"], "no such folder: ./nowhere"),
-        (["--max_output_len=4", "--input_file=prompts.doc"], "prompts.doc: unknown kind of file"),
+        (["--max_output_len=4", "--input_file=prompts.doc"], "prompts.doc: unknown file type"),
         (["--max_output_len=4", "--streaming", "--num_beams=2"], "num_beams"),
     ],
 )

@@ -249,7 +249,7 @@ def test_gpu_memory_is_the_sum_of_its_parts(spec: EngineSpec) -> None:
 
 
 def test_illegal_number_of_ranks_is_refused_with_the_legal_ones() -> None:
-    with pytest.raises(MptTrtError, match=r"tensor parallelism of 5 .* legal sizes are 1, 2, 4, 8"):
+    with pytest.raises(MptTrtError, match=r"tensor-parallel size 5 .* valid sizes are 1, 2, 4, 8"):
         plan_for("mpt-7b", tp_size=5)
 
 

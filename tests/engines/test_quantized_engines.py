@@ -354,7 +354,7 @@ def test_fp8_is_refused_for_gpus_without_it(name, tmp_path):
         checkpoint, tmp_path / "n", LIMITS, model.calibrated(quantization, checkpoint)
     )
     builder = BuilderChoice("tensorrt_rtx", ("8.0", *COMPUTE_CAPABILITIES, "8.9"))
-    with pytest.raises(MptTrtError, match=r"8\.0, 8\.6 cannot compute with fp8, which takes 8\.9"):
+    with pytest.raises(MptTrtError, match=r"8\.0, 8\.6 cannot compute with fp8, which needs 8\.9"):
         build_rank(folder, 0, builder, tmp_path / "plan")
     assert not (tmp_path / "plan").exists()
     only_new = replace(builder, compute_capabilities=("8.9",))

@@ -652,13 +652,13 @@ def test_illegal_number_of_ranks_is_refused_before_weights_are_read(
     arguments = ("-i", source, "-o", tmp_path / "ft", "-tp", tp_size)
     with pytest.raises(MptTrtError) as caught:
         call_tool("convert_hf_mpt_to_ft.py", *arguments)
-    assert str(caught.value).startswith(f"tensor parallelism of {tp_size} does not fit")
-    assert str(caught.value).endswith(f"; legal sizes are {legal}")
+    assert str(caught.value).startswith(f"tensor-parallel size {tp_size} does not divide")
+    assert str(caught.value).endswith(f"; valid sizes are {legal}")
     assert tree(tmp_path) == ["hf", "hf/config.json"]
 
 
 def test_illegal_number_of_ranks_is_one_line(tmp_path):
     source = write_checkpoint(tmp_path / "hf", CheckpointSpec(num_heads=4))
     found = run_tool("convert_hf_mpt_to_ft.py", "-i", source, "-o", tmp_path / "ft", "-tp", 3)
-    assert one_line_error(found).endswith("legal sizes are 1, 2, 4")
+    assert one_line_error(found).endswith("valid sizes are 1, 2, 4")
     assert not (tmp_path / "ft").exists()

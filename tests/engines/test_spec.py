@@ -23,7 +23,7 @@ LIMITS = BuildLimits(3, 16, 8, gather_all_token_logits=True)
 
 def test_number_of_ranks_must_divide_the_model() -> None:
     config = known_config("mpt-7b")
-    with pytest.raises(MptTrtError, match=r"tensor parallelism of 3 .* legal sizes are 1, 2, 4, 8"):
+    with pytest.raises(MptTrtError, match=r"tensor-parallel size 3 .* valid sizes are 1, 2, 4, 8"):
         EngineSpec(config, "float16", 3, LIMITS, VocabularySharding())
 
 

@@ -27,7 +27,7 @@ WINDOWS, LENGTH = 4, 256
 
 @dataclass(frozen=True)
 class Bounds:
-    """excess: most nats a token above or below the reference. size: most of fp16's weights."""
+    """excess: most nats per token above or below the reference. size: most of fp16's weights."""
 
     excess: float
     kl: float

@@ -510,7 +510,7 @@ class TestDamagedDirectory:
     def test_ranks_that_cut_heads(self, folder: Path) -> None:
         # NVIDIA's converter does not check that.
         edit_ini(folder, tensor_parallelism="3")
-        assert "tensor parallelism of 3 does not fit" in self.refusal(folder)
+        assert "tensor-parallel size 3 does not divide" in self.refusal(folder)
 
     @pytest.mark.parametrize(
         "content", ["", "n_head = 4\n", "[gpt\n", "[other]\nn_head = 4\n", "\0"]
@@ -646,9 +646,9 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("options", "complaint"),
         [
-            (["-tp", 3], "tensor parallelism of 3 does not fit a model with 4 heads"),
-            (["-tp", 0], "tensor parallelism of 0 does not fit"),
-            (["-tp", -1], "tensor parallelism of -1 does not fit"),
+            (["-tp", 3], "tensor-parallel size 3 does not divide a model with 4 heads"),
+            (["-tp", 0], "tensor-parallel size 0 does not divide"),
+            (["-tp", -1], "tensor-parallel size -1 does not divide"),
             (["-p", 0], "--processes = 0: at least 1 is required"),
             (["-i", "nothing"], "no such folder: nothing"),
             (["-i", "ckpts/a/config.json"], "not a folder: ckpts/a/config.json"),
@@ -669,7 +669,7 @@ class TestCommandLine:
         (checkpoint / "model.safetensors").unlink()
         with pytest.raises(SystemExit):
             convert("-i", "ckpts/a", "-o", "out", "-tp", 8)
-        assert capsys.readouterr().err.rstrip().endswith("legal sizes are 1, 2, 4")
+        assert capsys.readouterr().err.rstrip().endswith("valid sizes are 1, 2, 4")
 
     @pytest.mark.parametrize("options", [["-t", "int8"], ["-tp", "two"], ["--unknown"]], ids=str)
     def test_usage(self, checkpoint, tmp_path, convert, options: list[str]) -> None:

@@ -593,7 +593,7 @@ class TestCommandLine:
             (["-kv", "--batch_size", -1], "--batch_size = -1: at least 1 is required"),
             (["-sq", 0.5, "--calib_text", "nothing"], "nothing: cannot be read as UTF-8 text"),
             (["-sq", 0.5, "--calib_size", 99], "99 samples of 16 tokens are 1584"),
-            (["-sq", 0.5, "-tp", 3], "tensor parallelism of 3 does not fit"),
+            (["-sq", 0.5, "-tp", 3], "tensor-parallel size 3 does not divide"),
         ],
         ids=str,
     )

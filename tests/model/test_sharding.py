@@ -167,8 +167,8 @@ class TestLegalSizes:
         with pytest.raises(MptTrtError) as error:
             sharding.require_legal(config, tp_size)
         message = str(error.value)
-        assert message.startswith(f"tensor parallelism of {tp_size} does not fit")
-        assert message.endswith(f"legal sizes are {legal}")
+        assert message.startswith(f"tensor-parallel size {tp_size} does not divide")
+        assert message.endswith(f"valid sizes are {legal}")
 
     def test_legal_size_is_accepted(self) -> None:
         sharding.require_legal(config_of(4, 4, 16, 256), 4)

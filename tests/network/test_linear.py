@@ -104,7 +104,7 @@ def test_weight_only_networks_compute_with_the_dequantized_weights(name, label, 
     spec, scheme = FEATURES[name], SCHEMES[label]
     if not fits(spec, scheme):
         checkpoint = make_ft_checkpoint(tmp_path, spec)
-        with pytest.raises(MptTrtError, match=r"group_size = 16: .* legal sizes are none"):
+        with pytest.raises(MptTrtError, match=r"group_size = 16: .* valid sizes are none"):
             WeightOnlyLinear(checkpoint, ONLY_RANK, scheme)
         return
     ids = random_ids(spec, rows=2, length=13)

@@ -46,7 +46,7 @@ def test_the_smallest_gpu_that_holds_a_rank(memory: int, model: str) -> None:
 
 
 def test_gpus_that_are_too_small_are_refused() -> None:
-    with pytest.raises(MptTrtError, match=r"needs 81\.0 GB .* a100 with 80 GB; ask for more ranks"):
+    with pytest.raises(MptTrtError, match=r"needs 81\.0 GB .* a100 with 80 GB; use more ranks"):
         gpu_request.gpu_request(CLUSTER, 1, 81 * GB)
 
 
@@ -84,7 +84,7 @@ def test_declared_gpus_are_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu_request.require_gpus(site, 3)
     without = replace(site, gpus="none")
     assert not gpu_request.has_gpus(without)
-    with pytest.raises(MptTrtError, match=r"says site\.gpus = none"):
+    with pytest.raises(MptTrtError, match=r"according to site\.gpus = none"):
         gpu_request.require_gpus(without, 1)
 
 

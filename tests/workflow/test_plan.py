@@ -303,7 +303,7 @@ REFUSED = {
     "ranks": (
         "convert_checkpoint",
         Target("toy", tp=5, storage="fp16"),
-        r"5 does not fit .* 1, 2, 3, 6",
+        r"size 5 does not divide .* 1, 2, 3, 6",
     ),
     "storage": ("convert_checkpoint", Target("toy", storage="fp8"), "'fp8': no such storage type"),
     "alpha": ("convert_smoothquant_checkpoint", Target("toy", storage="sq-2"), "no such storage"),
@@ -312,7 +312,7 @@ REFUSED = {
     "rank": ("build_rank", Target("toy", "fp16", tp=2, rank=2), r"the last one is rank1\.engine"),
     "trtllm": ("convert_to_trtllm", Target("toy", "odd", tp=2), "shard_head = False: backend"),
     "window": ("measure_quality", Target("toy", "fp16"), "window_length = 512, .* 40 tokens"),
-    "llm": ("measure_quality", Target("toy", "llm"), "under backend tensorrt_llm"),
+    "llm": ("measure_quality", Target("toy", "llm"), "backend tensorrt_llm has only"),
     "model": ("make_networks", Target("toi", "fp16"), "no model named 'toi'; did you mean 'toy'?"),
     "variant": ("make_networks", Target("toy", "fp61"), "did you mean 'fp16'?"),
 }

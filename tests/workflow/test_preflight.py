@@ -53,8 +53,8 @@ def test_a_complete_machine_lacks_nothing() -> None:
     ("inventory", "complaint"),
     [
         (replace(COMPLETE, modelopt=None), "nvidia-modelopt, for calibration"),
-        (with_machine(memory_gib=29 * GB / GIB), "30.0 GB of memory; 29.0 GB are there"),
-        (replace(COMPLETE, free_disk=GB), "100.0 GB of free disk space; 1.0 GB are there"),
+        (with_machine(memory_gib=29 * GB / GIB), "30.0 GB of memory; 29.0 GB are available"),
+        (replace(COMPLETE, free_disk=GB), "100.0 GB of free disk space; 1.0 GB are available"),
     ],
 )
 def test_what_a_build_lacks(inventory: Inventory, complaint: str) -> None:
@@ -69,7 +69,7 @@ def test_what_a_build_lacks(inventory: Inventory, complaint: str) -> None:
         (with_machine(gpus=(GPU,)), "2 GPU(s); 1 found"),
         (
             with_machine(gpus=(GPU, replace(GPU, memory=16 * GB))),
-            "20.0 GB of GPU memory; 16.0 GB are there",
+            "20.0 GB of GPU memory; 16.0 GB are available",
         ),
         (
             with_machine(gpus=(GPU, replace(GPU, compute_capability="9.0"))),
@@ -89,7 +89,7 @@ def test_ranks_cannot_do_without_mpi_nor_without_memory() -> None:
     verdict = preflight.judge(NEEDS, replace(COMPLETE, mpi=None))
     assert verdict.run == ("mpirun and mpi4py",)
     small = with_machine(gpus=(), memory_gib=31 * GB / GIB)
-    assert preflight.judge(NEEDS, small).run == ("60.0 GB of memory; 31.0 GB are there",)
+    assert preflight.judge(NEEDS, small).run == ("60.0 GB of memory; 31.0 GB are available",)
     alone = replace(NEEDS, ranks=1)
     assert preflight.judge(alone, replace(COMPLETE, mpi=None, nccl=None)).tensorrt == ()
 
@@ -117,5 +117,5 @@ def test_this_machine_is_inspected_and_recorded_once(
 
 
 def test_needs_of_another_form_are_refused() -> None:
-    with pytest.raises(MptTrtError, match="not a JSON list of what targets need"):
+    with pytest.raises(MptTrtError, match="not a JSON list of needs"):
         call_tool("preflight.py", "--needs", '[{"target": "x"}]')

@@ -226,7 +226,7 @@ def test_fetched_models_have_a_config_of_their_own(workflow: Workflow) -> None:
     assert found == {rule: size for rule, size in expected.items() if rule != "smoke_test"}
     result = workflow.run("--dry-run", "trt_engines/unknown/fp32/4-gpu")
     assert result.returncode != 0
-    assert "legal sizes are 1, 2, 3, 6" in result.stdout + result.stderr
+    assert "valid sizes are 1, 2, 3, 6" in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_illegal_number_of_ranks_is_refused_before_any_work(
     output = result.stdout + result.stderr
     assert result.returncode != 0
     assert re.search(
-        r"tensor parallelism of \d+ does not fit .* legal sizes are 1, 2, 3, 6", output
+        r"tensor-parallel size \d+ does not divide .* valid sizes are 1, 2, 3, 6", output
     )
     assert not re.search(r"^(local)?rule ", output, re.MULTILINE)
     assert sorted(path.name for path in workflow.folder.iterdir() if path.name[0] != ".") == [

@@ -116,6 +116,6 @@ def _hint_at_int8_kernels(quantization: Quantization) -> Iterator[None]:
         if not isinstance(quantization.scheme, SmoothQuant):
             raise
         raise MptTrtError(
-            f"{error} (the network multiplies 8-bit integers; if there is no kernel for that here, "
-            "TensorRT-LLM has its own: backend: tensorrt_llm)"
+            f"{error} (the network multiplies 8-bit integers; if there is no kernel for them here, "
+            "use backend tensorrt_llm, which has its own)"
         ) from None

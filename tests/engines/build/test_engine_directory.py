@@ -211,7 +211,7 @@ def test_file_of_another_size_is_named(engine, file, change, no_gpu):
     with pytest.raises(MptTrtError) as caught:
         load_engine(engine)
     assert str(caught.value) == (
-        f"{engine / file}: has {size + change} bytes, but config.json says {size}; "
+        f"{engine / file}: has {size + change} bytes, but config.json records {size}; "
         f"delete {engine} and build the engine again"
     )
 
@@ -273,7 +273,9 @@ def test_names_in_the_manifest_stay_in_its_folder(engine, name, key):
     if key != "files":
         rank[key] = name
     write_config(engine, ranks=[rank])
-    with pytest.raises(MptTrtError, match=r"config\.json: damaged .* is no name of a file in this"):
+    with pytest.raises(
+        MptTrtError, match=r"config\.json: damaged .* is not the name of a file in this"
+    ):
         read_manifest(engine)
 
 
@@ -297,7 +299,7 @@ def test_an_engine_may_be_a_link_and_links_inside_are_followed(engine, no_gpu):
 def test_weights_of_a_network_stay_in_its_folder(engine, place, no_gpu):
     (engine.parent / "secret").write_bytes(b"0" * 1_000_000)
     change_graph(engine, "location", place)
-    with pytest.raises(MptTrtError, match=r"is no name of a file|missing, though"):
+    with pytest.raises(MptTrtError, match=r"is not the name of a file|missing, though"):
         load_engine(engine, is_trusted=True)
 
 
@@ -509,7 +511,7 @@ def test_collecting_an_incomplete_rank_names_the_file(parts, removed, is_cut, tm
     size = (copy / removed).stat().st_size
     if is_cut:
         resize(copy / removed, size - 1)
-        message = f"has {size - 1} bytes, but {description} says {size}; "
+        message = f"has {size - 1} bytes, but {description} records {size}; "
         message += f"delete {copy / removed} and build it again" if is_plan else remedy
     else:
         (copy / removed).unlink()
@@ -583,7 +585,7 @@ def test_without_a_gpu_onnx_runtime_stands_in_and_says_so(built: Built, no_gpu):
 
 
 def test_onnx_runtime_on_request(built: Built):
-    assert load_engine(built.engine, "onnxruntime").fallback_reason == "asked for"
+    assert load_engine(built.engine, "onnxruntime").fallback_reason == "ONNX Runtime was requested"
 
 
 def test_tensorrt_on_request_fails_where_it_cannot_run(built: Built, no_gpu):
@@ -604,7 +606,7 @@ def test_bfloat16_engine_says_in_which_arithmetic_it_ran(tmp_path, no_gpu):
 def test_rows_beyond_max_batch_size_are_refused(built: Built, no_gpu):
     loaded = load_engine(built.engine)
     loaded.model.start(4)
-    with pytest.raises(MptTrtError, match=r"5 rows are asked for, .* max_batch_size = 4"):
+    with pytest.raises(MptTrtError, match=r"5 rows are requested, .* max_batch_size = 4"):
         loaded.model.start(5)
 
 

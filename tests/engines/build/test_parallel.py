@@ -81,7 +81,7 @@ def test_a_damaged_network_is_named_and_the_other_ranks_are_finished(
     os.truncate(graph, size // 2)
     with pytest.raises(MptTrtError, match="rank 1 could not be built"):
         build_side_by_side(TOOL, networks, BUILDER, RANKS)
-    complaint = f"{graph}: has {size // 2} bytes, but rank1.network.json says {size}; "
+    complaint = f"{graph}: has {size // 2} bytes, but rank1.network.json records {size}; "
     assert f"{complaint}delete {networks} and make the networks again" in capfd.readouterr().err
     assert [name for name in PLANS if (networks / name).exists()] == [PLANS[0], PLANS[2]]
     assert not list(networks.rglob(".*partial*"))

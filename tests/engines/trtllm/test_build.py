@@ -489,7 +489,7 @@ def test_the_whole_way_to_the_call_of_trtllm_build(workflow, installed):
         ),
         ("trtllm_ckpts/toy/odd/2-gpu", "shard_head = False: backend tensorrt_llm"),
         ("trtllm_ckpts/toy/llm/2-gpu", "vocab_size = 131: backend tensorrt_llm"),
-        ("quality/toy/llm/1-gpu.json", "under backend tensorrt_llm there are smoke tests only"),
+        ("quality/toy/llm/1-gpu.json", "backend tensorrt_llm has only smoke tests"),
         (
             "build/plans/toy/llm/1-gpu/rank0.engine",
             "backend = tensorrt_llm: it builds whole engines",
