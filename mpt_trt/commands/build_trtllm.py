@@ -10,8 +10,11 @@ from pathlib import Path
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.engines.trtllm import package
 from mpt_trt.engines.trtllm.build_command import TRTLLM_ENGINE, build_command
+from mpt_trt.engines.trtllm.buildable import require_buildable
 from mpt_trt.engines.trtllm.records import link_records
 from mpt_trt.errors import MptTrtError
+from mpt_trt.system import gpus
+from mpt_trt.system.files import read_json
 from mpt_trt.system.replace import replace_directory
 
 
@@ -31,6 +34,9 @@ def run(options: argparse.Namespace) -> None:
         return
     package.require_tensorrt_llm()
     builder = package.builder_path()
+    require_buildable(
+        read_json(options.checkpoint_dir / "config.json"), gpus.compute_capabilities()
+    )
     inputs = [options.checkpoint_dir]
     with replace_directory(options.output_dir, TRTLLM_ENGINE, inputs, options.force) as folder:
         status = subprocess.run(command(builder, folder), check=False).returncode

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mpt_trt.engines.spec import BACKENDS, TENSORRT_LLM, EngineSpec
+from mpt_trt.engines.trtllm.buildable import HEAD_SIZES
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.layout import ft_file
 from mpt_trt.model.sharding import Rank
@@ -31,8 +32,9 @@ AWQ_GROUP_SIZES = (128, 64)
 FIXED_EPSILON = 1e-5
 """Epsilon of TensorRT-LLM's last norm, which ignores the checkpoint's."""
 DEFAULT_ALIBI_BIAS_MAX = 8
-# TensorRT-LLM pads a rank's matrices unless their sizes are multiples of these.
-WEIGHT_ONLY_MULTIPLE, AWQ_MULTIPLE = 64, 128
+LEAST_MULTIPLE = 64
+"""TensorRT-LLM pads a matrix, whose weights then no longer fit, unless both of its sizes over all
+ranks are multiples of tp_size times this or, if larger, the group size."""
 
 
 RequestedValue = Callable[[EngineSpec], object]
@@ -111,15 +113,32 @@ def _small_awq_groups(spec: EngineSpec) -> int | None:
 
 
 def _uneven_matrices(spec: EngineSpec) -> str | None:
-    """Finds a matrix of a rank whose sizes the 4-bit or 8-bit kernels do not support."""
+    """Finds a matrix whose sizes the 4-bit or 8-bit kernels do not support.
+
+    Source: WeightOnlyQuantLinear and WeightOnlyGroupwiseQuantLinear of TensorRT-LLM 1.2.1.
+    """
     if not isinstance(spec.scheme, WeightOnly | Awq | Gptq):
         return None
-    multiple = AWQ_MULTIPLE if isinstance(spec.scheme, Awq | Gptq) else WEIGHT_ONLY_MULTIPLE
+    group_size = 0
+    if isinstance(spec.scheme, Awq | Gptq):
+        group_size = spec.scheme.group_size or default_group_size(spec.config)
+    multiple = max(LEAST_MULTIPLE, group_size) * spec.tp_size
     for weight in filter(lambda weight: weight.is_linear, weights(spec.config)):
         shape = ft_file(spec.config, weight, Rank(0, spec.tp_size), spec.dtype).shape
-        if any(size % multiple for size in shape):
-            return f"{list(shape)} of {weight.name} on each of {spec.tp_size} ranks"
+        whole = ft_file(spec.config, weight, Rank(0, 1), spec.dtype).shape
+        # Ranks that share K/V heads have copies of them, which count.
+        over_all_ranks = [
+            size if size == full else size * spec.tp_size
+            for size, full in zip(shape, whole, strict=True)
+        ]
+        if any(size % multiple for size in over_all_ranks):
+            return f"{over_all_ranks} of {weight.name} over {spec.tp_size} rank(s)"
     return None
+
+
+def _plugin_dtype(spec: EngineSpec) -> str | None:
+    is_other = uses_plugin_form(spec.scheme) and spec.dtype != "float16"
+    return spec.dtype if is_other else None
 
 
 def _plugin_clipping(spec: EngineSpec) -> float | None:
@@ -191,8 +210,8 @@ FEATURES: tuple[Feature, ...] = (
         "shape",
         _uneven_matrices,
         {
-            TENSORRT_LLM: f"both must be multiples of {WEIGHT_ONLY_MULTIPLE} "
-            f"(int4_awq, int4_gptq: {AWQ_MULTIPLE})"
+            TENSORRT_LLM: f"both must be multiples of {LEAST_MULTIPLE} (int4_awq, int4_gptq: of "
+            "the group size, if larger) times the number of ranks"
         },
     ),
     Feature(
@@ -200,6 +219,15 @@ FEATURES: tuple[Feature, ...] = (
         notes={TENSORRT_LLM: "ModelOpt's form"},
     ),
     Feature("`smoothquant` with other settings", notes={TENSORRT_LLM: "plugin form"}),
+    Feature(
+        "`smoothquant` with other settings, in bfloat16 or float32",
+        "dtype",
+        _plugin_dtype,
+        {
+            TENSORRT_LLM: "its SmoothQuant plugin supports only float16; alpha: 0.5, per_channel: "
+            "true and per_token: false need no plugin"
+        },
+    ),
     Feature(
         "`smoothquant` with other settings, and `clip_qkv`",
         "clip_qkv",
@@ -295,6 +323,14 @@ FEATURES: tuple[Feature, ...] = (
         {TENSORRT_LLM: "its ranks hold equal parts of the head"},
     ),
     Feature("logits of every token (`gather_all_token_logits`)"),
+    Feature(
+        "any head size (`d_model / n_heads`)",
+        unsupported={TENSORRT_LLM: f"it builds {', '.join(map(str, HEAD_SIZES))}"},
+    ),
+    Feature(
+        "integer weights, int8 caches and SmoothQuant for compute capability 10.0 to 11.9",
+        unsupported={TENSORRT_LLM: "it has no such kernels"},
+    ),
     Feature(
         "builds without a GPU",
         unsupported={

@@ -24,6 +24,7 @@ from mpt_trt.checkpoint.source import is_hub_id
 from mpt_trt.engines.backend_support import require_supported
 from mpt_trt.engines.spec import TENSORRT_LLM, EngineSpec
 from mpt_trt.engines.tensorrt.packages import Package, choose_package
+from mpt_trt.engines.trtllm.buildable import require_head_size
 from mpt_trt.engines.trtllm.package import require_tensorrt_llm
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model import sharding
@@ -297,6 +298,8 @@ class Plan:
                 self._require_trtllm_support(config, target)
                 self._require_fitting_groups(config, target)
             case "build_trtllm_engine":
+                if config is not None:
+                    require_head_size(config.head_dim)
                 self._require_trtllm_for("trt_engines/{model}/{variant}/{tp}-gpu", target)
             case "run_trtllm":
                 self._require_trtllm_for("smoke_tests/{model}/{variant}/{tp}-gpu.json", target)

@@ -47,8 +47,14 @@ def with_scheme(scheme: object, **changes: object) -> EngineSpec:
     return replace(with_config(**changes), quantization=Quantization(scheme))
 
 
-# 65 heads of 64 features: multiples of 64, not of 128.
-NARROW = {"hidden_size": 4160, "num_heads": 65, "num_kv_heads": 65, "softmax_scale": 1 / 8}
+# 130 heads of 32 features, 65 on each of two ranks: 4160 is a multiple of 64, but not of 2 x 64.
+NARROW = {
+    "hidden_size": 4160,
+    "num_heads": 130,
+    "num_kv_heads": 130,
+    "softmax_scale": 32**-0.5,
+    "intermediate_size": 4 * 4160,
+}
 # Of each feature that some backend lacks, a spec that has it and no other such feature.
 SPECS = {
     "`int4_weight_only` in groups": with_scheme(WeightOnly(4, 64)),
@@ -58,9 +64,12 @@ SPECS = {
     ),
     "integer weights with matrices of any size": replace(
         USUAL,
-        config=replace(USUAL.config, intermediate_size=4 * 4160, **NARROW),
-        tp_size=1,
+        config=replace(USUAL.config, **NARROW),
+        tp_size=2,
         quantization=Quantization(Awq(64)),
+    ),
+    "`smoothquant` with other settings, in bfloat16 or float32": replace(
+        with_scheme(SmoothQuant()), dtype="bfloat16"
     ),
     "`smoothquant` with other settings, and `clip_qkv`": with_scheme(SmoothQuant(), clip_qkv=6.0),
     "`smoothquant` with other settings, and `alibi_bias_max` other than 8": with_scheme(
@@ -125,8 +134,8 @@ def lacking_fields(name: str, scheme: WeightQuantization | None, tp_size: int) -
     """The fields that TensorRT-LLM refuses of a shipped model, from the model's own config.json.
 
     Its MPT model has no norms of queries and keys. Its SmoothQuant plugin neither clips nor knows
-    another ALiBi than that of 8. Its integer kernels need multiples of 64 (int4_awq: 128) on both
-    sides of a rank's matrices.
+    another ALiBi than that of 8. Its integer layers pad both sizes of a matrix to multiples of 64,
+    or of the group size, times the number of ranks.
     """
     raw = hub_config(name)
     attention, hidden = raw["attn_config"], raw["d_model"]
@@ -138,11 +147,14 @@ def lacking_fields(name: str, scheme: WeightQuantization | None, tp_size: int) -
         fields |= {"clip_qkv", "alibi_bias_max"}  # MPT-7B-StoryWriter has both
     if isinstance(scheme, WeightOnly | Awq | Gptq):
         head_dim = hidden // raw["n_heads"]
-        kv_heads = attention.get("kv_n_heads", raw["n_heads"])
-        parts = (hidden, 4 * hidden, hidden + 2 * kv_heads * head_dim)
-        sizes = [hidden, *(part // tp_size for part in parts)]
-        multiple = 128 if isinstance(scheme, Awq | Gptq) else 64
-        if any(size % multiple for size in sizes):
+        # Each rank has at least one K/V head of its own.
+        kv_heads = max(attention.get("kv_n_heads", raw["n_heads"]), tp_size)
+        sizes = (hidden, 4 * hidden, hidden + 2 * kv_heads * head_dim)
+        # 128, as AMMO's, or 64 where 128 would lie on two of 8 ranks.
+        group_size = 128 if hidden % (8 * 128) == 0 else 64
+        if isinstance(scheme, WeightOnly):
+            group_size = 0
+        if any(size % (max(64, group_size) * tp_size) for size in sizes):
             fields.add("shape")
     return fields
 
@@ -163,15 +175,13 @@ def test_models_and_variants_that_ship(name: str, tp_size: int) -> None:
 
 
 def test_shipped_models_that_lack_tensorrt_llm_are_the_known_ones() -> None:
-    """320 of Replit's 2560 columns on each of 8 ranks are no multiple of 128."""
     lacking = {
         (name, tp_size)
         for name in SHIPPED
         for tp_size in (1, 2, 4, 8)
         if lacking_fields(name, Awq(), tp_size)
     }
-    tensor_parallel = [("mpt-1b-redpajama-200b", tp_size) for tp_size in (1, 2, 4, 8)]
-    assert lacking == {*tensor_parallel, ("replit-code-v1-3b", 8)}
+    assert lacking == {("mpt-1b-redpajama-200b", tp_size) for tp_size in (1, 2, 4, 8)}
 
 
 def test_backends_are_those_of_the_configuration() -> None:

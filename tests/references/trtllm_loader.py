@@ -169,8 +169,12 @@ def linear(config: dict, name: str, shape: tuple[int, int]) -> Wanted:
     dtype, float32 = getattr(torch, config["dtype"]), torch.float32
     algorithm = config["quantization"]["quant_algo"]
     if algorithm in ("W8A16", "W4A16", "W4A16_AWQ"):
-        multiple = 128 if algorithm == "W4A16_AWQ" else 64
-        assert out % multiple == 0 and inner % multiple == 0
+        group_size = config["quantization"].get("group_size") or 0
+        tp_size = config["mapping"]["tp_size"]
+        is_split_by_output = name in ("attention.qkv", "mlp.fc")
+        whole = (out * tp_size, inner) if is_split_by_output else (out, inner * tp_size)
+        # Otherwise the layers pad themselves, and the weights do not fit.
+        assert not any(size % (max(64, group_size) * tp_size) for size in whole)
     match algorithm:
         case None | "W8A16" | "W4A16":
             return {"weight": (shape, dtype)}

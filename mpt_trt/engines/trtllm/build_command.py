@@ -37,7 +37,8 @@ def build_command(
     dtype = config["dtype"]
     # NVIDIA recommends TensorRT's own products for FP8, because the plugin's are for single
     # requests.
-    is_fp8 = config["quantization"]["quant_algo"] == "FP8"
+    quantization = config["quantization"]
+    is_fp8 = quantization["quant_algo"] == "FP8"
     # Fused attention supports only float16 and bfloat16.
     is_fused = dtype != "float32"
     options = {
@@ -55,5 +56,9 @@ def build_command(
         "kv_cache_type": "paged",
         "workers": workers,
     }
+    cache = quantization.get("kv_cache_quant_algo")
+    if cache == "INT8" or (cache == "FP8" and not is_fp8):
+        # Its attention over pages of the context does not read these caches, and 1.x would use it.
+        options["use_paged_context_fmha"] = "disable"
     flags = ["--gather_context_logits"] * limits.gather_all_token_logits
     return [builder, *(f"--{name}={value}" for name, value in options.items()), *flags]

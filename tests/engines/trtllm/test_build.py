@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -23,9 +24,11 @@ import yaml
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.engines.trtllm import package
 from mpt_trt.engines.trtllm.build_command import build_command
+from mpt_trt.engines.trtllm.buildable import require_buildable
 from mpt_trt.engines.trtllm.generation_run import read_trtllm_generation, record_trtllm_generation
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.reference import reference_logits
+from mpt_trt.system.files import read_json
 from mpt_trt.workflow.settings import parse_settings
 from support.checkpoints import CheckpointSpec, write_checkpoint
 from support.engines import call_tool, one_line_error, run_tool
@@ -52,10 +55,17 @@ KNOWN_FLAGS: dict[str, set[str] | type] = {
 LIMITS = BuildLimits(max_batch_size=8, max_input_len=512, max_output_len=64)
 
 
-def described(folder: Path, dtype: str = "float16", algorithm: str | None = None) -> Path:
+def described(
+    folder: Path,
+    dtype: str = "float16",
+    algorithm: str | None = None,
+    cache: str | None = None,
+    head_size: int = 64,
+) -> Path:
     """A checkpoint of which there is only what the command line depends on."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"dtype": dtype, "quantization": {"quant_algo": algorithm}}
+    quantization = {"quant_algo": algorithm, "kv_cache_quant_algo": cache}
+    content = {"dtype": dtype, "head_size": head_size, "quantization": quantization}
     (folder / "config.json").write_text(json.dumps(content))
     return folder
 
@@ -98,6 +108,64 @@ def test_every_flag_is_known_and_has_a_legal_value(algorithm, dtype, tmp_path):
     assert options["gemm_plugin"] == ("disable" if algorithm == "FP8" else dtype)
     assert options["context_fmha"] == ("disable" if dtype == "float32" else "enable")
     assert options["gpt_attention_plugin"] == dtype
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "cache", "expected"),
+    [
+        (None, None, None),
+        ("W8A16", None, None),
+        ("FP8", None, None),
+        ("FP8", "FP8", None),
+        ("FP8", "INT8", "disable"),
+        (None, "FP8", "disable"),
+        ("W4A16_AWQ", "FP8", "disable"),
+        (None, "INT8", "disable"),
+    ],
+)
+def test_paged_context_attention_is_off_for_caches_that_it_cannot_read(
+    algorithm, cache, expected, tmp_path
+):
+    checkpoint = described(tmp_path, "float16", algorithm, cache)
+    options = parsed(build_command("trtllm-build", checkpoint, LIMITS, 1, Path("engine")))
+    assert options.get("use_paged_context_fmha") == expected
+
+
+@pytest.mark.parametrize("capability", ["10.0", "10.3", "11.0"])
+@pytest.mark.parametrize(
+    ("algorithm", "cache"),
+    [
+        ("W8A16", None),
+        ("W4A16", None),
+        ("W4A16_AWQ", None),
+        ("W8A8_SQ_PER_CHANNEL", None),
+        ("W8A8_SQ_PER_TENSOR_PLUGIN", None),
+        (None, "INT8"),
+        ("FP8", "INT8"),
+    ],
+)
+def test_integers_are_rejected_for_gpus_without_their_kernels(
+    algorithm, cache, capability, tmp_path
+):
+    config = json.loads(
+        (described(tmp_path, "float16", algorithm, cache) / "config.json").read_text()
+    )
+    with pytest.raises(MptTrtError, match=rf"quant_algo = .* {capability}"):
+        require_buildable(config, ["9.0", capability])
+    require_buildable(config, ["8.0", "9.0", "12.0"])
+    require_buildable(config | {"quantization": {"quant_algo": "FP8"}}, [capability])
+    require_buildable(config | {"quantization": {"quant_algo": None}}, [capability])
+
+
+def test_head_sizes_without_kernels_are_rejected(tmp_path):
+    """PhoGPT-4B's 128 is built; 40 is not, though a multiple of 8."""
+    for size, is_built in ((128, True), (96, True), (40, False), (16, False), (512, False)):
+        config = read_json(described(tmp_path, head_size=size) / "config.json")
+        if is_built:
+            require_buildable(config, [])
+        else:
+            with pytest.raises(MptTrtError, match=rf"head size = {size} \(d_model / n_heads\)"):
+                require_buildable(config, [])
 
 
 def test_logits_of_every_token_are_a_flag(tmp_path):
@@ -396,7 +464,11 @@ def workflow(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
         llm_int8=backend | {"quantization": {"method": "int8_weight_only"}},
         odd={"shard_head": False, **limits},
     )
-    write_checkpoint(made.folder / "even", replace(SPEC, vocab_size=132))
+    # Heads of 48 features, for which TensorRT-LLM has kernels.
+    spec = replace(SPEC, hidden_size=96, num_heads=2)
+    shutil.rmtree(made.folder / "model")
+    write_checkpoint(made.folder / "model", spec)
+    write_checkpoint(made.folder / "even", replace(spec, vocab_size=132))
     config = made.folder / "config.yaml"
     content = yaml.safe_load(config.read_text())
     content["models"]["even"] = {"source": "even"}
@@ -485,7 +557,7 @@ def test_the_whole_way_to_the_call_of_trtllm_build(workflow, installed):
     [
         (
             CHECKPOINT.format("llm_int8"),
-            "shape = .48, 144.*backend tensorrt_llm does not support it",
+            "shape = .96, 288.*backend tensorrt_llm does not support it",
         ),
         ("trtllm_ckpts/toy/odd/2-gpu", "shard_head = False: backend tensorrt_llm"),
         ("trtllm_ckpts/toy/llm/2-gpu", "vocab_size = 131: backend tensorrt_llm"),

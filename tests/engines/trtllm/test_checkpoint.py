@@ -357,7 +357,7 @@ def test_plugin_form_quantizes_each_input_with_its_own_scale(label, tmp_path):
     spec, tp_size = PLAIN["multi-head"]
     workshop = Workshop(tmp_path, spec, tp_size)
     scheme = PLUGIN_SQ[label]
-    checkpoint = workshop.ft("float32", scheme.alpha)
+    checkpoint = workshop.ft("float16", scheme.alpha)
     stored = workshop.write(checkpoint, CalibratedQuantization(Quantization(scheme))).ranks[0]
     files = checkpoint.rank_int8_files(Rank(0, 1))
     places = {
@@ -632,9 +632,9 @@ def test_quantizations_without_kernels_are_refused(spec, storage_type, scheme, m
 
 
 def test_matrices_of_a_rank_must_fit_the_kernels(tmp_path):
-    """32 features of the attention's output on each of 4 ranks are no multiple of 64."""
+    """128 features are not a multiple of 64 on 4 ranks."""
     checkpoint = Workshop(tmp_path, wide(hidden_size=128), 4).ft()
-    message = r"shape = \[128, 96\] of layers\.0.* on each of 4 ranks"
+    message = r"shape = \[128, 384\] of layers\.0.* over 4 rank"
     assert_refused(message, checkpoint, CalibratedQuantization(Quantization(WeightOnly(8))))
 
 
