@@ -27,7 +27,7 @@ SHAPES = {
 
 
 def joined_blocks(files: list[list[NDArray]], dtype: np.dtype, buffers: Buffers) -> list[NDArray]:
-    """What each file holds, `[in, out]`."""
+    """Joins the blocks of each file, `[in, out]`."""
     blocks = [block.copy() for block in transposed_blocks(files, dtype, buffers)]
     return list(np.concatenate(blocks, axis=1))
 

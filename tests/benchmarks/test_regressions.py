@@ -1,4 +1,4 @@
-"""How the short set of benchmarks is compared with what was recorded; nothing is timed here."""
+"""Comparison of benchmarks with recorded ratios; nothing is timed here."""
 
 from __future__ import annotations
 

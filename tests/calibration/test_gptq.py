@@ -47,7 +47,7 @@ def result(request, samples, tmp_path_factory) -> tuple[int, Path]:
 
 
 def test_divergence(result, held_out) -> None:
-    """Of the unquantized model, as the product promises: llama.cpp's Q4_K_M has 0.041."""
+    """The divergence meets the documented bound; llama.cpp's Q4_K_M has 0.041."""
     group_size, path = result
     logits = logits_with(path, held_out)
     distances = [
@@ -58,7 +58,7 @@ def test_divergence(result, held_out) -> None:
 
 
 def test_weights_are_integers_times_scales(result) -> None:
-    """As any reader of int4_awq finds them: weight / scale is an integer in -8..7."""
+    """Readers of int4_awq find that weight / scale is an integer in -8..7."""
     group_size, path = result
     with np.load(path) as npz:
         stored = matrix(npz, 3, "mlp.dense_4h_to_h")

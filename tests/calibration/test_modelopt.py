@@ -36,7 +36,7 @@ from support.engines import convert
 FOUR_AT_A_TIME = Computation(batch_size=4)
 FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
 GROUP_SIZE = 16
-# In transformers, and not; heads of 8, 16 and 20 features.
+# Supported by transformers, and not; heads of 8, 16 and 20 features.
 SPECS = {
     "multi-head": CheckpointSpec(num_heads=6, clip_qkv=1.5, seed=1),
     "grouped-query": CheckpointSpec(
@@ -161,7 +161,7 @@ def test_ranges_of_keys_and_values_are_modelopts(name: str, qformat: str, tmp_pa
 
 
 def test_smoothed_weights_and_scales_belong_to_the_checkpoint(tmp_path: Path) -> None:
-    """Without ModelOpt: the definitions of what is stored, on the checkpoint's own weights."""
+    """Stored values match their definitions on the checkpoint's weights, without ModelOpt."""
     spec = SPECS["grouped-query"]
     result = calibrated(tmp_path, spec, CalibrationPlan("int4_awq", GROUP_SIZE))
     for layer in range(spec.num_layers):
@@ -241,7 +241,7 @@ def test_one_block_is_calibrated_and_one_is_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Copies of weights that are alive at once; what is written may be such a copy, unrounded."""
+    """Counts copies of weights in memory; the written block may be one of them, unrounded."""
     spec = CheckpointSpec(num_kv_heads=2, num_layers=6)
     alive: dict[int, int] = {}
     most = 0
@@ -338,7 +338,7 @@ def test_weights_that_float16_cannot_hold_are_refused(
 
 
 def test_half_precision_is_near_float32(tmp_path: Path) -> None:
-    """What a GPU computes with, here on the CPU."""
+    """The arithmetic of a GPU, here on the CPU."""
     spec = SPECS["grouped-query"]
     exact = calibrated(tmp_path / "32", spec, CalibrationPlan("fp8"))
     half = calibrated(

@@ -110,7 +110,7 @@ def test_headers_that_lie_are_refused_before_data_is_read(tmp_path: Path, conten
 
 
 def test_an_array_of_more_values_than_expected_is_not_unpacked(tmp_path: Path) -> None:
-    """A kilobyte for each megabyte."""
+    """A compressed kilobyte stands for each megabyte."""
     content = npy_header("(25000000,)") + bytes(100_000_000)
     file = npz_entry(tmp_path / "x.npz", content)
     tracemalloc.start()
@@ -122,7 +122,7 @@ def test_an_array_of_more_values_than_expected_is_not_unpacked(tmp_path: Path) -
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_STORED])
 def test_archives_of_any_kind_end_in_a_sentence(tmp_path: Path, compression: int) -> None:
-    """Encrypted, of another version, of unknown compression, damaged and cut off anywhere."""
+    """Archives are encrypted, of another version or compression, damaged, or cut off anywhere."""
     npz_entry(tmp_path / "x.npz", npy_header("(2, 2)") + bytes(16), compression)
     content = (tmp_path / "x.npz").read_bytes()
     for place in range(len(content)):

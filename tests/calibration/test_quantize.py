@@ -1,4 +1,4 @@
-"""quantize.py as users call it, and what models read while they are calibrated."""
+"""quantize.py as users call it, and the samples that models read."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def quantize(model: Path, text: Path, target: Path, *options: str) -> Path:
 def test_files_of_others_are_kept(
     content: bytes | None, model: Path, text: Path, tmp_path: Path
 ) -> None:
-    """Those of NVIDIA's tools have the same names of files and arrays."""
+    """Files of NVIDIA's tools have the same names, also of arrays."""
     target = tmp_path / "mpt_tp1_rank0.npz"
     if content is None:
         np.savez(target, scale=np.ones(3))
@@ -91,7 +91,7 @@ def test_every_format_and_type(
 
 @pytest.mark.parametrize("qformat", ["int4_awq", "int4_gptq", "fp8"])
 def test_same_input_same_bytes(qformat: str, model: Path, text: Path, tmp_path: Path) -> None:
-    """Whatever form the checkpoint has."""
+    """The form of the checkpoint makes no difference."""
     first, second = (
         quantize(model, text, tmp_path / name, f"--qformat={qformat}") for name in "ab"
     )
@@ -128,7 +128,7 @@ def test_bad_options_are_refused(
 
 
 def assert_refused(message: str, model: Path, text: Path, target: Path, *options: str) -> None:
-    """And nothing is left behind."""
+    """The command fails with the message and leaves nothing."""
     with pytest.raises(MptTrtError, match=message):
         quantize(model, text, target, *options)
     assert not target.exists() or not list(target.iterdir())
@@ -163,7 +163,7 @@ def test_ft_checkpoints_of_unknown_provenance_need_a_tokenizer(
 
 
 def test_modelopt_is_imported_by_calibration_alone() -> None:
-    """It takes seconds; reading results takes not even PyTorch."""
+    """ModelOpt takes seconds to import; reading results needs neither it nor PyTorch."""
     code = (
         "import sys, mpt_trt.calibration.result, mpt_trt.cli.engine_requests;"
         "assert 'torch' not in sys.modules;"

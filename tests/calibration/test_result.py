@@ -1,4 +1,4 @@
-"""Calibration results on disk: round trips, the loader that AMMO's users have, and refusals."""
+"""Calibration results on disk: round trips, AMMO's loader, and rejected files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MATRICES = list(block_matrices(MptConfig(4, 1, 1, 1, 4, 4, 4, 1.0), 0))
 def values_for(
     source: ModelSource, layer: int, matrix: str, qformat: QuantizationFormat, seed: int = 0
 ) -> CalibratedMatrix:
-    """What calibration might have found: the matrix of the model, smoothed by random factors."""
+    """Makes a possible calibration result: the model's matrix, smoothed by random factors."""
     generator = np.random.default_rng([seed, layer, MATRICES.index(matrix)])
     if qformat == "fp8":
         return Fp8Scales(*(float(np.float32(x)) for x in generator.random(2)))
@@ -162,7 +162,7 @@ def test_what_was_written_is_read(
 
 
 def test_threads_read_side_by_side(made: Path, checkpoint: FtCheckpoint) -> None:
-    """As networks are made. Python 3.12's zipfile mixes up the places of one archive's readers."""
+    """Networks are made like this. Python 3.12's zipfile mixes up offsets of parallel readers."""
     result = read_calibration(made / "int4_awq.npz", checkpoint)
     places = [
         (layer, matrix) for layer in range(checkpoint.config.num_layers) for matrix in MATRICES
@@ -205,7 +205,7 @@ def test_an_interrupted_write_leaves_what_was_there(made: Path, tmp_path: Path) 
 def test_a_result_belongs_to_every_form_of_its_model(
     storage_type: str, tp_size: int, weight_dtype: np.dtype, made: Path, tmp_path: Path
 ) -> None:
-    """Neither the storage type nor the number of ranks makes it another model."""
+    """Storage type and tensor-parallel size do not make it another model."""
     write_ft(made / "hf", tmp_path / "ft", storage_type, tp_size)
     target = write_result(open_model(made / "hf"), "int4_awq", tmp_path / "x.npz", weight_dtype)
     read_calibration(target, read_ft_checkpoint(tmp_path / "ft"))
@@ -232,7 +232,7 @@ def test_the_original_loader_reads_fp8(made: Path) -> None:
 def test_the_original_loader_reads_awq(
     tp_size: int, weight_dtype: np.dtype, tmp_path: Path
 ) -> None:
-    """Its integers and scales stand for the model's weights, rank by rank."""
+    """Loaded integers and scales represent the model's weights, rank by rank."""
     spec = replace(SPEC, hidden_size=96)
     source = open_model(write_checkpoint(tmp_path / "hf", spec))
     path = write_result(source, "int4_awq", tmp_path / "x.npz", weight_dtype)

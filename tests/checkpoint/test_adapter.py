@@ -1,4 +1,4 @@
-"""LoRA adapters: every setting that a merge depends on, and what is refused.
+"""LoRA adapters: every setting that a merge depends on, and rejected ones.
 
 The expected weights are computed here in float64 from PEFT's published formula. They were compared
 with PEFT 0.21's own merge_and_unload(), which differs by float32 rounding only.
@@ -134,7 +134,7 @@ class TestMerge:
         require_merged(merged(folder, adapter), expected(adapter_tensors(), scaling))
 
     def test_per_module_settings(self, tmp_path: Path) -> None:
-        """The first pattern that fits the end of a module's name, as PEFT looks for them."""
+        """The first pattern that matches the end of a module's name decides, as in PEFT."""
         folder = write_checkpoint(tmp_path / "hf", BASE)
         ranks = {
             "transformer.blocks.0.attn.Wqkv": 2,

@@ -1,4 +1,4 @@
-"""Containers, prefixes, and what people have instead of a plain checkpoint."""
+"""Containers, prefixes, and other things that users have instead of a plain checkpoint."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def renamed(change: Callable[[str], str]) -> dict[str, Tensor]:
 
 
 def as_composer(state: dict[str, Tensor]) -> dict[str, Any]:
-    """What Composer saves, with the random states and clocks of a real run."""
+    """Makes Composer's file, with the random states and clocks of a real run."""
     states = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),

@@ -1,4 +1,4 @@
-"""`config.json` to MptConfig: both styles, every field, and what is refused."""
+"""`config.json` to MptConfig: both styles, every field, and rejected values."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class Workplace:
         return self.run(*self.fetch_arguments(*options), **environment)
 
     def record(self, commit: str = A, source: str = SOURCE, revision: str = "main") -> None:
-        """What `resolve` writes, for tests of `fetch` alone."""
+        """Writes the file of `resolve`, for tests of `fetch`."""
         record = {"source": source, "revision": revision, "commit": commit}
         self.revision_file.write_text(json.dumps(record))
 

@@ -1,4 +1,4 @@
-"""Folders of one kind where another is asked for: what is said, and what is found by itself."""
+"""Folders of another kind than requested: messages, and folders that are found anyway."""
 
 from __future__ import annotations
 

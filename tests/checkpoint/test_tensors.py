@@ -1,4 +1,4 @@
-"""Reading Hugging Face checkpoints: every layout, lazily, and what is said about broken ones."""
+"""Lazy reading of Hugging Face checkpoints in every layout, and errors about broken ones."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class TestContent:
         require_equal(found, {n: t.double() for n, t in without_prefix(tensors(BASE)).items()})
 
     def test_parameters_and_views(self, tmp_path: Path) -> None:
-        """What `torch.save` makes of a module's parameters, and of transposed matrices."""
+        """`torch.save` has stored a module's parameters and transposed matrices."""
         write_checkpoint(tmp_path, BASE, layout="bin")
         content = tensors(BASE)
         name = "transformer.blocks.0.attn.Wqkv.weight"
@@ -131,7 +131,7 @@ class TestContent:
             (tmp_path / whole).unlink()
 
     def test_shards_may_be_links(self, tmp_path: Path) -> None:
-        """As in the hub's cache."""
+        """The hub's cache has such links."""
         blobs = write_checkpoint(tmp_path / "blobs", BASE, layout="sharded_safetensors")
         folder = tmp_path / "snapshot"
         folder.mkdir()

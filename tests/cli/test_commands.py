@@ -27,7 +27,7 @@ def test_every_command_has_its_script() -> None:
 
 
 def test_a_script_runs_the_command_of_its_name(script: Path) -> None:
-    """By this convention `source_files` finds what a script imports late."""
+    """`source_files` relies on this convention to find the command's module."""
     calls = [
         node
         for node in ast.walk(ast.parse(script.read_text()))

@@ -1,4 +1,4 @@
-"""How commands end."""
+"""Exit statuses and messages of commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts as people have them in files: what is read, what is dropped, what is rejected."""
+"""Prompts in users' files: accepted, trimmed and rejected content."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(made: Path, target: Path, *arguments: object) -> Quantization:
-    """Builds an engine; returns what its directory says of its quantization."""
+    """Builds an engine; returns the quantization that its directory records."""
     filled = [str(argument).replace("MADE", str(made)) for argument in arguments]
     capable = "--compute_capabilities=8.9"
     call_tool("build.py", *filled, *PLUGINS, *LIMITS, capable, f"--output_dir={target}")

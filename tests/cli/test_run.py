@@ -68,7 +68,7 @@ def run(engine_dir: Path, output: Path, *options: str | Path) -> list[list[int]]
 
 
 def generated(model: MptForCausalLM, text: str, count: int, **options: object) -> list[list[int]]:
-    """What transformers continues the text with, without what follows the end token."""
+    """Continues the text with transformers, up to the end token."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     prompt = tokenizer(text, return_tensors="pt").input_ids
     with torch.inference_mode():

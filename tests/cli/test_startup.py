@@ -1,4 +1,4 @@
-"""What tools and the workflow import before they have anything to do: nothing that takes long."""
+"""Tools and the workflow import nothing slow before they need it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_help_imports_nothing_heavy(tool: str) -> None:
 
 
 def test_planning_imports_nothing_heavy() -> None:
-    """Beside what Snakemake's own plugins import, NumPy among it."""
+    """Packages that Snakemake's own plugins import, such as NumPy, do not count."""
     plan = ("-m", "snakemake", "--dry-run", "--quiet", "--nolock", "--cores=1")
     found = imported_by(*plan, "reports/mpt-demo.html")
     assert {"snakemake", "mpt_trt"} <= found
@@ -59,7 +59,7 @@ def test_planning_imports_nothing_heavy() -> None:
 
 
 def test_reading_a_tokenizer_leaves_pytorch_out() -> None:
-    """Unless the process has it: a program that uses both gets a transformers that computes."""
+    """A process that already has PyTorch gets a transformers that computes."""
     read = (
         "from pathlib import Path; from mpt_trt.checkpoint.tokenizer import read_tokenizer; "
         "print(read_tokenizer(Path('resources/mpt-demo')).encode('hello')); import transformers; "
@@ -81,7 +81,7 @@ def test_onnx_runtime_reports_nothing_unless_asked_otherwise(asked: str | None) 
 
 
 def shown(variable: str, asked: str | None, code: str) -> str:
-    """What `print_it` in `code` prints of an environment variable; asked: its value outside."""
+    """Runs `code`; returns the variable that `print_it` prints. asked: its value outside."""
     environment = {k: v for k, v in os.environ.items() if k != variable}
     if asked is not None:
         environment[variable] = asked
@@ -91,7 +91,7 @@ def shown(variable: str, asked: str | None, code: str) -> str:
 
 
 def test_only_the_documented_cache_is_left_in_the_users_home(built: Built, tmp_path: Path) -> None:
-    """By tools that use ONNX Runtime, for arithmetic and to run an engine."""
+    """Runs tools that use ONNX Runtime for arithmetic and to run an engine."""
     home = tmp_path / "home"
     home.mkdir()
     # What this process has set is not to be inherited.

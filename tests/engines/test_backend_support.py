@@ -1,4 +1,4 @@
-"""What backends can do: the table in the documents and the refusals say the same."""
+"""Features of backends: the documentation's table and the checks agree."""
 
 from __future__ import annotations
 

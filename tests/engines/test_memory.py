@@ -52,7 +52,7 @@ def network_of(spec: EngineSpec, rank: int):
 
 
 def held_bytes(graph, element_bytes: int) -> int:
-    """Of all weights, and of what is cut out of them at load, which is held beside them."""
+    """Bytes of all weights, and of the parts that are sliced from them when loaded."""
     found = {t.name: t for t in graph.initializer}
     held = [t for t in found.values() if t.external_data or t.name == "head/padding"]
     elements = sum(math.prod(t.dims) for t in held)
@@ -80,7 +80,7 @@ BITS = {TensorProto.INT4: 4, TensorProto.INT8: 8, TensorProto.FLOAT8E4M3FN: 8}
 
 
 def stored_bytes(graph) -> int:
-    """Of all weights, by their own types."""
+    """Bytes of all weights in their stored types."""
     return sum(
         math.ceil(
             math.prod(t.dims)
@@ -93,7 +93,7 @@ def stored_bytes(graph) -> int:
 
 
 class Calibrated(CalibrationResult):
-    """Of a model that is only planned: a network asks for nothing else before it is written."""
+    """Calibration of a planned model; a network needs nothing else before it is written."""
 
     def __init__(self, quantization_format: str):
         self.__dict__ |= {

@@ -165,7 +165,7 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def recorded(engines: Engines, tmp_path_factory) -> Path:
-    """What `mpi_driver` records of every kind of engine; one start of mpirun a number of ranks."""
+    """Records of `mpi_driver` for every kind of engine, with one mpirun per number of ranks."""
     folder = tmp_path_factory.mktemp("recorded")
     for size in (2, 4):
         paths = [engines.make(*kind) for kind in KINDS if kind[0] == size]
@@ -392,7 +392,7 @@ def load_damaged(engines: Engines, damaged: Path) -> list[str]:
 
 
 def test_network_of_another_build_is_reported_by_all(engines, damaged, tmp_path):
-    """Of the same size, so that only the rank that reads it notices."""
+    """The damaged file has the same size, so only the rank that reads it notices."""
     checkpoint = read_ft_checkpoint(engines.convert(2, "float32"))
     shorter = replace(LIMITS, max_output_len=15)
     make_rank_network(NetworkInputs(checkpoint, shorter, BOTH), Rank(1, 2), tmp_path / "other")

@@ -391,7 +391,7 @@ def test_a_failed_build_says_who_multiplies_integers(tmp_path):
 @pytest.mark.parametrize("num_heads", [1, 2])
 @pytest.mark.parametrize("name", QUANTIZATIONS | WITH_FP8_CACHE)
 def test_onnx_runtime_runs_16_bit_networks(name, num_heads, storage_type, small_model, tmp_path):
-    """Also of a single head, where it moves quantization about. As near as float32's."""
+    """Networks are as near as float32's, also with one head, which changes the graph."""
     quantization = (QUANTIZATIONS | WITH_FP8_CACHE)[name]
     spec = CheckpointSpec(hidden_size=32, num_heads=num_heads, num_layers=1, seed=8)
     model = small_model(spec)

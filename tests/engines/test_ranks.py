@@ -168,7 +168,7 @@ def test_float16_stays_within_its_rounding(name, tp_size, converted, tmp_path):
 
 
 def test_a_rank_that_computes_something_else_shows(converted, tmp_path):
-    """What the tests above rest on: one rank's weights matter, and ranks are compared."""
+    """The tests above rest on this: each rank's weights matter, and ranks are compared."""
     spec = ARCHITECTURES["4 heads"]
     checkpoint = converted(spec, 2)
     ids = random_ids(spec, rows=2, length=9)

@@ -1,4 +1,4 @@
-"""What an engine is made for: valid specs, and the same one from every place that states it."""
+"""Specs of engines: valid ones, and the same spec from every source."""
 
 from __future__ import annotations
 

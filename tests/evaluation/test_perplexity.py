@@ -186,7 +186,7 @@ def test_estimate_by_hand():
 
 
 def expected_figures(engine: np.ndarray, reference_: np.ndarray, targets: np.ndarray) -> dict:
-    """By PyTorch, for logits `[windows, length, vocab]`."""
+    """Computes figures with PyTorch, from logits `[windows, length, vocab]`."""
     logits, base = torch.from_numpy(engine).double(), torch.from_numpy(reference_).double()
     wanted = torch.from_numpy(targets)
 
@@ -371,7 +371,7 @@ def test_damaged_results_are_refused(tmp_path):
 
 
 def test_engines_that_return_one_row_of_logits_agree(tmp_path, built: Built):
-    """Without gather_all_token_logits, which is what TensorRT's limit is then."""
+    """The engine lacks gather_all_token_logits, which is TensorRT's limit then."""
     limits = BuildLimits(max_batch_size=3, max_input_len=8, max_output_len=16)
     spec = CheckpointSpec(num_heads=6, num_kv_heads=2, vocab_size=101, seed=3)
     engine = load_engine(build(make_ft_checkpoint(tmp_path, spec), tmp_path / "engine", limits))

@@ -113,7 +113,7 @@ def config_of(spec: CheckpointSpec, folder: Path) -> MptConfig:
 
 
 def run_plain_block(config: MptConfig, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
-    """In the type of `hidden`, `[seq, hidden]`."""
+    """Runs the block in the type of `hidden`, `[seq, hidden]`."""
     bias = causal_bias(config, len(hidden)).to(hidden.dtype)
     return with_weights(partial(PlainBlock, config), weights)(hidden[None], bias)[0]
 

@@ -1,4 +1,4 @@
-"""Where results of smoke tests are written to."""
+"""Places of smoke tests' results."""
 
 from __future__ import annotations
 

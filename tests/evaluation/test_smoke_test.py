@@ -318,7 +318,7 @@ def test_trial_continues_as_transformers_does_and_keeps_all_logits(
 
 
 def test_a_model_that_chooses_itself_is_recorded_step_by_step(built, engine):
-    """Because only `step` returns the logits that are compared."""
+    """Only `step` returns the logits that are compared."""
 
     class Choosing:
         def __getattr__(self, name):

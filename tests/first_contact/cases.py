@@ -1,4 +1,4 @@
-"""What is built and run: every feature, every quantization, and two models whose speed counts."""
+"""Built and run cases: every feature, every quantization, and two models for speed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Case:
 
     @property
     def bound(self) -> float:
-        """Of the difference from ONNX Runtime."""
+        """Bound of the difference from ONNX Runtime."""
         rounds = isinstance(self.quantization.scheme, SmoothQuant | Fp8)
         is_rounded = rounds or self.quantization.kv_cache != "auto"
         return ROUNDED_BOUND if is_rounded else BOUNDS[self.dtype]

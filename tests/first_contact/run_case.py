@@ -44,7 +44,7 @@ KL_FACTOR, KL_FLOOR = 2.0, 1e-4
 
 @dataclass
 class Result:
-    """What is known of a case. status: `ok`, `wrong` or `failed`.
+    """Result of a case. status: `ok`, `wrong` or `failed`.
 
     difference: the largest from ONNX Runtime in any step, as a multiple of the logits' standard
     deviation. kl: mean KL divergence from the float32 reference, in nats; kl_onnxruntime: ONNX

@@ -68,7 +68,7 @@ class TestNvidia:
 
     @pytest.mark.parametrize("name", ["a", "gqa"])
     def test_a_directory_without_manifest_is_read(self, tmp_path: Path, name: str) -> None:
-        """What their converter leaves: the same files, and no manifest."""
+        """NVIDIA's converter writes the same files, but no manifest."""
         checkpoint = write_seeded_checkpoint(tmp_path / name, name)
         config = write_ft(checkpoint, tmp_path / "2-gpu", "float16", tp_size=2)
         (tmp_path / "2-gpu" / "manifest.json").unlink()
@@ -680,7 +680,7 @@ class TestCommandLine:
 
 
 class TestBadValues:
-    """What stands in the checkpoint, but not in a sound model."""
+    """Values in the checkpoint that a sound model does not have."""
 
     def refusal(self, folder: Path, content: dict[str, torch.Tensor], dtype: str) -> str:
         """The complaint about a checkpoint of BASE's shapes; nothing may be left of the output."""
@@ -925,7 +925,7 @@ class TestInterruptions:
         assert 10 << 10 < most < MEMORY_LIMIT_KIB
 
     def test_interrupted_and_then_run_again(self, big: Path, out: Path) -> None:
-        """What stood there before stays until the new directory is complete."""
+        """The old content stays until the new directory is complete."""
         write_ft(write_checkpoint(out.parent / "hf", BASE), out / "1-gpu")
         before = hashes_in(out / "1-gpu")
         process = self.start(big, out)

@@ -614,7 +614,7 @@ class TestCommandLine:
 
 
 def amax_by_transformers(checkpoint: Path, text: Path) -> ActivationAmax:
-    """What its linear layers see of four evenly spread pieces of the text, 16 tokens each."""
+    """Records the linear layers' activations on four samples of the text, 16 tokens each."""
     from tokenizers import Tokenizer
     from transformers import MptForCausalLM
 

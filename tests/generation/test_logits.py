@@ -29,7 +29,7 @@ def score_rows(min_side: int = 1) -> st.SearchStrategy[np.ndarray]:
 
 
 def warped(processor: object, scores: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
-    """What a logits processor of transformers makes of the scores."""
+    """Applies a logits processor of transformers to the scores."""
     seen = None if ids is None else torch.from_numpy(ids)
     return processor(seen, torch.from_numpy(scores.copy())).numpy()
 

@@ -38,7 +38,7 @@ WEIGHT_ONLY = [WeightOnly(4, 64), WeightOnly(4), WeightOnly(8)]
 def open_both(
     folder, spec, storage_type, calibrated=NOT_QUANTIZED, limits=LIMITS
 ) -> tuple[StepModel, StepModel]:
-    """On the GPU, and on the CPU."""
+    """Opens the network on the GPU and on the CPU."""
     from mpt_trt.engines.onnxruntime.cuda.engine import OnnxCudaEngine
 
     checkpoint = make_ft_checkpoint(folder, spec, storage_type)
@@ -103,7 +103,7 @@ def test_networks_of_16_bits(name, storage_type, tmp_path):
 @pytest.mark.parametrize("storage_type", BOUNDS)
 @pytest.mark.parametrize("scheme", WEIGHT_ONLY)
 def test_integer_weights(scheme, storage_type, rows, tmp_path):
-    """Of engines for more rows, weights are laid out in tiles."""
+    """Engines for more rows have the prepacked layout."""
     calibrated = CalibratedQuantization(Quantization(scheme, "auto"), None)
     limits = replace(LIMITS, max_batch_size=rows)
     ours, theirs = open_both(tmp_path, WIDE, storage_type, calibrated, limits)

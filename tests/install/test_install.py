@@ -128,7 +128,7 @@ EXTRAS = [
 
 
 def test_dependencies_are_enough_to_convert(tmp_path: Path) -> None:
-    """Without the packages of extras, which cannot be imported here."""
+    """Packages of extras are missing here and cannot be imported."""
     model = REPOSITORY / "resources" / "mpt-demo"
     command = [sys.executable, "-c", CORE, ",".join(EXTRAS), model]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}

@@ -1,4 +1,4 @@
-"""Which part of a model each tensor-parallel rank holds, against index lists made one by one."""
+"""Division of a model among tensor-parallel ranks, against index lists made one by one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def divisors(number: int) -> list[int]:
 
 
 def kv_heads_used(config: MptConfig, tp_size: int) -> list[set[int]]:
-    """For each rank, the K/V heads of its equal share of query heads, head by head."""
+    """Lists, for each rank, the K/V heads of its share of query heads, head by head."""
     used: list[set[int]] = [set() for _ in range(tp_size)]
     for head in range(config.num_heads):
         rank = head * tp_size // config.num_heads
@@ -41,7 +41,7 @@ def kv_heads_used(config: MptConfig, tp_size: int) -> list[set[int]]:
 
 
 def fits(config: MptConfig, tp_size: int) -> bool:
-    """By definition: equal shares of query heads, of feed-forward units and of K/V heads.
+    """Checks the definition: equal shares of query heads, feed-forward units and K/V heads.
 
     And no K/V head is on more ranks than another.
     """

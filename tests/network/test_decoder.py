@@ -242,7 +242,7 @@ def test_step_without_logits_still_fills_the_cache(model):
 
 
 def test_start_forgets_what_was_before(model):
-    """Also with another number of rows."""
+    """The number of rows may change as well."""
     spec, engine = model
     for seed, rows in enumerate((4, 1, 3)):
         ids = random_ids(spec, rows, 9, seed)
@@ -307,7 +307,7 @@ def far_spec() -> CheckpointSpec:
     ("storage_type", "bound"), [("float16", FLOAT16_BOUND), ("float32", FLOAT32_BOUND)]
 )
 def test_far_tokens_are_weighed_right(far_spec, storage_type, bound, tmp_path):
-    """At position 3000 the logits are as near to the reference as at position 30."""
+    """Logits at position 3000 are as near to the reference as at position 30."""
     ids = random_ids(far_spec, rows=1, length=FAR.cache_len)
     engine = open_spec(tmp_path, far_spec, storage_type, FAR)
     found = feed(engine, ids, [1000, 1000, 990, *[1] * 10])
@@ -643,7 +643,7 @@ def test_alibi_reaches_beyond_the_trained_length(tmp_path):
 
 
 def test_config_of_every_feature_survives_the_checkpoint(tmp_path):
-    """What the network reads is FT's config.ini, so nothing may be lost on the way."""
+    """The network reads FT's config.ini, so nothing may be lost on the way."""
     spec = FEATURES["everything"]
     config = make_ft_checkpoint(tmp_path, spec).config
     assert config == MptConfig(

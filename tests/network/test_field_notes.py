@@ -31,7 +31,7 @@ QUERY, KEY, VALUE, BIAS = range(4)
 def graphs(
     checkpoint: FtCheckpoint, calibrated: CalibratedQuantization = NOT_QUANTIZED
 ) -> list[onnx.GraphProto]:
-    """Of all ranks."""
+    """Graphs of all ranks."""
     ranks = all_ranks(checkpoint.tp_size)
     return [build_network(checkpoint, rank, 32, BOTH, calibrated).model.graph for rank in ranks]
 
@@ -79,7 +79,7 @@ def test_no_two_products_share_an_input(name, tmp_path):
 
 @pytest.mark.parametrize("tp_size", [2, 4, 8])
 def test_no_two_products_of_a_rank_share_an_input(tp_size, tmp_path):
-    """Also where key and value heads are on several ranks."""
+    """This also holds if key and value heads are on several ranks."""
     checkpoint = model_of(EVERYTHING, tmp_path).checkpoint(Quantization(), tp_size, "float16")
     for graph in graphs(checkpoint):
         require_no_siblings(graph, EVERYTHING.num_layers)

@@ -65,7 +65,7 @@ def exact_logits(spec: CheckpointSpec, ids: Ids, storage_type: str = "float32") 
 
 @pytest.mark.parametrize("name", ROPES)
 def test_every_kind_at_far_positions(name: str, tmp_path: Path) -> None:
-    """From config.json through the FT checkpoint: the network in both types, and the reference."""
+    """Follows config.json through the FT checkpoint to the network in both types."""
     spec = replace(BASE, rope=ROPES[name])
     ids = random_ids(spec, rows=1, length=LONG.cache_len)
     pieces = [400, 400, 195, *[1] * 5]

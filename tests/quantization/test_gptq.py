@@ -72,7 +72,7 @@ def test_errors_are_smaller_than_those_of_rounding_to_nearest(weight, inputs) ->
 
 
 def _error(rounded: Tensor, weight: Tensor, inputs: tuple[Tensor, Tensor]) -> float:
-    """Of the layer's output, against that of the unquantized model."""
+    """Error of the layer's output, against that of the unquantized model."""
     x, y = (part.double() for part in inputs)
     return float((x @ rounded.double().T - y @ weight.double().T).square().sum())
 

@@ -39,7 +39,7 @@ class RankWeights:
 
 
 def load_fp8(path: Path, num_layers: int) -> list[dict[str, tuple[float, float]]]:
-    """Of each layer and matrix: activation scale, weight scale."""
+    """Loads activation scale and weight scale of each layer and matrix."""
     with np.load(path) as npz:
         return [
             {

@@ -150,11 +150,11 @@ class PlainMpt(nn.Module):
 
 
 class _Key(nn.Identity):
-    """What keys pass before the cache takes them."""
+    """Module that keys pass before the cache."""
 
 
 class _Value(nn.Identity):
-    """What values pass before the cache takes them."""
+    """Module that values pass before the cache."""
 
 
 class _QuantizedKey(_Key):

@@ -91,7 +91,7 @@ def forward(
 
 
 def has_learned_positions(config: Config) -> bool:
-    """Whether `wpe` is used: ALiBi and rope are off and `learned_pos_emb` is not false."""
+    """Returns whether `wpe` is used: no ALiBi, no rope, and `learned_pos_emb` not false."""
     attn = config["attn_config"]
     has_other = attn.get("alibi", True) or attn.get("rope", False)
     return not has_other and config.get("learned_pos_emb", True)
@@ -134,7 +134,7 @@ def alibi_slopes(num_heads: int, bias_max: float = 8) -> Tensor:
 
 
 def attention_bias(config: Config, seq_len: int) -> Tensor:
-    """What is added to the scaled scores: `[n_heads, seq, seq]`, -inf above the diagonal.
+    """Term added to the scaled scores: `[n_heads, seq, seq]`, -inf above the diagonal.
 
     ALiBi is `slope * (key position - query position)`. llm-foundry adds `slope * (key position
     - last position)`; the two differ by a constant per query, which the softmax removes.

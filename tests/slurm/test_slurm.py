@@ -93,7 +93,7 @@ class Project:
         assert status == 0, (self.folder / "output.txt").read_text()[-5000:]
 
     def jobs(self) -> list[Job]:
-        """This project's jobs; others may share the cluster."""
+        """Jobs of this project; others may share the cluster."""
         return [job for job in self.cluster.jobs() if job.fields["WorkDir"] == str(self.folder)]
 
     def hashes(self, path: str) -> dict[str, str]:
@@ -178,7 +178,7 @@ def test_smoke_test_asks_for_a_gpu_a_rank_and_gets_them(made: Project) -> None:
 
 
 def test_an_engine_may_take_several_nodes(made: Project) -> None:
-    """One node a rank, asked for with --gres; the engine is the one that is there."""
+    """Each rank gets a node, requested with --gres; the engine already exists."""
     site = SITE | {"gpus_per_node": 1, "gpu_request": "gres"}
     (made.folder / "site.yaml").write_text(yaml.safe_dump(SMALL_CALIBRATION | {"site": site}))
     first = made.folder / SMOKE_TEST

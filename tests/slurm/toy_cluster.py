@@ -80,7 +80,7 @@ class Job:
 
     @property
     def rule(self) -> str:
-        """From the comment that the executor plugin gives its jobs."""
+        """Rule of the job, from the comment that the executor plugin sets."""
         return re.sub(r"^rule_|_wildcards_.*$", "", self.fields["Comment"])
 
     @property
@@ -228,7 +228,7 @@ def wait_until(condition, seconds: float, cluster: ToyCluster | None = None) -> 
 
 
 def _fields(record: str) -> dict[str, str]:
-    """From `JobId=1 JobName=x Comment=...`; of names that come twice, the first."""
+    """Parses `JobId=1 JobName=x Comment=...`; the first of repeated names counts."""
     pairs = re.findall(r"(?:^| )([A-Za-z_/:]+)=(.*?)(?= [A-Za-z_/:]+=|$)", record)
     found: dict[str, str] = {}
     for name, value in pairs:

@@ -1,4 +1,4 @@
-"""A small model with everything that was made of it."""
+"""A small model and its artifacts."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class CheckpointSpec:
 
     @property
     def runs_in_transformers(self) -> bool:
-        """Whether MptForCausalLM computes this model.
+        """Returns whether MptForCausalLM computes this model.
 
         It reads no kv_n_heads, alibi, alibi_bias_max, qk_ln, logit_scale, norm_type or
         expansion_ratio, and has no biases.

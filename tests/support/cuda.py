@@ -1,4 +1,4 @@
-"""A network as it is and as rewritten for a GPU, both on the CPU: what tests of that share."""
+"""Shared code of tests that compare a network with its rewrite for a GPU, both on the CPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Loaded:
     weights: dict[str, onnxruntime.OrtValue]
 
     def run(self, feeds: dict[str, NDArray]) -> dict[str, NDArray]:
-        """What the network does not take of `feeds` is left out."""
+        """Runs the session with those of `feeds` that it has as inputs."""
         of, taken = onnxruntime.OrtValue.ortvalue_from_numpy, self.session.get_inputs()
         values = {
             each.name: of(np.ascontiguousarray(feeds[each.name]))

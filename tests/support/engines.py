@@ -1,4 +1,4 @@
-"""From a CheckpointSpec to a network, an engine and logits: what the tests of engines share."""
+"""Makes networks, engines and logits from a CheckpointSpec, for tests of engines."""
 
 from __future__ import annotations
 

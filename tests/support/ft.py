@@ -1,4 +1,4 @@
-"""What tests of FT directories share: hashes, slices taken by hand, activation amax."""
+"""Shared code of tests of FT directories: hashes, slices taken by hand, activation amax."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ LARGE_FILES = {".safetensors", ".bin", ".h5", ".msgpack"}
 
 @dataclass(frozen=True)
 class Refusal:
-    """How the hub says no: an HTTP status and its code for the reason."""
+    """A refusal of the hub: an HTTP status and its code for the reason."""
 
     status: int
     code: str
@@ -63,7 +63,7 @@ class HubServer(ThreadingHTTPServer):
         self.add_contents()
 
     def add_contents(self) -> None:
-        """To be called after files were added to a repository."""
+        """Serves files that were added to a repository."""
         for source, repository in self.repositories.items():
             for files in repository.commits.values():
                 for path, content in files.items():
@@ -78,7 +78,7 @@ class HubServer(ThreadingHTTPServer):
         return {path.split("/", 6)[5] for path in self.requests if "/resolve/" in path}
 
     def stop(self) -> None:
-        """From now on connections are refused."""
+        """Stops the server; connections are then refused."""
         self.stopped.set()
         self.shutdown()
         self.server_close()

@@ -1,4 +1,4 @@
-"""Where the repository's files are, for tests."""
+"""Paths of the repository's files, for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPUs handed out to jobs of one machine: distinct, all or none, given back however a job ends."""
+"""Assignment of GPUs to jobs of one machine: distinct, all or none, freed whenever a job ends."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def start_job(scope: str, count: int, seconds: float) -> subprocess.Popen[str]:
 
 
 def free(scope: str) -> set[str]:
-    """Which of the four GPUs can be taken right now."""
+    """Returns the GPUs of four that are free right now."""
     found = set()
     for name in FOUR.names:
         if (taken := gpu_locks._bind(f"{scope}/{name}")) is not None:

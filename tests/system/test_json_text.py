@@ -1,4 +1,4 @@
-"""JSON files of any content: what is read, and that all else is refused in a sentence."""
+"""JSON files with any content: accepted, or rejected in one sentence."""
 
 from __future__ import annotations
 

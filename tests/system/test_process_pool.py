@@ -140,7 +140,7 @@ def test_a_process_that_says_nothing() -> None:
 
 def test_an_error_that_cannot_be_told() -> None:
     class LocalError(Exception):
-        """Of a class that no other process knows how to find."""
+        """Error of a class that no other process can import."""
 
     with pytest.raises(RuntimeError, match="ended with status 1"):
         run_forked([failing(LocalError())], 1, ignore)

@@ -66,7 +66,7 @@ def leftover(target: Path, process: int, host: str = "") -> Path:
 
 @pytest.fixture(params=["exchange", "two steps"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How folders are put in place: two steps where the file system cannot exchange them."""
+    """Way of putting folders in place: two steps if the file system cannot exchange them."""
     if request.param == "two steps":
         monkeypatch.setattr(replace, "exchange", lambda first, second: False)
     return request.param
@@ -313,7 +313,7 @@ class TestReplaceDirectory:
     def test_leftovers(
         self, tmp_path: Path, name: str, dead_process: int, live_process: int
     ) -> None:
-        """Those of dead processes go; those of live ones and of other machines stay."""
+        """Leftovers of dead processes are removed; those of live ones and other machines stay."""
         target = tmp_path / name
         gone = [leftover(target, dead_process), leftover(target, os.getpid())]
         kept = [
@@ -329,7 +329,7 @@ class TestReplaceDirectory:
         assert set(tmp_path.iterdir()) == {target, *kept}
 
     def test_work_in_progress_is_no_leftover(self, tmp_path: Path) -> None:
-        """In a container, another process may have the same id: a lock tells them apart."""
+        """A lock distinguishes processes, because one in a container may have the same id."""
         with replace_directory(tmp_path / "target", KIND) as first:
             write_result(first, "first")
             with replace_directory(tmp_path / "target", KIND) as second:
@@ -538,7 +538,7 @@ class TestReplaceFile:
 
     @pytest.mark.parametrize("kind", ["file", "pipe"])
     def test_standard_output(self, tmp_path: Path, kind: str) -> None:
-        """It is written to in order, also if it is a file."""
+        """The standard output is written to in order, even if it is a file."""
         program = (
             "from pathlib import Path\n"
             "from mpt_trt.system.replace import replace_file\n"

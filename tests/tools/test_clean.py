@@ -1,4 +1,4 @@
-"""`make clean` deletes what the workflow made, and nothing else."""
+"""`make clean` deletes only what the workflow made."""
 
 from __future__ import annotations
 

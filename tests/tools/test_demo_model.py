@@ -127,7 +127,7 @@ def test_greedy_text_is_a_function(model, tokenizer, prompt):
 
 
 def first_function(text: str) -> ast.FunctionDef:
-    """Of the longest beginning of the text, in lines, that is Python."""
+    """Finds the first function of the longest beginning of the text that is Python."""
     lines = text.splitlines()
     for end in range(len(lines), 1, -1):
         with contextlib.suppress(SyntaxError):

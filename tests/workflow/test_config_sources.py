@@ -1,4 +1,4 @@
-"""Values of `--config`: their types, and who is named when one is wrong."""
+"""Values of `--config`: their types, and the source that errors name."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_lists_and_texts_that_look_like_something_else() -> None:
 
 
 def test_what_a_file_says_keeps_its_type() -> None:
-    """Also beside a value of the command line."""
+    """This also holds next to a value of the command line."""
     content = {"variants": {"v": {"max_input_len": "24"}}}
     with pytest.raises(MptTrtError, match=r"^config\.yaml: variants\.v\.max_input_len = '24'"):
         given("{smoke_test: {max_new_tokens: 4}}", **content)

@@ -99,7 +99,7 @@ def test_a_machine_is_one_node_and_its_gpus_are_of_no_named_kind() -> None:
 
 @pytest.fixture(scope="module")
 def workflow(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
-    """With a model of the hub that is not on disk. Nothing is made in it."""
+    """A workflow with a hub model that is not on disk; nothing is made in it."""
     made = Workflow.create(tmp_path_factory.mktemp("workflow") / "project")
     made.configure(int4={"quantization": {"method": "int4_weight_only"}})
     path = made.folder / "config.yaml"
@@ -110,7 +110,7 @@ def workflow(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
 
 
 def planned_resources(workflow: Workflow, *arguments: str, **environment: str) -> Resources:
-    """What Snakemake says of threads, if more than one, and resources, by rule and name."""
+    """Parses Snakemake's threads, if more than one, and resources, by rule and name."""
     result = workflow.run("--dry-run", *arguments, **environment)
     output = result.stdout + result.stderr
     assert result.returncode == 0, output
@@ -202,7 +202,7 @@ def test_gpus_are_handed_out_and_another_site_repeats_nothing(workflow: Workflow
 def test_two_workflows_wait_for_gpus_and_one_may_be_killed(
     workflow: Workflow, tmp_path: Path
 ) -> None:
-    """Of four GPUs three are taken, and each workflow needs two."""
+    """Three of four GPUs are taken, and each workflow needs two."""
     target = "smoke_tests/toy/fp16/2-gpu.json"
     workflow.make(target)
     (workflow.folder / target).unlink()

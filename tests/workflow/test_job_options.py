@@ -1,4 +1,4 @@
-"""The options of each job's command: what the configuration says of results."""
+"""Options of each job's command, from the configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOY = Target("toy", "v")
 
 
 def options_of(variant: dict | None = None, **content: dict) -> JobOptions:
-    """Of a model on the hub, and a variant v."""
+    """Makes options for a model on the hub and a variant v."""
     content["models"] = {"toy": {"source": "owner/toy", **content.pop("model", {})}}
     content["variants"] = {"v": LIMITS | (variant or {})}
     settings = parse_settings({"site": {"gpus": "none"}} | content)

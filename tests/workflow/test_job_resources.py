@@ -1,4 +1,4 @@
-"""What jobs ask for, and what stands in front of their commands, by rule and site."""
+"""Resources that jobs request, and commands before their own, by rule and site."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MPI = "srun --mpi=pmix"
 
 
 def jobs_on(site: dict, **content: object) -> JobResources:
-    """For mpt-7b, which is not fetched, and a variant v."""
+    """Makes resources for mpt-7b, which is not fetched, and a variant v."""
     models = {"seven": {"source": "mosaicml/mpt-7b"}, "thirty": {"source": "mosaicml/mpt-30b"}}
     variants = {"v": {}, "llm": {"backend": "tensorrt_llm"}}
     content = {"models": models, "variants": variants, "site": site | {"mpi": MPI}} | content

@@ -1,4 +1,4 @@
-"""What Snakemake prints of a failure: the sentence of the tool that failed, at the end."""
+"""Snakemake's output after a failure ends with the sentence of the tool that failed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shown(words: LastWords, message: str, **fields: object) -> str | None:
-    """What is left of a message of Snakemake's, which has `fields`; None for nothing."""
+    """Filters a message of Snakemake with `fields`; returns its text, or None."""
     record = logging.makeLogRecord({"msg": message} | fields)
     return record.msg if words.filter(record) else None
 

@@ -71,7 +71,7 @@ def test_another_way_to_the_checkout_repeats_nothing(
 def test_the_configuration_that_ships_is_used_where_there_is_none(
     checkout: Path, tmp_path: Path
 ) -> None:
-    """Its relative paths are those of what ships."""
+    """Relative paths of that configuration refer to the repository."""
     work = Workflow(tmp_path, snakefile=checkout / "Snakefile")
     result = work.run("--dry-run", "--", SMOKE_TEST, "quantized/toy/fp8/mpt_tp1_rank0.npz")
     output = result.stdout + result.stderr

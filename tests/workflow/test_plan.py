@@ -1,4 +1,4 @@
-"""What the rules take from the configuration, without Snakemake: inputs, options, refusals."""
+"""Plans without Snakemake: inputs, options, and rejected jobs."""
 
 from __future__ import annotations
 

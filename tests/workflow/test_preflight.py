@@ -1,4 +1,4 @@
-"""What a machine lacks for a target, of machines that have it and of machines that do not."""
+"""Missing parts of machines for a target, on machines that have them and that do not."""
 
 from __future__ import annotations
 

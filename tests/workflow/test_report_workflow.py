@@ -1,4 +1,4 @@
-"""Quality and reports in the workflow: what is made, what is made again and why."""
+"""Quality and reports in the workflow: jobs that run, jobs that are repeated, and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What jobs need: against files and measurements, and as Snakemake uses it."""
+"""Resources of jobs against files and measurements, and in Snakemake."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_measurements_ask_for_the_memory_of_engine_head_and_windows(workflow: Wo
 
 @pytest.mark.parametrize("name", ["mpt-7b", "mpt-30b"])
 def test_measurements_of_large_models(name: str) -> None:
-    """By hand: hidden states, the head, and a cache of all rows beside what a smoke test takes."""
+    """Computed by hand: hidden states, the head, and a cache of all rows, plus a smoke test."""
     config, limits = known_config(name), BuildLimits(8, 512, 64)
     spec = EngineSpec(config, "float32", 1, limits, VocabularySharding())
     hidden = 16 * 512 * config.hidden_size * 4

@@ -1,4 +1,4 @@
-"""config.yaml: the schema itself, defaults, and what is said about mistakes."""
+"""config.yaml: the schema, defaults, and messages about mistakes."""
 
 from __future__ import annotations
 

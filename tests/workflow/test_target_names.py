@@ -1,4 +1,4 @@
-"""Names of artifacts say how they are made, and how they are made gives the name."""
+"""Names of artifacts give their settings, and settings give the name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The workflow itself: what is made, what is made again and why, and what bad input leads to."""
+"""The workflow: jobs that run, jobs that are repeated, and messages about bad input."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_only_the_lost_plan_of_a_rank_is_built_again(made: Workflow) -> None:
 def test_a_damaged_folder_is_named_with_its_remedy_which_works(
     made: Workflow, lost: str, target: str, folder: str
 ) -> None:
-    """Its reader refuses it. Snakemake itself sees no difference."""
+    """The reader of the folder rejects it; Snakemake sees no difference."""
     path = made.folder / folder / lost
     path.unlink()
     assert made.planned(target) == []

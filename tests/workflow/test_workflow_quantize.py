@@ -1,4 +1,4 @@
-"""Calibration in the workflow: what it depends on, and what it is called."""
+"""Calibration in the workflow: its dependencies and its names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANGES = RESULT.format("kv_cache")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
-    """With the result that is made fastest; tests leave it complete."""
+    """A workflow with the calibration result that is made fastest; tests leave it complete."""
     workflow = Workflow.create(tmp_path_factory.mktemp("quantize") / "project")
     assert workflow.make(RANGES) == ["quantize kv_cache"]
     return workflow

@@ -1,4 +1,4 @@
-"""Engine directories: what `config.json` says, how they are put together, checked and opened."""
+"""Engine directories: content of `config.json`, assembly, checks and opening."""
 
 from __future__ import annotations
 

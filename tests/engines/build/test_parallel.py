@@ -1,4 +1,4 @@
-"""The plans of several ranks: one by one, side by side, and each on a GPU of its own."""
+"""Plans of several ranks: one by one, in parallel, and each on its own GPU."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_damaged_network_is_named_and_the_other_ranks_are_finished(
 def test_termination_leaves_nothing_half_built(
     networks: Path, tmp_path: Path, is_alone: bool
 ) -> None:
-    """Of the process of one rank, and of one that builds all."""
+    """Terminates the process of one rank, and one that builds all."""
     target = tmp_path / "plans" if is_alone else networks
     program = (
         "import sys, pathlib; sys.path.insert(0, sys.argv[1])\n"
@@ -140,7 +140,7 @@ arguments = parser.parse_known_args()[0]
 
 @pytest.fixture
 def tensorrt_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """By its metadata, which is all that is looked at before it is imported."""
+    """Installs only its metadata, which is all that is read before the import."""
     installed = tmp_path / "installed" / "tensorrt-11.0.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: tensorrt\nVersion: 11.0\n")

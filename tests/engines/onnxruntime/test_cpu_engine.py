@@ -1,4 +1,4 @@
-"""What ONNX Runtime is told on a CPU: a cache as long as what is in use, how exact products are."""
+"""Settings of ONNX Runtime on a CPU: length of the cache, exactness of products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of TensorRT-LLM, which is not installed here: command lines, versions, rules.
+"""Use of TensorRT-LLM, which is not installed here: command lines, versions, rules.
 
 A stand-in on the path records how `trtllm-build` is called; what TensorRT-LLM makes of the call is
 not known here.
@@ -296,7 +296,7 @@ def test_a_failed_build_leaves_nothing(tmp_path):
 
 
 def test_nothing_heavy_is_imported_where_tensorrt_llm_runs() -> None:
-    """Its environment has the packages that it needs itself, and rich and xxhash, but not ours."""
+    """TensorRT-LLM's environment has its own packages, rich and xxhash, but not mpt-trt's."""
     code = (
         "import sys, mpt_trt.cli.console, "
         "mpt_trt.commands.build_trtllm, mpt_trt.commands.run_trtllm; "
@@ -453,7 +453,7 @@ def test_a_tokenizer_of_another_model_is_rejected(tmp_path):
 
 @pytest.fixture(scope="module")
 def workflow(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
-    """With variants of this backend, and a model whose vocabulary divides among two ranks."""
+    """A workflow with variants of this backend, and a model whose vocabulary two ranks divide."""
     made = Workflow.create(tmp_path_factory.mktemp("trtllm") / "project")
     limits = {"max_batch_size": 4, "max_input_len": 24, "max_output_len": 16}
     backend = {"backend": "tensorrt_llm", **limits}

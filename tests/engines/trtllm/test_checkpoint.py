@@ -140,7 +140,7 @@ def stored_bytes(stored: StoredTensor) -> bytes:
 def own_tensors(
     checkpoint: FtCheckpoint, rank: int, calibrated: CalibratedQuantization
 ) -> dict[str, StoredTensor]:
-    """What the network of ours stores for a rank."""
+    """Tensors that mpt-trt's own network stores for a rank."""
     return make_linear(checkpoint, Rank(rank, checkpoint.tp_size), calibrated).tensors()
 
 
@@ -379,7 +379,7 @@ def test_plugin_form_quantizes_each_input_with_its_own_scale(label, tmp_path):
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_modelopts_form_rounds_the_result_of_int8_sq(name, tmp_path):
-    """Also with clip_qkv and another alibi_bias_max, which the plugins do not have."""
+    """It also supports clip_qkv and another alibi_bias_max, which the plugins lack."""
     workshop = Workshop(tmp_path, *PLAIN[name])
     checkpoint = workshop.ft()
     calibrated = workshop.calibrated(
@@ -439,7 +439,7 @@ DIFFERENT = {
 def export_by_modelopt(
     workshop: Workshop, qformat: str, kv_cache: str = "auto"
 ) -> trtllm_loader.Loaded:
-    """What ModelOpt makes of the model that it quantizes itself; unchecked."""
+    """Loads ModelOpt's export of the model that it quantizes, without checks."""
     from modelopt.torch.export import export_tensorrt_llm_checkpoint
 
     from references.modelopt_reference import quantize_whole, whole_model
@@ -489,7 +489,7 @@ def test_agreement_with_modelopts_export(qformat, scheme, tp_size, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("cache", ["int8", "fp8"])
 def test_scales_of_caches_beside_those_of_modelopt(cache, tmp_path):
-    """Of int8 they are the same; of fp8, ModelOpt makes 1 of any that is less."""
+    """int8 scales are the same; ModelOpt raises fp8 scales below 1 to 1."""
     workshop = Workshop(tmp_path, wide(vocab_size=128), 1, torch.float16)
     checkpoint = workshop.ft("float16")
     calibrated = workshop.calibrated(checkpoint, Quantization(Fp8(), cache), CalibrationPlan("fp8"))
@@ -508,7 +508,7 @@ def test_scales_of_caches_beside_those_of_modelopt(cache, tmp_path):
 
 
 def assert_agrees(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
-    """But for another order of additions, in the last digits."""
+    """Compares up to the last digits, which depend on the order of additions."""
     if found.dtype in (torch.int8, torch.float8_e4m3fn):
         differing = found.view(torch.int8) != expected.view(torch.int8)
         assert differing.float().mean() < 1e-4, name
