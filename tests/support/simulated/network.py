@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from mpt_trt.engines.onnxruntime.collectives import Collectives
 from mpt_trt.engines.onnxruntime.cpu_engine import _computing_type, _open_session
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
-from mpt_trt.engines.spec import EngineSpec
+from mpt_trt.engines.spec import BuildLimits, EngineSpec
 from mpt_trt.network.graph import COLLECTIVE, ELEMENT_TYPES
 from support.simulated.memory import view
 
@@ -112,6 +112,15 @@ class RankNetwork:
         if tensor.element_type == TensorProto.FLOAT8E4M3FN:
             return content.reshape(shape)
         return content.view(helper.tensor_dtype_to_np_dtype(tensor.element_type)).reshape(shape)
+
+
+def profile_range(tensor: Tensor, limits: BuildLimits, profile: int) -> tuple[Shape, Shape]:
+    """Least and largest shape of an input; docs/engine_format.md has the table."""
+    tokens = (limits.max_input_len, 1)[profile]
+    logits = limits.max_batch_size * (tokens if limits.gather_all_token_logits else 1)
+    largest = {"batch": limits.max_batch_size, "seq": tokens, "num_logits": logits}
+    low = tuple(dim if isinstance(dim, int) else 1 for dim in tensor.dims)
+    return low, tuple(dim if isinstance(dim, int) else largest[dim] for dim in tensor.dims)
 
 
 def converted_by_address(

@@ -6,7 +6,6 @@ loggers are the real ones. A step computes the rank's network (see support.simul
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,10 +14,10 @@ from typing import Any
 import tensorrt_rtx as real
 from onnx import TensorProto
 
-from mpt_trt.engines.spec import BuildLimits
+from support.simulated.capsule import capsule_pointer
 from support.simulated.cuda import Operation, SimulatedCuda
 from support.simulated.memory import ALIGNMENT, view
-from support.simulated.network import RankNetwork, Shape, Tensor
+from support.simulated.network import RankNetwork, Shape, Tensor, profile_range
 from support.simulated.rules import Book, Rule
 
 SCRATCH_BYTES = 1536
@@ -139,15 +138,6 @@ class ICudaEngine:
         return IExecutionContext(self, self._network, self._world)
 
 
-def profile_range(tensor: Tensor, limits: BuildLimits, profile: int) -> tuple[Shape, Shape]:
-    """Least and largest shape of an input; docs/engine_format.md has the table."""
-    tokens = (limits.max_input_len, 1)[profile]
-    logits = limits.max_batch_size * (tokens if limits.gather_all_token_logits else 1)
-    largest = {"batch": limits.max_batch_size, "seq": tokens, "num_logits": logits}
-    low = tuple(dim if isinstance(dim, int) else 1 for dim in tensor.dims)
-    return low, tuple(dim if isinstance(dim, int) else largest[dim] for dim in tensor.dims)
-
-
 class IExecutionContext:
     def __init__(self, engine: ICudaEngine, network: RankNetwork, world: World):
         self.engine, self._network, self._world = engine, network, world
@@ -215,7 +205,7 @@ class IExecutionContext:
         return True
 
     def set_communicator(self, communicator: Any) -> bool:
-        pointer = _capsule_pointer(communicator)
+        pointer = capsule_pointer(communicator)
         self._book.require(
             pointer in self._world.communicators, Rule.COMMUNICATOR_SET, hex(pointer)
         )
@@ -341,12 +331,3 @@ class IExecutionContext:
 
     def _change(self) -> None:
         self._version += 1
-
-
-def _capsule_pointer(capsule: Any) -> int:
-    """The pointer in a capsule, of whatever name, as the bindings take it."""
-    name = ctypes.pythonapi.PyCapsule_GetName
-    name.restype, name.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    return pointer(capsule, name(capsule)) or 0
