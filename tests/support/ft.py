@@ -44,6 +44,8 @@ def write_ft(
 
 def names_in(folder: Path) -> set[str]:
     """Names of all entries except the tokenizer, which travels with a checkpoint."""
+    if not folder.exists():
+        return set()
     return {path.name for path in folder.iterdir() if path.name != "tokenizer"}
 
 
