@@ -22,7 +22,7 @@ class _Hypotheses:
 
     tokens: NDArray[np.int64]  # [batch, width, max_new_tokens]
     lengths: NDArray[np.int64]  # [batch, width]
-    log_probs: NDArray[np.float64]  # [batch, width], from the model
+    log_probs: NDArray[np.float64]  # [batch, width, max_new_tokens], from the model
     scores: NDArray[np.float32]  # [batch, width], for ranking; -inf: no hypothesis
 
     @classmethod
@@ -31,7 +31,7 @@ class _Hypotheses:
         return cls(
             tokens=np.zeros((batch, width, max_new_tokens), dtype=np.int64),
             lengths=np.zeros((batch, width), dtype=np.int64),
-            log_probs=np.zeros((batch, width)),
+            log_probs=np.zeros((batch, width, max_new_tokens)),
             scores=np.full((batch, width), score, dtype=np.float32),
         )
 
@@ -40,7 +40,7 @@ class _Hypotheses:
         return _Hypotheses(
             tokens=np.take_along_axis(self.tokens, index[:, :, None], axis=1),
             lengths=np.take_along_axis(self.lengths, index, axis=1),
-            log_probs=np.take_along_axis(self.log_probs, index, axis=1),
+            log_probs=np.take_along_axis(self.log_probs, index[:, :, None], axis=1),
             scores=np.take_along_axis(self.scores, index, axis=1),
         )
 
@@ -118,11 +118,12 @@ def _extended(
     parents, chosen = best // vocab, best % vocab
     extended = running.take(parents)
     extended.tokens[:, :, step] = chosen
-    gained = np.take_along_axis(log_probs.reshape(batch, width * vocab), best, axis=1)
+    flat_log_probs = log_probs.reshape(batch, width * vocab)
+    extended.log_probs[:, :, step] = np.take_along_axis(flat_log_probs, best, axis=1)
     return _Hypotheses(
         tokens=extended.tokens,
         lengths=extended.lengths + 1,
-        log_probs=extended.log_probs + gained,
+        log_probs=extended.log_probs,
         scores=np.take_along_axis(flat, best, axis=1),
     ), parents
 
@@ -164,14 +165,15 @@ def _cache_rows(parents: NDArray[np.int64], width: int) -> NDArray[np.int64]:
 
 def _ranked(finished: _Hypotheses) -> list[list[Generated]]:
     batch, beams = finished.scores.shape
-    return [
-        [
-            Generated(
-                tokens=tuple(finished.tokens[row, beam, : finished.lengths[row, beam]].tolist()),
-                cumulative_log_prob=float(finished.log_probs[row, beam]),
-                score=float(finished.scores[row, beam]),
-            )
-            for beam in range(beams)
-        ]
-        for row in range(batch)
-    ]
+    return [[_generated(finished, row, beam) for beam in range(beams)] for row in range(batch)]
+
+
+def _generated(finished: _Hypotheses, row: int, beam: int) -> Generated:
+    length = finished.lengths[row, beam]
+    log_probs = finished.log_probs[row, beam, :length]
+    return Generated(
+        tokens=tuple(finished.tokens[row, beam, :length].tolist()),
+        cumulative_log_prob=float(log_probs.sum()),
+        log_probs=tuple(log_probs.tolist()),
+        score=float(finished.scores[row, beam]),
+    )

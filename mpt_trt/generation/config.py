@@ -8,6 +8,9 @@ from numbers import Integral
 
 from mpt_trt.errors import MptTrtError
 
+TopLogProbs = tuple[tuple[int, float], ...]
+"""Most likely tokens with their natural log-probabilities, most likely first."""
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -36,6 +39,8 @@ class GenerationConfig:
     length_penalty: float = 1.0
     """Hypotheses are ranked by log-probability / (number of new tokens ** length_penalty)."""
     random_seed: int = 0
+    top_log_probs: int = 0
+    """Most likely tokens to report for each new token, with their log-probabilities."""
 
     def __post_init__(self) -> None:
         positive = "a finite number above 0"
@@ -50,6 +55,7 @@ class GenerationConfig:
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, positive),
             ("length_penalty", math.isfinite(self.length_penalty), "a finite number"),
             ("random_seed", _is_count(self.random_seed, 0), "an integer of at least 0"),
+            ("top_log_probs", _is_count(self.top_log_probs, 0), "an integer of at least 0"),
         )
         for field, legal, legal_range in rules:
             if not legal:
@@ -58,6 +64,11 @@ class GenerationConfig:
             raise MptTrtError(
                 f"top_k is {self.top_k} with num_beams {self.num_beams}; it must be 1, because beam"
                 " search does not sample (or set num_beams to 1)"
+            )
+        if self.num_beams > 1 and self.top_log_probs:
+            raise MptTrtError(
+                f"top_log_probs is {self.top_log_probs} with num_beams {self.num_beams}; it must be"
+                " 0, because beam search does not report them (or set num_beams to 1)"
             )
 
     @property
@@ -83,6 +94,10 @@ class Generated:
     cumulative_log_prob: float
     """Natural log of the model's probability of these tokens, before any penalty, temperature or
     filter."""
+    log_probs: tuple[float, ...] = ()
+    """Natural log-probability of each new token, likewise."""
+    top_log_probs: tuple[TopLogProbs, ...] = ()
+    """The most likely tokens at each new token's position; () unless they were requested."""
     score: float | None = None
     """Ranking score among a prompt's beams: log-probability with the repetition penalty, divided by
     length ** length_penalty. None without beams."""

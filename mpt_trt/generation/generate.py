@@ -11,7 +11,7 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from mpt_trt.engines.interface import StepModel
 from mpt_trt.errors import MptTrtError
 from mpt_trt.generation.beam_search import beam_search
 from mpt_trt.generation.config import Generated, GenerationConfig
-from mpt_trt.generation.sampling import OnToken, generate_sequences
+from mpt_trt.generation.sampling import OnToken, Sequences, generate_sequences
 from mpt_trt.generation.stepping import OnStep, PromptBatch, Stepper
 
 
@@ -48,13 +48,50 @@ def generate(
         )
     if len(prompts) == 0:
         return []
+    if config.num_beams > 1:
+        return beam_search(_stepper(model, prompts, config, on_step), config)
+    *_, sequences = generate_steps(model, prompts, config, on_token, on_step)
+    return sequences.generated()
+
+
+def generate_steps(
+    model: StepModel,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    on_token: OnToken | None = None,
+    on_step: OnStep | None = None,
+) -> Iterator[Sequences]:
+    """Continues at least one prompt, without beams, and gives the caller a turn after each step.
+
+    Yields:
+        The growing sequences, the same object after every step. `on_token` was called before.
+
+    Raises:
+        MptTrtError, FloatingPointError: as `generate`; a request that does not fit is found before
+        the first step.
+    """
+    stepper = _stepper(model, prompts, config, on_step)
+    return generate_sequences(stepper, config, on_token or _ignore)
+
+
+def require_fitting(
+    model: StepModel, prompts: Sequence[Sequence[int]], config: GenerationConfig
+) -> list[NDArray[np.int64]]:
+    """Returns prompts as arrays; raises MptTrtError when the request does not fit the model."""
     rows = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
     _check_vocabulary(model, rows, config)
     _check_capacity(model, rows, config)
-    stepper = Stepper(model, PromptBatch.padded(rows, config.pad_id), on_step or _ignore)
-    if config.num_beams > 1:
-        return beam_search(stepper, config)
-    return generate_sequences(stepper, config, on_token or _ignore)
+    return rows
+
+
+def _stepper(
+    model: StepModel,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    on_step: OnStep | None,
+) -> Stepper:
+    rows = require_fitting(model, prompts, config)
+    return Stepper(model, PromptBatch.padded(rows, config.pad_id), on_step or _ignore)
 
 
 def _ignore(*_: object) -> None:

@@ -7,6 +7,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mpt_trt.generation.config import TopLogProbs
+
 Float = TypeVar("Float", bound=np.floating)
 
 
@@ -34,6 +36,20 @@ def log_softmax(logits: NDArray[Float]) -> NDArray[Float]:
     """Computes natural log-probabilities, `[..., vocab]`, in the type of the logits."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def top_log_probs(log_probs: NDArray[np.float32], count: int) -> list[TopLogProbs]:
+    """Finds the `count` most likely tokens of each row of log-probabilities, `[rows, vocab]`."""
+    count = min(count, log_probs.shape[-1])
+    if not count:
+        return [()] * len(log_probs)
+    best = np.argpartition(log_probs, -count, axis=-1)[:, -count:]
+    found = []
+    for row, tokens in zip(log_probs, best, strict=True):
+        # Tokens that are equally likely come in the order of their ids.
+        order = np.lexsort((tokens, -row[tokens]))
+        found.append(tuple((int(token), float(row[token])) for token in tokens[order]))
+    return found
 
 
 def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:

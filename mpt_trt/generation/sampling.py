@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpt_trt.engines.interface import GreedyModel
-from mpt_trt.generation.config import Generated, GenerationConfig
+from mpt_trt.generation.config import Generated, GenerationConfig, TopLogProbs
 from mpt_trt.generation.logits import (
     keep_top_k,
     keep_top_p,
     log_softmax,
     penalize_repetition,
     softmax,
+    top_log_probs,
 )
 from mpt_trt.generation.stepping import Stepper, is_end
 
@@ -24,31 +25,32 @@ OnToken = Callable[[int, int], bool | None]
 The row ends when it returns True. All ranks of an engine must end the same rows.
 """
 
-_Chooser = Callable[[NDArray[np.float32]], NDArray[np.int64]]
-"""Maps scores `[rows, vocab]` to one token per row `[rows]`."""
-
 
 def generate_sequences(
     stepper: Stepper, config: GenerationConfig, on_token: OnToken
-) -> list[list[Generated]]:
-    """Continues every prompt with one sequence, greedily or by sampling."""
-    sequences = _Sequences(len(stepper.prompts.ids), config, on_token)
+) -> Iterator[Sequences]:
+    """Continues every prompt with one sequence, greedily or by sampling.
+
+    Yields:
+        The growing sequences, the same object after every step.
+    """
+    sequences = Sequences(len(stepper.prompts.ids), config, on_token)
     model = stepper.model
-    if config.is_greedy and isinstance(model, GreedyModel):
-        _let_model_choose(stepper, model, sequences, config)
-    else:
-        _choose(stepper, sequences, config)
-    return sequences.generated()
+    if config.is_greedy and not config.top_log_probs and isinstance(model, GreedyModel):
+        return _let_model_choose(stepper, model, sequences, config)
+    return _choose(stepper, sequences, config)
 
 
-def _choose(stepper: Stepper, sequences: _Sequences, config: GenerationConfig) -> None:
+def _choose(
+    stepper: Stepper, sequences: Sequences, config: GenerationConfig
+) -> Iterator[Sequences]:
     prompt_tokens = stepper.prompts.vocabulary()
-    choose = _chooser(config, len(prompt_tokens))
+    chooser = TokenChooser(config, range(len(prompt_tokens)))
     logits = stepper.prefill()
     while True:
         seen = np.concatenate([prompt_tokens, sequences.tokens[:, : sequences.count]], axis=1)
-        chosen = choose(penalize_repetition(logits, seen, config.repetition_penalty))
-        sequences.append(chosen, _log_probs_of(chosen, logits))
+        sequences.append(*chooser.choose(logits, seen))
+        yield sequences
         if not sequences.go_on:
             return
         step = sequences.count
@@ -56,31 +58,60 @@ def _choose(stepper: Stepper, sequences: _Sequences, config: GenerationConfig) -
 
 
 def _let_model_choose(
-    stepper: Stepper, model: GreedyModel, sequences: _Sequences, config: GenerationConfig
-) -> None:
+    stepper: Stepper, model: GreedyModel, sequences: Sequences, config: GenerationConfig
+) -> Iterator[Sequences]:
     logits = stepper.prefill()
     first = logits.argmax(axis=-1)
-    sequences.append(first, _log_probs_of(first, logits))
+    sequences.append(first, _log_probs_of(first, log_softmax(logits)))
+    yield sequences
     if not sequences.go_on:
         return
     for chosen, log_probs in stepper.greedy_steps(model, first, config.max_new_tokens - 1):
         stepper.on_step("decode", sequences.num_live)
         sequences.append(chosen, log_probs)
+        yield sequences
         if not sequences.go_on:
             return
 
 
-def _log_probs_of(chosen: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Computes the natural log-probability of the chosen token of each row, `[rows]`."""
-    return np.take_along_axis(log_softmax(logits), chosen[:, None], axis=-1)[:, 0]
+def _log_probs_of(chosen: NDArray[np.int64], log_probs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Picks each row's log-probability of its chosen token, `[rows]`, from `[rows, vocab]`."""
+    return np.take_along_axis(log_probs, chosen[:, None], axis=-1)[:, 0]
 
 
-def _chooser(config: GenerationConfig, batch: int) -> _Chooser:
-    if config.top_k == 1:
-        return lambda scores: scores.argmax(axis=-1)
-    # One generator per row, so that a row's numbers do not depend on other rows.
-    generators = [np.random.default_rng((config.random_seed, row)) for row in range(batch)]
-    return lambda scores: _draw(_sampling_probabilities(scores, config), generators)
+class TokenChooser:
+    """Chooses the next token of each row, greedily or by sampling.
+
+    streams: a number per row. A row with the same seed and number draws the same random numbers
+    whatever the other rows are.
+    """
+
+    def __init__(self, config: GenerationConfig, streams: Iterable[int]):
+        self._config = config
+        self._generators = [np.random.default_rng((config.random_seed, one)) for one in streams]
+
+    def choose(
+        self, logits: NDArray[np.float32], seen: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], list[TopLogProbs]]:
+        """Chooses a token per row.
+
+        Args:
+            logits: `[rows, vocab]`.
+            seen: `[rows, n]`, the tokens that the repetition penalty applies to.
+
+        Returns:
+            The tokens `[rows]`, their log-probabilities `[rows]` before any penalty, temperature or
+            filter, and the requested most likely tokens of each row.
+        """
+        config = self._config
+        scores = penalize_repetition(logits, seen, config.repetition_penalty)
+        if config.top_k == 1:
+            chosen = scores.argmax(axis=-1)
+        else:
+            chosen = _draw(_sampling_probabilities(scores, config), self._generators)
+        log_probs = log_softmax(logits)
+        top = top_log_probs(log_probs, config.top_log_probs)
+        return chosen, _log_probs_of(chosen, log_probs), top
 
 
 def _sampling_probabilities(
@@ -103,13 +134,18 @@ def _draw(
     return (cumulative <= drawn[:, None]).sum(axis=-1)
 
 
-class _Sequences:
-    """New tokens of every prompt, one growing sequence each."""
+class Sequences:
+    """New tokens of every prompt, one growing sequence each.
+
+    tokens, log_probs: `[batch, max_new_tokens]`, of which the first `count` columns are filled.
+    top: the most likely tokens, by step and prompt; [] if they were not requested.
+    """
 
     def __init__(self, batch: int, config: GenerationConfig, on_token: OnToken):
         self.tokens = np.full((batch, config.max_new_tokens), config.pad_id, dtype=np.int64)
+        self.log_probs = np.zeros((batch, config.max_new_tokens))
+        self.top: list[list[TopLogProbs]] = []
         self._lengths = np.zeros(batch, dtype=np.int64)
-        self._log_probs = np.zeros(batch)
         self._live = np.ones(batch, dtype=bool)
         self._config, self._on_token = config, on_token
         self.count = 0
@@ -123,23 +159,35 @@ class _Sequences:
         """Returns whether another token is needed."""
         return self.count < self._config.max_new_tokens and self.num_live > 0
 
-    def append(self, chosen: NDArray[np.int64], log_probs: NDArray[np.floating]) -> None:
-        """Appends a token to every sequence that has not ended. Both are `[rows]`."""
+    def append(
+        self,
+        chosen: NDArray[np.int64],
+        log_probs: NDArray[np.floating],
+        top: list[TopLogProbs] | None = None,
+    ) -> None:
+        """Appends a token to every sequence that has not ended. All are per row."""
         live = self._live
         self.tokens[live, self.count] = chosen[live]
+        self.log_probs[live, self.count] = log_probs[live]
+        if self._config.top_log_probs and top is not None:
+            self.top.append(top)
         self._lengths += live
-        self._log_probs[live] += log_probs[live]
+        self.count += 1
         ended = is_end(chosen, self._config)
         for row in np.flatnonzero(live):
             if self._on_token(int(row), int(chosen[row])):
                 ended[row] = True
         self._live = live & ~ended
-        self.count += 1
 
     def generated(self) -> list[list[Generated]]:
-        return [
-            [Generated(tuple(row[:length].tolist()), float(log_prob))]
-            for row, length, log_prob in zip(
-                self.tokens, self._lengths, self._log_probs, strict=True
-            )
-        ]
+        return [[self._generated(row)] for row in range(len(self.tokens))]
+
+    def _generated(self, row: int) -> Generated:
+        length = int(self._lengths[row])
+        log_probs = self.log_probs[row, :length]
+        return Generated(
+            tokens=tuple(self.tokens[row, :length].tolist()),
+            cumulative_log_prob=float(log_probs.sum()),
+            log_probs=tuple(log_probs.tolist()),
+            top_log_probs=tuple(step[row] for step in self.top[:length]),
+        )

@@ -30,6 +30,7 @@ class GeneratedText:
         self.tokens: list[int] = []
         self._decoder, self._stop = decoder, tuple(stop)
         self._end: int | None = None
+        self._num_returned = 0
 
     def add(self, token: int) -> bool:
         """Appends a token; returns whether a stop string is complete."""
@@ -50,6 +51,13 @@ class GeneratedText:
             limit = len(raw.rstrip(INCOMPLETE))
             limit -= max((_overlap(raw[:limit], stop) for stop in self._stop), default=0)
         return self._visible(raw, limit)
+
+    def new_text(self, is_finished: bool) -> str:
+        """Returns the part of the text that previous calls have not returned."""
+        text = self.text(is_finished)
+        new = text[self._num_returned :]
+        self._num_returned = max(self._num_returned, len(text))
+        return new
 
     def _visible(self, raw: str, limit: int) -> str:
         """Returns `raw[:limit]` without special tokens."""
@@ -76,35 +84,31 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class OrderedPrinter:
-    """Prints growing texts of several sequences, each in one piece and in order.
+    """Prints the texts of several sequences as they grow, but each as a whole and in order.
 
-    texts: text of each sequence. before: printed before each text. after: printed after it.
+    before: printed before each text. after: printed after each.
     """
 
-    def __init__(
-        self,
-        texts: Sequence[GeneratedText],
-        before: Sequence[str],
-        after: str,
-        write: Callable[[str], None],
-    ):
-        self._texts, self._before, self._after, self._write = texts, before, after, write
-        self._finished = [False] * len(texts)
-        self._row, self._printed, self._is_begun = 0, 0, False
+    def __init__(self, before: Sequence[str], after: str, write: Callable[[str], None]):
+        self._before, self._after, self._write = before, after, write
+        self._waiting = [""] * len(before)
+        self._finished = [False] * len(before)
+        self._current = -1
+        self._begin_next()
 
-    def update(self, row: int, is_finished: bool) -> None:
-        """Prints the text that is certain. row: the sequence that got a token or was finished."""
-        self._finished[row] = self._finished[row] or is_finished
-        while row == self._row and self._row < len(self._texts):
-            if not self._is_begun:
-                self._write(self._before[row])
-                self._is_begun = True
-            done = self._finished[row]
-            text = self._texts[row].text(done)
-            self._write(text[self._printed :])
-            self._printed = max(self._printed, len(text))
-            if not done:
+    def update(self, index: int, new_text: str, is_finished: bool) -> None:
+        """Prints new text of a sequence if its turn has come, and otherwise keeps it."""
+        self._waiting[index] += new_text
+        self._finished[index] = is_finished
+        while self._current < len(self._before):
+            self._write(self._waiting[self._current])
+            self._waiting[self._current] = ""
+            if not self._finished[self._current]:
                 return
             self._write(self._after)
-            self._row, self._printed, self._is_begun = self._row + 1, 0, False
-            row = self._row
+            self._begin_next()
+
+    def _begin_next(self) -> None:
+        self._current += 1
+        if self._current < len(self._before):
+            self._write(self._before[self._current])

@@ -171,14 +171,14 @@ def test_any_request_gives_what_transformers_gives(seed: int) -> None:
     "config",
     [
         greedy(),
-        greedy(repetition_penalty=1.4),
-        greedy(top_k=5, temperature=0.7, top_p=0.8),
+        greedy(repetition_penalty=1.4, top_log_probs=2),
+        greedy(top_k=5, temperature=0.7, top_p=0.8, top_log_probs=VOCAB + 1),
         greedy(num_beams=3, length_penalty=2.0),
         greedy(num_beams=3, repetition_penalty=1.4),
     ],
     ids=["greedy", "greedy penalty", "sampling", "beams", "beams penalty"],
 )
-def test_log_prob_is_the_models_own(config: GenerationConfig) -> None:
+def test_log_probs_are_the_models_own(config: GenerationConfig) -> None:
     for prompt, row in zip(
         PROMPTS, generate(NetworkModel(NETWORKS[2]), PROMPTS, config), strict=True
     ):
@@ -186,8 +186,14 @@ def test_log_prob_is_the_models_own(config: GenerationConfig) -> None:
             ids = torch.tensor([[*prompt, *one.tokens]])
             with torch.no_grad():
                 log_probs = NETWORKS[2](ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            exact = log_probs[torch.arange(len(one.tokens)), list(one.tokens)].sum().item()
-            assert one.cumulative_log_prob == pytest.approx(exact, abs=1e-4)
+            exact = log_probs[torch.arange(len(one.tokens)), list(one.tokens)]
+            assert one.log_probs == pytest.approx(exact.tolist(), abs=1e-4)
+            assert one.cumulative_log_prob == pytest.approx(exact.sum().item(), abs=1e-4)
+            best = log_probs.topk(min(config.top_log_probs, VOCAB))
+            ids = [tuple(token for token, _ in top) for top in one.top_log_probs]
+            assert ids == [tuple(row) for row in best.indices.tolist() if row]
+            for top, values in zip(one.top_log_probs, best.values.tolist(), strict=False):
+                assert [value for _, value in top] == pytest.approx(values, abs=1e-4)
 
 
 @pytest.mark.parametrize("top_k", [1, 0])

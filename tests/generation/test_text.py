@@ -46,13 +46,21 @@ def test_an_empty_stop_string_is_rejected() -> None:
         GeneratedText(Words(), [""])
 
 
+def test_new_text_is_returned_once() -> None:
+    text = GeneratedText(Words(), ["bcde"])
+    found = []
+    for token in (0, 1, 0, 4):
+        is_finished = text.add(token)
+        found.append(text.new_text(is_finished))
+    assert found == ["a", "", "bcda", ""]
+
+
 def test_texts_come_as_a_whole_and_in_order() -> None:
-    texts = [GeneratedText(Words()) for _ in range(3)]
     written: list[str] = []
-    printer = OrderedPrinter(texts, ["1:", "2:", "3:"], ";", written.append)
-    for row, token, ends in ((0, 0, 0), (1, 1, 0), (2, 2, 1), (0, 1, 1), (1, 0, 1)):
-        texts[row].add(token)
-        printer.update(row, bool(ends))
-        if (row, token) == (1, 1):
+    printer = OrderedPrinter(["1:", "2:", "3:"], ";", written.append)
+    parts = ((0, "ab", 0), (1, "cd", 0), (2, "e", 1), (0, "cd", 1), (1, "ab", 1))
+    for index, new_text, is_finished in parts:
+        printer.update(index, new_text, bool(is_finished))
+        if new_text == "e":
             assert "".join(written) == "1:ab"
     assert "".join(written) == "1:abcd;2:cdab;3:e;"

@@ -1,0 +1,1 @@
+"""The Python interface: a loaded engine that generates text."""
