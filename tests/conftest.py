@@ -17,6 +17,7 @@ from hypothesis import settings
 
 from support.built import Built
 from support.checkpoints import CheckpointSpec
+from support.demo import make_demo_engine
 from support.engines import build, make_ft_checkpoint
 from support.ft import CLI
 
@@ -88,3 +89,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     checkpoint = make_ft_checkpoint(folder, spec)
     engine = build(checkpoint, folder / "engine")
     return Built(spec, folder / "hf", checkpoint.folder, engine)
+
+
+@pytest.fixture(scope="session")
+def demo_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine of the model that ships, with its tokenizer: 4 rows of 96 positions."""
+    return make_demo_engine(tmp_path_factory.mktemp("demo"))

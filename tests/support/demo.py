@@ -1,0 +1,25 @@
+"""An engine of the model that ships, with its tokenizer, for ONNX Runtime on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpt_trt.engines.build.rank_network import NetworkInputs
+from mpt_trt.engines.spec import BuildLimits
+from mpt_trt.ft.checkpoint import read_ft_checkpoint
+from mpt_trt.model.sharding import VocabularySharding
+from support.engines import call_tool
+from support.paths import REPOSITORY
+from support.simulated.install import build_simulated
+
+MODEL = REPOSITORY / "resources" / "mpt-demo"
+LIMITS = BuildLimits(max_batch_size=4, max_input_len=32, max_output_len=64)
+
+
+def make_demo_engine(folder: Path, limits: BuildLimits = LIMITS) -> Path:
+    """The engine directory `folder/engine` in float32. No TensorRT loads its plan."""
+    call_tool("convert_hf_mpt_to_ft.py", "-i", MODEL, "-o", folder / "ft", "-t", "float32")
+    checkpoint = read_ft_checkpoint(folder / "ft" / "1-gpu")
+    return build_simulated(
+        NetworkInputs(checkpoint, limits, VocabularySharding()), folder / "engine"
+    )
