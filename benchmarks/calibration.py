@@ -76,7 +76,7 @@ def main() -> None:
     add("--batch_size", type=int, default=8, help="(default: %(default)s)")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="(default: %(default)s)")
     add("--dtype", default="float16", help="what a GPU computes in (default: %(default)s)")
-    add("--stock", action="store_true", help="ModelOpt's quantize on the whole model, too")
+    add("--stock", action="store_true", help="also ModelOpt's quantize on the whole model")
     add("--folder", type=Path, default=Path("build/benchmark-calibration"))
     arguments = parser.parse_args()
     figures = make_bench(arguments).figures(arguments)

@@ -1,6 +1,6 @@
-"""Conversion to an FT checkpoint with MPT_TRT_FSYNC=1, which waits for the disk, against without.
+"""Compares conversion to an FT checkpoint with and without MPT_TRT_FSYNC=1 (waiting for the disk).
 
-Makes a random checkpoint and alternates both, and `cp` with `sync` of the same bytes, in one run.
+Makes a random checkpoint, and alternates both and `cp` with `sync` of the same bytes in one run.
 The checkpoint is in the page cache before the first measured run.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import Measured, make_random_checkpoint, measure, script, write_result
 
-# What is compared, and the environment of its conversion; None: cp, and sync of its files.
+# Compared programs and their environments; None: cp, and sync of its files.
 WAYS = {"conversion": "0", "synced conversion": "1", "synced cp": None}
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     runs: dict[str, list[Measured]] = {way: [] for way in WAYS}
     for _ in range(arguments.repeats + 1):  # the first round is dropped
         for way in WAYS:
-            # What earlier runs left unwritten is not this one's.
+            # Unwritten data of earlier runs must not count.
             measure(["sync"])
             runs[way].append(measure(command(way, source, target)))
             shutil.rmtree(target)

@@ -21,7 +21,7 @@ from support.demo import make_demo_engine
 from support.engines import build, make_ft_checkpoint
 from support.ft import CLI
 
-# A busy machine says nothing about a property.
+# Time limits on a busy machine say nothing about a property.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 

@@ -3,7 +3,7 @@
 
     snakemake preflight
 
-runs it for the targets of config.yaml. The first job that uses GPUs on a machine runs it, too.
+runs it for the targets of config.yaml. The first job that uses GPUs on a machine also runs it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""GPTQ of a model's matrices, on what they multiply while the model reads the samples.
+"""Rounds a model's matrices with GPTQ, on their inputs while the model reads the samples.
 
-A matrix is rounded on the inputs that it gets in the model as rounded so far, and aims at the
-outputs that the unquantized model has: it makes up for errors of the matrices before it, too (as
-in GPTAQ, arXiv:2504.02692). So there are two hidden states of every sample.
+A matrix is rounded with its inputs in the model as rounded so far, and approximates the outputs of
+the unquantized model. So it also compensates for errors of earlier matrices (as in GPTAQ,
+arXiv:2504.02692), and every sample has two hidden states.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class GptqCalibration:
             plain = {name: stack.enter_context(_Inputs(m)) for name, m in modules.items()}
             run(block)
         matrices: dict[BlockMatrix, CalibratedMatrix] = {}
-        # In the order of the data: each is rounded on the errors of those before it.
+        # In the order of computation, because each matrix compensates for errors of earlier ones.
         for name, module in modules.items():
             statistics = _statistics(block, module, plain.pop(name), hidden, run.attention_bias)
             matrices[name] = self._rounded(module, statistics)
@@ -62,7 +62,7 @@ class GptqCalibration:
 
 
 class _Inputs:
-    """Keeps what a module multiplies, by batch, `[tokens, in]`, while it is entered."""
+    """Records a module's inputs by batch, `[tokens, in]`, while the context is active."""
 
     def __init__(self, module: nn.Module):
         self._module = module
@@ -80,7 +80,7 @@ class _Inputs:
 
 
 class _LastInputs(_Inputs):
-    """The same, and ends the block's run there: nothing after the module is needed."""
+    """Records a module's inputs and ends the block's run there, because the rest is not needed."""
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         super()._keep(module, inputs)
@@ -88,7 +88,7 @@ class _LastInputs(_Inputs):
 
 
 class _Reached(Exception):
-    """A module's inputs are known."""
+    """Raised when a module's inputs are known."""
 
 
 def _statistics(

@@ -59,12 +59,11 @@ def _instruct(after_blurb: str, instruction: str, between: str, response: str) -
     )
 
 
-# Hub models without a template, by the end of their names. Sources:
-# mpt-7b-instruct, mpt-30b-instruct and mpt-7b-8k-instruct: "Formatting" of their model cards
-# (INTRO_BLURB, INSTRUCTION_KEY and RESPONSE_KEY of the first; format_prompt of the others).
-# mpt-7b-chat and mpt-30b-chat: ChatML and system messages of their Spaces on the hub
-# (spaces/mosaicml/mpt-7b-chat and mpt-30b-chat, app.py); llm-foundry's scripts/inference/hf_chat.py
-# has the first one, too.
+# Hub models without a template, by the end of their names. Sources: mpt-7b-instruct,
+# mpt-30b-instruct and mpt-7b-8k-instruct: "Formatting" of their model cards (INTRO_BLURB,
+# INSTRUCTION_KEY and RESPONSE_KEY of the first; format_prompt of the others). mpt-7b-chat and
+# mpt-30b-chat: ChatML and system messages of their Spaces on the hub (spaces/mosaicml/mpt-7b-chat
+# and mpt-30b-chat, app.py); llm-foundry's scripts/inference/hf_chat.py also has the first one.
 KNOWN_TEMPLATES: tuple[tuple[str, ChatTemplate], ...] = (
     (
         r"mpt-7b-chat",

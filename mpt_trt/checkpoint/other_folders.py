@@ -1,4 +1,4 @@
-"""Recognises folders of another kind than the one that was asked for."""
+"""Recognises folders of another kind than the requested one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mpt_trt.system.replace import read_mark
 
-# Keys that only one kind of config.json has, and what that kind is.
+# Keys that only one kind of config.json has, and the name of that kind.
 KEYS = {
     "ranks": "an engine directory, which run.py reads",
     "pretrained_config": "an engine directory of TensorRT-LLM, which only TensorRT-LLM reads",
@@ -16,7 +16,7 @@ KEYS = {
 
 
 def describe_folder(folder: Path) -> str | None:
-    """Returns what a folder is and which command reads it; None if that is unknown."""
+    """Describes a folder's kind and the command that reads it; None if it is unknown."""
     if (folder / "config.ini").is_file():
         return "an FT checkpoint, which build.py and quantize.py read"
     content = read_mark(folder / "config.json")
@@ -33,6 +33,6 @@ def describe_folder(folder: Path) -> str | None:
 
 
 def hint(folder: Path) -> str:
-    """Returns the end of an error's sentence about a missing file: what the folder is instead."""
+    """Makes the end of an error about a missing file: the folder's actual kind."""
     description = describe_folder(folder)
     return "" if description is None else f"; {folder} is {description}"

@@ -1,16 +1,16 @@
-"""GPTQ (Frantar et al., arXiv:2210.17323): rounding that corrects its own errors.
+"""Rounds weights with GPTQ (Frantar et al., arXiv:2210.17323), which corrects its own errors.
 
-The weights of a linear layer are rounded one input feature after the other. After each, the
-features that follow are changed so that they make up for the error of the layer's output, as far
-as the calibration text shows it: its Hessian is H = sum of x x^T over the inputs x.
+The weights of a linear layer are rounded one input feature after the other. After each, later
+features are changed to compensate for the error of the layer's output on the calibration text,
+whose Hessian is H = sum of x x^T over the inputs x.
 
-If the layers before have been rounded as well, the inputs x differ from the inputs y of the
-unquantized model. The weights W are first moved towards those that map x to the output W y with
-the least error, W + W (sum of (y - x) x^T) H^-1 (Li et al., arXiv:2504.02692, have the same aim).
+If earlier layers have been rounded as well, the inputs x differ from the inputs y of the
+unquantized model. The weights W are first moved towards those that map x to the output W y with the
+least error, W + W (sum of (y - x) x^T) H^-1 (Li et al., arXiv:2504.02692, have the same aim).
 
-Features are rounded in the order of their mean square, the largest first, so that the most features
-are left to correct the errors that weigh most. Groups are those of the stored order: their scales
-are chosen before, and no permutation is stored.
+Features are rounded in the order of their mean square, the largest first, so that many features are
+left to correct the most important errors. Groups follow the stored order: their scales are chosen
+first, and no permutation is stored.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ BLOCK_COLUMNS = 128
 
 
 CORRECTION = 0.5
-"""Part of the way to the weights of least error that they are moved. With all of it, the result
-follows the calibration text too closely."""
+"""Fraction of the move towards the weights of least error. The full move would follow the
+calibration text too closely."""
 
 
 @dataclass(frozen=True)
 class Statistics:
     """Sums over the tokens of the calibration text.
 
-    hessian: of x x^T, float64 `[in, in]`. shift: of (y - x) x^T, float32 `[in, in]`. x are the
-    inputs that the layer has in the model as rounded so far, y those in the unquantized model.
+    hessian: sum of x x^T, float64 `[in, in]`. shift: sum of (y - x) x^T, float32 `[in, in]`. x are
+    the layer's inputs in the model as rounded so far, y those in the unquantized model.
     """
 
     hessian: Tensor
@@ -47,19 +47,19 @@ class Statistics:
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device) -> Statistics:
-        """Sums over no tokens."""
+        """Makes sums over no tokens."""
         hessian = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         return cls(hessian, torch.zeros(in_features, in_features, device=device))
 
     def add(self, inputs: Tensor, expected: Tensor) -> None:
-        """Adds tokens: x and y, `[tokens, in]` each."""
+        """Adds tokens x and y, `[tokens, in]` each."""
         inputs, expected = inputs.float(), expected.float()
         self.hessian.add_(inputs.T @ inputs)
         self.shift.addmm_((expected - inputs).T, inputs)
 
     @property
     def is_finite(self) -> bool:
-        """Whether neither the inputs nor the sums held NaN or Inf."""
+        """Returns whether neither the inputs nor the sums contained NaN or Inf."""
         return bool(self.hessian.isfinite().all() and self.shift.isfinite().all())
 
 
@@ -74,7 +74,7 @@ class RoundedMatrix:
     scales: Tensor
 
     def dequantized(self) -> Tensor:
-        """The weights that the values stand for, float32 `[out, in]`."""
+        """Computes the represented weights, float32 `[out, in]`."""
         return self.values * _by_feature(self.scales, self.values.shape[1])
 
 
@@ -83,8 +83,8 @@ def round_with_gptq(
 ) -> RoundedMatrix:
     """Rounds a matrix to a grid.
 
-    weight: float32 `[out, in]`. statistics: its Hessian is changed. group_size: input features that
-    share a scale; it divides `in`.
+    weight: float32 `[out, in]`. statistics: the Hessian is modified. group_size: input features
+    that share a scale; it divides `in`.
     """
     hessian = statistics.hessian
     diagonal = hessian.diagonal()
@@ -114,7 +114,7 @@ def _round_in_order(weight: Tensor, scales: Tensor, factor: Tensor, grid: Grid) 
 
     weight, scales: float32 `[out, in]`. factor: see `inverse_factor`.
     """
-    # A column is a row here, which lies together in memory.
+    # Columns are rows here, which are contiguous in memory.
     rest, scales = weight.T.contiguous(), scales.T.contiguous()
     values = torch.empty_like(rest)
     for start in range(0, len(rest), BLOCK_COLUMNS):

@@ -1,4 +1,4 @@
-"""Grids of numbers that a weight may have, times a scale."""
+"""Grids of numbers that represent weights, times a scale."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 class Grid:
     """The numbers that a format can represent.
 
-    bits: of a number. lowest, highest: its largest negative and positive numbers. nearest: rounds
-    float32 values within that range to the grid, halves to even.
+    bits: bits per number. lowest, highest: the largest negative and positive numbers. nearest:
+    rounds float32 values within that range to the grid, half to even.
     """
 
     bits: int
@@ -23,12 +23,12 @@ class Grid:
     nearest: Callable[[Tensor], Tensor]
 
     def quantized(self, values: Tensor) -> Tensor:
-        """Rounds values to the nearest number of the grid; those beyond its ends saturate."""
+        """Rounds values to the nearest number of the grid; values beyond its ends saturate."""
         return self.nearest(values.clamp(self.lowest, self.highest))
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether the grid reaches equally far on both sides."""
+        """Returns whether the largest negative and positive numbers have equal magnitudes."""
         return self.lowest == -self.highest
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpt_trt.errors import MptTrtError
 
-# Far beyond what is read as JSON: the index of the largest models has some 100 kB.
+# Far above the size of real files: the index of the largest models has about 100 kB.
 MOST_BYTES = 16 << 20
 MOST_DEPTH = 64
 MOST_DIGITS = 19

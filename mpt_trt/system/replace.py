@@ -1,12 +1,13 @@
 """Writes outputs that are either complete or absent, and never replaces anything foreign.
 
 An output is made in a staging folder next to its place and moved there in one step. Folders are
-exchanged by `renameat2`. Where the file system cannot do that, the old folder is moved to `old` in
-the staging folder first; if the process ends before the new folder is in place, `recover` moves it
+exchanged by `renameat2`. If the file system cannot do that, the old folder is moved to `old` in the
+staging folder first; if the process ends before the new folder is in place, `recover` moves it
 back.
 
 A staging folder has a random name, so any number of processes may write the same output, and a lock
-(`flock`) that ends with its process, so the next process can tell leftovers from work in progress.
+(`flock`) that ends with its process, so the next process can distinguish leftovers from work in
+progress.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from typing import Any
 
 from mpt_trt.errors import MptTrtError
 
-# Set to 1, data reaches the disk before an output replaces another: power failures lose neither.
+# If set to 1, data is on disk before an output replaces another, so power failures lose neither.
 SYNC_VARIABLE = "MPT_TRT_FSYNC"
 SYNC_WORKERS = 8
-# Names in a staging folder. `old` holds the only copy of a result while nothing is in its place.
+# Names in a staging folder. `old` is the only copy of a result while nothing is in its place.
 NEW, OLD, REPLACED = "new", "old", "replaced"
-# How often others may put their result in place between two system calls of ours.
+# Maximum number of attempts while other processes put their results in the same place.
 ATTEMPTS = 100
 LONGEST_SHOWN_NAME = 100
-# What Snakemake and network file systems put into folders of others.
+# Files that Snakemake and network file systems put into any folder.
 UNOWNED_FILES = re.compile(r"\.snakemake_timestamp|\.nfs[0-9a-f]+")
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 REMEDIES = {
@@ -62,11 +63,11 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class FolderKind:
-    """A kind of folder that our tools write and may replace.
+    """A kind of folder that mpt-trt's tools write and may replace.
 
-    name: for messages, such as "an FT checkpoint". own_files: the paths, relative to the folder, of
-    the files that our tool wrote there, as the folder's manifest lists them; None for a folder
-    without such a manifest.
+    name: for messages, such as "an FT checkpoint". own_files: relative paths of the files that
+    mpt-trt's tool wrote there, from the folder's manifest; None for a folder without such a
+    manifest.
     """
 
     name: str
@@ -78,7 +79,7 @@ NEVER_REPLACED = FolderKind("a folder of this tool", lambda _: None)
 
 
 def read_mark(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that may be anything; {} for anything else."""
+    """Reads the JSON object in a file with any content; {} if it is not one."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -91,8 +92,8 @@ def require_replaceable(
 ) -> None:
     """Raises MptTrtError unless the folder `target` may be made or replaced.
 
-    It may if nothing is there, or an empty folder, or a folder of the same kind that holds nothing
-    else. Force replaces any folder, but not an input, nor a folder around or inside one.
+    It may if it does not exist, is empty, or is a folder of the same kind without other files.
+    Force replaces any folder except an input or a folder around or inside one.
     """
     if target.name in ("", ".."):
         raise MptTrtError(
@@ -108,7 +109,7 @@ def require_replaceable(
                     _require_replaceable(target, held, kind, inputs, force)
                     return
                 except (MptTrtError, FileNotFoundError):
-                    # Another process may have replaced the folder, and be removing its files.
+                    # Another process may have replaced the folder and may be removing its files.
                     if held.is_in_place():
                         raise
     raise _busy(target)
@@ -183,7 +184,7 @@ def move_together(folder: Path, names: Iterable[str], target: Path) -> None:
 
 @contextlib.contextmanager
 def replace_file(target: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
-    """Yields a path; the file written there replaces `target` if the block succeeds.
+    """Yields a path; a file written there replaces `target` if the block succeeds.
 
     A link stays, and the file that it points to is replaced. A device, a pipe, and the file that is
     the standard output are written to. inputs: files and folders that the block reads.
@@ -208,7 +209,7 @@ def replace_file(target: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
 def require_writable(target: Path, inputs: Iterable[Path] = ()) -> None:
     """Raises MptTrtError when the file `target` must not be written.
 
-    That is a folder, one of the inputs, and an existing file inside an input folder.
+    These are folders, inputs, and existing files inside an input folder.
     """
     with plain_disk_errors(target):
         if target.name in ("", "..") or target.is_dir():
@@ -224,7 +225,7 @@ def require_writable(target: Path, inputs: Iterable[Path] = ()) -> None:
 
 
 def remove_file(target: Path) -> None:
-    """Removes an output file of an earlier run, also one that a link points to.
+    """Removes an output file of an earlier run, also the target of a link.
 
     Links, devices, pipes and folders stay.
     """
@@ -234,7 +235,7 @@ def remove_file(target: Path) -> None:
 
 
 def is_replaced(target: Path) -> bool:
-    """Whether a new file takes the place of `target`, instead of being written to it."""
+    """Returns whether a new file replaces `target`, instead of being written to it."""
     try:
         existing = target.stat()
     except OSError:
@@ -243,10 +244,10 @@ def is_replaced(target: Path) -> bool:
 
 
 def recover(target: Path) -> None:
-    """Moves back what an interrupted replacement had moved away; a folder that exists stays.
+    """Restores what an interrupted replacement had moved away; an existing folder stays.
 
-    For readers: on file systems that cannot exchange folders, nothing is at `target` between two
-    steps of a replacement.
+    Readers need it, because on file systems that cannot exchange folders, `target` is absent
+    between two steps of a replacement.
     """
     if os.path.lexists(target) or target.name in ("", ".."):
         return
@@ -256,7 +257,7 @@ def recover(target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or a folder with all that is in it, is on the disk, if asked for."""
+    """Waits until a file, or a folder with its content, is on disk, if MPT_TRT_FSYNC is set."""
     if not _is_syncing():
         return
     paths = [path]
@@ -269,7 +270,7 @@ def sync(path: Path) -> None:
 
 
 def sync_entry(path: Path) -> None:
-    """Waits until the name of a file or folder is on the disk, if asked for."""
+    """Waits until the name of a file or folder is on disk, if MPT_TRT_FSYNC is set."""
     if _is_syncing():
         _fsync(path.parent)
 
@@ -286,7 +287,7 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-# --- What may be replaced ------------------------------------------------------------------------
+# --- Replaceable folders -------------------------------------------------------------------------
 
 
 def _require_replaceable(
@@ -311,9 +312,9 @@ def _require_replaceable(
 
 @dataclass(frozen=True)
 class _Held:
-    """A file or folder that is looked at as one, whatever other processes move to its path.
+    """A file or folder that stays the same, even if other processes replace its path.
 
-    view: a path of the same thing, wherever it is moved.
+    view: a path that follows it when it is moved.
     """
 
     path: Path
@@ -329,7 +330,7 @@ class _Held:
 def _held(path: Path) -> Iterator[_Held | None]:
     """Yields what is at `path`, or None if nothing is there. Errors inside name that path."""
     try:
-        # While it is open, no other folder gets its number.
+        # While it is open, no other folder gets its inode number.
         descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW)
     except FileNotFoundError:
         yield None
@@ -363,7 +364,7 @@ def _require_apart(target: Path, source: Path) -> None:
 
 
 def _is_in(path: Path, folder: Path) -> bool:
-    """Whether `path` is the file or folder `folder`, or lies in it."""
+    """Returns whether `path` is `folder` or is in it."""
     if not folder.exists():
         return False
     real = Path(os.path.realpath(path))
@@ -404,7 +405,7 @@ def _lstat(path: Path) -> os.stat_result | None:
 
 
 def _standard_stream(existing: os.stat_result) -> int | None:
-    """The descriptor of stdout or stderr, if it is that file."""
+    """Returns the descriptor of stdout or stderr, if it is that file."""
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
             if os.path.samestat(existing, os.fstat(descriptor)):
@@ -433,18 +434,18 @@ def _write_all(descriptor: int, content: bytes) -> None:
 
 
 def _stagings(target: Path, host: str) -> list[Path]:
-    """The staging folders of a target, of all processes. host: a pattern."""
+    """Lists the staging folders of a target, of all processes. host: a pattern."""
     pattern = glob.escape(_shown_name(target)) + f".partial-{host}-*"
     return sorted(target.parent.glob(f".{pattern}"))
 
 
 def _prefix(target: Path) -> str:
-    """The start of the names of this machine's staging folders of a target."""
+    """Prefix of the names of this machine's staging folders of a target."""
     return f".{_shown_name(target)}.partial-{socket.gethostname()}-"
 
 
 def _shown_name(target: Path) -> str:
-    """The target's name, shortened if it would leave no room for the rest of a staging name."""
+    """The target's name, shortened to leave room for the rest of a staging name."""
     name = os.fsencode(target.name)
     if len(name) <= LONGEST_SHOWN_NAME:
         return target.name
@@ -461,7 +462,7 @@ def _locked_staging(target: Path) -> Iterator[Path]:
             staging.mkdir()
             with contextlib.suppress(FileNotFoundError):
                 lock = _lock(staging, fcntl.LOCK_EX)
-            # Between the two calls, another process may have taken it for a leftover.
+            # Between the two calls, another process may have mistaken it for a leftover.
             if staging.exists():
                 yield staging
                 return
@@ -472,9 +473,9 @@ def _locked_staging(target: Path) -> Iterator[Path]:
 
 
 def _lock(folder: Path, how: int) -> int | None:
-    """Locks a folder for this process; None where the file system has no locks.
+    """Locks a folder for this process; None if the file system has no locks.
 
-    Raises BlockingIOError when another process has the lock and `how` says not to wait for it.
+    Raises BlockingIOError when another process has the lock and `how` does not wait.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -502,7 +503,7 @@ def _clean_up(target: Path) -> None:
 
 
 def _remove_leftover(staging: Path, target: Path, process: int) -> None:
-    # In a container every run may get the same process id.
+    # In a container, every run may get the same process id.
     is_own = process == os.getpid()
     if not is_own and Path("/proc", str(process)).exists():
         return
@@ -538,9 +539,9 @@ def _put_in_place(
     may_replace: Callable[[], None],
     may_remove: Callable[[Path], None],
 ) -> None:
-    """Moves the folder `new` to `target`; what was there is then in the staging folder.
+    """Moves the folder `new` to `target`, and the old content to the staging folder.
 
-    may_replace, may_remove: raise when what is at `target`, or was there, must be kept.
+    may_replace, may_remove: raise when the content that is or was at `target` must be kept.
     """
     for attempt in range(ATTEMPTS):
         if _move_to_free_place(new, target):
@@ -564,7 +565,7 @@ def _put_in_place(
 
 
 def _move_to_free_place(new: Path, target: Path) -> bool:
-    """Moves a folder to where nothing is, or an empty folder; False if something is there."""
+    """Moves a folder to a path that is free or an empty folder; False if it is neither."""
     try:
         new.rename(target)
     except OSError as error:
@@ -599,7 +600,7 @@ def _move_in_two_steps(
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Exchanges two files or folders in one step; False where the system cannot do that."""
+    """Exchanges two files or folders in one step; False if the system cannot do that."""
     rename = _renameat2()
     if rename is None:
         return False
@@ -631,7 +632,7 @@ def _renameat2() -> Any:
 def plain_disk_errors(target: Path) -> Iterator[None]:
     """Turns system errors of writing `target` into one sentence.
 
-    An error that names another file is about that file: reading an input fails here as well.
+    An error that names another file is reported for that file, such as an unreadable input.
     """
     try:
         yield
@@ -649,7 +650,7 @@ def _is_name(value: object) -> bool:
 
 
 def _belongs_to(name: str, target: Path) -> bool:
-    """Whether a path is the target, a folder around it, or lies in it or its staging folder."""
+    """Returns whether a path is, contains, or is in the target or its staging folder."""
     # Path.resolve would follow links.
     path, whole = Path(os.path.abspath(name)), Path(os.path.abspath(target))  # noqa: PTH100
     if path == whole or path in whole.parents or whole in path.parents:

@@ -142,7 +142,7 @@ class JobOptions:
         return [] if has_own else [f"--tokenizer_dir={self.plan.tokenizer_folder(target)}"]
 
     def _model(self, target: Target) -> list[str]:
-        """What belongs to the model beside its folder: tokenizer and adapter."""
+        """Options for the parts of a model outside its folder: tokenizer and adapter."""
         return [*self.tokenizer(target), *self._adapter(target)]
 
     def _adapter(self, target: Target) -> list[str]:

@@ -185,7 +185,7 @@ class TestMerge:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_types(self, tmp_path: Path, dtype: torch.dtype) -> None:
-        """Updates of a checkpoint in 16 bits are added in float32, whatever the adapter's type."""
+        """Updates of a 16-bit checkpoint are added in float32, for any type of the adapter."""
         folder = write_checkpoint(tmp_path / "hf", BASE, dtype=dtype)
         content = {name: tensor.to(dtype) for name, tensor in adapter_tensors().items()}
         found = merged(folder, write_adapter(tmp_path / "adapter", content))

@@ -439,7 +439,7 @@ def test_sizes_beyond_any_model_are_refused_at_once(
         read_hf_config(tmp_path)
 
 
-# What llm-foundry's class writes beside the architecture, and what transformers' class does.
+# Keys besides the architecture that llm-foundry's class and transformers' class write.
 FOUNDRY_SIGNS: dict[str, dict[str, Any]] = {
     "class": {"architectures": ["MPTForCausalLM"]},
     "code on the hub": {"auto_map": {"AutoConfig": "configuration_mpt.MPTConfig"}},

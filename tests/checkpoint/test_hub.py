@@ -1,4 +1,4 @@
-"""Fetching from a hub on this host, by the real client in processes of their own."""
+"""Fetching from a hub on this host, with the real client in separate processes."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def assert_no_leftovers(place: Workplace) -> None:
     assert not list(place.folder.rglob("*.partial*"))
 
 
-# What is fetched
+# Fetched files
 
 
 def test_a_recorded_commit_outlives_the_branch(place: Workplace):

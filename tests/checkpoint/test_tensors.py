@@ -319,7 +319,7 @@ class TestTiedHead:
         assert "tie_word_embeddings" in message
 
     def write(self, folder: Path, content: dict[str, Tensor], layout) -> None:
-        """`content` beside a config.json that says that the head is tied."""
+        """Writes `content` next to a config.json with a tied head."""
         write_checkpoint(folder, BASE, layout=layout)
         suffix = "bin" if "bin" in layout else "safetensors"
         stem = "pytorch_model" if suffix == "bin" else "model"

@@ -70,7 +70,7 @@ def test_ids_are_those_of_transformers(folder: Path, change: str) -> None:
 def test_models_that_transformers_does_not_read(
     folder: Path, changes: dict[str, Any], is_named: bool
 ) -> None:
-    """The tokenizer beside such a config.json is read as beside one of transformers' MPT."""
+    """A tokenizer next to such a config.json is read like one of transformers' MPT."""
     if not is_named:
         path = folder / "tokenizer_config.json"
         content = json.loads(path.read_text())

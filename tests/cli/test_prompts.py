@@ -27,7 +27,7 @@ def as_npy(array: np.ndarray, allow_pickle: bool = False) -> bytes:
         (b"one\ntwo\n", ["one", "two"]),
         (b"one\r\ntwo\r\n", ["one", "two"]),
         (b"\xef\xbb\xbfone\r\n\r\ntwo", ["one", "two"]),
-        # What str.splitlines would also split at.
+        # Characters that str.splitlines would also split at.
         (
             "a\x0bb\x0cc\x1cd\x85e\u2028f\u2029g\rh\n".encode(),
             ["a\x0bb\x0cc\x1cd\x85e\u2028f\u2029g\rh"],
@@ -83,7 +83,7 @@ def test_csv(tmp_path: Path, content: bytes, expected: list[list[int]]) -> None:
         ([[0, 0, 7, 8]], [[7, 8]]),
         ([[7, 0, 8, 0]], [[7, 0, 8]]),
         ([5, 17, 99], [[5, 17, 99]]),
-        # What run.py writes for two prompts with two beams each.
+        # The output of run.py for two prompts with two beams each.
         ([[[5, 17], [6, 0]], [[7, 8], [9, 0]]], [[5, 17], [6], [7, 8], [9]]),
     ],
 )

@@ -94,7 +94,7 @@ def test_only_the_documented_cache_is_left_in_the_users_home(built: Built, tmp_p
     """Runs tools that use ONNX Runtime for arithmetic and to run an engine."""
     home = tmp_path / "home"
     home.mkdir()
-    # What this process has set is not to be inherited.
+    # Variables that this process has set must not be inherited.
     kept = {"PATH", "LD_LIBRARY_PATH", "LANG"} & os.environ.keys()
     environment = {name: os.environ[name] for name in kept} | {"HOME": str(home)}
     convert = ["convert_hf_mpt_to_ft.py", f"-i={built.hf}", f"-o={tmp_path / 'ft'}", "-t=bfloat16"]

@@ -233,7 +233,7 @@ def test_more_of_anything_never_needs_less(spec: EngineSpec) -> None:
 @given(SPECS.filter(lambda spec: spec.tp_size > 1))
 def test_a_rank_of_more_needs_less(spec: EngineSpec) -> None:
     fewer = replace(spec, tp_size=spec.tp_size // 2)
-    # Of two ranks' heads, each may be a second copy beside a whole embedding.
+    # Each of two ranks' heads may be a second copy next to a whole embedding.
     for quantity in QUANTITIES if fewer.tp_size > 1 else QUANTITIES[1:3]:
         assert quantity(spec) <= quantity(fewer)
 

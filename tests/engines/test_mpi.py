@@ -57,7 +57,7 @@ BOTH = VocabularySharding(embedding=True, head=True)
 FLOAT32_BOUND = 1e-5
 FLOAT16_BOUND = 5e-3
 
-# pip puts it beside Python, which need not be on the PATH.
+# pip puts it next to Python, which need not be on the PATH.
 MPIRUN = Path(sys.executable).with_name("mpirun")
 TIME_LIMIT_S = 120
 # Longer than one rank takes more than the other to load its engine on a busy machine.
@@ -75,7 +75,7 @@ class Finished:
 
     @property
     def errors(self) -> list[str]:
-        """The lines of our own messages; mpirun adds its own, and at times a NUL behind them."""
+        """Lines of mpt-trt's messages; mpirun adds its own, and sometimes a NUL after them."""
         lines = (self.stdout + self.stderr).replace("\0", "").splitlines()
         assert not any("Traceback" in line or "terminate called" in line for line in lines)
         return [line.strip() for line in lines if line.strip().startswith("error")]

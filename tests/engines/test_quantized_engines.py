@@ -2,7 +2,7 @@
 
 ModelOpt's own fake-quantized model is the reference. How near an engine can come to it:
 
-- Weights alone (int4_awq), or weights and an 8-bit cache: both compute with the same integers, but
+- Only weights (int4_awq), or weights and an 8-bit cache: both compute with the same integers, but
   for weights that the npz's float16 rounds across a rounding border. A few percent of the
   quantization's own distance at most; with a float32 npz there is no difference.
 - Activations (fp8, SmoothQuant): rounding is not continuous. Where two computations differ by d in
@@ -281,7 +281,7 @@ def logits_of_ranks(demo: Model, held_out: NDArray[np.int64]) -> Callable[..., N
 def test_any_number_of_ranks_gives_the_same(name, tp_size, logits_of_ranks, reference):
     """Weights are quantized before they are cut, so only sums are added in another order.
 
-    Where activations are rounded, too, that grows to the size of their rounding (see above).
+    If activations are also rounded, the difference grows to the size of their rounding (see above).
     """
     quantization = QUANTIZATIONS[name]
     alone, together = (logits_of_ranks(quantization, number) for number in (1, tp_size))

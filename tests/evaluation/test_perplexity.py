@@ -48,7 +48,7 @@ DEMO = REPOSITORY / "resources" / "mpt-demo"
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime runs everything here, whatever this machine has."""
+    """Simulates a machine without a GPU, so that ONNX Runtime runs everything."""
     monkeypatch.setattr(gpus, "compute_capabilities", lambda: ())
 
 
@@ -227,7 +227,7 @@ def test_figures_equal_pytorchs(built: Built, monkeypatch, noise, max_logits):
     heldout, head = heldout_of(built.hf, tokens), read_head(built.hf)
     engine = replace(load_engine(built.engine), max_logits=max_logits)
     run = engine.model.step
-    # Noise of its own for every token of the vocabulary.
+    # Independent noise for every token of the vocabulary.
     error = noise * np.random.default_rng(1).normal(size=built.spec.vocab_size).astype(np.float32)
     engine.model.step = lambda *feeds: run(*feeds) + error
     found = measure(engine, heldout, head)
@@ -238,7 +238,7 @@ def test_figures_equal_pytorchs(built: Built, monkeypatch, noise, max_logits):
         logits[piece.sequences, piece.positions] = piece.logits + error
     expected = expected_figures(logits, base, heldout.targets)
     if noise == 0:
-        # Of rounding alone, there is nothing to compare digit by digit.
+        # Pure rounding cannot be compared digit by digit.
         assert abs(found.excess.mean) < 1e-5 and 0 <= found.kl.mean < 1e-9
         expected = {name: expected[name] for name in ("nats_per_token", "reference_nats_per_token")}
     assert_figures(found, expected)

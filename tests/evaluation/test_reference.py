@@ -37,7 +37,7 @@ MORE = {
 }
 SPECS = FEATURES | MORE
 IN_TRANSFORMERS = {name: spec for name, spec in SPECS.items() if spec.runs_in_transformers}
-# What transformers' blocks compute when they are given the slopes, though its model ignores it.
+# transformers' blocks compute this if they get the slopes, although its model ignores it.
 BY_TRANSFORMERS_BLOCKS = {*IN_TRANSFORMERS, "alibi_bias_max", "storywriter"}
 
 
@@ -80,7 +80,7 @@ def test_name_says_which_blocks_were_used(name: str, tmp_path: Path) -> None:
 def test_only_what_is_named_computes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other block is out of reach, and the name still says what computed."""
+    """The other block is out of reach, and the name still tells which one computed."""
     folder = write_checkpoint(tmp_path, SPECS[name])
     is_plain = reference_name(folder).startswith("plain")
     monkeypatch.setattr(reference, "_transformers_block" if is_plain else "_plain_block", None)

@@ -53,7 +53,7 @@ STRICT_FLAGS = ("--max_abs=0.001", "--mean_kl=0.000001", "--min_top1=1.0")
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
-    """ONNX Runtime runs everything here, whatever this machine has."""
+    """Simulates a machine without a GPU, so that ONNX Runtime runs everything."""
     monkeypatch.setattr(gpus, "compute_capabilities", lambda: ())
 
 
@@ -396,7 +396,7 @@ def with_altered_weights(built: Built, folder: Path) -> Path:
 
 
 def with_other_slopes(built: Built, folder: Path) -> Path:
-    """An engine from an FT checkpoint that says alibi_bias_max = 16."""
+    """An engine from an FT checkpoint with alibi_bias_max = 16."""
     ft = Path(shutil.copytree(built.ft, folder / "1-gpu"))
     with (ft / "config.ini").open("a") as stream:
         stream.write("alibi_bias_max = 16\n")

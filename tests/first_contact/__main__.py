@@ -1,4 +1,4 @@
-"""Runs every case in a process of its own, and reports.
+"""Runs every case in a separate process, and reports.
 
 python -m first_contact [--only TEXT] [--output FILE]
 """
@@ -28,7 +28,7 @@ FREE_SHARE = 0.9
 
 
 def run_alone(case: Case, arguments: list[str], output: Path, module: str = RUN_CASE) -> Result:
-    """Runs a case in a process; a process that dies gives a result, too."""
+    """Runs a case in a process; a process that dies also gives a result."""
     command = [sys.executable, "-m", module, case.name, str(output), *arguments]
     try:
         finished = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT_S)

@@ -1,4 +1,4 @@
-"""Builds and runs one case, in a process of its own: a fault of TensorRT may end it.
+"""Builds and runs one case in a separate process, because a fault of TensorRT may end it.
 
 python -m first_contact.run_case NAME OUTPUT     OUTPUT: JSON file of the result
 """

@@ -908,7 +908,7 @@ class TestInterruptions:
         assert names_in(out) == set()
 
     def test_killed_and_then_run_again(self, big: Path, out: Path) -> None:
-        """The next run removes what is left; its memory stays small whatever the model's size."""
+        """The next run removes leftovers; its memory stays small for any model size."""
         process = self.start(big, out)
         self.stop_in_the_middle(process, out, signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL

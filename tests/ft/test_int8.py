@@ -55,7 +55,7 @@ def write_int8(
     alpha: float | None = 0.5,
     amax: ActivationAmax | None = None,
 ) -> Path:
-    """An FT directory of random amax; alpha None means int8 files for the KV cache alone."""
+    """Makes an FT directory of random amax; alpha None: int8 files only for the KV cache."""
     checkpoint = write_checkpoint(folder / "hf", spec)
     int8 = Int8Conversion(amax or random_amax(spec), alpha, {"text": "some.txt"})
     target = folder / f"{tp_size}-gpu"
@@ -80,7 +80,7 @@ class TestNvidia:
         alpha = 0.5 if kind == "sq0.5" else None
         int8 = Int8Conversion(seeded_amax(name), alpha, {})
         write_ft(checkpoint, folder, storage_type, tp_size, int8)
-        # What config.ini says of the model's name, and whether K/V heads are grouped.
+        # The model's name in config.ini, and whether K/V heads are grouped.
         ini = (folder / "config.ini").read_text()
         (folder / "config.ini").write_text(ini.replace("= name\n", f"= ckpts/{name}\n"))
         expected, found = NVIDIA[entry], hashes_in(folder)

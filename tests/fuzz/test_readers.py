@@ -1,6 +1,6 @@
 """Readers of files that others may have written, on mutations of good files and on past failures.
 
-Each input is accepted, or ends in MptTrtError: in no other exception. `make fuzz` tries more:
+Each input is accepted, or ends in MptTrtError and no other exception. `make fuzz` tests more:
 MPT_TRT_FUZZ is the number of inputs for each reader.
 """
 

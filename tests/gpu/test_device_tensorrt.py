@@ -149,7 +149,7 @@ def test_memory_is_released(tmp_path, monkeypatch):
 
 
 def test_host_overhead_per_step(tmp_path, monkeypatch):
-    """What a replayed step takes beyond its graph: three copies in, one out, and Python.
+    """Measures a replayed step beyond its graph: three copies in, one out, and Python.
 
     Writes a JSON object to the file that MPT_TRT_OVERHEAD_RESULT names.
     """

@@ -62,7 +62,7 @@ def require_alike(spec: CheckpointSpec, ours: StepModel, theirs: StepModel, boun
     for position in range(5, 9):
         compare(slice(position, position + 1), [position] * 3)
     compare(slice(9, 11), [9] * 3)
-    # Rows at positions of their own.
+    # Rows at different positions.
     compare(slice(11, 12), [4, 11, 7])
     for position, rows in ((11, [2, 2, 0, 1]), (12, [3, 0])):
         for model in (ours, theirs):

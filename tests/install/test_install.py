@@ -21,7 +21,7 @@ from support.paths import REPOSITORY
 
 pytestmark = pytest.mark.install
 
-# What a build needs of the repository.
+# Files of the repository that a build needs.
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "mpt_trt")
 PSF_LICENSE = Path("resources", "mpt-demo", "LICENSE.txt")
 

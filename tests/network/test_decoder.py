@@ -202,7 +202,7 @@ def test_padding_of_ragged_rows_does_not_matter(model, padding_seed):
 
 
 def test_rows_continue_at_different_positions_in_one_step(model):
-    """Pieces of four tokens, one behind a prefix of 2 tokens and one behind a prefix of 10."""
+    """Pieces of four tokens, one after a prefix of 2 tokens and one after a prefix of 10."""
     spec, engine = model
     ids = random_ids(spec, rows=2, length=14)
     expected = reference(spec, ids)
@@ -341,7 +341,7 @@ def test_bias_is_as_precise_as_float16_can_be(far_spec, num_heads, write, tmp_pa
 
 
 def computed_bias(model: onnx.ModelProto, write: int, length: int) -> np.ndarray:
-    """`bias/attention_bias` of a step, from that part of the graph alone."""
+    """Computes `bias/attention_bias` of a step with only that part of the graph."""
     graph = model.graph
     nodes = [n for n in graph.node if n.name.startswith(("positions/", "bias/"))]
     read = {name for node in nodes for name in node.input}

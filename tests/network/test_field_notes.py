@@ -19,7 +19,7 @@ from support.checkpoints import CheckpointSpec, write_checkpoint
 from support.engines import FEATURES
 
 PRODUCTS = ("MatMul", "Gemm", "MatMulInteger")
-# What stands between a value and a product of it in quantized networks.
+# Nodes between a value and its product in quantized networks.
 BETWEEN = ("Cast", "Clip", "DequantizeLinear", "Div", "Mul", "QuantizeLinear", "Round")
 EVERYTHING = CheckpointSpec(
     hidden_size=64, num_heads=8, num_kv_heads=2, num_layers=2, qk_ln=True, no_bias=False
@@ -42,12 +42,12 @@ def model_of(spec: CheckpointSpec, folder: Path) -> Model:
 
 
 def factors(graph: onnx.GraphProto) -> Counter[str]:
-    """How many products multiply each value by a weight."""
+    """Counts the products that multiply each value by a weight."""
     stored = {tensor.name for tensor in graph.initializer}
     sources = {output: node for node in graph.node for output in node.output}
 
     def origin(name: str) -> str | None:
-        """The value behind roundings and scales; None for what comes from weights alone."""
+        """Finds the value before roundings and scales; None for results of weights only."""
         node = sources.get(name)
         if name in stored:
             return None

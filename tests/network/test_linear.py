@@ -1,8 +1,8 @@
 """Networks of quantized matrices against their published formulas and against the plain model.
 
-The plain model gets the weights that the stored integers and scales stand for. What a network
-computes in float32 differs from it by the order of sums alone, so the bound is that of
-test_network.py; the formulas are written out once more here, over whole matrices.
+The plain model gets the weights that the stored integers and scales represent. A float32 network
+differs from it only by the order of sums, so the bound is that of test_network.py; the formulas are
+written out once more here, over whole matrices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rope in the network: positions far away, rows of their own lengths, and where it ends."""
+"""Rope in the network: distant positions, rows of different lengths, and its limits."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_damaged_ini_is_refused(line: str, tmp_path: Path) -> None:
 
 
 def test_stored_frequencies_are_not_weights(tmp_path: Path) -> None:
-    """Some releases keep the buffer of the rotation; config.json says the same."""
+    """Some releases store the buffer of the rotation, which config.json also determines."""
     spec = replace(BASE, rope=ROPES["hf"])
     folder = write_checkpoint(tmp_path, spec)
     buffer = {"transformer.rotary_embedding.inv_freq": torch.ones(8)}

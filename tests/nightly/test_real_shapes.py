@@ -1,7 +1,7 @@
 """The shapes of real models, cut to two blocks, from random checkpoint to plan and logits.
 
-What small models cannot show: matrices of gigabytes, real head sizes and vocabularies, and what
-TensorRT makes of them.
+These tests cover what small models cannot: matrices of gigabytes, real head sizes and vocabularies,
+and TensorRT's builds of them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def test_conversion_network_logits_and_plan(checkpoint, expected, tp_size, work)
 
 
 def check_plan(networks: Path, rank: int, checkpoint: FtCheckpoint, target: Path) -> None:
-    """Builds a rank's plan, which must hold what the tables of models say, and little else."""
+    """Builds a rank's plan, whose size must be that of the documentation's tables."""
     build_rank(networks, rank, BuilderChoice("tensorrt_rtx", ("8.0",)), target)
     tp_size = checkpoint.tp_size
     spec = EngineSpec(checkpoint.config, "float16", tp_size, LIMITS, VOCABULARIES[tp_size])

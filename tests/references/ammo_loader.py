@@ -1,7 +1,7 @@
 """AMMO's npz as TensorRT-LLM's MPT example loads it, written from the facts about that loader.
 
-Keys are taken as they must be called there, and anything else is an error. What the kernels would
-get is left unpacked: integers and scales of one rank.
+Keys must have the names that the loader expects; anything else is an error. Integers and scales of
+one rank, which kernels would get packed, are returned unpacked.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def fake_quantized_logits(
 ) -> Tensor:
     """Logits of the model that ModelOpt quantized and computes with, float32 `[tokens, vocab]`.
 
-    qformat: None quantizes the cache alone. samples: int64 `[number, seq]`, what calibration reads.
-    alpha: SmoothQuant's.
+    qformat: None quantizes only the cache. samples: int64 `[number, seq]`, for calibration. alpha:
+    SmoothQuant's.
     """
     model = whole_model(hf_folder)
     quantize_whole(model, qformat, samples, group_size, kv_cache, alpha)
@@ -99,7 +99,7 @@ def preset(
     for entry in config["quant_cfg"]:
         if "block_sizes" in (entry.get("cfg") or {}):
             entry["cfg"]["block_sizes"][-1] = group_size
-    # The presets would round the inputs of layer norms, too, which no exporter of ModelOpt keeps.
+    # The presets would also round the inputs of layer norms, which no exporter of ModelOpt keeps.
     for name in ("*norm*", "*[qk]_ln*"):
         config["quant_cfg"].append({"quantizer_name": name, "enable": False})
     if kv_cache != "auto":

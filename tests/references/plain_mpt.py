@@ -1,9 +1,8 @@
 """A plain fp32 forward pass of MPT, written to be read and used as the reference in tests.
 
-It takes `config.json` and the state dict as they are on disk, keeps no cache and knows nothing
-of the library under test. What MPT computes is what llm-foundry defines; the facts below were
-read from its `models/mpt/{modeling,configuration}_mpt.py` and `models/layers/{attention,blocks,
-ffn,norm}.py`:
+It takes `config.json` and the state dict as they are on disk, keeps no cache and knows nothing of
+the library under test. llm-foundry defines MPT; the facts below were read from its
+`models/mpt/{modeling,configuration}_mpt.py` and `models/layers/{attention,blocks, ffn,norm}.py`:
 
 * Blocks are pre-norm: `x += attn(norm_1(x))`, then `x += ffn(norm_2(x))`; `norm_f` before the
   head. The feed-forward is `down_proj(gelu(up_proj(x)))` with the exact (erf) GELU, of width

@@ -487,7 +487,7 @@ def test_tokenizer_fits_a_tiny_vocabulary(tmp_path: Path) -> None:
     assert tokenizer("az").input_ids == [2, 1]
 
 
-# Of the files that the checkpoints' original maker wrote (numpy and safetensors alone).
+# Hashes of files that the checkpoints' original maker wrote (only NumPy and safetensors).
 SEEDED_FILES = {
     "a": {
         "config.json": "7903e97990c99b63f86c2a601c45fb634ba651e60413c2e134e56c21c28b19f8",

@@ -217,7 +217,7 @@ def test_page_needs_nothing_else(made: Path, page: Page):
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.found}
     outside = re.findall(r'(?:src|href|data)="(?!#)[^"]*"|url\((?!#)|@import', content)
     assert outside == []
-    # Names of XML's vocabularies are no addresses that a browser opens.
+    # Names of XML's vocabularies are not addresses that a browser opens.
     addresses = set(re.findall(r"https?://[^\s\"<]+", content))
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
 
@@ -289,7 +289,7 @@ def test_plots_stand_alone_and_name_every_engine(made: Path):
         assert "int4<&>" in told
         content = (made / "items" / f"{name}.svg").read_text()
         assert not re.search(r"#00000[0-9]\b", content), "a colour that the page does not know"
-    # Which runtime a bar is of is told by its hatching, too.
+    # A bar's hatching also tells its runtime.
     assert "tensorrt 11.0" in texts and "<pattern" in content
 
 

@@ -1,9 +1,9 @@
 """A real SLURM of two nodes with four GPUs each, on this one machine and in one folder.
 
 The GPUs are device files that nothing reads: SLURM counts and assigns them as it does real ones.
-Needs root, and Debian's packages slurm-wlm, slurm-client and munge. It leaves SLURM's usual places
-alone: commands find this cluster by wrappers that stand first on PATH, since the executor plugin
-takes SLURM_CONF out of the environment of its jobs.
+Needs root, and Debian's packages slurm-wlm, slurm-client and munge. It does not touch SLURM's usual
+places: commands find this cluster through wrappers that come first on PATH, because the executor
+plugin removes SLURM_CONF from the environment of its jobs.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ NodeName=node[1-2] Name=gpu Type={model} File={folder}/dev/nvidia[0-{last}]
 
 @dataclass(frozen=True)
 class Job:
-    """SLURM's record of a job: what `scontrol --details show job` says, by its names."""
+    """SLURM's record of a job from `scontrol --details show job`, by its names."""
 
     fields: dict[str, str]
 

@@ -272,7 +272,7 @@ def _shapes(spec: CheckpointSpec) -> dict[str, tuple[int, ...]]:
         shapes |= _with_bias(f"{block}.norm_1", (hidden,), norm_bias)
         shapes |= _with_bias(f"{block}.norm_2", (hidden,), norm_bias)
         if spec.qk_ln:
-            # Layer norms whatever norm_type is, as llm-foundry's blocks do not pass it on.
+            # Layer norms for any norm_type, because llm-foundry's blocks do not pass it on.
             shapes |= _with_bias(f"{block}.attn.q_ln", (hidden,), not spec.no_bias)
             shapes |= _with_bias(f"{block}.attn.k_ln", (spec.kv_size,), not spec.no_bias)
     return shapes | _with_bias("transformer.norm_f", (hidden,), norm_bias)

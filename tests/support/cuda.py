@@ -75,7 +75,7 @@ def empty_cache(model: onnx.ModelProto) -> dict[str, NDArray]:
 def after(
     cache: dict[str, NDArray], outputs: dict[str, NDArray], positions: NDArray[np.int64]
 ) -> dict[str, NDArray]:
-    """The cache behind a step that began at `positions`."""
+    """Returns the cache after a step that began at `positions`."""
     found = {}
     for name, old in cache.items():
         if (present := name.replace("past_", "present_")) in outputs:

@@ -34,7 +34,7 @@ def write_ft(
     tp_size: int = 1,
     int8: Int8Conversion | None = None,
 ) -> MptConfig:
-    """Converts with the library alone; returns the configuration that it was given."""
+    """Converts with only the library; returns the configuration that it was given."""
     config = read_hf_config(checkpoint)
     conversion = ConversionSettings(storage_type, tp_size, 2, "name", {"source": "somewhere"}, int8)
     opened = HfCheckpoint(checkpoint, weights(config))

@@ -145,7 +145,7 @@ class ChoosingModel(NetworkModel):
 
 
 class TableModel:
-    """A StepModel whose next token depends on the last one alone: `table[token]` are the logits."""
+    """A StepModel whose next token depends only on the last one: `table[token]` are the logits."""
 
     def __init__(self, table: np.ndarray, max_batch_size: int = 10_000) -> None:
         self.table = np.asarray(table, dtype=np.float32)
@@ -166,7 +166,7 @@ class TableModel:
 
 
 class UntouchableModel:
-    """Has limits, and nothing else may be asked of it."""
+    """A model that has limits and fails on any other use."""
 
     vocab_size = VOCAB
     capacity = 16

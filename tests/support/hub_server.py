@@ -2,7 +2,7 @@
 
 Endpoints and headers: https://huggingface.co/docs/hub/api and the `resolve` URLs of
 https://huggingface.co/docs/huggingface_hub/guides/manage-cache. Like the hub's large files, weights
-are answered with a redirect to another host name; their size and hash stand in `X-Linked-*`.
+are answered with a redirect to another host name; their size and hash are in `X-Linked-*`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Refusal:
 class Repository:
     """refs: commit of every branch. commits: files of every commit, by path.
 
-    page: what a portal between us and the hub puts in the place of the description.
+    page: page that a portal before the hub returns instead of the description.
     """
 
     refs: dict[str, str]
@@ -74,7 +74,7 @@ class HubServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def requested_files(self) -> set[str]:
-        """Paths in the repository of all files that were asked for."""
+        """Paths in the repository of all requested files."""
         return {path.split("/", 6)[5] for path in self.requests if "/resolve/" in path}
 
     def stop(self) -> None:

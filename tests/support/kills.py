@@ -55,7 +55,7 @@ class StoppedWorkflow:
 
 
 def finish(workflow: Workflow, target: str) -> None:
-    """Makes the target after a kill, as docs/security.md says."""
+    """Makes the target after a kill, as docs/security.md describes."""
     for arguments in (("--unlock",), ("--rerun-incomplete",)):
         ended = workflow.run(*arguments, target)
         assert ended.returncode == 0, ended.stdout + ended.stderr

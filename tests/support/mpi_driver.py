@@ -45,7 +45,7 @@ class Recorder:
 def record(engine: LoadedEngine) -> dict[str, NDArray]:
     """`greedy`, `beams`, `long`: new tokens; `logits`: of all steps of greedy search, `[n, vocab]`.
 
-    The long prompt alone takes a step without any logits.
+    Only the long prompt needs a step without any logits.
     """
     found = {}
     searches = (("greedy", PROMPTS, 1), ("beams", PROMPTS[:2], 2), ("long", PROMPTS[2:], 1))

@@ -11,6 +11,6 @@ FOLDERS = (SCRIPTS, SCRIPTS / "steps", REPOSITORY / "tools")
 
 
 def tool_path(name: str) -> Path:
-    """The path of a command by its file name, wherever it lies."""
+    """Finds the path of a command by its file name."""
     (path,) = (folder / name for folder in FOLDERS if (folder / name).exists())
     return path

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def is_running(pid: int) -> bool:
-    """Zombies, which only wait for whoever started them, do not run."""
+    """Returns whether a process runs; zombies, which only wait for their parent, do not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -61,7 +61,7 @@ def make_steps(
 
     every = range(ROWS)
     start(ROWS)
-    # A prompt in pieces, of which the first gives no logits; rows end at places of their own.
+    # A prompt in pieces, of which the first gives no logits; rows end at different places.
     step(5, [0, 0, 0], [])
     step(9, [5, 5, 5], every)
     # Plain, plain, captured, replayed; with fewer logits in between, and then replayed again.

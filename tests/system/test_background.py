@@ -1,4 +1,4 @@
-"""Work in a second thread: its order, how far it runs behind, and what becomes of its errors."""
+"""Work in a second thread: its order, its delay, and its errors."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ def test_commands_inside_share_what_the_outer_one_has(scope: str) -> None:
 
 
 def test_many_jobs_at_once_never_share_a_gpu(scope: str) -> None:
-    """Jobs of one to four GPUs, of which most must wait; all run, none beside another on a GPU."""
+    """Jobs of one to four GPUs, most of which must wait; all run, and no two share a GPU."""
     draw = random.Random(7)
     counts = [4, 3, 3, 2, 2, 1, 1, 1]
     draw.shuffle(counts)

@@ -1,4 +1,4 @@
-"""Jobs in processes of their own: results, progress, errors, and that nothing is left running."""
+"""Jobs in separate processes: results, progress, errors, and no processes that are left."""
 
 from __future__ import annotations
 

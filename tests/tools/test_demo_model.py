@@ -114,7 +114,7 @@ def test_heldout_figures_follow_from_the_loss_and_the_text(heldout_text, figures
 
 
 def test_the_model_has_learnt(figures):
-    """Well below what letter frequencies alone reach, and below gzip's 2.3 bits on this text."""
+    """The loss is well below that of letter frequencies, and below gzip's 2.3 bits on this text."""
     assert figures["quality"]["heldout_bits_per_byte"] < 1.0
 
 
@@ -210,7 +210,7 @@ def test_muon_is_torchs_muon():
             optimizer.step()
     for ours, theirs, before in zip(own, reference, start, strict=True):
         moved = (theirs - before).norm()
-        # Both iterate in bfloat16, whose rounding alone makes about 0.02.
+        # Both iterate in bfloat16, whose rounding makes about 0.02.
         assert (ours - theirs).norm() < 0.05 * moved
 
 
@@ -353,7 +353,7 @@ def test_second_stage_goes_on_from_the_first(library, tmp_path):
     second = train_tiny(library, tmp_path / "second", **more)
     assert second["stages"][0] == first["stages"][0]
     assert second["stages"][1]["recipe"]["snippet_windows"] == 1
-    # With next to no learning rate, the second stage leaves the first one's weights alone.
+    # With a tiny learning rate, the second stage hardly changes the first one's weights.
     before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("first", "second"))
     assert all(torch.allclose(before[name], after[name], atol=1e-3) for name in before)
 

@@ -1,4 +1,4 @@
-"""GPUs that jobs ask for: how many, of which kind, on how many nodes; in the rules, too."""
+"""GPUs that jobs request: number, kind and nodes, also in the rules."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_one_rank_a_node_is_said_by_tasks(workflow: Workflow) -> None:
 
 
 def tensorrt_for_data_centres(workflow: Workflow) -> dict[str, str]:
-    """The environment in which it is installed, of which planning looks at metadata alone."""
+    """An environment with its metadata, which is all that planning reads."""
     fake = workflow.folder / "installed" / "tensorrt_cu13-11.0.dist-info"
     fake.mkdir(parents=True, exist_ok=True)
     (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: tensorrt_cu13\nVersion: 11.0\n")

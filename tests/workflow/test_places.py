@@ -36,7 +36,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def elsewhere(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Workflow:
-    """A working directory with a model and a configuration of its own, made up to a smoke test."""
+    """A working directory with its own model and configuration, made up to a smoke test."""
     folder = tmp_path_factory.mktemp("places") / "my work"
     shutil.copytree(checkout / "model", folder / "my model")
     work = Workflow(folder, snakefile=checkout / "Snakefile")

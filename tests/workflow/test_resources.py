@@ -63,7 +63,7 @@ def test_measured_builds_stay_within_what_is_computed(path: Path) -> None:
     schemes = {"none": None, "int4_awq": Awq(None), "int4_weight_only": WeightOnly(4)}
     scheme = schemes[measured.get("quantization", "none")]
     spec = replace(spec, quantization=Quantization(scheme, "auto"))
-    # A rank's part of a tied head is stored once more in the plan, and lies in no file of its own.
+    # A rank's part of a tied head is stored again in the plan, and has no file of its own.
     files = replace(spec, vocabulary=WHOLE)
     assert memory.rank_weights(files) == measured["weight_bytes"]
     peak = measured["peak_private_mib"] * memory.MIB
@@ -76,7 +76,7 @@ def test_measured_builds_stay_within_what_is_computed(path: Path) -> None:
     beside_weights = resources.PLAN_BASE + spec.config.num_layers * resources.PLAN_PER_LAYER
     plans_not_made = (spec.tp_size - 1) * (memory.rank_weights(spec) + beside_weights)
     computed = resources.engine_disk(spec) - plans_not_made
-    # Of layers that are links to others, there are no files of their own.
+    # Layers that are links to others have no files of their own.
     computed += resources.ft_checkpoint_disk(_with_layers(spec, stored_layers))
     assert disk <= computed <= 1.01 * disk
 
@@ -116,7 +116,7 @@ def test_conversion_does_not_depend_on_the_model() -> None:
 
 
 def test_planning_takes_no_heavy_import() -> None:
-    """Snakemake computes this whenever it plans, and PyTorch alone takes seconds to import."""
+    """Snakemake computes this whenever it plans, and PyTorch takes seconds to import."""
     code = (
         "import sys, mpt_trt.workflow.resources, mpt_trt.checkpoint.known_models; "
         "sys.exit(bool({'torch', 'onnx', 'numpy', 'transformers'} & sys.modules.keys()))"
@@ -198,7 +198,7 @@ def test_measurements_of_large_models(name: str) -> None:
     head = config.vocab_size * config.hidden_size * 4
     cache = 8 * 576 * 2 * config.num_layers * config.hidden_size * 4
     assert hidden + head + cache < more < hidden + head + cache + 2 * (1 << 30)
-    # The logits themselves are never all in memory: more windows cost their hidden states alone.
+    # The logits are never all in memory, so more windows cost only their hidden states.
     doubled = resources.quality_memory(spec, 32, 512) - resources.quality_memory(spec, 16, 512)
     assert doubled == hidden
 

@@ -63,7 +63,7 @@ def refusal(content: Any) -> str:
 
 class TestSchema:
     def objects(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every object in the schema that has keys of its own, with its place."""
+        """Yields every object in the schema that has keys, with its place."""
         open_places = [("", SCHEMA), *((name, s) for name, s in SCHEMA["$defs"].items())]
         while open_places:
             place, schema = open_places.pop()

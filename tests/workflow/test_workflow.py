@@ -121,7 +121,7 @@ def test_a_changed_checkpoint_is_noticed(made: Workflow) -> None:
 
 
 def test_only_the_lost_plan_of_a_rank_is_built_again(made: Workflow) -> None:
-    """Each rank is a job and a file of its own."""
+    """Each rank has its own job and file."""
     engine, plan = "trt_engines/toy/fp32/2-gpu", "build/plans/toy/fp32/2-gpu/rank{}.engine"
     jobs = made.make(*map(plan.format, range(2)))
     assert jobs.count("build_rank fp32") == 2
@@ -164,7 +164,7 @@ def test_a_damaged_folder_is_named_with_its_remedy_which_works(
 
 
 def test_a_dry_run_writes_nothing(made: Workflow, tmp_path: Path) -> None:
-    """Nor does it touch anything, not even beside a folder that is damaged."""
+    """It does not touch anything, even with a damaged folder."""
     copy = Workflow(Path(shutil.copytree(made.folder, tmp_path / "copy", symlinks=True)))
     (copy.folder / "trt_engines/toy/fp32/1-gpu/rank0.engine").unlink()
 
@@ -198,7 +198,7 @@ def test_a_dry_run_on_a_read_only_checkout(made: Workflow, tmp_path: Path) -> No
 
 
 def test_another_builder_version_makes_the_engine_again(made: Workflow) -> None:
-    """A newer package is announced by its metadata alone, which is all that the rules look at."""
+    """Only the metadata shows a newer package, because the rules read nothing else."""
     fake = made.folder / "newer" / "tensorrt_rtx_cu13-99.0.dist-info"
     fake.mkdir(parents=True)
     (fake / "METADATA").write_text(

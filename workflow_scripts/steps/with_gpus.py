@@ -2,11 +2,11 @@
 """Run a command with GPUs that no other job on this machine uses.
 
 It waits until enough GPUs are free, and passes them to the command in CUDA_VISIBLE_DEVICES. They
-become free again when the command and its child processes have ended, for whatever reason. It fails
+become free again when the command and its child processes have ended, for any reason. It fails
 at once if the machine has fewer GPUs. --gpus 0 hides all GPUs from the command.
 
 It chooses from the GPUs in CUDA_VISIBLE_DEVICES, which SLURM sets in its jobs. Without that
-variable, it chooses from all GPUs that the driver finds, or from as many as MPT_TRT_GPUS says.
+variable, it chooses from all GPUs that the driver finds, or from the number in MPT_TRT_GPUS.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Prompts run in one execution context. Steps of one token per row are captured in CUDA graphs (see
 mpt_trt.engines.cuda.graphs). A graph is valid only while the context that it was captured from is
 not changed, so there is a context for each number of rows and of logits, up to MOST_CONTEXTS.
-docs/engine_format.md describes plans and the protocol of a step; docs/engines.md lists what has
-been run.
+docs/engine_format.md describes plans and the protocol of a step; docs/engines.md lists tested
+hardware.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from mpt_trt.system.mpi import Communicator
 
 INT64_BYTES = 8
 FLOAT32_BYTES = 4
-# Contexts of single-token steps that are kept, each with its graph.
+# Maximum number of contexts of single-token steps, each with its graph.
 MOST_CONTEXTS = 4
 
 
 class _Generation(NamedTuple):
-    """The context of single-token steps of one number of rows and of logits, and its graph.
+    """A context for single-token steps with one number of rows and of logits, and its graph.
 
-    Python drops the last field first, so the graph goes before the context it was captured from.
+    Python drops the last field first, so the graph is freed before its context.
     """
 
     context: StepContext
@@ -164,7 +164,7 @@ class TensorRtEngine:
             enqueue()
 
     def _generation(self, shapes: dict[str, tuple[int, ...]]) -> _Generation:
-        """The context for a single-token step, the last one used or a new one."""
+        """Returns a context for a single-token step, the last one or a new one."""
         key = (self._batch_size, shapes["logit_positions"][0])
         if key not in self._generations:
             if len(self._generations) == MOST_CONTEXTS:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-# Every build without a GPU logs this; it is harmless.
+# Every build without a GPU logs this harmless message.
 EXPECTED = "CUDA driver version is insufficient"
 
 
 def make_logger(trt: Any) -> Any:
     """Makes a logger that keeps errors, because TensorRT returns None or False on failure.
 
-    `errors` are the messages so far, each on one line; `take()` joins and forgets them.
+    `errors` are the messages so far, each on one line; `take()` joins and removes them.
     """
 
     class Logger(trt.ILogger):

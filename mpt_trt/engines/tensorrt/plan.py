@@ -1,4 +1,4 @@
-"""A TensorRT plan that is loaded on a GPU, and execution contexts for its steps."""
+"""A TensorRT plan on a GPU, and execution contexts for its steps."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class LoadedPlan:
         return step_context
 
     def require(self, is_done: bool, action: str) -> None:
-        """Raises MptTrtError with TensorRT's messages unless it did something."""
+        """Raises MptTrtError with TensorRT's messages unless `is_done`."""
         if not is_done:
             raise MptTrtError(f"{self.description} failed to {action}: {self._logger.take()}")
 
@@ -97,7 +97,7 @@ class StepContext:
         return bool(moved or reshaped)
 
     def is_capturable(self, stream: Any) -> bool:
-        """Whether a step on the stream can be captured; older versions do not tell."""
+        """Returns whether a step on the stream can be captured; older versions do not tell."""
         ask = getattr(self._context, "is_stream_capturable", None)
         return True if ask is None else ask(stream)
 

@@ -1,4 +1,4 @@
-"""Finds what trtllm-build would fail on, although TensorRT-LLM reads the checkpoint.
+"""Rejects checkpoints that TensorRT-LLM reads, but trtllm-build cannot build.
 
 The limits come from the sources of TensorRT-LLM 1.2.1: its attention kernels are compiled for these
 head sizes, and its kernels for 8-bit and 4-bit integers for GPUs before 10.0 and from 12.0 on.
@@ -46,7 +46,7 @@ def require_head_size(head_dim: int) -> None:
 
 
 def _integers(quantization: Mapping[str, Any]) -> str | None:
-    """Names the integers that the checkpoint asks for; None without any."""
+    """Names the checkpoint's integers; None without any."""
     for key in ("quant_algo", "kv_cache_quant_algo"):
         value = quantization.get(key)
         if value is not None and (value.startswith(INTEGER_ALGORITHMS) or value == "INT8"):

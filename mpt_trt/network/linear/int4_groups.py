@@ -1,4 +1,4 @@
-"""A rank's 4-bit integers and scales in groups, from a calibration result."""
+"""Reads a rank's 4-bit integers and scales in groups from a calibration result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mpt_trt.quantization.schemes import require_fitting_groups
 
 
 def require_group_size(calibration: CalibrationResult, config: MptConfig, rank: Rank) -> int:
-    """The result's group size; raises MptTrtError when its groups do not fit the ranks."""
+    """Returns the result's group size; raises MptTrtError when groups do not fit the ranks."""
     group_size = calibration.required_group_size
     if group_size % 2:
         raise calibration.file.refused(f"the group size {group_size} is odd")
@@ -36,7 +36,7 @@ def require_group_size(calibration: CalibrationResult, config: MptConfig, rank: 
 
 @dataclass(frozen=True)
 class Int4Groups:
-    """The rank's part of a result's matrices, in the order of the network: `[in, out]`."""
+    """A rank's part of a result's matrices, in the order of the network, `[in, out]`."""
 
     config: MptConfig
     rank: Rank
@@ -66,7 +66,8 @@ class Int4Groups:
 def _quantize_into(target: NDArray[np.uint8], rows: NDArray, scales: NDArray[np.float32]) -> None:
     """Fills `target` `[in, out / 2]` with the integers of an even number of rows `[out, in]`.
 
-    scales: as in `quantized_rows`. Pairs are packed before they are transposed: half the bytes.
+    scales: as in `quantized_rows`. Pairs are packed before they are transposed, which moves half
+    the bytes.
     """
     group_size = rows.shape[1] // scales.shape[1]
     groups = max(1, BLOCK_ELEMENTS // (BLOCK_ROWS * group_size))

@@ -52,7 +52,7 @@ LIMIT_FLAGS = ("--max_batch_size=4", "--max_input_len=16", "--max_output_len=16"
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    """A machine without an NVIDIA GPU, wherever the tests run."""
+    """Simulates a machine without an NVIDIA GPU."""
     monkeypatch.setattr(gpus, "compute_capabilities", lambda: ())
 
 

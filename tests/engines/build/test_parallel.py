@@ -116,7 +116,7 @@ def test_termination_leaves_nothing_half_built(
     while len(list(target.glob(".rank*partial*"))) < (1 if is_alone else RANKS):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    # Of the one process alone, as Snakemake and SLURM may do it.
+    # Only to the one process, as Snakemake and SLURM may do.
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGINT
     with pytest.raises(ProcessLookupError):
@@ -127,7 +127,7 @@ def test_termination_leaves_nothing_half_built(
 
 # --- GPUs ----------------------------------------------------------------------------------------
 
-# In the place of the tool that builds a rank: it says which GPUs it may use.
+# Replaces the tool that builds a rank; prints the GPUs that it may use.
 REPORT = """
 import argparse, os, pathlib, time
 parser = argparse.ArgumentParser()

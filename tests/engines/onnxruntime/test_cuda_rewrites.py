@@ -65,7 +65,7 @@ def test_weights_become_inputs(scheme, tmp_path):
     num_shared, steps = require_same(folder, checkpoint.config.vocab_size)
     num_matrices = 4 * WIDE.num_layers
     if scheme is None:
-        # Of a layer, all but attention.dense are large enough; and the embedding.
+        # All matrices of a layer except attention.dense are large enough, and so is the embedding.
         assert num_shared == 4 * WIDE.num_layers + 1
     else:
         assert num_shared == 2 * num_matrices + 1

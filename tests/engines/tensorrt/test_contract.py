@@ -1,7 +1,7 @@
 """The simulated API is the real one: names and parameters agree with the installed bindings.
 
-Everything that the engine calls exists in the simulation, or its tests would fail; so the engine's
-half of the API is checked, too. The plan builder runs on the real one.
+Everything that the engine calls exists in the simulation, or its tests would fail, so the engine's
+half of the API is also checked. The plan builder runs on the real one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Real builds by TensorRT-RTX, ahead of time and without a GPU.
 
-A plan can only be loaded on a GPU. What is checked instead: the layers that TensorRT's parser makes
-of the network, the shapes of the profiles as TensorRT gives them back, that the plan holds the
-names of all inputs and outputs and the checkpoint's weights byte for byte, and how a build fails.
+A plan can only be loaded on a GPU. These tests check the layers that TensorRT's parser makes of the
+network, the shapes of the profiles as TensorRT gives them back, that the plan holds the names of
+all inputs and outputs and the checkpoint's weights byte for byte, and how a build fails.
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ def test_malformed_compute_capability_is_refused(text, capsys):
 
 
 def test_full_disk_while_the_plan_is_written(tmp_path):
-    """A limit on the size of files stands in for the disk: writing fails in the middle."""
+    """A limit on the size of files replaces a full disk, so writing fails in the middle."""
     checkpoint = make_ft_checkpoint(tmp_path, CheckpointSpec(num_layers=1))
     network = make_network(checkpoint, tmp_path / "network")
     result = run_tool(

@@ -41,13 +41,13 @@ SYNCHRONIZE = """.copy_to(logits, stream)
 ENQUEUE = """        def enqueue() -> None:
             context.enqueue(stream)
 """
-# A second stream beside the engine's own.
+# A second stream in addition to the engine's own.
 SECOND_STREAM: Change = (
     "engine",
     "        self._stream = Stream()\n",
     "        self._stream, self._second = Stream(), Stream()\n",
 )
-# Each context with scratch memory of its own.
+# Each context has its own scratch memory.
 OWN_SCRATCH: Change = (
     "plan",
     "context.set_device_memory(self._scratch.address, self._scratch.size)",
@@ -62,7 +62,7 @@ def within_the_step(line: str) -> Change:
     return "engine", ENQUEUE, f"{ENQUEUE}            {line}\n"
 
 
-# What is broken (the rule that must notice it), on which engine, and how.
+# The broken rule, the engine, and the change that breaks it.
 MUTATIONS: list[tuple[str, Rule | str, str, list[Change]]] = [
     (
         "an output without an address",
@@ -486,7 +486,7 @@ MUTATIONS: list[tuple[str, Rule | str, str, list[Change]]] = [
 
 
 class LoneRank:
-    """Rank 0 of 2, whose fellow always says the same."""
+    """Rank 0 of 2, whose other rank always answers the same."""
 
     rank, size = 0, 2
 
@@ -535,7 +535,7 @@ def notice(
     kind: str, engine_dir: Path, changes: list[Change], folder: Path, monkeypatch
 ) -> tuple[Simulation, str]:
     """Runs a changed copy; returns what went wrong, or an empty text."""
-    # What Python swallows in `__del__` is in the simulation's book.
+    # The simulation's book also has violations that Python swallows in `__del__`.
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     found, ranks = "", LoneRank()
     with mutated(changes, folder) as modules:
@@ -583,7 +583,7 @@ KIND = cudart.cudaMemcpyKind
 
 
 def test_pinned_memory_is_read_and_written_when_cuda_would():
-    """A copy that nobody waited for has not happened, and takes what the memory holds by then."""
+    """A copy that nothing waited for has not happened; it copies the memory's later content."""
     cuda = SimulatedCuda(Book())
     _, device = cuda.cudaMalloc(1)
     _, pinned = cuda.cudaHostAlloc(2, 0)

@@ -1,6 +1,6 @@
 """Commands with `--runtime tensorrt`, on a plan that TensorRT-RTX has built and a simulation runs.
 
-What they print and write must be what ONNX Runtime gives, and name TensorRT as the runtime.
+Their output must equal that of ONNX Runtime, and name TensorRT as the runtime.
 """
 
 from __future__ import annotations

@@ -375,7 +375,7 @@ def test_a_damaged_trial_is_named(generation):
 
 
 class StandInRunner:
-    """Answers as ModelRunnerCpp's signature says; what the real one computes is not known here."""
+    """Answers with ModelRunnerCpp's signature; the real one's results are not known here."""
 
     rank = 0
 

@@ -67,7 +67,7 @@ PLAIN = {
     ),
     "vocabulary of 101": (small(vocab_size=101), 1),
 }
-# Wide enough for the 4-bit kernels: 128 inputs and outputs a rank.
+# Wide enough for the 4-bit kernels: 128 inputs and outputs per rank.
 wide = partial(CheckpointSpec, hidden_size=256, num_layers=1, vocab_size=96, seed=3)
 WIDE = {
     "multi-head": (wide(), 1),
@@ -82,7 +82,7 @@ WHOLE_EMBEDDING = VocabularySharding()
 
 @dataclass(frozen=True)
 class Workshop:
-    """A folder with one model, in whatever form is asked for. dtype: of the original."""
+    """A folder with one model in any requested form. dtype: type of the original."""
 
     folder: Path
     spec: CheckpointSpec
@@ -429,7 +429,7 @@ def test_caches_have_one_scale_a_layer(scheme, cache, tmp_path):
 # --- ModelOpt's own export -----------------------------------------------------------------------
 
 
-# What differs in config.json: ours, ModelOpt's. docs/formats.md says why.
+# Differences in config.json: ours, ModelOpt's. docs/formats.md has the reasons.
 DIFFERENT = {
     "architecture": ("MPTForCausalLM", "MptForCausalLM"),  # both are known to TensorRT-LLM
     "logits_dtype": ("float32", "float16"),

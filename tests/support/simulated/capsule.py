@@ -7,7 +7,7 @@ from typing import Any
 
 
 def capsule_pointer(capsule: Any) -> int:
-    """The pointer in a capsule, of whatever name, as the bindings take it."""
+    """Returns the pointer in a capsule with any name, like the bindings."""
     name = ctypes.pythonapi.PyCapsule_GetName
     name.restype, name.argtypes = ctypes.c_char_p, [ctypes.py_object]
     pointer = ctypes.pythonapi.PyCapsule_GetPointer

@@ -50,7 +50,7 @@ class _Stream:
 
 
 class SimulatedCuda:
-    """What `cuda.bindings.runtime` offers, as far as it is used here; types and enums are real."""
+    """The parts of `cuda.bindings.runtime` that are used here; types and enums are real."""
 
     def __init__(self, book: Book, devices: int = 1):
         self.book, self.memory = book, Memory(book)
@@ -125,7 +125,7 @@ class SimulatedCuda:
         is_pageable = kind == KIND.cudaMemcpyDeviceToHost and not self.memory.is_known(dst)
         if is_pageable:
             self._require_not_captured(stream, name)
-            # Whoever reads it without waiting reads this.
+            # A reader that does not wait reads this.
             view(dst, count)[:] = POISON
 
         def copy() -> None:
@@ -305,7 +305,7 @@ class SimulatedCuda:
                 self._drain(each, is_waiting=False)
 
     def leaks(self) -> list[str]:
-        """What is still allocated or created."""
+        """Lists objects that are still allocated or created."""
         kept = [each for each in self.memory.allocations if each.is_live]
         memory = [f"{each.size} bytes at {each.address:#x}" for each in kept]
         return memory + [type(each).__name__ for each in self._handles.values()]
@@ -355,7 +355,7 @@ class _Box:
 
     @classmethod
     def of(cls, pointer: Any, position: Any) -> _Box:
-        """From CUDA's cudaPitchedPtr and cudaPos."""
+        """Makes a box from CUDA's cudaPitchedPtr and cudaPos."""
         start = (int(position.z), int(position.y), int(position.x))
         return cls(int(pointer.ptr), int(pointer.pitch), int(pointer.ysize), start)
 

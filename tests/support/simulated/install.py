@@ -1,4 +1,4 @@
-"""Puts the simulation in the place of TensorRT, CUDA and NCCL."""
+"""Replaces TensorRT, CUDA and NCCL with the simulation."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def installed(
         patch.setattr(gpus, "compute_capabilities", lambda: (capability,))
         patch.setattr(gpus, "memory_sizes", lambda: (simulation.cuda.memory.capacity,))
         patch.setattr(gpus, "names", lambda: ("Simulated GPU",))
-        # What is there already need not be searched for what the block drops.
+        # Existing objects need not be searched for what the block drops.
         gc.freeze()
         try:
             yield simulation

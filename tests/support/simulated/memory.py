@@ -70,7 +70,7 @@ class Memory:
             self.book.require(is_live, Rule.MEMORY_LIVE, f"{what}: {size} bytes at {address:#x}")
 
     def is_known(self, address: int) -> bool:
-        """Whether the address was ever allocated here; other memory is the host's, pageable."""
+        """Returns whether the address was ever allocated here; other memory is the host's."""
         return any(
             each.address <= address < each.address + max(each.size, 1) for each in self.allocations
         )

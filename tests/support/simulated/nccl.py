@@ -1,4 +1,4 @@
-"""NCCL's Python package `nccl.core`, as far as it is used here, over MPI."""
+"""The used parts of NCCL's Python package `nccl.core`, over MPI."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def profile_range(tensor: Tensor, limits: BuildLimits, profile: int) -> tuple[Sh
 def converted_by_address(
     converted: list[tuple[int, NDArray, NDArray]], address: int
 ) -> NDArray | None:
-    """What a buffer has been converted to, so that past and present stay one."""
+    """Finds a buffer's conversion, so that past and present stay one buffer."""
     return next((array for at, _, array in converted if at == address), None)
 
 

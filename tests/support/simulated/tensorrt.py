@@ -21,7 +21,7 @@ from support.simulated.network import RankNetwork, Shape, Tensor, profile_range
 from support.simulated.rules import Book, Rule
 
 SCRATCH_BYTES = 1536
-# What a step leaves in its scratch memory.
+# Content that a step leaves in its scratch memory.
 SCRIBBLE = 0xA5
 PROFILES = 2
 DATA_TYPES = {
@@ -36,7 +36,7 @@ DATA_TYPES = {
 
 @dataclass
 class World:
-    """What the simulated parts share.
+    """State that the simulated parts share.
 
     open_plan: finds the network that a plan was built from; raises ValueError for bytes that are no
     plan for this GPU. communicators: of the ranks, by the pointer that NCCL gives out. failing:
