@@ -83,8 +83,8 @@ def round_with_gptq(
 ) -> RoundedMatrix:
     """Rounds a matrix to a grid.
 
-    weight: float32 `[out, in]`. statistics: the Hessian is modified. group_size: input features
-    that share a scale; it divides `in`.
+    weight: float32 `[out, in]`. statistics: its Hessian is overwritten, to spare memory. group_size:
+    input features that share a scale; it divides `in`.
     """
     hessian = statistics.hessian
     diagonal = hessian.diagonal()
@@ -93,7 +93,8 @@ def round_with_gptq(
     importance = diagonal.float()
     diagonal += DAMPING * diagonal.mean()
     order = importance.argsort(descending=True, stable=True)
-    factor = inverse_factor(hessian[order[:, None], order]).float()
+    hessian.copy_(hessian[order[:, None], order])
+    factor = inverse_factor(hessian)
     shift = (weight @ statistics.shift)[:, order] @ factor.T @ factor
     weight = weight.clone()
     weight[:, order] += CORRECTION * shift
@@ -131,12 +132,13 @@ def _round_in_order(weight: Tensor, scales: Tensor, factor: Tensor, grid: Grid) 
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """Computes the upper triangular U with H^-1 = U^T U, in the Hessian's precision.
+    """Computes the upper triangular U with H^-1 = U^T U, float32; overwrites H, float64 `[n, n]`.
 
-    With rows and columns reversed, the Cholesky factor of H is an upper factor R with H = R R^T,
-    and U = R^-1: one factorization, and no inverse of H.
+    With rows and columns reversed, the Cholesky factor L of H is lower triangular, and U is its
+    inverse, reversed back: one factorization, and no inverse of H.
     """
-    factor = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
+    hessian.copy_(hessian.flip(0, 1))
+    torch.linalg.cholesky(hessian, out=hessian)
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=True)
-    return inverse
+    inverse: Tensor = torch.linalg.solve_triangular(hessian, identity, upper=False)
+    return inverse.float().flip(0, 1)
