@@ -96,6 +96,13 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="store weights as E4M3; needs --quantized_fp8_model_path",
     )
+    group.add_argument(
+        "--head",
+        choices=["auto", "int8"],
+        default="auto",
+        help="type of the head and the embedding; auto: that of the checkpoint (default: "
+        "%(default)s)",
+    )
     cache = group.add_mutually_exclusive_group()
     cache.add_argument(
         "--fp8_kv_cache",

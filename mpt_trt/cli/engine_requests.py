@@ -26,7 +26,8 @@ def calibrated(options: argparse.Namespace, checkpoint: FtCheckpoint) -> Calibra
     )
     path = options.calibration
     calibration = None if path is None else read_calibration(path, checkpoint)
-    return CalibratedQuantization(Quantization(scheme, options.kv_cache_dtype), calibration)
+    quantization = Quantization(scheme, options.kv_cache_dtype, options.head)
+    return CalibratedQuantization(quantization, calibration)
 
 
 def networks_progress(spec: EngineSpec) -> AbstractContextManager[Advance]:

@@ -110,6 +110,12 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
             help=f"{text}, for smoothquant (default: %(default)s)",
         )
     group.add_argument(
+        "--head",
+        choices=quantization_choices("head"),
+        default=quantization_default("head"),
+        help="type of the head and the embedding (default: %(default)s)",
+    )
+    group.add_argument(
         "--kv_cache_dtype",
         choices=variant_choices("kv_cache_dtype"),
         default=variant_default("kv_cache_dtype"),

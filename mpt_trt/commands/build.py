@@ -73,7 +73,7 @@ def _calibrated(options: argparse.Namespace, checkpoint: FtCheckpoint) -> Calibr
     if options.fp8_kv_cache or options.int8_kv_cache:
         cache = "fp8" if options.fp8_kv_cache else "int8"
     return CalibratedQuantization(
-        Quantization(_scheme(options, checkpoint.smoothing), cache), calibration
+        Quantization(_scheme(options, checkpoint.smoothing), cache, options.head), calibration
     )
 
 

@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> None:
         prompt_len=prompt_len,
         new_tokens=new_tokens,
         peak_memory=peak_memory,
+        head=spec.quantization.head,
     )
     write_quality(result, options.output, inputs)
     excess = figures.excess

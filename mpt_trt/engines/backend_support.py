@@ -251,6 +251,12 @@ FEATURES: tuple[Feature, ...] = (
         "`kv_cache_dtype: int8`, `fp8`",
         notes={TENSORRT_LLM: "keys and values share a scale"},
     ),
+    Feature(
+        "`head: int8`",
+        "quantization.head",
+        lambda spec: None if spec.quantization.head == "auto" else spec.quantization.head,
+        {TENSORRT_LLM: "its head and its embedding have the type of the activations"},
+    ),
     Feature("multi-head, grouped-query and multi-query attention"),
     Feature("more ranks than K/V heads"),
     Feature("`clip_qkv`, `alibi_bias_max`"),

@@ -21,6 +21,7 @@ from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.quantization.schemes import (
     GROUP_SIZES,
     METHODS,
+    HeadType,
     KvCacheType,
     Quantization,
     WeightQuantization,
@@ -44,6 +45,7 @@ COMMON_KEYS = (
     "dtype",
     "quantization",
     "kv_cache",
+    "head",
     "tp_size",
     "limits",
     "vocabulary",
@@ -124,6 +126,7 @@ class Common:
     calibration: str | None
     # Older descriptions have only the architecture's end token.
     end_ids: tuple[int, ...] | None = field(default=None, kw_only=True)
+    head: HeadType = field(default="auto", kw_only=True)
     ignored_end_ids: dict[str, tuple[int, ...]] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -146,7 +149,7 @@ class Common:
             tp_size=self.tp_size,
             limits=self.limits,
             vocabulary=self.vocabulary,
-            quantization=Quantization(_scheme(self.quantization), self.kv_cache),
+            quantization=Quantization(_scheme(self.quantization), self.kv_cache, self.head),
         )
 
 
@@ -560,6 +563,7 @@ def _spec_content(spec: EngineSpec) -> dict:
         "dtype": spec.dtype,
         "quantization": as_mapping(spec.scheme),
         "kv_cache": spec.quantization.kv_cache,
+        "head": spec.quantization.head,
         "tp_size": spec.tp_size,
         "limits": asdict(spec.limits),
         "vocabulary": asdict(spec.vocabulary),

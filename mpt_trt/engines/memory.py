@@ -36,7 +36,7 @@ def rank_weights(spec: EngineSpec) -> int:
     elements = sum(math.prod(_rank_shape(spec, weight)) for weight in read if not weight.is_linear)
     if spec.config.qk_ln and spec.tp_size > 1:
         elements -= _qk_norm_elements_of_others(spec.config, spec.tp_size)
-    return matrix_bytes(spec) + spec.element_bytes * (elements + _vocabulary_elements(spec))
+    return matrix_bytes(spec) + spec.element_bytes * elements + vocabulary_bytes(spec)
 
 
 def _rank_shape(spec: EngineSpec, weight: Weight) -> tuple[int, ...]:
@@ -70,8 +70,8 @@ def _qk_norm_elements_of_others(config: MptConfig, tp_size: int) -> int:
     return others * config.num_layers * (2 if config.bias else 1)
 
 
-def _vocabulary_elements(spec: EngineSpec) -> int:
-    """Number of elements of embedding and head, which share a table if they have the same rows."""
+def vocabulary_bytes(spec: EngineSpec) -> int:
+    """Size of a rank's embedding and head, which are one table if they have the same rows."""
     config, is_alone = spec.config, spec.tp_size == 1
     head = "embedding" if config.tie_word_embeddings else "head"
     tables = {
@@ -80,7 +80,9 @@ def _vocabulary_elements(spec: EngineSpec) -> int:
     }
     part = sharding.vocabulary_width(config, spec.tp_size)
     rows = sum(part if is_sharded else config.vocab_size for _, is_sharded in tables)
-    return rows * config.hidden_size
+    if spec.quantization.head == "int8":
+        return rows * (config.hidden_size + spec.element_bytes)
+    return rows * config.hidden_size * spec.element_bytes
 
 
 def kv_cache(spec: EngineSpec) -> int:

@@ -62,11 +62,11 @@ class QualityResult:
     """Quality, size and speed of one engine.
 
     quantization: as in config.yaml, with the options of its own method. kv_cache: type of keys and
-    values; `auto` means dtype. runtime: the runtime that ran the engine. fallback_reason: why it
-    was not TensorRT; None if it was. date: UTC day. reference: the software that computed the
-    reference. text: file name. window_length: tokens per window. speed: measured on one sequence of
-    prompt_len tokens and new_tokens generated tokens. peak_memory: bytes of host memory, the sum of
-    the ranks' peaks up to then.
+    values, head: of head and embedding; `auto` means dtype. runtime: the runtime that ran the
+    engine. fallback_reason: why it was not TensorRT; None if it was. date: UTC day. reference: the
+    software that computed the reference. text: file name. window_length: tokens per window. speed:
+    measured on one sequence of prompt_len tokens and new_tokens generated tokens. peak_memory:
+    bytes of host memory, the sum of the ranks' peaks up to then.
     """
 
     engine_dir: str
@@ -90,6 +90,7 @@ class QualityResult:
     prompt_len: int
     new_tokens: int
     peak_memory: int
+    head: str = "auto"
 
 
 def write_quality(result: QualityResult, target: Path, inputs: Iterable[Path] = ()) -> None:

@@ -120,6 +120,11 @@ def weights(config: MptConfig) -> list[Weight]:
     return tensors
 
 
+def vocabulary_tables(config: MptConfig) -> list[Weight]:
+    """The embedding and, unless it is the same table, the head: one row per token."""
+    return [each for each in weights(config) if each.name in ("wte", "lm_head.weight")]
+
+
 def _layer_weights(config: MptConfig, layer: int) -> list[Weight]:
     ft, hf = f"layers.{layer}", f"blocks.{layer}"
     hidden, norm_bias = config.hidden_size, _has_norm_bias(config)

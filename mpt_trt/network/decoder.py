@@ -49,6 +49,7 @@ from mpt_trt.network.linear.biased import emit_linear, emit_row_split_linear
 from mpt_trt.network.linear.make_linear import make_linear
 from mpt_trt.network.norms import emit_norm_before
 from mpt_trt.network.vocabulary import Vocabulary
+from mpt_trt.network.vocabulary_tables import int8_tables
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,13 @@ def build_network(
     config = checkpoint.config
     cache = make_cache(cache_shape(config, rank, cache_len), calibrated)
     linear_layers = make_linear(checkpoint, rank, calibrated)
-    graph = GraphBuilder(linear_layers.tensors(), ELEMENT_TYPES[checkpoint.storage_type], rank)
+    head = calibrated.quantization.head
+    stored = linear_layers.tensors() | ({} if head == "auto" else int8_tables(checkpoint, rank))
+    graph = GraphBuilder(stored, ELEMENT_TYPES[checkpoint.storage_type], rank)
     decoder = _Decoder(
         graph,
         config,
-        Vocabulary(graph, config, rank, vocabulary or VocabularySharding()),
+        Vocabulary(graph, config, rank, vocabulary or VocabularySharding(), head),
         Attention(graph, config, rank, linear_layers, cache),
         linear_layers,
         cache,

@@ -83,8 +83,8 @@ def round_with_gptq(
 ) -> RoundedMatrix:
     """Rounds a matrix to a grid.
 
-    weight: float32 `[out, in]`. statistics: its Hessian is overwritten, to spare memory. group_size:
-    input features that share a scale; it divides `in`.
+    weight: float32 `[out, in]`. statistics: its Hessian is overwritten, to save memory.
+    group_size: input features that share a scale; it divides `in`.
     """
     hessian = statistics.hessian
     diagonal = hessian.diagonal()

@@ -1,7 +1,7 @@
 """Ways to store a model's block matrices and KV cache, and the calibration that each needs.
 
-Each scheme is a dataclass with its own options. The embedding, the head, norms and biases stay in
-the network's own type.
+Each scheme is a dataclass with its own options. The embedding and the head may be stored in 8 bits.
+Norms and biases stay in the network's own type.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ GROUPED: tuple[QuantizationFormat, ...] = ("int4_awq", "int4_gptq")
 
 KvCacheType = Literal["auto", "int8", "fp8"]
 """Storage of keys and values; `auto`: in the network's own type."""
+
+HeadType = Literal["auto", "int8"]
+"""Storage of the head and the embedding; `auto`: in the network's own type."""
 
 CALIBRATION_BATCH_SIZE = 8
 """Default maximum number of samples per calibration batch."""
@@ -103,10 +106,11 @@ METHODS: dict[str, tuple[Callable[..., WeightQuantization], frozenset[str]]] = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """Quantization of an engine: of the blocks' matrices (scheme) and of the KV cache."""
+    """Quantization of an engine: of the blocks' matrices (scheme), the KV cache, and the head."""
 
     scheme: WeightQuantization | None = None
     kv_cache: KvCacheType = "auto"
+    head: HeadType = "auto"
 
     @property
     def uses_fp8(self) -> bool:

@@ -266,7 +266,8 @@ def _made_of(result: QualityResult) -> str:
     given = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
     matrices = "" if method == "none" else f", matrices of the blocks {method}"
     cache = "" if result.kv_cache == "auto" else f", KV cache {result.kv_cache}"
-    return f"{result.dtype}{matrices}{f' ({given})' if given else ''}{cache}"
+    head = "" if result.head == "auto" else f", head and embedding {result.head}"
+    return f"{result.dtype}{matrices}{f' ({given})' if given else ''}{head}{cache}"
 
 
 def _distinct(texts: Iterable[str]) -> list[str]:

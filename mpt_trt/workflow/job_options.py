@@ -104,7 +104,7 @@ class JobOptions:
         if scheme["method"] == "smoothquant":
             options.append(f"--alpha={scheme['alpha']}")
             options += [_switch(name, scheme[name]) for name in ("per_channel", "per_token")]
-        return options
+        return options + [f"--head={variant.head}"] * (variant.head != "auto")
 
     # --- measurements -----------------------------------------------------------------------------
 

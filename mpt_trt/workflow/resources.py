@@ -102,6 +102,8 @@ def engine_disk(spec: EngineSpec) -> int:
     quantized = 0
     if isinstance(spec.scheme, WeightOnly | Awq | Gptq | Fp8):
         quantized = memory.matrix_bytes(spec)
+    if spec.quantization.head != "auto":
+        quantized += memory.vocabulary_bytes(spec)
     return spec.tp_size * (plan + quantized)
 
 

@@ -19,6 +19,7 @@ from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.quantization.schemes import (
     METHODS,
+    HeadType,
     KvCacheType,
     Quantization,
     WeightQuantization,
@@ -51,6 +52,7 @@ class Variant:
 
     dtype: str
     quantization: WeightQuantization | None
+    head: HeadType
     kv_cache_dtype: KvCacheType
     max_batch_size: int
     max_input_len: int
@@ -64,7 +66,7 @@ class Variant:
 
     @property
     def quantized(self) -> Quantization:
-        return Quantization(self.quantization, self.kv_cache_dtype)
+        return Quantization(self.quantization, self.kv_cache_dtype, self.head)
 
     @property
     def builder(self) -> BuilderChoice:
@@ -274,6 +276,7 @@ def _variant(entry: dict[str, Any]) -> Variant:
     usual = default_capabilities(Quantization(scheme, entry["kv_cache_dtype"]))
     special = {
         "quantization": scheme,
+        "head": entry["quantization"]["head"],
         "tolerance": Tolerance(**entry["tolerance"]),
         "compute_capabilities": usual if given is None else tuple(given),
     }
@@ -294,6 +297,8 @@ def _require_own_options(content: Mapping[str, Any], sources: ConfigSources) -> 
     for name, variant in content.get("variants", {}).items():
         options = dict(variant.get("quantization", {}))
         method = options.pop("method", "none")
+        # Every method can have it.
+        options.pop("head", None)
         known = frozenset() if method == "none" else METHODS[method][1]
         for option, value in options.items():
             if option not in known:

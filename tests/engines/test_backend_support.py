@@ -57,6 +57,7 @@ NARROW = {
 }
 # Of each feature that some backend lacks, a spec that has it and no other such feature.
 SPECS = {
+    "`head: int8`": replace(USUAL, quantization=Quantization(head="int8")),
     "`int4_weight_only` in groups": with_scheme(WeightOnly(4, 64)),
     "`int4_awq`, `int4_gptq` in groups of 32 or 16": with_scheme(Awq(32)),
     "`int8_weight_only`, `int4_weight_only`, `int4_awq`, `int4_gptq` in float32": replace(

@@ -33,6 +33,7 @@ def options_of(variant: dict | None = None, **content: dict) -> JobOptions:
             ["--quantization=int4_weight_only", "--group_size=32"],
         ),
         ({"method": "int4_awq", "group_size": 64}, ["--quantization=int4_awq"]),
+        ({"head": "int8"}, ["--quantization=none", "--head=int8"]),
         (
             {"method": "smoothquant", "alpha": 0.8, "per_token": False},
             ["--quantization=smoothquant", "--alpha=0.8", "--per_channel", "--no-per_token"],

@@ -18,7 +18,12 @@ from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnxruntime.collectives import Collectives, replace_collectives
 from mpt_trt.engines.onnxruntime.cpu_cache import make_cpu_cache, take_any_cache_length
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
-from mpt_trt.engines.onnxruntime.rewrites import compute_in_float32, spell_out_scale_types
+from mpt_trt.engines.onnxruntime.integer_tables import read_integer_tables
+from mpt_trt.engines.onnxruntime.rewrites import (
+    compute_in_float32,
+    provide_weights,
+    spell_out_scale_types,
+)
 from mpt_trt.engines.onnxruntime.session import naming_network, open_session, run, session_options
 from mpt_trt.engines.spec import EngineSpec
 from mpt_trt.errors import MptTrtError
@@ -56,6 +61,7 @@ class OnnxRuntimeEngine:
         self.max_step_tokens = spec.limits.max_input_len
         self.max_logits: int | None = None
         self._collectives = None if communicator is None else Collectives(communicator)
+        self._computes_in_float32 = _lacks_kernels(spec)
         self._session, self._weights = _open_session(path, cpu, spec)
         self._binding = self._session.io_binding()
         self._cache = make_cpu_cache(
@@ -69,7 +75,7 @@ class OnnxRuntimeEngine:
     def description(self) -> str:
         """Runtime, version and arithmetic, for reports."""
         version = onnxruntime.__version__
-        arithmetic = ", float32 arithmetic" if self._weights else ""
+        arithmetic = ", float32 arithmetic" if self._computes_in_float32 else ""
         rounding = ", int8 activations" if self._rounds_activations else ""
         return f"ONNX Runtime {version} ({CPU}{arithmetic}{rounding})"
 
@@ -133,7 +139,7 @@ def _computing_type(spec: EngineSpec) -> int:
 def _open_session(
     path: Path, cpu: CpuSettings, spec: EngineSpec
 ) -> tuple[onnxruntime.InferenceSession, list[onnxruntime.OrtValue]]:
-    """Opens the session; returns it with the converted weights, which must live as long."""
+    """Opens the session; returns it with converted weights, which must live as long."""
     model = read_network(path)
     options = session_options(path)
     options.intra_op_num_threads = cpu.num_threads
@@ -146,9 +152,11 @@ def _open_session(
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     weights = []
     with naming_network(path):
+        tables = read_integer_tables(model, path.parent, _computing_type(spec))
         if _lacks_kernels(spec):
             stored_type = ELEMENT_TYPES[spec.dtype]
             weights = compute_in_float32(model, stored_type, path.parent, options)
+        weights += provide_weights(model, tables, options)
         spell_out_scale_types(model, _computing_type(spec))
         take_any_cache_length(model)
         if spec.tp_size > 1:

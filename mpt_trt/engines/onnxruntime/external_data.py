@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from mpt_trt.network.external_files import FilePart, file_part
+from mpt_trt.network.graph import external_tensor
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class SharedWeight:
         dtype = helper.tensor_dtype_to_np_dtype(self.element_type)
         content = self.read().reshape(-1).view(dtype).reshape(self.shape)
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(content, self.element_type)
+
+
+def left_out(weight: SharedWeight) -> TensorProto:
+    """Makes an initializer without content, which the loader provides."""
+    location = "given when the network is loaded"
+    return external_tensor(weight.name, weight.element_type, weight.shape, location)
 
 
 def map_tensor(tensor: TensorProto, folder: Path) -> NDArray:

@@ -10,7 +10,7 @@ import onnxruntime
 from onnx import TensorProto, numpy_helper
 
 from mpt_trt.arrays.cast import convert
-from mpt_trt.engines.onnxruntime.external_data import map_tensor
+from mpt_trt.engines.onnxruntime.external_data import SharedWeight, left_out, map_tensor
 from mpt_trt.engines.onnxruntime.graph_editor import cast
 
 FLOAT32 = np.dtype(np.float32)
@@ -48,6 +48,21 @@ def compute_in_float32(
             tensor.CopyFrom(numpy_helper.from_array(numbers, tensor.name))
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in external.values()]
     options.add_external_initializers(list(external), values)
+    return values
+
+
+def provide_weights(
+    model: onnx.ModelProto, weights: list[SharedWeight], options: onnxruntime.SessionOptions
+) -> list[onnxruntime.OrtValue]:
+    """Adds weights that are computed to the graph, as initializers.
+
+    options: of the session, which get their content.
+
+    Returns the content, which must live as long as the session.
+    """
+    model.graph.initializer.extend(left_out(weight) for weight in weights)
+    values = [weight.as_value() for weight in weights]
+    options.add_external_initializers([weight.name for weight in weights], values)
     return values
 
 

@@ -115,6 +115,7 @@ def test_config_says_what_it_is_from_what_by_what_for_what(built: Built):
             "gather_all_token_logits": False,
         },
         "vocabulary": {"embedding": False, "head": True},
+        "head": "auto",
         "provenance": {"folder": "somewhere"},
         "end_ids": [0],
         "ignored_end_ids": {},

@@ -79,7 +79,8 @@ class OnnxCudaEngine:
         network = read_network(path)
         with naming_network(path):
             spell_out_scale_types(network, ELEMENT_TYPES[spec.dtype])
-            weights = share_weights(network, path.parent, _prepacked_bits(spec))
+            element_type = ELEMENT_TYPES[spec.dtype]
+            weights = share_weights(network, path.parent, _prepacked_bits(spec), element_type)
             prompts, steps = rewrites.prefill_graph(network), rewrites.decode_graph(network)
         with ThreadPoolExecutor(LOADING_THREADS) as pool:
             values = pool.map(SharedWeight.as_value, weights.constants)

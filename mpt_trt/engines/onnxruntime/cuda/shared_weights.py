@@ -20,10 +20,10 @@ from mpt_trt.engines.onnxruntime.cuda.matmul_nbits import (
     column_layout,
     prepacked_layout,
 )
-from mpt_trt.engines.onnxruntime.external_data import SharedWeight
+from mpt_trt.engines.onnxruntime.external_data import SharedWeight, left_out
 from mpt_trt.engines.onnxruntime.graph_editor import Graph, Replacements, attributes
+from mpt_trt.engines.onnxruntime.integer_tables import read_integer_tables
 from mpt_trt.network.external_files import file_part
-from mpt_trt.network.graph import external_tensor
 
 # Smaller tensors stay in the graph: norms, biases, and scales of whole columns.
 LEAST_BYTES = 1 << 18
@@ -38,7 +38,10 @@ class SharedWeights:
 
 
 def share_weights(
-    model: onnx.ModelProto, folder: Path, prepacked_bits: Collection[int] = ()
+    model: onnx.ModelProto,
+    folder: Path,
+    prepacked_bits: Collection[int] = (),
+    element_type: int = TensorProto.FLOAT,
 ) -> SharedWeights:
     """Turns large external weights, and integers that a product reads dequantized, into inputs.
 
@@ -46,10 +49,12 @@ def share_weights(
     Runtime, MatMulNBits, which reads integers.
 
     folder: folder of the network. prepacked_bits: bits of the integers to store in the prepacked
-    layout, if it supports all matrices of the network; see `matmul_nbits`.
+    layout, if it supports all matrices of the network; see `matmul_nbits`. element_type: the
+    network's ONNX type.
     """
     matmuls = _fuse_quantized_matmuls(model, folder, prepacked_bits)
-    inputs = [weight for matmul in matmuls for weight in matmul.inputs]
+    inputs = read_integer_tables(model, folder, element_type)
+    inputs += [weight for matmul in matmuls for weight in matmul.inputs]
     constants = [weight for matmul in matmuls for weight in matmul.constants]
     graph = Graph(model)
     for tensor in list(graph.initializers.values()):
@@ -63,14 +68,8 @@ def share_weights(
     for weight in inputs:
         value = helper.make_tensor_value_info(weight.name, weight.element_type, weight.shape)
         model.graph.input.append(value)
-    model.graph.initializer.extend(_left_out(weight) for weight in constants)
+    model.graph.initializer.extend(left_out(weight) for weight in constants)
     return SharedWeights(inputs, constants)
-
-
-def _left_out(weight: SharedWeight) -> TensorProto:
-    """Makes an initializer without content, which the loader provides."""
-    location = "given when the network is loaded"
-    return external_tensor(weight.name, weight.element_type, weight.shape, location)
 
 
 def _fuse_quantized_matmuls(
