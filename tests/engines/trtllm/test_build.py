@@ -283,7 +283,7 @@ def test_records_travel_from_the_checkpoint_to_the_engine(tmp_path):
     manifest["files"] = {"../secret": "xxh3:0"}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     result = build(tmp_path, environment, "--force")
-    assert "manifest.json: '../secret' is no name" in one_line_error(result)
+    assert "manifest.json: '../secret' is not the name" in one_line_error(result)
     assert (engine / "tokenizer/tokenizer.json").exists()
 
 
