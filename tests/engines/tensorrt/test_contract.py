@@ -56,7 +56,9 @@ def documented(docstring: str, name: str) -> list[list[str]]:
     return [re.findall(r"(?:^|, )(\w+): ", call) for call in calls]
 
 
-@pytest.mark.parametrize(("kind", "name", "method"), METHODS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("kind", "name", "method"), METHODS, ids=lambda value: getattr(value, "__name__", value)
+)
 def test_methods(kind, name, method):
     real = getattr(getattr(tensorrt_rtx, kind), name)
     overloads = documented(real.__doc__, name)
