@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.ignored_options import OF_BUILD, add_ignored
 from mpt_trt.cli.output_options import add_force
 from mpt_trt.cli.parser import tool_parser
 from mpt_trt.quantization.schemes import GROUP_SIZES
@@ -51,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     options.add_vocabulary(parser)
     options.add_builder(parser)
     _add_quantization(parser)
-    options.add_ignored(parser)
+    add_ignored(parser, OF_BUILD)
     options.add_trust(parser)
     return parser
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.cli import calibration_options as options
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.ignored_options import OF_CONVERSION, add_ignored
 from mpt_trt.cli.output_options import add_force
 from mpt_trt.cli.parser import tool_parser
 
@@ -36,6 +37,8 @@ def make_parser() -> argparse.ArgumentParser:
         "-tp",
         "--tensor_parallelism",
         "--tensor-parallelism",
+        # FasterTransformer's name for it, which NVIDIA's example mentions.
+        "--infer_gpu_num",
         type=int,
         default=1,
         help="tensor-parallel size (default: %(default)s)",
@@ -81,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
         "takes them from the result of quantize.py)",
     )
     add_force(parser)
+    add_ignored(parser, OF_CONVERSION)
     options.add_calibration(parser)
     return parser
 

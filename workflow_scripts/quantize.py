@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.cli import calibration_options as options
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.ignored_options import OF_QUANTIZATION, add_ignored
 from mpt_trt.cli.parser import tool_parser
 from mpt_trt.quantization.schemes import GROUP_SIZES
 from mpt_trt.workflow.target_names import FORMATS
@@ -69,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="replace the result file even if this tool did not write it",
     )
     options.add_calibration(parser)
+    add_ignored(parser, OF_QUANTIZATION)
     return parser
 
 

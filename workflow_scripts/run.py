@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
+from mpt_trt.cli.ignored_options import OF_RUN, add_ignored
 from mpt_trt.cli.parser import tool_parser
 from mpt_trt.system.process import restart_with_huge_pages
 
@@ -40,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_chat(parser)
     _add_choice_of_tokens(parser)
     options.add_runtime(parser)
+    add_ignored(parser, OF_RUN)
     return parser
 
 
@@ -51,6 +53,7 @@ def _add_input_and_output(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument(
         "--input_file",
+        "--input_tokens",
         type=Path,
         help="file of prompts: .txt with one text per line, .csv or .npy with one row of token ids "
         "per prompt; with --chat: .txt, or .json with messages",

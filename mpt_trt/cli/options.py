@@ -20,18 +20,6 @@ from mpt_trt.workflow.settings import (
     variant_default,
 )
 
-WITHOUT_EFFECT = (
-    "use_gpt_attention_plugin",
-    "use_gemm_plugin",
-    "use_layernorm_plugin",
-    "use_weight_only_quant_matmul_plugin",
-    "use_smooth_quant_gemm_plugin",
-    "strongly_typed",
-    "enable_context_fmha",
-    "enable_context_fmha_fp32_acc",
-    "remove_input_padding",
-)
-
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
     """Add the options from which `limits` is read."""
@@ -212,15 +200,3 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not compare files with the hashes that were recorded when they were made",
     )
-
-
-def add_ignored(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that chose TensorRT-LLM's plugins."""
-    group = parser.add_argument_group("accepted, without effect")
-    for name in WITHOUT_EFFECT:
-        group.add_argument(f"--{name}", nargs="?", const=True, default=False)
-
-
-def ignored(options: argparse.Namespace) -> list[str]:
-    """Returns the given flags without effect."""
-    return [f"--{name}" for name in WITHOUT_EFFECT if getattr(options, name)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import os
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.result import read_calibration
 from mpt_trt.cli import options as cli_options
 from mpt_trt.cli.engine_requests import networks_progress
+from mpt_trt.cli.ignored_options import report_ignored
 from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.engines.build.build import build_engine, build_one_by_one
 from mpt_trt.engines.build.parallel import build_side_by_side
@@ -27,12 +28,16 @@ from mpt_trt.quantization.schemes import (
     WeightOnly,
     WeightQuantization,
 )
+from mpt_trt.system.progress_lines import say
+
+# Lets Open MPI 5 start more ranks than there are cores.
+OVERSUBSCRIBE = "PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe"
 
 
 def run(options: argparse.Namespace) -> None:
     set_up_logging(options.log_level)
-    if ignored := cli_options.ignored(options):
-        logging.info("Without effect here: %s", " ".join(ignored))
+    if options.log_level.lower() in ("debug", "info"):
+        report_ignored(options)
     folder = _rank_folder(options.model_dir, options.world_size)
     checkpoint = read_ft_checkpoint(folder, options.trust)
     if checkpoint.tp_size != options.world_size:
@@ -56,6 +61,11 @@ def run(options: argparse.Namespace) -> None:
     builder = cli_options.builder_choice(options, inputs.calibrated.quantization)
     progress = networks_progress(inputs.spec)
     build_engine(inputs, builder, options.output_dir, build_plans, options.force, progress)
+    if (cores := len(os.sched_getaffinity(0))) < options.world_size:
+        say(
+            f"This machine has {cores} core(s): here, start the {options.world_size} ranks with "
+            f"mpirun -n {options.world_size} --oversubscribe, or set {OVERSUBSCRIBE}"
+        )
     print(options.output_dir)
 
 

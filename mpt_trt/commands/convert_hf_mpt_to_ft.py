@@ -13,6 +13,7 @@ from mpt_trt.checkpoint.special_tokens import describe_conflict, read_special_to
 from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.checkpoint.tokenizer import read_tokenizer, tokenizer_files
 from mpt_trt.cli.calibration_options import fill_in
+from mpt_trt.cli.ignored_options import report_ignored
 from mpt_trt.cli.progress import bytes_progress, steps_progress
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FT_CHECKPOINT
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def run(options: argparse.Namespace) -> None:
+    report_ignored(options)
     if options.processes < 1:
         raise MptTrtError(f"--processes = {options.processes}: at least 1 is required")
     if options.processes > MOST_PROCESSES:

@@ -15,6 +15,7 @@ from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder_of
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.cli import calibration_requests
 from mpt_trt.cli.calibration_options import fill_in
+from mpt_trt.cli.ignored_options import report_ignored
 from mpt_trt.cli.progress import steps_progress
 from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.errors import MptTrtError
@@ -26,6 +27,7 @@ def run(options: argparse.Namespace) -> None:
     fill_in(options)
     target = options.export_path / FILE_NAME
     require_replaceable_result(target, options.force)
+    report_ignored(options)
     set_up_logging(options.log_level)
     folder, _ = checkpoint_folder(options.model_dir, options.revision)
     folder = model_folder(folder)

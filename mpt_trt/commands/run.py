@@ -18,6 +18,7 @@ from mpt_trt.checkpoint.chat import Conversation, read_conversations
 from mpt_trt.checkpoint.special_tokens import describe_conflict
 from mpt_trt.cli import prompts as prompt_files
 from mpt_trt.cli.output_options import input_paths
+from mpt_trt.cli.ignored_options import report_ignored
 from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.engines.manifest import Manifest, read_manifest
 from mpt_trt.errors import MptTrtError
@@ -46,6 +47,7 @@ def run(options: argparse.Namespace) -> None:
         text=text,
     )
     if engine.is_first_rank:
+        report_ignored(options)
         _say_what_runs(engine)
         if options.end_id is None:
             _report_conflict(config.end_ids, text)
