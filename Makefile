@@ -16,7 +16,6 @@ DEMO := smoke_tests/mpt-demo/fp16/1-gpu.json
 
 demo: $(VENV)/installed
 	$(BIN)/snakemake --cores 2 $(DEMO)
-	$(BIN)/python workflow_scripts/steps/show_smoke_test.py $(DEMO)
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

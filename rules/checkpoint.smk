@@ -25,7 +25,7 @@ rule resolve_revision:
         revision=of_job(plan.revision),
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         python {params.tool:q} resolve \
             --source {params.source:q} \
             --revision {params.revision:q} \
@@ -51,7 +51,7 @@ rule fetch_checkpoint:
         **tool("steps/fetch_checkpoint.py"),
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         python {params.tool:q} fetch \
             --revision_file {input.revision:q} \
             --output_dir {output:q}
@@ -81,7 +81,7 @@ rule convert_checkpoint:
         options=of_job(options.conversion),
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         python {params.tool:q} \
             --in_file {input.checkpoint[0]:q} \
             --out_dir "$(dirname {output:q})" \
@@ -116,7 +116,7 @@ rule convert_smoothquant_checkpoint:
         text_version=of_job(options.shipped_text_version),
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         python {params.tool:q} \
             --in_file {input.checkpoint[0]:q} \
             --out_dir "$(dirname {output:q})" \

@@ -51,6 +51,12 @@ options = JobOptions(plan)
 jobs = JobResources(plan)
 launch = Launch(jobs)
 
+# On this machine, a job that measures speed has all cores to itself, and there is one at a time.
+measuring_threads = 2
+if workflow.local_exec:
+    measuring_threads = workflow.resource_settings.cores or measuring_threads
+    workflow.register_resource("measuring", 1)
+
 values = RuleValues(plan, WorkflowError, last_words)
 of_job = values.of_job
 require_possible = values.require_possible

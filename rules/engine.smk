@@ -29,7 +29,7 @@ rule make_networks:
         options=of_job(options.networks),
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         python {params.tool:q} \
             --model_dir {input.ft_checkpoint:q} \
             {params.options:q} \
@@ -61,7 +61,7 @@ rule build_rank:
         launch=of_job(launch.build_rank),
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         {params.launch.preflight:q}
         {params.launch.gpus:q} python {params.tool:q} \
             --network_dir {input.networks:q} \
@@ -92,7 +92,7 @@ rule assemble_engine:
         **tool("steps/assemble_engine.py"),
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         python {params.tool:q} \
             --network_dir {input.networks:q} \
             --plan_dir "$(dirname {input.plans[0]:q})" \

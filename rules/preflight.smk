@@ -14,7 +14,7 @@ rule preflight:
         needs=of_job(launch.needs_of_targets),
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         python {params.tool:q} \
             --needs {params.needs:q}
         """

@@ -29,7 +29,7 @@ rule quantize:
         text_version=of_job(options.shipped_text_version),
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         {params.launch.gpus:q} python {params.tool:q} \
             --model_dir {input.checkpoint[0]:q} \
             {params.options:q} \

@@ -28,7 +28,7 @@ rule compute_reference:
         options=of_job(options.reference),
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         python {params.tool:q} \
             --model_dir {input.checkpoint[0]:q} \
             --text {input.text:q} \
@@ -58,22 +58,24 @@ rule measure_quality:
         "logs/measure_quality/{model}/{variant}/{tp}-gpu.tsv"
     conda:
         "../envs/base.yaml"
-    threads: 2
+    threads: measuring_threads
     resources:
         **resources_of(jobs.measure_quality),
+        measuring=1,
     params:
         **tool("steps/measure_quality.py"),
         launch=of_job(launch.smoke_test),
         options=of_job(options.quality),
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         {params.launch.preflight:q}
         {params.launch.gpus:q} {params.launch.ranks:q} python {params.tool:q} \
             --engine_dir {input.engine:q} \
             --model_dir {input.checkpoint[0]:q} \
             --reference {input.reference:q} \
             {params.options:q} \
+            --total_threads {threads} \
             --output {output:q}
         """
 
@@ -132,7 +134,7 @@ rule make_report:
         variants=of_job(plan.variants_of_report),
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         python {params.tool:q} \
             --model {wildcards.model:q} \
             --variants {params.variants:q} \

@@ -3,7 +3,7 @@
 trtllm_ckpts/{model}/{variant}/{tp}-gpu                     its checkpoint, of any variant
 trt_engines/{model}/{variant}/{tp}-gpu                      of variants with backend tensorrt_llm only
 build/trtllm_generations/{model}/{variant}/{tp}-gpu.npz     tokens and logits of a generation (temporary)
-smoke_tests/{model}/{variant}/{tp}-gpu.json                 of variants with backend tensorrt_llm only
+build/smoke_tests/{model}/{variant}/{tp}-gpu.json           of variants with backend tensorrt_llm only
 
 A missing or unsupported TensorRT-LLM is reported early. Without --sdm, jobs run in the active
 environment, which `require_possible` checks before any job runs. With --sdm, Snakemake makes the
@@ -32,7 +32,7 @@ rule convert_to_trtllm:
         options=of_job(options.trtllm_checkpoint),
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         python {params.tool:q} \
             --model_dir {input.ft_checkpoint:q} \
             {params.options:q} \
@@ -65,7 +65,7 @@ rule build_trtllm_engine:
         options=of_job(options.limits),
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         python {params.tool:q} \
             --checkpoint_dir {input.checkpoint:q} \
             {params.options:q} \
@@ -92,7 +92,7 @@ rule encode_prompt:
         prompt=settings.smoke_test.prompt,
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         python {params.tool:q} \
             --model_dir {input.checkpoint[0]:q} \
             {params.options:q} \
@@ -128,7 +128,7 @@ rule run_trtllm:
         max_new_tokens=settings.smoke_test.max_new_tokens,
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         {params.launch.ranks:q} python {params.tool:q} \
             --engine_dir {input.engine:q} \
             --prompt {input.prompt:q} \
@@ -144,13 +144,7 @@ rule compare_trtllm:
         generation="build/trtllm_generations/{model}/{variant}/{tp}-gpu.npz",
         checkpoint=of_job(plan.checkpoint_inputs),
     output:
-        report(
-            "smoke_tests/{model}/{variant}/{tp}-gpu.json",
-            category="Engines of {model}",
-            subcategory="Figures of one engine",
-            labels={"variant": "{variant}", "ranks": "{tp}", "what": "smoke test"},
-            caption="../report/smoke_test.rst",
-        ),
+        "build/smoke_tests/{model}/{variant}/{tp}-gpu.json",
     log:
         "logs/compare_trtllm/{model}/{variant}/{tp}-gpu.log",
     benchmark:
@@ -164,14 +158,15 @@ rule compare_trtllm:
         **resources_of(jobs.compare_trtllm),
     params:
         **tool("steps/compare_trtllm.py"),
-        options=of_job(options.comparison),
+        options=of_job(options.trtllm_comparison),
     shell:
         r"""
-        exec > >(tee {log:q} | sed --unbuffered "/^error/d") 2>&1
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
         python {params.tool:q} \
             --engine_dir {input.engine:q} \
             --generation {input.generation:q} \
             --model_dir {input.checkpoint[0]:q} \
             {params.options:q} \
+            --report_only \
             --output {output:q}
         """

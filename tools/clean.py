@@ -58,9 +58,8 @@ def clean(folder: Path) -> None:
     """Delete the workflow's outputs below `folder`, then folders that are empty."""
     for output in outputs(folder):
         path = folder / output
-        # Unfinished copies and records of it, and a smoke test's rejected result.
-        siblings = (*path.parent.glob(f".{path.name}.*"), path.with_name(f"{path.name}.rejected"))
-        for each in (path, *siblings):
+        # Unfinished copies and records of it, too.
+        for each in (path, *path.parent.glob(f".{path.name}.*")):
             remove(each)
         for parent in list(path.relative_to(folder).parents)[:-1]:
             with contextlib.suppress(OSError):  # not empty, or gone

@@ -10,7 +10,7 @@ from mpt_trt.engines.compute_capabilities import DEFAULT, default_capabilities
 from mpt_trt.engines.spec import BuilderChoice, BuildLimits
 from mpt_trt.evaluation.distance import Tolerance
 from mpt_trt.model.sharding import VocabularySharding
-from mpt_trt.quantization.schemes import Quantization
+from mpt_trt.quantization.schemes import Quantization, make_weight_quantization
 from mpt_trt.workflow.settings import (
     TENSORRT_LLM,
     default_tolerance,
@@ -112,6 +112,18 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibration", type=Path, help="npz file that quantize.py wrote")
 
 
+def quantization(options: argparse.Namespace) -> Quantization:
+    """The quantization that these options name."""
+    scheme = make_weight_quantization(
+        options.quantization,
+        group_size=options.group_size,
+        alpha=options.alpha,
+        per_channel=options.per_channel,
+        per_token=options.per_token,
+    )
+    return Quantization(scheme, options.kv_cache_dtype)
+
+
 def add_builder(parser: argparse.ArgumentParser) -> None:
     """Add the options from which `builder_choice` is read."""
     group = parser.add_argument_group("builder")
@@ -159,13 +171,34 @@ def _compute_capability(text: str) -> str:
 def add_tolerance(parser: argparse.ArgumentParser) -> None:
     """Add the options from which `tolerance` is read."""
     group = parser.add_argument_group("tolerance, as in config.yaml")
-    for name, default in vars(default_tolerance()).items():
-        group.add_argument(f"--{name}", type=float, default=default, help="(default: %(default)s)")
+    usual = default_tolerance()
+    group.add_argument(
+        "--error_factor",
+        type=float,
+        default=usual.error_factor,
+        help="multiplies the error that is allowed for the engine's type and quantization "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--min_top1",
+        type=float,
+        default=usual.min_top1,
+        help="minimum share of positions with the same most likely token (default: %(default)s)",
+    )
 
 
 def tolerance(options: argparse.Namespace) -> Tolerance:
-    """Returns the allowed distance of the engine's logits from the reference."""
-    return Tolerance(options.max_abs, options.mean_kl, options.min_top1)
+    """The distance that the engine's logits may have from the reference's."""
+    return Tolerance(options.error_factor, options.min_top1)
+
+
+def add_report_only(parser: argparse.ArgumentParser) -> None:
+    """Add the option by which an engine that is too far from the reference is no error."""
+    parser.add_argument(
+        "--report_only",
+        action="store_true",
+        help="only write the result; check_smoke_test.py prints and judges it later",
+    )
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
@@ -190,6 +223,17 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
         default="exact",
         help="int8: ONNX Runtime on a CPU rounds the inputs of layers with 4- and 8-bit weights to "
         "8 bits, which is faster and less exact (default: %(default)s)",
+    )
+
+
+def add_total_threads(parser: argparse.ArgumentParser) -> None:
+    """Add the option by which a measurement takes a known number of cores."""
+    parser.add_argument(
+        "--total_threads",
+        type=int,
+        default=0,
+        help="CPU threads of all ranks together, if --num_threads is 0; 0: one per core "
+        "(default: %(default)s)",
     )
 
 

@@ -7,16 +7,20 @@ import datetime
 import resource
 
 from mpt_trt.checkpoint.source import checkpoint_folder
+from mpt_trt.cli.engines import open_engine
 from mpt_trt.cli.output_options import input_paths
-from mpt_trt.engines.load import LoadedEngine, load_engine
+from mpt_trt.cli.progress import steps_progress
+from mpt_trt.cli.results import show_quality
+from mpt_trt.engines.load import LoadedEngine
 from mpt_trt.evaluation.heldout import read_heldout
 from mpt_trt.evaluation.quality_result import QualityResult, write_quality
 from mpt_trt.evaluation.recorded_generation import measure_speed
 from mpt_trt.quantization.schemes import as_mapping
 from mpt_trt.system.machine import describe_machine
+from mpt_trt.system.progress_lines import no_progress, say
 from mpt_trt.system.replace import require_writable
 
-SPEED_PROMPT, SPEED_NEW_TOKENS, SPEED_ROUNDS = 128, 32, 3
+SPEED_PROMPT, SPEED_NEW_TOKENS, SPEED_ROUNDS = 128, 32, 5
 KIB = 1 << 10
 
 
@@ -24,18 +28,14 @@ def run(options: argparse.Namespace) -> None:
     inputs = input_paths(options)
     require_writable(options.output, inputs)
     heldout = read_heldout(options.reference)
-    engine = load_engine(
-        options.engine_dir,
-        options.runtime,
-        options.num_threads,
-        options.activations,
-        options.trust,
-    )
+    engine = open_engine(options)
     spec, window_length = engine.manifest.spec, heldout.inputs.shape[1]
     spec.limits.require_window(window_length)
     new_tokens = min(SPEED_NEW_TOKENS, engine.model.capacity // 2)
     prompt_len = min(SPEED_PROMPT, window_length, engine.model.capacity - new_tokens)
     prompt = heldout.inputs[0, :prompt_len].tolist()
+    if engine.is_first_rank:
+        say(f"Measuring speed with {engine.runtime}")
     speed = measure_speed(engine, prompt, new_tokens, SPEED_ROUNDS)
     peak_memory = peak_memory_of_ranks(engine)
 
@@ -48,7 +48,11 @@ def run(options: argparse.Namespace) -> None:
         folder = checkpoint_folder(options.model_dir, options.revision)[0]
         head = read_head(folder, options.adapter)
         require_same_model(options.engine_dir, engine.manifest, heldout, head)
-    figures = measure(engine, heldout, head)
+    if not engine.is_first_rank:
+        measure(engine, heldout, head, no_progress)
+        return
+    with steps_progress("Reading held-out text, token", heldout.inputs.size) as advance:
+        figures = measure(engine, heldout, head, advance)
     if figures is None:
         return
     result = QualityResult(
@@ -76,12 +80,7 @@ def run(options: argparse.Namespace) -> None:
         head=spec.quantization.head,
     )
     write_quality(result, options.output, inputs)
-    excess = figures.excess
-    print(
-        f"perplexity {figures.perplexity:.4f} (reference {figures.reference_perplexity:.4f}), "
-        f"{excess.mean:+.2g} nats per token, KL {figures.kl.mean:.2g}, "
-        f"same top token {figures.top1.mean:.2%}, over {figures.tokens} tokens"
-    )
+    show_quality(result, options.output)
 
 
 def peak_memory_of_ranks(engine: LoadedEngine) -> int:

@@ -19,6 +19,7 @@ from mpt_trt.evaluation.logits import divergence, logits_in_pieces
 from mpt_trt.evaluation.quality_result import Estimate, Figures, Size
 from mpt_trt.evaluation.reference import Head
 from mpt_trt.generation.logits import log_softmax, require_finite
+from mpt_trt.system.progress_lines import Advance, no_progress
 
 # Maximum number of float64 log-probabilities in memory.
 CHUNK_VALUES = 1 << 21
@@ -68,10 +69,13 @@ def estimate(values: NDArray) -> Estimate:
     return Estimate(float(means.mean()), error)
 
 
-def measure(engine: LoadedEngine, heldout: HeldOut, head: Head | None) -> Figures | None:
+def measure(
+    engine: LoadedEngine, heldout: HeldOut, head: Head | None, advance: Advance = no_progress
+) -> Figures | None:
     """Reads the windows with the engine and compares its predictions with the reference's.
 
-    Every rank takes part. Only rank 0 has the reference's head and returns the figures.
+    Every rank takes part. Only the first has the reference's head and gets the figures. advance:
+    counts the tokens.
 
     Raises FloatingPointError when a logit is not finite.
     """
@@ -83,6 +87,7 @@ def measure(engine: LoadedEngine, heldout: HeldOut, head: Head | None) -> Figure
             logits = piece.logits.reshape(len(places), -1)
             for part in _chunks(*logits.shape):
                 _compare(logits[part], places[part], heldout, head, predictions)
+                advance(len(places[part]))
     return None if head is None else predictions.figures()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass
 
@@ -15,6 +14,9 @@ from mpt_trt.evaluation.logits import all_logits
 from mpt_trt.evaluation.speed import Speed
 from mpt_trt.generation.config import GenerationConfig
 from mpt_trt.generation.generate import generate
+
+# Time of generation after which no further round is measured.
+MOST_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -32,42 +34,60 @@ class RecordedGeneration:
 
 
 def record_generation(
-    engine: LoadedEngine, prompt: list[int], max_new_tokens: int
+    engine: LoadedEngine, prompt: list[int], max_new_tokens: int, rounds: int = 1
 ) -> RecordedGeneration:
     """Continues `prompt` greedily, as a user would, and collects the logits at every position.
 
     The continuation's logits are those of the generation itself (prefill, then single tokens); the
-    prompt's are read in a second pass.
+    prompt's are read in a second pass. rounds: generations over which speed is measured.
     """
-    # No end token, so that every requested position is compared.
-    config = GenerationConfig(max_new_tokens=max_new_tokens, end_ids=(), pad_id=0)
-    generate(engine.model, [prompt], config)  # warm-up: the first run includes set-up
-    recorder = _Recorder(engine.model)
-    generated = generate(recorder, [prompt], config)[0][0].tokens
+    recorders = _generations(engine, prompt, max_new_tokens, rounds)
+    first = recorders[0]
+    generated = first.tokens
     prompt_logits = all_logits(engine, prompt)[:-1]
     return RecordedGeneration(
         tokens=[*prompt, *generated],
         prompt_len=len(prompt),
-        logits=np.concatenate([prompt_logits, *recorder.logits]),
-        speed=recorder.speed(len(prompt), len(generated)),
+        logits=np.concatenate([prompt_logits, *first.logits]),
+        speed=_speed(recorders, len(prompt), len(generated)),
     )
 
 
 def measure_speed(
     engine: LoadedEngine, prompt: list[int], max_new_tokens: int, rounds: int
 ) -> Speed:
-    """Continues `prompt` greedily `rounds` times after a warm-up; returns the median speeds."""
+    """Continues `prompt` greedily `rounds` times after a warm-up."""
+    recorders = _generations(engine, prompt, max_new_tokens, rounds)
+    return _speed(recorders, len(prompt), max_new_tokens)
+
+
+def _generations(
+    engine: LoadedEngine, prompt: list[int], max_new_tokens: int, rounds: int
+) -> list[_Recorder]:
+    """Records the same generation several times; stops early when it takes minutes."""
+    # No end token, because every requested position shall be compared.
     config = GenerationConfig(max_new_tokens=max_new_tokens, end_ids=(), pad_id=0)
-    generate(engine.model, [prompt], config)
-    speeds = []
-    for _ in range(rounds):
-        recorder = _Recorder(engine.model)
-        generate(recorder, [prompt], config)
-        speeds.append(recorder.speed(len(prompt), max_new_tokens))
-    return Speed(
-        statistics.median(speed.prefill_tokens_per_s for speed in speeds),
-        statistics.median(speed.decode_tokens_per_s for speed in speeds),
+    generate(engine.model, [prompt], config)  # warm-up: the first run sets things up, slowly
+    recorders: list[_Recorder] = []
+    while len(recorders) < rounds and not _takes_minutes(engine, recorders):
+        recorder = _Recorder(engine.model, keeps_logits=not recorders)
+        recorder.tokens = list(generate(recorder, [prompt], config)[0][0].tokens)
+        recorders.append(recorder)
+    return recorders
+
+
+def _takes_minutes(engine: LoadedEngine, recorders: list[_Recorder]) -> bool:
+    """Whether another round would take too long; the same on all ranks."""
+    is_long = sum(recorder.seconds for recorder in recorders) > MOST_SECONDS
+    ranks = engine.communicator
+    return is_long if ranks is None or not recorders else any(ranks.exchange(is_long))
+
+
+def _speed(recorders: list[_Recorder], prompt_len: int, new_tokens: int) -> Speed:
+    prefill, decode = zip(
+        *(recorder.speeds(prompt_len, new_tokens) for recorder in recorders), strict=True
     )
+    return Speed.of_rounds(prefill, decode)
 
 
 class _Recorder:
@@ -76,14 +96,17 @@ class _Recorder:
     It is not a `GreedyModel`, so that every step returns logits.
     """
 
-    def __init__(self, model: StepModel):
+    def __init__(self, model: StepModel, keeps_logits: bool):
         self.logits: list[NDArray[np.float32]] = []
+        self.tokens: list[int] = []
+        self._keeps_logits = keeps_logits
         self._model = model
         self.vocab_size, self.capacity = model.vocab_size, model.capacity
         self.max_batch_size, self.max_step_tokens = model.max_batch_size, model.max_step_tokens
         self.start, self.reorder = model.start, model.reorder
         self._seconds: list[float] = []
         self._prefill_steps = 0
+        self._has_logits = False
 
     def step(
         self,
@@ -94,13 +117,20 @@ class _Recorder:
         started = time.perf_counter()
         logits = self._model.step(input_ids, write_positions, logit_positions)
         self._seconds.append(time.perf_counter() - started)
-        if not self.logits:
+        if not self._has_logits:
             self._prefill_steps += 1
-        self.logits += [logits] if len(logits) else []
+        if len(logits):
+            self._has_logits = True
+            self.logits += [logits] if self._keeps_logits else []
         return logits
 
-    def speed(self, prompt_len: int, new_tokens: int) -> Speed:
-        """Speed of the recorded generation; prefill gives the first of its new tokens."""
+    @property
+    def seconds(self) -> float:
+        """Time of all steps."""
+        return sum(self._seconds)
+
+    def speeds(self, prompt_len: int, new_tokens: int) -> tuple[float, float]:
+        """Tokens per second of prefill, which gives the first new token, and of decoding."""
         prefill, decode = (
             max(sum(part), 1e-9)
             for part in (
@@ -108,4 +138,4 @@ class _Recorder:
                 self._seconds[self._prefill_steps :],
             )
         )
-        return Speed(prompt_len / prefill, (new_tokens - 1) / decode)
+        return prompt_len / prefill, (new_tokens - 1) / decode

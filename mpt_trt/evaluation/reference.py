@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
@@ -23,6 +23,7 @@ from mpt_trt.model.config import MptConfig
 from mpt_trt.model.tensors import weights
 from mpt_trt.model.torch_block import PlainBlock, causal_bias, model_norm, with_weights
 from mpt_trt.model.torch_tensors import ModelTensors, embed
+from mpt_trt.system.progress_lines import Advance, no_progress
 
 # (tensors by name within the block, hidden `[seq, hidden]`) -> hidden `[seq, hidden]`
 Block = Callable[[dict[str, Tensor], Tensor], Tensor]
@@ -40,19 +41,22 @@ def reference_logits(folder: Path, token_ids: list[int], adapter: Path | None = 
 
 
 def reference_hidden(
-    folder: Path, token_ids: NDArray[np.int64], adapter: Path | None = None
+    folder: Path,
+    token_ids: NDArray[np.int64],
+    adapter: Path | None = None,
+    advance: Advance = no_progress,
 ) -> Tensor:
     """Computes the inputs of the head (the last norm's output), float32 `[sequences, seq, hidden]`.
 
     token_ids: `[sequences, seq]`. Each block is read once and runs on one sequence after the other.
+    advance: counts the blocks.
 
     Raises MptTrtError when the model has learned positions and the sequences are longer.
     """
-    model = _open(folder, adapter)
-    make_block = _transformers_block if is_in_transformers(model.config) else _plain_block
+    model = open_checkpoint(folder, adapter)
     with torch.inference_mode():
-        block = make_block(model.config, token_ids.shape[1])
-        return _hidden(model, block, torch.from_numpy(token_ids))
+        block = reference_block(model.config, token_ids.shape[1])
+        return _hidden(model, block, torch.from_numpy(token_ids), advance)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,11 @@ class Head:
 
 def read_head(folder: Path, adapter: Path | None = None) -> Head:
     """Reads the head of a checkpoint, which turns `reference_hidden` into logits."""
-    model = _open(folder, adapter)
+    return head_of(open_checkpoint(folder, adapter))
+
+
+def head_of(model: ModelTensors) -> Head:
+    """The head of an open checkpoint."""
     name = "wte.weight" if model.config.tie_word_embeddings else "lm_head.weight"
     return Head(model.tensor(name), model.config.logit_scale)
 
@@ -98,18 +106,31 @@ def is_in_transformers(config: MptConfig) -> bool:
     )
 
 
-def _open(folder: Path, adapter: Path | None) -> ModelTensors:
+def open_checkpoint(folder: Path, adapter: Path | None) -> ModelTensors:
+    """A checkpoint's tensors in float32, with an adapter merged."""
     config = read_hf_config(folder)
     return ModelTensors(config, HfCheckpoint(folder, weights(config), adapter))
 
 
-def _hidden(model: ModelTensors, block: Block, token_ids: Tensor) -> Tensor:
+def reference_block(config: MptConfig, length: int) -> Block:
+    """The block of the reference, for sequences of `length` tokens."""
+    make_block = _transformers_block if is_in_transformers(config) else _plain_block
+    return make_block(config, length)
+
+
+def _hidden(model: ModelTensors, block: Block, token_ids: Tensor, advance: Advance) -> Tensor:
     config = model.config
     hidden = embed(model, model.tensor("wte.weight"), token_ids)
     for layer in range(config.num_layers):
         # No variable holds the weights, so they are freed before the next block's are read.
         hidden = _each_sequence(block, model.tensors(f"blocks.{layer}."), hidden)
-    return with_weights(partial(model_norm, config), model.tensors("norm_f."))(hidden)
+        advance(1)
+    return last_norm(model)(hidden)
+
+
+def last_norm(model: ModelTensors) -> nn.Module:
+    """The norm between the last block and the head."""
+    return with_weights(partial(model_norm, model.config), model.tensors("norm_f."))
 
 
 def _each_sequence(block: Block, tensors: dict[str, Tensor], hidden: Tensor) -> Tensor:

@@ -5,22 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mpt_trt.engines.spec import BuilderInfo
 from mpt_trt.errors import MptTrtError
-from mpt_trt.evaluation.distance import Distance, Tolerance
+from mpt_trt.evaluation.distance import (
+    Distance,
+    Tolerance,
+    Violation,
+    allowed_error,
+    violations,
+)
 from mpt_trt.evaluation.result_file import read_result
 from mpt_trt.evaluation.speed import Speed
+from mpt_trt.quantization.schemes import KvCacheType, Quantization, make_weight_quantization
 from mpt_trt.system.files import write_json
-from mpt_trt.system.replace import is_replaced, remove_file, require_writable
 
 
 @dataclass(frozen=True)
 class SmokeResult:
     """A generation by an engine, compared with the float32 reference.
 
-    engines: names of the ranks' plans in engine_dir. runtime: the runtime that ran the engine.
-    fallback_reason: why it was not TensorRT; None if it was. text: the continuation of prompt.
+    engines: names of the ranks' plans in engine_dir. quantization: as in config.yaml, with the
+    options of its own method. kv_cache: type of keys and values; `auto` means dtype. runtime: the
+    runtime that ran the engine. fallback_reason: why that was not TensorRT; None when it was. text:
+    the continuation of prompt.
     tokens: prompt and continuation. prompt_len: tokens of the prompt. reference: the software that
     computed the reference.
     """
@@ -29,6 +38,9 @@ class SmokeResult:
     engines: tuple[str, ...]
     builder: BuilderInfo
     ranks: int
+    dtype: str
+    quantization: dict[str, Any]
+    kv_cache: KvCacheType
     runtime: str
     fallback_reason: str | None
     prompt: str
@@ -41,41 +53,43 @@ class SmokeResult:
     tolerance: Tolerance
 
     @property
-    def violations(self) -> list[str]:
-        """Describes each figure of the distance that exceeds the tolerance."""
-        return self.distance.violations(self.tolerance)
+    def violations(self) -> list[Violation]:
+        """Each figure of the distance that exceeds the tolerance."""
+        return violations(self.distance, self._quantization, self.tolerance)
+
+    @property
+    def allowed_error(self) -> float:
+        """The largest `distance.error` that passes."""
+        return allowed_error(self.distance, self._quantization, self.tolerance)
+
+    @property
+    def passed(self) -> bool:
+        return not self.violations
+
+    @property
+    def _quantization(self) -> Quantization:
+        return Quantization(make_weight_quantization(**self.quantization), self.kv_cache)
+
+
+def require_passed(result: SmokeResult, path: Path, key: str) -> None:
+    """Raise MptTrtError when a figure exceeds the tolerance.
+
+    path: of the result. key: what stands before the tolerance's own keys, such as `--`.
+    """
+    if found := result.violations:
+        reasons = " and ".join(f"{each.text}; {key}{each.key} allows more" for each in found)
+        raise MptTrtError(
+            f"{result.engine_dir}: too far from the float32 reference: {reasons}; see {path}"
+        )
 
 
 def write_smoke_result(result: SmokeResult, output: Path, inputs: Iterable[Path] = ()) -> None:
-    """Writes the result to `output`, with a key `passed`. inputs: see `replace_file`.
+    """Writes the result to `output`, with keys `passed` and `allowed_error`.
 
-    Raises MptTrtError when the distance exceeds the tolerance. The result then goes to
-    {output}.rejected, unless `output` is a device or pipe. The other file is removed.
+    inputs: see `replace_file`.
     """
-    inputs = tuple(inputs)
-    violations = result.violations
-    content = asdict(result) | {"passed": not violations}
-    rejected = rejected_path(output)
-    require_writable(output, inputs)
-    if not violations:
-        write_json(output, content, inputs)
-        if is_replaced(output):
-            remove_file(rejected)
-        return
-    if is_replaced(output):
-        write_json(rejected, content, inputs)
-        remove_file(output)
-    else:
-        write_json(output, content)
-        rejected = output
-    raise MptTrtError(
-        f"{result.engine_dir}: too far from the reference: {', '.join(violations)}; see {rejected}"
-    )
-
-
-def rejected_path(output: Path) -> Path:
-    """Path of a result that exceeds the tolerance."""
-    return output.with_name(output.name + ".rejected")
+    extra = {"allowed_error": result.allowed_error, "passed": result.passed}
+    write_json(output, asdict(result) | extra, inputs)
 
 
 def read_smoke_result(path: Path) -> SmokeResult:

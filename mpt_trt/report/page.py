@@ -136,12 +136,13 @@ def _speed_columns(entries: list[Entry]) -> list[Column]:
 
 def _run_columns(entries: list[Entry]) -> list[Column]:
     distances = [
-        f"{number(entry.smoke.distance.max_abs, 2)} of {number(entry.smoke.tolerance.max_abs, 2)}"
+        f"{number(100 * entry.smoke.distance.error, 2)} of "
+        f"{number(100 * entry.smoke.allowed_error, 2)}"
         for entry in entries
     ]
     memory = [number(entry.quality.peak_memory / 1e6) for entry in entries]
     return [
-        Column("Logit distance", "of allowed", distances),
+        Column("Error", "% of spread", distances),
         Column("Host memory", "MB", memory),
         Column("Runtime", "", [entry.quality.runtime for entry in entries], is_text=True),
     ]

@@ -224,16 +224,6 @@ def require_writable(target: Path, inputs: Iterable[Path] = ()) -> None:
                 )
 
 
-def remove_file(target: Path) -> None:
-    """Removes an output file of an earlier run, also the target of a link.
-
-    Links, devices, pipes and folders stay.
-    """
-    with plain_disk_errors(target):
-        if target.is_file() and is_replaced(target):
-            Path(os.path.realpath(target)).unlink(missing_ok=True)
-
-
 def is_replaced(target: Path) -> bool:
     """Returns whether a new file replaces `target`, instead of being written to it."""
     try:

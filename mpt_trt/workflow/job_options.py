@@ -120,10 +120,14 @@ class JobOptions:
         tolerance = self.plan.variant(target).tolerance
         return [
             *self._model(target),
-            f"--max_abs={tolerance.max_abs}",
-            f"--mean_kl={tolerance.mean_kl}",
+            f"--error_factor={tolerance.error_factor}",
             f"--min_top1={tolerance.min_top1}",
         ]
+
+    def trtllm_comparison(self, target: Target) -> list[str]:
+        """As above, and what TensorRT-LLM's engine directory says in words of its own."""
+        dtype = self.plan.variant(target).dtype
+        return [*self.comparison(target), f"--dtype={dtype}", *self._quantization(target)]
 
     def reference(self, target: Target) -> list[str]:
         quality = self.plan.settings.quality

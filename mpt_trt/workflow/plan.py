@@ -264,7 +264,8 @@ class Plan:
         return self._results_of_report("quality", target)
 
     def smoke_tests_of_report(self, target: Target) -> list[str]:
-        return self._results_of_report("smoke_tests", target)
+        """Of engines that passed, and of those that failed."""
+        return self._results_of_report("build/smoke_tests", target)
 
     def _results_of_report(self, folder: str, target: Target) -> list[str]:
         return [
@@ -302,7 +303,9 @@ class Plan:
                     require_head_size(config.head_dim)
                 self._require_trtllm_for("trt_engines/{model}/{variant}/{tp}-gpu", target)
             case "run_trtllm":
-                self._require_trtllm_for("smoke_tests/{model}/{variant}/{tp}-gpu.json", target)
+                self._require_trtllm_for(
+                    "build/smoke_tests/{model}/{variant}/{tp}-gpu.json", target
+                )
             case "measure_quality":
                 self._require_measurable(target)
 

@@ -264,7 +264,6 @@ def test_smoke_test_of_two_ranks_writes_one_result(engines, tmp_path):
         f"--model_dir={engines.hf}",
         "--prompt=hello",
         "--max_new_tokens=4",
-        "--max_abs=1e-4",
         f"--output={tmp_path / 'result.json'}",
     )
     assert finished.status == 0, finished.stderr

@@ -1,7 +1,8 @@
-"""Places of smoke tests' results."""
+"""Where results of smoke tests are written to, and how they are judged."""
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from dataclasses import replace
@@ -12,7 +13,12 @@ import pytest
 from mpt_trt.engines.spec import BuilderInfo
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.distance import Distance, Tolerance
-from mpt_trt.evaluation.smoke_result import SmokeResult, read_smoke_result, write_smoke_result
+from mpt_trt.evaluation.smoke_result import (
+    SmokeResult,
+    read_smoke_result,
+    require_passed,
+    write_smoke_result,
+)
 from mpt_trt.evaluation.speed import Speed
 
 PASSED = SmokeResult(
@@ -20,64 +26,74 @@ PASSED = SmokeResult(
     engines=("rank0.engine",),
     builder=BuilderInfo("tensorrt", "10", ("8.9",)),
     ranks=1,
+    dtype="float16",
+    quantization={"method": "int4_weight_only", "group_size": 64},
+    kv_cache="auto",
     runtime="ONNX Runtime",
     fallback_reason=None,
     prompt="to",
     text=" be",
     tokens=(1, 2),
     prompt_len=1,
-    speed=Speed(1.0, 1.0),
+    speed=Speed.of_rounds([1.0, 3.0, 2.0], [4.0, 5.0, 6.0]),
     reference="PyTorch",
-    distance=Distance(0.0, 0.0, 1.0, 2),
-    tolerance=Tolerance(0.1, 0.1, 0.9),
+    distance=Distance(0.1, 0.1, 0.001, 0.01, 1.0, 0.0, 1.0, 2),
+    tolerance=Tolerance(1.0, 0.9),
 )
-REJECTED = replace(PASSED, distance=Distance(1.0, 0.0, 1.0, 2))
+FAILED = replace(PASSED, distance=replace(PASSED.distance, error=1.0))
 
 
-def test_each_replaces_the_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("result", [PASSED, FAILED])
+def test_results_come_back(result: SmokeResult, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
-    for _ in range(2):
-        write_smoke_result(PASSED, output)
-        assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
-        assert read_smoke_result(output) == PASSED
-        with pytest.raises(MptTrtError, match=f"^engine: too far .*; see {output}.rejected$"):
-            write_smoke_result(REJECTED, output)
-        assert [path.name for path in tmp_path.iterdir()] == ["result.json.rejected"]
+    write_smoke_result(result, output)
+    assert read_smoke_result(output) == result
+    stored = json.loads(output.read_text())
+    assert stored["passed"] is result.passed is (result is PASSED)
+    assert stored["allowed_error"] == pytest.approx(1.2 * 0.1 + 4 * 0.001)
 
 
-def test_a_link_stays_and_leads_to_no_old_result(tmp_path: Path) -> None:
+def test_the_message_names_the_key() -> None:
+    require_passed(PASSED, Path("r.json"), "--")
+    both = replace(FAILED, distance=replace(FAILED.distance, top1=0.5))
+    with pytest.raises(
+        MptTrtError, match="^engine: too far from the float32 reference: "
+    ) as caught:
+        require_passed(both, Path("r.json"), "variants.v.tolerance.")
+    for key in ("error_factor", "min_top1"):
+        assert f"; variants.v.tolerance.{key} allows more" in str(caught.value)
+    assert str(caught.value).endswith("; see r.json")
+
+
+def test_speeds_are_medians_with_their_range() -> None:
+    speed = PASSED.speed
+    assert (speed.prefill_tokens_per_s, speed.prefill_range) == (2.0, (1.0, 3.0))
+    assert (speed.decode_tokens_per_s, speed.decode_range, speed.rounds) == (5.0, (4.0, 6.0), 3)
+
+
+def test_a_link_stays(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "result.json")
-    write_smoke_result(PASSED, link)
-    with pytest.raises(MptTrtError, match="too far"):
-        write_smoke_result(REJECTED, link)
-    assert link.is_symlink() and not link.exists()
+    write_smoke_result(FAILED, link)
+    assert link.is_symlink() and read_smoke_result(tmp_path / "result.json") == FAILED
 
 
-@pytest.mark.parametrize("result", [PASSED, REJECTED])
-def test_a_device_or_pipe_stays(tmp_path: Path, result: SmokeResult) -> None:
+def test_a_device_or_pipe_stays(tmp_path: Path) -> None:
     pipe, read = tmp_path / "pipe", []
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
     reader.start()
     for output in (Path("/dev/null"), pipe):
-        if result is PASSED:
-            write_smoke_result(result, output)
-        else:
-            with pytest.raises(MptTrtError, match=f"see {output}$"):
-                write_smoke_result(result, output)
+        write_smoke_result(FAILED, output)
     reader.join(10)
-    assert f'"passed": {str(result is PASSED).lower()}' in read[0]
+    assert '"passed": false' in read[0]
     assert Path("/dev/null").is_char_device() and pipe.is_fifo()
-    assert not Path("/dev/null.rejected").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_inputs_are_kept(tmp_path: Path) -> None:
-    for name in ("result.json", "result.json.rejected"):
-        path = tmp_path / name
-        path.write_text("kept")
-        with pytest.raises(MptTrtError, match="not replaced, because it is read from"):
-            write_smoke_result(REJECTED, tmp_path / "result.json", [path])
-        assert path.read_text() == "kept"
-        path.unlink()
+    path = tmp_path / "result.json"
+    path.write_text("kept")
+    with pytest.raises(MptTrtError, match="not replaced, because it is read from"):
+        write_smoke_result(FAILED, path, [path])
+    assert path.read_text() == "kept"

@@ -59,7 +59,7 @@ def result(kl: float, excess: float, megabytes: float, ranks: int = 1) -> Qualit
             tokens=8192,
         ),
         size=Size(int(2e6 * megabytes), int(1e6 * megabytes), int(3e6 * megabytes)),
-        speed=Speed(4000.0, 321.0),
+        speed=Speed(4000.0, 321.0, (3900.0, 4100.0), (300.0, 330.0), 5),
         prompt_len=128,
         new_tokens=32,
         peak_memory=150_000_000,
@@ -72,6 +72,9 @@ def smoke_result(quality: QualityResult) -> SmokeResult:
         engines=("rank0.engine",),
         builder=quality.builder,
         ranks=quality.ranks,
+        dtype=quality.dtype,
+        quantization=quality.quantization,
+        kv_cache="auto",
         runtime=quality.runtime,
         fallback_reason=quality.fallback_reason,
         prompt="to be or",
@@ -80,8 +83,8 @@ def smoke_result(quality: QualityResult) -> SmokeResult:
         prompt_len=2,
         speed=quality.speed,
         reference=quality.reference,
-        distance=Distance(0.0123, 0.0, 1.0, 2),
-        tolerance=Tolerance(0.1, 0.001, 0.95),
+        distance=Distance(0.0123, 0.02, 0.001, 0.001, 0.0456, 0.0, 1.0, 2),
+        tolerance=Tolerance(1.0, 0.95),
     )
 
 
@@ -256,7 +259,7 @@ def test_table_has_a_row_for_each_engine(page: Page):
     assert int4["Mean KLnats"] == "0.0900 ± 0.0090"
     assert int4["Same top token%"] == "98.00 ± 0.10"
     assert int4["Generatingtokens/s"] == "321" and int4["Runtime"] == "tensorrt 11.0"
-    assert int4["Logit distanceof allowed"] == "0.012 of 0.10"
+    assert int4["Error% of spread"] == "1.2 of 2.8"
 
 
 def test_names_are_escaped(made: Path, page: Page):

@@ -60,7 +60,6 @@ def test_what_the_workflow_made_goes_and_all_else_stays(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     run_workflow(tmp_path)
     (tmp_path / "ft_ckpts/toy/fp16/.1-gpu.partial-host-1").mkdir()
-    (tmp_path / "smoke_tests/toy/fp16/1-gpu.json.rejected").touch()
     assert len(names(tmp_path / "quality")) == 1
     result = clean(tmp_path)
     assert (result.returncode, result.stderr) == (0, "")

@@ -27,13 +27,13 @@ def given(text: str, **content: Any) -> Settings:
 def test_numbers_booleans_and_null() -> None:
     settings = given(
         "{variants: {v: {max_batch_size: 4, shard_head: false, gather_all_token_logits: True, "
-        "tolerance: {max_abs: 0.5, mean_kl: 1e-9, min_top1: 1}, compute_capabilities: [8.9, 9.0]}}}"
+        "tolerance: {error_factor: 5e-1, min_top1: 1}, compute_capabilities: [8.9, 9.0]}}}"
     )
     variant = settings.variant("v")
     assert variant.max_batch_size == 4
     assert (variant.shard_head, variant.gather_all_token_logits) == (False, True)
     tolerance = variant.tolerance
-    assert (tolerance.max_abs, tolerance.mean_kl, tolerance.min_top1) == (0.5, 1e-9, 1.0)
+    assert (tolerance.error_factor, tolerance.min_top1) == (0.5, 1.0)
     assert variant.compute_capabilities == ("8.9", "9.0")
 
 
@@ -78,7 +78,10 @@ def test_what_a_file_says_keeps_its_type() -> None:
         ("{variants: {v: {shard_head: maybe}}}", "variants.v.shard_head = 'maybe': "),
         ("{variants: {v: {max_bach_size: 4}}}", "variants.v: unknown key 'max_bach_size'; did"),
         ("{variants: {v: {quantization: {group_size: 64}}}}", "variants.v.quantization.group_size"),
-        ("{variants: {v: {tolerance: {max_abs: nan}}}}", "variants.v.tolerance.max_abs = "),
+        (
+            "{variants: {v: {tolerance: {error_factor: nan}}}}",
+            "variants.v.tolerance.error_factor",
+        ),
         ("{smoke_test: {promt: x}}", "smoke_test: unknown key 'promt'; did you mean 'prompt'?"),
     ],
 )

@@ -109,11 +109,11 @@ def test_the_text_that_ships_has_a_version() -> None:
 
 def test_measurements() -> None:
     options = options_of(
-        {"tolerance": {"max_abs": 0.5}},
+        {"tolerance": {"error_factor": 2.5}},
         smoke_test={"prompt": "it's", "max_new_tokens": 3},
         quality={"num_windows": 2, "window_length": 8},
     )
-    tolerance = ["--max_abs=0.5", "--mean_kl=0.001", "--min_top1=0.95"]
+    tolerance = ["--error_factor=2.5", "--min_top1=0.95"]
     assert options.comparison(TOY) == tolerance
     assert options.smoke_test(TOY) == [*tolerance, "--prompt=it's", "--max_new_tokens=3"]
     assert options.reference(TOY) == ["--num_windows=2", "--window_length=8"]

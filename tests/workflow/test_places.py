@@ -13,6 +13,7 @@ from support.workflow import SMALL, Workflow
 
 SMOKE_TEST = "smoke_tests/toy/fp16/1-gpu.json"
 CHAIN = ["convert_checkpoint", "make_networks", "build_rank", "assemble_engine", "smoke_test"]
+CHAIN += ["check_smoke_test"]
 MODULE = """
 module mpt_trt:
     snakefile: "{checkout}/Snakefile"

@@ -294,7 +294,7 @@ def test_results_that_a_report_shows() -> None:
         "quality/toy/fp16/1-gpu.json",
         "quality/toy/fp16/2-gpu.json",
     ]
-    assert plan.smoke_tests_of_report(Target("toy"))[1] == "smoke_tests/toy/fp16/2-gpu.json"
+    assert plan.smoke_tests_of_report(Target("toy"))[1] == "build/smoke_tests/toy/fp16/2-gpu.json"
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -358,7 +358,7 @@ def test_possible_jobs_are_not(step: str, target: Target, folder: Path) -> None:
 def test_tensorrt_llm_must_be_there_unless_nothing_is_to_be_done(tmp_path: Path) -> None:
     steps = {
         "build_trtllm_engine": "trt_engines/toy/fp16/1-gpu",
-        "run_trtllm": "smoke_tests/toy/fp16/1-gpu.json",
+        "run_trtllm": "build/smoke_tests/toy/fp16/1-gpu.json",
     }
     plan = make_plan(tmp_path)
     elsewhere = Plan(plan.settings, plan.repository, tmp_path, deploys_software=True)

@@ -33,7 +33,7 @@ SCHEMA = yaml.safe_load((ROOT / "mpt_trt/workflow/config.schema.yaml").read_text
 SHIPPED = yaml.safe_load((ROOT / "config.yaml").read_text())
 FULL: dict[str, Any] = {
     "models": {"tiny": {"source": "folder"}},
-    "variants": {"half": {"dtype": "float16", "tolerance": {"max_abs": 0.5}}},
+    "variants": {"half": {"dtype": "float16", "tolerance": {"error_factor": 0.5}}},
     "smoke_test": {"prompt": "x"},
     "quality": {},
     "report": {},
@@ -164,7 +164,7 @@ class TestDefaults:
             "gather_all_token_logits": False,
             "backend": "auto",
             "compute_capabilities": ("8.0", "8.6", "8.9", "12.0"),
-            "tolerance": Tolerance(max_abs=0.1, mean_kl=0.001, min_top1=0.95),
+            "tolerance": Tolerance(error_factor=1.0, min_top1=0.95),
         }
         variant = found.variant("v")
         assert {key: getattr(variant, key) for key in expected} == expected
@@ -205,7 +205,7 @@ class TestDefaults:
         assert found.model("m") == Model("s", "v1", "t", "a")
         assert found.variant("v").max_batch_size == 3
         assert found.variant("v").max_input_len == 512
-        assert found.variant("v").tolerance == Tolerance(0.1, 0.001, 0.5)
+        assert found.variant("v").tolerance == Tolerance(1.0, 0.5)
         assert found.smoke_test == SmokeTest("def fibonacci", 5)
         assert found.targets == ("a", "b")
 
@@ -237,13 +237,13 @@ class TestDefaults:
         assert content == FULL
 
     def test_one_entry_does_not_change_another(self) -> None:
-        variants = {"a": {"tolerance": {"max_abs": 9.0}}, "b": {}}
-        assert parse_settings({"variants": variants}).variant("b").tolerance.max_abs == 0.1
+        variants = {"a": {"tolerance": {"error_factor": 9.0}}, "b": {}}
+        assert parse_settings({"variants": variants}).variant("b").tolerance.error_factor == 1.0
 
     def test_command_line_defaults(self) -> None:
         assert settings.variant_default("max_input_len") == 512
         assert settings.variant_choices("dtype") == ["float32", "float16", "bfloat16"]
-        assert settings.default_tolerance() == Tolerance(0.1, 0.001, 0.95)
+        assert settings.default_tolerance() == Tolerance(1.0, 0.95)
 
 
 class TestMistakes:
@@ -253,7 +253,7 @@ class TestMistakes:
             ("modles", "top level", "did you mean 'models'?"),
             ("models.tiny.revison", "models.tiny", "did you mean 'revision'?"),
             ("variants.half.dtyp", "variants.half", "did you mean 'dtype'?"),
-            ("variants.half.tolerance.max_bas", "variants.half.tolerance", "'max_abs'?"),
+            ("variants.half.tolerance.eror_factor", "variants.half.tolerance", "'error_factor'?"),
             ("smoke_test.promt", "smoke_test", "did you mean 'prompt'?"),
             ("smoke_test.zzz", "smoke_test", "known names: max_new_tokens, prompt"),
         ],
@@ -285,8 +285,8 @@ class TestMistakes:
             ("variants.half.compute_capabilities", "8.9"),
             ("variants.half.compute_capabilities", []),
             ("variants.half.tolerance", 0.1),
-            ("variants.half.tolerance.max_abs", 0),
-            ("variants.half.tolerance.mean_kl", -0.5),
+            ("variants.half.tolerance.error_factor", 0),
+            ("variants.half.tolerance.error_factor", -0.5),
             ("variants.half.tolerance.min_top1", 1.5),
             ("smoke_test", "def"),
             ("smoke_test.prompt", ""),

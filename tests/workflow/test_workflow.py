@@ -21,6 +21,7 @@ from support.workflow import SMALL, Workflow
 
 SMOKE_TEST = "smoke_tests/toy/{}/1-gpu.json"
 CHAIN = ["convert_checkpoint", "make_networks", "build_rank", "assemble_engine", "smoke_test"]
+CHAIN += ["check_smoke_test"]
 
 
 def chain(variant: str) -> list[str]:
@@ -70,9 +71,9 @@ def test_only_the_changed_variant_is_made_again(made: Workflow) -> None:
 
 
 def test_a_new_tolerance_repeats_the_smoke_test_alone(made: Workflow) -> None:
-    made.configure(fp16={**SMALL, "tolerance": {"max_abs": 0.2}})
+    made.configure(fp16={**SMALL, "tolerance": {"error_factor": 2.0}})
     try:
-        assert both(made) == ["smoke_test fp16"]
+        assert both(made) == ["smoke_test fp16", "check_smoke_test fp16"]
     finally:
         made.configure()
 
@@ -215,13 +216,18 @@ def test_another_builder_version_makes_the_engine_again(made: Workflow) -> None:
 
 def test_wrong_engines_fail_and_leave_no_result(tmp_path: Path) -> None:
     workflow = Workflow.create(tmp_path / "project")
-    workflow.configure(fp16={**SMALL, "tolerance": {"max_abs": 1e-9}})
-    result = workflow.run(SMOKE_TEST.format("fp16"))
+    workflow.configure(fp16={**SMALL, "tolerance": {"error_factor": 1e-9}})
+    target = SMOKE_TEST.format("fp16")
+    result = workflow.run(target)
     assert result.returncode != 0
-    assert "too far from the reference: max_abs" in result.stdout + result.stderr
-    assert not (workflow.folder / SMOKE_TEST.format("fp16")).exists()
-    rejected = json.loads((workflow.folder / f"{SMOKE_TEST.format('fp16')}.rejected").read_text())
-    assert rejected["passed"] is False
+    output = result.stdout + result.stderr
+    reason = "trt_engines/toy/fp16/1-gpu: too far from the float32 reference: its error is "
+    last = output.rstrip().split("\n")[-1]
+    assert last.startswith(f"error: {reason}") and output.count(reason) == 1
+    assert "variants.fp16.tolerance.error_factor allows more" in last
+    assert last.endswith("(log: logs/check_smoke_test/toy/fp16/1-gpu.log)")
+    assert not (workflow.folder / target).exists()
+    assert json.loads((workflow.folder / "build" / target).read_text())["passed"] is False
 
 
 def test_smoothquant_checkpoints(made: Workflow) -> None:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.parser import tool_parser
+from mpt_trt.workflow.settings import variant_default
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -41,6 +42,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
     options.add_tolerance(parser)
+    options.add_report_only(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default=variant_default("dtype"),
+        help="data type of the engine (default: %(default)s)",
+    )
+    options.add_quantization(parser)
     return parser
 
 

@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
     options.add_runtime(parser)
+    options.add_total_threads(parser)
     return parser
 
 

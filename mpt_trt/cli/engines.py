@@ -1,0 +1,24 @@
+"""Loading an engine as parsed options ask for it."""
+
+from __future__ import annotations
+
+import argparse
+
+from mpt_trt.engines.load import LoadedEngine, load_engine
+from mpt_trt.engines.manifest import read_manifest
+from mpt_trt.errors import MptTrtError
+
+
+def open_engine(options: argparse.Namespace) -> LoadedEngine:
+    """Load the engine that the options of `add_runtime` describe, on this rank.
+
+    Raises MptTrtError as `load_engine` does, and when --total_threads is negative.
+    """
+    num_threads, total = options.num_threads, getattr(options, "total_threads", 0)
+    if total < 0:
+        raise MptTrtError(f"--total_threads = {total}: at least 1, or 0 for all cores, is required")
+    if total and not num_threads:
+        num_threads = max(1, total // read_manifest(options.engine_dir).spec.tp_size)
+    return load_engine(
+        options.engine_dir, options.runtime, num_threads, options.activations, options.trust
+    )
