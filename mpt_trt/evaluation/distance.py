@@ -121,8 +121,5 @@ def _margin(quantization: Quantization) -> float:
     scheme = quantization.scheme
     if isinstance(scheme, SmoothQuant):
         return 2.0 if scheme.per_token else 5.0
-    if _is_exact(quantization) or (
-        isinstance(scheme, Awq | Gptq) and quantization.kv_cache == "auto"
-    ):
-        return 1.2
-    return 1.5
+    rounds_weights_only = scheme is None or isinstance(scheme, WeightOnly | Awq | Gptq)
+    return 1.2 if rounds_weights_only and quantization.kv_cache == "auto" else 1.5

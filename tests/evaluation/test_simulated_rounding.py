@@ -13,9 +13,10 @@ import yaml
 from numpy.typing import NDArray
 
 from mpt_trt.calibration.block_stream import Computation, activation_amax
+from mpt_trt.calibration.calibrate import calibrate
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.model_source import open_model
-from mpt_trt.calibration.modelopt import CalibrationPlan, calibrate
+from mpt_trt.calibration.plan import CalibrationPlan
 from mpt_trt.calibration.result import read_calibration
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint

@@ -56,9 +56,7 @@ def test_results_come_back(result: SmokeResult, tmp_path: Path) -> None:
 def test_the_message_names_the_key() -> None:
     require_passed(PASSED, Path("r.json"), "--")
     both = replace(FAILED, distance=replace(FAILED.distance, top1=0.5))
-    with pytest.raises(
-        MptTrtError, match="^engine: too far from the float32 reference: "
-    ) as caught:
+    with pytest.raises(MptTrtError, match="engine: too far from the float32 ref") as caught:
         require_passed(both, Path("r.json"), "variants.v.tolerance.")
     for key in ("error_factor", "min_top1"):
         assert f"; variants.v.tolerance.{key} allows more" in str(caught.value)

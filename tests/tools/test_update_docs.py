@@ -32,7 +32,7 @@ def test_text_between_the_marks_is_replaced(tmp_path: Path, monkeypatch) -> None
             assert "stale" not in text
     assert (tmp_path / "requirements.md").read_text().count("### mpt-7b,") == 1
     assert between_marks(tmp_path / "backends.md") == backend_support.table()
-    assert "| `tolerance.max_abs` | number | `0.1` |" in (tmp_path / "config.md").read_text()
+    assert "| `tolerance.error_factor` | number | `1.0` |" in (tmp_path / "config.md").read_text()
     assert "| `steps/with_gpus.py` | Run a command" in (tmp_path / "scripts.md").read_text()
 
 
