@@ -10,6 +10,7 @@ reports/{model}/                            its table as CSV and its plots as SV
 rule compute_reference:
     """Compute a model's float32 reference on windows of held-out text."""
     input:
+        require_possible("compute_reference"),
         checkpoint=of_job(plan.checkpoint_inputs),
         text=of_job(plan.quality_text),
     output:

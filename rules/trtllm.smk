@@ -77,6 +77,7 @@ rule build_trtllm_engine:
 rule encode_prompt:
     """Turn the smoke test's prompt into tokens, for TensorRT-LLM's environment."""
     input:
+        require_possible("encode_prompt"),
         checkpoint=of_job(plan.checkpoint_inputs),
     output:
         temp("build/trtllm_prompts/{model}.json"),

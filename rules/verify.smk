@@ -11,6 +11,7 @@ backend tensorrt_llm are tested by trtllm.smk.
 rule smoke_test:
     """Run an engine on a prompt and compare its logits with the float32 reference."""
     input:
+        require_possible("smoke_test"),
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
         checkpoint=of_job(plan.checkpoint_inputs),
     output:

@@ -31,7 +31,7 @@ from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
 from mpt_trt.quantization.schemes import require_fitting_groups
 from mpt_trt.system.code_version import source_hash
-from mpt_trt.workflow import gpu_request, target_names
+from mpt_trt.workflow import gpu_request, key_checks, target_names
 from mpt_trt.workflow.settings import Settings, Variant
 from mpt_trt.workflow.target_names import CalibrationName
 from mpt_trt.workflow.trtllm_sources import trtllm_calibration, trtllm_ft_storage
@@ -286,15 +286,30 @@ class Plan:
                 self.storage_type(target)
                 if config is not None:
                     sharding.require_legal(config, target.tp)
+                if step == "convert_smoothquant_checkpoint":
+                    self._require_calibration(config, target)
             case "quantize":
                 target_names.calibration_name(target.qformat)
-            case "build_rank" if target.rank >= target.tp:
-                raise MptTrtError(
-                    f"rank{target.rank}.engine of {target.tp} rank(s): the last one is "
-                    f"rank{target.tp - 1}.engine"
-                )
+                self._require_calibration(config, target)
+            case "build_rank":
+                self._require_buildable(target)
             case "make_networks":
                 self._require_fitting_groups(config, target)
+                if config is not None:
+                    key_checks.require_cache_fits(target.variant, self.variant(target), config)
+            case "smoke_test":
+                self._require_tokenizer(target)
+                key_checks.require_smoke_test_fits(
+                    self.settings, target.variant, self.variant(target)
+                )
+            case "encode_prompt":
+                self._require_tokenizer(target)
+            case "compute_reference":
+                self._require_tokenizer(target)
+                self._require_text("quality.text", self.settings.quality.text)
+                if config is not None:
+                    length = self.settings.quality.window_length
+                    key_checks.require_length_fits("quality.window_length", length, config)
             case "convert_to_trtllm":
                 self._require_trtllm_support(config, target)
                 self._require_fitting_groups(config, target)
@@ -308,6 +323,32 @@ class Plan:
                 )
             case "measure_quality":
                 self._require_measurable(target)
+
+    def _require_tokenizer(self, target: Target) -> None:
+        given = self.settings.model(target.model).tokenizer
+        folder = self.working_directory / self.tokenizer_folder(target)
+        key_checks.require_tokenizer(target.model, given, folder)
+
+    def _require_text(self, key: str, text: str) -> None:
+        key_checks.require_file(key, text, self.working_directory / self.find(text))
+
+    def _require_calibration(self, config: MptConfig | None, target: Target) -> None:
+        """Requires what a model needs to read the calibration text."""
+        calibration = self.settings.calibration
+        self._require_tokenizer(target)
+        if calibration.text is not None:
+            self._require_text("calibration.text", calibration.text)
+        if config is not None:
+            length = calibration.sequence_length
+            key_checks.require_length_fits("calibration.sequence_length", length, config)
+
+    def _require_buildable(self, target: Target) -> None:
+        if target.rank >= target.tp:
+            raise MptTrtError(
+                f"rank{target.rank}.engine of {target.tp} rank(s): the last one is "
+                f"rank{target.tp - 1}.engine"
+            )
+        key_checks.require_capable_gpus(target.variant, self.variant(target), self.builder(target))
 
     def _require_fitting_groups(self, config: MptConfig | None, target: Target) -> None:
         variant = self.variant(target)
