@@ -66,6 +66,7 @@ def show_quality(result: QualityResult, path: Path) -> None:
             "Size": f"weights {result.size.networks / 1e6:.1f} MB, plans "
             f"{result.size.plans / 1e6:.1f} MB",
             "Speed": speed_in_words(result.speed),
+            f"{result.throughput_rows} at a time": speed_in_words(result.throughput),
             "Runtime": _runtime(result.runtime, result.fallback_reason),
             "Result": str(path),
         }

@@ -38,6 +38,8 @@ def run(options: argparse.Namespace) -> None:
         say(f"Measuring speed with {engine.runtime}")
     speed = measure_speed(engine, prompt, new_tokens, SPEED_ROUNDS)
     peak_memory = peak_memory_of_ranks(engine)
+    num_rows = engine.model.max_batch_size
+    throughput = measure_speed(engine, prompt, new_tokens, SPEED_ROUNDS, num_rows)
 
     # Both import PyTorch, whose memory must not count as the engine's.
     from mpt_trt.evaluation.perplexity import engine_size, measure, require_same_model
@@ -74,6 +76,8 @@ def run(options: argparse.Namespace) -> None:
         figures=figures,
         size=engine_size(options.engine_dir, engine.manifest),
         speed=speed,
+        throughput=throughput,
+        throughput_rows=num_rows,
         prompt_len=prompt_len,
         new_tokens=new_tokens,
         peak_memory=peak_memory,

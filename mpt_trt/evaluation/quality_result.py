@@ -65,8 +65,9 @@ class QualityResult:
     values, head: of head and embedding; `auto` means dtype. runtime: the runtime that ran the
     engine. fallback_reason: why it was not TensorRT; None if it was. date: UTC day. reference: the
     software that computed the reference. text: file name. window_length: tokens per window. speed:
-    measured on one sequence of prompt_len tokens and new_tokens generated tokens. peak_memory:
-    bytes of host memory, the sum of the ranks' peaks up to then.
+    measured on one sequence of prompt_len tokens and new_tokens generated tokens. throughput: the
+    same of throughput_rows sequences at a time, all of them together. peak_memory: bytes of host
+    memory, the sum of the ranks' peaks up to the end of the speed measurement.
     """
 
     engine_dir: str
@@ -87,6 +88,8 @@ class QualityResult:
     figures: Figures
     size: Size
     speed: Speed
+    throughput: Speed
+    throughput_rows: int
     prompt_len: int
     new_tokens: int
     peak_memory: int

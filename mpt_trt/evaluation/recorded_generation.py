@@ -41,7 +41,7 @@ def record_generation(
     The continuation's logits are those of the generation itself (prefill, then single tokens); the
     prompt's are read in a second pass. rounds: generations over which speed is measured.
     """
-    recorders = _generations(engine, prompt, max_new_tokens, rounds)
+    recorders = _generations(engine, [prompt], max_new_tokens, rounds)
     first = recorders[0]
     generated = first.tokens
     prompt_logits = all_logits(engine, prompt)[:-1]
@@ -54,24 +54,27 @@ def record_generation(
 
 
 def measure_speed(
-    engine: LoadedEngine, prompt: list[int], max_new_tokens: int, rounds: int
+    engine: LoadedEngine, prompt: list[int], max_new_tokens: int, rounds: int, num_rows: int = 1
 ) -> Speed:
-    """Continues `prompt` greedily `rounds` times after a warm-up."""
-    recorders = _generations(engine, prompt, max_new_tokens, rounds)
-    return _speed(recorders, len(prompt), max_new_tokens)
+    """Continues `prompt` greedily `rounds` times after a warm-up, in `num_rows` rows at a time.
+
+    Speeds count the tokens of all rows.
+    """
+    recorders = _generations(engine, [prompt] * num_rows, max_new_tokens, rounds)
+    return _speed(recorders, num_rows * len(prompt), num_rows * max_new_tokens, num_rows)
 
 
 def _generations(
-    engine: LoadedEngine, prompt: list[int], max_new_tokens: int, rounds: int
+    engine: LoadedEngine, prompts: list[list[int]], max_new_tokens: int, rounds: int
 ) -> list[_Recorder]:
     """Records the same generation several times; stops early when it takes minutes."""
     # No end token, because every requested position shall be compared.
     config = GenerationConfig(max_new_tokens=max_new_tokens, end_ids=(), pad_id=0)
-    generate(engine.model, [prompt], config)  # warm-up: the first run sets things up, slowly
+    generate(engine.model, prompts, config)  # warm-up: the first run sets things up, slowly
     recorders: list[_Recorder] = []
     while len(recorders) < rounds and not _takes_minutes(engine, recorders):
         recorder = _Recorder(engine.model, keeps_logits=not recorders)
-        recorder.tokens = list(generate(recorder, [prompt], config)[0][0].tokens)
+        recorder.tokens = list(generate(recorder, prompts, config)[0][0].tokens)
         recorders.append(recorder)
     return recorders
 
@@ -83,9 +86,13 @@ def _takes_minutes(engine: LoadedEngine, recorders: list[_Recorder]) -> bool:
     return is_long if ranks is None or not recorders else any(ranks.exchange(is_long))
 
 
-def _speed(recorders: list[_Recorder], prompt_len: int, new_tokens: int) -> Speed:
+def _speed(
+    recorders: list[_Recorder], prompt_tokens: int, new_tokens: int, num_rows: int = 1
+) -> Speed:
+    """Prefill gives the first new token of each row."""
     prefill, decode = zip(
-        *(recorder.speeds(prompt_len, new_tokens) for recorder in recorders), strict=True
+        *(recorder.speeds(prompt_tokens, new_tokens - num_rows) for recorder in recorders),
+        strict=True,
     )
     return Speed.of_rounds(prefill, decode)
 
@@ -129,8 +136,8 @@ class _Recorder:
         """Time of all steps."""
         return sum(self._seconds)
 
-    def speeds(self, prompt_len: int, new_tokens: int) -> tuple[float, float]:
-        """Tokens per second of prefill, which gives the first new token, and of decoding."""
+    def speeds(self, prompt_tokens: int, decoded_tokens: int) -> tuple[float, float]:
+        """Tokens per second of prefill, and of decoding after it."""
         prefill, decode = (
             max(sum(part), 1e-9)
             for part in (
@@ -138,4 +145,4 @@ class _Recorder:
                 self._seconds[self._prefill_steps :],
             )
         )
-        return prompt_len / prefill, (new_tokens - 1) / decode
+        return prompt_tokens / prefill, decoded_tokens / decode

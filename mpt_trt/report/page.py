@@ -91,47 +91,72 @@ class Column:
 
 
 def column_groups(entries: list[Entry]) -> dict[str, list[Column]]:
-    """Makes all columns after the engine's name, grouped by subject."""
+    """Makes all columns after the engine's name, grouped by subject, the most important first."""
     return {
-        "Size on disk": _size_columns(entries),
+        "Overview": _overview_columns(entries),
         "Held-out text": _text_columns(entries),
-        "Speed": _speed_columns(entries),
+        "Speed, tokens/s": _speed_columns(entries),
+        "Size on disk": _size_columns(entries),
         "Run": _run_columns(entries),
     }
+
+
+def _overview_columns(entries: list[Entry]) -> list[Column]:
+    networks = [entry.quality.size.networks for entry in entries]
+    unit, divisor = _size_unit(networks)
+    changes = [entry.perplexity_change for entry in entries]
+    rates = [entry.quality.speed.decode_tokens_per_s for entry in entries]
+    return [
+        Column("Smoke test", "", [_verdict(entry) for entry in entries], is_text=True),
+        Column("Weights", unit, [number(size / divisor) for size in networks]),
+        Column("Perplexity", "% change", [with_error(each, 100, True) for each in changes]),
+        Column("Generating", "tokens/s", list(map(number, rates))),
+    ]
+
+
+def _verdict(entry: Entry) -> str:
+    return "passed" if entry.smoke.passed else "FAILED"
+
+
+def _size_unit(sizes: list[int]) -> tuple[str, float]:
+    return ("GB", 1e9) if max(sizes) >= 1e10 else ("MB", 1e6)
 
 
 def _size_columns(entries: list[Entry]) -> list[Column]:
     networks = [entry.quality.size.networks for entry in entries]
     plans = [entry.quality.size.plans for entry in entries]
-    unit, divisor = ("GB", 1e9) if max(networks) >= 1e10 else ("MB", 1e6)
+    unit, divisor = _size_unit(networks)
     return [
-        column
-        for name, sizes in (("Weights", networks), ("Plan", plans))
-        for column in (
-            Column(name, unit, [number(size / divisor) for size in sizes]),
-            Column(f"{TIMES} {BASE_VARIANT}", "", _multiples(entries, sizes)),
-        )
+        Column("Weights", f"{TIMES} {BASE_VARIANT}", _multiples(entries, networks)),
+        Column("Plan", unit, [number(size / divisor) for size in plans]),
     ]
 
 
 def _text_columns(entries: list[Entry]) -> list[Column]:
     figures = [entry.quality.figures for entry in entries]
-    changes = [entry.perplexity_change for entry in entries]
     return [
-        Column("Perplexity", "", [number(each.perplexity, 5) for each in figures]),
-        Column("Change", "%", [with_error(change, 100, show_sign=True) for change in changes]),
         Column("Mean KL", "nats", [with_error(each.kl) for each in figures]),
         Column("Same top token", "%", [with_error(each.top1, 100) for each in figures]),
+        Column("Perplexity", "", [number(each.perplexity, 5) for each in figures]),
     ]
 
 
 def _speed_columns(entries: list[Entry]) -> list[Column]:
-    speeds = [entry.quality.speed for entry in entries]
-    rates = {
-        "Generating": [speed.decode_tokens_per_s for speed in speeds],
-        "Prompt": [speed.prefill_tokens_per_s for speed in speeds],
-    }
-    return [Column(name, "tokens/s", list(map(number, each))) for name, each in rates.items()]
+    results = [entry.quality for entry in entries]
+    rows = results[0].throughput_rows
+    return [
+        Column("Range", "generating", [_range(result.speed.decode_range) for result in results]),
+        Column("Prompt", "", [number(result.speed.prefill_tokens_per_s) for result in results]),
+        Column(
+            f"{rows} at a time",
+            "generating",
+            [number(result.throughput.decode_tokens_per_s) for result in results],
+        ),
+    ]
+
+
+def _range(bounds: tuple[float, ...]) -> str:
+    return f"{number(min(bounds))} {MISSING} {number(max(bounds))}"
 
 
 def _run_columns(entries: list[Entry]) -> list[Column]:
@@ -141,11 +166,11 @@ def _run_columns(entries: list[Entry]) -> list[Column]:
         for entry in entries
     ]
     memory = [number(entry.quality.peak_memory / 1e6) for entry in entries]
-    return [
-        Column("Error", "% of spread", distances),
-        Column("Host memory", "MB", memory),
-        Column("Runtime", "", [entry.quality.runtime for entry in entries], is_text=True),
-    ]
+    columns = [Column("Error", "% of allowed", distances), Column("Host memory", "MB", memory)]
+    # One runtime for all engines is named above the table.
+    runtimes = [entry.quality.runtime for entry in entries]
+    others = [Column("Runtime", "", runtimes, is_text=True)] if len(set(runtimes)) > 1 else []
+    return columns + others
 
 
 def _multiples(entries: list[Entry], sizes: list[int]) -> list[str]:
@@ -187,7 +212,14 @@ def _csv_row(entry: Entry) -> dict[str, object]:
         "top1": figures.top1.mean,
         "top1_standard_error": figures.top1.standard_error,
         "decode_tokens_per_s": result.speed.decode_tokens_per_s,
+        "decode_tokens_per_s_slowest": min(result.speed.decode_range),
+        "decode_tokens_per_s_fastest": max(result.speed.decode_range),
         "prefill_tokens_per_s": result.speed.prefill_tokens_per_s,
+        "throughput_rows": result.throughput_rows,
+        "throughput_tokens_per_s": result.throughput.decode_tokens_per_s,
+        "smoke_test_passed": entry.smoke.passed,
+        "smoke_test_error": entry.smoke.distance.error,
+        "smoke_test_allowed_error": entry.smoke.allowed_error,
         "smoke_test_max_abs": entry.smoke.distance.max_abs,
         "peak_memory_bytes": result.peak_memory,
         "runtime": result.runtime,
@@ -220,12 +252,31 @@ def plots(entries: list[Entry]) -> list[Plot]:
     ]
 
 
+def runtime_in_words(entries: list[Entry]) -> str:
+    """What ran the engines, and what that means for their speed: the report's first sentence."""
+    results = [entry.quality for entry in entries]
+    runtimes = list(dict.fromkeys(result.runtime for result in results))
+    if all(result.fallback_reason is None for result in results):
+        return f"{_joined(runtimes)} ran the engines: speeds are those of TensorRT on this machine."
+    if all(result.fallback_reason is not None for result in results):
+        return (
+            f"{_joined(runtimes)} ran the engines' networks, not TensorRT: speeds compare the "
+            "engines with each other, and say nothing about TensorRT."
+        )
+    return (
+        f"{_joined(runtimes)} ran the engines, as the table says: speeds of different runtimes "
+        "do not compare."
+    )
+
+
 def findings(entries: list[Entry]) -> list[str]:
     """Main findings of the table, in sentences."""
+    failed = [entry.label for entry in entries if not entry.smoke.passed]
+    verdict = [f"Failed the smoke test: {', '.join(failed)}."] if failed else []
     by_size = sorted(entries, key=lambda entry: (entry.quality.size.networks, entry.quality.ranks))
-    good = [entry for entry in by_size if entry.perplexity_change.mean <= NEARLY]
-    fastest = max(entries, key=lambda entry: entry.quality.speed.decode_tokens_per_s)
-    rate = number(fastest.quality.speed.decode_tokens_per_s)
+    good = [
+        entry for entry in by_size if entry.perplexity_change.mean <= NEARLY and entry.smoke.passed
+    ]
     smallest = f"No engine is within {NEARLY:.0%} of the reference's perplexity."
     if good:
         size = number(good[0].quality.size.networks / 1e6)
@@ -233,7 +284,37 @@ def findings(entries: list[Entry]) -> list[str]:
             f"Smallest weights within {NEARLY:.0%} of the reference's perplexity: "
             f"{good[0].label}, {size} MB."
         )
-    return [smallest, f"Fastest here: {fastest.label}, {rate} tokens/s for one sequence."]
+    return [*verdict, smallest, _fastest(entries)]
+
+
+def _fastest(entries: list[Entry]) -> str:
+    """The fastest engine, or those that the rounds do not tell apart from it."""
+    best = max(entries, key=lambda entry: entry.quality.speed.decode_tokens_per_s)
+    slowest_round = min(best.quality.speed.decode_range)
+    as_fast = [
+        entry.label
+        for entry in entries
+        if entry is best or max(entry.quality.speed.decode_range) >= slowest_round
+    ]
+    rate = number(best.quality.speed.decode_tokens_per_s)
+    if len(as_fast) == 1:
+        return f"Fastest here: {best.label}, {rate} tokens/s for one sequence."
+    return (
+        f"No engine is the fastest beyond the noise of the rounds: {_joined(as_fast)} reach about "
+        f"{rate} tokens/s for one sequence."
+    )
+
+
+def samples(entries: list[Entry]) -> dict[str, list[str]]:
+    """The engines' labels by the text that they generated in the smoke test."""
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        found.setdefault(entry.smoke.text, []).append(entry.label)
+    return found
+
+
+def _joined(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def conditions(entries: list[Entry]) -> dict[str, list[str]]:
@@ -299,6 +380,8 @@ def page(model: str, entries: list[Entry], template: Path, drawn: list[Plot]) ->
         entries=entries,
         groups=column_groups(entries),
         plots=drawn,
+        runtime=runtime_in_words(entries),
+        samples=samples(entries),
         findings=findings(entries),
         conditions={name: texts for name, texts in conditions(entries).items() if texts},
         first=entries[0].quality,

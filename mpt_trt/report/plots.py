@@ -34,11 +34,12 @@ COLOURS = {
     "#000001": "var(--ink, #1b1f24)",
     "#000002": "var(--faint, #6a737d)",
     "#000003": "var(--grid, #d8dee4)",
+    "#000007": "var(--paper, #ffffff)",
     "#000004": "var(--series-1, #0072b2)",
     "#000005": "var(--series-2, #d55e00)",
     "#000006": "var(--series-3, #009e73)",
 }
-INK, FAINT, GRID, *SERIES = COLOURS
+INK, FAINT, GRID, PAPER, *SERIES = COLOURS
 HATCHES = ("", "////", "....")
 STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",
@@ -64,6 +65,10 @@ WIDTH = 4.7  # inches; text has its nominal size at a phone's width
 ROW = 0.27
 # Smaller values are drawn at the edge, because float32 logits do not resolve them.
 LEAST_KL = 1e-13
+# Times as far from the base as two thirds of the values are.
+OUTLIER = 6
+# ... and as this share of the base.
+LEAST_OUTLIER = 0.2
 # The axis of perplexity spans at least this share of the reference's.
 LEAST_SPAN = 0.02
 
@@ -86,22 +91,34 @@ def draw_size(
         axes = figure.subplots()
         figure.subplots_adjust(left=0.15, right=0.62, bottom=0.16, top=0.97)
         axes.axhline(base, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
-        axes.plot(megabytes, perplexities, "o", color=SERIES[0], markersize=6)
         axes.set_xlim(0, max(megabytes) * 1.08)
-        axes.set_ylim(*_span([*perplexities, base], base))
+        far = _outliers(perplexities, base)
+        near = [y for y in perplexities if y not in far]
+        bottom, top = _span([*near, base], base)
+        axes.set_ylim(bottom, top)
+        for size, y in zip(megabytes, perplexities, strict=True):
+            # Points beyond the axis are drawn at its end, as arrowheads.
+            marker = "o" if y in near else "^" if y > base else "v"
+            shown = min(max(y, bottom), top)
+            axes.plot(size, shown, marker, color=SERIES[0], markersize=6, clip_on=False)
         axes.set_xlabel("weights, MB")
         axes.set_ylabel("perplexity")
         axes.grid(True)
         axes.set_axisbelow(True)
         points = [*zip(megabytes, perplexities, labels, strict=True)]
-        _label_at_the_side(axes, points, figure.get_figheight())
+        names = [
+            (size, min(max(y, bottom), top), label if y in near else f"{label}: {number(y)}")
+            for size, y, label in points
+        ]
+        _label_at_the_side(axes, names, figure.get_figheight())
         told = ", ".join(f"{label} {number(size)} MB {number(y, 5)}" for size, y, label in points)
         return _plot(
             figure,
             "size",
             "Size against quality",
             "Perplexity on held-out text (lower is better) over the size of the weights on disk. "
-            "The dashed line is the float32 reference. There is one point per variant.",
+            "The dashed line is the float32 reference, each point a variant; an arrowhead "
+            "at the edge stands for a point beyond it.",
             f"Reference {number(base, 5)}. {told}.",
         )
 
@@ -164,10 +181,16 @@ def draw_speed(labels: Sequence[str], speeds: Sequence[Speed], runtimes: Sequenc
         )
         for axes, (name, rates) in zip(pair, panels.items(), strict=True):
             _rows(axes, labels)
+            # A bar that would flatten all others ends at the edge, with its number inside.
+            far = _outliers(rates, 0.0)
+            longest = max(rate for rate in rates if rate not in far) * 1.25
             for row, (rate, runtime) in enumerate(zip(rates, runtimes, strict=True)):
-                _bar(axes, row, rate, kinds.index(runtime))
-                _write_next_to(axes, rate, row, number(rate), 3)
-            axes.set_xlim(0, max(rates) * 1.25)
+                _bar(axes, row, min(rate, longest), kinds.index(runtime))
+                if rate in far:
+                    _write_at_the_edge(axes, longest, row, f"{number(rate)} \N{RIGHTWARDS ARROW}")
+                else:
+                    _write_next_to(axes, rate, row, number(rate), 3)
+            axes.set_xlim(0, longest)
             axes.set_xlabel(name)
         if legend:
             handles = [_bar(pair[0], 0, 0, kind) for kind in range(len(kinds))]
@@ -193,6 +216,17 @@ def draw_speed(labels: Sequence[str], speeds: Sequence[Speed], runtimes: Sequenc
 def _figure(height: float) -> Iterator[Figure]:
     with matplotlib.rc_context(STYLE):
         yield Figure(figsize=(WIDTH, height))
+
+
+def _outliers(values: Sequence[float], base: float) -> list[float]:
+    """Values so far from `base` that the others would be indistinguishable beside them.
+
+    At most a third of the values: more of them are a scale of their own.
+    """
+    distances = sorted(abs(value - base) for value in values)
+    typical = distances[(2 * len(distances) - 1) // 3]
+    least = max(OUTLIER * typical, LEAST_OUTLIER * base)
+    return [value for value in values if abs(value - base) > least]
 
 
 def _span(values: Sequence[float], base: float) -> tuple[float, float]:
@@ -282,6 +316,19 @@ def _bar(axes: Axes, row: int, length: float, kind: int) -> Rectangle:
 def _write_next_to(axes: Axes, x: float, row: int, text: str, points: float) -> None:
     axes.annotate(
         text, (x, row), xytext=(points, 0), textcoords="offset points", va="center", fontsize=8
+    )
+
+
+def _write_at_the_edge(axes: Axes, x: float, row: int, text: str) -> None:
+    axes.annotate(
+        text,
+        (x, row),
+        xytext=(-4, 0),
+        textcoords="offset points",
+        va="center",
+        ha="right",
+        fontsize=8,
+        bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.5},
     )
 
 

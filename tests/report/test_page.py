@@ -22,8 +22,15 @@ from mpt_trt.evaluation.quality_result import Estimate, Figures, QualityResult, 
 from mpt_trt.evaluation.smoke_result import SmokeResult, write_smoke_result
 from mpt_trt.evaluation.speed import Speed
 from mpt_trt.report.numbers import number, with_error
-from mpt_trt.report.page import read_entry, require_comparable
-from mpt_trt.report.plots import _spread
+from mpt_trt.report.page import (
+    Entry,
+    column_groups,
+    findings,
+    read_entry,
+    require_comparable,
+    runtime_in_words,
+)
+from mpt_trt.report.plots import _outliers, _spread, draw_size, draw_speed
 from mpt_trt.system.machine import Machine
 from support.engines import call_tool, one_line_error, run_tool
 
@@ -60,6 +67,8 @@ def result(kl: float, excess: float, megabytes: float, ranks: int = 1) -> Qualit
         ),
         size=Size(int(2e6 * megabytes), int(1e6 * megabytes), int(3e6 * megabytes)),
         speed=Speed(4000.0, 321.0, (3900.0, 4100.0), (300.0, 330.0), 5),
+        throughput=Speed(9000.0, 1234.0, (8900.0, 9100.0), (1200.0, 1250.0), 5),
+        throughput_rows=8,
         prompt_len=128,
         new_tokens=32,
         peak_memory=150_000_000,
@@ -124,7 +133,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Page(HTMLParser):
     """Checks that elements are closed in order; collects attributes and text."""
 
-    VOID = {"meta", "link", "img", "br", "hr", "input"}
+    VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}
 
     def __init__(self, content: str):
         super().__init__()
@@ -248,18 +257,24 @@ def test_ids_are_unique_and_references_lead_somewhere(made: Path, page: Page):
 
 def test_table_has_a_row_for_each_engine(page: Page):
     header, *rows = page.cells[1:]
-    assert header[:3] == ["Engine", "WeightsMB", "× fp16"]
+    assert header[:5] == [
+        "Engine",
+        "Smoke test",
+        "WeightsMB",
+        "Perplexity% change",
+        "Generatingtokens/s",
+    ]
     assert [row[0] for row in rows] == ["fp32", "fp16", "int4<&>", "fp16, 2 ranks"]
     assert {len(row) for row in rows} == {len(header)}
     int4 = dict(zip(header, rows[2], strict=True))
-    assert int4["WeightsMB"] == "5.20" and rows[2][2] == "0.40"
+    assert int4["WeightsMB"] == "5.20" and int4["Weights× fp16"] == "0.40"
     assert int4["Perplexity"] == number(math.exp(BASE_NATS + 0.05), 5)
     # exp(0.05) - 1, and its derivative times 0.002
-    assert int4["Change%"] == "+5.13 ± 0.21"
+    assert int4["Perplexity% change"] == "+5.13 ± 0.21"
     assert int4["Mean KLnats"] == "0.0900 ± 0.0090"
     assert int4["Same top token%"] == "98.00 ± 0.10"
     assert int4["Generatingtokens/s"] == "321" and int4["Runtime"] == "tensorrt 11.0"
-    assert int4["Error% of spread"] == "1.2 of 2.8"
+    assert int4["Error% of allowed"] == "1.2 of 2.8"
 
 
 def test_names_are_escaped(made: Path, page: Page):
@@ -319,7 +334,7 @@ def test_one_engine_without_fp16_is_enough(tmp_path: Path):
     outputs = ("--output", tmp_path / "page.html", "--items_dir", tmp_path / "items")
     call_tool("make_report.py", *arguments, *outputs)
     rows = Page((tmp_path / "page.html").read_text(encoding="utf-8")).cells
-    assert rows[-1][:3] == ["odd", "26.0", "–"]
+    assert rows[-1][:3] == ["odd", "passed", "26.0"] and "–" in rows[-1]
 
 
 def test_gigabytes_for_large_models(tmp_path: Path):
@@ -327,7 +342,7 @@ def test_gigabytes_for_large_models(tmp_path: Path):
     outputs = ("--output", tmp_path / "page.html", "--items_dir", tmp_path / "items")
     call_tool("make_report.py", *arguments, *outputs)
     header, row = Page((tmp_path / "page.html").read_text(encoding="utf-8")).cells[1:]
-    assert (header[1], row[1]) == ("WeightsGB", "13.3")
+    assert (header[2], row[2]) == ("WeightsGB", "13.3")
 
 
 @pytest.mark.parametrize(
@@ -399,3 +414,85 @@ def test_inputs_are_kept(place: str, tmp_path: Path) -> None:
     with pytest.raises(MptTrtError, match="not replaced, because it is read from"):
         call_tool("make_report.py", *arguments, *outputs)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+# --- what the page says first --------------------------------------------------------------------
+
+
+def entry_of(
+    variant: str,
+    *,
+    rates: tuple[float, float, float] = (300.0, 321.0, 330.0),
+    is_tensorrt: bool = False,
+    passes: bool = True,
+    excess: float = 0.0,
+) -> Entry:
+    """rates: slowest, median and fastest round."""
+    slowest, median, fastest = rates
+    speed = Speed(4000.0, median, (3900.0, 4100.0), (slowest, fastest), 5)
+    runtime, reason = ("TensorRT 11.0", None) if is_tensorrt else ("ONNX Runtime 1.32", "no GPU")
+    quality = replace(
+        result(1e-3, excess, 10), speed=speed, runtime=runtime, fallback_reason=reason
+    )
+    smoke = smoke_result(quality)
+    if not passes:
+        smoke = replace(smoke, distance=replace(smoke.distance, error=9.0))
+    return Entry(variant, quality, smoke)
+
+
+def test_the_fastest_is_named_only_beyond_the_noise() -> None:
+    slow = entry_of("slow", rates=(90.0, 100.0, 110.0))
+    fast = entry_of("fast", rates=(120.0, 130.0, 140.0))
+    near = entry_of("near", rates=(115.0, 118.0, 121.0))
+    assert findings([slow, fast])[-1].startswith("Fastest here: fast, 130 tokens/s")
+    unclear = findings([slow, fast, near])[-1]
+    assert unclear.startswith("No engine is the fastest beyond the noise") and "slow" not in unclear
+    assert "fast and near reach about 130 tokens/s" in unclear
+
+
+def test_a_failed_smoke_test_comes_first() -> None:
+    wrong, right = entry_of("wrong", passes=False), entry_of("right", excess=0.005)
+    first, second, _ = findings([wrong, right])
+    assert first == "Failed the smoke test: wrong."
+    # A wrong engine is not recommended, however near its perplexity is.
+    assert "right" in second
+    assert column_groups([wrong, right])["Overview"][0].values == ["FAILED", "passed"]
+
+
+def test_the_first_sentence_names_the_runtime() -> None:
+    onnx, tensorrt = entry_of("a"), entry_of("b", is_tensorrt=True)
+    assert runtime_in_words([onnx]).startswith("ONNX Runtime 1.32 ran the engines' networks, not")
+    assert "those of TensorRT" in runtime_in_words([tensorrt])
+    assert "do not compare" in runtime_in_words([onnx, tensorrt])
+    for entries, has_column in (([onnx, onnx], False), ([onnx, tensorrt], True)):
+        names = [column.name for column in column_groups(entries)["Run"]]
+        assert ("Runtime" in names) == has_column
+
+
+@pytest.mark.parametrize(
+    ("values", "base", "expected"),
+    [
+        ([13.1, 13.11, 13.2, 900.0], 13.1, [900.0]),
+        ([13.1, 13.1, 13.8], 13.1, []),  # 5 % more leave the others distinguishable
+        ([10.0, 12.0, 5000.0], 0.0, [5000.0]),
+        ([10.0, 4000.0, 5000.0], 0.0, []),  # two of three are a scale of their own
+        ([10.0], 0.0, []),
+        ([13.1], 13.1, []),
+    ],
+)
+def test_outliers(values: list[float], base: float, expected: list[float]) -> None:
+    assert _outliers(values, base) == expected
+
+
+def test_an_outlier_keeps_the_others_apart() -> None:
+    plot = draw_size(["a", "b", "c", "wild"], [10, 9, 8, 7], [13.1, 13.15, 13.3, 5000.0], 13.1)
+    assert "wild: 5,000" in plot.svg and ">5000<" not in plot.svg
+    speeds = [entry_of(str(n), rates=(r, r, r)).quality.speed for n, r in enumerate((10, 12, 5000))]
+    assert "5,000 \N{RIGHTWARDS ARROW}" in draw_speed(["a", "b", "c"], speeds, ["x"] * 3).svg
+
+
+def test_samples_are_shown(page: Page, made: Path) -> None:
+    text = (made / "page.html").read_text(encoding="utf-8")
+    assert text.count("<pre> not</pre>") == 1
+    assert "<dt>fp32, fp16, int4&lt;&amp;&gt;, fp16, 2 ranks</dt>" in text
+    assert "<q>to be or</q>" in text

@@ -139,8 +139,12 @@ def test_only_the_lost_plan_of_a_rank_is_built_again(made: Workflow) -> None:
 @pytest.mark.parametrize(
     ("lost", "target", "folder"),
     [
-        ("rank0.engine", SMOKE_TEST.format("fp32"), "trt_engines/toy/fp32/1-gpu"),
-        ("weights/model.wte.bin", SMOKE_TEST.format("fp32"), "trt_engines/toy/fp32/1-gpu"),
+        ("rank0.engine", f"build/{SMOKE_TEST.format('fp32')}", "trt_engines/toy/fp32/1-gpu"),
+        (
+            "weights/model.wte.bin",
+            f"build/{SMOKE_TEST.format('fp32')}",
+            "trt_engines/toy/fp32/1-gpu",
+        ),
         ("rank0.onnx", "build/plans/toy/fp32/1-gpu/rank0.engine", "build/networks/toy/fp32/1-gpu"),
         ("model.wte.bin", "build/networks/toy/fp32/1-gpu", "ft_ckpts/toy/fp32/1-gpu"),
     ],
@@ -156,7 +160,8 @@ def test_a_damaged_folder_is_named_with_its_remedy_which_works(
     (made.folder / target).unlink(missing_ok=True)
     result = made.run(target)
     assert result.returncode != 0
-    complaint = re.search(rf"^error: {folder}/{lost}: .*$", result.stdout, re.MULTILINE)
+    output = result.stdout + result.stderr
+    complaint = re.search(rf"^error: {folder}/{lost}: .*$", output, re.MULTILINE)
     assert complaint and f"; delete {folder} and " in complaint[0]
     shutil.rmtree(made.folder / folder)
     made.make(target)
