@@ -22,6 +22,7 @@ from support.workflow import SMALL, Workflow
 SMOKE_TEST = "smoke_tests/toy/{}/1-gpu.json"
 CHAIN = ["convert_checkpoint", "make_networks", "build_rank", "assemble_engine", "smoke_test"]
 CHAIN += ["check_smoke_test"]
+MEASURED = "build/smoke_tests/toy/fp32/1-gpu.json"
 
 
 def chain(variant: str) -> list[str]:
@@ -139,7 +140,7 @@ def test_only_the_lost_plan_of_a_rank_is_built_again(made: Workflow) -> None:
 @pytest.mark.parametrize(
     ("lost", "target", "folder"),
     [
-        ("rank0.engine", f"build/{SMOKE_TEST.format('fp32')}", "trt_engines/toy/fp32/1-gpu"),
+        ("rank0.engine", MEASURED, "trt_engines/toy/fp32/1-gpu"),
         (
             "weights/model.wte.bin",
             f"build/{SMOKE_TEST.format('fp32')}",
