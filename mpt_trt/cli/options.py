@@ -121,7 +121,7 @@ def quantization(options: argparse.Namespace) -> Quantization:
         per_channel=options.per_channel,
         per_token=options.per_token,
     )
-    return Quantization(scheme, options.kv_cache_dtype)
+    return Quantization(scheme, options.kv_cache_dtype, options.head)
 
 
 def add_builder(parser: argparse.ArgumentParser) -> None:

@@ -58,5 +58,6 @@ def run(options: argparse.Namespace) -> None:
         reference=reference_name(folder),
         distance=measure_distance(generation.logits, expected),
         tolerance=cli_options.tolerance(options),
+        head=rounding.quantization.head,
     )
     finish_smoke_test(result, options, inputs)

@@ -63,5 +63,6 @@ def run(options: argparse.Namespace) -> None:
         reference=reference_name(folder),
         distance=measure_distance(generation.logits, expected),
         tolerance=cli_options.tolerance(options),
+        head=spec.quantization.head,
     )
     finish_smoke_test(result, options, inputs)

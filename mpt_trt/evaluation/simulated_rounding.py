@@ -124,12 +124,15 @@ class _Run:
         return values if self.rounding is None else self.rounding.cast(values)
 
     def start(self, model: ModelTensors, token_ids: list[int]) -> Tensor:
-        table = self.cast(model.tensor("wte.weight"))
-        return embed(model, table, torch.tensor(token_ids))
+        return embed(model, self._table(model.tensor("wte.weight")), torch.tensor(token_ids))
 
     def end(self, norm: nn.Module, head: Head, hidden: Tensor) -> Tensor:
-        weight = self.cast(head.weight)
-        return Head(weight, head.scale).logits(self.cast(norm(hidden)))
+        return Head(self._table(head.weight), head.scale).logits(self.cast(norm(hidden)))
+
+    def _table(self, rows: Tensor) -> Tensor:
+        """The embedding or the head, with a row per token of the vocabulary."""
+        is_integer = self.rounding is not None and self.rounding.quantization.head == "int8"
+        return _in_int8(self.cast(rows), -1) if is_integer else self.cast(rows)
 
 
 def _rounded(config: MptConfig, length: int, rounding: Rounding) -> Block:

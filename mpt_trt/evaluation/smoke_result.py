@@ -18,7 +18,12 @@ from mpt_trt.evaluation.distance import (
 )
 from mpt_trt.evaluation.result_file import read_result
 from mpt_trt.evaluation.speed import Speed
-from mpt_trt.quantization.schemes import KvCacheType, Quantization, make_weight_quantization
+from mpt_trt.quantization.schemes import (
+    HeadType,
+    KvCacheType,
+    Quantization,
+    make_weight_quantization,
+)
 from mpt_trt.system.files import write_json
 
 
@@ -27,7 +32,8 @@ class SmokeResult:
     """A generation by an engine, compared with the float32 reference.
 
     engines: names of the ranks' plans in engine_dir. quantization: as in config.yaml, with the
-    options of its own method. kv_cache: type of keys and values; `auto` means dtype. runtime: the
+    options of its own method. kv_cache: type of keys and values, head: of head and embedding;
+    `auto` means dtype. runtime: the
     runtime that ran the engine. fallback_reason: why that was not TensorRT; None when it was. text:
     the continuation of prompt.
     tokens: prompt and continuation. prompt_len: tokens of the prompt. reference: the software that
@@ -51,6 +57,7 @@ class SmokeResult:
     reference: str
     distance: Distance
     tolerance: Tolerance
+    head: HeadType = "auto"
 
     @property
     def violations(self) -> list[Violation]:
@@ -68,7 +75,8 @@ class SmokeResult:
 
     @property
     def _quantization(self) -> Quantization:
-        return Quantization(make_weight_quantization(**self.quantization), self.kv_cache)
+        scheme = make_weight_quantization(**self.quantization)
+        return Quantization(scheme, self.kv_cache, self.head)
 
 
 def require_passed(result: SmokeResult, path: Path, key: str) -> None:
