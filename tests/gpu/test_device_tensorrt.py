@@ -22,18 +22,19 @@ import pytest
 from cuda.bindings import runtime as cudart
 
 from first_contact.checked import CheckedTensorRt
-from mpt_trt.engines.build.build import build_engine
-from mpt_trt.engines.build.rank_network import NetworkInputs
+from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED
+from mpt_trt.engines.build.rank_network import NetworkInputs, write_networks
 from mpt_trt.engines.cuda.memory import call
 from mpt_trt.engines.manifest import (
     engine_name,
     network_name,
     read_manifest,
     read_network_hash,
+    write_manifest,
     write_plan_description,
 )
 from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
-from mpt_trt.engines.spec import BuilderChoice, BuilderInfo
+from mpt_trt.engines.spec import BuilderInfo
 from mpt_trt.engines.tensorrt.engine import TensorRtEngine
 from mpt_trt.engines.tensorrt.nccl import join_nccl
 from mpt_trt.model.sharding import VocabularySharding
@@ -65,22 +66,19 @@ def on_device(engine_dir: Path, monkeypatch):
 
 
 def build(spec: CheckpointSpec, dtype: str, folder: Path, limits=LIMITS, calibrate=None) -> Path:
-    target = folder / "engine"
-
-    def write_plans(networks: Path, _: BuilderChoice, tp_size: int) -> None:
-        plan = networks / engine_name(0)
-        plan.write_bytes(PLAN_MARK + str(target / network_name(0)).encode())
-        builder = BuilderInfo(PACKAGE, VERSION, ("9.0",))
-        network_hash = read_network_hash(networks, 0)
-        write_plan_description(plan, content_hash(plan), network_hash, builder)
-
+    """An engine directory whose plan only names its network; needs no TensorRT."""
     if calibrate is None:
-        checkpoint = make_ft_checkpoint(folder, spec, dtype)
-        inputs = NetworkInputs(checkpoint, limits, VocabularySharding())
+        checkpoint, calibrated = make_ft_checkpoint(folder, spec, dtype), NOT_QUANTIZED
     else:
         checkpoint, calibrated = calibrate(folder, spec, dtype)
-        inputs = NetworkInputs(checkpoint, limits, VocabularySharding(), calibrated)
-    build_engine(inputs, BuilderChoice(PACKAGE, ("8.9",)), target, write_plans)
+    target = folder / "engine"
+    target.mkdir()
+    write_networks(NetworkInputs(checkpoint, limits, VocabularySharding(), calibrated), target)
+    plan = target / engine_name(0)
+    plan.write_bytes(PLAN_MARK + str(target / network_name(0)).encode())
+    builder = BuilderInfo(PACKAGE, VERSION, ("9.0",))
+    write_plan_description(plan, content_hash(plan), read_network_hash(target, 0), builder)
+    write_manifest(target, [(target, target)])
     return target
 
 
