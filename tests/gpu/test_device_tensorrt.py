@@ -21,6 +21,7 @@ import onnxruntime
 import pytest
 from cuda.bindings import runtime as cudart
 
+from engines.test_mpi import mpirun
 from first_contact.checked import CheckedTensorRt
 from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED
 from mpt_trt.engines.build.rank_network import NetworkInputs, write_networks
@@ -36,11 +37,12 @@ from mpt_trt.engines.manifest import (
 from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
 from mpt_trt.engines.spec import BuilderInfo
 from mpt_trt.engines.tensorrt.engine import TensorRtEngine
-from mpt_trt.engines.tensorrt.nccl import join_nccl
 from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.system.files import content_hash
+from support import nccl_driver
 from support.checkpoints import CheckpointSpec
 from support.engines import FEATURES, LIMITS, ONE_THREAD, make_ft_checkpoint
+from support.nccl_driver import require_all_reduce
 from support.simulated.device import PLAN_MARK, VERSION, DeviceTensorRt
 from support.step_scenario import make_steps, require_same_text
 
@@ -205,44 +207,14 @@ class LoneRank:
 
 
 def test_nccl_in_a_captured_graph():
-    """One rank: the calls of nccl.py, an all-reduce plainly and replayed, and the end of all."""
-    core = pytest.importorskip("nccl.core")
-    from mpt_trt.engines.cuda.graphs import PLAIN_RUNS, StepGraphs
-    from mpt_trt.engines.cuda.memory import DeviceBuffer, Stream
-    from support.simulated.capsule import capsule_pointer
-
+    pytest.importorskip("nccl.core")
     call(cudart.cudaSetDevice(0))
-    nccl = join_nccl(LoneRank())
-    communicator = nccl._communicator
-    assert capsule_pointer(nccl.capsule) == communicator.ptr != 0
-    stream, source, target = Stream(), DeviceBuffer(1024), DeviceBuffer(1024)
-    numbers = np.arange(256, dtype=np.float32)
-    source.copy_from(numbers, stream.handle)
-    graphs = StepGraphs(stream.handle)
-    found = np.empty_like(numbers)
+    require_all_reduce(LoneRank())
 
-    def reduce() -> None:
-        import ctypes
 
-        library = ctypes.CDLL("libnccl.so.2")
-        status = library.ncclAllReduce(
-            ctypes.c_void_p(source.address),
-            ctypes.c_void_p(target.address),
-            ctypes.c_size_t(numbers.size),
-            ctypes.c_int(7),
-            ctypes.c_int(0),
-            ctypes.c_void_p(communicator.ptr),
-            ctypes.c_void_p(int(stream.handle)),
-        )
-        assert status == 0
-
-    for _ in range(PLAIN_RUNS + 3):
-        call(cudart.cudaMemset(target.address, 0, 1024))
-        graphs.run(None, reduce, reduce)
-        target.copy_to(found, stream.handle)
-        stream.synchronize()
-        assert np.array_equal(found, numbers)
-    assert core is not None
-    # NCCL waits for graphs that are not destroyed; in this order it ends.
-    graphs.clear()
-    del nccl
+def test_nccl_of_two_gpus():
+    pytest.importorskip("nccl.core")
+    if call(cudart.cudaGetDeviceCount()) < 2:
+        pytest.skip("needs two GPUs")
+    finished = mpirun(2, Path(nccl_driver.__file__), PYTHONSAFEPATH="1")
+    assert finished.status == 0, finished.stdout + finished.stderr
