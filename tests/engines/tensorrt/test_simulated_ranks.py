@@ -21,8 +21,8 @@ __all__ = ["tiny"]
 EVERY = QUANTIZATIONS | WITH_FP8_CACHE | {"none": Quantization()}
 # As they are, quantized, and each type of cache.
 NAMES = {
-    2: ("none", "int4_weight_only", "int8 cache", "sq", "fp8, fp8 cache"),
-    4: ("none", "int8 cache", "fp8 cache"),
+    2: ("none", "int8 cache", "sq", "fp8, fp8 cache"),
+    4: ("int4_weight_only", "fp8 cache"),
 }
 # In float32, ONNX Runtime computes the same in the simulated TensorRT as by itself.
 BOUND = 0
@@ -36,7 +36,7 @@ def make_engines(model: Model, tp_size: int, folder: Path) -> list[Path]:
         calibrated = NOT_QUANTIZED
         if name != "none":
             calibrated = model.calibrated(quantization, checkpoint)
-        vocabulary = BOTH if name in ("none", "sq") else WHOLE
+        vocabulary = BOTH if name in ("none", "int4_weight_only") else WHOLE
         inputs = NetworkInputs(checkpoint, LIMITS, vocabulary, calibrated)
         made.append(build_simulated(inputs, folder / name))
     return made
