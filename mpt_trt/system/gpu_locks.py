@@ -65,12 +65,14 @@ def devices() -> Devices:
     Raises MptTrtError when MPT_TRT_GPUS is not a number.
     """
     if identifiers := gpus.identifiers():
-        return Devices(identifiers, gpus.VISIBLE if gpus.visible() is not None else "the driver")
+        return Devices(
+            identifiers, gpus.VISIBLE if gpus.visible() is not None else "from the driver"
+        )
     if (visible := gpus.visible()) is not None:
         return Devices(visible, gpus.VISIBLE)
     if DECLARED in os.environ and SLURM_JOB not in os.environ:
         return Devices(tuple(map(str, range(_declared()))), DECLARED)
-    return Devices((), "no driver")
+    return Devices((), "no NVIDIA driver found")
 
 
 def scope() -> str:
@@ -88,7 +90,7 @@ def require(count: int, available: Devices) -> None:
     if count > len(available.names):
         raise MptTrtError(
             f"{count} GPUs are needed, but there are {len(available.names)} "
-            f"(according to {available.named_by}); use fewer ranks, or a machine with enough GPUs"
+            f"({available.named_by}); use fewer ranks, or a machine with enough GPUs"
         )
 
 

@@ -24,7 +24,7 @@ from mpt_trt.cli.parser import tool_parser
 def make_parser() -> argparse.ArgumentParser:
     parser = tool_parser(
         __doc__,
-        "workflow_scripts/steps/with_gpus.py --gpus 2 -- python job.py",
+        "workflow_scripts/steps/with_gpus.py --gpus 1 -- nvidia-smi",
     )
     parser.add_argument("--gpus", type=_count, required=True, help="number of GPUs")
     parser.add_argument("command", nargs="+", help="the command and its arguments, after --")
