@@ -13,8 +13,8 @@ __version__ = "0.9.0"
 # sends it over the network.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-# Names of the Python interface, by module. They are imported when they are used, because every tool
-# imports this package.
+# Names of the Python interface by module; imported when they are used, because every tool imports
+# this package.
 _LAZY = {"Engine": "mpt_trt.api.engine", "MptTrtError": "mpt_trt.errors"}
 __all__ = ["Engine", "MptTrtError", "__version__"]
 

@@ -1,4 +1,4 @@
-"""An engine in a Python program."""
+"""An engine for Python programs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class GenerationOptions(TypedDict, total=False):
 
 
 class Engine:
-    """A loaded engine that generates text; a context manager that frees it at the end.
+    """A loaded engine that generates text; also a context manager that frees it at the end.
 
     Several engines can be loaded in one process. Each serves one call at a time.
     """
@@ -112,12 +112,12 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Frees the engine's memory. Nothing can be generated afterwards."""
+        """Frees the engine's memory, after which nothing can be generated."""
         self._loaded = None
 
     @property
     def loaded(self) -> LoadedEngine:
-        """The loaded engine; raises MptTrtError after `close`."""
+        """Returns the loaded engine; raises MptTrtError after `close`."""
         if self._loaded is None:
             raise MptTrtError("the engine was closed; load it again")
         return self._loaded
@@ -148,11 +148,11 @@ class Engine:
         max_new_tokens: int,
         **options: Unpack[GenerationOptions],
     ) -> list[Output]:
-        """Continues every prompt, all in one batch.
+        """Continues all prompts in one batch.
 
         Args:
             prompts: texts, lists of token ids, or lists of chat messages.
-            max_new_tokens: most new tokens per prompt.
+            max_new_tokens: maximum number of new tokens per prompt.
             options: see `GenerationOptions`.
 
         Raises:
@@ -178,7 +178,7 @@ class Engine:
         max_new_tokens: int,
         **options: Unpack[GenerationOptions],
     ) -> Iterator[StreamPart]:
-        """Continues every prompt, all in one batch, and yields every token when it is chosen.
+        """Continues all prompts in one batch, and yields every token when it is chosen.
 
         The engine is free again when the iterator ends, or is closed or dropped. Arguments and
         errors: see `generate`; there are no beams.
@@ -209,7 +209,7 @@ class Engine:
 
     @contextmanager
     def _turn(self) -> Iterator[LoadedEngine]:
-        """Gives one call the engine; turns failures of the runtime into MptTrtError."""
+        """Reserves the engine for one call; turns failures of the runtime into MptTrtError."""
         loaded = self.loaded
         if not self._lock.acquire(blocking=False):
             raise MptTrtError(
@@ -247,7 +247,7 @@ class _Request:
         self._new: list[tuple[int, int]] = []
 
     def on_token(self, row: int, token: int) -> bool:
-        """Takes a new token of a row; returns whether a stop string ends the row."""
+        """Adds a new token to a row; returns whether a stop string ends the row."""
         self._new.append((row, token))
         stops = self.texts[row].add(token)
         if stops or token in self.config.end_ids:

@@ -17,7 +17,7 @@ class Completion:
     """A continuation of a prompt."""
 
     text: str
-    """Without special tokens, and without the stop string that ended it."""
+    """Text without special tokens, and without the stop string that ended it."""
     tokens: tuple[int, ...]
     """All new tokens, including an end token and those of a stop string."""
     finish_reason: FinishReason

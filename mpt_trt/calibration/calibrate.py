@@ -1,4 +1,4 @@
-"""Calibration of a model, one block after the other, for any format."""
+"""Calibrates a model, one block after the other, for any format."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def calibrate(
     in the file. advance is called after each block. A block is written while the next one is
     calibrated.
 
-    Raises MptTrtError for samples that the model cannot read, and values that the computation's
-    type or weight_dtype cannot hold.
+    Raises MptTrtError for samples that the model cannot read, and for values that the computation's
+    type or weight_dtype cannot represent.
     """
-    # The writer comes first, so that it closes the file after the last block has been written.
+    # The writer is opened first, so that it closes the file after the last block is written.
     with (
         calibration_writer(target, source.config, source.reader, weight_dtype) as writer,
         background() as writing,
@@ -63,7 +63,7 @@ def calibrate(
 
 
 BlockCalibration = Callable[[PlainBlock, SampleRun], dict[BlockMatrix, CalibratedMatrix]]
-"""Runs a block on all samples, and returns the results of its matrices."""
+"""Function that runs a block on all samples and returns the results of its matrices."""
 
 
 def _block_calibration(plan: CalibrationPlan, weight_dtype: np.dtype) -> BlockCalibration:

@@ -1,4 +1,4 @@
-"""Loading an engine as parsed options ask for it."""
+"""Loads an engine from parsed options."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from mpt_trt.errors import MptTrtError
 
 
 def open_engine(options: argparse.Namespace) -> LoadedEngine:
-    """Load the engine that the options of `add_runtime` describe, on this rank.
+    """Load the engine that the options of `add_runtime` describe, for this rank.
 
-    Raises MptTrtError as `load_engine` does, and when --total_threads is negative.
+    Raises MptTrtError like `load_engine`, and when --total_threads is negative.
     """
     num_threads, total = options.num_threads, getattr(options, "total_threads", 0)
     if total < 0:

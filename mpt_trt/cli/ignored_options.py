@@ -1,4 +1,4 @@
-"""Options of NVIDIA's MPT example that have no effect here; it needs no library."""
+"""Options of NVIDIA's MPT example that have no effect, without imports of libraries."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-# Plugins, and how TensorRT-LLM's runtime schedules requests and manages its cache. Attention,
-# matrix products, padding and the cache are parts of the network here.
+# Options of TensorRT-LLM's plugins, scheduler and cache. Here, attention, matrix products, padding
+# and the cache are parts of the network.
 OF_BUILD = (
     "use_gpt_attention_plugin",
     "use_gemm_plugin",
@@ -28,7 +28,7 @@ OF_BUILD = (
     "paged_kv_cache",
     "tokens_per_block",
     "max_num_tokens",
-    # Beams are rows: they count in --max_batch_size.
+    # Beams are rows and count in --max_batch_size.
     "max_beam_width",
     "gpus_per_node",
     "use_custom_all_reduce",
@@ -53,7 +53,7 @@ OF_RUN = (
 
 
 def add_ignored(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """Add options that `report_ignored` names if they are given, with a value or without one."""
+    """Add options, with or without a value, that `report_ignored` reports if they are given."""
     group = parser.add_argument_group("accepted, without effect")
     for name in names:
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
@@ -63,7 +63,7 @@ def add_ignored(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
 
 
 def report_ignored(options: argparse.Namespace) -> None:
-    """Print the options without effect that were given, in one line on stderr."""
+    """Print the given options without effect, in one line on stderr."""
     given = [name for name in options.without_effect if getattr(options, name) is not None]
     if given:
         listed = " ".join(f"--{name}" for name in given)

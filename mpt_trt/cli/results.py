@@ -1,4 +1,4 @@
-"""Results of measurements on the terminal, a line per figure."""
+"""Prints results of measurements, one line per figure."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mpt_trt.evaluation.quality_result import QualityResult
 from mpt_trt.evaluation.smoke_result import SmokeResult, require_passed, write_smoke_result
 from mpt_trt.evaluation.speed import speed_in_words
 
-# Of lines in a log.
+# Width of lines in a log.
 LOG_WIDTH = 100
 
 
 def show_smoke_result(result: SmokeResult, path: Path) -> None:
-    """Print what an engine generated, how fast, by which runtime, and how near the reference."""
+    """Print generated text, speed, runtime, and distance from the reference."""
     distance = result.distance
     builder = result.builder
     engines = ", ".join(str(Path(result.engine_dir) / name) for name in result.engines)
@@ -78,7 +78,7 @@ def _runtime(name: str, fallback_reason: str | None) -> str:
 
 
 def _show(rows: Mapping[str, str]) -> None:
-    """Print names and values as two columns; lines of a value stay lines."""
+    """Print names and values as two columns; keeps line breaks of values."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else LOG_WIDTH
     indent = max(map(len, rows)) + 2
     for name, value in rows.items():

@@ -165,7 +165,7 @@ def _report_conflict(end_ids: tuple[int, ...], text: EngineText) -> None:
 def _stream(
     engine: Engine, prompts: list[list[int]], max_new_tokens: int, settings: GenerationOptions
 ) -> list[tuple[int, ...]]:
-    """Prints text as it is generated: that of a single prompt bare. Returns tokens by prompt."""
+    """Prints text as it is generated, undecorated for a single prompt; returns tokens by prompt."""
     before, after = [""], "\n"
     if len(prompts) > 1:
         headers = (_header(index, engine.text, prompt) for index, prompt in enumerate(prompts))
@@ -201,7 +201,7 @@ def _write(text: str) -> None:
 
 
 def _discard(_text: str) -> None:
-    """Prints nothing, on other ranks than the first."""
+    """Prints nothing, for ranks other than the first."""
 
 
 def _save(

@@ -11,9 +11,9 @@ from mpt_trt.evaluation.distance import Distance
 from mpt_trt.evaluation.logits import mean_divergence
 from mpt_trt.evaluation.simulated_rounding import ExpectedLogits
 
-# Relative error of float32 sums in another order, which no engine is asked to be below.
+# Relative error of float32 sums in another order, the smallest bound for engines.
 SMALLEST_ERROR = 1e-5
-# Differences of two logits are within this many of their errors.
+# Bound of the difference of two logits, as a multiple of their errors.
 TIE_ERRORS = 3 * math.sqrt(2)
 
 
@@ -51,7 +51,7 @@ def top1_agreement(
 ) -> float:
     """Share of positions at which the engine's most likely token is the reference's.
 
-    tie: difference of logits up to which tokens are as likely as each other.
+    tie: difference of logits up to which tokens count as equally likely.
     """
     chosen = np.take_along_axis(reference, engine.argmax(axis=-1)[:, None], axis=-1)[:, 0]
     is_finite = np.isfinite(engine).all(axis=-1)

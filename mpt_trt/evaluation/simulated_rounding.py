@@ -1,10 +1,9 @@
-"""What rounding does to a model: its blocks with weights, inputs and cache rounded as in an engine.
+"""Simulates an engine's rounding of weights, inputs and cache in a model's blocks.
 
-This is a simulation in plain PyTorch, from the definition of each method and from the Hugging Face
-checkpoint: it shares no code with networks and engines. Scales of activations come from the text at
-hand instead of a calibration, and the weights of AWQ and GPTQ are rounded to nearest. So it does
-not give an engine's logits in general, but how far from the float32 model a correct engine is
-expected to be.
+It uses plain PyTorch, the definition of each method and the Hugging Face checkpoint, and shares no
+code with networks and engines. Scales of activations come from the given text instead of a
+calibration, and the weights of AWQ and GPTQ are rounded to nearest. So it does not give an engine's
+exact logits, but the expected distance of a correct engine from the float32 model.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ from mpt_trt.quantization.schemes import (
 from mpt_trt.system.progress_lines import Advance, no_progress
 
 E4M3 = torch.float8_e4m3fn
-# Stands in for the amax of zeros.
+# Replaces the amax of zeros.
 SMALLEST = 1e-8
 Function = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How an engine rounds. dtype: float32, float16 or bfloat16, of weights and activations."""
+    """Rounding of an engine. dtype: float32, float16 or bfloat16, of weights and activations."""
 
     dtype: str
     quantization: Quantization = UNQUANTIZED
@@ -59,13 +58,13 @@ class Rounding:
         return Rounding(self.dtype)
 
     def cast(self, values: Tensor) -> Tensor:
-        """The values as the dtype holds them, in float32."""
+        """Rounds values to the dtype, in float32."""
         return values.to(getattr(torch, self.dtype)).float()
 
 
 @dataclass(frozen=True)
 class ExpectedLogits:
-    """Logits of one sequence, float32 `[seq, vocab]` each.
+    """Logits of one sequence, arrays float32 `[seq, vocab]`.
 
     reference: without any rounding beyond float32. in_dtype: with weights and activations rounded
     to the engine's dtype. quantized: with all of the engine's rounding.
@@ -76,7 +75,7 @@ class ExpectedLogits:
     quantized: Tensor
 
     def after(self, position: int) -> ExpectedLogits:
-        """The logits at this position and all later ones."""
+        """Returns the logits at this position and all later ones."""
         parts = (self.reference, self.in_dtype, self.quantized)
         return ExpectedLogits(*(logits[position:] for logits in parts))
 
@@ -115,7 +114,7 @@ def expected_logits(
 
 @dataclass(frozen=True)
 class _Run:
-    """One way through the model. rounding: None for the reference."""
+    """A pass through the model. rounding: None for the reference."""
 
     block: Block
     rounding: Rounding | None = None
@@ -130,7 +129,7 @@ class _Run:
         return Head(self._table(head.weight), head.scale).logits(self.cast(norm(hidden)))
 
     def _table(self, rows: Tensor) -> Tensor:
-        """The embedding or the head, with a row per token of the vocabulary."""
+        """Reads the embedding or the head, with one row per token of the vocabulary."""
         is_integer = self.rounding is not None and self.rounding.quantization.head == "int8"
         return _in_int8(self.cast(rows), -1) if is_integer else self.cast(rows)
 
@@ -145,7 +144,7 @@ def _rounded(config: MptConfig, length: int, rounding: Rounding) -> Block:
 
 
 def rounded_block(config: MptConfig, rounding: Rounding, tensors: dict[str, Tensor]) -> PlainBlock:
-    """A block that computes in float32, but rounds as an engine does.
+    """Makes a block that computes in float32, but rounds like an engine.
 
     tensors: the block's float32 weights, by llm-foundry's names.
     """
@@ -172,14 +171,14 @@ def _round_linear(config: MptConfig, rounding: Rounding, layer: nn.Linear) -> No
 
 
 def _product(config: MptConfig, scheme: WeightQuantization | None, weight: Tensor) -> Function:
-    """`x W^T` for a weight `[out, in]`, with the scheme's rounding."""
+    """Makes `x W^T` for a weight `[out, in]`, with the scheme's rounding."""
     match scheme:
         case SmoothQuant():
             return lambda inputs: _smoothed(scheme, inputs, weight)
         case Fp8():
             return lambda inputs: _in_e4m3(inputs, None) @ _in_e4m3(weight, None).T
         case WeightOnly(bits, group_size):
-            # FT's grid: the scale is amax / 2^(bits - 1), so the largest weight saturates.
+            # On FT's grid, the scale is amax / 2^(bits - 1), so the largest weight saturates.
             limit = 1 << (bits - 1)
             matrix = _in_groups(weight, group_size, limit, -limit, limit - 1)
         case Awq(group_size) | Gptq(group_size):
@@ -190,7 +189,7 @@ def _product(config: MptConfig, scheme: WeightQuantization | None, weight: Tenso
 
 
 def _smoothed(scheme: SmoothQuant, inputs: Tensor, weight: Tensor) -> Tensor:
-    """Int8 product, after the inputs' range has moved to the weights."""
+    """Makes an int8 product, after the inputs' range has moved to the weights."""
     of_inputs = inputs.abs().flatten(0, -2).amax(0).clamp(min=SMALLEST)
     of_weights = weight.abs().amax(0).clamp(min=SMALLEST)
     factors = of_inputs**scheme.alpha / of_weights ** (1 - scheme.alpha)

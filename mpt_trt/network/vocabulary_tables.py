@@ -32,10 +32,10 @@ def scale_name(table: str, is_part: bool) -> str:
 
 
 def int8_tables(checkpoint: FtCheckpoint, rank: Rank) -> dict[str, StoredTensor]:
-    """The tables of a rank, by name: int8 `[rows, hidden]` and scales `[rows]`, of each table.
+    """Tables of a rank by name: int8 `[rows, hidden]` and scales `[rows]` of each table.
 
-    There are all rows, and the rank's part, which is padded with zeros to the width of all parts.
-    The network stores those that it reads.
+    Each table has all rows, and the rank's part, which is padded with zeros to the width of all
+    parts. The network stores those that it reads.
     """
     config, dtype = checkpoint.config, checkpoint.storage_type
     tensors: dict[str, StoredTensor] = {}
@@ -62,7 +62,7 @@ def int8_tables(checkpoint: FtCheckpoint, rank: Rank) -> dict[str, StoredTensor]
 def _integers(
     checkpoint: FtCheckpoint, weight: Weight, rows: Range, height: int
 ) -> Iterator[NDArray[np.int8]]:
-    """Yields round(row / scale), halves to even."""
+    """Yields round(row / scale), half to even."""
     for block, scales in _blocks(checkpoint, weight, rows):
         quotient = block / convert(scales, FLOAT32)[:, None]
         yield np.rint(quotient).clip(-LARGEST, LARGEST).astype(np.int8)

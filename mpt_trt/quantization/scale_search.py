@@ -1,9 +1,8 @@
-"""Scales by least error: the search that all grids share.
+"""Searches scales with the least error, for all grids.
 
-A group of weights that share a scale is rounded with several candidates, and the scale with the
-least squared error is kept. An error weighs as much as its input: the importance of a weight is
-the mean square of the input feature that it multiplies (the diagonal of the Hessian of the layer's
-squared error).
+A group of weights with one scale is rounded with several candidates, and the scale with the least
+squared error is kept. Errors are weighted: the importance of a weight is the mean square of the
+input feature that it multiplies (the diagonal of the Hessian of the layer's squared error).
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from torch import Tensor
 from mpt_trt.quantization.grids import Grid
 
 FACTORS = 19
-"""Number of candidates between SMALLEST_FACTOR and 1 times the scale that covers the whole group.
+"""Candidate scales between SMALLEST_FACTOR and 1 times the scale that covers the whole group.
 
-A smaller scale lets the largest weights saturate, and rounds all others more finely.
+A smaller scale saturates the largest weights and rounds all others more finely.
 """
 SMALLEST_FACTOR = 0.55
 
@@ -45,7 +44,7 @@ def search_scales(weight: Tensor, importance: Tensor, grid: Grid) -> Tensor:
 
 
 def _covering_scales(weight: Tensor, grid: Grid) -> list[Tensor]:
-    """The scales, float32 `[...]`, with which all weights lie within the grid."""
+    """Computes the scales, float32 `[...]`, with which all weights are within the grid."""
     amax = weight.abs().amax(-1)
     starts = [_nonzero(amax / grid.highest)]
     if not grid.is_symmetric:

@@ -1,6 +1,6 @@
-"""Values of the configuration that a model or a builder cannot have, by the names of their keys.
+"""Checks values of the configuration against a model or a builder, by the names of their keys.
 
-Each function raises MptTrtError. The steps check the same, after the work that precedes them.
+Each function raises MptTrtError. The steps make the same checks, but only after earlier work.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def require_capable_gpus(name: str, variant: Variant, package: Package) -> None:
 
 
 def require_tokenizer(name: str, given: str | None, folder: Path) -> None:
-    """Checks `models.{name}.tokenizer`: that there is a tokenizer, as far as it is on disk.
+    """Checks that `models.{name}.tokenizer` has a tokenizer, if it is on disk.
 
-    given: the key's value. folder: where the tokenizer is looked for.
+    given: value of the key. folder: folder that is searched for the tokenizer.
     """
     key = f"models.{name}.tokenizer"
     if given is not None and is_hub_id(given):

@@ -1,4 +1,4 @@
-"""The embedding and the head in 8 bits under ONNX Runtime, which would dequantize whole tables.
+"""Reads 8-bit embeddings and heads under ONNX Runtime, which would dequantize whole tables.
 
 The table is `[rows, hidden]` with one scale per row. Rows are gathered as integers. The product
 with the head becomes ONNX Runtime's own operator, MatMulNBits, whose integers have this order.
@@ -26,18 +26,18 @@ from mpt_trt.engines.onnxruntime.graph_editor import (
 from mpt_trt.network.external_files import file_part
 from mpt_trt.quantization.schemes import GROUP_SIZES
 
-# Unsigned integers, of which 128 is 0.
+# Unsigned integers, in which 128 means 0.
 SIGN_BIT = np.uint8(0x80)
-# MatMulNBits' accuracy_level at which activations are not rounded.
+# MatMulNBits' accuracy_level without rounding of activations.
 EXACT = 1
 
 
 def read_integer_tables(
     model: onnx.ModelProto, folder: Path, element_type: int
 ) -> list[SharedWeight]:
-    """Replaces what reads dequantized tables; the graph does not have the weights returned.
+    """Replaces readers of dequantized tables; returns weights that the graph then lacks.
 
-    folder: the network's. element_type: ONNX type that the session computes in.
+    folder: folder of the network. element_type: ONNX type of the session's arithmetic.
     """
     graph = Graph(model)
     replacements: Replacements = {}
@@ -79,7 +79,7 @@ class _Table:
     def replacement(
         self, reader: onnx.NodeProto, weights: list[SharedWeight]
     ) -> list[onnx.NodeProto] | None:
-        """Nodes that compute what `reader` does; None if there are none."""
+        """Makes nodes that compute the same as `reader`; None if there are none."""
         if reader.op_type == "Gather":
             return self._gather(reader)
         if reader.op_type != "Gemm" or not attributes(reader).get("transB"):

@@ -1,8 +1,8 @@
-"""Files next to TensorRT-LLM's own in its checkpoints and engine directories: manifest, tokenizer.
+"""Adds a manifest and a tokenizer to TensorRT-LLM's checkpoints and engine directories.
 
-TensorRT-LLM's formats have no place for several end tokens or for where the weights came from, and
-it ignores files that it does not know. So `manifest.json` records them under the same keys as that
-of an FT checkpoint, and the folder `tokenizer` travels with the engine.
+TensorRT-LLM's formats have no place for several end tokens or the origin of the weights, and it
+ignores unknown files. So `manifest.json` records them under the same keys as that of an FT
+checkpoint, and the folder `tokenizer` travels with the engine.
 """
 
 from __future__ import annotations
@@ -46,6 +46,6 @@ def link_records(checkpoint: Path, folder: Path) -> None:
 
 
 def record_files(folder: Path) -> set[str]:
-    """Names of the records in a folder; none if it has no manifest that lists its files."""
+    """Names of the records in a folder; empty without a manifest that lists its files."""
     files = read_mark(folder / MANIFEST).get("files")
     return {MANIFEST, *files} if isinstance(files, dict) else set()
