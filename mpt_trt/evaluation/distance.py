@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from mpt_trt.quantization.schemes import Awq, Gptq, Quantization, SmoothQuant, WeightOnly
 
 ROUNDING_FACTOR = 4.0
-"""How many times the dtype's simulated error is allowed: kernels add in other orders and types."""
+"""Allowed multiple of the dtype's simulated error, because kernels add in other orders and types."""
 UNEXPLAINED_SHARE = 0.25
-"""Share of the quantization's error that may be elsewhere than in the simulation, if that is exact.
+"""Allowed share of the quantization's error that differs from an exact simulation.
 
 Measured on random and trained models: at most 0.07 for correct engines, and 0.5 or more if two
-layers' scales are swapped, for which the error as a whole may grow by a tenth only.
+layers' scales are swapped, although the whole error may then grow by only a tenth.
 """
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a smoke test accepts.
+    """Tolerance of a smoke test.
 
-    error_factor: multiplies the error that is allowed for the engine's dtype and quantization.
-    min_top1: bound of `Distance.top1`.
+    error_factor: factor on the allowed error for the engine's dtype and quantization. min_top1:
+    bound of `Distance.top1`.
     """
 
     error_factor: float
@@ -36,13 +36,14 @@ class Distance:
     """Distance of logits from the reference.
 
     Errors are root mean squares over positions and tokens, in units of the spread of the
-    reference's logits (their standard deviation at a position). error: of the engine.
-    expected_error: of a simulation of its dtype and quantization. rounding_error: of its dtype
-    only. unexplained_error: of the engine from the simulation.
+    reference's logits (their standard deviation at a position). error: the engine's error.
+    expected_error: error of a simulation of its dtype and quantization. rounding_error: error of
+    its dtype only. unexplained_error: distance of the engine from the simulation.
 
     max_abs: largest difference of a logit. mean_kl: mean over positions of KL(reference || engine),
-    in nats. top1: share of positions with the same most likely token; a token that the reference
-    finds as likely within the expected error is the same. positions: how many were compared.
+    in nats. top1: share of positions with the same most likely token; tokens whose reference logits
+    differ by less than the expected error count as the same. positions: number of compared
+    positions.
     """
 
     error: float
@@ -57,14 +58,14 @@ class Distance:
 
 @dataclass(frozen=True)
 class Violation:
-    """A figure beyond its bound. key: of the tolerance, which allows more."""
+    """A figure beyond its bound. key: key of the tolerance that relaxes it."""
 
     text: str
     key: str
 
 
 def allowed_error(distance: Distance, quantization: Quantization, tolerance: Tolerance) -> float:
-    """The largest `error` that is accepted."""
+    """Largest accepted `error`."""
     expected = _margin(quantization) * distance.expected_error
     return tolerance.error_factor * (expected + ROUNDING_FACTOR * distance.rounding_error)
 
@@ -72,7 +73,7 @@ def allowed_error(distance: Distance, quantization: Quantization, tolerance: Tol
 def violations(
     distance: Distance, quantization: Quantization, tolerance: Tolerance
 ) -> list[Violation]:
-    """Each figure that exceeds its bound; empty if none does."""
+    """Lists the figures that exceed their bounds."""
     found = []
     allowed = allowed_error(distance, quantization, tolerance)
     if not distance.error <= allowed:
