@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mpt_trt.quantization.schemes import Awq, Gptq, Quantization, SmoothQuant, WeightOnly
 
 ROUNDING_FACTOR = 4.0
-"""Allowed multiple of the dtype's simulated error, because kernels add in other orders and types."""
+"""Allowed multiple of the dtype's simulated error: kernels add in other orders and types."""
 UNEXPLAINED_SHARE = 0.25
 """Allowed share of the quantization's error that differs from an exact simulation.
 
@@ -107,13 +107,13 @@ def violations(
 
 
 def _is_exact(quantization: Quantization) -> bool:
-    """Whether the simulation rounds to the same numbers as a correct engine."""
+    """Returns whether the simulation rounds to the same numbers as a correct engine."""
     rounds_weights_only = quantization.scheme is None or isinstance(quantization.scheme, WeightOnly)
     return rounds_weights_only and quantization.kv_cache == "auto"
 
 
 def _margin(quantization: Quantization) -> float:
-    """How far the error may be from the simulation's, which is an estimate if not exact.
+    """Allowed ratio of the error to the simulation's, which is an estimate if not exact.
 
     Measured on random and trained models, of correct engines: 1.0 (integer weights), 0.95 (AWQ),
     0.9 to 1.2 (fp8, caches of 8 bits), 1.4 (SmoothQuant per token) and, with scales from little
