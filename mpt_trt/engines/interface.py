@@ -56,6 +56,25 @@ class StepModel(Protocol):
         ...
 
 
+class RowModel(StepModel, Protocol):
+    """A model whose steps can be limited to some rows of the cache; all runtimes are such models.
+
+    So a new prompt can be read into one row while the rows of other prompts wait.
+    """
+
+    def select_rows(self, first: int, count: int) -> None:
+        """Limits the following steps to `count` cache rows from row `first` on.
+
+        Rows of a step, in `step` and `greedy_steps`, count from `first`. `start` and `reorder`
+        select all rows. Raises MptTrtError when the runtime cannot start at that row.
+        """
+        ...
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Makes cache row `target` a copy of row `source`, whichever rows are selected."""
+        ...
+
+
 @runtime_checkable
 class GreedyModel(StepModel, Protocol):
     """A model that can also choose the most likely tokens itself."""

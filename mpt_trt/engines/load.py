@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpt_trt.engines.interface import StepModel
+from mpt_trt.engines.interface import RowModel
 from mpt_trt.engines.manifest import Manifest, check_content, read_manifest
 from mpt_trt.engines.memory import gpu_obstacle
 from mpt_trt.engines.onnxruntime.cpu_settings import Activations, CpuSettings
@@ -30,7 +30,7 @@ class LoadedEngine:
     fallback_reason: why the runtime is not TensorRT; None when it is.
     """
 
-    model: StepModel
+    model: RowModel
     manifest: Manifest
     max_logits: int | None
     runtime: str

@@ -196,6 +196,7 @@ def test_ranks_agree_bit_for_bit(kind, engines, recorded):
     assert first["greedy"].shape == (3, 1, mpi_driver.NEW_TOKENS)
     assert first["beams"].shape == (2, 2, mpi_driver.NEW_TOKENS)
     assert np.array_equal(first["long"][0], first["greedy"][2])
+    assert np.array_equal(first["batched"], first["greedy"][:, 0])
     for other in others:
         for name, values in first.items():
             assert np.array_equal(values, other[name]), name
@@ -208,7 +209,7 @@ def test_ranks_together_are_as_one(kind, engines, recorded, alone):
     expected = alone[storage]
     bound = FLOAT16_BOUND if storage == "float16" else FLOAT32_BOUND
     assert np.abs(found["logits"] - expected["logits"]).max() <= bound * scale(expected)
-    for search in ("greedy", "beams", "long"):
+    for search in ("greedy", "beams", "long", "batched"):
         assert np.array_equal(found[search], expected[search])
 
 

@@ -20,6 +20,8 @@ from mpt_trt.engines.load import LoadedEngine, load_engine
 from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
 from mpt_trt.generation.config import GenerationConfig
 from mpt_trt.generation.generate import generate
+from mpt_trt.scheduling.ranks import LeadingModel, follow
+from support.batching import batched
 
 # Rows of different lengths; one is longer than an engine takes in a step (engines_support.LIMITS).
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], list(range(20, 40))]
@@ -43,7 +45,7 @@ class Recorder:
 
 
 def record(engine: LoadedEngine) -> dict[str, NDArray]:
-    """`greedy`, `beams`, `long`: new tokens; `logits`: of all steps of greedy search, `[n, vocab]`.
+    """`greedy`, `beams`, `long`, `batched`: new tokens.
 
     Only the long prompt needs a step without any logits.
     """
@@ -56,7 +58,25 @@ def record(engine: LoadedEngine) -> dict[str, NDArray]:
         found[name] = np.array([[beam.tokens for beam in beams] for beams in outputs])
         if name == "greedy":
             found["logits"] = np.concatenate(recorder.logits)
+    found["batched"] = np.array(batched_on_rank_0(engine))
     return found
+
+
+def batched_on_rank_0(engine: LoadedEngine) -> list[tuple[int, ...]]:
+    """Tokens of requests that rank 0 schedules, while the other ranks follow."""
+    configs = [GenerationConfig(NEW_TOKENS, end_ids=(), pad_id=0)] * len(PROMPTS)
+    ranks = engine.communicator
+    if ranks is None:
+        return batched(engine.model, PROMPTS, configs)
+    tokens = None
+    if ranks.rank == 0:
+        leader = LeadingModel(engine.model, ranks)
+        tokens = batched(leader, PROMPTS, configs)
+        leader.keep_waiting()
+        leader.end()
+    else:
+        follow(engine.model, ranks)
+    return ranks.exchange(tokens)[0]
 
 
 def record_all(folder: Path, engines: list[Path]) -> None:

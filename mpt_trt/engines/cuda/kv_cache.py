@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpt_trt.engines.cuda.memory import Block, DeviceBuffer, copy_block
+from mpt_trt.errors import MptTrtError
 from mpt_trt.network.kv_cache import CacheShape, cache_names
 from mpt_trt.quantization.schemes import KvCacheType
 
@@ -44,6 +45,17 @@ class DeviceCache(Protocol):
         """Makes row i a copy of the old row `rows[i]`."""
         ...
 
+    def select_rows(self, first: int, count: int) -> None:
+        """Limits the following steps to `count` rows from `first` on.
+
+        Raises MptTrtError when that row does not start at a multiple of ALIGNMENT.
+        """
+        ...
+
+    def copy_row(self, source: int, target: int, stream: Any) -> None:
+        """Makes row `target` a copy of row `source`."""
+        ...
+
 
 class _Array:
     """Bytes `[2 * layers, rows * kv_heads, positions * head bytes]` in one buffer.
@@ -60,10 +72,18 @@ class _Array:
         self._height = multiple * math.ceil(rows * self.kv_heads / multiple)
         self.buffer = DeviceBuffer(self.parts * self._height * self._width)
 
-    def bind(self, names: list[str], set_address: SetAddress) -> None:
-        """Binds the parts (keys and values of every layer). names: names of the parts, in order."""
+    def bind(self, names: list[str], set_address: SetAddress, first_row: int = 0) -> None:
+        """Binds the parts (keys and values of every layer), from a row on.
+
+        names: names of the parts, in order.
+        """
+        start = self.row_address(first_row)
         for part, name in enumerate(names):
-            set_address(name, self.buffer.address + part * self._height * self._width)
+            set_address(name, start + part * self._height * self._width)
+
+    def row_address(self, row: int) -> int:
+        """Address of a row of the first part."""
+        return self.buffer.address + row * self.kv_heads * self._width
 
     def block(self, row: int, position: int) -> Block:
         """The box that starts at a row and a position."""
@@ -87,6 +107,8 @@ class _Buffers:
         self._shape, self._set_address = shape, set_address
         self._head_bytes = shape.head_dim * element_bytes
         self._kept: _Array | None = None
+        # The rows that steps run on.
+        self._first = self._count = 0
 
     def start(self, batch_size: int, stream: Any) -> None:
         """Empties the cache and gives it `batch_size` rows."""
@@ -95,19 +117,38 @@ class _Buffers:
         if self._kept is None or self._kept.rows != batch_size:
             # Frees the old buffers before allocating new ones.
             self._kept = None
-            self._keep(self._array(batch_size, self._shape.cache_len))
+            self._kept = self._array(batch_size, self._shape.cache_len)
+        self.select_rows(0, batch_size)
 
     @property
     def address(self) -> int:
-        """Address of the buffers, 0 before the first start; `reorder` usually changes it."""
-        return 0 if self._kept is None else self._kept.buffer.address
+        """Address of the first selected row, 0 before the first start."""
+        return 0 if self._kept is None else self._kept.row_address(self._first)
 
     def reorder(self, rows: NDArray[np.int64], stream: Any) -> None:
         """Makes row i a copy of the old row `rows[i]`."""
         old, new = self._filled, self._array(len(rows), self._shape.cache_len)
         for target, source in enumerate(rows):
             new.copy_row(target, old, int(source), stream)
-        self._keep(new)
+        self._kept = new
+        self.select_rows(0, len(rows))
+
+    def select_rows(self, first: int, count: int) -> None:
+        """Limits the following steps to `count` rows from `first` on."""
+        kept = self._filled
+        row_bytes = kept.row_address(1) - kept.row_address(0)
+        if first * row_bytes % ALIGNMENT:
+            raise MptTrtError(
+                f"a cache row has {row_bytes} bytes per layer, and a GPU can only start at a "
+                f"multiple of {ALIGNMENT}: requests cannot join a running batch; build with a "
+                "max_input_len + max_output_len that is a multiple of 256"
+            )
+        self._first, self._count = first, count
+        self._bind(kept)
+
+    def copy_row(self, source: int, target: int, stream: Any) -> None:
+        """Makes row `target` a copy of row `source`."""
+        self._filled.copy_row(target, self._filled, source, stream)
 
     @property
     def _filled(self) -> _Array:
@@ -118,9 +159,9 @@ class _Buffers:
     def _array(self, rows: int, positions: int) -> _Array:
         return _Array(self._shape, self._head_bytes, rows, positions)
 
-    def _keep(self, array: _Array) -> None:
-        self._kept = array
-        array.bind(cache_names("past", self._shape.num_layers), self._set_address)
+    def _bind(self, array: _Array) -> None:
+        names = cache_names("past", self._shape.num_layers)
+        array.bind(names, self._set_address, self._first)
 
 
 class InPlaceCache(_Buffers):
@@ -132,9 +173,10 @@ class InPlaceCache(_Buffers):
     def after_step(self, write_positions: NDArray[np.int64], stream: Any) -> None:
         """Does nothing, because the step has updated the cache."""
 
-    def _keep(self, array: _Array) -> None:
-        super()._keep(array)
-        array.bind(cache_names("present", self._shape.num_layers), self._set_address)
+    def _bind(self, array: _Array) -> None:
+        super()._bind(array)
+        names = cache_names("present", self._shape.num_layers)
+        array.bind(names, self._set_address, self._first)
 
 
 class CopiedCache(_Buffers):
@@ -152,7 +194,7 @@ class CopiedCache(_Buffers):
 
     def before_step(self, seq: int) -> None:
         """Prepares for a step of `seq` tokens per row."""
-        key = (self._filled.rows, seq)
+        key = (self._count, seq)
         if key not in self._new:
             # Arrays for several tokens (pieces of a prompt) are mostly used once.
             self._new = {k: array for k, array in self._new.items() if k[1] == 1}
@@ -163,15 +205,16 @@ class CopiedCache(_Buffers):
     def after_step(self, write_positions: NDArray[np.int64], stream: Any) -> None:
         """Copies the keys and values that the step has computed into the cache."""
         kept = self._filled
-        new = self._new[kept.rows, self._seq]
+        new, first = self._new[self._count, self._seq], self._first
         width = self._seq * self._head_bytes
         if len(set(write_positions.tolist())) == 1:
-            extent = (kept.parts, kept.rows * kept.kv_heads, width)
-            copy_block(new.block(0, 0), kept.block(0, int(write_positions[0])), extent, stream)
+            extent = (kept.parts, self._count * kept.kv_heads, width)
+            position = int(write_positions[0])
+            copy_block(new.block(0, 0), kept.block(first, position), extent, stream)
             return
         for row, position in enumerate(write_positions.tolist()):
             extent = (kept.parts, kept.kv_heads, width)
-            copy_block(new.block(row, 0), kept.block(row, position), extent, stream)
+            copy_block(new.block(row, 0), kept.block(first + row, position), extent, stream)
 
 
 def make_device_cache(

@@ -53,6 +53,14 @@ class CpuCache(Protocol):
         """Makes row i a copy of the old row `rows[i]`."""
         ...
 
+    def select_rows(self, first: int, count: int) -> None:
+        """Limits the following steps to `count` rows from `first` on."""
+        ...
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Makes row `target` a copy of row `source`."""
+        ...
+
 
 class InPlaceCache:
     """A cache that each step updates in place: every buffer is an input and an output."""
@@ -61,11 +69,12 @@ class InPlaceCache:
         self._binding, self._shape, self._element_type = binding, shape, element_type
         self._dtype = helper.tensor_dtype_to_np_dtype(element_type)
         self._buffers = _no_rows(shape, self._dtype)
+        self._selected = slice(0, 0)
 
     def start(self, batch_size: int) -> None:
         """Empties the cache and gives it `batch_size` rows."""
         self._buffers = _zeros(self._shape, batch_size, _in_use(self._shape, 0), self._dtype)
-        self._bind()
+        self.select_rows(0, batch_size)
 
     def before_step(self, seq: int, write_positions: NDArray[np.int64]) -> None:
         """Prepares for a step of `seq` tokens per row."""
@@ -80,11 +89,20 @@ class InPlaceCache:
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Makes row i a copy of the old row `rows[i]`."""
         self._buffers = np.take(self._buffers, rows, axis=1)
+        self.select_rows(0, len(rows))
+
+    def select_rows(self, first: int, count: int) -> None:
+        """Limits the following steps to `count` rows from `first` on."""
+        self._selected = slice(first, first + count)
         self._bind()
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Makes row `target` a copy of row `source`."""
+        self._buffers[:, target] = self._buffers[:, source]
 
     def _bind(self) -> None:
         past, present = (cache_names(age, self._shape.num_layers) for age in ("past", "present"))
-        parts = _parts(self._buffers, self._element_type)
+        parts = _parts(self._buffers[:, self._selected], self._element_type)
         for old, new, part in zip(past, present, parts, strict=True):
             self._binding.bind_ortvalue_input(old, part)
             self._binding.bind_ortvalue_output(new, part)
@@ -100,15 +118,16 @@ class CopiedCache:
         self._binding, self._shape = binding, shape
         self._element_type = QUANTIZED_TYPES[cache_type][0]
         self._buffers = self._new = _no_rows(shape, np.uint8)
+        self._selected = slice(0, 0)
 
     def start(self, batch_size: int) -> None:
         """Empties the cache and gives it `batch_size` rows."""
         self._buffers = _zeros(self._shape, batch_size, _in_use(self._shape, 0), np.uint8)
-        self._bind("past", self._buffers)
+        self.select_rows(0, batch_size)
 
     def before_step(self, seq: int, write_positions: NDArray[np.int64]) -> None:
         """Prepares for a step of `seq` tokens per row."""
-        rows = self._buffers.shape[1]
+        rows = self._selected.stop - self._selected.start
         # A step reads the positions before it.
         self._lengthen(int(write_positions.max()))
         if (self._new.shape[1], _length(self._new)) != (rows, seq):
@@ -119,19 +138,29 @@ class CopiedCache:
         """Stores the keys and values that the step has computed."""
         seq = _length(self._new)
         self._lengthen(int(write_positions.max()) + seq)
+        selected = self._buffers[:, self._selected]
         for row, start in enumerate(write_positions):
-            self._buffers[:, row, :, start : start + seq] = self._new[:, row]
+            selected[:, row, :, start : start + seq] = self._new[:, row]
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Makes row i a copy of the old row `rows[i]`."""
         self._buffers = np.take(self._buffers, rows, axis=1)
-        self._bind("past", self._buffers)
+        self.select_rows(0, len(rows))
+
+    def select_rows(self, first: int, count: int) -> None:
+        """Limits the following steps to `count` rows from `first` on."""
+        self._selected = slice(first, first + count)
+        self._bind("past", self._buffers[:, self._selected])
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Makes row `target` a copy of row `source`."""
+        self._buffers[:, target] = self._buffers[:, source]
 
     def _lengthen(self, used: int) -> None:
         positions = _in_use(self._shape, used)
         if positions > _length(self._buffers):
             self._buffers = _lengthened(self._buffers, positions)
-            self._bind("past", self._buffers)
+            self._bind("past", self._buffers[:, self._selected])
 
     def _bind(self, age: str, array: NDArray[np.uint8]) -> None:
         bind = self._binding.bind_ortvalue_input

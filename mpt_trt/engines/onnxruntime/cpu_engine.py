@@ -112,6 +112,14 @@ class OnnxRuntimeEngine:
         """Makes cache row i a copy of the old row `rows[i]`."""
         self._cache.reorder(rows)
 
+    def select_rows(self, first: int, count: int) -> None:
+        """Limits the following steps to some cache rows; see `RowModel.select_rows`."""
+        self._cache.select_rows(first, count)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Makes cache row `target` a copy of row `source`."""
+        self._cache.copy_row(source, target)
+
 
 def _lacks_kernels(spec: EngineSpec) -> bool:
     """Returns whether ONNX Runtime's CPU provider lacks kernels for the network's type.

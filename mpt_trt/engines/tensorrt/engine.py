@@ -145,6 +145,15 @@ class TensorRtEngine:
         self._stream.synchronize()
         self._batch_size = len(rows)
 
+    def select_rows(self, first: int, count: int) -> None:
+        """Limits the following steps to some cache rows; see `RowModel.select_rows`."""
+        self._cache.select_rows(first, count)
+        self._batch_size = count
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Makes cache row `target` a copy of row `source`."""
+        self._cache.copy_row(source, target, self._stream.handle)
+
     def _run_prompts(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self._prompts.set(self._addresses, shapes)
         self._prompts.enqueue(self._stream.handle)

@@ -148,6 +148,15 @@ class OnnxCudaEngine:
         self._cache.reorder(rows, self._stream)
         call(cudart.cudaStreamSynchronize(self._stream))
 
+    def select_rows(self, first: int, count: int) -> None:
+        """Limits the following steps to some cache rows; see `RowModel.select_rows`."""
+        self._use_rows(count)
+        self._cache.select_rows(first, count)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Makes cache row `target` a copy of row `source`."""
+        self._cache.copy_row(source, target, self._stream)
+
     def _use_rows(self, rows: int) -> None:
         if rows != self._rows:
             self._rows = self._binder.rows = rows

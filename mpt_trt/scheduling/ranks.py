@@ -1,0 +1,66 @@
+"""Several ranks of an engine: rank 0 decides which steps are made, and the others follow."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpt_trt.engines.interface import RowModel
+from mpt_trt.system.mpi import Communicator
+
+END, IDLE = "end", "idle"
+
+
+class LeadingModel:
+    """Rank 0's model, whose every call the other ranks make as well (see `follow`)."""
+
+    def __init__(self, model: RowModel, ranks: Communicator):
+        self._model, self._ranks = model, ranks
+        self.vocab_size, self.capacity = model.vocab_size, model.capacity
+        self.max_batch_size, self.max_step_tokens = model.max_batch_size, model.max_step_tokens
+
+    def start(self, batch_size: int) -> None:
+        self._tell("start", batch_size)
+        self._model.start(batch_size)
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        write_positions: NDArray[np.int64],
+        logit_positions: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        self._tell("step", input_ids, write_positions, logit_positions)
+        return self._model.step(input_ids, write_positions, logit_positions)
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        self._tell("reorder", rows)
+        self._model.reorder(rows)
+
+    def select_rows(self, first: int, count: int) -> None:
+        self._tell("select_rows", first, count)
+        self._model.select_rows(first, count)
+
+    def copy_row(self, source: int, target: int) -> None:
+        self._tell("copy_row", source, target)
+        self._model.copy_row(source, target)
+
+    def keep_waiting(self) -> None:
+        """Tells the others that there is nothing to do, before they give this rank up."""
+        self._tell(IDLE)
+
+    def end(self) -> None:
+        """Lets `follow` return on the other ranks."""
+        self._tell(END)
+
+    def _tell(self, name: str, *arguments: object) -> None:
+        self._ranks.exchange((name, arguments))
+
+
+def follow(model: RowModel, ranks: Communicator) -> None:
+    """Makes every call that rank 0's `LeadingModel` makes, until it ends."""
+    while True:
+        name, arguments = ranks.exchange(None)[0]
+        if name == END:
+            return
+        if name != IDLE:
+            getattr(model, name)(*arguments)

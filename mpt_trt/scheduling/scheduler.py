@@ -1,0 +1,265 @@
+"""Steps of a model for requests that come and go.
+
+Each running request has a cache row. Rows in use are the first ones: a new request takes the row
+after the last, or that of a request that has ended. If nobody waits for that row, the last row
+moves there.
+
+A step either reads a piece of one prompt, with only that request's row selected, or advances all
+rows that generate. The two kinds alternate, and prompts take turns, so nobody waits longer than one
+piece. In a step that generates, the rows of half-read prompts take part with a token that is
+overwritten by the next piece, so that no rows need to be sorted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpt_trt.engines.interface import RowModel
+from mpt_trt.errors import MptTrtError
+from mpt_trt.generation.config import GenerationConfig, TopLogProbs
+from mpt_trt.generation.generate import require_fitting
+from mpt_trt.generation.logits import require_finite
+from mpt_trt.generation.sampling import TokenChooser
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A new token of a request.
+
+    log_prob: natural log-probability before any penalty, temperature or filter; None if it was not
+    requested. top: the requested most likely tokens.
+    """
+
+    token: int
+    log_prob: float | None
+    top: TopLogProbs = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt to continue.
+
+    prompt: token ids. config: without beams. stream: number of the random stream, so that several
+    completions of a prompt differ. wants_log_probs: whether tokens come with log-probabilities.
+    on_token: called with every new token; the request ends when it returns True. on_end: called
+    once at the end, with the error or with None; not after `cancel`.
+    """
+
+    prompt: tuple[int, ...]
+    config: GenerationConfig
+    on_token: Callable[[NewToken], bool | None]
+    on_end: Callable[[Exception | None], None]
+    stream: int = 0
+    wants_log_probs: bool = False
+
+
+@dataclass
+class _Row:
+    """A request in a cache row. num_read: prompt tokens in the cache."""
+
+    request: Request
+    chooser: TokenChooser
+    num_read: int = 0
+    tokens: list[int] = field(default_factory=list)
+    has_ended: bool = False
+
+    @property
+    def is_read(self) -> bool:
+        return self.num_read == len(self.request.prompt)
+
+    @property
+    def next_input(self) -> tuple[int, int]:
+        """Token and position of the row in a step that generates."""
+        if not self.is_read:
+            # The next piece of the prompt overwrites what this token leaves in the cache.
+            return self.request.prompt[self.num_read], self.num_read
+        return self.tokens[-1], self.num_read + len(self.tokens) - 1
+
+    @property
+    def takes_most_likely(self) -> bool:
+        """Whether the next token is just the one with the highest logit."""
+        return self.request.config.is_greedy and not self.request.wants_log_probs
+
+
+class Scheduler:
+    """Runs requests on a model. Not thread-safe: see `Worker`.
+
+    num_cancelled, num_generated: counters since the start, of requests and of tokens.
+    """
+
+    def __init__(self, model: RowModel, piece_tokens: int | None = None):
+        """Takes the model's whole cache.
+
+        piece_tokens: most prompt tokens per step; None: as many as the model can.
+
+        Raises MptTrtError when the model cannot read a prompt into a single row.
+        """
+        most = model.max_step_tokens
+        self._piece_tokens = most if piece_tokens is None else min(piece_tokens, most)
+        if self._piece_tokens < 1:
+            raise MptTrtError(f"piece_tokens is {piece_tokens}; it must be at least 1")
+        self._model = model
+        self._waiting: deque[Request] = deque()
+        self._rows: list[_Row] = []
+        self._readers: deque[_Row] = deque()
+        self._has_just_read = False
+        self.num_generated = self.num_read = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Empties the cache, after a failed step."""
+        rows = self._model.max_batch_size
+        self._model.start(rows)
+        if rows > 1:
+            self._model.select_rows(1, 1)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._rows)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._rows and not self._waiting
+
+    def require_fitting(self, request: Request) -> None:
+        """Raises MptTrtError when the model cannot run the request."""
+        if request.config.num_beams > 1:
+            raise MptTrtError(
+                f"num_beams is {request.config.num_beams}; requests that share a batch need 1"
+            )
+        require_fitting(self._model, [request.prompt], request.config)
+
+    def add(self, request: Request) -> None:
+        """Appends a request to the queue. `require_fitting` must have accepted it."""
+        self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request without calling `on_end`; does nothing if it has ended."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+        for row in self._rows:
+            if row.request is request:
+                self._remove(row)
+
+    def fail(self, error: Exception, with_waiting: bool) -> None:
+        """Ends all running requests, or also those that wait, with an error."""
+        ended = [row.request for row in self._rows]
+        self._rows, self._readers = [], deque()
+        if with_waiting:
+            ended += self._waiting
+            self._waiting.clear()
+        for request in ended:
+            request.on_end(error)
+
+    def run_once(self) -> None:
+        """Runs one step, if there is anything to do."""
+        self._fill_rows()
+        is_generating = len(self._rows) > len(self._readers)
+        if self._readers and not (self._has_just_read and is_generating):
+            self._has_just_read = True
+            self._read_piece(self._readers[0])
+        elif self._rows:
+            self._has_just_read = False
+            self._generate()
+
+    def _fill_rows(self) -> None:
+        """Gives free rows to waiting requests."""
+        while self._waiting and len(self._rows) < self._model.max_batch_size:
+            row = self._new_row(self._waiting.popleft())
+            self._rows.append(row)
+            self._readers.append(row)
+
+    @staticmethod
+    def _new_row(request: Request) -> _Row:
+        return _Row(request, TokenChooser(request.config, [request.stream]))
+
+    def _remove(self, row: _Row) -> None:
+        """Frees a row, for a waiting request or else for the last row."""
+        row.has_ended = True
+        index = self._rows.index(row)
+        if row in self._readers:
+            self._readers.remove(row)
+        if self._waiting:
+            self._rows[index] = self._new_row(self._waiting.popleft())
+            self._readers.append(self._rows[index])
+            return
+        last = self._rows.pop()
+        if last is not row:
+            self._model.copy_row(len(self._rows), index)
+            self._rows[index] = last
+
+    def _read_piece(self, row: _Row) -> None:
+        """Reads the next piece of a row's prompt; then the next prompt has its turn."""
+        prompt, start = row.request.prompt, row.num_read
+        piece = prompt[start : start + self._piece_tokens]
+        is_last = start + len(piece) == len(prompt)
+        wanted = [[0, len(piece) - 1]] if is_last else []
+        self._model.select_rows(self._rows.index(row), 1)
+        logits = self._model.step(
+            np.array([piece], np.int64),
+            np.array([start], np.int64),
+            np.array(wanted, np.int64).reshape(-1, 2),
+        )
+        row.num_read += len(piece)
+        self.num_read += len(piece)
+        self._readers.remove(row)
+        if is_last:
+            self._take([row], logits)
+        else:
+            self._readers.append(row)
+
+    def _generate(self) -> None:
+        """Advances every row whose prompt has been read by a token."""
+        rows = list(self._rows)
+        inputs = np.array([row.next_input for row in rows], np.int64)
+        index = np.arange(len(rows), dtype=np.int64)
+        self._model.select_rows(0, len(rows))
+        logits = self._model.step(
+            np.ascontiguousarray(inputs[:, :1]),
+            np.ascontiguousarray(inputs[:, 1]),
+            np.stack([index, np.zeros_like(index)], axis=1),
+        )
+        generating = [number for number, row in enumerate(rows) if row.is_read]
+        self._take([rows[number] for number in generating], logits[generating])
+
+    def _take(self, rows: list[_Row], logits: NDArray[np.float32]) -> None:
+        """Chooses a token for each row from its logits, and ends rows."""
+        most_likely = logits.argmax(axis=-1)
+        for row, best, own in zip(rows, most_likely.tolist(), logits, strict=True):
+            try:
+                new = self._choose(row, best, own)
+            except Exception as error:
+                self._end(row, error)
+                continue
+            row.tokens.append(new.token)
+            self.num_generated += 1
+            config = row.request.config
+            if (
+                row.request.on_token(new)
+                or new.token in config.end_ids
+                or len(row.tokens) == config.max_new_tokens
+            ):
+                self._end(row, None)
+
+    @staticmethod
+    def _choose(row: _Row, best: int, logits: NDArray[np.float32]) -> NewToken:
+        # NaN and infinity are the highest of a row, too.
+        require_finite(logits[None, best : best + 1])
+        if row.takes_most_likely:
+            return NewToken(best, None)
+        seen = np.array([[*row.request.prompt, *row.tokens]], np.int64)
+        chosen, log_probs, top = row.chooser.choose(logits[None], seen)
+        return NewToken(int(chosen[0]), float(log_probs[0]), top[0])
+
+    def _end(self, row: _Row, error: Exception | None) -> None:
+        self._remove(row)
+        row.request.on_end(error)

@@ -1,0 +1,115 @@
+"""A thread that runs a scheduler for requests from other threads."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Literal
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.scheduling.scheduler import Request, Scheduler
+
+log = logging.getLogger(__name__)
+
+OnFailure = Literal["continue", "exit"]
+"""What follows a failed step, which ends all running requests: waiting requests run, or nothing."""
+# How often an idle thread calls `on_idle`.
+IDLE_SECONDS = 10.0
+
+
+class Worker:
+    """Owns a scheduler; all methods can be called from any thread.
+
+    Callbacks of requests run in the worker's thread and must be quick.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        on_failure: OnFailure = "continue",
+        on_idle: Callable[[], None] | None = None,
+    ):
+        self._scheduler, self._on_failure, self._on_idle = scheduler, on_failure, on_idle
+        self._actions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.failure: Exception | None = None
+        """The failure that ended the worker."""
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; raises MptTrtError when the model cannot run it."""
+        self._scheduler.require_fitting(request)
+        self._actions.put(lambda: self._add(request))
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request; its `on_end` is not called."""
+        self._actions.put(lambda: self._scheduler.cancel(request))
+
+    def stop(self, is_drained: bool = True) -> None:
+        """Ends the thread, after all requests if `is_drained`, else with an error for each."""
+        self._actions.put(lambda: self._stop(is_drained))
+
+    def join(self, timeout: float | None = None) -> None:
+        self._thread.join(timeout)
+
+    def _add(self, request: Request) -> None:
+        if self._is_stopping:
+            request.on_end(MptTrtError("the engine is being stopped"))
+        else:
+            self._scheduler.add(request)
+
+    def _stop(self, is_drained: bool) -> None:
+        self._is_stopping = True
+        if not is_drained:
+            self._scheduler.fail(MptTrtError("the engine was stopped"), with_waiting=True)
+
+    def _run(self) -> None:
+        try:
+            while self._is_needed():
+                self._take_actions()
+                self._step()
+        except Exception as error:
+            self.failure = error
+            log.exception("the engine's thread has failed")
+        finally:
+            self._is_stopping = True
+            reason = self.failure or MptTrtError("the engine was stopped")
+            self._scheduler.fail(reason, with_waiting=True)
+            while not self._actions.empty():
+                self._actions.get()()
+
+    def _is_needed(self) -> bool:
+        return not (self._is_stopping and self._scheduler.is_idle) and self.failure is None
+
+    def _take_actions(self) -> None:
+        """Does what other threads asked for; waits for it if there is nothing else to do."""
+        is_first = True
+        while not self._actions.empty() or (is_first and self._scheduler.is_idle):
+            is_first = False
+            try:
+                self._actions.get(timeout=IDLE_SECONDS)()
+            except queue.Empty:
+                if self._on_idle is not None:
+                    self._on_idle()
+
+    def _step(self) -> None:
+        try:
+            self._scheduler.run_once()
+        except Exception as error:
+            log.exception(
+                "a step of the engine failed; %d requests end", self._scheduler.num_running
+            )
+            if self._on_failure == "exit":
+                self.failure = error
+                return
+            self._scheduler.fail(error, with_waiting=False)
+            self._scheduler.restart()
