@@ -45,7 +45,7 @@ class Recorder:
 
 
 def record(engine: LoadedEngine) -> dict[str, NDArray]:
-    """`greedy`, `beams`, `long`, `batched`: new tokens.
+    """`greedy`, `beams`, `long`, `batched`: new tokens; `logits`: of greedy search, `[n, vocab]`.
 
     Only the long prompt needs a step without any logits.
     """
