@@ -1,9 +1,13 @@
 # `make demo` runs the workflow on the demo model; `make test` runs the test suite.
-# Both set up .venv first. PYTHON: any Python 3.11 or newer.
+# Both set up .venv first. PYTHON: Python 3.11, 3.12 or 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# onnxruntime-extensions has no wheel for Python 3.14.
+CHECK_PYTHON := 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else \
+	"error: Python %d.%d is not supported, only 3.11 to 3.13: make PYTHON=python3.13" % v)'
 
 # SLURM's PMIx plugin looks for a name that is only in Debian's development package.
 PMIX := /usr/lib/$(shell uname -m)-linux-gnu/pmix2/lib/libpmix.so
@@ -78,7 +82,7 @@ docs: $(VENV)/installed
 
 # Makes .venv with PYTHON; the stamp files show that the pinned packages are installed.
 $(VENV)/installed: requirements.txt constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@$(PYTHON) -c $(CHECK_PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --requirement requirements.txt --constraint constraints.txt
 	touch $@

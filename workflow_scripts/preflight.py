@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Show what this machine has, and which targets it can build and run.
 
-    snakemake preflight
-
-runs it for the targets of config.yaml. The first job that uses GPUs on a machine also runs it.
+Name targets, or a model and a variant of config.yaml. `snakemake preflight` runs it for the targets
+of config.yaml, and the first job that uses GPUs on a machine for its own target.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
 
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.parser import tool_parser
@@ -21,8 +21,26 @@ from mpt_trt.cli.parser import tool_parser
 def make_parser() -> argparse.ArgumentParser:
     parser = tool_parser(
         __doc__,
-        "workflow_scripts/preflight.py",
+        "workflow_scripts/preflight.py --model mpt-7b --variant fp16",
     )
+    parser.add_argument(
+        "targets", nargs="*", help="targets of engines, such as trt_engines/mpt-7b/fp16/1-gpu"
+    )
+    parser.add_argument("--model", help="a model of config.yaml, with --variant")
+    parser.add_argument("--variant", help="a variant of config.yaml, with --model")
+    parser.add_argument(
+        "-tp",
+        "--tensor_parallelism",
+        type=int,
+        default=1,
+        help="tensor-parallel size, with --model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--configfile",
+        type=Path,
+        help="configuration (default: config.yaml here or, if there is none, the one that ships)",
+    )
+    parser.set_defaults(repository=REPOSITORY)
     parser.add_argument(
         "--needs",
         default="[]",

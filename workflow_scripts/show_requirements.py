@@ -22,7 +22,7 @@ from mpt_trt.workflow.settings import variant_choices, variant_default
 def make_parser() -> argparse.ArgumentParser:
     parser = tool_parser(
         __doc__,
-        "workflow_scripts/show_requirements.py --like mpt-7b --dtype bfloat16 -tp 2",
+        "workflow_scripts/show_requirements.py --like mpt-7b --quantization int4_awq -tp 2",
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model_dir", type=Path, help="folder of a Hugging Face checkpoint")
@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     options.add_limits(parser)
     options.add_vocabulary(parser)
+    options.add_quantization(parser)
     return parser
 
 

@@ -64,7 +64,8 @@ def add_ignored(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
 
 def report_ignored(options: argparse.Namespace) -> None:
     """Print the given options without effect, in one line on stderr."""
-    given = [name for name in options.without_effect if getattr(options, name) is not None]
+    names = getattr(options, "without_effect", ())
+    given = [name for name in names if getattr(options, name) is not None]
     if given:
         listed = " ".join(f"--{name}" for name in given)
         print(f"Without effect here: {listed}", file=sys.stderr)

@@ -109,7 +109,11 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
         default=variant_default("kv_cache_dtype"),
         help="data type of the KV cache (default: %(default)s)",
     )
-    group.add_argument("--calibration", type=Path, help="npz file that quantize.py wrote")
+
+
+def add_calibration_result(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the calibration that a quantization needs."""
+    parser.add_argument("--calibration", type=Path, help="npz file that quantize.py wrote")
 
 
 def quantization(options: argparse.Namespace) -> Quantization:

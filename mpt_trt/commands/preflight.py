@@ -8,6 +8,7 @@ import platform
 from dataclasses import asdict
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -16,14 +17,19 @@ from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import write_json
 from mpt_trt.workflow import preflight
+from mpt_trt.workflow.config_sources import ConfigSources
+from mpt_trt.workflow.job_resources import JobResources
+from mpt_trt.workflow.launch import Launch
+from mpt_trt.workflow.plan import Plan
 from mpt_trt.workflow.preflight import Inventory, Needs, Verdict
+from mpt_trt.workflow.settings import parse_settings
 
 
 def run(options: argparse.Namespace) -> None:
     once = options.once and options.once / f"{platform.node()}.json"
     if once and once.exists():
         return
-    targets = read_needs(options.needs)
+    targets = [*read_needs(options.needs), *asked_needs(options)]
     inventory = preflight.inspect(Path.cwd())
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     show_machine(inventory, console)
@@ -33,6 +39,30 @@ def run(options: argparse.Namespace) -> None:
     if once:
         verdict_fields = {target: asdict(verdict) for target, verdict in verdicts.items()}
         write_json(once, {**asdict(inventory), "targets": verdict_fields})
+
+
+def asked_needs(options: argparse.Namespace) -> list[Needs]:
+    """Computes the needs of the targets, and of the model and variant, that the options name.
+
+    Raises MptTrtError for unknown ones.
+    """
+    if (options.model is None) != (options.variant is None):
+        raise MptTrtError("--model and --variant belong together; give both")
+    names = list(options.targets)
+    if options.model is not None:
+        tp_size = options.tensor_parallelism
+        names.append(f"trt_engines/{options.model}/{options.variant}/{tp_size}-gpu")
+    if not names:
+        return []
+    here, shipped = Path("config.yaml"), options.repository / "config.yaml"
+    config = options.configfile or (here if here.exists() else shipped)
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise MptTrtError(f"{config}: cannot be read as configuration: {error}") from None
+    settings = parse_settings(content or {}, ConfigSources((str(config),)))
+    launch = Launch(JobResources(Plan(settings, options.repository)))
+    return [launch.needs(name) for name in names]
 
 
 def read_needs(text: str) -> list[Needs]:

@@ -10,7 +10,7 @@ from mpt_trt.cli import options as cli_options
 from mpt_trt.engines import memory
 from mpt_trt.engines.memory import GB
 from mpt_trt.engines.spec import EngineSpec
-from mpt_trt.model.sharding import VocabularySharding
+from mpt_trt.quantization.schemes import method_of
 from mpt_trt.workflow import resources
 
 WORKERS = 2
@@ -24,11 +24,22 @@ def run(options: argparse.Namespace) -> None:
         options.dtype,
         options.tensor_parallelism,
         cli_options.limits(options),
-        VocabularySharding(options.shard_embedding, options.shard_head),
+        cli_options.vocabulary(options),
+        cli_options.quantization(options),
     )
-    print(f"{options.like or options.model_dir}, {spec.dtype}: {memory.gpus_in_words(spec)}")
+    name = f"{options.like or options.model_dir}, {_stored_in(spec)}"
+    print(f"{name}: {memory.gpus_in_words(spec)}")
     for name, size in parts(spec).items():
         print(f"  {name:44}{size / GB:9.2f} GB")
+
+
+def _stored_in(spec: EngineSpec) -> str:
+    """Types of an engine's weights and cache."""
+    quantization = spec.quantization
+    method = "" if spec.scheme is None else f", {method_of(spec.scheme)}"
+    head = "" if quantization.head == "auto" else f", head {quantization.head}"
+    cache = "" if quantization.kv_cache == "auto" else f", cache {quantization.kv_cache}"
+    return f"{spec.dtype}{method}{head}{cache}"
 
 
 def parts(spec: EngineSpec) -> dict[str, int]:

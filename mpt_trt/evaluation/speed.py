@@ -42,4 +42,8 @@ def speed_in_words(speed: Speed) -> str:
 
 def _in_words(median: float, bounds: Sequence[float]) -> str:
     low, high = min(bounds), max(bounds)
-    return f"{median:.3g}" if low == high else f"{median:.3g} [{low:.3g} to {high:.3g}]"
+    return _rate(median) if low == high else f"{_rate(median)} [{_rate(low)} to {_rate(high)}]"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

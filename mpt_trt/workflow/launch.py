@@ -11,14 +11,15 @@ from itertools import islice
 
 from mpt_trt.engines import memory
 from mpt_trt.engines.spec import TENSORRT_LLM
+from mpt_trt.errors import MptTrtError
 from mpt_trt.workflow import resources
 from mpt_trt.workflow.job_resources import JobResources
 from mpt_trt.workflow.plan import Plan, Target
 from mpt_trt.workflow.preflight import Needs
 
 ENGINE_TARGET = re.compile(
-    r"(?:trt_engines|smoke_tests|quality)/(?P<model>[^/]+)/(?P<variant>[^/]+)/(?P<tp>[1-9]\d*)-gpu"
-    r"(?:\.json)?"
+    r"(?:(?:build/)?(?:trt_engines|smoke_tests|quality|plans|networks|trtllm_ckpts))/(?P<model>[^/]+)/(?P<variant>[^/]+)/(?P<tp>[1-9]\d*)-gpu"
+    r"(?:\.json|/rank\d+\.engine)?"
 )
 MAX_TARGETS = 200
 """A command line has room for about twice this number."""
@@ -91,6 +92,14 @@ class Launch:
         for name in self._plan.settings.targets:
             if match := ENGINE_TARGET.fullmatch(name):
                 yield self._needs(name, Target.of(match.groupdict()))
+
+    def needs(self, name: str) -> Needs:
+        """Needs of an engine, by the name of a target of it; raises MptTrtError for other names."""
+        if match := ENGINE_TARGET.fullmatch(name.rstrip("/")):
+            return self._needs(name, Target.of(match.groupdict()))
+        raise MptTrtError(
+            f"{name}: not a target of one engine, such as trt_engines/mpt-7b/fp16/1-gpu"
+        )
 
     def _needs(self, name: str, target: Target) -> Needs:
         variant, spec = self._plan.variant(target), self._plan.engine_spec(target)

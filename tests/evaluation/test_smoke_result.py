@@ -19,7 +19,7 @@ from mpt_trt.evaluation.smoke_result import (
     require_passed,
     write_smoke_result,
 )
-from mpt_trt.evaluation.speed import Speed
+from mpt_trt.evaluation.speed import Speed, speed_in_words
 
 PASSED = SmokeResult(
     engine_dir="engine",
@@ -67,6 +67,10 @@ def test_speeds_are_medians_with_their_range() -> None:
     speed = PASSED.speed
     assert (speed.prefill_tokens_per_s, speed.prefill_range) == (2.0, (1.0, 3.0))
     assert (speed.decode_tokens_per_s, speed.decode_range, speed.rounds) == (5.0, (4.0, 6.0), 3)
+    words = "5 [4 to 6] tokens/s (prompt: 2 [1 to 3] tokens/s), median and range of 3 rounds"
+    assert speed_in_words(speed) == words
+    once = Speed.of_rounds([2610.4], [133.2])
+    assert speed_in_words(once) == "133 tokens/s (prompt: 2,610 tokens/s), 1 round"
 
 
 def test_a_link_stays(tmp_path: Path) -> None:

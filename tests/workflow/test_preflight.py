@@ -119,3 +119,43 @@ def test_this_machine_is_inspected_and_recorded_once(
 def test_needs_of_another_form_are_refused() -> None:
     with pytest.raises(MptTrtError, match="not a JSON list of needs"):
         call_tool("preflight.py", "--needs", '[{"target": "x"}]')
+
+
+# --- targets by name -----------------------------------------------------------------------------
+
+
+def planned(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict:
+    """Runs preflight.py in `folder`; returns its record."""
+    monkeypatch.chdir(folder)
+    call_tool("preflight.py", "--once", folder / "record", *options)
+    (record,) = (folder / "record").glob("*.json")
+    return json.loads(record.read_text())["targets"]
+
+
+def test_a_target_or_a_model_and_a_variant_can_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [
+        "smoke_tests/mpt-30b/int4_awq/4-gpu.json",
+        "build/plans/mpt-7b/fp16/2-gpu/rank1.engine",
+    ]
+    options = ("--model", "mpt-7b", "--variant", "sq", "-tp", "2")
+    found = planned(tmp_path, monkeypatch, *names, *options)
+    assert list(found) == [*names, "trt_engines/mpt-7b/sq/2-gpu"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["ft_ckpts/mpt-7b/fp16/1-gpu"], "not a target of one engine, such as trt_engines/mpt-7b"),
+        (["--model=mpt-7b"], "--model and --variant belong together"),
+        (["--model=mpt-7c", "--variant=fp16"], "no model named 'mpt-7c'; did you mean 'mpt-7b'"),
+        (["trt_engines/mpt-7b/fp61/1-gpu"], "no variant named 'fp61'"),
+        (["--configfile=nowhere.yaml", "x/m/v/1-gpu"], "nowhere.yaml: cannot be read"),
+    ],
+)
+def test_wrong_names_are_refused(
+    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(MptTrtError, match=message):
+        planned(tmp_path, monkeypatch, *options)

@@ -41,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_force(parser)
     options.add_vocabulary(parser)
     options.add_quantization(parser)
+    options.add_calibration_result(parser)
     options.add_trust(parser)
     return parser
 
