@@ -3,8 +3,8 @@
 build/smoke_tests/{model}/{variant}/{tp}-gpu.json   text, speed, runtime, distance to the reference
 smoke_tests/{model}/{variant}/{tp}-gpu.json         the same file, of an engine that passed
 
-Reports read the former, so that they show engines that failed, too. Engines of variants with
-backend tensorrt_llm are tested by trtllm.smk.
+Reports read the former, so that they also show engines that failed. trtllm.smk tests the engines of
+variants with backend tensorrt_llm.
 """
 
 

@@ -58,7 +58,7 @@ def clean(folder: Path) -> None:
     """Delete the workflow's outputs below `folder`, then folders that are empty."""
     for output in outputs(folder):
         path = folder / output
-        # Unfinished copies and records of it, too.
+        # Also unfinished copies and records of it.
         for each in (path, *path.parent.glob(f".{path.name}.*")):
             remove(each)
         for parent in list(path.relative_to(folder).parents)[:-1]:

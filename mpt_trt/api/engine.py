@@ -181,7 +181,7 @@ class Engine:
         """Continues all prompts in one batch, and yields every token when it is chosen.
 
         The engine is free again when the iterator ends, or is closed or dropped. Arguments and
-        errors: see `generate`; there are no beams.
+        errors: see `generate`, without beams.
         """
         request = _Request(self._text, prompts, max_new_tokens, options)
         if request.config.num_beams > 1:

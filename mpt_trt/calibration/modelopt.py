@@ -47,7 +47,7 @@ def quantize_module(
     module: nn.Module, plan: CalibrationPlan, forward_loop: Callable[[nn.Module], None]
 ) -> None:
     """Calibrates a module's linear layers in place."""
-    # ModelOpt takes seconds to import, and -kv and -sq conversions do without it.
+    # ModelOpt takes seconds to import, and -kv and -sq conversions do not need it.
     import modelopt.torch.quantization as mtq
 
     try:
@@ -87,7 +87,7 @@ def calibrated_matrix(
     inputs: Any = module.input_quantizer
     if plan.quantization_format == "fp8":
         return Fp8Scales(_scale(weight.amax, FP8_MAX), _scale(inputs.amax, FP8_MAX))
-    # Weights that are not finite show in their scales, and when they are written.
+    # Weights that are not finite are detected in their scales and when they are written.
     values = on_host(module.get_parameter("weight").detach().to(getattr(torch, weight_dtype.name)))
     smoothing = _floats(inputs.pre_quant_scale).reshape(-1)
     if plan.quantization_format == "int4_awq":

@@ -78,7 +78,7 @@ class CalibrationResult:
 
     @cached_property
     def quantization_format(self) -> QuantizationFormat:
-        """The format that the keys imply; AMMO's files do not name it."""
+        """Infers the format from the keys, because AMMO's files do not name it."""
         if bits_key(0, BlockMatrix.OUTPUT) in self.file.keys:
             return "int4_gptq"
         base = matrix_keys(0, BlockMatrix.OUTPUT)[0]

@@ -18,8 +18,8 @@ EndIds = Mapping[str, tuple[int, ...]]
 class SpecialTokens:
     """The tokens that begin and end a model's text.
 
-    bos_id: begins a text, None if unknown. end_ids: each of them ends a text. ignored_end_ids: what
-    files of lower rank name instead, by file.
+    bos_id: token that begins a text; None if unknown. end_ids: tokens that end a text.
+    ignored_end_ids: what files of lower rank name instead, by file.
     """
 
     bos_id: int | None

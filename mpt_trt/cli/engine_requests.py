@@ -16,7 +16,7 @@ from mpt_trt.system.progress_lines import Advance
 
 
 def calibrated(options: argparse.Namespace, checkpoint: FtCheckpoint) -> CalibratedQuantization:
-    """The quantization asked for; the calibration is checked against the checkpoint."""
+    """Reads the requested quantization, and checks its calibration against the checkpoint."""
     path = options.calibration
     calibration = None if path is None else read_calibration(path, checkpoint)
     return CalibratedQuantization(quantization(options), calibration)

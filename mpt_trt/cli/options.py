@@ -192,12 +192,12 @@ def add_tolerance(parser: argparse.ArgumentParser) -> None:
 
 
 def tolerance(options: argparse.Namespace) -> Tolerance:
-    """The distance that the engine's logits may have from the reference's."""
+    """Returns the allowed distance of the engine's logits from the reference."""
     return Tolerance(options.error_factor, options.min_top1)
 
 
 def add_report_only(parser: argparse.ArgumentParser) -> None:
-    """Add the option by which an engine that is too far from the reference is no error."""
+    """Add the option that accepts an engine that is too far from the reference."""
     parser.add_argument(
         "--report_only",
         action="store_true",

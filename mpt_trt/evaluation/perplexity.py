@@ -74,7 +74,7 @@ def measure(
 ) -> Figures | None:
     """Reads the windows with the engine and compares its predictions with the reference's.
 
-    Every rank takes part. Only the first has the reference's head and gets the figures. advance:
+    Every rank takes part. Only rank 0 has the reference's head and returns the figures. advance:
     counts the tokens.
 
     Raises FloatingPointError when a logit is not finite.

@@ -68,9 +68,9 @@ def _generations(
     engine: LoadedEngine, prompts: list[list[int]], max_new_tokens: int, rounds: int
 ) -> list[_Recorder]:
     """Records the same generation several times; stops early when it takes minutes."""
-    # No end token, because every requested position shall be compared.
+    # No end token, so that every requested position is compared.
     config = GenerationConfig(max_new_tokens=max_new_tokens, end_ids=(), pad_id=0)
-    generate(engine.model, prompts, config)  # warm-up: the first run sets things up, slowly
+    generate(engine.model, prompts, config)  # warm-up: the first run includes set-up
     recorders: list[_Recorder] = []
     while len(recorders) < rounds and not _takes_minutes(engine, recorders):
         recorder = _Recorder(engine.model, keeps_logits=not recorders)

@@ -33,11 +33,9 @@ class SmokeResult:
 
     engines: names of the ranks' plans in engine_dir. quantization: as in config.yaml, with the
     options of its own method. kv_cache: type of keys and values, head: of head and embedding;
-    `auto` means dtype. runtime: the
-    runtime that ran the engine. fallback_reason: why that was not TensorRT; None when it was. text:
-    the continuation of prompt.
-    tokens: prompt and continuation. prompt_len: tokens of the prompt. reference: the software that
-    computed the reference.
+    `auto` means dtype. runtime: the runtime that ran the engine. fallback_reason: why it was not
+    TensorRT; None if it was. text: the continuation of prompt. tokens: prompt and continuation.
+    prompt_len: tokens of the prompt. reference: the software that computed the reference.
     """
 
     engine_dir: str

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed of one sequence in tokens per second: prefill reads its prompt, decode continues it.
+    """Speed of one sequence in tokens per second, for reading a prompt and for continuing it.
 
     Medians over `rounds` measurements, and in ..._range the slowest and the fastest one.
     """

@@ -82,8 +82,7 @@ def _log_probs_of(chosen: NDArray[np.int64], log_probs: NDArray[np.float32]) -> 
 class TokenChooser:
     """Chooses the next token of each row, greedily or by sampling.
 
-    streams: a number per row. A row with the same seed and number draws the same random numbers
-    whatever the other rows are.
+    streams: one number per row. A row's random numbers depend only on the seed and its number.
     """
 
     def __init__(self, config: GenerationConfig, streams: Iterable[int]):

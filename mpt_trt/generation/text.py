@@ -84,7 +84,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class OrderedPrinter:
-    """Prints the texts of several sequences as they grow, but each as a whole and in order.
+    """Prints growing texts of several sequences, each in one piece and in order.
 
     before: printed before each text. after: printed after each.
     """

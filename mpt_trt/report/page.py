@@ -253,19 +253,19 @@ def plots(entries: list[Entry]) -> list[Plot]:
 
 
 def runtime_in_words(entries: list[Entry]) -> str:
-    """What ran the engines, and what that means for their speed: the report's first sentence."""
+    """Describes the runtime and its meaning for speed, in the report's first sentence."""
     results = [entry.quality for entry in entries]
     runtimes = list(dict.fromkeys(result.runtime for result in results))
     if all(result.fallback_reason is None for result in results):
         return f"{_joined(runtimes)} ran the engines: speeds are those of TensorRT on this machine."
     if all(result.fallback_reason is not None for result in results):
         return (
-            f"{_joined(runtimes)} ran the engines' networks, not TensorRT: speeds compare the "
-            "engines with each other, and say nothing about TensorRT."
+            f"{_joined(runtimes)} ran the engines' networks, not TensorRT: compare speeds only "
+            "with each other, because TensorRT's differ."
         )
     return (
-        f"{_joined(runtimes)} ran the engines, as the table says: speeds of different runtimes "
-        "do not compare."
+        f"{_joined(runtimes)} ran the engines, as the table shows: do not compare speeds of "
+        "different runtimes."
     )
 
 

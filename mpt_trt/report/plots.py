@@ -219,9 +219,9 @@ def _figure(height: float) -> Iterator[Figure]:
 
 
 def _outliers(values: Sequence[float], base: float) -> list[float]:
-    """Values so far from `base` that the others would be indistinguishable beside them.
+    """Values so far from `base` that the others would be indistinguishable next to them.
 
-    At most a third of the values: more of them are a scale of their own.
+    At most a third of the values, because more of them define the scale.
     """
     distances = sorted(abs(value - base) for value in values)
     typical = distances[(2 * len(distances) - 1) // 3]

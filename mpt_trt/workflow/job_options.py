@@ -125,7 +125,7 @@ class JobOptions:
         ]
 
     def trtllm_comparison(self, target: Target) -> list[str]:
-        """As above, and what TensorRT-LLM's engine directory says in words of its own."""
+        """Options as above, and those that TensorRT-LLM's engine directory records differently."""
         dtype = self.plan.variant(target).dtype
         return [*self.comparison(target), f"--dtype={dtype}", *self._quantization(target)]
 
