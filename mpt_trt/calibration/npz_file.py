@@ -20,14 +20,17 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from mpt_trt.arrays.cast import EXPONENTS, convert, is_finite
-from mpt_trt.calibration.npz_keys import FILE_NAME
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.json_text import shown
 
 # Size of zip's local header up to the name; it ends with the lengths of name and extra field.
 LOCAL_HEADER_BYTES = 30
 # NumPy accepts headers of up to 10,000 characters, but would first read up to 4 GB.
+NUMBER_KINDS, TEXT_KINDS = "fiub", "U"
+# A character of NumPy's takes four bytes.
+MOST_TEXT_BYTES = 4 * 1000
 NPY_MAGIC_BYTES, NPY_HEADER_BYTES = 12, 1 << 14
+CALIBRATE_AGAIN = "calibrate the model again with quantize.py"
 # Python's errors for damaged, too new, unknown-compression and encrypted archives.
 ARCHIVE_ERRORS = (
     EOFError,
@@ -47,17 +50,20 @@ ARCHIVE_ERRORS = (
 class NpzFile:
     """An npz archive whose arrays are read on request.
 
+    remedy: for error messages.
+
     Raises MptTrtError, naming the file, when it does not exist or is not an npz archive.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, remedy: str = CALIBRATE_AGAIN):
         self.path = path
+        self._remedy = remedy
         self._of_thread = threading.local()
         self._parsing = threading.Lock()
         try:
             names = self._archive().namelist()
         except FileNotFoundError:
-            raise MptTrtError(f"{path}: no such file; quantize.py makes {FILE_NAME}") from None
+            raise MptTrtError(f"{path}: no such file; {remedy}") from None
         except ARCHIVE_ERRORS as error:
             raise self.damaged(f"cannot be read as an npz archive ({error})") from None
         if len(set(names)) < len(names):
@@ -150,12 +156,25 @@ class NpzFile:
         if check != entry.CRC:
             raise self.damaged(f"{key} is damaged (its checksum differs)")
 
+    def text(self, key: str) -> str:
+        """Reads a text of up to 1,000 characters."""
+        with self._stream(key) as stream:
+            shape, _, dtype = self._header(key, stream, TEXT_KINDS)
+            if shape != () or not 0 < dtype.itemsize <= MOST_TEXT_BYTES:
+                raise self.damaged(f"{key} has shape {list(shape)} of {dtype}: a text is expected")
+            try:
+                return str(np.frombuffer(stream.read(), dtype)[0])
+            except ValueError as error:
+                raise self.damaged(f"{key} is damaged ({error})") from None
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Reads the shape of an array."""
         with self._stream(key) as stream:
             return self._header(key, stream)[0]
 
-    def _header(self, key: str, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    def _header(
+        self, key: str, stream: IO[bytes], kinds: str = NUMBER_KINDS
+    ) -> tuple[tuple[int, ...], bool, np.dtype]:
         """Reads shape, whether columns are contiguous, and type; leaves `stream` at the data.
 
         Raises MptTrtError unless the array has the size of its entry.
@@ -171,8 +190,9 @@ class NpzFile:
             shape, is_by_column, dtype = self._parse(io.BytesIO(start))
         except Exception as error:  # NumPy evaluates the header as Python
             raise self.damaged(f"{key} is damaged (its header: {shown(error)})") from None
-        if dtype not in EXPONENTS and dtype.kind not in "fiub":
-            raise self.damaged(f"{key} holds {dtype} instead of numbers")
+        if dtype.kind not in kinds and (dtype not in EXPONENTS or kinds != NUMBER_KINDS):
+            expected = "numbers" if kinds == NUMBER_KINDS else "text"
+            raise self.damaged(f"{key} holds {dtype} instead of {expected}")
         size = self._archive().getinfo(f"{key}.npy").file_size - end
         if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != size:
             raise self.damaged(
@@ -194,13 +214,11 @@ class NpzFile:
 
     def refused(self, what: str) -> MptTrtError:
         """Makes the error that names the file, `what` is wrong, and the remedy."""
-        return MptTrtError(f"{self.path}: {what}; calibrate the model again with quantize.py")
+        return MptTrtError(f"{self.path}: {what}; {self._remedy}")
 
     def damaged(self, what: str) -> MptTrtError:
         """Makes the error for an incomplete file."""
-        return MptTrtError(
-            f"{self.path}: {what}; delete it and calibrate the model again with quantize.py"
-        )
+        return MptTrtError(f"{self.path}: {what}; delete it and {self._remedy}")
 
     @contextlib.contextmanager
     def _stream(self, key: str) -> Iterator[IO[bytes]]:

@@ -100,12 +100,16 @@ def _no_weights(folder: Path) -> MptTrtError:
     return MptTrtError(f"{folder}: no weights found; one of {', '.join(WEIGHT_FILES)} is needed")
 
 
+# Longer names are none on any file system.
+MOST_CHARACTERS = 255
+
+
 def _indexed_files(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MptTrtError(f"{index}: field weight_map is missing; download the index again")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not name.isprintable():
+        if not isinstance(name, str) or not name.isprintable() or len(name) > MOST_CHARACTERS:
             raise MptTrtError(f"{index}: weight_map.{tensor} = {shown(name)}: not a file name")
     tensor_of = {name: tensor for tensor, name in weight_map.items()}
     for name, tensor in sorted(tensor_of.items()):

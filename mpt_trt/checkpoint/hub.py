@@ -29,6 +29,7 @@ from mpt_trt.checkpoint.hub_errors import (
 from mpt_trt.checkpoint.snapshot import COMMIT, Snapshot
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
+from mpt_trt.system.json_text import shown
 from mpt_trt.system.replace import replace_file
 
 # Files are downloaded in the order of these tables, so if the last one exists, the others do as
@@ -151,7 +152,7 @@ class _Repository:
         for name in shards:
             if "/" in name or not name.endswith(suffix):
                 raise MptTrtError(
-                    f"{index}: weight_map names {name!r}, which is not a {suffix} file"
+                    f"{index}: weight_map names {shown(name)}, which is not a {suffix} file"
                 )
             self.require(name)
         return shards

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import hard_link, read_json
+from mpt_trt.system.inner_names import require_inner_name
+from mpt_trt.system.json_text import shown
 from mpt_trt.system.replace import FolderKind, read_mark, replace_directory
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -81,8 +83,21 @@ def read_record(path: Path) -> dict[str, str]:
             f"{path}: fields {', '.join(RECORD_FIELDS)} are expected; delete it and make it again"
         )
     if not COMMIT.fullmatch(record["commit"]):
-        raise MptTrtError(f"{path}: commit = {record['commit']!r}: 40 hexadecimal digits expected")
+        raise MptTrtError(
+            f"{path}: commit = {shown(record['commit'])}: 40 hexadecimal digits expected"
+        )
     return record
+
+
+def _recorded_names(path: Path, files: object) -> list[str]:
+    if not isinstance(files, dict):
+        raise MptTrtError(f"{path}: files = {shown(files)}: an object is expected")
+    try:
+        for name in files:
+            require_inner_name(name)
+    except ValueError as error:
+        raise MptTrtError(f"{path}: {error}; it is damaged or not to be trusted") from None
+    return list(files)
 
 
 def recorded_provenance(folder: Path) -> dict[str, str] | None:
@@ -96,7 +111,7 @@ def recorded_provenance(folder: Path) -> dict[str, str] | None:
     content = read_json(path)
     if not content.keys() >= {*RECORD_FIELDS, "files"}:
         return None
-    for name in content["files"]:
+    for name in _recorded_names(path, content["files"]):
         if not (folder / name).is_file():
             raise MptTrtError(
                 f"{folder / name}: the hub cache no longer holds the file that it links to; "

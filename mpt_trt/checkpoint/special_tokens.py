@@ -9,6 +9,7 @@ from pathlib import Path
 from mpt_trt.checkpoint.tokenizer import has_tokenizer, read_tokenizer
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
+from mpt_trt.system.json_text import shown
 
 EndIds = Mapping[str, tuple[int, ...]]
 """End tokens by the file that names them."""
@@ -63,7 +64,7 @@ def _token_ids(path: Path, field: str, vocab_size: int) -> tuple[int, ...]:
     for token in values:
         if not isinstance(token, int) or isinstance(token, bool) or token >= vocab_size:
             raise MptTrtError(
-                f"{path}: {field} = {value!r}: a token id below {vocab_size}, the size of the "
+                f"{path}: {field} = {shown(value)}: a token id below {vocab_size}, the size of the "
                 "vocabulary, or a list of them is required"
             )
     return tuple(dict.fromkeys(token for token in values if token >= 0))

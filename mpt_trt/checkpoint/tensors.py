@@ -27,9 +27,12 @@ from mpt_trt.checkpoint.weight_names import USUAL_PREFIXES, is_weight, plain_nam
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.tensors import Weight
 from mpt_trt.system.files import map_pages
-from mpt_trt.system.json_text import MOST_BYTES
+from mpt_trt.system.json_text import MOST_BYTES, shown
 
 log = logging.getLogger(__name__)
+
+# NumPy has 64, but no weight has more than 2.
+MOST_DIMENSIONS = 8
 
 SAFETENSORS_TYPES = {
     "F16": np.dtype(np.float16),
@@ -74,6 +77,9 @@ class SafetensorsShard:
             with safe_open(path, framework="np"):
                 pass  # the library compares the header with the file's size
             self._header, data_start = _safetensors_header(path)
+            for name, entry in self._header.items():
+                if len(entry["shape"]) > MOST_DIMENSIONS:
+                    raise ValueError(f"{shown(name)} has {len(entry['shape'])} dimensions")
             self._data = np.memmap(path, np.uint8, "r")[data_start:]
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise broken(path, error, _first_incomplete_tensor(path)) from None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mpt_trt.checkpoint.foreign import require_content
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
-from mpt_trt.system.json_text import MOST_BYTES
+from mpt_trt.system.json_text import MOST_BYTES, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,9 +93,9 @@ class Tokenizer:
         if beyond:
             first = min(beyond)
             raise MptTrtError(
-                f"{self.folder}: the tokenizer does not fit the model: token {beyond[first]!r} has "
-                f"id {first}, but the vocabulary is 0..{vocab_size - 1}; give the model's own "
-                "tokenizer (--tokenizer_dir)"
+                f"{self.folder}: the tokenizer does not fit the model: token "
+                f"{shown(beyond[first])} has id {first}, but the vocabulary is "
+                f"0..{vocab_size - 1}; give the model's own tokenizer (--tokenizer_dir)"
             )
         return self
 

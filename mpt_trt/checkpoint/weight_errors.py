@@ -6,10 +6,13 @@ from pathlib import Path
 
 from mpt_trt.errors import MptTrtError
 
+# Some libraries repeat a whole header.
+MOST_CHARACTERS = 300
+
 
 def broken(path: Path, error: Exception, tensor: str) -> MptTrtError:
     """Makes the error for a damaged file. tensor: the unreadable tensor; None: the whole file."""
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = (str(error) or type(error).__name__).splitlines()[0][:MOST_CHARACTERS]
     if path.is_file() and path.stat().st_size == 0:
         reason = "the file is empty"
     return MptTrtError(

@@ -12,6 +12,7 @@ import numpy as np
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_small_file
+from mpt_trt.system.json_text import shown
 
 MOST_TEXT_BYTES = 1 << 30
 # Larger than any vocabulary.
@@ -67,8 +68,13 @@ def _csv_rows(path: Path) -> list[list[int]]:
 
 
 def _array_rows(path: Path, padding: set[int]) -> list[list[int]]:
-    # Mapped, so that a header with a wrong size allocates nothing.
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        # Mapped, so that a header with a wrong size allocates nothing.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # NumPy lets Python parse the header
+        raise ValueError(shown(str(error))) from None
     if not isinstance(array, np.ndarray):
         raise TypeError("an archive instead of one array")
     if array.dtype.kind not in "iu":

@@ -12,7 +12,7 @@ from mpt_trt.cli.output_options import input_paths
 from mpt_trt.cli.progress import steps_progress
 from mpt_trt.cli.results import finish_smoke_test
 from mpt_trt.engines.spec import BuilderInfo
-from mpt_trt.engines.trtllm.generation_run import read_trtllm_generation
+from mpt_trt.engines.trtllm.recorded_generation import read_trtllm_generation
 from mpt_trt.evaluation.comparison import measure_distance
 from mpt_trt.evaluation.reference import reference_name
 from mpt_trt.evaluation.simulated_rounding import Rounding, expected_logits

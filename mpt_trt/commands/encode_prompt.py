@@ -8,7 +8,7 @@ from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.cli.output_options import input_paths
-from mpt_trt.system.files import write_json
+from mpt_trt.evaluation.prompt_file import Prompt, write_prompt
 
 
 def run(options: argparse.Namespace) -> None:
@@ -16,5 +16,5 @@ def run(options: argparse.Namespace) -> None:
     asked = options.tokenizer_dir
     tokenizer = read_tokenizer(folder if asked is None else tokenizer_folder(asked, "main"))
     tokenizer.require_fitting(read_hf_config(folder).vocab_size)
-    content = {"prompt": options.prompt, "tokens": tokenizer.encode(options.prompt)}
-    write_json(options.output, content, input_paths(options))
+    prompt = Prompt(options.prompt, tuple(tokenizer.encode(options.prompt)))
+    write_prompt(prompt, options.output, input_paths(options))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +19,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mpt_trt.errors import MptTrtError
+from mpt_trt.system.json_text import parse_json_object, shown
 from mpt_trt.system.replace import replace_file
+from mpt_trt.system.typed_json import from_json
 
 METADATA_KEY = "mpt_trt"
-TEXT_KEYS = ("text", "text_hash", "reference")
+MAKE_AGAIN = "delete it and make it again"
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The part of HeldOut that is metadata."""
+
+    text: str
+    text_hash: str
+    reference: str
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ def windows(tokens: list[int], num_windows: int, length: int) -> NDArray[np.int6
 def write_heldout(heldout: HeldOut, target: Path, inputs: Iterable[Path] = ()) -> None:
     """Writes a safetensors file, atomically. inputs: see `replace_file`."""
     tensors: dict[str, NDArray] = {"tokens": heldout.tokens, "hidden": heldout.hidden}
-    texts = {key: getattr(heldout, key) for key in TEXT_KEYS}
+    texts = asdict(_Texts(heldout.text, heldout.text_hash, heldout.reference))
     # One metadata entry, because safetensors writes several in random order.
     metadata = {METADATA_KEY: json.dumps(texts)}
     with replace_file(target, inputs) as partial:
@@ -91,15 +103,30 @@ def write_heldout(heldout: HeldOut, target: Path, inputs: Iterable[Path] = ()) -
 
 def read_heldout(path: Path) -> HeldOut:
     """Reads a file that `write_heldout` wrote; raises MptTrtError for any other."""
+    if not path.is_file():
+        raise MptTrtError(f"{path}: no such file; make it with compute_reference.py")
     try:
         with safe_open(path, framework="np") as file:
-            stored = json.loads(file.metadata()[METADATA_KEY])
-            texts = {key: stored[key] for key in TEXT_KEYS}
-            return HeldOut(file.get_tensor("tokens"), file.get_tensor("hidden"), **texts)
-    except FileNotFoundError:
-        raise MptTrtError(f"{path}: no such file; make it with compute_reference.py") from None
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+            if (metadata := (file.metadata() or {}).get(METADATA_KEY)) is None:
+                raise ValueError("it has no texts")
+            texts = from_json(_Texts, parse_json_object(metadata.encode(), path, MAKE_AGAIN))
+            tokens, hidden = (file.get_slice(name) for name in ("tokens", "hidden"))
+            _require_fitting(tokens, hidden)
+            return HeldOut(file.get_tensor("tokens"), file.get_tensor("hidden"), **vars(texts))
+    except MptTrtError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = shown(str(error))
         raise MptTrtError(
-            f"{path}: not written by compute_reference.py, or damaged ({error}); "
-            "delete it and make it again"
+            f"{path}: not written by compute_reference.py, or damaged ({reason}); {MAKE_AGAIN}"
         ) from None
+
+
+def _require_fitting(tokens: Any, hidden: Any) -> None:
+    """Raises ValueError unless the slices are windows of a text and the hidden states on them."""
+    shapes = tokens.get_shape(), hidden.get_shape()
+    if (tokens.get_dtype(), hidden.get_dtype()) != ("I64", "F32"):
+        raise ValueError(f"tokens and hidden are {tokens.get_dtype()} and {hidden.get_dtype()}")
+    is_fitting = len(shapes[0]) == 2 and len(shapes[1]) == 3 and min(*shapes[0], *shapes[1]) > 0
+    if not is_fitting or shapes[1][:2] != [shapes[0][0], shapes[0][1] - 1]:
+        raise ValueError(f"tokens and hidden have shapes {shapes[0]} and {shapes[1]}")

@@ -150,7 +150,7 @@ class FtCheckpoint:
             not isinstance(token, int) or token not in legal for token in recorded
         ):
             raise MptTrtError(
-                f"{self.folder / MANIFEST}: end_ids = {recorded!r}: a list of token ids below "
+                f"{self.folder / MANIFEST}: end_ids = {shown(recorded)}: a list of token ids below "
                 f"{self.config.vocab_size} is required"
             )
         return tuple(recorded)

@@ -59,7 +59,10 @@ def file_part(tensor: TensorProto, folder: Path, named_by: Path | None = None) -
     """
     named_by = named_by or folder
     place = {entry.key: entry.value for entry in tensor.external_data}
-    path = inner_path(folder, place.get("location", ""), named_by)
+    location = place.get("location", "")
+    if not isinstance(location, str):  # protobuf returns text that is not UTF-8 as bytes
+        raise _damaged(named_by, tensor, f"its location is {shown(location)}")
+    path = inner_path(folder, location, named_by)
     if not path.is_file():
         raise MptTrtError(
             f"{path}: missing, though {named_by.name} names it; build the engine again"

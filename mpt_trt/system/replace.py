@@ -81,7 +81,8 @@ NEVER_REPLACED = FolderKind("a folder of this tool", lambda _: None)
 def read_mark(path: Path) -> dict[str, Any]:
     """Reads the JSON object in a file with any content; {} if it is not one."""
     try:
-        content = json.loads(path.read_bytes())
+        # Opening a pipe would wait for its writer.
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

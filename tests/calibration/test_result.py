@@ -466,5 +466,5 @@ def test_other_archives_and_missing_files(
     np.savez(tmp_path / "other.npz", a=np.ones(3))
     with pytest.raises(MptTrtError, match="holds no layers in AMMO's layout"):
         read_calibration(tmp_path / "other.npz", checkpoint)
-    with pytest.raises(MptTrtError, match=r"none\.npz: no such file; quantize.py makes"):
+    with pytest.raises(MptTrtError, match=r"none\.npz: no such file; calibrate the model"):
         read_calibration(tmp_path / "none.npz", checkpoint)

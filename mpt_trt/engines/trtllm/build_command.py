@@ -6,23 +6,44 @@ trtllm-build reads them from the checkpoint's config.json.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mpt_trt.engines.spec import BuildLimits
-from mpt_trt.engines.trtllm.records import record_files
+from mpt_trt.engines.trtllm.records import own_files
+from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
-from mpt_trt.system.replace import FolderKind, read_mark
+from mpt_trt.system.replace import FolderKind
+from mpt_trt.system.typed_json import from_json
+
+TRTLLM_ENGINE = FolderKind(
+    "a TensorRT-LLM engine directory", lambda folder: own_files(folder, "rank{}.engine")
+)
 
 
-def _own_files(folder: Path) -> set[str] | None:
-    content = read_mark(folder / "config.json")
-    if not {"pretrained_config", "build_config"} <= content.keys():
-        return None
-    engines = {path.name for path in folder.glob("rank*.engine")}
-    return {"config.json"} | engines | record_files(folder)
+@dataclass(frozen=True)
+class _Quantization:
+    quant_algo: str | None = None
+    kv_cache_quant_algo: str | None = None
 
 
-TRTLLM_ENGINE = FolderKind("a TensorRT-LLM engine directory", _own_files)
+@dataclass(frozen=True)
+class _CheckpointConfig:
+    """What the options depend on."""
+
+    dtype: Literal["float32", "float16", "bfloat16"]
+    quantization: _Quantization
+
+
+def _read_config(path: Path) -> _CheckpointConfig:
+    try:
+        return from_json(_CheckpointConfig, read_json(path))
+    except ValueError as error:
+        raise MptTrtError(
+            f"{path}: not of a TensorRT-LLM checkpoint of this tool, or damaged ({error}); make it "
+            "again with convert_ft_to_trtllm.py"
+        ) from None
 
 
 def build_command(
@@ -33,12 +54,11 @@ def build_command(
     workers: ranks to build at the same time, each on its own GPU. A row of mpt-trt's batches is a
     request with one beam.
     """
-    config = read_json(checkpoint / "config.json")
-    dtype = config["dtype"]
+    config = _read_config(checkpoint / "config.json")
+    dtype = config.dtype
     # NVIDIA recommends TensorRT's own products for FP8, because the plugin's are for single
     # requests.
-    quantization = config["quantization"]
-    is_fp8 = quantization["quant_algo"] == "FP8"
+    is_fp8 = config.quantization.quant_algo == "FP8"
     # Fused attention supports only float16 and bfloat16.
     is_fused = dtype != "float32"
     options = {
@@ -56,7 +76,7 @@ def build_command(
         "kv_cache_type": "paged",
         "workers": workers,
     }
-    cache = quantization.get("kv_cache_quant_algo")
+    cache = config.quantization.kv_cache_quant_algo
     if cache == "INT8" or (cache == "FP8" and not is_fp8):
         # Its attention over pages of the context does not read these caches, and 1.x would use it.
         options["use_paged_context_fmha"] = "disable"

@@ -24,7 +24,7 @@ from mpt_trt.engines.backend_support import (
 from mpt_trt.engines.spec import TENSORRT_LLM, BuildLimits, EngineSpec
 from mpt_trt.engines.trtllm.linear_tensors import LinearForm, Tensors, choose_form, vector
 from mpt_trt.engines.trtllm.names import EMBEDDING, HEAD, module_name
-from mpt_trt.engines.trtllm.records import record_files, write_records
+from mpt_trt.engines.trtllm.records import own_files, write_records
 from mpt_trt.engines.trtllm.safetensors_file import StreamedTensor, write_safetensors
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
@@ -36,7 +36,7 @@ from mpt_trt.quantization.calibrated_weights import FP8_MAX, INT8_MAX
 from mpt_trt.quantization.integers import row_blocks
 from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, SmoothQuant, WeightOnly
 from mpt_trt.system.files import write_json
-from mpt_trt.system.replace import FolderKind, read_mark, replace_directory
+from mpt_trt.system.replace import FolderKind, replace_directory
 
 # The checkpoint does not depend on limits, because trtllm-build receives them.
 NO_LIMITS = BuildLimits(max_batch_size=1, max_input_len=1, max_output_len=1)
@@ -108,18 +108,9 @@ class TrtllmConversion:
             )
 
 
-def _own_files(folder: Path) -> set[str] | None:
-    content = read_mark(folder / "config.json")
-    mapping = content.get("mapping")
-    if content.get("architecture") != "MPTForCausalLM" or not isinstance(mapping, dict):
-        return None
-    ranks = mapping.get("world_size")
-    count = ranks if isinstance(ranks, int) else 0
-    own = {f"rank{rank}.safetensors" for rank in range(count)}
-    return {"config.json"} | own | record_files(folder)
-
-
-TRTLLM_CHECKPOINT = FolderKind("a TensorRT-LLM checkpoint", _own_files)
+TRTLLM_CHECKPOINT = FolderKind(
+    "a TensorRT-LLM checkpoint", lambda folder: own_files(folder, "rank{}.safetensors")
+)
 
 
 def write_trtllm_checkpoint(

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpt_trt.errors import MptTrtError
 from mpt_trt.system.replace import replace_file
 
 NO_END_TOKEN = -1
@@ -100,22 +99,3 @@ def _generation(
         prefill_tokens_per_s=len(prompt) / prefill,
         decode_tokens_per_s=(new_tokens - 1) / max(decode, 1e-9),
     )
-
-
-def read_trtllm_generation(path: Path) -> TrtllmGeneration:
-    """Reads a file that `record_trtllm_generation` wrote; raises MptTrtError for any other."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return TrtllmGeneration(
-                tokens=stored["tokens"].tolist(),
-                prompt_len=int(stored["prompt_len"]),
-                logits=stored["logits"],
-                version=str(stored["version"]),
-                compute_capability=str(stored["compute_capability"]),
-                prefill_tokens_per_s=float(stored["prefill_tokens_per_s"]),
-                decode_tokens_per_s=float(stored["decode_tokens_per_s"]),
-            )
-    except (OSError, KeyError, ValueError) as error:
-        raise MptTrtError(
-            f"{path}: not a result of run_trtllm.py ({error}); run it again"
-        ) from None

@@ -7,6 +7,7 @@ checkpoint, and the folder `tokenizer` travels with the engine.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,21 @@ def link_records(checkpoint: Path, folder: Path) -> None:
     """
     for name in sorted(record_files(checkpoint)):
         hard_link(inner_path(checkpoint, name, checkpoint / MANIFEST), folder / name)
+
+
+def own_files(folder: Path, pattern: str) -> set[str] | None:
+    """Names of our files in a folder: records, config.json, and one per rank.
+
+    pattern: name of a rank's file, with `{}` for the rank. None without our manifest, because
+    TensorRT-LLM's own tools write folders of the same form.
+    """
+    is_own = "mpt_trt_version" in read_mark(folder / MANIFEST)
+    records = record_files(folder)
+    if not (is_own and records and (folder / "config.json").is_file()):
+        return None
+    name = re.compile(re.escape(pattern).replace(r"\{\}", "[0-9]+"))
+    ranks = {path.name for path in folder.iterdir() if name.fullmatch(path.name)}
+    return {"config.json"} | ranks | records
 
 
 def record_files(folder: Path) -> set[str]:
