@@ -370,9 +370,7 @@ def test_a_wrong_generation_is_rejected(generation):
 def test_a_damaged_trial_is_named(generation):
     folder, tmp_path = generation
     (tmp_path / "generation.npz").write_bytes(b"nothing")
-    with pytest.raises(
-        MptTrtError, match=r"n\.npz: cannot be read .* with run_trtllm\.py"
-    ):
+    with pytest.raises(MptTrtError, match=r"n\.npz: cannot be read .* with run_trtllm\.py"):
         judge(folder, tmp_path)
 
 
