@@ -25,6 +25,7 @@ from mpt_trt.quantization.schemes import (
     make_weight_quantization,
 )
 from mpt_trt.system.files import write_json
+from mpt_trt.system.json_text import shown
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class SmokeResult:
     distance: Distance
     tolerance: Tolerance
     head: HeadType = "auto"
+
+    def __post_init__(self) -> None:
+        try:
+            _ = self._quantization
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"quantization = {shown(self.quantization)}: {error}") from None
 
     @property
     def violations(self) -> list[Violation]:

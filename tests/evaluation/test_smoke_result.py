@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mpt_trt.engines.spec import BuilderInfo
 from mpt_trt.errors import MptTrtError
-from mpt_trt.evaluation.distance import Distance, Tolerance
 from mpt_trt.evaluation.smoke_result import (
     SmokeResult,
     read_smoke_result,
@@ -20,26 +18,8 @@ from mpt_trt.evaluation.smoke_result import (
     write_smoke_result,
 )
 from mpt_trt.evaluation.speed import Speed, speed_in_words
+from support.results import PASSED
 
-PASSED = SmokeResult(
-    engine_dir="engine",
-    engines=("rank0.engine",),
-    builder=BuilderInfo("tensorrt", "10", ("8.9",)),
-    ranks=1,
-    dtype="float16",
-    quantization={"method": "int4_weight_only", "group_size": 64},
-    kv_cache="auto",
-    runtime="ONNX Runtime",
-    fallback_reason=None,
-    prompt="to",
-    text=" be",
-    tokens=(1, 2),
-    prompt_len=1,
-    speed=Speed.of_rounds([1.0, 3.0, 2.0], [4.0, 5.0, 6.0]),
-    reference="PyTorch",
-    distance=Distance(0.1, 0.1, 0.001, 0.01, 1.0, 0.0, 1.0, 2),
-    tolerance=Tolerance(1.0, 0.9),
-)
 FAILED = replace(PASSED, distance=replace(PASSED.distance, error=1.0))
 
 

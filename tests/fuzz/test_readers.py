@@ -46,13 +46,13 @@ from mpt_trt.engines.trtllm.recorded_generation import read_trtllm_generation
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.heldout import HeldOut, read_heldout, write_heldout
 from mpt_trt.evaluation.prompt_file import Prompt, read_prompt, write_prompt
-from mpt_trt.evaluation.smoke_result import read_smoke_result
+from mpt_trt.evaluation.smoke_result import read_smoke_result, write_smoke_result
 from mpt_trt.ft.checkpoint import FT_CHECKPOINT, read_ft_checkpoint
 from mpt_trt.network.external_files import read_network
 from mpt_trt.system.replace import require_replaceable
 from support.built import Built
 from support.engines import call_tool
-from support.results import SMOKE_RESULT
+from support.results import PASSED
 
 EXAMPLES = int(os.environ.get("MPT_TRT_FUZZ", "50"))
 CORPUS = Path(__file__).parent / "corpus"
@@ -125,7 +125,9 @@ READERS = {
     "plan": Reader(lambda f: read_plan_description(f, 0), "rank0.engine.json", "other"),
     "index": Reader(weight_files, "model.safetensors.index.json", "other"),
     "record": Reader(recorded_provenance, "source.json", "other"),
-    "smoke test": Reader(lambda f: read_smoke_result(f / "smoke.json"), "smoke.json", "other"),
+    "smoke test": Reader(
+        lambda f: read_smoke_result(f / "smoke.json").passed, "smoke.json", "other"
+    ),
     "prompt": Reader(lambda f: read_prompt(f / "prompt.json"), "prompt.json", "other"),
     "conversations": Reader(lambda f: read_conversations(f / "chat.json"), "chat.json", "other"),
     "onnx": Reader(lambda f: read_network(f / "rank0.onnx"), "rank0.onnx", "engine", "onnx"),
@@ -174,6 +176,7 @@ def good(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"m": torch.ones(2, 3), "n": torch.ones(2).bfloat16()}, other / "x.bin")
     heldout = HeldOut(np.ones((2, 4), np.int64), np.ones((2, 3, 8), np.float32), "a", "b", "c")
     write_heldout(heldout, other / "h.safetensors")
+    write_smoke_result(PASSED, other / "smoke.json")
     write_prompt(Prompt("to", (1, 2)), other / "prompt.json", [])
     speeds = {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 1.0}
     np.savez(
@@ -194,7 +197,6 @@ def good(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "source.json": {
             "source": "a/b", "revision": "main", "commit": "0" * 40, "files": {"x.csv": 1},
         },
-        "smoke.json": SMOKE_RESULT,
         "chat.json": {"messages": [{"role": "user", "content": "hi"}]},
     }  # fmt: skip
     for name, content in contents.items():
