@@ -115,7 +115,7 @@ def choose_template(
             return template
     raise MptTrtError(
         f"{tokenizer.folder}: the tokenizer has no chat template, and none is known for "
-        f"{' or '.join(bases)}; give --chat_template FILE"
+        f"{' or '.join(dict.fromkeys(bases))}; give --chat_template FILE"
     )
 
 
