@@ -278,7 +278,7 @@ def test_batches_are_equal_and_as_large_as_they_may_be(number: int, at_most: int
     assert not any(number % larger == 0 for larger in range(size + 1, at_most + 1))
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- rejections ----------------------------------------------------------------------------------
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:

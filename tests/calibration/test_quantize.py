@@ -173,7 +173,7 @@ def test_modelopt_is_imported_by_calibration_alone() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
-# --- what is read --------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 12), st.integers(1, 40))

@@ -747,7 +747,7 @@ class TestBadValues:
         assert message.startswith("transformer.blocks.0.ffn.up_proj.weight is int8;")
 
 
-# --- what can happen to a running conversion -----------------------------------------------------
+# --- interrupted conversions ---------------------------------------------------------------------
 
 BIG_SPEC = CheckpointSpec(2048, 16, num_layers=7, vocab_size=4096)
 MEMORY_LIMIT_KIB = 512 << 10

@@ -612,7 +612,7 @@ def test_graph_of_a_real_model_is_small(tmp_path):
     assert total == 2 * MPT_7B_PARAMETERS
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- rejections ----------------------------------------------------------------------------------
 
 
 def test_checkpoint_of_another_tp_size_is_refused(tmp_path):

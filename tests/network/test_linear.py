@@ -172,7 +172,7 @@ def test_integers_are_stored_as_integers(label, tmp_path):
     assert not names & stored.keys(), "the matrix is there in float, too"
 
 
-# --- what does not fit ---------------------------------------------------------------------------
+# --- rejections ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

@@ -208,7 +208,7 @@ def linear(config: dict, name: str, shape: tuple[int, int]) -> Wanted:
     return found
 
 
-# --- what is stored, as TensorRT-LLM reads it -----------------------------------------------------
+# --- stored tensors, as TensorRT-LLM reads them ---------------------------------------------------
 
 
 def unpacked(packed: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def test_none_are_always_there(scope: str) -> None:
     assert gpu_locks.acquire(0, Devices((), "nobody"), scope).names == ()
 
 
-# --- which there are -----------------------------------------------------------------------------
+# --- available GPUs ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

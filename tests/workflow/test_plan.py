@@ -272,7 +272,7 @@ def test_an_engine_takes_the_plans_of_all_its_ranks() -> None:
     ]
 
 
-# --- which rule makes what -----------------------------------------------------------------------
+# --- rules of targets ----------------------------------------------------------------------------
 
 
 def test_the_backend_decides_about_the_rule(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_results_that_a_report_shows() -> None:
     assert plan.smoke_tests_of_report(Target("toy"))[1] == "build/smoke_tests/toy/fp16/2-gpu.json"
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- rejections ----------------------------------------------------------------------------------
 
 REFUSED = {
     "ranks": (

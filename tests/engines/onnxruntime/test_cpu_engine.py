@@ -42,7 +42,7 @@ FLOAT32_BOUND = 2e-5
 WHOLE_CACHE = LIMITS.cache_len
 
 
-# --- a cache as long as what is in use -----------------------------------------------------------
+# --- a cache as long as the filled part ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("pieces", [[100, *[1] * 50], [63, 1, 1, 63, 1, 21], [64, 64, 22]])
@@ -93,7 +93,7 @@ def test_the_length_of_the_buffers_does_not_matter(
     assert deviation(found[0], found[1]) < FLOAT32_BOUND
 
 
-# --- how exact products are ----------------------------------------------------------------------
+# --- exactness of products -----------------------------------------------------------------------
 
 
 def test_activations_of_8_bits_are_asked_for_and_said(tmp_path):

@@ -91,7 +91,7 @@ class Parsed:
         return Counter(self.network.get_layer(i).type for i in range(self.network.num_layers))
 
 
-# --- what is built -------------------------------------------------------------------------------
+# --- built plans ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("storage_type", STORAGE_TYPES)

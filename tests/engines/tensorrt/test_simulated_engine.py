@@ -67,7 +67,7 @@ def load_both(engine_dir: Path) -> tuple[StepModel, StepModel]:
     return ours.model, load_engine(engine_dir, "onnxruntime", num_threads=1).model
 
 
-# --- what engines compute ------------------------------------------------------------------------
+# --- results of engines --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FEATURES)

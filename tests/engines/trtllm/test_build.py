@@ -175,7 +175,7 @@ def test_logits_of_every_token_are_a_flag(tmp_path):
     assert command[-1] == "--gather_context_logits"
 
 
-# --- which TensorRT-LLM --------------------------------------------------------------------------
+# --- versions of TensorRT-LLM --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def test_nothing_heavy_is_imported_where_tensorrt_llm_runs() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=folder, check=False).returncode == 0
 
 
-# --- what its runtime gave -----------------------------------------------------------------------
+# --- results of its runtime ----------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -578,7 +578,7 @@ def hashes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- rejections ----------------------------------------------------------------------------------
 
 usual = partial(CheckpointSpec, num_layers=1, vocab_size=96)
 REFUSED = {

@@ -274,7 +274,7 @@ class SimulatedCuda:
         del self._handles[int(graphExec)]
         return (SUCCESS,)
 
-    # --- what the simulated TensorRT and tests use ---
+    # --- used by the simulated TensorRT and tests ---
 
     def put(self, stream: Any, operation: Operation) -> None:
         """Puts work on a stream, or into the graph that is being captured from it."""

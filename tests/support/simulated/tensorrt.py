@@ -157,7 +157,7 @@ class IExecutionContext:
         # Graphs that were captured from it must not be launched any more.
         self._version = -1
 
-    # --- what is set ---
+    # --- settings ---
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self._book.require(memory % ALIGNMENT == 0, Rule.SCRATCH_ALIGNED, hex(memory))
