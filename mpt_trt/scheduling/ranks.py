@@ -1,4 +1,4 @@
-"""Several ranks of an engine: rank 0 decides which steps are made, and the others follow."""
+"""Runs several ranks of an engine: rank 0 chooses the steps, and the others follow."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class LeadingModel:
         self._model.copy_row(source, target)
 
     def keep_waiting(self) -> None:
-        """Tells the others that there is nothing to do, before they give this rank up."""
+        """Tells the others that there is nothing to do, before they give up on this rank."""
         self._tell(IDLE)
 
     def end(self) -> None:

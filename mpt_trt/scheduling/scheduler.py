@@ -1,13 +1,13 @@
-"""Steps of a model for requests that come and go.
+"""Runs steps of a model for requests that come and go.
 
-Each running request has a cache row. Rows in use are the first ones: a new request takes the row
-after the last, or that of a request that has ended. If nobody waits for that row, the last row
-moves there.
+Each running request has a cache row. The first rows are in use: a new request takes the row after
+the last one, or the row of an ended request. If no request waits for that row, the last row moves
+there.
 
 A step either reads a piece of one prompt, with only that request's row selected, or advances all
-rows that generate. The two kinds alternate, and prompts take turns, so nobody waits longer than one
-piece. In a step that generates, the rows of half-read prompts take part with a token that is
-overwritten by the next piece, so that no rows need to be sorted.
+rows that generate. The two kinds alternate, and prompts take turns, so no request waits longer than
+one piece. In a step that generates, rows of partly read prompts take part with a token that the
+next piece overwrites, so that rows need not be sorted.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class NewToken:
 class Request:
     """A prompt to continue.
 
-    prompt: token ids. config: without beams. stream: number of the random stream, so that several
-    completions of a prompt differ. wants_log_probs: whether tokens come with log-probabilities.
-    on_token: called with every new token; the request ends when it returns True. on_end: called
-    once at the end, with the error or with None; not after `cancel`.
+    prompt: token ids. config: settings, without beams. stream: number of the random stream, so that
+    several completions of a prompt differ. wants_log_probs: whether tokens come with
+    log-probabilities. on_token: called with every new token; the request ends when it returns True.
+    on_end: called once at the end, with the error or with None; not after `cancel`.
     """
 
     prompt: tuple[int, ...]
@@ -74,15 +74,15 @@ class _Row:
 
     @property
     def next_input(self) -> tuple[int, int]:
-        """Token and position of the row in a step that generates."""
+        """Returns token and position of the row in a step that generates."""
         if not self.is_read:
-            # The next piece of the prompt overwrites what this token leaves in the cache.
+            # The next piece of the prompt overwrites this token in the cache.
             return self.request.prompt[self.num_read], self.num_read
         return self.tokens[-1], self.num_read + len(self.tokens) - 1
 
     @property
     def takes_most_likely(self) -> bool:
-        """Whether the next token is just the one with the highest logit."""
+        """Returns whether the next token is the one with the highest logit."""
         return self.request.config.is_greedy and not self.request.wants_log_probs
 
 
@@ -93,9 +93,9 @@ class Scheduler:
     """
 
     def __init__(self, model: RowModel, piece_tokens: int | None = None):
-        """Takes the model's whole cache.
+        """Reserves the model's whole cache.
 
-        piece_tokens: most prompt tokens per step; None: as many as the model can.
+        piece_tokens: maximum number of prompt tokens per step; None: the model's maximum.
 
         Raises MptTrtError when the model cannot read a prompt into a single row.
         """
@@ -151,7 +151,7 @@ class Scheduler:
                 self._remove(row)
 
     def fail(self, error: Exception, with_waiting: bool) -> None:
-        """Ends all running requests, or also those that wait, with an error."""
+        """Ends all running requests, and waiting ones if `with_waiting`, with an error."""
         ended = [row.request for row in self._rows]
         self._rows, self._readers = [], deque()
         if with_waiting:
@@ -183,7 +183,7 @@ class Scheduler:
         return _Row(request, TokenChooser(request.config, [request.stream]))
 
     def _remove(self, row: _Row) -> None:
-        """Frees a row, for a waiting request or else for the last row."""
+        """Frees a row for a waiting request, or moves the last row to it."""
         row.has_ended = True
         index = self._rows.index(row)
         if row in self._readers:
@@ -198,7 +198,7 @@ class Scheduler:
             self._rows[index] = last
 
     def _read_piece(self, row: _Row) -> None:
-        """Reads the next piece of a row's prompt; then the next prompt has its turn."""
+        """Reads the next piece of a row's prompt; the next prompt follows in turn."""
         prompt, start = row.request.prompt, row.num_read
         piece = prompt[start : start + self._piece_tokens]
         is_last = start + len(piece) == len(prompt)
@@ -218,7 +218,7 @@ class Scheduler:
             self._readers.append(row)
 
     def _generate(self) -> None:
-        """Advances every row whose prompt has been read by a token."""
+        """Advances every row with a complete prompt by one token."""
         rows = list(self._rows)
         inputs = np.array([row.next_input for row in rows], np.int64)
         index = np.arange(len(rows), dtype=np.int64)
@@ -252,7 +252,7 @@ class Scheduler:
 
     @staticmethod
     def _choose(row: _Row, best: int, logits: NDArray[np.float32]) -> NewToken:
-        # NaN and infinity are the highest of a row, too.
+        # NaN and infinity are also the highest of a row.
         require_finite(logits[None, best : best + 1])
         if row.takes_most_likely:
             return NewToken(best, None)

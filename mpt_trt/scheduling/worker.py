@@ -1,4 +1,4 @@
-"""A thread that runs a scheduler for requests from other threads."""
+"""Runs a scheduler in a thread, for requests from other threads."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mpt_trt.scheduling.scheduler import Request, Scheduler
 log = logging.getLogger(__name__)
 
 OnFailure = Literal["continue", "exit"]
-"""What follows a failed step, which ends all running requests: waiting requests run, or nothing."""
-# How often an idle thread calls `on_idle`.
+"""Reaction to a failed step, which ends all running requests: waiting requests run, or nothing."""
+# Interval at which an idle thread calls `on_idle`.
 IDLE_SECONDS = 10.0
 
 
@@ -55,7 +55,7 @@ class Worker:
         self._actions.put(lambda: self._scheduler.cancel(request))
 
     def stop(self, is_drained: bool = True) -> None:
-        """Ends the thread, after all requests if `is_drained`, else with an error for each."""
+        """Ends the thread, after all requests if `is_drained`, otherwise with an error for each."""
         self._actions.put(lambda: self._stop(is_drained))
 
     def join(self, timeout: float | None = None) -> None:
@@ -91,7 +91,7 @@ class Worker:
         return not (self._is_stopping and self._scheduler.is_idle) and self.failure is None
 
     def _take_actions(self) -> None:
-        """Does what other threads asked for; waits for it if there is nothing else to do."""
+        """Runs the actions that other threads requested; waits for one if there is no other work."""
         is_first = True
         while not self._actions.empty() or (is_first and self._scheduler.is_idle):
             is_first = False
