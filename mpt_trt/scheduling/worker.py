@@ -91,7 +91,7 @@ class Worker:
         return not (self._is_stopping and self._scheduler.is_idle) and self.failure is None
 
     def _take_actions(self) -> None:
-        """Runs the actions that other threads requested; waits for one if there is no other work."""
+        """Runs actions that other threads requested; waits for one if there is no other work."""
         is_first = True
         while not self._actions.empty() or (is_first and self._scheduler.is_idle):
             is_first = False
