@@ -151,7 +151,7 @@ def test_tensorrt_llm_builds_all_ranks_at_a_time() -> None:
 
 def test_gpus_that_are_too_small_are_refused() -> None:
     jobs = jobs_on(GPUS | {"gpu_memory_gb": {"l4": 24}})
-    with pytest.raises(MptTrtError, match="ask for more ranks"):
+    with pytest.raises(MptTrtError, match="use more ranks"):
         jobs.smoke_test(target(1, model="thirty"))
 
 
