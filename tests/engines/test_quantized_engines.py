@@ -381,7 +381,7 @@ def test_a_failed_build_says_who_multiplies_integers(tmp_path):
         network.write_bytes(model_proto.SerializeToString())
         with pytest.raises(MptTrtError, match="cannot parse the network") as caught:
             build_rank(folder, 0, builder, tmp_path / "plan", is_trusted=True)
-        assert ("backend: tensorrt_llm" in str(caught.value)) == is_named
+        assert ("use backend tensorrt_llm" in str(caught.value)) == is_named
 
 
 # --- ONNX Runtime --------------------------------------------------------------------------------

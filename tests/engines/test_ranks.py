@@ -434,6 +434,7 @@ def test_engine_of_two_ranks_says_what_it_is(engine: Path, converted):
         "dtype": "float32",
         "quantization": {"method": "none"},
         "kv_cache": "auto",
+        "head": "auto",
         "calibration": None,
         "tp_size": 2,
         "limits": vars(LIMITS),

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +68,25 @@ class Workflow:
         (self.folder / "config.yaml").write_text(yaml.safe_dump(content))
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self._run(arguments, environment, subprocess.PIPE)
+
+    def last_line(self, *arguments: str) -> str:
+        """Last line on screen of a run that must fail."""
+        result = self._run(arguments, {}, subprocess.STDOUT)
+        assert result.returncode != 0
+        assert "Traceback" not in result.stdout
+        return result.stdout.rstrip().split("\n")[-1]
+
+    def _run(
+        self, arguments: Iterable[str], environment: dict[str, str], stderr: int
+    ) -> subprocess.CompletedProcess[str]:
         other = [] if self.snakefile is None else ["--snakefile", str(self.snakefile)]
         return subprocess.run(
             [sys.executable, "-m", "snakemake", "--cores", "2", *other, *arguments],
             cwd=self.folder,
             env=os.environ | environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             check=False,
         )

@@ -275,23 +275,17 @@ def test_smoothquant_settings_in_the_name(made: Workflow) -> None:
     ],
 )
 def test_misspelt_targets_get_a_hint(made: Workflow, target: str, message: str) -> None:
-    result = made.run("--dry-run", target)
-    assert result.returncode != 0
-    output = result.stdout + result.stderr
-    last = output.rstrip().split("\n")[-1]
-    assert last.startswith("error: ") and message in last
-    assert output.count(message) == 1 and "Traceback" not in output
+    last = made.last_line("--dry-run", target)
+    assert last.startswith("error: ") and last.count(message) == 1
 
 
 def test_a_misspelt_key_gets_a_hint(made: Workflow) -> None:
     made.configure(fp16={"max_bach_size": 4})
     try:
-        result = made.run("--dry-run", "trt_engines/toy/fp32/1-gpu")
+        last = made.last_line("--dry-run", "trt_engines/toy/fp32/1-gpu")
     finally:
         made.configure()
-    assert result.returncode != 0
     message = "unknown key 'max_bach_size'; did you mean 'max_batch_size'?"
-    last = (result.stdout + result.stderr).rstrip().split("\n")[-1]
     assert last == f"error: config.yaml: variants.fp16: {message}"
 
 
