@@ -52,17 +52,16 @@ class EngineText:
         tokenizer_dir: hub id or folder of the tokenizer; None: the one in the engine directory, or
         that of its checkpoint, which may be missing.
 
-        Raises MptTrtError when `tokenizer_dir` has no tokenizer, or the tokenizer does not fit the
-        model.
+        Raises MptTrtError when `tokenizer_dir` has no tokenizer, or one that does not fit the
+        model. The engine's own is only a problem for prompts that are texts.
         """
         try:
             folder = tokenizer_folder_of(engine_dir, manifest.provenance, tokenizer_dir)
-            tokenizer = read_tokenizer(folder)
+            tokenizer = read_tokenizer(folder).require_fitting(manifest.spec.config.vocab_size)
         except MptTrtError as error:
             if tokenizer_dir is not None:
                 raise
             return cls(manifest, None, error, chat_template)
-        tokenizer.require_fitting(manifest.spec.config.vocab_size)
         return cls(manifest, tokenizer, None, chat_template)
 
     @property

@@ -108,7 +108,7 @@ class LoraAdapter:
 
     def provenance(self) -> dict[str, str]:
         """Origin of the adapter, for manifests."""
-        return {"adapter": str(self.folder), "adapter_hash": content_hash(self.path)}
+        return {"adapter": str(self.folder.absolute()), "adapter_hash": content_hash(self.path)}
 
     def require_fitting(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raises MptTrtError unless each update belongs to a weight of the model.

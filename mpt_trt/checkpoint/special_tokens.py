@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from mpt_trt.checkpoint.tokenizer import has_tokenizer, read_tokenizer
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
 from mpt_trt.system.json_text import shown
+
+log = logging.getLogger(__name__)
 
 EndIds = Mapping[str, tuple[int, ...]]
 """End tokens by the file that names them."""
@@ -35,7 +38,9 @@ def read_special_tokens(folder: Path, tokenizer: Path, vocab_size: int) -> Speci
     tokenizer's. tokenizer: a folder with or without a tokenizer; it is read only if the files do
     not name the tokens.
 
-    Raises MptTrtError when a token is malformed or beyond the vocabulary.
+    Ids beyond the vocabulary are left out with a warning: the model never generates them.
+
+    Raises MptTrtError when a token is malformed.
     """
     generation = _token_ids(folder / "generation_config.json", "eos_token_id", vocab_size)
     config = _token_ids(folder / "config.json", "eos_token_id", vocab_size)
@@ -45,10 +50,10 @@ def read_special_tokens(folder: Path, tokenizer: Path, vocab_size: int) -> Speci
     bos_id = bos_ids[0] if bos_ids else None
     if (end_ids and bos_id is not None) or not has_tokenizer(tokenizer):
         return SpecialTokens(bos_id, end_ids, ignored)
-    found = read_tokenizer(tokenizer).require_fitting(vocab_size)
-    if not end_ids and found.eos_token_id is not None:
-        end_ids = (found.eos_token_id,)
-    return SpecialTokens(found.bos_token_id if bos_id is None else bos_id, end_ids, ignored)
+    found = read_tokenizer(tokenizer)
+    end_ids = end_ids or _within([found.eos_token_id], vocab_size)
+    bos_ids = bos_ids or _within([found.bos_token_id], vocab_size)
+    return SpecialTokens(bos_ids[0] if bos_ids else None, end_ids, ignored)
 
 
 def describe_conflict(end_ids: tuple[int, ...], ignored: EndIds) -> str:
@@ -62,9 +67,17 @@ def _token_ids(path: Path, field: str, vocab_size: int) -> tuple[int, ...]:
     value = read_json(path).get(field) if path.is_file() else None
     values = value if isinstance(value, list) else [] if value is None else [value]
     for token in values:
-        if not isinstance(token, int) or isinstance(token, bool) or token >= vocab_size:
+        if not isinstance(token, int) or isinstance(token, bool):
             raise MptTrtError(
-                f"{path}: {field} = {shown(value)}: a token id below {vocab_size}, the size of the "
-                "vocabulary, or a list of them is required"
+                f"{path}: {field} = {shown(value)}: a token id or a list of token ids is required"
             )
-    return tuple(dict.fromkeys(token for token in values if token >= 0))
+    if beyond := [token for token in values if token >= vocab_size]:
+        log.warning(
+            "%s: %s = %s is ignored: the vocabulary is 0..%d", path, field, beyond, vocab_size - 1
+        )
+    return _within(values, vocab_size)
+
+
+def _within(ids: Iterable[int | None], vocab_size: int) -> tuple[int, ...]:
+    """Returns the distinct ids that the vocabulary has."""
+    return tuple(dict.fromkeys(id_ for id_ in ids if id_ is not None and 0 <= id_ < vocab_size))

@@ -36,15 +36,16 @@ def read_texts(path: Path) -> list[str]:
     return lines
 
 
-def read_ids(path: Path, padding: set[int]) -> list[list[int]]:
+def read_ids(path: Path, padding: set[int], begin: int | None = None) -> list[list[int]]:
     """Reads prompts from a .csv or .npy file with one row of token ids per prompt.
 
-    padding: ids that are removed at both ends of an array's rows.
+    padding: ids that are removed at both ends of an array's rows. begin: the one that begins
+    a text, if any; a single one stays at the start of a row.
 
     Raises MptTrtError when the file contains anything other than integers, or an empty prompt.
     """
     try:
-        rows = _csv_rows(path) if path.suffix == ".csv" else _array_rows(path, padding)
+        rows = _csv_rows(path) if path.suffix == ".csv" else _array_rows(path, padding, begin)
     except (OSError, ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise MptTrtError(f"{path}: cannot be read as prompts: {error}") from None
     if not rows:
@@ -67,7 +68,7 @@ def _csv_rows(path: Path) -> list[list[int]]:
             raise ValueError(str(error)) from None
 
 
-def _array_rows(path: Path, padding: set[int]) -> list[list[int]]:
+def _array_rows(path: Path, padding: set[int], begin: int | None) -> list[list[int]]:
     try:
         # Mapped, so that a header with a wrong size allocates nothing.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -82,12 +83,16 @@ def _array_rows(path: Path, padding: set[int]) -> list[list[int]]:
     if array.ndim not in (1, 2, 3):
         raise TypeError(f"an array of {array.ndim} dimensions; 1 to 3 are read")
     rows = array.reshape(-1, array.shape[-1]).tolist() if array.size else []
-    return [_without_padding(row, padding) for row in rows]
+    return [_without_padding(row, padding, begin) for row in rows]
 
 
-def _without_padding(row: list[int], padding: set[int]) -> list[int]:
+def _without_padding(row: list[int], padding: set[int], begin: int | None) -> list[int]:
     kept = [index for index, token in enumerate(row) if token not in padding]
-    return row[kept[0] : kept[-1] + 1] if kept else []
+    if not kept:
+        return []
+    # Many tokenizers begin a text with the token that also ends it.
+    is_begun = kept[0] == 1 and row[0] == begin
+    return row[0 if is_begun else kept[0] : kept[-1] + 1]
 
 
 def encoded(texts: list[str], encode: Callable[[str], list[int]]) -> list[list[int]]:

@@ -112,8 +112,12 @@ def _engine_text(options: argparse.Namespace, manifest: Manifest) -> EngineText:
 def _prompts(options: argparse.Namespace, text: EngineText, padding: set[int]) -> list[list[int]]:
     file = options.input_file
     if _has_ids(options):
-        pad_id = None if text.tokenizer is None else text.tokenizer.pad_token_id
-        prompts = prompt_files.read_ids(file, padding if pad_id is None else {*padding, pad_id})
+        begin = text.manifest.spec.config.bos_token_id
+        if text.tokenizer is not None:
+            pad_id, own = text.tokenizer.pad_token_id, text.tokenizer.bos_token_id
+            padding = padding if pad_id is None else {*padding, pad_id}
+            begin = begin if own is None else own
+        prompts = prompt_files.read_ids(file, padding, begin)
     elif options.chat:
         prompts = [text.encode(messages) for messages in _conversations(options)]
     else:

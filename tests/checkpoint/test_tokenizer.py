@@ -178,7 +178,36 @@ def test_a_conflict_between_files_is_recorded_and_described(folder: Path) -> Non
     )
 
 
-@pytest.mark.parametrize("value", ["</s>", [0, "x"], True, 4096])
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [(None, 50278, (0,)), ([7, 4096], 6, (7,)), ([4096], 6, (6,)), (None, [4095, 4096], (4095,))],
+)
+def test_end_tokens_beyond_the_vocabulary_are_left_out(
+    folder: Path,
+    generation: object,
+    config: object,
+    expected: tuple[int, ...],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The model cannot generate them; the tokenizer's comes last."""
+    edit(folder / "generation_config.json", eos_token_id=generation)
+    edit(folder / "config.json", eos_token_id=config, bos_token_id=50278)
+    found = read_special_tokens(folder, folder, VOCAB_SIZE)
+    assert (found.bos_id, found.end_ids) == (0, expected)
+    assert all("is ignored: the vocabulary is 0..4095" in r.getMessage() for r in caplog.records)
+    assert len(caplog.records) == 2
+
+
+def test_tokens_of_a_tokenizer_beyond_the_vocabulary_are_left_out(folder: Path) -> None:
+    edit(folder / "config.json", eos_token_id=None, bos_token_id=None)
+    assert read_special_tokens(folder, folder, VOCAB_SIZE).end_ids == (0,)
+    edit(folder / "tokenizer_config.json", eos_token="def")
+    end = AutoTokenizer.from_pretrained(folder).eos_token_id
+    found = read_special_tokens(folder, folder, end)
+    assert (found.bos_id, found.end_ids) == (0, ())
+
+
+@pytest.mark.parametrize("value", ["</s>", [0, "x"], True, 1.5])
 def test_malformed_end_tokens(folder: Path, value: object) -> None:
     edit(folder / "config.json", eos_token_id=value)
     with pytest.raises(MptTrtError, match=r"config\.json: eos_token_id = "):

@@ -122,6 +122,30 @@ def test_files_that_are_rejected(tmp_path: Path, name: str, content: bytes, reas
         read_ids(path, PADDING)
 
 
+@pytest.mark.parametrize(
+    ("begin", "row", "expected"),
+    [
+        (END, [0, 7, 8, 0, 0], [0, 7, 8]),
+        (END, [0, 0, 7, 8], [7, 8]),
+        (END, [3, 7, 8], [7, 8]),
+        (END, [0, 0, 0, 0], None),
+        (1, [0, 7, 8], [7, 8]),
+        (1, [1, 7, 8], [1, 7, 8]),
+        (None, [0, 7, 8], [7, 8]),
+    ],
+)
+def test_a_token_that_begins_a_text_is_no_padding(
+    tmp_path: Path, begin: int | None, row: list[int], expected: list[int] | None
+) -> None:
+    path = tmp_path / "prompts.npy"
+    path.write_bytes(as_npy(np.array([row])))
+    if expected is None:
+        with pytest.raises(MptTrtError, match="prompt 0 is empty"):
+            read_ids(path, PADDING, begin)
+    else:
+        assert read_ids(path, PADDING, begin) == [expected]
+
+
 def test_an_archive_of_arrays_is_rejected(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", np.array([5]))
     path = (tmp_path / "a.npz").rename(tmp_path / "a.npy")

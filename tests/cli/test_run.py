@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +181,88 @@ def test_prompts_from_files(engine_dir: Path, tmp_path: Path) -> None:
         assert run(engine_dir, tmp_path / "out.csv", *options) == rows
 
 
+def test_files_as_editors_and_numpy_write_them(engine_dir: Path, tmp_path: Path) -> None:
+    """A BOM and CRLF; rows that are padded with the end token; our own output, beams included."""
+    texts = ["def read(self", "class Path"]
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    long, short = (tokenizer(text).input_ids for text in texts)
+    assert len(long) > len(short)
+    (tmp_path / "in.txt").write_bytes("\ufeff{}\r\n{}\r\n".format(*texts).encode())
+    np.save(tmp_path / "in.npy", np.array([long, short + [0] * (len(long) - len(short))]))
+    np.save(tmp_path / "flat.npy", np.array(short, np.int32))
+    common = ("--max_output_len=6", "--input_file")
+    expected = run(engine_dir, tmp_path / "out.csv", "--max_output_len=6", "--input_text", *texts)
+    for name, rows in (("in.txt", expected), ("in.npy", expected), ("flat.npy", expected[1:])):
+        assert run(engine_dir, tmp_path / "out.csv", *common, tmp_path / name) == rows, name
+    again = ("--num_beams=2", "--output_npy", tmp_path / "own.npy")
+    run(engine_dir, tmp_path / "out.csv", *common, tmp_path / "in.npy", *again)
+    assert np.load(tmp_path / "own.npy").shape == (2, 2, 6)
+    found = run(engine_dir, tmp_path / "out.csv", *common, tmp_path / "own.npy")
+    assert len(found) == 4
+    (tmp_path / "own.csv").write_text(
+        "".join(
+            ",".join(map(str, row)) + "\n" for row in np.load(tmp_path / "own.npy").reshape(4, 6)
+        )
+    )
+    assert run(engine_dir, tmp_path / "out.csv", *common, tmp_path / "own.csv") == found
+
+
+def test_long_prompts_keep_their_last_tokens(engine_dir: Path, tmp_path: Path) -> None:
+    ids = AutoTokenizer.from_pretrained(MODEL)(PROMPTS[1]).input_ids
+    (tmp_path / "end.csv").write_text(",".join(map(str, ids[-3:])))
+    common = ("--max_output_len=6", "--input_file", tmp_path / "end.csv")
+    expected = run(engine_dir, tmp_path / "out.csv", *common)
+    cut = ("--max_output_len=6", "--max_input_length=3", "--input_text", PROMPTS[1])
+    assert run(engine_dir, tmp_path / "out.csv", *cut) == expected
+
+
+def test_several_prompts_stream_one_after_the_other(
+    engine_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--engine_dir", engine_dir, "--max_output_len=9", "--num_threads=1")
+    printed = []
+    for more in ((), ("--streaming",)):
+        call_tool("run.py", *options, *more, "--input_text", *PROMPTS)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and printed[0].count("Output [Text") == len(PROMPTS)
+
+
+def test_chat_ends_before_a_stop_string(
+    engine_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The template makes the prompt of a plain run; the stop string crosses a border of tokens."""
+    (tmp_path / "template").write_text("def {{ messages[-1].content }}(self")
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "read"}]
+    (tmp_path / "m.json").write_text(json.dumps(messages))
+    options = ("--engine_dir", engine_dir, "--max_output_len=12", "--num_threads=1")
+    call_tool("run.py", *options, "--input_text", "def read(self")
+    plain = capsys.readouterr().out
+    text = plain.partition('Beam 0]: "')[2]
+    stop = text[5:12]
+    chat = ("--chat", "--chat_template", tmp_path / "template", "--stop", "no such text", stop)
+    for more in (("--input_file", tmp_path / "m.json"), ("--input_text", "read")):
+        call_tool("run.py", *options, *chat, *more)
+        found = capsys.readouterr().out
+        assert found == plain[: plain.index(text)] + text[: text.index(stop)] + '"\n'
+
+
+def test_a_conflict_of_end_tokens_is_reported_once(
+    engine_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(MODEL, tmp_path / "tokenizer")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    other = AutoTokenizer.from_pretrained(MODEL).convert_ids_to_tokens(300)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": other}))
+    options = ("--engine_dir", engine_dir, "--max_output_len=3", "--tokenizer_dir", folder)
+    call_tool("run.py", *options, "--input_text", *PROMPTS)
+    message = (
+        "text ends with [0]; the tokenizer names [300], which is ignored (run.py --end_id chooses)"
+    )
+    assert " ".join(capsys.readouterr().err.split()).count(message) == 1
+    call_tool("run.py", *options, "--end_id", "300", "0")
+    assert "is ignored" not in capsys.readouterr().err
+
+
 def test_array_output_is_padded(engine_dir: Path, tmp_path: Path) -> None:
     call_tool(
         "run.py",
@@ -216,6 +300,11 @@ def test_end_id_ends_the_output(
         (["--max_output_len=4", "--tokenizer_dir=./nowhere"], "no such folder: ./nowhere"),
         (["--max_output_len=4", "--input_file=prompts.doc"], "prompts.doc: unknown file type"),
         (["--max_output_len=4", "--streaming", "--num_beams=2"], "num_beams"),
+        (["--max_output_len=4", "--max_input_length=0"], "--max_input_length = 0: at least 1"),
+        (["--max_output_len=4", "--max_input_length=-5"], "--max_input_length = -5: at least 1"),
+        (["--max_output_len=4", "--input_text", "a\udcff"], "prompt 0 is not valid UTF-8"),
+        (["--max_output_len=4", "--stop", ""], "--stop"),
+        (["--max_output_len=4", "--chat"], "--chat_template"),
     ],
 )
 def test_bad_requests_are_rejected(engine_dir: Path, options: list[str], message: str) -> None:
