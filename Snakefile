@@ -15,10 +15,13 @@ from snakemake.utils import min_version
 min_version("9.0")
 
 REPOSITORY = Path(workflow.current_basedir)
-CONFIG = Path("config.yaml")
+CONFIG = Path("config.yaml") if Path("config.yaml").exists() else REPOSITORY / "config.yaml"
 
 
-configfile: CONFIG if CONFIG.exists() else REPOSITORY / CONFIG
+include: "rules/start.smk"
+
+
+configfile: CONFIG
 
 
 report: "report/workflow.rst"

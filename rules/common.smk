@@ -1,18 +1,9 @@
 """Shared by all rules: the plan of this run, and functions that take values from it."""
 
-import sys
-
-from snakemake.exceptions import WorkflowError
-from snakemake.logging import logger
-
-sys.path.insert(0, str(REPOSITORY))
-
-from mpt_trt.errors import MptTrtError
 from mpt_trt.system.process import prefer_this_python
 from mpt_trt.workflow.config_sources import ConfigSources
 from mpt_trt.workflow.job_options import JobOptions
 from mpt_trt.workflow.job_resources import JobResources
-from mpt_trt.workflow.last_words import LastWords
 from mpt_trt.workflow.launch import Launch
 from mpt_trt.workflow.plan import Plan
 from mpt_trt.workflow.rule_values import RuleValues
@@ -29,11 +20,6 @@ wildcard_constraints:
     tp="[1-9][0-9]*",
     rank="0|[1-9][0-9]*",
 
-
-# With --verbose, Snakemake's own messages are also printed.
-last_words = LastWords()
-if not workflow.output_settings.verbose:
-    logger.addFilter(last_words)
 
 prefer_this_python()
 given = workflow.config_settings

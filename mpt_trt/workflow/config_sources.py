@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from mpt_trt.errors import MptTrtError
+
 COMMAND_LINE = "--config"
 
 Schema = dict[str, Any]
@@ -49,6 +51,21 @@ class ConfigSources:
         4}}'`. A value of another type stays a string. resolved: follows a schema's `$ref`.
         """
         return _typed(content, self.command_line or {}, schema, resolved)
+
+
+def require_yaml(path: Path) -> None:
+    """Raise MptTrtError, with the line, when a configuration file is not valid YAML."""
+    try:
+        yaml.load(_text(str(path)), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = path if mark is None else f"{path}, line {mark.line + 1}"
+        raise MptTrtError(
+            f"{place}: not valid YAML: {error.problem}; indent with spaces, and quote texts with "
+            "special characters"
+        ) from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise MptTrtError(f"{path}: cannot be read as YAML: {error}") from None
 
 
 def _shown(file: str | Path) -> str:

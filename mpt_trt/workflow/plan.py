@@ -132,7 +132,9 @@ class Plan:
 
     def checkpoint_folder(self, target: Target) -> str:
         """Folder of the model in Hugging Face format: its source, or that of its hub files."""
-        return f"checkpoints/{target.model}" if self.is_on_hub(target) else self.source(target)
+        # Without a leading ./, which Snakemake warns of.
+        source = self.source(target)
+        return f"checkpoints/{target.model}" if self.is_on_hub(target) else str(Path(source))
 
     def checkpoint_inputs(self, target: Target) -> list[str]:
         """Lists the folder, then each file of the user's own that is read."""
@@ -173,10 +175,10 @@ class Plan:
     def calibration_text(self, target: Target) -> list[str]:
         """The user's calibration text; [] for the one that ships."""
         text = self.settings.calibration.text
-        return [] if text is None else [self.find(text)]
+        return [] if text is None else [str(Path(self.find(text)))]
 
     def quality_text(self, target: Target) -> str:
-        return self.find(self.settings.quality.text)
+        return str(Path(self.find(self.settings.quality.text)))
 
     def storage_type(self, target: Target) -> str:
         """Type of the FT checkpoint's files, with the converter's name."""

@@ -11,7 +11,7 @@ import yaml
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.quantization.schemes import SmoothQuant, WeightOnly
-from mpt_trt.workflow.config_sources import ConfigSources
+from mpt_trt.workflow.config_sources import ConfigSources, require_yaml
 from mpt_trt.workflow.settings import Settings, parse_settings
 
 
@@ -110,3 +110,20 @@ def test_the_file_that_says_it_is_blamed(tmp_path: Path, monkeypatch: pytest.Mon
         parse_settings({"x": 1}, sources)
     with pytest.raises(MptTrtError, match=r"^configuration: top level: unknown key 'x'"):
         parse_settings({"x": 1}, ConfigSources(()))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models:\n  m:\n\tsource: x\n", r"config\.yaml, line 3: not valid YAML: found character"),
+        ("models: {m: [}\n", r"config\.yaml, line 1: not valid YAML: "),
+        ("a: b: c\n", r"config\.yaml, line 1: not valid YAML: mapping values are not allowed"),
+        ("a: \x00\n", r"config\.yaml: cannot be read as YAML"),
+    ],
+)
+def test_broken_yaml_is_named_with_its_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(MptTrtError, match=message):
+        require_yaml(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text("models: {}\n")
+    require_yaml(tmp_path / "config.yaml")
