@@ -90,7 +90,7 @@ rule encode_prompt:
     params:
         **tool("steps/encode_prompt.py"),
         options=of_job(options.tokenizer),
-        prompt=settings.smoke_test.prompt,
+        prompt=of_job(options.prompt),
     shell:
         r"""
         exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1

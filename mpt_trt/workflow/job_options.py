@@ -108,6 +108,10 @@ class JobOptions:
 
     # --- measurements -----------------------------------------------------------------------------
 
+    def prompt(self, _: Target) -> str:
+        """The smoke test's prompt; Snakemake would fill in what stands in braces in a bare text."""
+        return self.plan.settings.smoke_test.prompt
+
     def smoke_test(self, target: Target) -> list[str]:
         test = self.plan.settings.smoke_test
         return [

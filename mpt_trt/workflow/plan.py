@@ -61,6 +61,10 @@ class Target:
         return cls(**fields)
 
 
+# A name in braces; other braces are left alone.
+WILDCARD = re.compile(r"\{\s*\w+\s*(?:,[^{}]*)?\}")
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Plan of a run.
@@ -109,7 +113,14 @@ class Plan:
 
         `~` is the user's home. A relative path that exists only in the repository, such as
         `resources/mpt-demo`, refers to the repository.
+
+        Raises MptTrtError for a path that Snakemake cannot have as an input, however it is quoted.
         """
+        if match := WILDCARD.search(path):
+            raise MptTrtError(
+                f"{path}: Snakemake takes {match[0]} in a path for a wildcard; rename it, or give "
+                "the path of a link to it (ln -s)"
+            )
         path = os.path.expanduser(path)  # noqa: PTH111 (that fails if there is no such user)
         shipped = self.repository / path
         is_here = (self.working_directory / path).exists()

@@ -1,7 +1,8 @@
-"""The workflow from anywhere: other working directories, links, spaces, other workflows."""
+"""The workflow from anywhere: other folders, links, spaces and braces, other workflows."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from support.workflow import SMALL, Workflow
 SMOKE_TEST = "smoke_tests/toy/fp16/1-gpu.json"
 CHAIN = ["convert_checkpoint", "make_networks", "build_rank", "assemble_engine", "smoke_test"]
 CHAIN += ["check_smoke_test"]
+PROMPT = "{x} {{y}} {} {wildcards.model}"
 MODULE = """
 module mpt_trt:
     snakefile: "{checkout}/Snakefile"
@@ -38,15 +40,26 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def elsewhere(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Workflow:
     """A working directory with its own model and configuration, made up to a smoke test."""
-    folder = tmp_path_factory.mktemp("places") / "my work"
-    shutil.copytree(checkout / "model", folder / "my model")
+    folder = tmp_path_factory.mktemp("places") / "my {work} {}"
+    shutil.copytree(checkout / "model", folder / "my {} model")
     work = Workflow(folder, snakefile=checkout / "Snakefile")
     work.configure()
     config = folder / "config.yaml"
-    config.write_text(config.read_text().replace("source: model", "source: my model"))
+    content = yaml.safe_load(config.read_text())
+    content["models"]["toy"]["source"] = "my {} model"
+    content["smoke_test"]["prompt"] = PROMPT
+    config.write_text(yaml.safe_dump(content))
     jobs = work.make("--", SMOKE_TEST)
     assert jobs == [f"{rule} fp16" for rule in CHAIN]
     return work
+
+
+def test_braces_in_the_prompt_are_text(elsewhere: Workflow) -> None:
+    result = json.loads((elsewhere.folder / SMOKE_TEST).read_text())
+    assert result["prompt"] == PROMPT
+    planned = elsewhere.run("-n", "-p", "--", "build/trtllm_prompts/toy.json")
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    assert f"--prompt '{PROMPT}'" in planned.stdout + planned.stderr
 
 
 def test_artifacts_are_in_the_working_directory(checkout: Path, elsewhere: Workflow) -> None:

@@ -379,3 +379,17 @@ def test_a_builder_that_is_not_there_is_refused(
     plan = make_plan(folder, variants={"llm": {"backend": "tensorrt_llm"}})
     with pytest.raises(MptTrtError, match="it builds whole engines"):
         plan.builder(Target("toy", "llm"))
+
+
+@pytest.mark.parametrize("path", ["mo{d}el", "{ a }/b", "x/{a,.*}", "{ü}"])
+def test_paths_that_snakemake_cannot_have_as_inputs(tmp_path: Path, path: str) -> None:
+    plan = Plan(parse_settings({}), tmp_path, tmp_path)
+    with pytest.raises(
+        MptTrtError, match=r"takes \{.*\} in a path for a wildcard; .* a link to it"
+    ):
+        plan.find(path)
+
+
+@pytest.mark.parametrize("path", ["mod{}el", "{a b}", "}a{", "{a", "{1.2}"])
+def test_other_braces_in_paths_are_left_alone(tmp_path: Path, path: str) -> None:
+    assert Plan(parse_settings({}), tmp_path, tmp_path).find(path) == path

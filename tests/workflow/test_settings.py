@@ -334,7 +334,7 @@ class TestMistakes:
         assert message == "config.yaml: models.other: 'source' is a required property"
 
     @pytest.mark.parametrize("section", ["models", "variants"])
-    @pytest.mark.parametrize("name", ["a/b", "../up", ".hidden", "-x", "with space", ""])
+    @pytest.mark.parametrize("name", ["a/b", "../up", ".hidden", "-x", "with space", "", "a\n"])
     def test_names_that_are_no_path_component(self, section: str, name: str) -> None:
         entry = {"source": "s"} if section == "models" else {}
         message = refusal({section: {name: entry}})
