@@ -62,9 +62,9 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--use_weight_only", action="store_true", help="store weights as integers")
     group.add_argument(
         "--weight_only_precision",
-        choices=["int8", "int4", "int4_awq", "int4_gptq"],
+        choices=["int8", "int4", "int4_awq", "int4_gptq", "mixed"],
         default="int8",
-        help="type of the integers; int4_awq and int4_gptq need --quant_ckpt_path (default: "
+        help="type of the integers; int4_awq, int4_gptq and mixed need --quant_ckpt_path (default: "
         "%(default)s)",
     )
     group.add_argument(
@@ -79,6 +79,7 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         default=GROUP_SIZES[0],
         help="input features per group, for int4 --per_group (default: %(default)s)",
     )
+    group.add_argument("--bits", type=float, help="bits per weight on average, for mixed")
     group.add_argument(
         "--use_smooth_quant",
         action="store_true",

@@ -63,6 +63,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="input features per scale, for int4_awq and int4_gptq (default: 128, or less if ranks "
         "would share a group)",
     )
+    add(
+        "--bits",
+        type=float,
+        help="bits per weight on average, scales included, for mixed: int4 in groups or int8 for "
+        "each matrix",
+    )
     add("--log_level", default="info", help="least important messages shown (default: %(default)s)")
     add(
         "--force",

@@ -19,10 +19,12 @@ from mpt_trt.calibration.gptq import GptqCalibration
 from mpt_trt.calibration.model_source import ModelSource
 from mpt_trt.calibration.modelopt import calibrated_by_modelopt
 from mpt_trt.calibration.plan import CalibrationPlan
+from mpt_trt.calibration.sensitivity import measured_formats
 from mpt_trt.calibration.writer import calibration_writer
 from mpt_trt.model.tensors import BlockMatrix
 from mpt_trt.model.torch_block import PlainBlock
 from mpt_trt.quantization.calibrated_weights import CalibratedMatrix
+from mpt_trt.quantization.schemes import IntegerFormat
 from mpt_trt.system.background import background
 
 
@@ -44,14 +46,13 @@ def calibrate(
     Raises MptTrtError for samples that the model cannot read, and for values that the computation's
     type or weight_dtype cannot represent.
     """
-    # The writer is opened first, so that it closes the file after the last block is written.
+    calibrated = _block_calibration(source, samples, plan, computation, weight_dtype)
+    # The writer comes first, so that it closes the file after the last block has been written.
     with (
         calibration_writer(target, source.config, source.reader, weight_dtype) as writer,
         background() as writing,
     ):
-        writing.start(partial(writer.model, plan.quantization_format))
-
-        calibrated = _block_calibration(plan, weight_dtype)
+        writing.start(partial(writer.model, plan.quantization_format, plan.bits))
 
         def visit(layer: int, block: PlainBlock, run: SampleRun) -> None:
             with observed_cache(block) as cache_amax:
@@ -66,12 +67,24 @@ BlockCalibration = Callable[[PlainBlock, SampleRun], dict[BlockMatrix, Calibrate
 """Function that runs a block on all samples and returns the results of its matrices."""
 
 
-def _block_calibration(plan: CalibrationPlan, weight_dtype: np.dtype) -> BlockCalibration:
+def _block_calibration(
+    source: ModelSource,
+    samples: Tensor,
+    plan: CalibrationPlan,
+    computation: Computation,
+    weight_dtype: np.dtype,
+) -> BlockCalibration:
     match plan.quantization_format:
         case "kv_cache":
             return _run_only
         case "int4_gptq":
-            return GptqCalibration(plan.required_group_size, weight_dtype)
+            form = IntegerFormat(4, plan.required_group_size)
+            each_layer = dict.fromkeys(BlockMatrix, form)
+            return GptqCalibration([each_layer] * source.config.num_layers, weight_dtype)
+        case "mixed":
+            assert plan.bits is not None, "mixed without a budget"
+            formats = measured_formats(source, samples, computation, plan.bits)
+            return GptqCalibration(formats, weight_dtype)
         case _:
             return partial(calibrated_by_modelopt, plan, weight_dtype)
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpt_trt.calibration.result import CalibrationResult
 from mpt_trt.errors import MptTrtError
-from mpt_trt.quantization.schemes import UNQUANTIZED, Quantization, calibration_format, method_of
+from mpt_trt.quantization.schemes import (
+    UNQUANTIZED,
+    Mixed,
+    Quantization,
+    calibration_format,
+    method_of,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,23 @@ class CalibratedQuantization:
                 f"{self.calibration.path}: a calibration result of {available}, but {what} needs "
                 f"one of {needed}; make it with quantize.py --qformat {needed}"
             )
+
+    def with_choice(self) -> CalibratedQuantization:
+        """Records the formats that the calibration of mixed has chosen.
+
+        Raises MptTrtError when it had another budget.
+        """
+        scheme, calibration = self.quantization.scheme, self.calibration
+        if not isinstance(scheme, Mixed) or calibration is None:
+            return self
+        if calibration.budget != scheme.bits:
+            raise MptTrtError(
+                f"{calibration.path}: made for {calibration.budget:g} bits per weight, but "
+                f"{scheme.bits:g} are needed; make it with quantize.py --qformat mixed --bits "
+                f"{scheme.bits:g}"
+            )
+        chosen = replace(scheme, formats=calibration.integer_formats())
+        return CalibratedQuantization(replace(self.quantization, scheme=chosen), calibration)
 
     @property
     def required_calibration(self) -> CalibrationResult:

@@ -8,6 +8,7 @@ arXiv:2504.02692), and every sample has two hidden states.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,19 +20,21 @@ from mpt_trt.model.tensors import BlockMatrix
 from mpt_trt.model.torch_block import PlainBlock
 from mpt_trt.quantization.calibrated_weights import CalibratedMatrix, RoundedWeights
 from mpt_trt.quantization.gptq import Statistics, round_with_gptq
-from mpt_trt.quantization.grids import INT4
+from mpt_trt.quantization.grids import INT4, INT8
+from mpt_trt.quantization.schemes import IntegerFormat
 
 
 @dataclass
 class GptqCalibration:
-    """Rounds one block after the other to int4.
+    """Rounds one block after the other to integers.
 
-    hidden: the samples' hidden states in the model as rounded so far, in batches; empty before the
-    first block.
+    formats: of the matrices, by layer. layer: the next one. hidden: the samples' hidden states in
+    the model as rounded so far, in batches; empty before the first block.
     """
 
-    group_size: int
+    formats: Sequence[Mapping[BlockMatrix, IntegerFormat]]
     weight_dtype: np.dtype
+    layer: int = 0
     hidden: list[Tensor] = field(default_factory=list)
 
     def __call__(self, block: PlainBlock, run: SampleRun) -> dict[BlockMatrix, CalibratedMatrix]:
@@ -42,33 +45,47 @@ class GptqCalibration:
         hidden = self.hidden or run.hidden
         modules = linear_modules(block)
         with contextlib.ExitStack() as stack:
-            plain = {name: stack.enter_context(_Inputs(m)) for name, m in modules.items()}
+            plain = {name: stack.enter_context(Inputs(m)) for name, m in modules.items()}
             run(block)
         matrices: dict[BlockMatrix, CalibratedMatrix] = {}
         # In the order of computation, because each matrix compensates for errors of earlier ones.
         for name, module in modules.items():
             statistics = _statistics(block, module, plain.pop(name), hidden, run.attention_bias)
-            matrices[name] = self._rounded(module, statistics)
+            matrices[name] = self._rounded(module, statistics, self.formats[self.layer][name])
+        self.layer += 1
         self.hidden = [block(batch, run.attention_bias) for batch in hidden]
         return matrices
 
-    def _rounded(self, module: nn.Module, statistics: Statistics) -> RoundedWeights:
+    def _rounded(
+        self, module: nn.Module, statistics: Statistics, form: IntegerFormat
+    ) -> RoundedWeights:
         weight = module.get_parameter("weight")
-        rounded = round_with_gptq(weight.float(), statistics, INT4, self.group_size)
-        dequantized = rounded.dequantized()
+        dequantized, scales = rounded_to(form, weight.float(), statistics)
         weight.copy_(dequantized)
         stored = dequantized.to(getattr(torch, self.weight_dtype.name))
-        return RoundedWeights(on_host(stored), rounded.scales.cpu().numpy(), INT4.bits)
+        return RoundedWeights(on_host(stored), scales.cpu().numpy(), form.bits)
 
 
-class _Inputs:
+def rounded_to(
+    form: IntegerFormat, weight: Tensor, statistics: Statistics
+) -> tuple[Tensor, Tensor]:
+    """Rounds a matrix, float32 `[out, in]`, to integers.
+
+    Returns the weights that they stand for, and the scales `[out, in / group_size]`.
+    """
+    grid = INT4 if form.bits == INT4.bits else INT8
+    rounded = round_with_gptq(weight, statistics, grid, form.group_size or weight.shape[1])
+    return rounded.dequantized(), rounded.scales
+
+
+class Inputs:
     """Records a module's inputs by batch, `[tokens, in]`, while the context is active."""
 
     def __init__(self, module: nn.Module):
         self._module = module
         self.batches: list[Tensor] = []
 
-    def __enter__(self) -> _Inputs:
+    def __enter__(self) -> Inputs:
         self._handle = self._module.register_forward_pre_hook(self._keep)
         return self
 
@@ -79,7 +96,7 @@ class _Inputs:
         self.batches.append(inputs[0].detach().flatten(0, -2))
 
 
-class _LastInputs(_Inputs):
+class _LastInputs(Inputs):
     """Records a module's inputs and ends the block's run there, because the rest is not needed."""
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -94,7 +111,7 @@ class _Reached(Exception):
 def _statistics(
     block: PlainBlock,
     module: nn.Module,
-    plain: _Inputs,
+    plain: Inputs,
     hidden: list[Tensor],
     attention_bias: Tensor,
 ) -> Statistics:

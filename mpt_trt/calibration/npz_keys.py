@@ -30,8 +30,11 @@ NORM_KEYS = {
 WEIGHT, SMOOTHING = "weight", "prequant_scaling_factor"
 WEIGHT_SCALE, ACTIVATION_SCALE = "weights_scaling_factor", "activation_scaling_factor"
 
+# Key of the budget in bits per weight, which only results of mixed have.
+BUDGET = "mpt_trt:mixed:bits"
+
 # Formats whose results contain whole matrices.
-WITH_MATRICES: tuple[QuantizationFormat, ...] = ("int4_awq", "int4_gptq", "int8_sq")
+WITH_MATRICES: tuple[QuantizationFormat, ...] = ("int4_awq", "int4_gptq", "mixed", "int8_sq")
 
 # Rows and columns of each matrix's corner, which distinguishes models.
 CORNER = (8, 64)

@@ -9,10 +9,15 @@ from mpt_trt.quantization.schemes import QuantizationFormat
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """Format of a calibration. group_size: input features per scale, for grouped formats."""
+    """Format of a calibration.
+
+    group_size: input features that share a scale, for formats in groups. bits: budget per weight,
+    for mixed.
+    """
 
     quantization_format: QuantizationFormat
     group_size: int | None = None
+    bits: float | None = None
 
     @property
     def required_group_size(self) -> int:

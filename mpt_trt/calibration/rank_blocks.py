@@ -29,7 +29,8 @@ def held_blocks(
 
     Raises MptTrtError when the result is not one of a format in groups.
     """
-    group_size = calibration.required_group_size
+    group_size = calibration.integer_format(layer, matrix).group_size
+    assert group_size is not None, "int8 has no groups"
     groups = slice(columns.start // group_size, columns.stop // group_size)
     whole = calibration.group_scales(layer, matrix)
     scales = np.concatenate([whole[part.start : part.stop, groups] for part in rows])

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mpt_trt.calibration.npz_file import NpzFile
 from mpt_trt.calibration.npz_keys import (
     ACTIVATION_SCALE,
+    BUDGET,
     CORNER,
     SMOOTHING,
     WEIGHT,
@@ -39,7 +40,7 @@ from mpt_trt.quantization.calibrated_weights import (
     KvAmax,
     SmoothQuantMatrix,
 )
-from mpt_trt.quantization.schemes import GROUPED, QuantizationFormat
+from mpt_trt.quantization.schemes import GROUPED, ROUNDED, IntegerFormat, QuantizationFormat
 
 # Weights of the same model may have been rounded to bfloat16 on both sides.
 RELATIVE_TOLERANCE = 2.0**-7
@@ -79,6 +80,8 @@ class CalibrationResult:
     @cached_property
     def quantization_format(self) -> QuantizationFormat:
         """Infers the format from the keys, because AMMO's files do not name it."""
+        if BUDGET in self.file.keys:
+            return "mixed"
         if bits_key(0, BlockMatrix.OUTPUT) in self.file.keys:
             return "int4_gptq"
         base = matrix_keys(0, BlockMatrix.OUTPUT)[0]
@@ -105,6 +108,40 @@ class CalibrationResult:
         self._require_groups()
         assert self.group_size is not None
         return self.group_size
+
+    @property
+    def budget(self) -> float:
+        """Bits per weight that a result of mixed was made for."""
+        self.require_format("mixed")
+        # float32 stores a few more digits.
+        return round(self._scalar(BUDGET), 4)
+
+    def integer_format(self, layer: int, matrix: BlockMatrix) -> IntegerFormat:
+        """The form of a matrix's integers; raises MptTrtError for one that is unknown."""
+        self._require_groups()
+        _, in_features = block_matrices(self.config, layer)[matrix].shape
+        scales = math.prod(self.file.shape(f"{matrix_keys(layer, matrix)[0]}:{WEIGHT_SCALE}"))
+        rows = self.file.shape(f"{matrix_keys(layer, matrix)[0]}:{WEIGHT}")[0]
+        bits = 4
+        if self.quantization_format in ROUNDED:
+            bits = int(self._scalar(bits_key(layer, matrix)))
+        group_size = in_features * rows // max(1, scales)
+        form = IntegerFormat(bits, None if bits == 8 else group_size)
+        if bits not in (4, 8) or scales * group_size != in_features * rows:
+            raise self.file.refused(
+                f"layers.{layer}.{matrix} has {scales} scales of {rows} rows and {bits} bits"
+            )
+        if bits == 8 and group_size != in_features:
+            raise self.file.refused(f"layers.{layer}.{matrix} has int8 in groups of {group_size}")
+        return form
+
+    def integer_formats(self) -> tuple[str, ...]:
+        """Names of the formats of all matrices, by layer and then in the order of BlockMatrix."""
+        return tuple(
+            self.integer_format(layer, matrix).name
+            for layer in range(self.config.num_layers)
+            for matrix in BlockMatrix
+        )
 
     def awq_matrix(self, layer: int, matrix: BlockMatrix) -> AwqMatrix:
         """Reads a matrix; raises MptTrtError unless the format is int4_awq."""
@@ -175,8 +212,14 @@ class CalibrationResult:
                 f"is needed; calibrate with --qformat {needed}"
             )
 
+    def rounded_matrix(
+        self, layer: int, matrix: BlockMatrix
+    ) -> tuple[NDArray, NDArray[np.float32]]:
+        """Reads a rounded matrix `[out, in]` and its scales `[out, in / group_size]`."""
+        return self._weight(layer, matrix), self.group_scales(layer, matrix)
+
     def _require_groups(self) -> None:
-        if self.quantization_format not in GROUPED:
+        if self.quantization_format not in (*GROUPED, *ROUNDED):
             self.require_format(GROUPED[0])
 
     def _weight(self, layer: int, matrix: BlockMatrix) -> NDArray:
@@ -187,7 +230,7 @@ class CalibrationResult:
 
     def _joined(self, layer: int, matrix: BlockMatrix, name: str) -> NDArray[np.float32]:
         """Reads flat scales, those of Q, K and V joined."""
-        is_signed = self.quantization_format == "int4_gptq"
+        is_signed = self.quantization_format in ROUNDED
         read = self._nonzero if is_signed else self._positive
         parts = [read(f"{key}:{name}") for key in matrix_keys(layer, matrix)]
         return np.concatenate([part.reshape(-1) for part in parts])
@@ -278,6 +321,8 @@ def _require_shapes(
 ) -> None:
     """Raises MptTrtError when a matrix or its scales have another shape than the model's."""
     file, group_size = result.file, result.group_size
+    if result.quantization_format == "mixed":
+        group_size = result.integer_format(layer, matrix).group_size
     out_features, in_features = weight.shape
     if group_size is not None and in_features % group_size:
         raise file.refused(

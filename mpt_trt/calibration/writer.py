@@ -17,6 +17,7 @@ from mpt_trt.arrays.cast import convert, is_finite
 from mpt_trt.calibration.npz_file import ARCHIVE_ERRORS
 from mpt_trt.calibration.npz_keys import (
     ACTIVATION_SCALE,
+    BUDGET,
     CORNER,
     SMOOTHING,
     WEIGHT,
@@ -63,12 +64,14 @@ class CalibrationWriter:
     reader: WeightReader
     weight_dtype: np.dtype
 
-    def model(self, quantization_format: QuantizationFormat) -> None:
+    def model(self, quantization_format: QuantizationFormat, bits: float | None = None) -> None:
         """Writes the arrays that identify the model: all norms, and a corner of each matrix.
 
         If the format has matrices, the embedding is also written, because AMMO's loader then reads
         all weights from the file.
         """
+        if bits is not None:
+            self._scalar(BUDGET, bits)
         for weight in weights(self.config):
             if len(weight.shape) == 2:
                 self._fingerprint(weight)

@@ -19,7 +19,7 @@ def calibrated(options: argparse.Namespace, checkpoint: FtCheckpoint) -> Calibra
     """Reads the requested quantization, and checks its calibration against the checkpoint."""
     path = options.calibration
     calibration = None if path is None else read_calibration(path, checkpoint)
-    return CalibratedQuantization(quantization(options), calibration)
+    return CalibratedQuantization(quantization(options), calibration).with_choice()
 
 
 def networks_progress(spec: EngineSpec) -> AbstractContextManager[Advance]:

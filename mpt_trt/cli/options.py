@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpt_trt.engines.compute_capabilities import DEFAULT, default_capabilities
 from mpt_trt.engines.spec import BuilderChoice, BuildLimits
+from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.distance import Tolerance
 from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.quantization.schemes import Quantization, make_weight_quantization
@@ -82,6 +83,12 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
         help="input features per scale, for int4_weight_only (default: all)",
     )
     group.add_argument(
+        "--bits",
+        type=float,
+        default=quantization_default("bits"),
+        help="bits per weight on average, for mixed",
+    )
+    group.add_argument(
         "--alpha",
         type=float,
         default=quantization_default("alpha"),
@@ -117,9 +124,12 @@ def add_calibration_result(parser: argparse.ArgumentParser) -> None:
 
 
 def quantization(options: argparse.Namespace) -> Quantization:
-    """The quantization that these options name."""
+    """The quantization that these options name; raises MptTrtError for mixed without bits."""
+    if options.quantization == "mixed" and options.bits is None:
+        raise MptTrtError("--quantization = mixed: give its --bits per weight")
     scheme = make_weight_quantization(
         options.quantization,
+        bits=options.bits,
         group_size=options.group_size,
         alpha=options.alpha,
         per_channel=options.per_channel,

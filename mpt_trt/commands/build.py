@@ -23,6 +23,7 @@ from mpt_trt.quantization.schemes import (
     Fp8,
     Gptq,
     KvCacheType,
+    Mixed,
     Quantization,
     SmoothQuant,
     WeightOnly,
@@ -82,9 +83,10 @@ def _calibrated(options: argparse.Namespace, checkpoint: FtCheckpoint) -> Calibr
     cache: KvCacheType = "auto"
     if options.fp8_kv_cache or options.int8_kv_cache:
         cache = "fp8" if options.fp8_kv_cache else "int8"
-    return CalibratedQuantization(
+    calibrated = CalibratedQuantization(
         Quantization(_scheme(options, checkpoint.smoothing), cache, options.head), calibration
     )
+    return calibrated.with_choice()
 
 
 def _scheme(options: argparse.Namespace, alpha: float | None) -> WeightQuantization | None:
@@ -106,6 +108,10 @@ def _scheme(options: argparse.Namespace, alpha: float | None) -> WeightQuantizat
         return Awq()
     if options.weight_only_precision == "int4_gptq":
         return Gptq()
+    if options.weight_only_precision == "mixed":
+        if options.bits is None:
+            raise MptTrtError("--weight_only_precision = mixed: give its --bits per weight")
+        return Mixed(options.bits)
     if options.weight_only_precision == "int8":
         return WeightOnly(8)
     return WeightOnly(4, options.group_size if options.per_group else None)

@@ -20,7 +20,7 @@ from mpt_trt.cli.progress import steps_progress
 from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
-from mpt_trt.quantization.schemes import GROUPED, default_group_size, require_fitting_groups
+from mpt_trt.quantization.schemes import GROUPED, Mixed, default_group_size, require_fitting_groups
 
 
 def run(options: argparse.Namespace) -> None:
@@ -46,12 +46,15 @@ def run(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace, config: MptConfig) -> CalibrationPlan:
     group_size = options.awq_block_size
+    if (options.qformat == "mixed") != (options.bits is not None):
+        raise MptTrtError("--bits belongs to --qformat mixed, which needs it")
     if options.qformat not in GROUPED:
         if group_size is not None:
             raise MptTrtError(
                 f"--awq_block_size = {group_size}: {options.qformat} has no groups; leave it out"
             )
-        return CalibrationPlan(options.qformat)
+        bits = None if options.bits is None else Mixed(options.bits).bits
+        return CalibrationPlan(options.qformat, bits=bits)
     if group_size is None:
         group_size = default_group_size(config)
     require_fitting_groups(config, 1, group_size)

@@ -21,6 +21,7 @@ from mpt_trt.quantization.schemes import (
     SMOOTHQUANT_ALPHA,
     Awq,
     Gptq,
+    Mixed,
     SmoothQuant,
     WeightOnly,
     WeightQuantization,
@@ -178,6 +179,16 @@ def _if_not(value: object, usual: object) -> object:
 
 NO_PARAMETER = "its MPT model has no such parameter"
 
+ONE_FORMAT = "its checkpoints have one integer format for all matrices"
+
+
+def mixed_is_unsupported() -> MptTrtError:
+    """Makes the error for `mixed` in a TensorRT-LLM checkpoint."""
+    return MptTrtError(
+        f"quantization.method = mixed: TensorRT-LLM does not support it: {ONE_FORMAT}"
+    )
+
+
 FEATURES: tuple[Feature, ...] = (
     Feature("`dtype: float32`"),
     Feature("`dtype: float16`, `bfloat16`"),
@@ -250,6 +261,12 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "`kv_cache_dtype: int8`, `fp8`",
         notes={TENSORRT_LLM: "keys and values share a scale"},
+    ),
+    Feature(
+        "`mixed`",
+        "quantization.method",
+        lambda spec: "mixed" if isinstance(spec.scheme, Mixed) else None,
+        {TENSORRT_LLM: ONE_FORMAT},
     ),
     Feature(
         "`head: int8`",

@@ -14,13 +14,17 @@ from typing import Any, Literal
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import is_legal
+from mpt_trt.model.tensors import BlockMatrix
 
-QuantizationFormat = Literal["int4_awq", "int4_gptq", "fp8", "int8_sq", "kv_cache"]
+QuantizationFormat = Literal["int4_awq", "int4_gptq", "mixed", "fp8", "int8_sq", "kv_cache"]
 """Format of a calibration result; int4_awq, fp8 and int8_sq are AMMO's names. `kv_cache`: only the
 amax of keys and values."""
 
 GROUPED: tuple[QuantizationFormat, ...] = ("int4_awq", "int4_gptq")
 """Formats whose input features share scales in groups."""
+
+ROUNDED: tuple[QuantizationFormat, ...] = ("int4_gptq", "mixed")
+"""Formats whose results hold integers times scales, and scales may be negative."""
 
 KvCacheType = Literal["auto", "int8", "fp8"]
 """Storage of keys and values; `auto`: in the network's own type."""
@@ -73,6 +77,53 @@ class Gptq:
 
 
 @dataclass(frozen=True)
+class IntegerFormat:
+    """Integers of a matrix. group_size: input features that share a scale; None: all of a row."""
+
+    bits: int
+    group_size: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`int8`, or `int4-g64`."""
+        return f"int{self.bits}" + ("" if self.group_size is None else f"-g{self.group_size}")
+
+    def bits_per_weight(self, in_features: int) -> float:
+        """Bits of a weight, with its part of a scale of 16 bits."""
+        return self.bits + 16 / (self.group_size or in_features)
+
+    @classmethod
+    def of(cls, name: str) -> IntegerFormat:
+        """Parses `name`; raises ValueError when it names no format."""
+        known = [cls(8), *(cls(4, size) for size in GROUP_SIZES)]
+        for each in known:
+            if each.name == name:
+                return each
+        raise ValueError(f"{name}: one of {', '.join(each.name for each in known)} is expected")
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Integers of 4 bits in groups or of 8 bits, chosen for each matrix by measured divergence.
+
+    bits: of a weight on average, scales included. formats: the choice that calibration made, by
+    layer and then in the order of `BlockMatrix`; empty until it is known.
+    """
+
+    bits: float
+    formats: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 4 <= self.bits <= 16:
+            raise MptTrtError(f"bits = {self.bits:g}: 4 to 16 bits per weight are possible")
+
+    def format_of(self, layer: int, matrix: BlockMatrix) -> IntegerFormat:
+        """The format of a matrix, when the choice is known."""
+        order = list(BlockMatrix)
+        return IntegerFormat.of(self.formats[layer * len(order) + order.index(matrix)])
+
+
+@dataclass(frozen=True)
 class SmoothQuant:
     """8-bit weights and activations (Xiao et al., arXiv:2211.10438).
 
@@ -91,7 +142,7 @@ class Fp8:
     """E4M3 weights and activations, with one calibrated scale per matrix and one per input."""
 
 
-WeightQuantization = WeightOnly | Awq | Gptq | SmoothQuant | Fp8
+WeightQuantization = WeightOnly | Awq | Gptq | Mixed | SmoothQuant | Fp8
 
 # Constructor and options of the scheme of each method in config.yaml.
 METHODS: dict[str, tuple[Callable[..., WeightQuantization], frozenset[str]]] = {
@@ -99,6 +150,7 @@ METHODS: dict[str, tuple[Callable[..., WeightQuantization], frozenset[str]]] = {
     "int4_weight_only": (functools.partial(WeightOnly, 4), frozenset({"group_size"})),
     "int4_awq": (Awq, frozenset({"group_size"})),
     "int4_gptq": (Gptq, frozenset({"group_size"})),
+    "mixed": (Mixed, frozenset({"bits", "formats"})),
     "smoothquant": (SmoothQuant, frozenset({"alpha", "per_channel", "per_token"})),
     "fp8": (Fp8, frozenset()),
 }
@@ -135,7 +187,13 @@ def method_of(scheme: WeightQuantization | None) -> str:
         return "none"
     if isinstance(scheme, WeightOnly):
         return f"int{scheme.bits}_weight_only"
-    names = {Awq: "int4_awq", Gptq: "int4_gptq", SmoothQuant: "smoothquant", Fp8: "fp8"}
+    names = {
+        Awq: "int4_awq",
+        Gptq: "int4_gptq",
+        Mixed: "mixed",
+        SmoothQuant: "smoothquant",
+        Fp8: "fp8",
+    }
     return names[type(scheme)]
 
 
@@ -157,6 +215,8 @@ def calibration_format(
         return "int4_awq"
     if isinstance(scheme, Gptq):
         return "int4_gptq"
+    if isinstance(scheme, Mixed):
+        return "mixed"
     if isinstance(scheme, Fp8):
         return "fp8"
     return None if kv_cache == "auto" else "kv_cache"

@@ -35,6 +35,7 @@ class JobOptions:
         name = target_names.calibration_name(target.qformat)
         size = [] if name.group_size is None else [f"--awq_block_size={name.group_size}"]
         qformat = f"--qformat={name.quantization_format}"
+        size += [] if name.bits is None else [f"--bits={name.bits:g}"]
         return [qformat, *size, *self._model(target), *self._calibration(target)]
 
     def smoothquant(self, target: Target) -> list[str]:
@@ -101,6 +102,8 @@ class JobOptions:
         # int4_awq and int4_gptq have the groups of their calibration results.
         if scheme["method"] == "int4_weight_only" and scheme["group_size"] is not None:
             options.append(f"--group_size={scheme['group_size']}")
+        if scheme["method"] == "mixed":
+            options.append(f"--bits={scheme['bits']:g}")
         if scheme["method"] == "smoothquant":
             options.append(f"--alpha={scheme['alpha']}")
             options += [_switch(name, scheme[name]) for name in ("per_channel", "per_token")]

@@ -22,6 +22,7 @@ from mpt_trt.quantization.schemes import (
     Awq,
     Fp8,
     Gptq,
+    Mixed,
     SmoothQuant,
     WeightOnly,
 )
@@ -100,7 +101,7 @@ def engine_disk(spec: EngineSpec) -> int:
     """
     plan = memory.rank_weights(spec) + PLAN_BASE + spec.config.num_layers * PLAN_PER_LAYER
     quantized = 0
-    if isinstance(spec.scheme, WeightOnly | Awq | Gptq | Fp8):
+    if isinstance(spec.scheme, WeightOnly | Awq | Gptq | Mixed | Fp8):
         quantized = memory.matrix_bytes(spec)
     if spec.quantization.head != "auto":
         quantized += memory.vocabulary_bytes(spec)

@@ -300,6 +300,12 @@ def _require_own_options(content: Mapping[str, Any], sources: ConfigSources) -> 
         # Every method can have it.
         options.pop("head", None)
         known = frozenset() if method == "none" else METHODS[method][1]
+        if method == "mixed" and options.get("bits") is None:
+            origin = sources.of(("variants", name, "quantization", "method"))
+            raise MptTrtError(
+                f"{origin}: variants.{name}.quantization.bits is missing: mixed needs the bits per "
+                "weight, such as 4.5"
+            )
         for option, value in options.items():
             if option not in known:
                 legal = ", ".join(sorted(known)) or "none"

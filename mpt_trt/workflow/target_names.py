@@ -18,6 +18,7 @@ from mpt_trt.quantization.schemes import (
     Awq,
     Gptq,
     KvCacheType,
+    Mixed,
     QuantizationFormat,
     SmoothQuant,
     WeightQuantization,
@@ -88,24 +89,33 @@ def ft_storage_of(dtype: str, scheme: WeightQuantization | None) -> FtStorage:
 
 @dataclass(frozen=True)
 class CalibrationName:
-    """Format of a calibration result. group_size: None for the model's default."""
+    """Format of a calibration result. group_size: None for the model's default. bits: of mixed."""
 
     quantization_format: QuantizationFormat
     group_size: int | None = None
+    bits: float | None = None
 
     @property
     def name(self) -> str:
         group = "" if self.group_size is None else f"-g{self.group_size}"
-        return f"{self.quantization_format}{group}"
+        bits = "" if self.bits is None else f"-b{self.bits:g}"
+        return f"{self.quantization_format}{group}{bits}"
 
 
 def calibration_name(name: str) -> CalibrationName:
     """Parses the name of a calibration result; raises MptTrtError for an unknown name."""
-    known = [CalibrationName(quantization_format) for quantization_format in FORMATS]
+    if match := re.fullmatch(r"mixed-b([0-9]+(?:\.[0-9]+)?)", name):
+        mixed = CalibrationName("mixed", bits=float(match[1]))
+        if mixed.name == name:
+            return mixed
+    known = [CalibrationName(each) for each in FORMATS if each != "mixed"]
     known += [CalibrationName(grouped, size) for grouped in GROUPED for size in GROUP_SIZES]
     by_name = {entry.name: entry for entry in known}
     if name not in by_name:
-        raise MptTrtError(f"calibration {name!r}: no such format; known are {', '.join(by_name)}")
+        raise MptTrtError(
+            f"calibration {name!r}: no such format; known are {', '.join(by_name)}, and mixed-b4.5 "
+            "and the like"
+        )
     return by_name[name]
 
 
@@ -117,4 +127,5 @@ def calibration_of(
     if quantization_format is None:
         return None
     group_size = scheme.group_size if isinstance(scheme, Awq | Gptq) else None
-    return CalibrationName(quantization_format, group_size)
+    bits = scheme.bits if isinstance(scheme, Mixed) else None
+    return CalibrationName(quantization_format, group_size, bits)

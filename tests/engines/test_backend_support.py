@@ -25,6 +25,7 @@ from mpt_trt.quantization.schemes import (
     Awq,
     Fp8,
     Gptq,
+    Mixed,
     Quantization,
     SmoothQuant,
     WeightOnly,
@@ -57,6 +58,7 @@ NARROW = {
 }
 # Of each feature that some backend lacks, a spec that has it and no other such feature.
 SPECS = {
+    "`mixed`": with_scheme(Mixed(5.0)),
     "`head: int8`": replace(USUAL, quantization=Quantization(head="int8")),
     "`int4_weight_only` in groups": with_scheme(WeightOnly(4, 64)),
     "`int4_awq`, `int4_gptq` in groups of 32 or 16": with_scheme(Awq(32)),

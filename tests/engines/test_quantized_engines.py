@@ -51,6 +51,7 @@ from mpt_trt.quantization.schemes import (
     Awq,
     Fp8,
     Gptq,
+    Mixed,
     Quantization,
     SmoothQuant,
     WeightOnly,
@@ -82,6 +83,7 @@ QUANTIZATIONS = {
     "int4_awq": Quantization(Awq()),
     "int4_awq, int8 cache": Quantization(Awq(), "int8"),
     "int4_gptq": Quantization(Gptq()),
+    "mixed": Quantization(Mixed(5.0)),
     "sq": Quantization(SmoothQuant()),
     "sq per channel": Quantization(SmoothQuant(per_token=False)),
     "sq per token": Quantization(SmoothQuant(per_channel=False)),
@@ -119,10 +121,13 @@ class Model:
             return CalibratedQuantization(quantization)
         path = self.folder / f"{needed}.npz"
         if not path.exists():
-            plan = CalibrationPlan(needed, self.group_size if needed in GROUPED else None)
+            bits = quantization.scheme.bits if isinstance(quantization.scheme, Mixed) else None
+            group_size = self.group_size if needed in GROUPED else None
+            plan = CalibrationPlan(needed, group_size, bits)
             weight_dtype = np.dtype(self.weight_type)
             calibrate(open_model(self.hf), self.samples, plan, Computation(), weight_dtype, path)
-        return CalibratedQuantization(quantization, read_calibration(path, checkpoint))
+        calibration = read_calibration(path, checkpoint)
+        return CalibratedQuantization(quantization, calibration).with_choice()
 
     def checkpoint(
         self, quantization: Quantization, tp_size: int, storage_type: str = "float32"

@@ -33,6 +33,7 @@ def options_of(variant: dict | None = None, **content: dict) -> JobOptions:
             ["--quantization=int4_weight_only", "--group_size=32"],
         ),
         ({"method": "int4_awq", "group_size": 64}, ["--quantization=int4_awq"]),
+        ({"method": "mixed", "bits": 4.5}, ["--quantization=mixed", "--bits=4.5"]),
         ({"head": "int8"}, ["--quantization=none", "--head=int8"]),
         (
             {"method": "smoothquant", "alpha": 0.8, "per_token": False},
@@ -84,6 +85,7 @@ def test_the_builder_and_its_version() -> None:
         ("fp8", ["--qformat=fp8"]),
         ("int4_awq", ["--qformat=int4_awq"]),
         ("int4_awq-g64", ["--qformat=int4_awq", "--awq_block_size=64"]),
+        ("mixed-b4.5", ["--qformat=mixed", "--bits=4.5"]),
     ],
 )
 def test_calibration(qformat: str, first: list[str]) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.distance import Tolerance
-from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, SmoothQuant, WeightOnly
+from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, Mixed, SmoothQuant, WeightOnly
 from mpt_trt.workflow import settings
 from mpt_trt.workflow.config_sources import ConfigSources
 from mpt_trt.workflow.settings import (
@@ -180,6 +180,7 @@ class TestDefaults:
             ({"method": "int4_awq"}, Awq()),
             ({"method": "int4_awq", "group_size": 64}, Awq(64)),
             ({"method": "int4_gptq", "group_size": 32}, Gptq(32)),
+            ({"method": "mixed", "bits": 4.5}, Mixed(4.5)),
             ({"method": "smoothquant"}, SmoothQuant(0.5, True, True)),
             (
                 {"method": "smoothquant", "alpha": 0.8, "per_channel": False, "per_token": False},

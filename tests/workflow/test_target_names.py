@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, SmoothQuant, WeightOnly
+from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, Mixed, SmoothQuant, WeightOnly
 from mpt_trt.workflow import target_names
 from mpt_trt.workflow.target_names import CalibrationName, FtStorage
 
@@ -58,6 +58,7 @@ def test_unknown_ft_storage(name: str) -> None:
         (Awq(64), "int8", "int4_awq-g64"),
         (Gptq(), "auto", "int4_gptq"),
         (Gptq(32), "auto", "int4_gptq-g32"),
+        (Mixed(4.5), "auto", "mixed-b4.5"),
         (Fp8(), "fp8", "fp8"),
     ],
 )
@@ -68,7 +69,10 @@ def test_calibration_of_a_variant(scheme, kv_cache: str, name: str | None) -> No
         assert target_names.calibration_name(name) == found
 
 
-@pytest.mark.parametrize("name", ["int4", "int4_awq-64", "int4_awq-g48", "fp8-g128", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["int4", "int4_awq-64", "int4_awq-g48", "fp8-g128", "", "mixed", "mixed-b4.50", "mixed-4"],
+)
 def test_unknown_calibration(name: str) -> None:
     with pytest.raises(MptTrtError, match="known are int4_awq, int4_gptq, fp8, int8_sq, kv_cache"):
         target_names.calibration_name(name)

@@ -31,7 +31,7 @@ from mpt_trt.model.sharding import Rank
 from mpt_trt.network.external_files import read_network
 from mpt_trt.network.graph import ELEMENT_TYPES
 from mpt_trt.network.kv_cache import cache_shape
-from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, SmoothQuant, WeightOnly
+from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, Mixed, SmoothQuant, WeightOnly
 from mpt_trt.system.mpi import Communicator
 
 CPU = "CPUExecutionProvider"
@@ -132,7 +132,7 @@ def _lacks_kernels(spec: EngineSpec) -> bool:
 
 
 def _require_integer_weights(engine_dir: Path, spec: EngineSpec) -> None:
-    if not isinstance(spec.scheme, WeightOnly | Awq | Gptq):
+    if not isinstance(spec.scheme, WeightOnly | Awq | Gptq | Mixed):
         raise MptTrtError(
             f"{engine_dir}: activations = int8 needs 4- or 8-bit integer weights with exact "
             "activations, which this engine does not have; leave it out"

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.engines.backend_support import (
+    mixed_is_unsupported,
     require_supported,
     uses_modelopt_form,
     uses_plugin_form,
@@ -34,7 +35,7 @@ from mpt_trt.model.sharding import Rank, VocabularySharding, all_ranks
 from mpt_trt.model.tensors import weights
 from mpt_trt.quantization.calibrated_weights import FP8_MAX, INT8_MAX
 from mpt_trt.quantization.integers import row_blocks
-from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, SmoothQuant, WeightOnly
+from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, Mixed, SmoothQuant, WeightOnly
 from mpt_trt.system.files import write_json
 from mpt_trt.system.replace import FolderKind, replace_directory
 
@@ -187,6 +188,8 @@ def _quantization_content(calibrated: CalibratedQuantization) -> dict:
                 "pre_quant_scale": True,
                 **excluded,
             }
+        case Mixed():
+            raise mixed_is_unsupported()
         case Fp8():
             return {"quant_algo": "FP8", **cache, **excluded}
         case SmoothQuant() as scheme if uses_plugin_form(scheme):

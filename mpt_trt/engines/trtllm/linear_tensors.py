@@ -17,7 +17,7 @@ from mpt_trt.arrays.cast import STORAGE_TYPES, convert, transposed_copy
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.calibration.rank_blocks import held_blocks
 from mpt_trt.calibration.result import CalibrationResult
-from mpt_trt.engines.backend_support import uses_plugin_form
+from mpt_trt.engines.backend_support import mixed_is_unsupported, uses_plugin_form
 from mpt_trt.engines.trtllm.names import module_name
 from mpt_trt.engines.trtllm.safetensors_file import E4M3, StreamedTensor
 from mpt_trt.errors import MptTrtError
@@ -30,7 +30,7 @@ from mpt_trt.quantization.awq import quantized_rows
 from mpt_trt.quantization.calibrated_weights import INT8_MAX
 from mpt_trt.quantization.fp8 import quantized_block
 from mpt_trt.quantization.integers import pack_int4_rows
-from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, SmoothQuant, WeightOnly
+from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, Mixed, SmoothQuant, WeightOnly
 
 FLOAT32, INT8 = np.dtype(np.float32), np.dtype(np.int8)
 # Columns of an FT file that are transposed together: few enough for a small block of memory, and
@@ -66,6 +66,8 @@ def choose_form(
             return Fp8Form(checkpoint, rank, calibrated.required_calibration)
         case SmoothQuant():
             return ModelOptSmoothQuantForm(checkpoint, rank, calibrated.required_calibration)
+        case Mixed():
+            raise mixed_is_unsupported()
         case WeightOnly() | None:
             return PlainForm(checkpoint, rank)
 

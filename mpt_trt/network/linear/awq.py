@@ -69,7 +69,8 @@ class AwqLinear:
         kv_cache: KvCacheType,
     ):
         config = checkpoint.config
-        group_size = require_group_size(calibration, config, rank)
+        group_size = calibration.required_group_size
+        require_group_size(calibration, config, rank, group_size)
         self._checkpoint, self._rank, self._calibration = checkpoint, rank, calibration
         self._group_size = group_size
         self._groups = Int4Groups(checkpoint.config, rank, calibration)

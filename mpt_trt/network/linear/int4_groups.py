@@ -22,16 +22,16 @@ from mpt_trt.quantization.integers import BLOCK_ELEMENTS
 from mpt_trt.quantization.schemes import require_fitting_groups
 
 
-def require_group_size(calibration: CalibrationResult, config: MptConfig, rank: Rank) -> int:
-    """Returns the result's group size; raises MptTrtError when groups do not fit the ranks."""
-    group_size = calibration.required_group_size
+def require_group_size(
+    calibration: CalibrationResult, config: MptConfig, rank: Rank, group_size: int
+) -> None:
+    """Raises MptTrtError when groups of a result do not fit the ranks."""
     if group_size % 2:
         raise calibration.file.refused(f"the group size {group_size} is odd")
     try:
         require_fitting_groups(config, rank.tp_size, group_size)
     except MptTrtError as error:
         raise MptTrtError(f"{calibration.path}: {error}") from None
-    return group_size
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Int4Groups:
     def scales(self, weight: Weight) -> NDArray[np.float32]:
         """Reads scales, float32 `[in / group_size, out]`."""
         rows, columns = held(self.config, weight, self.rank)
-        group_size = self.calibration.required_group_size
+        group_size = self.calibration.integer_format(*weight.place).group_size
+        assert group_size is not None, "int8 has no groups"
         groups = slice(columns.start // group_size, columns.stop // group_size)
         whole = self.calibration.group_scales(*weight.place)
         held_scales = np.concatenate([whole[part.start : part.stop, groups] for part in rows])

@@ -12,7 +12,7 @@ from mpt_trt.network.linear.gptq import GptqLinear
 from mpt_trt.network.linear.plain import PlainLinear
 from mpt_trt.network.linear.smoothquant import SmoothQuantLinear
 from mpt_trt.network.linear.weight_only import WeightOnlyLinear
-from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, SmoothQuant, WeightOnly
+from mpt_trt.quantization.schemes import Awq, Fp8, Gptq, Mixed, SmoothQuant, WeightOnly
 
 
 def make_linear(
@@ -34,7 +34,7 @@ def make_linear(
             return AwqLinear(
                 checkpoint, rank, calibrated.required_calibration, quantization.kv_cache
             )
-        case Gptq():
+        case Gptq() | Mixed():
             return GptqLinear(checkpoint, rank, calibrated.required_calibration)
         case Fp8():
             return Fp8Linear(checkpoint, rank, calibrated.required_calibration)

@@ -16,6 +16,8 @@ from mpt_trt.quantization.schemes import (
     Awq,
     Fp8,
     Gptq,
+    IntegerFormat,
+    Mixed,
     Quantization,
     SmoothQuant,
     WeightOnly,
@@ -63,14 +65,22 @@ def layer_specs(
                 QUANTIZED_MATRIX: TensorSpec(f"int{bits}", shape),
                 SCALE: TensorSpec(dtype, scales),
             }
-        case Awq(group_size=group_size) | Gptq(group_size=group_size):
+        case Gptq(group_size=group_size):
+            form = IntegerFormat(4, group_size or default_group_size(config))
+            return integer_specs(config, weight, rank, dtype, form)
+        case Mixed(formats=()) as scheme:
+            # Until the choice is known, each matrix has its part of the budget.
+            return {
+                QUANTIZED_MATRIX: TensorSpec("int8", (math.ceil(height * width * scheme.bits / 8),))
+            }
+        case Mixed() as scheme:
+            return integer_specs(config, weight, rank, dtype, scheme.format_of(*weight.place))
+        case Awq(group_size=group_size):
             groups = height // (group_size or default_group_size(config))
             specs = {
                 QUANTIZED_MATRIX: TensorSpec("int4", shape),
                 SCALE: TensorSpec(dtype, (groups, width)),
             }
-            if isinstance(quantization.scheme, Gptq):
-                return specs
             is_folded = folds_into_values(config, quantization.kv_cache)
             if _has_pre_quant_scale(weight, is_folded):
                 specs[PRE_QUANT_SCALE] = TensorSpec(dtype, (height,))
@@ -89,6 +99,18 @@ def layer_specs(
             return specs
         case Fp8():
             return {QUANTIZED_MATRIX: TensorSpec("fp8", shape)}
+
+
+def integer_specs(
+    config: MptConfig, weight: Weight, rank: Rank, dtype: str, form: IntegerFormat
+) -> dict[str, TensorSpec]:
+    """The tensors of a matrix of integers, by name, for a rank."""
+    shape = height, width = ft_file(config, weight, rank, dtype).shape
+    scales = (width,) if form.group_size is None else (height // form.group_size, width)
+    return {
+        QUANTIZED_MATRIX: TensorSpec(f"int{form.bits}", shape),
+        SCALE: TensorSpec(dtype, scales),
+    }
 
 
 def _has_pre_quant_scale(weight: Weight, is_folded_into_values: bool) -> bool:

@@ -1,0 +1,51 @@
+"""The choice of a format for each matrix, within a budget of bits per weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.quantization.schemes import IntegerFormat
+
+Place = TypeVar("Place")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A format of a matrix. size: in bits. divergence: of the model with only this change."""
+
+    format: IntegerFormat
+    size: float
+    divergence: float
+
+
+def choose_formats(
+    candidates: Mapping[Place, Sequence[Candidate]], num_weights: int, bits: float
+) -> dict[Place, IntegerFormat]:
+    """Chooses one candidate of each matrix, so that the sum of divergences is small.
+
+    All matrices start with their smallest format. Then the step that lowers the divergence most for
+    its bits is taken, as long as one fits. bits: of a weight on average, scales included.
+
+    Raises MptTrtError, with the smallest possible budget, when not even that fits.
+    """
+    chosen = {place: min(each, key=lambda c: c.size) for place, each in candidates.items()}
+    left = bits * num_weights - sum(each.size for each in chosen.values())
+    if left < 0:
+        least = sum(each.size for each in chosen.values()) / num_weights
+        raise MptTrtError(
+            f"bits = {bits:g}: the smallest formats take {least:.3f} bits per weight with their "
+            f"scales; set bits to {least + 0.005:.2f} or more"
+        )
+    while steps := [
+        ((now.divergence - new.divergence) / (new.size - now.size), place, new)
+        for place, now in chosen.items()
+        for new in candidates[place]
+        if 0 < new.size - now.size <= left and new.divergence < now.divergence
+    ]:
+        _, place, new = max(steps, key=lambda step: step[0])
+        left -= new.size - chosen[place].size
+        chosen[place] = new
+    return {place: each.format for place, each in chosen.items()}
