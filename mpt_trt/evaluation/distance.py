@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpt_trt.quantization.schemes import Awq, Gptq, Quantization, SmoothQuant, WeightOnly
+from mpt_trt.quantization.schemes import Awq, Gptq, Mixed, Quantization, SmoothQuant, WeightOnly
 
 ROUNDING_FACTOR = 4.0
 """Allowed multiple of the dtype's simulated error: kernels add in other orders and types."""
@@ -122,5 +122,5 @@ def _margin(quantization: Quantization) -> float:
     scheme = quantization.scheme
     if isinstance(scheme, SmoothQuant):
         return 2.0 if scheme.per_token else 5.0
-    rounds_weights_only = scheme is None or isinstance(scheme, WeightOnly | Awq | Gptq)
+    rounds_weights_only = scheme is None or isinstance(scheme, WeightOnly | Awq | Gptq | Mixed)
     return 1.2 if rounds_weights_only and quantization.kv_cache == "auto" else 1.5

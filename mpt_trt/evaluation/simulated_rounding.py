@@ -32,6 +32,7 @@ from mpt_trt.quantization.schemes import (
     Awq,
     Fp8,
     Gptq,
+    Mixed,
     Quantization,
     SmoothQuant,
     WeightOnly,
@@ -183,6 +184,11 @@ def _product(config: MptConfig, scheme: WeightQuantization | None, weight: Tenso
             matrix = _in_groups(weight, group_size, limit, -limit, limit - 1)
         case Awq(group_size) | Gptq(group_size):
             matrix = _in_groups(weight, group_size or default_group_size(config), 7, -8, 7)
+        case Mixed():
+            # As if all matrices had the coarsest format, which bounds the error.
+            form = scheme.coarsest_format
+            limit = (1 << (form.bits - 1)) - 1
+            matrix = _in_groups(weight, form.group_size, limit, -limit - 1, limit)
         case _:
             matrix = weight
     return lambda inputs: inputs @ matrix.T

@@ -116,6 +116,14 @@ class Mixed:
     def __post_init__(self) -> None:
         if not 4 <= self.bits <= 16:
             raise MptTrtError(f"bits = {self.bits:g}: 4 to 16 bits per weight are possible")
+        for name in self.formats:
+            IntegerFormat.of(name)
+
+    @property
+    def coarsest_format(self) -> IntegerFormat:
+        """The format with the fewest bits that any matrix has."""
+        chosen = [IntegerFormat.of(name) for name in self.formats or ("int4-g128",)]
+        return min(chosen, key=lambda each: each.bits_per_weight(DEFAULT_GROUP_SIZE))
 
     def format_of(self, layer: int, matrix: BlockMatrix) -> IntegerFormat:
         """The format of a matrix, when the choice is known."""
