@@ -1,0 +1,164 @@
+"""Requests of OpenAI's interface, checked, and the parts of responses."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mpt_trt.server.errors import ApiError
+
+MOST_CHOICES = 64
+MOST_STOP_STRINGS = 16
+MOST_TOP_LOGPROBS = 20
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class StreamOptions(BaseModel):
+    """Options of a streamed response."""
+
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Request(BaseModel):
+    """Fields that both kinds of requests have. top_k and repetition_penalty are extensions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str
+    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_p: float = Field(1.0, ge=0, le=1)
+    top_k: int = Field(0, ge=0)
+    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOP_STRINGS)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # Accepted with the values that change nothing.
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    @field_validator("temperature", "top_p", "n", "top_k", "repetition_penalty", mode="before")
+    @classmethod
+    def _default_for_null(cls, value: Any, info: Any) -> Any:
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(_Request):
+    """Body of /v1/completions."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_CHOICES)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1)]],
+            Field(min_length=1, max_length=MOST_CHOICES),
+        ]
+    )
+    max_tokens: int | None = Field(None, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    echo: bool | None = False
+    best_of: int | None = Field(None, ge=1)
+    suffix: Literal[""] | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+    @property
+    def top_logprobs(self) -> int | None:
+        """Number of most likely tokens to report; None without log-probabilities."""
+        return self.logprobs
+
+
+class ContentPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """A message of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | list[ContentPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """The message as a chat template takes it."""
+        if isinstance(self.content, str):
+            return {"role": self.role, "content": self.content}
+        return {"role": self.role, "content": "".join(part.text for part in self.content)}
+
+
+class ResponseFormat(BaseModel):
+    """The only format of responses: text."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(_Request):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = False
+    number_of_top_logprobs: int | None = Field(
+        None, ge=0, le=MOST_TOP_LOGPROBS, alias="top_logprobs"
+    )
+    response_format: ResponseFormat | None = None
+
+    @property
+    def top_logprobs(self) -> int | None:
+        """Number of most likely tokens to report; None without log-probabilities."""
+        return (self.number_of_top_logprobs or 0) if self.logprobs else None
+
+
+def parse_completion(content: dict[str, Any]) -> CompletionRequest:
+    """Checks the body of /v1/completions; raises ApiError, naming the field."""
+    request = _parsed(CompletionRequest, content)
+    if request.best_of not in (None, request.n):
+        raise ApiError(400, "best_of is not supported; leave it out", param="best_of")
+    if request.echo and request.logprobs is not None:
+        message = "echo does not give log-probabilities of the prompt; leave echo or logprobs out"
+        raise ApiError(400, message, param="echo")
+    return request
+
+
+def parse_chat(content: dict[str, Any]) -> ChatRequest:
+    """Checks the body of /v1/chat/completions; raises ApiError, naming the field."""
+    return _parsed(ChatRequest, content)
+
+
+def _parsed(kind: Any, content: dict[str, Any]) -> Any:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"][:1])
+        message = f"{place}: {first['msg']}" if place else first["msg"]
+        raise ApiError(400, message[:500], param=place[:100] or None) from None

@@ -1,0 +1,286 @@
+"""The engine as HTTP handlers use it: generations with a limited queue and a time limit."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import secrets
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpt_trt.api.outputs import FinishReason
+from mpt_trt.api.text import EngineText
+from mpt_trt.checkpoint.chat import Message
+from mpt_trt.errors import MptTrtError
+from mpt_trt.generation.config import GenerationConfig
+from mpt_trt.generation.text import Decoder, GeneratedText
+from mpt_trt.scheduling.scheduler import NewToken, Request, Scheduler
+from mpt_trt.scheduling.worker import Worker
+from mpt_trt.server import errors
+from mpt_trt.server.errors import ApiError
+from mpt_trt.server.metrics import Metrics
+from mpt_trt.server.protocol import ChatRequest, CompletionRequest
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What clients may use.
+
+    max_waiting: choices that may wait for a cache row. timeout_s: seconds per request.
+    max_body_bytes: size of a request's body.
+    """
+
+    max_waiting: int = 64
+    timeout_s: float = 300.0
+    max_body_bytes: int = 1 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """A new token of a choice; finish_reason is None unless it is the last."""
+
+    choice: int
+    text: str
+    new: NewToken
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt to continue `n` times."""
+
+    prompt: tuple[int, ...]
+    config: GenerationConfig
+    stop: tuple[str, ...]
+    n: int
+    wants_log_probs: bool
+
+
+class BackendDecoder:
+    """Decodes from any thread, which `Tokenizer` does not: it redirects stderr meanwhile."""
+
+    def __init__(self, text: EngineText):
+        self._backend = text.require_tokenizer().backend
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+
+class Service:
+    """Turns requests into generations. All methods belong to the event loop's thread.
+
+    num_live: choices that are running or waiting.
+    """
+
+    def __init__(
+        self,
+        text: EngineText,
+        scheduler: Scheduler,
+        worker: Worker,
+        limits: Limits,
+        capacity: int,
+        model_name: str | None = None,
+    ):
+        """Takes a worker that is running.
+
+        capacity: tokens per cache row. model_name: name for clients; None: the engine's.
+        """
+        self.text, self.limits, self.metrics = text, limits, Metrics(scheduler)
+        self.decoder: Decoder = BackendDecoder(text)
+        self.model_name = model_name or served_name(text.manifest.model_name)
+        self._worker, self._capacity = worker, capacity
+        self._max_live = text.manifest.spec.limits.max_batch_size + limits.max_waiting
+        self.num_live = 0
+
+    @property
+    def is_running(self) -> bool:
+        return self._worker.is_running
+
+    def require_model(self, name: str) -> None:
+        """Raises ApiError unless `name` is the model that is served."""
+        if name != self.model_name:
+            message = f"the model {name[:100]!r} does not exist; this is {self.model_name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def completion_jobs(self, request: CompletionRequest) -> list[Job]:
+        """Encodes the prompts; raises ApiError for one that cannot be encoded."""
+        stop = request.stop_strings
+        return [
+            self._job(request, self._encoded(prompt), stop, request.max_tokens or 16)
+            for prompt in request.prompts
+        ]
+
+    def chat_jobs(self, request: ChatRequest) -> list[Job]:
+        """Encodes the conversation; raises ApiError if it has no template, or cannot be encoded."""
+        try:
+            template = self.text.template
+        except MptTrtError:
+            message = "the model has no chat template; use /v1/completions"
+            raise ApiError(400, message) from None
+        messages = [message.plain() for message in request.messages]
+        prompt = self._encoded(messages)
+        stop = (*request.stop_strings, *template.stop)
+        asked = request.max_completion_tokens or request.max_tokens
+        return [self._job(request, prompt, stop, asked or max(1, self._capacity - len(prompt)))]
+
+    def start(self, jobs: Sequence[Job]) -> Generation:
+        """Starts to generate; raises ApiError when the queue is full or a job does not fit."""
+        if not self.is_running:
+            raise errors.stopping()
+        count = sum(job.n for job in jobs)
+        if self.num_live + count > self._max_live:
+            raise errors.overloaded(self._max_live)
+        generation = Generation(jobs, self.decoder, self.limits.timeout_s, self._release)
+        try:
+            self.num_live += count
+            generation.submit(self._worker)
+        except MptTrtError as error:
+            generation.cancel()
+            code = "context_length_exceeded" if "cache row" in str(error) else None
+            raise ApiError(400, str(error), code=code) from None
+        return generation
+
+    def _release(self) -> None:
+        self.num_live -= 1
+
+    def _encoded(self, prompt: str | list[int] | list[dict[str, str]]) -> list[int]:
+        messages: str | list[int] | list[Message] = prompt  # type: ignore[assignment]
+        try:
+            return self.text.encode(messages)
+        except MptTrtError as error:
+            raise ApiError(400, str(error)) from None
+
+    def _job(
+        self,
+        request: CompletionRequest | ChatRequest,
+        prompt: list[int],
+        stop: tuple[str, ...],
+        max_tokens: int,
+    ) -> Job:
+        end_ids = self.text.end_ids
+        is_greedy = request.temperature == 0
+        seed = secrets.randbits(63) if request.seed is None else request.seed % 2**64
+        config = GenerationConfig(
+            max_new_tokens=max_tokens,
+            end_ids=end_ids,
+            pad_id=end_ids[0] if end_ids else 0,
+            temperature=1.0 if is_greedy else request.temperature,
+            top_k=1 if is_greedy else request.top_k,
+            top_p=request.top_p,
+            repetition_penalty=request.repetition_penalty,
+            random_seed=seed,
+            top_log_probs=request.top_logprobs or 0,
+        )
+        wants_log_probs = request.top_logprobs is not None
+        return Job(tuple(prompt), config, stop, request.n, wants_log_probs)
+
+
+def served_name(model_name: str) -> str:
+    """The model's name without the folders of this machine: a hub id, or a folder's own name."""
+    path = Path(model_name)
+    return path.name if path.is_absolute() else model_name
+
+
+class Generation:
+    """The choices of one HTTP request while they are generated."""
+
+    def __init__(
+        self, jobs: Sequence[Job], decoder: Decoder, timeout_s: float, release: Callable[[], None]
+    ):
+        self._jobs, self._decoder, self._timeout_s = jobs, decoder, timeout_s
+        self._release = release
+        self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.time() + timeout_s
+        self._queue: asyncio.Queue[Part | Exception | None] = asyncio.Queue()
+        self._requests: dict[int, Request] = {}
+        self._worker: Worker | None = None
+        choices = [job for job in jobs for _ in range(job.n)]
+        self._live = set(range(len(choices)))
+
+    def submit(self, worker: Worker) -> None:
+        """Queues every choice; raises MptTrtError when one does not fit the engine."""
+        self._worker = worker
+        choice = 0
+        for job in self._jobs:
+            for stream in range(job.n):
+                self._requests[choice] = self._request(choice, job, stream)
+                worker.submit(self._requests[choice])
+                choice += 1
+
+    async def parts(self) -> AsyncGenerator[Part, None]:
+        """Yields new tokens of all choices as they come; cancels what is left at the end.
+
+        Raises ApiError when the time is over or the engine fails.
+        """
+        try:
+            while self._live:
+                try:
+                    async with asyncio.timeout_at(self._deadline):
+                        part = await self._queue.get()
+                except TimeoutError:
+                    raise errors.timed_out(self._timeout_s) from None
+                if part is None:
+                    return
+                if isinstance(part, FloatingPointError):
+                    raise ApiError(500, str(part), "server_error")
+                if isinstance(part, Exception):
+                    raise errors.failed()
+                if part.choice not in self._live:  # cancelled meanwhile
+                    continue
+                if part.finish_reason is not None:
+                    self._end(part.choice)
+                yield part
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Frees the rows of all choices that are not finished."""
+        for choice in list(self._live):
+            if self._worker is not None and choice in self._requests:
+                self._worker.cancel(self._requests[choice])
+            self._end(choice)
+
+    def cancel_from_outside(self) -> None:
+        """Cancels, and ends `parts`, which another task waits for."""
+        self.cancel()
+        self._queue.put_nowait(None)
+
+    def _end(self, choice: int) -> None:
+        self._live.remove(choice)
+        self._release()
+
+    def _request(self, choice: int, job: Job, stream: int) -> Request:
+        text = GeneratedText(self._decoder, job.stop)
+        return Request(
+            job.prompt,
+            job.config,
+            on_token=functools.partial(self._on_token, choice, job.config, text),
+            on_end=self._on_end,
+            stream=stream,
+            wants_log_probs=job.wants_log_probs,
+        )
+
+    def _on_token(
+        self, choice: int, config: GenerationConfig, text: GeneratedText, new: NewToken
+    ) -> bool:
+        """Runs in the worker's thread."""
+        stops = text.add(new.token)
+        reason: FinishReason | None = None
+        if stops or new.token in config.end_ids:
+            reason = "stop"
+        elif len(text.tokens) == config.max_new_tokens:
+            reason = "length"
+        self._put(Part(choice, text.new_text(reason is not None), new, reason))
+        return stops
+
+    def _on_end(self, error: Exception | None) -> None:
+        """Runs in the worker's thread."""
+        if error is not None:
+            self._put(error)
+
+    def _put(self, part: Part | Exception) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, part)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            return

@@ -1,0 +1,373 @@
+"""The server, as OpenAI's own client and misbehaving clients see it."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from mpt_trt import Engine
+from mpt_trt.server.service import Limits
+from support.server import HOST, Served, serving
+
+PROMPTS = ["def read(self", "import os\n\n\nclass Path", "The"]
+CHAT_ML = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+MESSAGES = [{"role": "user", "content": "Read a file"}]
+NAME = "mpt-demo"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "chat.jinja"
+    path.write_text(CHAT_ML)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(demo_engine: Path, template: Path) -> Engine:
+    """Another engine, with which answers are compared."""
+    return Engine.load(demo_engine, "onnxruntime", num_threads=1, chat_template=template)
+
+
+@pytest.fixture(scope="module")
+def served(demo_engine: Path, template: Path) -> Iterator[Served]:
+    with serving(demo_engine, template, Limits(max_waiting=8, timeout_s=60)) as running:
+        yield running
+        running.wait_until_idle()
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with connected(served) as made:
+        yield made
+
+
+# Making one takes a tenth of a second.
+HTTP = httpx.Client(timeout=60)
+
+
+def connected(served: Served, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).owned_by == "mpt-trt"
+
+
+def test_completions(client: openai.OpenAI, engine: Engine) -> None:
+    answer = client.completions.create(
+        model=NAME, prompt=PROMPTS, temperature=0, max_tokens=12, logprobs=2
+    )
+    outputs = engine.generate(PROMPTS, 12, top_log_probs=2)
+    for choice, output in zip(answer.choices, outputs, strict=True):
+        (best,) = output.completions
+        assert (choice.text, choice.finish_reason) == (best.text, best.finish_reason)
+        assert choice.logprobs.token_logprobs == pytest.approx(best.log_probs, abs=1e-3)
+        assert [len(top) for top in choice.logprobs.top_logprobs] == [2] * len(best.tokens)
+        assert choice.logprobs.text_offset[0] == 0
+    prompt_tokens = sum(len(output.prompt_tokens) for output in outputs)
+    new_tokens = sum(len(output.tokens) for output in outputs)
+    assert answer.usage.prompt_tokens == prompt_tokens
+    assert answer.usage.completion_tokens == new_tokens
+    assert answer.usage.total_tokens == prompt_tokens + new_tokens
+
+
+def test_prompts_may_be_ids(client: openai.OpenAI, engine: Engine) -> None:
+    ids = [engine.text.encode(prompt) for prompt in PROMPTS]
+    options = {"model": NAME, "temperature": 0, "max_tokens": 8}
+    texts = client.completions.create(prompt=PROMPTS, **options)
+    assert client.completions.create(prompt=ids, **options).choices == texts.choices
+    one = client.completions.create(prompt=ids[0], **options)
+    assert one.choices[0].text == texts.choices[0].text
+
+
+def test_stop_echo_and_n(client: openai.OpenAI, engine: Engine) -> None:
+    (free,) = engine.generate(PROMPTS[:1], 16)
+    stop = free.text[5:8]
+    answer = client.completions.create(
+        model=NAME, prompt=PROMPTS[0], temperature=0, max_tokens=16, stop=[stop], n=2, echo=True
+    )
+    expected = PROMPTS[0] + free.text[: free.text.index(stop)]
+    assert [choice.text for choice in answer.choices] == [expected] * 2
+    assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+
+
+def test_a_seed_repeats_and_choices_differ(client: openai.OpenAI) -> None:
+    def texts(**options: int) -> list[str]:
+        answer = client.completions.create(
+            model=NAME, prompt=PROMPTS[1], max_tokens=16, n=3, **options
+        )
+        return [choice.text for choice in answer.choices]
+
+    assert texts(seed=5) == texts(seed=5)
+    assert len({*texts(seed=5), *texts(seed=6), *texts(), *texts()}) > 6
+
+
+def test_a_stream_of_completions_is_the_whole(client: openai.OpenAI) -> None:
+    options = {"model": NAME, "prompt": PROMPTS, "max_tokens": 10, "seed": 3, "echo": True}
+    whole = client.completions.create(**options)
+    usage = {"include_usage": True}
+    texts, reasons, chunks = [""] * 3, [None] * 3, []
+    for chunk in client.completions.create(**options, stream=True, stream_options=usage):
+        chunks.append(chunk)
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert texts == [choice.text for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert chunks[-1].usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_chat(client: openai.OpenAI, engine: Engine) -> None:
+    (expected,) = engine.generate([MESSAGES], 12, top_log_probs=1)
+    options = {"model": NAME, "messages": MESSAGES, "temperature": 0, "max_tokens": 12}
+    answer = client.chat.completions.create(**options, logprobs=True, top_logprobs=1)
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", expected.text)
+    assert [one.logprob for one in choice.logprobs.content] == pytest.approx(
+        expected.completions[0].log_probs, abs=1e-3
+    )
+    assert all(len(one.top_logprobs) == 1 for one in choice.logprobs.content)
+    parts = list(client.chat.completions.create(**options, stream=True))
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(part.choices[0].delta.content for part in parts) == expected.text
+    assert parts[-1].choices[0].finish_reason == choice.finish_reason
+
+
+def test_chat_with_a_stop_string_and_without_a_limit(client: openai.OpenAI) -> None:
+    options = {"model": NAME, "messages": MESSAGES, "temperature": 0}
+    free = client.chat.completions.create(**options)
+    text = free.choices[0].message.content
+    # The row of 96 positions is filled.
+    assert free.usage.total_tokens == 96 or free.choices[0].finish_reason == "stop"
+    stopped = client.chat.completions.create(**options, stop=text[4:6])
+    assert stopped.choices[0].message.content == text[: text.index(text[4:6])]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_many_clients_at_once_get_what_they_get_alone(
+    client: openai.OpenAI, engine: Engine
+) -> None:
+    requests = [(PROMPTS[number % 3] + " " * (number // 3), 4 + number) for number in range(12)]
+
+    def ask(request: tuple[str, int]) -> str:
+        prompt, count = request
+        answer = client.completions.create(
+            model=NAME, prompt=prompt, temperature=0, max_tokens=count
+        )
+        return answer.choices[0].text
+
+    with ThreadPoolExecutor(12) as askers:
+        answers = list(askers.map(ask, requests))
+    assert answers == [engine.generate([prompt], count)[0].text for prompt, count in requests]
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "message"),
+    [
+        ({"model": "gpt"}, 404, "does not exist"),
+        ({"prompt": ""}, 400, "prompt: "),
+        ({"prompt": []}, 400, "prompt: "),
+        ({"prompt": [[5000000]]}, 400, "vocabulary"),
+        ({"prompt": 7}, 400, "prompt: "),
+        ({"prompt": "\ud800"}, 400, "unicode"),
+        ({"max_tokens": 0}, 400, "max_tokens: "),
+        ({"max_tokens": 1000}, 400, "a cache row holds 96"),
+        ({"temperature": -1}, 400, "temperature: "),
+        ({"temperature": "hot"}, 400, "temperature: "),
+        ({"temperature": float("nan")}, 400, "temperature: "),
+        ({"n": 65}, 400, "n: "),
+        ({"stop": [""]}, 400, "stop: "),
+        ({"stop": ["a"] * 17}, 400, "stop: "),
+        ({"logprobs": 21}, 400, "logprobs: "),
+        ({"logprobs": 1, "echo": True}, 400, "echo does not give log-probabilities"),
+        ({"best_of": 3}, 400, "best_of is not supported"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty: "),
+        ({"functions": []}, 400, "functions: "),
+        ({"n": 13}, 429, "12 requests are running or waiting"),
+    ],
+)
+def test_bad_requests_are_rejected_in_openais_format(
+    changes: dict, status: int, message: str, served: Served
+) -> None:
+    body = {"model": NAME, "prompt": "The", "max_tokens": 4, **changes}
+    answer = HTTP.post(f"{served.url}/v1/completions", content=json.dumps(body).encode())
+    error = answer.json()["error"]
+    assert (answer.status_code, set(error)) == (status, {"message", "type", "param", "code"})
+    assert message in error["message"]
+    served.wait_until_idle()
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"", 400),
+        (b"[]", 400),
+        (b"{", 400),
+        (b"\xff", 400),
+        (b'{"a":' * 5000, 400),
+        (b"[" * 100_000, 400),
+        (b'"' + b"a" * (1 << 20) + b'"', 413),
+    ],
+    ids=["nothing", "list", "cut", "no text", "deep", "very deep", "large"],
+)
+def test_bodies_that_are_no_requests(content: bytes, status: int, served: Served) -> None:
+    for path in ("completions", "chat/completions"):
+        answer = HTTP.post(f"{served.url}/v1/{path}", content=content)
+        assert (answer.status_code, "error" in answer.json()) == (status, True)
+
+
+def test_paths_that_do_not_exist(client: openai.OpenAI, served: Served) -> None:
+    for answer in (
+        HTTP.get(f"{served.url}/v1/completions"),
+        HTTP.post(f"{served.url}/v2/%0aX", json={}),
+    ):
+        assert answer.status_code in (404, 405) and answer.json()["error"]["message"]
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt")
+
+
+def test_health_and_metrics(client: openai.OpenAI, served: Served) -> None:
+    def values() -> dict[str, float]:
+        text = HTTP.get(f"{served.url}/metrics").text
+        return {name: float(v) for name, v in re.findall(r"^(mpt_trt\S+) (\S+)$", text, re.M)}
+
+    assert HTTP.get(f"{served.url}/health").json() == {"status": "ok"}
+    before = values()
+    client.completions.create(model=NAME, prompt="The", max_tokens=3, temperature=0)
+    served.wait_until_idle()
+    after = values()
+    assert after["mpt_trt_generated_tokens_total"] == before["mpt_trt_generated_tokens_total"] + 3
+    assert after["mpt_trt_time_to_first_token_seconds_count"] >= 1
+    assert after["mpt_trt_running"] == after["mpt_trt_waiting"] == 0
+    assert after['mpt_trt_requests_total{endpoint="/v1/completions",status="200"}'] >= 1
+
+
+def raw_request(body: dict, extra: str = "") -> bytes:
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n{extra}"
+    return f"{head}\r\n".encode() + content
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_client_that_hangs_up_frees_its_rows(is_stream: bool, served: Served) -> None:
+    body = {"model": NAME, "prompt": "The", "max_tokens": 90, "n": 4, "stream": is_stream}
+    before = served.scheduler.num_generated
+    with socket.create_connection((HOST, served.port)) as connection:
+        connection.sendall(raw_request(body))
+        served.wait_for(lambda: served.scheduler.num_running == 4)
+        if is_stream:
+            assert connection.recv(100)
+    served.wait_until_idle()
+    assert served.scheduler.num_generated - before < 4 * 90
+    assert served.service.num_live == 0
+
+
+def test_sockets_that_misbehave_do_not_disturb(client: openai.OpenAI, served: Served) -> None:
+    attacks = [
+        b"",
+        b"\x00" * 1000,
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n{",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{",
+        b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\nHost: x\r\n\r\nzz\r\n",
+        b"GET /health HTTP/1.1\r\nX: " + b"a" * 200_000,
+        raw_request({"model": NAME, "prompt": "The"}, "X-Evil: \x1b[31m\r\n"),
+    ]
+    connections = [socket.create_connection((HOST, served.port)) for _ in attacks]
+    for connection, attack in zip(connections, attacks, strict=True):
+        try:
+            connection.sendall(attack)
+        except OSError:  # refused already
+            continue
+    # Meanwhile, and after they have gone.
+    for _ in range(2):
+        answer = client.completions.create(model=NAME, prompt="The", max_tokens=3)
+        assert answer.usage.completion_tokens <= 3
+        for connection in connections:
+            connection.close()
+    served.wait_until_idle()
+
+
+def test_a_reader_that_is_slow_does_not_stop_others(client: openai.OpenAI, served: Served) -> None:
+    body = {"model": NAME, "prompt": "The", "max_tokens": 90, "stream": True, "n": 3}
+    with socket.create_connection((HOST, served.port)) as connection:
+        connection.sendall(raw_request(body))
+        assert client.completions.create(model=NAME, prompt="The", max_tokens=3).choices
+        served.wait_until_idle()
+
+
+def test_logs_escape_what_clients_send(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="mpt_trt.server.app"):
+        HTTP.get(f"{served.url}/v1/models/%1b[31mfake")
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "mpt_trt.server.app"]
+    assert "\\x1b[31mfake" in line and line.isprintable()
+
+
+def test_a_key_is_required(demo_engine: Path) -> None:
+    with serving(demo_engine, api_key="secret") as served:
+        with connected(served, "secret") as friend:
+            assert friend.models.list().data
+            with pytest.raises(openai.BadRequestError, match="no chat template"):
+                friend.chat.completions.create(model=NAME, messages=MESSAGES)
+        with connected(served, "guess") as stranger, pytest.raises(openai.AuthenticationError):
+            stranger.models.list()
+        assert HTTP.get(f"{served.url}/metrics").status_code == 401
+        assert HTTP.get(f"{served.url}/health").status_code == 200
+
+
+def test_time_is_limited_and_the_queue_too(demo_engine: Path) -> None:
+    with serving(demo_engine, limits=Limits(max_waiting=0, timeout_s=0.3)) as served:
+        step = served.model.step
+        is_open = threading.Event()
+
+        def slow(*arguments):
+            is_open.wait(0.1)
+            return step(*arguments)
+
+        served.model.step = slow
+        with connected(served) as client:
+            with pytest.raises(openai.RateLimitError, match="4 requests are running"):
+                client.completions.create(model=NAME, prompt="The", max_tokens=50, n=5)
+            with pytest.raises(openai.InternalServerError, match=r"longer than 0\.3 s"):
+                client.completions.create(model=NAME, prompt="The", max_tokens=50, n=4)
+            with pytest.raises(openai.APIError, match=r"longer than 0\.3 s"):
+                list(client.completions.create(model=NAME, prompt="A", max_tokens=50, stream=True))
+            is_open.set()
+            served.wait_until_idle()
+            assert client.completions.create(model=NAME, prompt="The", max_tokens=3).choices
+
+
+@pytest.mark.parametrize("on_failure", ["continue", "exit"])
+def test_a_failing_step_ends_what_runs(demo_engine: Path, on_failure) -> None:
+    with serving(demo_engine, on_failure=on_failure) as served:
+        step = served.model.step
+        failures = iter([RuntimeError("out of luck")])
+
+        def failing(*arguments):
+            if served.scheduler.num_running == 3 and (error := next(failures, None)):
+                raise error
+            return step(*arguments)
+
+        served.model.step = failing
+        with connected(served) as client:
+            with pytest.raises(openai.InternalServerError, match="the engine failed") as failure:
+                client.completions.create(model=NAME, prompt="The", max_tokens=50, n=3)
+            assert failure.value.status_code == 500 and "luck" not in str(failure.value)
+            if on_failure == "continue":
+                assert client.completions.create(model=NAME, prompt="The", max_tokens=3).choices
+            else:
+                served.worker.join(10)
+                with pytest.raises(openai.InternalServerError, match="shutting down"):
+                    client.completions.create(model=NAME, prompt="The", max_tokens=3)
+                assert HTTP.get(f"{served.url}/health").status_code == 503

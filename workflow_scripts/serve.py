@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Serve an engine over HTTP, with OpenAI's interface.
+
+Requests join a running batch and leave it when they end. The environment variable MPT_TRT_API_KEY
+sets a key that clients must send. SIGTERM ends the server after it has answered all requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpt_trt.cli import options
+from mpt_trt.cli.console import run_command
+from mpt_trt.cli.parser import tool_parser
+from mpt_trt.system.process import restart_with_huge_pages
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = tool_parser(__doc__, "workflow_scripts/serve.py --engine_dir my_engine --port 8000")
+    parser.add_argument("--engine_dir", type=Path, required=True, help="the engine directory")
+    parser.add_argument(
+        "--tokenizer_dir",
+        help="hub id or folder of the tokenizer (default: the one in the engine directory)",
+    )
+    parser.add_argument(
+        "--chat_template",
+        type=Path,
+        metavar="FILE",
+        help="use this Jinja template instead of the tokenizer's",
+    )
+    parser.add_argument(
+        "--served_model_name", help="name of the model for clients (default: the engine's)"
+    )
+    parser.add_argument(
+        "--log_level",
+        default="warning",
+        help="least important messages shown; info: every request (default: %(default)s)",
+    )
+    group = parser.add_argument_group("address")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
+    group.add_argument(
+        "--port", type=int, default=8000, help="port; 0: any free one (default: %(default)s)"
+    )
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--max_waiting",
+        type=int,
+        default=64,
+        help="completions that may wait for a cache row; more are refused with status 429 "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--timeout", type=float, default=300, help="seconds per request (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max_body_bytes",
+        type=int,
+        default=1 << 20,
+        help="maximum size of a request's body (default: %(default)s)",
+    )
+    group.add_argument(
+        "--piece_tokens",
+        type=int,
+        help="maximum number of prompt tokens per step, during which other requests wait "
+        "(default: the engine's max_input_len)",
+    )
+    group.add_argument(
+        "--drain",
+        type=float,
+        default=30,
+        help="seconds for running requests after SIGTERM (default: %(default)s)",
+    )
+    group.add_argument(
+        "--on_failure",
+        choices=["continue", "exit"],
+        default="continue",
+        help="after a step of the engine has failed, which ends all running requests with status "
+        "500 (default: %(default)s; engines of several ranks exit)",
+    )
+    options.add_runtime(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    restart_with_huge_pages()
+    run_command(make_parser(), "mpt_trt.commands.serve")
