@@ -1,0 +1,49 @@
+"""serve.py as a program: its address, its end, and what it refuses to start with."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from mpt_trt.errors import MptTrtError
+from support.engines import call_tool, start_tool
+
+
+def test_sigterm_lets_requests_end(demo_engine: Path) -> None:
+    """The one that runs is answered to its end; then the program ends with status 0."""
+    server = start_tool("serve.py", "--engine_dir", demo_engine, "--port=0", "--num_threads=1")
+    try:
+        lines = []
+        while not (found := re.search(r"on (http://127\.0\.0\.1:\d+)$", "".join(lines).strip())):
+            lines.append(server.stderr.readline())
+            assert lines[-1], lines
+        assert lines[0].startswith("Runtime: ONNX Runtime")
+        url = found[1]
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        stream = client.completions.create(
+            model="mpt-demo", prompt="The", max_tokens=90, seed=1, stream=True
+        )
+        next(iter(stream))
+        server.send_signal(signal.SIGTERM)
+        assert list(stream)[-1].choices[0].finish_reason in ("length", "stop")
+        assert server.wait(timeout=30) == 0, server.stderr.read()
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def test_a_port_that_is_taken(demo_engine: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(MptTrtError, match=f"--port {port}: Address already in use"):
+            call_tool("serve.py", "--engine_dir", demo_engine, "--port", port, "--num_threads=1")
