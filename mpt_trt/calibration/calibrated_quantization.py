@@ -34,7 +34,7 @@ class CalibratedQuantization:
         if self.calibration is None:
             raise MptTrtError(
                 f"{what} needs a calibration result: make one with quantize.py --qformat {needed} "
-                "and name it"
+                "and name it (--calibration)"
             )
         available = self.calibration.quantization_format
         if needed != "kv_cache" and available != needed:

@@ -12,6 +12,7 @@ from mpt_trt.calibration.result import read_calibration
 from mpt_trt.cli import options as cli_options
 from mpt_trt.cli.engine_requests import networks_progress
 from mpt_trt.cli.ignored_options import report_ignored
+from mpt_trt.cli.own_flags import own_flags
 from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.engines.build.build import build_engine, build_one_by_one
 from mpt_trt.engines.build.parallel import build_side_by_side
@@ -35,6 +36,7 @@ from mpt_trt.system.progress_lines import say
 OVERSUBSCRIBE = "PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe"
 
 
+@own_flags({"--calibration": "--quant_ckpt_path"})
 def run(options: argparse.Namespace) -> None:
     set_up_logging(options.log_level)
     if options.log_level.lower() in ("debug", "info"):

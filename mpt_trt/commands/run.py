@@ -19,6 +19,7 @@ from mpt_trt.checkpoint.special_tokens import describe_conflict
 from mpt_trt.cli import prompts as prompt_files
 from mpt_trt.cli.ignored_options import report_ignored
 from mpt_trt.cli.output_options import input_paths
+from mpt_trt.cli.own_flags import own_flags
 from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.engines.manifest import Manifest, read_manifest
 from mpt_trt.errors import MptTrtError
@@ -28,6 +29,7 @@ from mpt_trt.system.replace import replace_file, require_writable
 log = logging.getLogger("run")
 
 
+@own_flags({"max_new_tokens": "--max_output_len"})
 def run(options: argparse.Namespace) -> None:
     set_up_logging(options.log_level)
     _require_consistent(options)
