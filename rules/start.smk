@@ -1,4 +1,4 @@
-"""What comes before the configuration is read: finding the package, and how failures are shown."""
+"""Steps before the configuration is read: find the package, and show failures plainly."""
 
 import sys
 

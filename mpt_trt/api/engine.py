@@ -139,7 +139,7 @@ class Engine:
 
     @property
     def is_first_rank(self) -> bool:
-        """Whether this process prints and writes results, if the engine has several ranks."""
+        """Returns whether this process is the one of several ranks that writes results."""
         return self.loaded.is_first_rank
 
     def generate(

@@ -47,7 +47,7 @@ def calibrate(
     type or weight_dtype cannot represent.
     """
     calibrated = _block_calibration(source, samples, plan, computation, weight_dtype)
-    # The writer comes first, so that it closes the file after the last block has been written.
+    # The writer is opened first, so that it closes the file after the last block is written.
     with (
         calibration_writer(target, source.config, source.reader, weight_dtype) as writer,
         background() as writing,

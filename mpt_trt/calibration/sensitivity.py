@@ -1,4 +1,4 @@
-"""How far the model moves when one of its matrices is stored in another format.
+"""Divergence of the model when one of its matrices is stored in another format.
 
 All variants of the model run side by side, one block after the other: a variant begins at the block
 whose matrix it changes. Memory holds one block and a few hidden states of each variant.
@@ -38,11 +38,11 @@ SAMPLES = 4
 """Samples of the calibration text on which the divergence is measured."""
 
 Formats = list[dict[BlockMatrix, IntegerFormat]]
-"""By layer and matrix."""
+"""Candidates or choices by layer and matrix."""
 
 
 def candidate_formats(config: MptConfig) -> list[IntegerFormat]:
-    """int4 in groups of 128, 64 and 32, as far as ranks do not share one, and int8."""
+    """Lists int8, and int4 in groups of 128, 64 and 32 that ranks do not share."""
     largest = default_group_size(config)
     groups = [size for size in GROUP_SIZES if 32 <= size <= largest] or [largest]
     return [*(IntegerFormat(4, size) for size in groups), IntegerFormat(8)]
@@ -68,7 +68,7 @@ def measured_formats(
         for layer in range(config.num_layers)
         for matrix, shape in shapes.items()
     }
-    # Before anything is measured.
+    # Fail before anything is measured.
     choose_formats(smallest, num_weights, bits)
     divergence = _Measurement(source, computation, formats).run(samples[:SAMPLES], advance)
     candidates = {
@@ -99,7 +99,7 @@ class _Measurement:
     formats: Sequence[IntegerFormat]
 
     def run(self, samples: Tensor, advance: Callable[[], None]) -> dict[Variant, float]:
-        """The mean KL divergence, in nats per token, of each variant from the model as it is."""
+        """Measures each variant's mean KL divergence from the unchanged model, in nats per token."""
         hidden: dict[Variant, list[Tensor]] = {}
         plain: list[Tensor] = []
 

@@ -80,7 +80,7 @@ def _generations(
 
 
 def _takes_minutes(engine: LoadedEngine, recorders: list[_Recorder]) -> bool:
-    """Whether another round would take too long; the same on all ranks."""
+    """Returns whether another round would take too long; the same on all ranks."""
     is_long = sum(recorder.seconds for recorder in recorders) > MOST_SECONDS
     ranks = engine.communicator
     return is_long if ranks is None or not recorders else any(ranks.exchange(is_long))
@@ -89,7 +89,7 @@ def _takes_minutes(engine: LoadedEngine, recorders: list[_Recorder]) -> bool:
 def _speed(
     recorders: list[_Recorder], prompt_tokens: int, new_tokens: int, num_rows: int = 1
 ) -> Speed:
-    """Prefill gives the first new token of each row."""
+    """Computes speeds; prefill gives the first new token of each row."""
     prefill, decode = zip(
         *(recorder.speeds(prompt_tokens, new_tokens - num_rows) for recorder in recorders),
         strict=True,

@@ -1,4 +1,4 @@
-"""The choice of a format for each matrix, within a budget of bits per weight."""
+"""Choice of a format for each matrix within a budget of bits per weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Place = TypeVar("Place")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A format of a matrix. size: in bits. divergence: of the model with only this change."""
+    """A format of a matrix. size: bits. divergence: that of the model with only this change."""
 
     format: IntegerFormat
     size: float
@@ -27,7 +27,7 @@ def choose_formats(
     """Chooses one candidate of each matrix, so that the sum of divergences is small.
 
     All matrices start with their smallest format. Then the step that lowers the divergence most for
-    its bits is taken, as long as one fits. bits: of a weight on average, scales included.
+    its bits is taken, as long as one fits. bits: average bits per weight, scales included.
 
     Raises MptTrtError, with the smallest possible budget, when not even that fits.
     """

@@ -78,18 +78,18 @@ class Gptq:
 
 @dataclass(frozen=True)
 class IntegerFormat:
-    """Integers of a matrix. group_size: input features that share a scale; None: all of a row."""
+    """Integer format of a matrix. group_size: input features that share a scale; None: a row."""
 
     bits: int
     group_size: int | None = None
 
     @property
     def name(self) -> str:
-        """`int8`, or `int4-g64`."""
+        """Name in files, such as `int8` or `int4-g64`."""
         return f"int{self.bits}" + ("" if self.group_size is None else f"-g{self.group_size}")
 
     def bits_per_weight(self, in_features: int) -> float:
-        """Bits of a weight, with its part of a scale of 16 bits."""
+        """Returns the bits per weight, including its share of a 16-bit scale."""
         return self.bits + 16 / (self.group_size or in_features)
 
     @classmethod
@@ -106,7 +106,7 @@ class IntegerFormat:
 class Mixed:
     """Integers of 4 bits in groups or of 8 bits, chosen for each matrix by measured divergence.
 
-    bits: of a weight on average, scales included. formats: the choice that calibration made, by
+    bits: average bits per weight, scales included. formats: the choice that calibration made, by
     layer and then in the order of `BlockMatrix`; empty until it is known.
     """
 
@@ -126,7 +126,7 @@ class Mixed:
         return min(chosen, key=lambda each: each.bits_per_weight(DEFAULT_GROUP_SIZE))
 
     def format_of(self, layer: int, matrix: BlockMatrix) -> IntegerFormat:
-        """The format of a matrix, when the choice is known."""
+        """Returns the format of a matrix; the choice must be known."""
         order = list(BlockMatrix)
         return IntegerFormat.of(self.formats[layer * len(order) + order.index(matrix)])
 
@@ -206,7 +206,7 @@ def method_of(scheme: WeightQuantization | None) -> str:
 
 
 def as_mapping(scheme: WeightQuantization | None) -> dict[str, Any]:
-    """The mapping from which `make_weight_quantization` makes this scheme."""
+    """Returns the mapping from which `make_weight_quantization` makes this scheme."""
     method = method_of(scheme)
     known = METHODS[method][1] if scheme else ()
     return {"method": method, **{name: getattr(scheme, name) for name in sorted(known)}}

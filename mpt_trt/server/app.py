@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 Format = CompletionFormat | ChatFormat
 Handler = Callable[[Request], Awaitable[Response]]
-# Status that is recorded for a client that has gone.
+# Status in the metrics when the client has gone.
 CLIENT_GONE = 499
 
 
@@ -202,7 +202,7 @@ class _Routes:
 
 
 def _guarded(path: str, handler: Handler, service: Service, api_key: str | None) -> Handler:
-    """A handler that checks the key, answers errors in OpenAI's format, and is counted."""
+    """Wraps a handler: checks the key, answers errors in OpenAI's format, and counts."""
 
     async def guarded(request: Request) -> Response:
         try:
@@ -234,14 +234,14 @@ def _require_key(request: Request, api_key: str | None) -> None:
 
 
 async def _cancel_when_gone(request: Request, generation: Generation) -> None:
-    """Waits for the client's end, and frees the rows of its request."""
+    """Waits until the client disconnects, and then frees its request's rows."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     generation.cancel_from_outside()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Unknown paths and methods."""
+    """Answers unknown paths and methods."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:200]}: {error.detail}"
     return _json(ApiError(error.status_code, message).body, error.status_code)

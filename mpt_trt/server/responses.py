@@ -11,7 +11,7 @@ from typing import Any
 from mpt_trt.generation.text import Decoder
 from mpt_trt.server.service import Job, Part
 
-# What OpenAI reports for tokens that cannot come.
+# Value that OpenAI reports for tokens that cannot come.
 LEAST_LOG_PROB = -9999.0
 
 
@@ -34,7 +34,7 @@ def usage_of(jobs: Sequence[Job]) -> Usage:
 
 @dataclass
 class Envelope:
-    """What all chunks of a response share. kind: `object` of whole responses and of chunks."""
+    """Fields shared by all chunks of a response. kind: `object` of whole responses and of chunks."""
 
     kind: str
     model: str

@@ -25,7 +25,7 @@ from mpt_trt.server.protocol import ChatRequest, CompletionRequest
 
 @dataclass(frozen=True)
 class Limits:
-    """What clients may use.
+    """Limits for clients.
 
     max_waiting: choices that may wait for a cache row. timeout_s: seconds per request.
     max_body_bytes: size of a request's body.
@@ -264,7 +264,7 @@ class Generation:
     def _on_token(
         self, choice: int, config: GenerationConfig, text: GeneratedText, new: NewToken
     ) -> bool:
-        """Runs in the worker's thread."""
+        """Passes a token on and returns whether a stop string ends it; runs in the worker's thread."""
         stops = text.add(new.token)
         reason: FinishReason | None = None
         if stops or new.token in config.end_ids:
@@ -275,7 +275,7 @@ class Generation:
         return stops
 
     def _on_end(self, error: Exception | None) -> None:
-        """Runs in the worker's thread."""
+        """Passes a failure on; runs in the worker's thread."""
         if error is not None:
             self._put(error)
 

@@ -277,7 +277,7 @@ class Plan:
         return self._results_of_report("quality", target)
 
     def smoke_tests_of_report(self, target: Target) -> list[str]:
-        """Of engines that passed, and of those that failed."""
+        """Results of engines that passed, and of those that failed."""
         return self._results_of_report("build/smoke_tests", target)
 
     def _results_of_report(self, folder: str, target: Target) -> list[str]:

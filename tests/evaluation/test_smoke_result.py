@@ -1,4 +1,4 @@
-"""Where results of smoke tests are written to, and how they are judged."""
+"""Results of smoke tests: their paths, and how they are judged."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def run(folder: Path, way: str, text: str, *strace: str) -> int:
 
 
 def calls(folder: Path, way: str, text: str) -> Counter[str]:
-    """How often each system call is made."""
+    """Counts each system call."""
     log = folder.parent / "calls"
     assert run(folder, way, text, "strace", "-f", "-qq", "-o", str(log)) == 0
     names = (line.split(None, 1)[1].partition("(")[0] for line in log.read_text().splitlines())

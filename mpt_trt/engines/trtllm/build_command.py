@@ -30,7 +30,7 @@ class _Quantization:
 
 @dataclass(frozen=True)
 class _CheckpointConfig:
-    """What the options depend on."""
+    """Fields of config.json on which the options depend."""
 
     dtype: Literal["float32", "float16", "bfloat16"]
     quantization: _Quantization

@@ -27,7 +27,7 @@ from mpt_trt.quantization.schemes import IntegerFormat
 
 
 class GptqLinear:
-    """See `LinearLayers`.
+    """Implements `LinearLayers` for GPTQ.
 
     Raises MptTrtError when the calibration's groups do not fit the ranks.
     """

@@ -38,7 +38,7 @@ class Strategy(IntEnum):
 
 
 class Severity(IntEnum):
-    """Of TensorRT's ILogger."""
+    """Severities of TensorRT's ILogger."""
 
     INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
