@@ -99,7 +99,7 @@ class _Measurement:
     formats: Sequence[IntegerFormat]
 
     def run(self, samples: Tensor, advance: Callable[[], None]) -> dict[Variant, float]:
-        """Measures each variant's mean KL divergence from the unchanged model, in nats per token."""
+        """Measures each variant's mean KL divergence from the unchanged model; nats per token."""
         hidden: dict[Variant, list[Tensor]] = {}
         plain: list[Tensor] = []
 

@@ -34,7 +34,7 @@ def usage_of(jobs: Sequence[Job]) -> Usage:
 
 @dataclass
 class Envelope:
-    """Fields shared by all chunks of a response. kind: `object` of whole responses and of chunks."""
+    """Fields that a response's chunks share. kind: `object` of whole responses and of chunks."""
 
     kind: str
     model: str

@@ -264,7 +264,7 @@ class Generation:
     def _on_token(
         self, choice: int, config: GenerationConfig, text: GeneratedText, new: NewToken
     ) -> bool:
-        """Passes a token on and returns whether a stop string ends it; runs in the worker's thread."""
+        """Passes a token on, in the worker's thread; returns whether a stop string ends it."""
         stops = text.add(new.token)
         reason: FinishReason | None = None
         if stops or new.token in config.end_ids:
@@ -275,7 +275,7 @@ class Generation:
         return stops
 
     def _on_end(self, error: Exception | None) -> None:
-        """Passes a failure on; runs in the worker's thread."""
+        """Passes a failure on, in the worker's thread."""
         if error is not None:
             self._put(error)
 
