@@ -59,16 +59,21 @@ def main() -> None:
     add("--model_dir", type=Path, default=REPOSITORY / "resources" / "mpt-demo")
     add("--variants", nargs="+", help="(default: all that have been measured)")
     add("--folder", type=Path, default=Path("build/benchmark-frontier"), help="for GGUF files")
+    add("--llama_result", type=Path, help="a result whose points of llama.cpp are taken over")
     arguments = parser.parse_args()
     points = our_points(arguments.project, arguments.model, arguments.variants)
     heldout = read_heldout(
         arguments.project / "quality" / arguments.model / "reference.safetensors"
     )
-    points += llama_points(arguments.model_dir, heldout, arguments.folder)
+    if arguments.llama_result is None:
+        points += llama_points(arguments.model_dir, heldout, arguments.folder)
+    else:
+        points += recorded_points(arguments.llama_result, heldout)
     points.sort(key=lambda point: point.megabytes)
     figures = {
         "model": arguments.model,
         "windows": list(heldout.inputs.shape),
+        "text_hash": heldout.text_hash,
         "llama_cpp_python": metadata.version("llama-cpp-python"),
         "points": [asdict(point) for point in points],
     }
@@ -105,6 +110,18 @@ def llama_points(model_dir: Path, heldout: HeldOut, folder: Path) -> list[Point]
             raise RuntimeError(f"llama.cpp cannot quantize {plain} to {name}")
         points.append(llama_point(f"llama.cpp {name}", target, heldout, head))
     return points
+
+
+def recorded_points(result: Path, heldout: HeldOut) -> list[Point]:
+    """Points of llama.cpp in an earlier result on the same text."""
+    content = json.loads(result.read_text())
+    if (content["windows"], content["text_hash"]) != (
+        list(heldout.inputs.shape),
+        heldout.text_hash,
+    ):
+        raise RuntimeError(f"{result}: measured on other text")
+    points = [Point(**each) for each in content["points"]]
+    return [point for point in points if point.name.startswith("llama.cpp")]
 
 
 def write_gguf(model_dir: Path, target: Path) -> None:

@@ -109,6 +109,13 @@ rule make_report:
             labels={"what": "size against quality"},
             caption="../report/size.rst",
         ),
+        frontier=report(
+            "reports/{model}/frontier.svg",
+            category="Engines of {model}",
+            subcategory="Side by side",
+            labels={"what": "size against divergence"},
+            caption="../report/frontier.rst",
+        ),
         divergence=report(
             "reports/{model}/divergence.svg",
             category="Engines of {model}",

@@ -18,7 +18,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.quality_result import Estimate, QualityResult, read_quality
 from mpt_trt.evaluation.smoke_result import SmokeResult, read_smoke_result
 from mpt_trt.report.numbers import TIMES, number, with_error
-from mpt_trt.report.plots import Plot, draw_divergence, draw_size, draw_speed
+from mpt_trt.report.plots import Plot, draw_divergence, draw_frontier, draw_size, draw_speed
 from mpt_trt.system.machine import Machine
 from mpt_trt.system.replace import replace_file, require_writable
 
@@ -230,7 +230,7 @@ def _csv_row(entry: Entry) -> dict[str, object]:
 
 
 def plots(entries: list[Entry]) -> list[Plot]:
-    """Draws size against quality, distance from the reference, and speed."""
+    """Draws size against quality and divergence, distance from the reference, and speed."""
     results = [entry.quality for entry in entries]
     labels = [entry.label for entry in entries]
     # One point per variant, because ranks share the same weights.
@@ -242,6 +242,11 @@ def plots(entries: list[Entry]) -> list[Plot]:
             [entry.quality.size.networks / 1e6 for entry in single],
             [entry.quality.figures.perplexity for entry in single],
             results[0].figures.reference_perplexity,
+        ),
+        draw_frontier(
+            [entry.variant for entry in single],
+            [entry.quality.size.networks / 1e6 for entry in single],
+            [entry.quality.figures.kl.mean for entry in single],
         ),
         draw_divergence(labels, [result.figures.kl for result in results]),
         draw_speed(

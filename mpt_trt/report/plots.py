@@ -123,6 +123,55 @@ def draw_size(
         )
 
 
+def draw_frontier(
+    labels: Sequence[str], megabytes: Sequence[float], divergences: Sequence[float]
+) -> Plot:
+    """Draws the mean KL, on a logarithmic scale, over the size of the weights.
+
+    A line joins the variants of the frontier, to which no other is both smaller and nearer.
+    """
+    with _figure(max(3.0, ROW * len(labels) + 0.9)) as figure:
+        axes = figure.subplots()
+        figure.subplots_adjust(left=0.15, right=0.62, bottom=0.16, top=0.97)
+        heights = [math.log10(max(each, LEAST_KL)) for each in divergences]
+        axes.set_xlim(0, max(megabytes) * 1.08)
+        lowest, highest = math.floor(min(heights)), math.ceil(max(heights))
+        axes.set_ylim(lowest - 0.2, max(highest, lowest + 1) + 0.2)
+        ticks = range(lowest, max(highest, lowest + 1) + 1)
+        axes.set_yticks(ticks, [f"{10.0**tick:g}" for tick in ticks])
+        line = _frontier([*zip(megabytes, heights, strict=True)])
+        axes.plot(*zip(*line, strict=True), color=FAINT, linewidth=1)
+        axes.plot(megabytes, heights, "o", color=SERIES[0], markersize=6)
+        axes.set_xlabel("weights, MB")
+        axes.set_ylabel("mean KL, nats")
+        axes.grid(True)
+        axes.set_axisbelow(True)
+        points = [*zip(megabytes, heights, labels, strict=True)]
+        _label_at_the_side(axes, points, figure.get_figheight())
+        told = ", ".join(
+            f"{label} {number(size)} MB {number(kl)}"
+            for label, size, kl in zip(labels, megabytes, divergences, strict=True)
+        )
+        return _plot(
+            figure,
+            "frontier",
+            "Size against divergence",
+            "Mean KL divergence from the float32 reference (lower is better, logarithmic) over the "
+            "size of the weights on disk, each point a variant. The line joins the variants to "
+            "which no other is both smaller and nearer to the reference.",
+            f"{told}.",
+        )
+
+
+def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Selects the points that are lower than all smaller ones, by size."""
+    selected: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not selected or point[1] < selected[-1][1]:
+            selected.append(point)
+    return selected
+
+
 def draw_divergence(labels: Sequence[str], divergences: Sequence[Estimate]) -> Plot:
     """Draws the mean KL of each engine on a logarithmic axis."""
     with _figure(ROW * len(labels) + 0.85) as figure:

@@ -250,7 +250,7 @@ def test_ids_are_unique_and_references_lead_somewhere(made: Path, page: Page):
     content = (made / "page.html").read_text(encoding="utf-8")
     used = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', content)
     labels = [a["aria-labelledby"].split() for _, a in page.found if "aria-labelledby" in a]
-    assert len(labels) == 3
+    assert len(labels) == 4
     wanted = {name for pair in used for name in pair if name} | {n for ns in labels for n in ns}
     assert wanted <= set(ids)
 
@@ -298,7 +298,7 @@ def test_page_says_how_the_figures_were_obtained(page: Page):
 
 
 def test_plots_stand_alone_and_name_every_engine(made: Path):
-    for name in ("size", "divergence", "speed"):
+    for name in ("size", "frontier", "divergence", "speed"):
         tree = ET.parse(made / "items" / f"{name}.svg").getroot()
         assert tree.tag == "{http://www.w3.org/2000/svg}svg" and tree.get("viewBox")
         texts = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")]

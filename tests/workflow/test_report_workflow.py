@@ -12,7 +12,7 @@ from support.workflow import SMALL, Workflow
 
 REPORT = "reports/toy.html"
 QUALITY = "quality/toy/{}/{}-gpu.json"
-ITEMS = ("table.csv", "size.svg", "divergence.svg", "speed.svg")
+ITEMS = ("table.csv", "size.svg", "frontier.svg", "divergence.svg", "speed.svg")
 
 
 @pytest.fixture(scope="module")
