@@ -263,6 +263,22 @@ def test_a_conflict_of_end_tokens_is_reported_once(
     assert "is ignored" not in capsys.readouterr().err
 
 
+def test_a_tokenizer_beyond_the_vocabulary_is_rejected(engine_dir: Path, tmp_path: Path) -> None:
+    """The one that is asked for always is; the engine's own only if prompts are texts."""
+    engine = shutil.copytree(engine_dir, tmp_path / "engine")
+    for folder in (shutil.copytree(MODEL, tmp_path / "tokenizer"), engine / "tokenizer"):
+        (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 4096}))
+    options = ("run.py", "--engine_dir", engine, "--max_output_len=3", "--trust")
+    (tmp_path / "ids.csv").write_text("5,6\n")
+    with pytest.raises(MptTrtError, match=r"does not fit the model: token '<\|im_start\|>'"):
+        call_tool(*options, "--input_text", "def")
+    ids = ("--input_file", tmp_path / "ids.csv")
+    with pytest.raises(MptTrtError, match="does not fit the model"):
+        call_tool(*options, *ids, "--tokenizer_dir", tmp_path / "tokenizer")
+    call_tool(*options, *ids, "--output_csv", tmp_path / "out.csv")
+    assert len((tmp_path / "out.csv").read_text().split(",")) == 3
+
+
 def test_array_output_is_padded(engine_dir: Path, tmp_path: Path) -> None:
     call_tool(
         "run.py",
