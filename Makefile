@@ -57,7 +57,8 @@ fuzz: $(VENV)/installed-dev
 test-kills: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m kills tests/kills
 
-# Tests real shapes with two blocks: about 5 minutes, 10 GB of memory, 10 GB of disk space.
+# Tests real shapes with two blocks, and every feature in every quantization on the simulated
+# TensorRT: about 15 minutes, 10 GB of memory, 10 GB of disk space.
 nightly: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m nightly tests/nightly
 

@@ -107,10 +107,8 @@ MUTATIONS: list[tuple[str, Rule | str, str, list[Change]]] = [
         [
             (
                 "kv_cache",
-                '        self._kept = array\n        array.bind(cache_names("past"',
-                "        if self._kept is not None:\n            self._kept = array\n"
-                "            return\n"
-                '        self._kept = array\n        array.bind(cache_names("past"',
+                "        self._kept = new\n        self.select_rows(0, len(rows))\n",
+                "        self._kept = new\n        self._count = len(rows)\n",
             )
         ],
     ),

@@ -154,6 +154,50 @@ def test_two_engines_in_one_process_take_turns(engine_dir, other_engine_dir, sim
         assert not np.array_equal(results[0][0], results[1][0])
 
 
+@pytest.mark.parametrize("name", ["none", "int8 cache"])
+def test_rows_that_join_and_leave_a_batch(name, tiny, simulation, tmp_path):
+    """Prompts are read into one row while others wait; the last row moves into a gap."""
+    quantization = Quantization() if name == "none" else EVERY_QUANTIZATION[name]
+    checkpoint = tiny.checkpoint(quantization, 1)
+    calibrated = tiny.calibrated(quantization, checkpoint)
+    models = load_both(simulated(checkpoint, tmp_path / "engine", LIMITS, calibrated))
+    numbers = np.random.default_rng(0)
+    lengths: list[int] = []
+
+    def step(seq: int, positions: list[int]) -> None:
+        ids = numbers.integers(0, TINY.vocab_size, (len(positions), seq))
+        where = np.array([[row, seq - 1] for row in range(len(positions))])
+        found, expected = (model.step(ids, np.array(positions), where) for model in models)
+        assert np.array_equal(found, expected)
+
+    def select(first: int, count: int) -> None:
+        for model in models:
+            model.select_rows(first, count)
+
+    def decode(times: int) -> None:
+        select(0, len(lengths))
+        for _ in range(times):
+            step(1, lengths)
+            lengths[:] = [length + 1 for length in lengths]
+
+    for model in models:
+        model.start(4)
+    for size in (5, 9, 3):
+        select(len(lengths), 1)
+        step(size, [0])
+        lengths.append(size)
+        decode(4)
+    for model in models:
+        model.copy_row(2, 0)
+    lengths[0] = lengths.pop()
+    decode(4)
+    select(2, 1)
+    step(7, [0])
+    lengths.append(7)
+    decode(3)
+    assert simulation.cuda.launches
+
+
 def test_many_numbers_of_rows_keep_few_contexts(engine_dir, simulation):
     """Contexts and graphs take memory, so old ones go; what comes back is captured again."""
     ours, theirs = load_both(engine_dir)
