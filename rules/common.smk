@@ -39,7 +39,7 @@ launch = Launch(jobs)
 
 # On this machine, a job that measures speed has all cores to itself, and there is one at a time.
 measuring_threads = 2
-if workflow.local_exec:
+if workflow.local_exec and workflow.is_main_process:
     measuring_threads = workflow.resource_settings.cores or measuring_threads
     workflow.register_resource("measuring", 1)
 

@@ -145,7 +145,13 @@ rule compare_trtllm:
         generation="build/trtllm_generations/{model}/{variant}/{tp}-gpu.npz",
         checkpoint=of_job(plan.checkpoint_inputs),
     output:
-        "build/smoke_tests/{model}/{variant}/{tp}-gpu.json",
+        report(
+            "build/smoke_tests/{model}/{variant}/{tp}-gpu.json",
+            category="Engines of {model}",
+            subcategory="Figures of one engine",
+            labels={"variant": "{variant}", "ranks": "{tp}", "what": "smoke test"},
+            caption="../report/smoke_test.rst",
+        ),
     log:
         "logs/compare_trtllm/{model}/{variant}/{tp}-gpu.log",
     benchmark:

@@ -15,7 +15,13 @@ rule smoke_test:
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
         checkpoint=of_job(plan.checkpoint_inputs),
     output:
-        "build/smoke_tests/{model}/{variant}/{tp}-gpu.json",
+        report(
+            "build/smoke_tests/{model}/{variant}/{tp}-gpu.json",
+            category="Engines of {model}",
+            subcategory="Figures of one engine",
+            labels={"variant": "{variant}", "ranks": "{tp}", "what": "smoke test"},
+            caption="../report/smoke_test.rst",
+        ),
     log:
         "logs/smoke_test/{model}/{variant}/{tp}-gpu.log",
     benchmark:
@@ -51,13 +57,7 @@ rule check_smoke_test:
     input:
         "build/smoke_tests/{model}/{variant}/{tp}-gpu.json",
     output:
-        report(
-            "smoke_tests/{model}/{variant}/{tp}-gpu.json",
-            category="Engines of {model}",
-            subcategory="Figures of one engine",
-            labels={"variant": "{variant}", "ranks": "{tp}", "what": "smoke test"},
-            caption="../report/smoke_test.rst",
-        ),
+        "smoke_tests/{model}/{variant}/{tp}-gpu.json",
     log:
         "logs/check_smoke_test/{model}/{variant}/{tp}-gpu.log",
     benchmark:

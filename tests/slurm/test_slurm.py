@@ -184,6 +184,7 @@ def test_an_engine_may_take_several_nodes(made: Project) -> None:
     first = made.folder / SMOKE_TEST
     tokens = json.loads(first.read_text())["tokens"]
     first.unlink()
+    (made.folder / "build" / SMOKE_TEST).unlink()
     before = len(made.jobs())
     made.finish(made.start(SMOKE_TEST))
     (job,) = made.jobs()[before:]

@@ -203,7 +203,7 @@ def test_two_workflows_wait_for_gpus_and_one_may_be_killed(
     workflow: Workflow, tmp_path: Path
 ) -> None:
     """Three of four GPUs are taken, and each workflow needs two."""
-    target = "smoke_tests/toy/fp16/2-gpu.json"
+    target = "build/smoke_tests/toy/fp16/2-gpu.json"
     workflow.make(target)
     (workflow.folder / target).unlink()
     other = shutil.copytree(workflow.folder, tmp_path / "other", symlinks=True)
