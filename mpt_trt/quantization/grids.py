@@ -37,5 +37,6 @@ def _nearest_e4m3(values: Tensor) -> Tensor:
 
 
 INT4 = Grid(4, -8, 7, torch.round)
-INT8 = Grid(8, -128, 127, torch.round)
+# Symmetric, because TensorRT refuses the negative scales that -128 would need.
+INT8 = Grid(8, -127, 127, torch.round)
 E4M3 = Grid(8, -448, 448, _nearest_e4m3)

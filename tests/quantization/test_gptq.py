@@ -113,8 +113,13 @@ def test_a_negative_scale_lets_minus_8_stand_for_the_largest_weight() -> None:
     assert search_scales(weight, torch.ones(4), INT4).tolist() == [-1, 1, 1]
 
 
+def test_scales_of_int8_are_positive(weight) -> None:
+    """TensorRT refuses others, except for 4-bit integers."""
+    assert (search_scales(weight, torch.ones(IN), INT8) > 0).all()
+
+
 def test_grids() -> None:
     values = torch.tensor([-1000.0, -8.4, -0.5, 0.5, 1.5, 6.6, 1000])
     assert INT4.quantized(values).tolist() == [-8, -8, 0, 0, 2, 7, 7]
-    assert INT8.quantized(values).tolist() == [-128, -8, 0, 0, 2, 7, 127]
+    assert INT8.quantized(values).tolist() == [-127, -8, 0, 0, 2, 7, 127]
     assert E4M3.quantized(values).tolist() == [-448, -8, -0.5, 0.5, 1.5, 6.5, 448]
