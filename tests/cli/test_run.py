@@ -264,7 +264,7 @@ def test_a_conflict_of_end_tokens_is_reported_once(
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_rejected(engine_dir: Path, tmp_path: Path) -> None:
-    """The one that is asked for always is; the engine's own only if prompts are texts."""
+    """A tokenizer option is always checked; the engine's own only if prompts are texts."""
     engine = shutil.copytree(engine_dir, tmp_path / "engine")
     for folder in (shutil.copytree(MODEL, tmp_path / "tokenizer"), engine / "tokenizer"):
         (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 4096}))

@@ -16,7 +16,7 @@ from support.simulated.install import installed
 
 
 def group_size_of(spec: CheckpointSpec) -> int:
-    """The largest up to 16 that divides every matrix's input features."""
+    """Returns the largest size up to 16 that divides every matrix's input features."""
     common = math.gcd(spec.hidden_size, int(spec.hidden_size * spec.expansion_ratio))
     return max(size for size in range(1, 17) if common % size == 0)
 
