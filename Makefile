@@ -16,7 +16,7 @@ INSTALL_SLURM := (apt-get update && apt-get install -y --no-install-recommends $
 
 DEMO := smoke_tests/mpt-demo/fp16/1-gpu.json
 
-.PHONY: demo test test-install slurm-ready test-slurm test-gpu test-tensorrt test-kills fuzz nightly bench check docs clean
+.PHONY: demo test test-install slurm-ready test-slurm test-gpu test-tensorrt test-kills fuzz robustness nightly bench check docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/snakemake --cores 2 $(DEMO)
@@ -56,6 +56,10 @@ fuzz: $(VENV)/installed-dev
 # minutes. strace makes the latter; without it, that test is skipped.
 test-kills: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m kills tests/kills
+
+# 10,000 requests that share batches, sent by several threads, a third of them cancelled: minutes.
+robustness: $(VENV)/installed-dev
+	MPT_TRT_REQUESTS=10000 $(BIN)/python -m pytest tests/scheduling/test_robustness.py
 
 # Tests real shapes with two blocks, and every feature in every quantization on the simulated
 # TensorRT: about 15 minutes, 10 GB of memory, 10 GB of disk space.
