@@ -104,7 +104,7 @@ def distance_of(network: Path, tokens: NDArray[np.int64], logits: ExpectedLogits
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_correct_engines_of_a_random_model_pass(name, folder, tokens):
-    """With an error that the simulation foretells."""
+    """Their error is the one that the simulation predicts."""
     variant = RUNNABLE[name]
     logits = expected(variant, folder, tokens)
     distance = distance_of(network_of(variant, folder), tokens, logits)

@@ -87,7 +87,7 @@ class TestSmoothing:
 
     @given(layers())
     def test_extremes_of_alpha(self, layer) -> None:
-        """With 1, weights absorb all of the activations' range; with 0, all get the same."""
+        """At 1, weights absorb all of the activations' range; at 0, all get the same."""
         weight, input_amax = layer
         np.testing.assert_allclose(factors_of(weight, input_amax, 1), input_amax, rtol=1e-6)
         factors = factors_of(weight, input_amax, 0)
