@@ -39,6 +39,10 @@ TOKENIZER_FILES = (
 )
 
 
+# Some eight times as much as the largest in use.
+MOST_TOKENIZER_BYTES = 256 << 20
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A tokenizer of transformers. folder: folder of its files."""
@@ -168,8 +172,14 @@ def _without_pytorch() -> Iterator[None]:
 
 def _require_whole(path: Path) -> None:
     require_content(path)
+    size = path.stat().st_size
+    if size > MOST_TOKENIZER_BYTES:
+        raise MptTrtError(
+            f"{path}: {size} bytes, and no tokenizer has more than "
+            f"{MOST_TOKENIZER_BYTES >> 20} MiB; restore the file from its source"
+        )
     # A multilingual tokenizer may be larger than any other JSON file.
-    if path.suffix == ".json" and path.stat().st_size <= MOST_BYTES:
+    if path.suffix == ".json" and size <= MOST_BYTES:
         read_json(path)
 
 

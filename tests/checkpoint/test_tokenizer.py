@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mpt_trt.checkpoint.source import tokenizer_folder_of
 from mpt_trt.checkpoint.special_tokens import describe_conflict, read_special_tokens
 from mpt_trt.checkpoint.tokenizer import read_tokenizer, tokenizer_files
 from mpt_trt.errors import MptTrtError
+from support.checkpoints import CheckpointSpec, write_checkpoint
 from support.paths import REPOSITORY
 
 DEMO = REPOSITORY / "resources" / "mpt-demo"
@@ -287,3 +289,10 @@ def test_malformed_conversations(tmp_path: Path, content: str) -> None:
     (tmp_path / "m.json").write_text(content)
     with pytest.raises(MptTrtError, match=r"m\.json: "):
         read_conversations(tmp_path / "m.json")
+
+
+def test_a_file_larger_than_any_tokenizer_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, CheckpointSpec())
+    os.truncate(folder / "tokenizer.json", 5 << 30)
+    with pytest.raises(MptTrtError, match=r"tokenizer\.json: 5368709120 bytes, and no tokenizer"):
+        read_tokenizer(folder)

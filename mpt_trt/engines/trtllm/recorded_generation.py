@@ -30,6 +30,9 @@ def read_trtllm_generation(path: Path) -> TrtllmGeneration:
     logits_shape = file.shape("logits")
     if len(logits_shape) != 2 or logits_shape[0] != new_tokens:
         raise file.damaged(f"logits have shape {list(logits_shape)} for {new_tokens} new tokens")
+    # They were stored without compression.
+    if math.prod(logits_shape) > path.stat().st_size:
+        raise file.damaged(f"logits have shape {list(logits_shape)}, more than the file holds")
     return TrtllmGeneration(
         tokens=tokens.tolist(),
         prompt_len=len(tokens) - new_tokens,
