@@ -27,7 +27,7 @@ from mpt_trt.engines.load import load_engine
 from mpt_trt.engines.manifest import read_manifest
 from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.errors import MptTrtError
-from mpt_trt.evaluation.logits import all_logits, measure_distance
+from mpt_trt.evaluation.logits import all_logits, mean_divergence
 from mpt_trt.evaluation.recorded_generation import measure_speed
 from mpt_trt.evaluation.reference import reference_logits
 from mpt_trt.model.sharding import VocabularySharding
@@ -134,7 +134,7 @@ def _run(case: Case, hf: Path, engine_dir: Path, result: Result) -> None:
         tokens = torch.randint(vocab_size, (LENGTH,), generator=generator).tolist()
         expected = reference_logits(hf, tokens).numpy()
         result.kl, result.kl_onnxruntime = (
-            measure_distance(all_logits(each, tokens), expected).mean_kl
+            mean_divergence(expected, all_logits(each, tokens))
             for each in (engine, fallback)
         )
     result.status, result.message = _judge(case, result)
