@@ -37,14 +37,27 @@ options = JobOptions(plan)
 jobs = JobResources(plan)
 launch = Launch(jobs)
 
-# On this machine, a job that measures speed has all cores to itself, and there is one at a time.
-measuring_threads = 2
-if workflow.local_exec and workflow.is_main_process:
-    measuring_threads = workflow.resource_settings.cores or measuring_threads
-    workflow.register_resource("measuring", 1)
-
 values = RuleValues(plan, WorkflowError, last_words)
 of_job = values.of_job
 require_possible = values.require_possible
 resources_of = values.resources_of
 tool = values.tool
+
+
+# Snakemake chooses its executor after it has read the rules, so these are asked for each job.
+def is_on_this_machine():
+    """Whether jobs run here, and this is not itself a job of a cluster."""
+    return workflow.local_exec and workflow.is_main_process
+
+
+def measuring_threads(wildcards):
+    """All cores of this machine for a job that measures speed; 2 on a node of a cluster."""
+    return (workflow.resource_settings.cores or 2) if is_on_this_machine() else 2
+
+
+def measuring_units(wildcards):
+    """Units of the resource `measuring`, of which this machine has one, and a cluster any number."""
+    return int(is_on_this_machine())
+
+
+workflow.register_resource("measuring", 1)

@@ -62,7 +62,7 @@ rule measure_quality:
     threads: measuring_threads
     resources:
         **resources_of(jobs.measure_quality),
-        measuring=1,
+        measuring=measuring_units,
     params:
         **tool("steps/measure_quality.py"),
         launch=of_job(launch.smoke_test),

@@ -33,7 +33,7 @@ rule smoke_test:
     threads: measuring_threads
     resources:
         **resources_of(jobs.smoke_test),
-        measuring=1,
+        measuring=measuring_units,
     params:
         **tool("steps/smoke_test.py"),
         launch=of_job(launch.smoke_test),

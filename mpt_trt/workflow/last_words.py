@@ -21,6 +21,7 @@ OUR_MESSAGE = re.compile(r"error(?: \(rank \d+ of \d+\))?: (?P<sentence>.+)")
 # Time for the end of a failed job's log to arrive, from a pipe or a shared file system.
 LATENCY_SECONDS = 2.0
 NO_TARGET = re.compile(r"No rule to produce (?P<name>.+?) \(if you use input functions")
+SEE_LOGS = "For further error details see"
 LOOK_ABOVE = "Exiting because a job execution failed"
 FAILED_COMMAND, FAILED_JOBS = "CalledProcessError", "At least one job did not complete successfully"
 
@@ -31,7 +32,7 @@ class LastWords(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self._refusals: list[str] = []
-        self._failures: dict[str, tuple[str, list[str]]] = {}
+        self._failures: dict[str, tuple[str, list[str], str]] = {}
 
     def refuse(self, sentence: str) -> None:
         """Stores the reason for a failure of planning, in case it fails."""
@@ -50,7 +51,9 @@ class LastWords(logging.Filter):
 
     def _note_failed_job(self, record: Any) -> None:
         rule, outputs = str(record.rule_name), ", ".join(record.output or ())
-        self._failures[f"{rule} {outputs}"] = rule, list(record.log or ())
+        # An executor's message, such as sbatch's, without Snakemake's advice after it.
+        message = str(record.rule_msg or "").partition(SEE_LOGS)[0].strip()
+        self._failures[f"{rule} {outputs}"] = rule, list(record.log or ()), message
         # Without the event, Snakemake prints the message unchanged.
         record.event = None
         record.msg = f"Failed: {rule} ({outputs})" if outputs else f"Failed: {rule}"
@@ -69,12 +72,16 @@ class LastWords(logging.Filter):
         return True
 
 
-def failure_in_words(rule: str, logs: Iterable[str]) -> str:
-    """Describes the reason for a job's failure, from its log, and the log's path."""
+def failure_in_words(rule: str, logs: Iterable[str], executor_message: str = "") -> str:
+    """Describes the reason for a job's failure, and the path of its log.
+
+    The reason comes from the log, or from the executor if the job left none.
+    """
+    unknown = " ".join(executor_message.split()) or f"{rule} ended without a message"
     path = next(iter(logs), None)
     if path is None:
-        return f"{rule} failed"
-    return f"{_reason(Path(path)) or f'{rule} ended without a message'} (log: {path})"
+        return unknown
+    return f"{_reason(Path(path)) or unknown} (log: {path})"
 
 
 def _reason(log: Path) -> str | None:

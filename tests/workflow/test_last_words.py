@@ -44,8 +44,14 @@ def test_failed_jobs_are_told_at_the_end_with_their_logs(tmp_path: Path) -> None
         "three.log": "error (rank 1 of 2): lost\nerror: last\n",
     }.items():
         (tmp_path / name).write_text(content)
-        fields = {"rule_name": "build", "output": [f"{name}.engine"], "log": [str(tmp_path / name)]}
-        record = logging.makeLogRecord({"msg": "long", "event": "job_error"} | fields)
+        fields = {
+            "rule_name": "build",
+            "output": [f"{name}.engine"],
+            "log": [str(tmp_path / name)],
+            "rule_msg": None,
+        }
+        failed = {"msg": "long", "event": "job_error", "rule_msg": None}
+        record = logging.makeLogRecord(failed | fields)
         assert words.filter(record)
         assert (record.msg, record.event) == (f"Failed: build ({name}.engine)", None)
     command = "CalledProcessError in file x:\nCommand y returned non-zero exit status 1."
@@ -67,7 +73,21 @@ def test_a_job_that_was_killed_has_no_message(tmp_path: Path) -> None:
         if content is not None:
             log.write_text(content)
         assert failure_in_words("r", [str(log)]) == f"r ended without a message (log: {log})"
-    assert failure_in_words("r", []) == "r failed"
+    assert failure_in_words("r", []) == "r ended without a message"
+
+
+def test_a_job_that_the_cluster_rejects_is_told_in_the_clusters_words(tmp_path: Path) -> None:
+    """Only if it left no log of its own."""
+    words, log = LastWords(), tmp_path / "a.log"
+    sbatch = "SLURM sbatch failed.\nsbatch: error: Requested node configuration is not available "
+    advice = "For further error details see the cluster/cloud log and the log files"
+    fields = {"rule_name": "r", "output": ["x"], "log": [str(log)], "rule_msg": sbatch + advice}
+    end = "WorkflowError:\nAt least one job did not complete successfully."
+    words.filter(logging.makeLogRecord({"msg": "long", "event": "job_error"} | fields))
+    reason = "SLURM sbatch failed. sbatch: error: Requested node configuration is not available"
+    assert shown(words, end, event="error") == f"error: {reason} (log: {log})"
+    log.write_text("error: damaged\n")
+    assert shown(words, end, event="error") == f"error: damaged (log: {log})"
 
 
 @pytest.mark.parametrize(
