@@ -2,6 +2,7 @@
 
 quality/{model}/reference.safetensors       windows of held-out text, and the float32 reference on them
 quality/{model}/{variant}/{tp}-gpu.json     perplexity, KL, top-1 agreement, size, speed
+throughput/{model}/{variant}/{tp}-gpu.json  time to the first token, between tokens, tokens/s
 reports/{model}.html                        the engines that `report` of the configuration names
 reports/{model}/                            its table as CSV and its plots as SVG
 """
@@ -76,6 +77,37 @@ rule measure_quality:
             --model_dir {input.checkpoint[0]:q} \
             --reference {input.reference:q} \
             {params.options:q} \
+            --total_threads {threads} \
+            --output {output:q}
+        """
+
+
+rule measure_throughput:
+    """Measure an engine's speed over batch sizes, prompt lengths and output lengths."""
+    input:
+        require_possible("measure_throughput"),
+        engine="trt_engines/{model}/{variant}/{tp}-gpu",
+    output:
+        "throughput/{model}/{variant}/{tp}-gpu.json",
+    log:
+        "logs/measure_throughput/{model}/{variant}/{tp}-gpu.log",
+    benchmark:
+        "logs/measure_throughput/{model}/{variant}/{tp}-gpu.tsv"
+    conda:
+        "../envs/base.yaml"
+    threads: measuring_threads
+    resources:
+        **resources_of(jobs.measure_throughput),
+        measuring=1,
+    params:
+        **tool("benchmark_engine.py"),
+        launch=of_job(launch.smoke_test),
+    shell:
+        r"""
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
+        {params.launch.preflight:q}
+        {params.launch.gpus:q} {params.launch.ranks:q} python {params.tool:q} \
+            --engine_dir {input.engine:q} \
             --total_threads {threads} \
             --output {output:q}
         """

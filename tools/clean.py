@@ -27,6 +27,7 @@ FOLDERS = (
     "trt_engines",
     "smoke_tests",
     "quality",
+    "throughput",
     "reports",
 )
 # Snakemake's records of finished and of interrupted outputs.

@@ -52,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--rounds", type=int, default=5, help="measurements per load (default: %(default)s)"
     )
     options.add_runtime(parser)
+    options.add_total_threads(parser)
     return parser
 
 

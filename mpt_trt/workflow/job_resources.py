@@ -16,6 +16,9 @@ from mpt_trt.workflow import gpu_request, resources
 from mpt_trt.workflow.plan import Plan, Target
 from mpt_trt.workflow.settings import Site
 
+# Tokens per row that benchmark_engine.py computes by default: 6 rounds of 128 + 64.
+THROUGHPUT_TOKENS = 6 * 192
+
 
 @dataclass(frozen=True)
 class HostRequest:
@@ -185,6 +188,15 @@ class JobResources:
         return RanksRequest(
             self._megabytes(needed),
             resources.quality_minutes(spec, quality.num_tokens),
+            **self._ranks(target),
+            **self._gpus_of_ranks(target),
+        )
+
+    def measure_throughput(self, target: Target) -> RanksRequest:
+        spec = self.plan.engine_spec(target)
+        return RanksRequest(
+            self._megabytes(resources.quality_memory(spec, 0, 0)),
+            resources.quality_minutes(spec, THROUGHPUT_TOKENS * (1 + spec.limits.max_batch_size)),
             **self._ranks(target),
             **self._gpus_of_ranks(target),
         )

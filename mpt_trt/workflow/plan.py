@@ -335,7 +335,11 @@ class Plan:
                     "build/smoke_tests/{model}/{variant}/{tp}-gpu.json", target
                 )
             case "measure_quality":
-                self._require_measurable(target)
+                self._require_other_backend("quality", target)
+                length = self.settings.quality.window_length
+                self.engine_spec(target).limits.require_window(length)
+            case "measure_throughput":
+                self._require_other_backend("throughput", target)
 
     def _require_tokenizer(self, target: Target) -> None:
         given = self.settings.model(target.model).tokenizer
@@ -380,13 +384,12 @@ class Plan:
         if not self.deploys_software and not path.exists():
             require_tensorrt_llm()
 
-    def _require_measurable(self, target: Target) -> None:
+    def _require_other_backend(self, result: str, target: Target) -> None:
         if self.variant(target).backend == TENSORRT_LLM:
             raise MptTrtError(
-                f"quality of {target.variant}: backend {TENSORRT_LLM} has only smoke tests; "
+                f"{result} of {target.variant}: backend {TENSORRT_LLM} has only smoke tests; "
                 "measure a variant with another backend"
             )
-        self.engine_spec(target).limits.require_window(self.settings.quality.window_length)
 
 
 @functools.cache

@@ -29,6 +29,7 @@ TARGET_FORMS = (
     "smoke_tests/{model}/{variant}/{tp}-gpu.json",
     "trt_engines/{model}/{variant}/{tp}-gpu",
     "quality/{model}/{variant}/{tp}-gpu.json",
+    "throughput/{model}/{variant}/{tp}-gpu.json",
     "reports/{model}.html",
     "ft_ckpts/{model}/{storage}/{tp}-gpu",
     "quantized/{model}/{qformat}/mpt_tp1_rank0.npz",

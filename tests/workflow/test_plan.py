@@ -312,7 +312,12 @@ REFUSED = {
     "rank": ("build_rank", Target("toy", "fp16", tp=2, rank=2), r"the last one is rank1\.engine"),
     "trtllm": ("convert_to_trtllm", Target("toy", "odd", tp=2), "shard_head = False: backend"),
     "window": ("measure_quality", Target("toy", "fp16"), "window_length = 512, .* 40 tokens"),
-    "llm": ("measure_quality", Target("toy", "llm"), "backend tensorrt_llm has only"),
+    "llm": (
+        "measure_quality",
+        Target("toy", "llm"),
+        "quality of llm: backend tensorrt_llm has only",
+    ),
+    "llm speed": ("measure_throughput", Target("toy", "llm"), "throughput of llm: backend"),
     "head": ("build_trtllm_engine", Target("toy", "llm"), r"head size = \d+ \(d_model / n_heads\)"),
     "model": ("make_networks", Target("toi", "fp16"), "no model named 'toi'; did you mean 'toy'?"),
     "variant": ("make_networks", Target("toy", "fp61"), "did you mean 'fp16'?"),
