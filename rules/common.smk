@@ -44,9 +44,9 @@ resources_of = values.resources_of
 tool = values.tool
 
 
-# Snakemake chooses its executor after it has read the rules, so these are asked for each job.
+# Snakemake chooses its executor after it has read the rules, so these functions are called for each job.
 def is_on_this_machine():
-    """Whether jobs run here, and this is not itself a job of a cluster."""
+    """Returns whether jobs run here, and this is not itself a job of a cluster."""
     return workflow.local_exec and workflow.is_main_process
 
 
@@ -56,7 +56,7 @@ def measuring_threads(wildcards):
 
 
 def measuring_units(wildcards):
-    """Units of the resource `measuring`, of which this machine has one, and a cluster any number."""
+    """Units of `measuring` that a job takes: this machine's only one, or 0 on a cluster."""
     return int(is_on_this_machine())
 
 

@@ -39,7 +39,7 @@ TOKENIZER_FILES = (
 )
 
 
-# Some eight times as much as the largest in use.
+# About eight times the largest tokenizer in use.
 MOST_TOKENIZER_BYTES = 256 << 20
 
 

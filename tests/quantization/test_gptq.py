@@ -114,7 +114,7 @@ def test_a_negative_scale_lets_minus_8_stand_for_the_largest_weight() -> None:
 
 
 def test_scales_of_int8_are_positive(weight) -> None:
-    """TensorRT refuses others, except for 4-bit integers."""
+    """TensorRT rejects negative scales, except for 4-bit integers."""
     assert (search_scales(weight, torch.ones(IN), INT8) > 0).all()
 
 

@@ -77,7 +77,7 @@ def test_a_job_that_was_killed_has_no_message(tmp_path: Path) -> None:
 
 
 def test_a_job_that_the_cluster_rejects_is_told_in_the_clusters_words(tmp_path: Path) -> None:
-    """Only if it left no log of its own."""
+    """A log that the job left takes precedence."""
     words, log = LastWords(), tmp_path / "a.log"
     sbatch = "SLURM sbatch failed.\nsbatch: error: Requested node configuration is not available "
     advice = "For further error details see the cluster/cloud log and the log files"

@@ -30,7 +30,7 @@ def read_trtllm_generation(path: Path) -> TrtllmGeneration:
     logits_shape = file.shape("logits")
     if len(logits_shape) != 2 or logits_shape[0] != new_tokens:
         raise file.damaged(f"logits have shape {list(logits_shape)} for {new_tokens} new tokens")
-    # They were stored without compression.
+    # The file is not compressed, so it cannot hold more numbers than bytes.
     if math.prod(logits_shape) > path.stat().st_size:
         raise file.damaged(f"logits have shape {list(logits_shape)}, more than the file holds")
     return TrtllmGeneration(
