@@ -134,8 +134,7 @@ def _run(case: Case, hf: Path, engine_dir: Path, result: Result) -> None:
         tokens = torch.randint(vocab_size, (LENGTH,), generator=generator).tolist()
         expected = reference_logits(hf, tokens).numpy()
         result.kl, result.kl_onnxruntime = (
-            mean_divergence(expected, all_logits(each, tokens))
-            for each in (engine, fallback)
+            mean_divergence(expected, all_logits(each, tokens)) for each in (engine, fallback)
         )
     result.status, result.message = _judge(case, result)
 
