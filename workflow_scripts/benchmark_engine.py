@@ -39,14 +39,14 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         nargs="+",
         default=[128],
-        help="tokens per prompt (default: %(default)s)",
+        help="tokens per prompt (default: 128)",
     )
     group.add_argument(
         "--output_lens",
         type=int,
         nargs="+",
         default=[64],
-        help="new tokens per prompt (default: %(default)s)",
+        help="new tokens per prompt (default: 64)",
     )
     group.add_argument(
         "--rounds", type=int, default=5, help="measurements per load (default: %(default)s)"
