@@ -83,7 +83,7 @@ QUANTIZATIONS = {
     "int4_awq": Quantization(Awq()),
     "int4_awq, int8 cache": Quantization(Awq(), "int8"),
     "int4_gptq": Quantization(Gptq()),
-    "mixed": Quantization(Mixed(5.0)),
+    "mixed": Quantization(Mixed(6.5)),
     "sq": Quantization(SmoothQuant()),
     "sq per channel": Quantization(SmoothQuant(per_token=False)),
     "sq per token": Quantization(SmoothQuant(per_channel=False)),
