@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -55,6 +56,9 @@ def run(options: argparse.Namespace) -> None:
     )
     ranks = engine.communicator
     if ranks is not None and ranks.rank > 0:
+        # Rank 0 answers what runs, and then ends the others.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         follow(engine.model, ranks)
         return
     _serve(options, _Leader(engine), text, api_key)
