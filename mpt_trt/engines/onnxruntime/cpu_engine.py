@@ -18,6 +18,7 @@ from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnxruntime.collectives import Collectives, replace_collectives
 from mpt_trt.engines.onnxruntime.cpu_cache import make_cpu_cache, take_any_cache_length
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
+from mpt_trt.engines.onnxruntime.described_network import require_described
 from mpt_trt.engines.onnxruntime.integer_tables import read_integer_tables
 from mpt_trt.engines.onnxruntime.rewrites import (
     compute_in_float32,
@@ -62,7 +63,7 @@ class OnnxRuntimeEngine:
         self.max_logits: int | None = None
         self._collectives = None if communicator is None else Collectives(communicator)
         self._computes_in_float32 = _lacks_kernels(spec)
-        self._session, self._weights = _open_session(path, cpu, spec)
+        self._session, self._weights = _open_session(path, cpu, spec, Rank(rank, spec.tp_size))
         self._binding = self._session.io_binding()
         self._cache = make_cpu_cache(
             self._binding,
@@ -145,10 +146,11 @@ def _computing_type(spec: EngineSpec) -> int:
 
 
 def _open_session(
-    path: Path, cpu: CpuSettings, spec: EngineSpec
+    path: Path, cpu: CpuSettings, spec: EngineSpec, rank: Rank
 ) -> tuple[onnxruntime.InferenceSession, list[onnxruntime.OrtValue]]:
     """Opens the session; returns it with converted weights, which must live as long."""
     model = read_network(path)
+    require_described(model, spec, rank, path)
     options = session_options(path)
     options.intra_op_num_threads = cpu.num_threads
     # By default, products of quantized weights would round activations to 8 bits.

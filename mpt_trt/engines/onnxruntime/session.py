@@ -61,6 +61,7 @@ def run(session: onnxruntime.InferenceSession, binding: Any) -> None:
     try:
         session.run_with_iobinding(binding)
     except Exception as error:  # the library raises many types, without a common base
-        if type(error).__module__.startswith("onnxruntime"):
+        is_of_library = type(error).__module__.startswith("onnxruntime")
+        if is_of_library or type(error) is RuntimeError:
             raise MptTrtError(f"ONNX Runtime failed to run a step: {error}") from None
         raise

@@ -802,3 +802,27 @@ def test_engine_outlives_its_checkpoint(tmp_path, no_gpu):
     ids = random_ids(spec, rows=1, length=4)
     found = feed(load_engine(engine, num_threads=1).model, ids, [4])
     assert np.isfinite(found).all() and deviation(found, reference(spec, ids)) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("config.num_layers", 1),
+        ("config.num_layers", 3),
+        ("config.num_kv_heads", 3),
+        ("config.vocab_size", 40),
+        ("dtype", "float16"),
+        ("kv_cache", "int8"),
+        ("limits.max_output_len", 17),
+    ],
+)
+def test_a_description_of_another_network_is_refused(engine: Path, key: str, value, no_gpu):
+    content = config_of(engine)
+    *parents, last = key.split(".")
+    place = content
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    (engine / "config.json").write_text(json.dumps(content))
+    with pytest.raises(MptTrtError, match=r"not the network that config\.json describes|damaged"):
+        load_engine(engine, is_trusted=True)

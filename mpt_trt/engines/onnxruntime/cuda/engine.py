@@ -27,6 +27,7 @@ from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnxruntime.cuda import rewrites
 from mpt_trt.engines.onnxruntime.cuda.session import PROVIDER, CudaSession
 from mpt_trt.engines.onnxruntime.cuda.shared_weights import share_weights
+from mpt_trt.engines.onnxruntime.described_network import require_described
 from mpt_trt.engines.onnxruntime.external_data import SharedWeight
 from mpt_trt.engines.onnxruntime.rewrites import spell_out_scale_types
 from mpt_trt.engines.onnxruntime.session import naming_network
@@ -77,6 +78,7 @@ class OnnxCudaEngine:
 
     def _load(self, path: Path, spec: EngineSpec) -> None:
         network = read_network(path)
+        require_described(network, spec, Rank(0, 1), path)
         with naming_network(path):
             spell_out_scale_types(network, ELEMENT_TYPES[spec.dtype])
             element_type = ELEMENT_TYPES[spec.dtype]
