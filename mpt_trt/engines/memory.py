@@ -43,19 +43,23 @@ def _rank_shape(spec: EngineSpec, weight: Weight) -> tuple[int, ...]:
     return ft_file(spec.config, weight, Rank(0, spec.tp_size), spec.dtype).shape
 
 
-def block_tensors(spec: EngineSpec) -> list[TensorSpec]:
-    """Tensors that a rank's network stores for the matrices of one block."""
+def block_tensors(spec: EngineSpec, layer: int) -> list[TensorSpec]:
+    """Tensors that a rank's network stores for the matrices of a block."""
     rank = Rank(0, spec.tp_size)
     return [
         tensor
-        for weight in block_matrices(spec.config, 0).values()
+        for weight in block_matrices(spec.config, layer).values()
         for tensor in layer_specs(spec.config, weight, rank, spec.dtype, spec.quantization).values()
     ]
 
 
 def matrix_bytes(spec: EngineSpec) -> int:
     """Size of a rank's matrices of all blocks, with their scales."""
-    return spec.config.num_layers * sum(tensor.byte_size for tensor in block_tensors(spec))
+    return sum(
+        tensor.byte_size
+        for layer in range(spec.config.num_layers)
+        for tensor in block_tensors(spec, layer)
+    )
 
 
 def _is_read(weight: Weight) -> bool:

@@ -158,10 +158,12 @@ def build_memory(spec: EngineSpec) -> int:
 
 def _unpacked_bytes(spec: EngineSpec) -> int:
     """Additional size of 4-bit weights that are expanded to one byte each."""
-    packed = sum(
-        tensor.byte_size for tensor in memory.block_tensors(spec) if tensor.dtype == "int4"
+    return sum(
+        tensor.byte_size
+        for layer in range(spec.config.num_layers)
+        for tensor in memory.block_tensors(spec, layer)
+        if tensor.dtype == "int4"
     )
-    return spec.config.num_layers * packed
 
 
 def smoke_test_memory(spec: EngineSpec, num_nodes: int = 1) -> int:

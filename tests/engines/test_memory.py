@@ -25,11 +25,13 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.ft.layout import Int8Layers
 from mpt_trt.model.sharding import Rank, VocabularySharding, is_legal
+from mpt_trt.model.tensors import BlockMatrix
 from mpt_trt.network.decoder import build_network
 from mpt_trt.quantization.calibrated_weights import Fp8Scales, KvAmax
 from mpt_trt.quantization.schemes import (
     Awq,
     Fp8,
+    Mixed,
     Quantization,
     SmoothQuant,
     WeightOnly,
@@ -137,6 +139,20 @@ def test_quantized_rank_weights_are_those_of_the_network(
             EngineSpec(config, "float16", tp_size, LIMITS, WHOLE)
         )
         assert cache == (1 if quantization.kv_cache == "auto" else 0.5)
+
+
+def test_mixed_matrices_are_those_of_every_layer() -> None:
+    config = config_of(FEATURES["multi-head"])
+    assert config.num_layers == 2
+
+    def size(*formats: str) -> int:
+        choice = tuple(name for name in formats for _ in BlockMatrix)
+        quantization = Quantization(Mixed(6.0, choice))
+        return memory.matrix_bytes(EngineSpec(config, "float16", 1, LIMITS, WHOLE, quantization))
+
+    small, large = "int4-g16", "int8"
+    assert size(small, small) < size(large, large)
+    assert 2 * size(small, large) == size(small, small) + size(large, large)
 
 
 @pytest.mark.parametrize("name", FEATURES)
