@@ -296,7 +296,7 @@ def test_quality_of_two_ranks_is_that_of_one(engines, tmp_path):
         )
         finished = mpirun(size, tool_path("measure_quality.py"), *arguments)
         assert finished.status == 0, finished.stderr
-        assert finished.stdout.count("perplexity") == 1
+        assert finished.stdout.count("Perplexity") == 1
         found[size] = read_quality(output)
     one, two = found[1].figures, found[2].figures
     assert two.nats_per_token.mean == pytest.approx(one.nats_per_token.mean, abs=1e-6)
