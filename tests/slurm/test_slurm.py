@@ -107,18 +107,21 @@ class Project:
         return {str(file.relative_to(folder)): content_hash(file) for file in files}
 
     def engine(self) -> tuple[dict[str, str], dict[str, int], dict]:
-        """Hashes of the engine's files, sizes of its plans, and config.json without their hashes.
+        """Hashes of the engine's files, sizes of its plans, and config.json without what differs.
 
         TensorRT builds no two plans of the same bytes, even of the same network.
         """
         hashes = self.hashes(ENGINE)
         plans = [name for name in hashes if name.endswith(".engine")]
-        for name in [*plans, "config.json"]:
+        for name in plans:
             del hashes[name]
         sizes = {name: (self.folder / ENGINE / name).stat().st_size for name in plans}
         config = json.loads((self.folder / ENGINE / "config.json").read_text())
+        del config["provenance"]
         for rank in config["ranks"]:
-            del rank["files"][rank["engine"]]["hash"]
+            for name, recorded in rank["files"].items():
+                if name == rank["engine"] or name.endswith(".json"):
+                    del recorded["hash"]
         return hashes, sizes, config
 
 
