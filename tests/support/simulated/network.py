@@ -19,6 +19,7 @@ from mpt_trt.engines.onnxruntime.collectives import Collectives
 from mpt_trt.engines.onnxruntime.cpu_engine import _computing_type, _open_session
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
 from mpt_trt.engines.spec import BuildLimits, EngineSpec
+from mpt_trt.model.sharding import Rank
 from mpt_trt.network.graph import COLLECTIVE, ELEMENT_TYPES
 from support.simulated.memory import view
 
@@ -96,7 +97,8 @@ class RankNetwork:
 
     @cached_property
     def _session(self) -> tuple[onnxruntime.InferenceSession, list]:
-        return _open_session(self.path, CpuSettings(num_threads=1), self.spec)
+        rank = Rank(int(self.path.stem.removeprefix("rank")), self.spec.tp_size)
+        return _open_session(self.path, CpuSettings(num_threads=1), self.spec, rank)
 
     @property
     def _stored_type(self) -> int:
