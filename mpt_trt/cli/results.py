@@ -85,7 +85,12 @@ def _show(rows: Mapping[str, str]) -> None:
         lines = [
             part
             for line in value.splitlines() or [""]
-            for part in textwrap.wrap(line, max(20, width - indent), break_on_hyphens=False) or [""]
+            for part in _wrap(line, max(20, width - indent)) or [""]
         ]
         for label, line in zip([name, *[""] * len(lines)], lines, strict=False):
             print(f"{label:{indent}}{line}".rstrip(), flush=True)
+
+
+def _wrap(line: str, width: int) -> list[str]:
+    """Break a line between words only, so that paths can be copied."""
+    return textwrap.wrap(line, width, break_on_hyphens=False, break_long_words=False)

@@ -42,7 +42,7 @@ BOUNDS = {
     "int8_weight_only": Bounds(excess=0.006, kl=2e-3, top1=0.97, size=0.6),
     "int4_weight_only": Bounds(excess=0.4, kl=0.4, top1=0.7, size=0.4),
     "int4_awq": Bounds(excess=0.4, kl=0.4, top1=0.7, size=0.4),
-    "int4_gptq": Bounds(excess=0.15, kl=0.08, top1=0.85, size=0.4),
+    "int4_gptq": Bounds(excess=0.25, kl=0.2, top1=0.8, size=0.4),
     "sq": Bounds(excess=0.02, kl=0.01, top1=0.93, size=0.6),
     "fp8": Bounds(excess=0.06, kl=0.06, top1=0.88, size=0.6),
     "fp8_kv": Bounds(excess=0.06, kl=0.06, top1=0.88, size=0.6),

@@ -321,7 +321,8 @@ def test_interrupted_and_killed_it_ends_with_the_same_artifacts(
         killed += run.stop(signal.SIGKILL)
     assert killed > 0
     finish(workflow, target)
-    expected = {path: content for path, content in artifacts(made).items() if "/fp32/" in path}
+    # Other tests make more there.
+    expected = {path: each for path, each in artifacts(made).items() if "/fp32/1-gpu" in path}
     assert artifacts(workflow) == expected
 
 
