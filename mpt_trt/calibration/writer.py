@@ -154,9 +154,14 @@ class CalibrationWriter:
 def require_replaceable_result(target: Path, force: bool) -> None:
     """Raises MptTrtError when `target` is a file that `calibration_writer` did not write.
 
-    Force permits any file, but no folder.
+    Force permits any file, but no folder and no link, which may point to the model itself.
     """
     require_writable(target)
+    if target.is_symlink():
+        raise MptTrtError(
+            f"{target}: not replaced, because it is a link to {target.readlink()}; remove the "
+            "link, or choose another --export_path"
+        )
     if force or not target.is_file():
         return
     try:

@@ -73,6 +73,19 @@ def test_files_of_others_are_kept(
     assert quantize(model, text, tmp_path, "--qformat=kv_cache").read_bytes() == first
 
 
+def test_a_link_to_an_input_is_never_written_through(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "mpt_tp1_rank0.npz"
+    for source in (model / "config.json", text):
+        content = source.read_bytes()
+        target.symlink_to(source)
+        with pytest.raises(MptTrtError, match=f"^{target}: not replaced, because it is a link"):
+            quantize(model, text, tmp_path, "--qformat=kv_cache", "--force")
+        assert source.read_bytes() == content
+        target.unlink()
+
+
 @pytest.mark.parametrize("qformat", ["int4_awq", "int4_gptq", "fp8", "int8_sq", "kv_cache"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_format_and_type(
