@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import resource
 
 from mpt_trt.cli.engines import open_engine
 from mpt_trt.cli.output_options import input_paths
 from mpt_trt.errors import MptTrtError
+from mpt_trt.evaluation.measured_engine import describe_engine, peak_memory_of_ranks
 from mpt_trt.evaluation.throughput import (
     LoadSpeed,
     ThroughputResult,
@@ -16,12 +15,9 @@ from mpt_trt.evaluation.throughput import (
     measure_load,
     write_throughput,
 )
-from mpt_trt.quantization.schemes import as_mapping
-from mpt_trt.system.machine import describe_machine
 from mpt_trt.system.progress_lines import say
 from mpt_trt.system.replace import require_writable
 
-KIB = 1 << 10
 HEADER = "batch  prompt  output   first token    between tokens (median, p99)     tokens/s"
 
 
@@ -31,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
     if options.rounds < 1:
         raise MptTrtError(f"--rounds = {options.rounds}: at least 1 is required")
     engine = open_engine(options)
-    model, spec = engine.model, engine.manifest.spec
+    model = engine.model
     batch_sizes = options.batch_sizes or sorted({1, model.max_batch_size})
     loads = all_loads(model, batch_sizes, options.prompt_lens, options.output_lens)
     if engine.is_first_rank:
@@ -42,24 +38,11 @@ def run(options: argparse.Namespace) -> None:
         speeds.append(measure_load(model, load, options.rounds))
         if engine.is_first_rank:
             print(_line(speeds[-1]), flush=True)
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
-    ranks = engine.communicator
-    peak_memory = own if ranks is None else sum(ranks.exchange(own))
+    peak_memory = peak_memory_of_ranks(engine)
     if not engine.is_first_rank:
         return
     result = ThroughputResult(
-        engine_dir=str(options.engine_dir),
-        model_name=engine.manifest.model_name,
-        ranks=spec.tp_size,
-        dtype=spec.dtype,
-        quantization=as_mapping(spec.scheme),
-        kv_cache=spec.quantization.kv_cache,
-        builder=engine.manifest.builder,
-        runtime=engine.runtime,
-        fallback_reason=engine.fallback_reason,
-        machine=describe_machine(),
-        date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        peak_memory=peak_memory,
+        **describe_engine(engine, options.engine_dir, peak_memory),
         speeds=tuple(speeds),
     )
     write_throughput(result, options.output, inputs)

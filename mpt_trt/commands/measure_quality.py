@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import resource
 
 from mpt_trt.checkpoint.source import checkpoint_folder
 from mpt_trt.cli.engines import open_engine
 from mpt_trt.cli.output_options import input_paths
 from mpt_trt.cli.progress import steps_progress
 from mpt_trt.cli.results import show_quality
-from mpt_trt.engines.load import LoadedEngine
 from mpt_trt.evaluation.heldout import read_heldout
+from mpt_trt.evaluation.measured_engine import describe_engine, peak_memory_of_ranks
 from mpt_trt.evaluation.quality_result import QualityResult, write_quality
 from mpt_trt.evaluation.recorded_generation import measure_speed
-from mpt_trt.quantization.schemes import as_mapping
-from mpt_trt.system.machine import describe_machine
 from mpt_trt.system.progress_lines import no_progress, say
 from mpt_trt.system.replace import require_writable
 
 SPEED_PROMPT, SPEED_NEW_TOKENS, SPEED_ROUNDS = 128, 32, 5
-KIB = 1 << 10
 
 
 def run(options: argparse.Namespace) -> None:
@@ -29,8 +24,8 @@ def run(options: argparse.Namespace) -> None:
     require_writable(options.output, inputs)
     heldout = read_heldout(options.reference)
     engine = open_engine(options)
-    spec, window_length = engine.manifest.spec, heldout.inputs.shape[1]
-    spec.limits.require_window(window_length)
+    window_length = heldout.inputs.shape[1]
+    engine.manifest.spec.limits.require_window(window_length)
     new_tokens = min(SPEED_NEW_TOKENS, engine.model.capacity // 2)
     prompt_len = min(SPEED_PROMPT, window_length, engine.model.capacity - new_tokens)
     prompt = heldout.inputs[0, :prompt_len].tolist()
@@ -58,17 +53,7 @@ def run(options: argparse.Namespace) -> None:
     if figures is None:
         return
     result = QualityResult(
-        engine_dir=str(options.engine_dir),
-        model_name=engine.manifest.model_name,
-        ranks=spec.tp_size,
-        dtype=spec.dtype,
-        quantization=as_mapping(spec.scheme),
-        kv_cache=spec.quantization.kv_cache,
-        builder=engine.manifest.builder,
-        runtime=engine.runtime,
-        fallback_reason=engine.fallback_reason,
-        machine=describe_machine(),
-        date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        **describe_engine(engine, options.engine_dir, peak_memory),
         reference=heldout.reference,
         text=heldout.text,
         text_hash=heldout.text_hash,
@@ -80,14 +65,6 @@ def run(options: argparse.Namespace) -> None:
         throughput_rows=num_rows,
         prompt_len=prompt_len,
         new_tokens=new_tokens,
-        peak_memory=peak_memory,
-        head=spec.quantization.head,
     )
     write_quality(result, options.output, inputs)
     show_quality(result, options.output)
-
-
-def peak_memory_of_ranks(engine: LoadedEngine) -> int:
-    """Bytes of host memory: the sum of all ranks' peak resident sets so far."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
-    return own if engine.communicator is None else sum(engine.communicator.exchange(own))

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from mpt_trt.engines.spec import BuilderInfo
+from mpt_trt.evaluation.measured_engine import MeasuredEngine
 from mpt_trt.evaluation.result_file import read_result
 from mpt_trt.evaluation.speed import Speed
 from mpt_trt.system.files import write_json
-from mpt_trt.system.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -57,30 +55,15 @@ class Size:
     total: int
 
 
-@dataclass(frozen=True)
-class QualityResult:
+@dataclass(frozen=True, kw_only=True)
+class QualityResult(MeasuredEngine):
     """Quality, size and speed of one engine.
 
-    quantization: as in config.yaml, with the options of its own method. kv_cache: type of keys and
-    values, head: of head and embedding; `auto` means dtype. runtime: the runtime that ran the
-    engine. fallback_reason: why it was not TensorRT; None if it was. date: UTC day. reference: the
-    software that computed the reference. text: file name. window_length: tokens per window. speed:
-    measured on one sequence of prompt_len tokens and new_tokens generated tokens. throughput: the
-    same of throughput_rows sequences at a time, all of them together. peak_memory: bytes of host
-    memory, the sum of the ranks' peaks up to the end of the speed measurement.
+    reference: the software that computed the reference. text: file name. window_length: tokens per
+    window. speed: measured on one sequence of prompt_len tokens and new_tokens generated tokens.
+    throughput: the same of throughput_rows sequences at a time, all of them together.
     """
 
-    engine_dir: str
-    model_name: str
-    ranks: int
-    dtype: str
-    quantization: dict[str, Any]
-    kv_cache: str
-    builder: BuilderInfo
-    runtime: str
-    fallback_reason: str | None
-    machine: Machine
-    date: str
     reference: str
     text: str
     text_hash: str
@@ -92,8 +75,6 @@ class QualityResult:
     throughput_rows: int
     prompt_len: int
     new_tokens: int
-    peak_memory: int
-    head: str = "auto"
 
 
 def write_quality(result: QualityResult, target: Path, inputs: Iterable[Path] = ()) -> None:

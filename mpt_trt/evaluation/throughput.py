@@ -8,18 +8,16 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mpt_trt.engines.interface import StepModel
-from mpt_trt.engines.spec import BuilderInfo
 from mpt_trt.errors import MptTrtError
+from mpt_trt.evaluation.measured_engine import MeasuredEngine
 from mpt_trt.evaluation.result_file import read_result
 from mpt_trt.generation.config import GenerationConfig
 from mpt_trt.generation.generate import generate_steps
 from mpt_trt.system.files import write_json
-from mpt_trt.system.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -60,22 +58,10 @@ class LoadSpeed:
     rounds: int
 
 
-@dataclass(frozen=True)
-class ThroughputResult:
-    """Speeds of an engine. peak_memory: bytes of host memory, summed over ranks."""
+@dataclass(frozen=True, kw_only=True)
+class ThroughputResult(MeasuredEngine):
+    """Speeds of an engine under each load."""
 
-    engine_dir: str
-    model_name: str
-    ranks: int
-    dtype: str
-    quantization: dict[str, Any]
-    kv_cache: str
-    builder: BuilderInfo
-    runtime: str
-    fallback_reason: str | None
-    machine: Machine
-    date: str
-    peak_memory: int
     speeds: tuple[LoadSpeed, ...]
 
 
