@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,18 @@ def edited(content: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
     return content
 
 
+def place_in(content: Any, steps: Iterable[int]) -> tuple[Any, Any] | None:
+    """Walks down JSON; returns the last container and the key in it, None if there is none."""
+    place = None
+    for step in steps:
+        if not isinstance(content, dict | list) or not content:
+            break
+        keys = list(content) if isinstance(content, dict) else range(len(content))
+        place = content, keys[step % len(keys)]
+        content = content[place[1]]
+    return place
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_good_files_are_accepted(good: Path, name: str) -> None:
     READERS[name].read(good / READERS[name].folder)
@@ -289,13 +301,7 @@ def test_values_replaced(good: Path, name: str) -> None:
     )
     def try_it(steps: list[int], value: object, is_removed: bool) -> None:
         content = json.loads(text)
-        parent, key, node = {"top": content}, "top", content
-        for step in steps:
-            if not isinstance(node, dict | list) or not node:
-                break
-            keys = list(node) if isinstance(node, dict) else range(len(node))
-            parent, key = node, keys[step % len(keys)]
-            node = parent[key]
+        parent, key = place_in(content, steps) or ({}, "top")
         parent[key] = value
         if is_removed and parent is not content and isinstance(parent, dict):
             del parent[key]
@@ -336,13 +342,8 @@ def test_values_of_headers_replaced(good: Path, name: str) -> None:
         steps=st.lists(st.integers(0, 5), min_size=1, max_size=3), value=st.sampled_from(STRANGE)
     )
     def try_it(steps: list[int], value: object) -> None:
-        changed = node = json.loads(json.dumps(header))
-        for step in steps:
-            if not isinstance(node, dict | list) or not node:
-                break
-            keys = list(node) if isinstance(node, dict) else range(len(node))
-            parent, key = node, keys[step % len(keys)]
-            node = parent[key]
+        changed = json.loads(json.dumps(header))
+        parent, key = place_in(changed, steps)
         parent[key] = value
         new = json.dumps(changed).encode()
         require_sentence(good, name, struct.pack("<Q", len(new)) + new + content[8 + length :])
