@@ -24,7 +24,7 @@ from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.engines.manifest import Manifest, read_manifest
 from mpt_trt.errors import MptTrtError
 from mpt_trt.generation.text import OrderedPrinter
-from mpt_trt.system.replace import replace_file, require_writable
+from mpt_trt.system.replace import is_replaced, replace_file, require_writable
 
 log = logging.getLogger("run")
 
@@ -75,6 +75,9 @@ def _require_consistent(options: argparse.Namespace) -> None:
         raise MptTrtError(f"--max_input_length = {keep}: at least 1 is required")
     if options.chat_template is not None and not options.chat:
         raise MptTrtError("--chat_template belongs to --chat; add it")
+    csv, npy = options.output_csv, options.output_npy
+    if csv is not None and npy is not None and is_replaced(csv) and csv.resolve() == npy.resolve():
+        raise MptTrtError(f"--output_csv = {csv}: also --output_npy; name two different files")
     texts = (prompt_files.TEXT_SUFFIX, prompt_files.CHAT_SUFFIX)
     legal = texts if options.chat else (prompt_files.TEXT_SUFFIX, *prompt_files.IDS_SUFFIXES)
     if file is not None and file.suffix not in legal:

@@ -328,6 +328,15 @@ def test_bad_requests_are_rejected(engine_dir: Path, options: list[str], message
         call_tool("run.py", "--engine_dir", engine_dir, *options)
 
 
+def test_two_outputs_need_two_files(engine_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for other in ("out", "link"):
+        outputs = [f"--output_csv={tmp_path / 'out'}", f"--output_npy={tmp_path / other}"]
+        with pytest.raises(MptTrtError, match="also --output_npy; name two different files"):
+            call_tool("run.py", "--engine_dir", engine_dir, "--max_output_len=1", *outputs)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bad_request_gets_one_line(engine_dir: Path) -> None:
     result = script("run.py", "--engine_dir", engine_dir, "--max_output_len=4", "--temperature=0")
     assert "temperature" in one_line_error(result)
