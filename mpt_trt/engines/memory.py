@@ -53,6 +53,7 @@ def block_tensors(spec: EngineSpec, layer: int) -> list[TensorSpec]:
     ]
 
 
+@functools.cache
 def matrix_bytes(spec: EngineSpec) -> int:
     """Size of a rank's matrices of all blocks, with their scales."""
     return sum(

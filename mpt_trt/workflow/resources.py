@@ -156,6 +156,7 @@ def build_memory(spec: EngineSpec) -> int:
     return math.ceil(BUILD_PER_WEIGHT * unpacked) + BUILD_BASE
 
 
+@functools.cache  # planning asks for every rank
 def _unpacked_bytes(spec: EngineSpec) -> int:
     """Additional size of 4-bit weights that are expanded to one byte each."""
     return sum(
