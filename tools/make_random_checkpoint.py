@@ -40,4 +40,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "tools.random_checkpoint")
+    run_command(make_parser, "tools.random_checkpoint")

@@ -63,9 +63,8 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--weight_only_precision",
         choices=["int8", "int4", "int4_awq", "int4_gptq", "mixed"],
-        default="int8",
         help="type of the integers; int4_awq, int4_gptq and mixed need --quant_ckpt_path (default: "
-        "%(default)s)",
+        "int8)",
     )
     group.add_argument(
         "--per_group",
@@ -125,4 +124,4 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.build")
+    run_command(make_parser, "mpt_trt.commands.build")

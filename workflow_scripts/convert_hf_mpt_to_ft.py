@@ -90,4 +90,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.convert_hf_mpt_to_ft")
+    run_command(make_parser, "mpt_trt.commands.convert_hf_mpt_to_ft")

@@ -81,4 +81,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.quantize")
+    run_command(make_parser, "mpt_trt.commands.quantize")

@@ -141,4 +141,4 @@ def _add_choice_of_tokens(parser: argparse.ArgumentParser) -> None:
 
 if __name__ == "__main__":
     restart_with_huge_pages()
-    run_command(make_parser(), "mpt_trt.commands.run")
+    run_command(make_parser, "mpt_trt.commands.run")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpt_trt.checkpoint.known_models import SHAPES
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.parser import tool_parser
@@ -20,6 +19,8 @@ from mpt_trt.workflow.settings import variant_choices, variant_default
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from mpt_trt.checkpoint.known_models import SHAPES  # needs libraries, whose lack is reported
+
     parser = tool_parser(
         __doc__,
         "workflow_scripts/show_requirements.py --like mpt-7b --quantization int4_awq -tp 2",
@@ -47,4 +48,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.show_requirements")
+    run_command(make_parser, "mpt_trt.commands.show_requirements")

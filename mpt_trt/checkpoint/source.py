@@ -121,10 +121,14 @@ def local_folder(source: str) -> Path:
         folder = Path(source).expanduser()
     except RuntimeError:
         raise MptTrtError(f"no such folder: {source}: this user has no home folder") from None
-    if folder.is_dir():
+    if source and folder.is_dir():
         return folder
+    if not source:
+        raise MptTrtError(
+            "the name of the model or tokenizer is empty; give a folder in Hugging Face format or "
+            "a hub id (owner/name)"
+        )
     kind = "not a folder" if folder.exists() else "no such folder"
     raise MptTrtError(
-        f"{kind}: {source or repr(source)}; give a folder in Hugging Face format or a hub id "
-        "(owner/name)"
+        f"{kind}: {source}; give a folder in Hugging Face format or a hub id (owner/name)"
     )

@@ -20,11 +20,15 @@ from mpt_trt.system.process import wait_without_spinning
 
 INTERRUPTED = 128 + signal.SIGINT
 REMEDY = "free memory, raise the limit (ulimit -v, SLURM's --mem), or use fewer processes"
+INSTALLATION = (
+    "start the tool with the Python of an environment that has mpt-trt's requirements "
+    "(.venv/bin/python after make), or install them with pip install -r requirements.txt"
+)
 # Messages of PyTorch and Python's threads, which have no exception type for a lack of memory.
 MEMORY_MESSAGES = ("can't allocate memory", "can't start new thread", "std::bad_alloc")
 
 
-def run_command(parser: argparse.ArgumentParser, command: str) -> None:
+def run_command(make_parser: Callable[[], argparse.ArgumentParser], command: str) -> None:
     """Parse the options, then import the module `command` and call its `run(options)`.
 
     So `--help` and wrong options do not wait for the imports of the command's module. Exits like
@@ -32,7 +36,7 @@ def run_command(parser: argparse.ArgumentParser, command: str) -> None:
     """
 
     def main() -> None:
-        options = parser.parse_args()
+        options = make_parser().parse_args()
         importlib.import_module(command).run(options)
 
     run_cli(main)
@@ -97,6 +101,10 @@ def _plain_message(error: Exception) -> str | None:
         return "the reader of an output has ended; read all of it"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        package = error.name.partition(".")[0]
+        if package != "mpt_trt":
+            return f"{sys.executable} has no package {package}; {INSTALLATION}"
     return None
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
+from typing import Any
 
 
 class ParagraphFormatter(argparse.HelpFormatter):
@@ -16,12 +19,27 @@ class ParagraphFormatter(argparse.HelpFormatter):
         )
 
 
-def tool_parser(description: str | None, example: str) -> argparse.ArgumentParser:
+class ToolParser(argparse.ArgumentParser):
+    """Rejects empty paths, such as those of unset shell variables, and expands `~` in paths."""
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.register("type", Path, _path)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; name a file or folder")
+    # Unlike Path.expanduser, this leaves the name of an unknown user as it is.
+    return Path(os.path.expanduser(text))  # noqa: PTH111
+
+
+def tool_parser(description: str | None, example: str) -> ToolParser:
     """Makes a parser without options.
 
     description: the script's docstring. example: a command line that works, from the script's path.
     """
-    return argparse.ArgumentParser(
+    return ToolParser(
         description=description,
         epilog=f"example:\n    python {example}",
         formatter_class=ParagraphFormatter,

@@ -29,11 +29,24 @@ from mpt_trt.quantization.schemes import (
     SmoothQuant,
     WeightOnly,
     WeightQuantization,
+    calibration_format,
+    method_of,
 )
 from mpt_trt.system.progress_lines import say
 
 # Lets Open MPI 5 start more ranks than there are cores.
 OVERSUBSCRIBE = "PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe"
+
+WEIGHT_ONLY_OPTIONS = ("weight_only_precision", "per_group", "bits")
+# Options that use a calibration result, by its format.
+USED_WITH = {
+    "int4_awq": "--use_weight_only --weight_only_precision int4_awq",
+    "int4_gptq": "--use_weight_only --weight_only_precision int4_gptq",
+    "mixed": "--use_weight_only --weight_only_precision mixed",
+    "fp8": "--enable_fp8",
+    "int8_sq": "--int8_kv_cache or --fp8_kv_cache",
+    "kv_cache": "--int8_kv_cache or --fp8_kv_cache",
+}
 
 
 @own_flags({"--calibration": "--quant_ckpt_path"})
@@ -88,6 +101,14 @@ def _calibrated(options: argparse.Namespace, checkpoint: FtCheckpoint) -> Calibr
     calibrated = CalibratedQuantization(
         Quantization(_scheme(options, checkpoint.smoothing), cache, options.head), calibration
     )
+    needed = calibration_format(calibrated.quantization.scheme, cache)
+    if calibration is not None and needed is None:
+        found = calibration.quantization_format
+        raise MptTrtError(
+            f"--quant_ckpt_path = {path}: a calibration result of {found}, which an engine with "
+            f"quantization {method_of(calibrated.quantization.scheme)} does not use; choose a "
+            f"quantization that does ({USED_WITH[found]}), or omit this option"
+        )
     return calibrated.with_choice()
 
 
@@ -100,20 +121,25 @@ def _scheme(options: argparse.Namespace, alpha: float | None) -> WeightQuantizat
     if options.use_smooth_quant:
         usual = SmoothQuant().alpha if alpha is None else alpha
         return SmoothQuant(usual, options.per_channel, options.per_token)
-    if options.per_channel or options.per_token:
-        raise MptTrtError("--per_channel and --per_token belong to --use_smooth_quant; add it")
-    if options.enable_fp8:
-        return Fp8()
+    _require_absent(options, "--use_smooth_quant", ("per_channel", "per_token"))
     if not options.use_weight_only:
-        return None
-    if options.weight_only_precision == "int4_awq":
+        _require_absent(options, "--use_weight_only", WEIGHT_ONLY_OPTIONS)
+        return Fp8() if options.enable_fp8 else None
+    precision = options.weight_only_precision
+    if precision == "int4_awq":
         return Awq()
-    if options.weight_only_precision == "int4_gptq":
+    if precision == "int4_gptq":
         return Gptq()
-    if options.weight_only_precision == "mixed":
+    if precision == "mixed":
         if options.bits is None:
             raise MptTrtError("--weight_only_precision = mixed: give its --bits per weight")
         return Mixed(options.bits)
-    if options.weight_only_precision == "int8":
-        return WeightOnly(8)
-    return WeightOnly(4, options.group_size if options.per_group else None)
+    if precision == "int4":
+        return WeightOnly(4, options.group_size if options.per_group else None)
+    return WeightOnly(8)
+
+
+def _require_absent(options: argparse.Namespace, owner: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(options, name):
+            raise MptTrtError(f"--{name} belongs to {owner}; add it")

@@ -48,15 +48,15 @@ LONGEST_SHOWN_NAME = 100
 UNOWNED_FILES = re.compile(r"\.snakemake_timestamp|\.nfs[0-9a-f]+")
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 REMEDIES = {
-    errno.ENOSPC: "the disk is full; free space or choose another output folder",
-    errno.EDQUOT: "the disk quota is used up; free space or choose another output folder",
+    errno.ENOSPC: "the disk is full; free space or write it elsewhere",
+    errno.EDQUOT: "the disk quota is used up; free space or write it elsewhere",
     errno.EFBIG: "the file-size limit is reached; raise it (ulimit -f)",
-    errno.EROFS: "the file system is read-only; choose another output folder",
-    errno.EACCES: "permission denied; choose another output folder",
-    errno.EPERM: "not permitted; choose another output folder",
-    errno.ENOTDIR: "a part of this path is a file; choose another output folder",
+    errno.EROFS: "the file system is read-only; write it elsewhere",
+    errno.EACCES: "permission denied; write it elsewhere",
+    errno.EPERM: "not permitted; write it elsewhere",
+    errno.ENOTDIR: "a part of this path is a file; write it elsewhere",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
-    errno.ELOOP: "a part of this path is a link to itself; choose another output folder",
+    errno.ELOOP: "a part of this path is a link to itself; write it elsewhere",
     errno.EBUSY: "it is a mount point or in use; choose a folder inside it",
 }
 

@@ -1,4 +1,8 @@
-"""Sources of the configuration's values: files, and `--config` on the command line."""
+"""Sources of the configuration's values: files, and `--config` on the command line.
+
+PyYAML is imported where it is used: the tools read their options' defaults before they can report a
+missing package.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from mpt_trt.errors import MptTrtError
 
@@ -38,6 +40,8 @@ class ConfigSources:
             return COMMAND_LINE
         if len(self.files) == 1:
             return self.files[0]
+        import yaml
+
         readable = (name for name in reversed(self.files) if Path(name).is_file())
         holding = (name for name in readable if _has(yaml.safe_load(_text(name)) or {}, path))
         return next(holding, self.files[0] if self.files else "configuration")
@@ -55,6 +59,8 @@ class ConfigSources:
 
 def require_yaml(path: Path) -> None:
     """Raise MptTrtError, with the line, when a configuration file is not valid YAML."""
+    import yaml
+
     try:
         yaml.load(_text(str(path)), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-
 from mpt_trt.engines.compute_capabilities import default_capabilities
 from mpt_trt.engines.spec import TENSORRT_LLM, BuilderChoice, BuildLimits, EngineSpec
 from mpt_trt.errors import MptTrtError
@@ -318,6 +316,8 @@ def _require_own_options(content: Mapping[str, Any], sources: ConfigSources) -> 
 
 @functools.cache
 def _schema() -> dict[str, Any]:
+    import yaml  # see config_sources.py
+
     # libyaml, if PyYAML has it, reads the schema in a tenth of the time.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return yaml.load(SCHEMA.read_text(), loader)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,9 +39,32 @@ def test_lack_of_memory_is_reported_in_one_line(
     assert message.count("\n") == 1
 
 
+SCRIPTS = Path(__file__).parents[2] / "workflow_scripts"
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.rglob("*.py")), ids=lambda path: path.stem)
+def test_a_missing_package_is_reported_in_one_line(script: Path) -> None:
+    # Without site, Python finds no installed package.
+    ended = subprocess.run([sys.executable, "-S", script], capture_output=True, text=True)
+    if ended.returncode == 2:
+        assert "error: the following arguments are required: " in ended.stderr
+    else:
+        assert ended.returncode == 1
+        assert re.match(r"error: \S+ has no package \w+; start the tool with", ended.stderr)
+        assert ended.stderr.count("\n") == 1
+
+
+def test_a_missing_module_of_our_own_is_a_bug_and_keeps_its_traceback() -> None:
+    def fail() -> None:
+        importlib.import_module("mpt_trt.none")
+
+    with pytest.raises(ModuleNotFoundError):
+        run_cli(fail)
+
+
 PRINT = "from mpt_trt.cli.console import run_cli; run_cli(lambda: print('x'))"
 HELP = "import sys; sys.argv = ['x', '--help']; import argparse; from mpt_trt.cli import console; "
-HELP += "console.run_command(argparse.ArgumentParser(), '')"
+HELP += "console.run_command(argparse.ArgumentParser, '')"
 
 
 @pytest.mark.parametrize("code", [PRINT, HELP])

@@ -119,7 +119,13 @@ FP16 = "--model_dir=MADE/ft/fp16/1-gpu"
     ("arguments", "message"),
     [
         ([FP16, "--use_weight_only", "--enable_fp8"], "exclude each other; choose one"),
-        ([FP16, "--per_token"], "belong to --use_smooth_quant"),
+        ([FP16, "--per_token"], "--per_token belongs to --use_smooth_quant"),
+        ([FP16, "--weight_only_precision=int4"], "--weight_only_precision belongs to --use_weight"),
+        ([FP16, "--enable_fp8", "--per_group"], "--per_group belongs to --use_weight_only; add it"),
+        (
+            [FP16, "--quant_ckpt_path=MADE/int4_awq/mpt_tp1_rank0.npz"],
+            "quantization none does not use; .* --weight_only_precision int4_awq",
+        ),
         ([FP16, "--enable_fp8"], "fp8 needs a calibration result: .* --qformat fp8"),
         ([FP16, "--int8_kv_cache"], "a KV cache of int8 needs a calibration result"),
         (

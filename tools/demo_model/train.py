@@ -53,4 +53,4 @@ def add_number(parser: argparse.ArgumentParser, name: str, default: Any, text: s
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "tools.demo_model.make")
+    run_command(make_parser, "tools.demo_model.make")

@@ -34,4 +34,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.assemble_engine")
+    run_command(make_parser, "mpt_trt.commands.assemble_engine")

@@ -41,4 +41,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.build_rank")
+    run_command(make_parser, "mpt_trt.commands.build_rank")

@@ -52,4 +52,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.build_trtllm")
+    run_command(make_parser, "mpt_trt.commands.build_trtllm")

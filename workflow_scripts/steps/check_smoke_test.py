@@ -30,4 +30,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.check_smoke_test")
+    run_command(make_parser, "mpt_trt.commands.check_smoke_test")

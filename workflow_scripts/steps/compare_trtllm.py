@@ -54,4 +54,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.compare_trtllm")
+    run_command(make_parser, "mpt_trt.commands.compare_trtllm")

@@ -60,4 +60,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.compute_reference")
+    run_command(make_parser, "mpt_trt.commands.compute_reference")

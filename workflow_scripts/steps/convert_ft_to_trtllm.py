@@ -47,4 +47,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.convert_ft_to_trtllm")
+    run_command(make_parser, "mpt_trt.commands.convert_ft_to_trtllm")

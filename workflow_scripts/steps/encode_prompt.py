@@ -31,4 +31,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.encode_prompt")
+    run_command(make_parser, "mpt_trt.commands.encode_prompt")

@@ -74,4 +74,4 @@ def _add_fetch(steps: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.fetch_checkpoint")
+    run_command(make_parser, "mpt_trt.commands.fetch_checkpoint")

@@ -38,4 +38,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.make_networks")
+    run_command(make_parser, "mpt_trt.commands.make_networks")

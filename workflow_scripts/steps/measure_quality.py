@@ -48,4 +48,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     restart_with_huge_pages()
-    run_command(make_parser(), "mpt_trt.commands.measure_quality")
+    run_command(make_parser, "mpt_trt.commands.measure_quality")

@@ -23,4 +23,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.show_smoke_test")
+    run_command(make_parser, "mpt_trt.commands.show_smoke_test")

@@ -64,4 +64,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     restart_with_huge_pages()
-    run_command(make_parser(), "mpt_trt.commands.smoke_test")
+    run_command(make_parser, "mpt_trt.commands.smoke_test")

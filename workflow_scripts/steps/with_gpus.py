@@ -38,4 +38,4 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.with_gpus")
+    run_command(make_parser, "mpt_trt.commands.with_gpus")
