@@ -658,6 +658,6 @@ def test_folders_of_something_else_are_kept(snapshot: Snapshot, tmp_path: Path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.txt").touch()
     for target in (tmp_path / "other", tmp_path / "other/thesis.txt"):
-        with pytest.raises(MptTrtError, match="write it elsewhere"):
+        with pytest.raises(MptTrtError, match="choose another output folder"):
             link_folder(snapshot, target)
     assert (tmp_path / "other/thesis.txt").is_file()
