@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
-import shutil
 import signal
 import sys
 import tempfile
@@ -19,6 +19,7 @@ from support.built import Built
 from support.checkpoints import CheckpointSpec
 from support.demo import make_demo_engine
 from support.engines import build, make_ft_checkpoint
+from support.forks.servers import serving_forks
 from support.ft import CLI
 
 # Time limits on a busy machine say nothing about a property.
@@ -45,21 +46,26 @@ LONGEST = (
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-CACHE = pytest.StashKey[Path]()
+OF_RUN = pytest.StashKey[contextlib.ExitStack]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives the tests, and the programs that they start, a cache folder that is not the user's."""
-    # Workers of pytest-xdist inherit the one of the process that started them.
+    """Gives the tests, and the programs that they start, a cache folder that is not the user's.
+
+    Also starts the servers that fork programs for tests.
+    """
+    # Workers of pytest-xdist inherit those of the process that started them.
     if not hasattr(config, "workerinput"):
-        config.stash[CACHE] = Path(tempfile.mkdtemp(prefix="mpt-trt-cache-"))
-        os.environ["XDG_CACHE_HOME"] = str(config.stash[CACHE])
+        stack = config.stash[OF_RUN] = contextlib.ExitStack()
+        cache = tempfile.TemporaryDirectory(prefix="mpt-trt-cache-", ignore_cleanup_errors=True)
+        os.environ["XDG_CACHE_HOME"] = stack.enter_context(cache)
+        stack.enter_context(serving_forks())
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Removes that cache folder."""
-    if CACHE in config.stash:
-        shutil.rmtree(config.stash[CACHE], ignore_errors=True)
+    """Removes that cache folder, and ends the servers."""
+    if OF_RUN in config.stash:
+        config.stash[OF_RUN].close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from transformers import MptForCausalLM
 
 from mpt_trt.evaluation.heldout import read_heldout
 from mpt_trt.evaluation.quality_result import QualityResult, read_quality
+from support.forks.servers import forked_python
 from support.workflow import COPIED, LINKED, REPOSITORY
 
 DEMO = REPOSITORY / "resources" / "mpt-demo"
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     targets = [f"quality/mpt-demo/{variant}/1-gpu.json" for variant in BOUNDS]
     finished = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--cores", "2", *targets],
+        [forked_python(), "-m", "snakemake", "--cores", "2", *targets],
         cwd=folder,
         env=os.environ,
         capture_output=True,

@@ -36,6 +36,7 @@ from mpt_trt.model.tensors import weights
 from mpt_trt.system.replace import replace_directory
 from references import plain_mpt
 from support.checkpoints import CheckpointSpec, config_dict, tensors, write_checkpoint
+from support.forks.servers import forked_python
 from support.paths import tool_path
 
 Ids = NDArray[np.int64]
@@ -238,8 +239,9 @@ def command(script: str, *arguments: object) -> list[str]:
 
 def run_tool(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess:
     """Runs one of the command-line tools to its end."""
+    _, *words = command(script, *arguments)
     return subprocess.run(
-        command(script, *arguments), capture_output=True, text=True, timeout=300, **options
+        [forked_python(), *words], capture_output=True, text=True, timeout=300, **options
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from support.checkpoints import CheckpointSpec, write_checkpoint
+from support.forks.servers import forked_python
 from support.paths import REPOSITORY
 
 LINKED = ("Snakefile", "rules", "report", "profiles", "envs", "resources")
@@ -82,7 +82,7 @@ class Workflow:
     ) -> subprocess.CompletedProcess[str]:
         other = [] if self.snakefile is None else ["--snakefile", str(self.snakefile)]
         return subprocess.run(
-            [sys.executable, "-m", "snakemake", "--cores", "2", *other, *arguments],
+            [forked_python(), "-m", "snakemake", "--cores", "2", *other, *arguments],
             cwd=self.folder,
             env=os.environ | environment,
             stdout=subprocess.PIPE,

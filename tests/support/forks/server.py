@@ -1,0 +1,266 @@
+"""Forks runs of programs from a process that has imported their packages.
+
+server.py SOCKET SHIM
+
+Imports nothing before the first request. Ends when its standard input does, and kills what still
+runs.
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import contextlib
+import gc
+import importlib
+import io
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parent)
+from client import LIGHT, SNAKEMAKE, TORCH, fixed_variables, is_calibrated  # noqa: E402
+
+sys.path.pop(0)
+
+SNAKEMAKE_PACKAGES = (
+    "snakemake.cli", "snakemake.api", "snakemake.executors.local",
+    "snakemake_executor_plugin_slurm", "jsonschema", "yaml",
+)  # fmt: skip
+LIGHT_PACKAGES = ("ml_dtypes", "numpy", "onnx", "onnxruntime", "safetensors", "yaml", "rich")
+TOKENIZER_PACKAGES = (
+    "transformers.models.auto.tokenization_auto", "transformers.models.mpt.configuration_mpt",
+)  # fmt: skip
+MODEL_PACKAGES = ("torch", "transformers.models.mpt.modeling_mpt")
+PACKAGES = {
+    SNAKEMAKE: SNAKEMAKE_PACKAGES,
+    LIGHT: LIGHT_PACKAGES,
+    TORCH: (*LIGHT_PACKAGES, *MODEL_PACKAGES, *TOKENIZER_PACKAGES),
+}
+CALIBRATION_PACKAGES = ("modelopt.torch.quantization",)
+# Of some tools, in addition.
+TOOL_PACKAGES = {
+    "make_report.py": ("matplotlib.figure",),
+    "run.py": TOKENIZER_PACKAGES,
+    "measure_quality.py": TOKENIZER_PACKAGES,
+    "encode_prompt.py": TOKENIZER_PACKAGES,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    arguments: list[str]
+    folder: str
+    environment: dict[str, str]
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What this run needs in addition to the others of its server."""
+        if is_calibrated(self.arguments):
+            return CALIBRATION_PACKAGES
+        return TOOL_PACKAGES.get(Path(self.arguments[0]).name, ())
+
+
+class Server:
+    """Serves one socket. packages: what every run of it needs."""
+
+    def __init__(self, listener: socket.socket, packages: tuple[str, ...], shim: str):
+        self._listener = listener
+        self._packages = packages
+        self._shim = shim
+        self._variables = fixed_variables(dict(os.environ))
+        self._path = list(sys.path)
+        self._selector = selectors.DefaultSelector()
+        # Of each run, by its process id: a descriptor of the process, and the client's connection.
+        self._running: dict[int, tuple[int, socket.socket]] = {}
+
+    def serve(self) -> None:
+        """Serves until the standard input ends."""
+        self._selector.register(0, selectors.EVENT_READ, "stop")
+        self._selector.register(self._listener, selectors.EVENT_READ, "accept")
+        while True:
+            for key, _ in self._selector.select():
+                if key.data == "stop":
+                    self._kill_all()
+                    return
+                if key.data == "accept":
+                    self._accept()
+                elif key.data[1] in self._running:
+                    getattr(self, f"_{key.data[0]}")(key.data[1])
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        try:
+            request, streams = _received(connection)
+        except (OSError, ValueError):
+            connection.close()
+            return
+        try:
+            if fixed_variables(request.environment) == self._variables:
+                self._start(request, streams, connection)
+            else:
+                connection.close()
+        finally:
+            for stream in streams:
+                os.close(stream)
+
+    def _start(self, request: Request, streams: list[int], connection: socket.socket) -> None:
+        _import((*self._packages, *request.packages))
+        gc.collect()
+        gc.freeze()
+        pid = os.fork()
+        if pid == 0:
+            self._become(request, streams)
+        descriptor = os.pidfd_open(pid)
+        self._running[pid] = (descriptor, connection)
+        self._selector.register(descriptor, selectors.EVENT_READ, ("ended", pid))
+        self._selector.register(connection, selectors.EVENT_READ, ("left", pid))
+        self._answer(connection, pid)
+
+    def _ended(self, pid: int) -> None:
+        descriptor, connection = self._running.pop(pid)
+        _, status = os.waitpid(pid, 0)
+        self._selector.unregister(descriptor)
+        os.close(descriptor)
+        if connection.fileno() >= 0:
+            self._answer(connection, os.waitstatus_to_exitcode(status))
+            self._forget(connection)
+
+    def _left(self, pid: int) -> None:
+        """Kills a run whose client has been killed."""
+        self._kill(pid)
+        self._forget(self._running[pid][1])
+
+    def _answer(self, connection: socket.socket, number: int) -> None:
+        with contextlib.suppress(OSError):  # the client has been killed
+            connection.sendall(f"{number}\n".encode())
+
+    def _forget(self, connection: socket.socket) -> None:
+        self._selector.unregister(connection)
+        connection.close()
+
+    def _kill(self, pid: int) -> None:
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has not made its group yet
+            os.kill(pid, signal.SIGKILL)
+
+    def _kill_all(self) -> None:
+        for pid in self._running:
+            self._kill(pid)
+
+    def _become(self, request: Request, streams: list[int]) -> None:
+        """Runs the program in this process, and ends it."""
+        status = 1
+        try:
+            os.setsid()
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+            os.closerange(3, 1024)
+            _renew_standard_streams()
+            os.environ.clear()
+            os.environ.update(request.environment)
+            os.chdir(request.folder)
+            sys.executable = self._shim
+            sys.orig_argv = [self._shim, *request.arguments]
+            status = _run(request, self._path)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(status)
+
+
+def _import(packages: tuple[str, ...]) -> None:
+    is_without_torch = "torch" not in packages
+    if is_without_torch:  # as mpt_trt.checkpoint.tokenizer does
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    for name in packages:
+        importlib.import_module(name)
+    if is_without_torch:
+        del sys.modules["torch"]
+
+
+def _received(connection: socket.socket) -> tuple[Request, list[int]]:
+    streams = array.array("i")
+    size, rights, _, _ = connection.recvmsg(8, socket.CMSG_LEN(3 * streams.itemsize))
+    for _, _, content in rights:
+        streams.frombytes(content)
+    with connection.makefile("rb") as stream:
+        content = stream.read(int.from_bytes(size, "big"))
+    return Request(**json.loads(content)), list(streams)
+
+
+def _renew_standard_streams() -> None:
+    sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)  # type: ignore[misc]
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        is_line_buffered = number == 2 or os.isatty(number)
+        errors = "backslashreplace" if number == 2 else None
+        binary = io.BufferedWriter(io.FileIO(number, "w", closefd=False))
+        stream = io.TextIOWrapper(binary, errors=errors, line_buffering=is_line_buffered)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _run(request: Request, base_path: list[str]) -> int:
+    """Runs a module or a script as Python does; returns the exit status."""
+    arguments = request.arguments
+    given = request.environment.get("PYTHONPATH", "")
+    more = [path for path in given.split(os.pathsep) if path]
+    is_module = arguments[0] == "-m"
+    first = request.folder if is_module else str(Path(arguments[0]).resolve().parent)
+    sys.path[:] = [first, *more, *base_path]
+    importlib.invalidate_caches()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if is_module:
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
+        status = 0
+    except SystemExit as exit_:
+        status = _status(exit_.code)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            status = status or 120
+    return status
+
+
+def _status(code: object) -> int:
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+def main() -> None:
+    path, shim = sys.argv[1:]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        Server(listener, PACKAGES[Path(path).name], shim).serve()
+
+
+if __name__ == "__main__":
+    main()
