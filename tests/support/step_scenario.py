@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 import numpy as np
 
-from mpt_trt.engines.interface import StepModel
+from mpt_trt.engines.interface import GreedyModel, StepModel
 from mpt_trt.generation.config import GenerationConfig
 from mpt_trt.generation.generate import generate
+from mpt_trt.generation.logits import log_softmax
 from support.engines import Ids, deviation
 
 ROWS = 3
 
 
 def require_same_steps(
-    ours: StepModel, theirs: StepModel, vocab_size: int, bound: float, seed: int = 0
+    ours: GreedyModel, theirs: StepModel, vocab_size: int, bound: float, seed: int = 0
 ) -> None:
     """Makes the steps of `make_steps`; fails where the difference exceeds the bound."""
 
@@ -26,13 +28,15 @@ def require_same_steps(
 
 
 def make_steps(
-    ours: StepModel,
+    ours: GreedyModel,
     theirs: StepModel,
     vocab_size: int,
     judge: Callable[[float, str], None],
     seed: int = 0,
 ) -> None:
     """Prompts in pieces, ragged rows, single tokens, other numbers of rows and logits, new order.
+
+    Single tokens are also those that the engine chooses itself.
 
     Both engines need 4 rows and 32 positions, and take at least 9 tokens per step. judge: is called
     with the difference of each step's logits, as a multiple of their standard deviation, and with a
@@ -50,6 +54,20 @@ def make_steps(
         if logit_rows:
             step_name = f"{seq} tokens at {list(positions)}, logits of {list(logit_rows)}"
             judge(deviation(found, expected), step_name)
+
+    def choose(positions: Sequence[int], count: int, most: int) -> None:
+        """Takes `count` of at most `most` tokens that the first engine chooses."""
+        tokens, start = numbers.integers(0, vocab_size, len(positions)), np.array(positions)
+        rows = np.arange(len(positions))
+        where = np.stack([rows, np.zeros_like(rows)], axis=1)
+        with closing(ours.greedy_steps(tokens, start, most)) as steps:  # type: ignore[type-var]
+            for index, (chosen, log_probs) in zip(range(count), steps, strict=False):
+                logits = theirs.step(tokens[:, None], start + index, where)
+                short = logits.max(axis=-1) - logits[rows, chosen]
+                off = np.abs(log_softmax(logits)[rows, chosen] - log_probs)
+                step_name = f"token {index} after {list(positions)}, which the engine chose"
+                judge(float((short + off).max() / logits.std()), step_name)
+                tokens = chosen
 
     def start(rows: int) -> None:
         for model in (ours, theirs):
@@ -83,6 +101,11 @@ def make_steps(
     step(9, [0, 0, 0], every)
     for index in range(4):
         step(1, [9 + index] * ROWS, every)
+    # The engine chooses; some rows continue at an earlier position. Then it is stopped early.
+    choose([13, 11, 12], 6, 6)
+    step(1, [19, 17, 18], every)
+    choose([20, 18, 19], 3, 9)
+    step(1, [23, 21, 22], every)
 
 
 def require_same_text(ours: StepModel, theirs: StepModel, vocab_size: int) -> None:

@@ -59,6 +59,26 @@ class PinnedBuffer:
             cudart.cudaFreeHost(self._address)
 
 
+class Event:
+    """A CUDA event, destroyed with the object."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._handle = call(cudart.cudaEventCreate())
+
+    def __del__(self) -> None:
+        if self._handle is not None:
+            cudart.cudaEventDestroy(self._handle)
+
+    def record(self, stream: Any) -> None:
+        """Marks the end of the stream's present work."""
+        call(cudart.cudaEventRecord(self._handle, stream))
+
+    def synchronize(self) -> None:
+        """Waits for the work that was marked."""
+        call(cudart.cudaEventSynchronize(self._handle))
+
+
 def call(result: tuple) -> Any:
     """Returns a CUDA call's value; raises MptTrtError with CUDA's message if it failed."""
     status, *values = result

@@ -10,8 +10,9 @@ hardware.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from cuda.bindings import runtime as cudart
@@ -21,18 +22,19 @@ from mpt_trt.arrays.cast import STORAGE_TYPES
 from mpt_trt.engines.cuda.graphs import StepGraphs
 from mpt_trt.engines.cuda.kv_cache import make_device_cache
 from mpt_trt.engines.cuda.memory import DeviceBuffer, Stream, call
+from mpt_trt.engines.cuda.steps_ahead import FLOAT32_BYTES, INT64_BYTES, run_ahead
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.tensorrt.nccl import Nccl, join_nccl
 from mpt_trt.engines.tensorrt.plan import LoadedPlan, StepContext
 from mpt_trt.engines.tensorrt.plan_builder import CONTEXT_PROFILE, GENERATION_PROFILE
+from mpt_trt.engines.tensorrt.token_choice import CHOSEN, SUMS
 from mpt_trt.model.sharding import Rank
 from mpt_trt.network.kv_cache import cache_names, cache_shape
 from mpt_trt.system.mpi import Communicator
 
-INT64_BYTES = 8
-FLOAT32_BYTES = 4
-# Maximum number of contexts of single-token steps, each with its graph.
-MOST_CONTEXTS = 4
+# Maximum number of contexts of single-token steps, each with its graph. Under continuous batching,
+# every number of rows up to max_batch_size comes back again and again.
+MOST_CONTEXTS = 64
 
 
 class _Generation(NamedTuple):
@@ -46,7 +48,7 @@ class _Generation(NamedTuple):
 
 
 class TensorRtEngine:
-    """A rank's loaded plan; implements `mpt_trt.engines.interface.StepModel`."""
+    """A rank's loaded plan; implements `RowModel` and `GreedyModel`."""
 
     def __init__(self, engine_dir: Path, manifest: Manifest, rank: int = 0):
         """Loads the plan; raises MptTrtError if the GPU cannot hold or run it."""
@@ -79,6 +81,8 @@ class TensorRtEngine:
             "write_positions": DeviceBuffer(limits.max_batch_size * INT64_BYTES),
             "logit_positions": DeviceBuffer(limits.max_logits * 2 * INT64_BYTES),
             "logits": DeviceBuffer(limits.max_logits * self.vocab_size * FLOAT32_BYTES),
+            CHOSEN: DeviceBuffer(limits.max_logits * INT64_BYTES),
+            SUMS: DeviceBuffer(limits.max_logits * FLOAT32_BYTES),
         }
         self._addresses |= {name: buffer.address for name, buffer in self._buffers.items()}
         self._batch_size = 0
@@ -125,19 +129,37 @@ class TensorRtEngine:
         stream = self._stream.handle
         for name, value in staged.items():
             self._buffers[name].copy_from(value, stream)
-        self._cache.before_step(input_ids.shape[1])
-        shapes = {name: value.shape for name, value in staged.items()}
-        cache_row_shape = (self._batch_size, *self._row_shape)
-        shapes |= dict.fromkeys(self._cache_inputs, cache_row_shape)
-        if input_ids.shape[1] == 1:
-            self._run_single_tokens(shapes)
-        else:
-            self._run_prompts(shapes)
-        self._cache.after_step(write_positions, stream)
+        self._run(input_ids.shape[1], len(staged["logit_positions"]), write_positions)
         logits = np.empty((num_logits, self.vocab_size), np.float32)
         self._buffers["logits"].copy_to(logits, stream)
         self._stream.synchronize()
         return logits
+
+    def greedy_steps(
+        self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64], count: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Runs steps of one token per row, each with the most likely tokens of the previous step.
+
+        The next step runs while the caller looks at the result of the last one. See
+        `GreedyModel.greedy_steps`.
+        """
+        rows, buffers, stream = self._batch_size, self._buffers, self._stream.handle
+        first_of_each_row = np.stack([np.arange(rows), np.zeros(rows, np.int64)], axis=1)
+        buffers["input_ids"].copy_from(np.ascontiguousarray(tokens, np.int64), stream)
+        buffers["logit_positions"].copy_from(np.ascontiguousarray(first_of_each_row), stream)
+
+        def run_step(index: int) -> None:
+            if index:
+                buffers["input_ids"].copy_from_device(buffers[CHOSEN], rows * INT64_BYTES, stream)
+            positions = np.ascontiguousarray(write_positions + index, np.int64)
+            buffers["write_positions"].copy_from(positions, stream)
+            self._run(1, rows, positions)
+
+        def read_result(target: NDArray[np.uint8], stream: Any) -> None:
+            buffers[CHOSEN].copy_to(target[: rows * INT64_BYTES], stream)
+            buffers[SUMS].copy_to(target[rows * INT64_BYTES :], stream)
+
+        return run_ahead(run_step, read_result, rows, rows * INT64_BYTES, count, stream)
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Makes cache row i a copy of the old row `rows[i]`."""
@@ -153,6 +175,22 @@ class TensorRtEngine:
     def copy_row(self, source: int, target: int) -> None:
         """Makes cache row `target` a copy of row `source`."""
         self._cache.copy_row(source, target, self._stream.handle)
+
+    def _run(self, seq: int, num_logits: int, write_positions: NDArray[np.int64]) -> None:
+        """Puts a step on the stream, whose inputs are in the buffers, and stores its keys."""
+        self._cache.before_step(seq)
+        rows = self._batch_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_ids": (rows, seq),
+            "write_positions": (rows,),
+            "logit_positions": (num_logits, 2),
+        }
+        shapes |= dict.fromkeys(self._cache_inputs, (rows, *self._row_shape))
+        if seq == 1:
+            self._run_single_tokens(shapes)
+        else:
+            self._run_prompts(shapes)
+        self._cache.after_step(write_positions, self._stream.handle)
 
     def _run_prompts(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self._prompts.set(self._addresses, shapes)

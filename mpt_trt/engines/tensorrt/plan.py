@@ -11,6 +11,7 @@ from typing import Any
 from mpt_trt.engines.cuda.memory import DeviceBuffer, Stream
 from mpt_trt.engines.tensorrt.logger import make_logger
 from mpt_trt.engines.tensorrt.nccl import Nccl
+from mpt_trt.engines.tensorrt.token_choice import CHOSEN
 from mpt_trt.errors import MptTrtError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -34,6 +35,12 @@ class LoadedPlan:
             raise MptTrtError(
                 f"{path}: {self.description} cannot load the plan on this GPU: "
                 f"{self._logger.take()}; build it again here"
+            )
+        names = map(self._engine.get_tensor_name, range(self._engine.num_io_tensors))
+        if CHOSEN not in names:
+            raise MptTrtError(
+                f"{path}: the plan does not choose tokens, so an earlier version of mpt-trt built "
+                "it; build the engine again"
             )
         self._scratch = DeviceBuffer(max(1, self._engine.device_memory_size_v2))
 

@@ -23,6 +23,7 @@ from mpt_trt.engines.spec import BuilderInfo, BuildLimits
 from mpt_trt.engines.tensorrt.logger import make_logger
 from mpt_trt.engines.tensorrt.packages import Package
 from mpt_trt.engines.tensorrt.phases import Phases, shown_phases
+from mpt_trt.engines.tensorrt.token_choice import add_token_choice
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import gpus
 from mpt_trt.system.background import Background, background
@@ -69,6 +70,7 @@ def build_plan(network_path: Path, options: BuildOptions, target: Path) -> Built
     if not parser.parse_from_file(str(network_path)):
         raise _failure(trt, options, network_path, "parse", logger)
     _let_attention_decompose(trt, network)
+    add_token_choice(trt, network)
     config = builder.create_builder_config()
     _set_flags(trt, config)
     for tokens in (options.limits.max_input_len, 1):

@@ -28,10 +28,11 @@ import tensorrt_rtx as trt
 from mpt_trt.engines.build.build import build_engine, build_rank
 from mpt_trt.engines.build.rank_network import NetworkInputs
 from mpt_trt.engines.manifest import BuildLimits
-from mpt_trt.engines.spec import BuilderChoice
+from mpt_trt.engines.spec import BuilderChoice, EngineSpec
 from mpt_trt.engines.tensorrt import plan_builder
 from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.engines.tensorrt.plan_builder import BuildOptions
+from mpt_trt.engines.tensorrt.token_choice import CHOSEN, SUMS, add_token_choice
 from mpt_trt.errors import MptTrtError
 from mpt_trt.network.decoder import VocabularySharding
 from mpt_trt.system.files import content_hash
@@ -49,6 +50,8 @@ from support.engines import (
     start_tool,
     tree,
 )
+from support.simulated.network import RankNetwork
+from support.simulated.tensorrt import DATA_TYPES
 
 STORAGE_TYPES = ("float32", "float16", "bfloat16")
 BUILT_SPECS = {
@@ -110,12 +113,33 @@ def test_network_builds_with_native_attention_and_cache(name, storage_type, tmp_
     build_rank(network, 0, BUILDER, tmp_path / "plan")
     plan = (tmp_path / "plan" / "rank0.engine").read_bytes()
     graph = onnx.load(network / "rank0.onnx", load_external_data=False).graph
-    for value in (*graph.input, *graph.output):
-        assert value.name.encode() in plan, value.name
+    names = [value.name for value in (*graph.input, *graph.output)]
+    for value in (*names, CHOSEN, SUMS):
+        assert value.encode() in plan, value
     matrices = [file for file in checkpoint.folder.glob("*.bin") if file.stat().st_size > 4096]
     assert len(matrices) >= 1 + 4 * spec.num_layers
     for file in matrices:
         assert file.read_bytes() in plan, file.name
+
+
+def test_plans_choose_tokens(tmp_path):
+    """The inputs and outputs that TensorRT sees are those of the simulation."""
+    spec = CheckpointSpec(num_layers=1)
+    checkpoint = make_ft_checkpoint(tmp_path, spec)
+    network = make_network(checkpoint, tmp_path / "network")
+    parsed = Parsed(network / "rank0.onnx")
+    add_token_choice(trt, parsed.network)
+    before = parsed.layers()
+    assert before[trt.LayerType.TOPK] == before[trt.LayerType.REDUCE] == 1
+    outputs = [parsed.network.get_output(i) for i in range(parsed.network.num_outputs)]
+    found = {tensor.name: (tensor.dtype, len(tensor.shape)) for tensor in outputs}
+    engine = EngineSpec(checkpoint.config, "float32", 1, LIMITS, VocabularySharding())
+    simulated = RankNetwork(network / "rank0.onnx", engine).outputs.values()
+    assert found == {
+        each.name: (DATA_TYPES[each.element_type], len(each.dims)) for each in simulated
+    }
+    for name in (CHOSEN, SUMS):
+        assert tuple(next(each for each in outputs if each.name == name).shape) == (-1, 1)
 
 
 def test_build_leaves_plan_and_description(tmp_path):

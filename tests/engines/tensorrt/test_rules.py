@@ -32,6 +32,8 @@ from support.step_scenario import require_same_steps
 
 __all__ = ["tiny"]
 
+# Keys of the modules that have imported CUDA's runtime.
+USERS_OF_CUDA = ("engine", "graphs", "memory", "steps_ahead")
 NUMBERS = "wrong numbers"
 IN_PLACE, COPIED, RANKS = "in place", "copied", "ranks"
 
@@ -41,6 +43,12 @@ SYNCHRONIZE = """.copy_to(logits, stream)
 ENQUEUE = """        def enqueue() -> None:
             context.enqueue(stream)
 """
+PREPARE = "        self._cache.before_step(seq)\n"
+STORE = "        self._cache.after_step(write_positions, self._stream.handle)\n"
+ADVANCE = """            if index:
+                buffers["input_ids"].copy_from_device(buffers[CHOSEN], rows * INT64_BYTES, stream)
+"""
+RUN_CHOSEN = "            self._run(1, rows, positions)\n"
 # A second stream in addition to the engine's own.
 SECOND_STREAM: Change = (
     "engine",
@@ -128,7 +136,13 @@ MUTATIONS: list[tuple[str, Rule | str, str, list[Change]]] = [
         "the cache's shape is left out",
         Rule.SHAPE_SET,
         IN_PLACE,
-        [("engine", "        shapes |= dict.fromkeys(self._cache_inputs, cache_row_shape)\n", "")],
+        [
+            (
+                "engine",
+                "        shapes |= dict.fromkeys(self._cache_inputs, (rows, *self._row_shape))\n",
+                "",
+            )
+        ],
     ),
     (
         "prompts in the profile of single tokens",
@@ -149,7 +163,7 @@ MUTATIONS: list[tuple[str, Rule | str, str, list[Change]]] = [
         [
             (
                 "engine",
-                "(self._batch_size, *self._row_shape)",
+                "(rows, *self._row_shape)",
                 "(self.max_batch_size, *self._row_shape)",
             )
         ],
@@ -433,20 +447,15 @@ MUTATIONS: list[tuple[str, Rule | str, str, list[Change]]] = [
         "new keys and values that are not stored",
         NUMBERS,
         COPIED,
-        [("engine", "        self._cache.after_step(write_positions, stream)\n", "")],
+        [("engine", STORE, "")],
     ),
     (
         "new keys and values that are stored before the step",
         NUMBERS,
         COPIED,
         [
-            ("engine", "        self._cache.after_step(write_positions, stream)\n", ""),
-            (
-                "engine",
-                "        self._cache.before_step(input_ids.shape[1])\n",
-                "        self._cache.before_step(input_ids.shape[1])\n"
-                "        self._cache.after_step(write_positions, stream)\n",
-            ),
+            ("engine", STORE, ""),
+            ("engine", PREPARE, PREPARE + STORE),
         ],
     ),
     (
@@ -461,12 +470,54 @@ MUTATIONS: list[tuple[str, Rule | str, str, list[Change]]] = [
             ),
             (
                 "engine",
-                "        self._cache.after_step(write_positions, stream)\n",
-                "        self._cache.after_step(write_positions, stream)\n"
+                "        logits = np.empty((num_logits,",
                 "        for name, value in staged.items():\n"
-                "            self._buffers[name].copy_from(value, stream)\n",
+                "            self._buffers[name].copy_from(value, stream)\n"
+                "        logits = np.empty((num_logits,",
             ),
         ],
+    ),
+    (
+        "chosen tokens that are read before they are there",
+        NUMBERS,
+        IN_PLACE,
+        [("steps_ahead", "        self._event.synchronize()\n", "")],
+    ),
+    (
+        "chosen tokens that the next step overwrites before they are read",
+        NUMBERS,
+        IN_PLACE,
+        [("steps_ahead", "results[index % 2].fetch", "results[(index - 1) % 2].fetch")],
+    ),
+    (
+        "chosen tokens that are still copied when their memory is freed",
+        Rule.MEMORY_LIVE,
+        IN_PLACE,
+        [("steps_ahead", "        call(cudart.cudaStreamSynchronize(stream))\n", "        pass\n")],
+    ),
+    (
+        "chosen tokens that the next step does not get",
+        NUMBERS,
+        IN_PLACE,
+        [("engine", ADVANCE, "")],
+    ),
+    (
+        "chosen tokens that the next step gets too late",
+        NUMBERS,
+        IN_PLACE,
+        [("engine", ADVANCE, ""), ("engine", RUN_CHOSEN, RUN_CHOSEN + ADVANCE)],
+    ),
+    (
+        "an event that is not destroyed",
+        Rule.RELEASED,
+        IN_PLACE,
+        [("memory", "            cudart.cudaEventDestroy(self._handle)\n", "            pass\n")],
+    ),
+    (
+        "pinned memory that is not freed",
+        Rule.RELEASED,
+        IN_PLACE,
+        [("memory", "            cudart.cudaFreeHost(self._address)\n", "            pass\n")],
     ),
     (
         "beams that are not moved",
@@ -537,7 +588,7 @@ def notice(
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     found, ranks = "", LoneRank()
     with mutated(changes, folder) as modules:
-        users = tuple(modules[name] for name in ("engine", "graphs", "memory"))
+        users = tuple(modules[name] for name in USERS_OF_CUDA)
         with installed(ranks=ranks, users_of_cuda=users) as simulation:
             simulation.is_clean_at_end = False
             try:

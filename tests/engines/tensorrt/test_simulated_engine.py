@@ -19,14 +19,17 @@ import torch
 from engines.test_quantized_engines import QUANTIZATIONS, WITH_FP8_CACHE, Model
 from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
 from mpt_trt.engines.build.rank_network import NetworkInputs
-from mpt_trt.engines.interface import StepModel
+from mpt_trt.engines.interface import RowModel
 from mpt_trt.engines.load import load_engine
 from mpt_trt.engines.spec import BuildLimits
-from mpt_trt.engines.tensorrt.engine import MOST_CONTEXTS
+from mpt_trt.engines.tensorrt import engine
+from mpt_trt.engines.tensorrt.engine import TensorRtEngine
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
+from mpt_trt.generation.config import GenerationConfig
 from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.quantization.schemes import Quantization, WeightOnly
+from mpt_trt.scheduling.scheduler import Request, Scheduler
 from support.checkpoints import CheckpointSpec, write_checkpoint
 from support.engines import FEATURES, LIMITS, make_ft_checkpoint
 from support.simulated.install import Simulation, build_simulated, installed
@@ -60,10 +63,11 @@ def simulated(
     )
 
 
-def load_both(engine_dir: Path) -> tuple[StepModel, StepModel]:
+def load_both(engine_dir: Path) -> tuple[TensorRtEngine, RowModel]:
     """The engine on the simulated TensorRT, and its network under ONNX Runtime."""
     ours = load_engine(engine_dir, "tensorrt")
     assert ours.fallback_reason is None and ours.runtime.startswith("tensorrt_rtx 1.")
+    assert isinstance(ours.model, TensorRtEngine)
     return ours.model, load_engine(engine_dir, "onnxruntime", num_threads=1).model
 
 
@@ -198,8 +202,9 @@ def test_rows_that_join_and_leave_a_batch(name, tiny, simulation, tmp_path):
     assert simulation.cuda.launches
 
 
-def test_many_numbers_of_rows_keep_few_contexts(engine_dir, simulation):
+def test_many_numbers_of_rows_keep_few_contexts(engine_dir, simulation, monkeypatch):
     """Contexts and graphs take memory, so old ones go; what comes back is captured again."""
+    monkeypatch.setattr(engine, "MOST_CONTEXTS", 4)
     ours, theirs = load_both(engine_dir)
     numbers = np.random.default_rng(0)
     for rows, logits in itertools.product((4, 3, 2, 1), (1, 2)):
@@ -215,7 +220,57 @@ def test_many_numbers_of_rows_keep_few_contexts(engine_dir, simulation):
             )
             assert np.array_equal(found, expected)
     # One more, for prompts.
-    assert simulation.world.contexts == MOST_CONTEXTS + 1
+    assert simulation.world.contexts == 4 + 1
+
+
+def test_requests_that_come_and_go_reuse_contexts_and_graphs(tmp_path, simulation):
+    """There is a context for each number of rows, however often it changes."""
+    limits = BuildLimits(max_batch_size=8, max_input_len=16, max_output_len=32)
+    model = load_engine(
+        simulated(make_ft_checkpoint(tmp_path, TINY), tmp_path / "engine", limits), "tensorrt"
+    ).model
+    scheduler, numbers = Scheduler(model), np.random.default_rng(0)
+    errors: list[Exception | None] = []
+    rows, num_changes = 0, 0
+    for number in range(500):
+        if number < 400 and numbers.random() < 0.15:
+            prompt = tuple(numbers.integers(0, TINY.vocab_size, 5).tolist())
+            config = GenerationConfig(int(numbers.integers(1, 30)), end_ids=(), pad_id=0)
+            scheduler.add(Request(prompt, config, lambda _: None, errors.append))
+        scheduler.run_once()
+        num_changes += scheduler.num_running != rows
+        rows = scheduler.num_running
+    assert scheduler.is_idle and set(errors) == {None}
+    assert num_changes > 5 * limits.max_batch_size
+    assert simulation.world.created <= limits.max_batch_size + 1
+
+
+def test_a_plan_of_an_earlier_version(engine_dir, simulation, monkeypatch):
+    monkeypatch.setattr("support.simulated.network.CHOICE", ())
+    assert load_error(engine_dir) == (
+        f"{engine_dir / 'rank0.engine'}: the plan does not choose tokens, so an earlier version of "
+        "mpt-trt built it; build the engine again"
+    )
+
+
+def test_a_choice_of_tokens_that_fails(engine_dir, simulation):
+    """The caller gets the error, and the engine is as good as before."""
+    ours, theirs = load_both(engine_dir)
+    for model in (ours, theirs):
+        model.start(1)
+
+    def choose(count: int) -> list[int]:
+        steps = ours.greedy_steps(np.array([5]), np.array([0]), count)
+        return [int(tokens[0]) for tokens, _ in steps]
+
+    simulation.world.failing.add("execute_async_v3")
+    with pytest.raises(MptTrtError, match="a kernel failed"):
+        choose(5)
+    chosen = choose(5)
+    for position, token in enumerate([5, *chosen[:-1]]):
+        logits = theirs.step(np.array([[token]]), np.array([position]), np.array([[0, 0]]))
+        assert logits.argmax() == chosen[position]
+    assert choose(3) == chosen[:3]
 
 
 # --- faults --------------------------------------------------------------------------------------

@@ -105,8 +105,9 @@ class SimulatedCuda:
     def _free(self, address: int, is_device: bool) -> tuple:
         if address:
             self._require_no_capture(Rule.CAPTURE_ALLOCATION, "free")
-            # CUDA waits for memory of cudaMalloc (CUDA Driver API, cuMemFree).
-            self.drain_all()
+            if is_device:
+                # CUDA waits for memory of cudaMalloc (CUDA Driver API, cuMemFree), only for that.
+                self.drain_all()
             self.memory.free(address, is_device)
         return (SUCCESS,)
 

@@ -17,6 +17,7 @@ from cuda.bindings import runtime as cudart
 from onnx import TensorProto
 
 from mpt_trt.engines.cuda.memory import call
+from mpt_trt.engines.onnxruntime.cuda.logit_rows import append_argmax
 from mpt_trt.engines.onnxruntime.cuda.session import CudaSession
 from mpt_trt.engines.onnxruntime.rewrites import spell_out_scale_types
 from mpt_trt.engines.spec import EngineSpec
@@ -102,6 +103,7 @@ class Engine:
         if profile not in self.sessions:
             model = read_network(self.network.path)
             spell_out_scale_types(model, ELEMENT_TYPES[self.network.spec.dtype])
+            append_argmax(model)
             if profile == SINGLE_TOKEN_PROFILE:
                 _fix_sequence_to_one(model)
             self.sessions[profile] = CudaSession(model, self.network.path, stream, {})

@@ -15,7 +15,7 @@ import pytest
 
 from mpt_trt.engines.build.build import build_engine
 from mpt_trt.engines.build.rank_network import NetworkInputs
-from mpt_trt.engines.cuda import graphs, memory
+from mpt_trt.engines.cuda import graphs, memory, steps_ahead
 from mpt_trt.engines.manifest import (
     engine_name,
     network_name,
@@ -38,7 +38,7 @@ from support.simulated.tensorrt import SimulatedTensorRt, World
 # With kernels for fp8.
 CAPABILITY = "8.9"
 PLAN_MARK = b"simulated plan of "
-USERS_OF_CUDA = (engine, graphs, memory)
+USERS_OF_CUDA = (engine, graphs, memory, steps_ahead)
 
 
 @dataclass

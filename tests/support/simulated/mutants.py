@@ -18,6 +18,7 @@ MODULES = {
     "nccl": "mpt_trt.engines.tensorrt.nccl",
     "graphs": "mpt_trt.engines.cuda.graphs",
     "kv_cache": "mpt_trt.engines.cuda.kv_cache",
+    "steps_ahead": "mpt_trt.engines.cuda.steps_ahead",
     "memory": "mpt_trt.engines.cuda.memory",
 }
 Change = tuple[str, str, str]

@@ -43,6 +43,13 @@ class Tensor:
         return math.prod(shape) * self.itemsize
 
 
+# Outputs that the builder adds to the network.
+CHOICE = (
+    Tensor("next_ids", TensorProto.INT64, ("num_logits", 1)),
+    Tensor("sum_exp_relative_to_max", TensorProto.FLOAT, ("num_logits", 1)),
+)
+
+
 class RankNetwork:
     """One rank's network: the inputs and outputs of its plan, and what a step computes."""
 
@@ -50,7 +57,8 @@ class RankNetwork:
         self.path, self.spec = path, spec
         graph = onnx.load(path, load_external_data=False).graph
         self.inputs = {value.name: _tensor(value) for value in graph.input}
-        self.outputs = {value.name: _tensor(value) for value in graph.output}
+        self.network_outputs = {value.name: _tensor(value) for value in graph.output}
+        self.outputs = self.network_outputs | {each.name: each for each in CHOICE}
         self.has_collectives = any(node.op_type == COLLECTIVE for node in graph.node)
         # TensorScatter becomes TensorRT's cache layer, which updates its input in place.
         self.aliases = {
@@ -75,7 +83,7 @@ class RankNetwork:
         sizes = self.resolve(shapes)
         shapes = shapes | {name: self.output_shape(name, sizes) for name in self.outputs}
         binding, converted = session.io_binding(), []
-        for name, tensor in (self.inputs | self.outputs).items():
+        for name, tensor in (self.inputs | self.network_outputs).items():
             array = self._array(tensor, addresses[name], shapes[name])
             element_type = tensor.element_type
             if element_type == self._stored_type and name != "logits":
@@ -94,6 +102,11 @@ class RankNetwork:
             session.run_with_iobinding(binding)
         for _, stored, array in converted:
             stored[...] = array.astype(stored.dtype)
+        logits, *choice = (
+            self._array(self.outputs[name], addresses[name], shapes[name])
+            for name in ("logits", *(each.name for each in CHOICE))
+        )
+        choose(logits, *choice)
 
     @cached_property
     def _session(self) -> tuple[onnxruntime.InferenceSession, list]:
@@ -114,6 +127,12 @@ class RankNetwork:
         if tensor.element_type == TensorProto.FLOAT8E4M3FN:
             return content.reshape(shape)
         return content.view(helper.tensor_dtype_to_np_dtype(tensor.element_type)).reshape(shape)
+
+
+def choose(logits: NDArray, chosen: NDArray, sums: NDArray) -> None:
+    """Computes what the builder adds to the network; the arrays of the results are filled."""
+    chosen[...] = logits.argmax(axis=-1, keepdims=True)
+    sums[...] = np.exp(logits - logits.max(axis=-1, keepdims=True)).sum(axis=-1, keepdims=True)
 
 
 def profile_range(tensor: Tensor, limits: BuildLimits, profile: int) -> tuple[Shape, Shape]:

@@ -40,7 +40,8 @@ class World:
 
     open_plan: finds the network that a plan was built from; raises ValueError for bytes that are no
     plan for this GPU. communicators: of the ranks, by the pointer that NCCL gives out. failing:
-    names of methods that fail when they are called next.
+    names of methods that fail when they are called next. contexts, created: those that there are,
+    and that there have been.
     """
 
     book: Book
@@ -49,6 +50,7 @@ class World:
     communicators: dict[int, Any] = field(default_factory=dict)
     failing: set[str] = field(default_factory=set)
     contexts: int = 0
+    created: int = 0
 
     def fails(self, name: str) -> bool:
         is_failing = name in self.failing
@@ -151,6 +153,7 @@ class IExecutionContext:
         self._version = 0
         self._communicator: int | None = None
         world.contexts += 1
+        world.created += 1
 
     def __del__(self) -> None:
         self._world.contexts -= 1

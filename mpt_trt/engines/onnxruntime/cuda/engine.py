@@ -22,7 +22,8 @@ from onnx import TensorProto
 from mpt_trt.arrays.cast import STORAGE_TYPES
 from mpt_trt.engines.cuda.graphs import StepGraphs
 from mpt_trt.engines.cuda.kv_cache import make_device_cache
-from mpt_trt.engines.cuda.memory import DeviceBuffer, PinnedBuffer, call
+from mpt_trt.engines.cuda.memory import DeviceBuffer, call
+from mpt_trt.engines.cuda.steps_ahead import FLOAT32_BYTES, INT64_BYTES, run_ahead
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnxruntime.cuda import rewrites
 from mpt_trt.engines.onnxruntime.cuda.session import PROVIDER, CudaSession
@@ -38,8 +39,6 @@ from mpt_trt.network.graph import ELEMENT_TYPES
 from mpt_trt.network.kv_cache import QUANTIZED_TYPES, CacheShape, cache_shape
 
 LOADING_THREADS = 8
-INT64_BYTES = 8
-FLOAT32_BYTES = 4
 # Batch size from which an engine uses the prepacked layout, by bits of weights. The column layout
 # decodes smaller batches and reads prompts faster (docs/appendix/experiments.md).
 PREPACKED_ROWS = {4: 16, 8: 2}
@@ -131,18 +130,15 @@ class OnnxCudaEngine:
         The next step runs while the caller looks at the result of the last one. See
         `GreedyModel.greedy_steps`.
         """
-        results = [_StepResult(self._rows), _StepResult(self._rows)]
         self._state.write(tokens, write_positions, self._stream)
-        try:
-            for index in range(count + 1):
-                if index < count:
-                    self._step_one(write_positions + index)
-                    results[index % 2].fetch(self._state, self._stream)
-                if index:
-                    yield results[(index - 1) % 2].wait()
-        finally:
-            # A step still writes to its result if the caller does not wait for it.
-            call(cudart.cudaStreamSynchronize(self._stream))
+        return run_ahead(
+            lambda index: self._step_one(write_positions + index),
+            self._state.read_result,
+            self._rows,
+            2 * self._rows * INT64_BYTES,
+            count,
+            self._stream,
+        )
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Makes cache row i a copy of the old row `rows[i]`."""
@@ -280,27 +276,6 @@ class _StepState:
     def read_result(self, target: NDArray[np.uint8], stream: Any) -> None:
         """Copies the result to the host. target: `[rows * RESULT_BYTES]`."""
         self._next.copy_to(target, stream)
-
-
-class _StepResult:
-    """Tokens that a step has chosen, while they are copied to the host."""
-
-    def __init__(self, rows: int):
-        self._buffer = PinnedBuffer(rows * RESULT_BYTES)
-        self._tokens = self._buffer.array[: rows * INT64_BYTES].view(np.int64)
-        self._sum_exp_relative_to_max = self._buffer.array[2 * rows * INT64_BYTES :].view(
-            np.float32
-        )
-        self._event = call(cudart.cudaEventCreate())
-
-    def fetch(self, state: _StepState, stream: Any) -> None:
-        state.read_result(self._buffer.array, stream)
-        call(cudart.cudaEventRecord(self._event, stream))
-
-    def wait(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Waits for the tokens and returns copies of them and of their log-probabilities."""
-        call(cudart.cudaEventSynchronize(self._event))
-        return self._tokens.copy(), -np.log(self._sum_exp_relative_to_max)
 
 
 def _cache_type(spec: EngineSpec) -> int:
