@@ -43,8 +43,9 @@ test-gpu: $(VENV)/installed-dev
 	$(PIP) install --quiet "onnxruntime-gpu[cuda,cudnn]==1.31.1"
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
-# TensorRT plans on a GPU that they are built for: every variant and feature, with tokens chosen by the
-# host and by the GPU, compared, checked and measured. Ends with a table and first_contact.json. To run some cases: CONTACT="--only int8"
+# TensorRT plans on a GPU that they are built for: every variant and feature, with tokens chosen by
+# the host and by the GPU, compared, checked and measured. Ends with a table and first_contact.json.
+# To run some cases: CONTACT="--only int8"
 test-tensorrt: $(VENV)/installed-dev
 	PYTHONPATH=.:tests $(BIN)/python -m first_contact $(CONTACT)
 
