@@ -32,7 +32,7 @@ def read_texts(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise MptTrtError(f"{path}: not UTF-8 text ({error}); convert it to UTF-8") from None
     if not (lines := [line for line in re.split("\r?\n", text) if line]):
-        raise MptTrtError(f"{path}: holds no prompt; give a text per line")
+        raise MptTrtError(f"{path}: contains no prompt; write one text per line")
     return lines
 
 
@@ -49,23 +49,32 @@ def read_ids(path: Path, padding: set[int], begin: int | None = None) -> list[li
     except (OSError, ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise MptTrtError(f"{path}: cannot be read as prompts: {error}") from None
     if not rows:
-        raise MptTrtError(f"{path}: holds no prompt; give a row of token ids per prompt")
+        raise MptTrtError(f"{path}: contains no prompt; write one row of token ids per prompt")
     for index, row in enumerate(rows):
         if not row:
-            raise MptTrtError(f"{path}: prompt {index} is empty; it must hold at least 1 token")
-        if not all(0 <= token <= MOST_ID for token in row):
-            raise MptTrtError(
-                f"{path}: prompt {index} holds {min(row)} to {max(row)}: no token ids"
-            )
+            raise MptTrtError(f"{path}: prompt {index} is empty; write at least one token id")
+        for token in row:
+            if not 0 <= token <= MOST_ID:
+                raise MptTrtError(
+                    f"{path}: prompt {index}: {token} is not a token id (0 to {MOST_ID})"
+                )
     return rows
 
 
 def _csv_rows(path: Path) -> list[list[int]]:
     with path.open(newline="", encoding="utf-8-sig") as stream:
         try:
-            return [[int(cell) for cell in row] for row in csv.reader(stream) if row]
+            reader = csv.reader(stream)
+            return [[_cell(cell, reader.line_num) for cell in row] for row in reader if row]
         except csv.Error as error:
             raise ValueError(str(error)) from None
+
+
+def _cell(text: str, line: int) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"line {line}: {shown(text)} is not an integer") from None
 
 
 def _array_rows(path: Path, padding: set[int], begin: int | None) -> list[list[int]]:

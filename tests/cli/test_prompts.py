@@ -44,9 +44,9 @@ def test_texts(tmp_path: Path, content: bytes, expected: list[str]) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "holds no prompt"),
-        (b"\xef\xbb\xbf", "holds no prompt"),
-        (b"\n\r\n", "holds no prompt"),
+        (b"", "contains no prompt"),
+        (b"\xef\xbb\xbf", "contains no prompt"),
+        (b"\n\r\n", "contains no prompt"),
         (b"caf\xe9\n", "not UTF-8 text"),
         ("text".encode("utf-16"), "not UTF-8 text"),
     ],
@@ -96,11 +96,11 @@ def test_arrays(tmp_path: Path, dtype: type, rows: list, expected: list[list[int
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.csv", b"", "holds no prompt"),
-        ("a.csv", b"5,1.0\n", "cannot be read as prompts: .*'1.0'"),
+        ("a.csv", b"", "contains no prompt"),
+        ("a.csv", b"5,1.0\n", "cannot be read as prompts: line 1: '1.0' is not an integer"),
         ("a.csv", b"5,,6\n", "cannot be read as prompts"),
-        ("a.csv", b"5,-1\n", "prompt 0 holds -1 to 5: no token ids"),
-        ("a.csv", b"5\n6,70000000000\n", "prompt 1 holds 6 to 70000000000: no token ids"),
+        ("a.csv", b"5,-1\n", "prompt 0: -1 is not a token id"),
+        ("a.csv", b"5\n6,70000000000\n", "prompt 1: 70000000000 is not a token id"),
         ("a.npy", b"", "cannot be read as prompts"),
         ("a.npy", b"no array", "cannot be read as prompts"),
         ("a.npy", as_npy(np.array([[5.0, 17.0]])), "an array of float64; token ids are integers"),
@@ -109,9 +109,9 @@ def test_arrays(tmp_path: Path, dtype: type, rows: list, expected: list[list[int
         ("a.npy", as_npy(np.array([[5, {}]]), True), "cannot be read as prompts"),
         ("a.npy", as_npy(np.array(5)), "an array of 0 dimensions; 1 to 3 are read"),
         ("a.npy", as_npy(np.zeros((1, 1, 1, 1), int)), "an array of 4 dimensions"),
-        ("a.npy", as_npy(np.zeros((0, 4), int)), "holds no prompt"),
+        ("a.npy", as_npy(np.zeros((0, 4), int)), "contains no prompt"),
         ("a.npy", as_npy(np.array([[5, 6], [0, 3]])), "prompt 1 is empty"),
-        ("a.npy", as_npy(np.array([[2**63]], np.uint64)), "no token ids"),
+        ("a.npy", as_npy(np.array([[2**63]], np.uint64)), "is not a token id"),
         ("a.npy", as_npy(np.array([[5, 6]]))[:-8], "cannot be read as prompts"),
     ],
 )
