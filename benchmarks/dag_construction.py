@@ -34,6 +34,7 @@ from mpt_trt.workflow.target_names import STORAGES
 TP_SIZES = (1, 2, 4, 8)
 # Eight ranks are valid for it. All models are alike, so that records can be copied.
 SHAPE = "mpt-7b"
+RESULTS = ("build/smoke_tests", "smoke_tests")
 TREES = ("revisions", "checkpoints", "ft_ckpts", "build/networks", "build/plans", "trt_engines")
 
 
@@ -54,12 +55,11 @@ def main() -> None:
     figures["nothing_made"] = repeated(folder, arguments.rounds)
     make_stand_ins(folder, models[0], variants)
     write_config(folder, models[:1], variants)
-    measure(snakemake(folder, "--touch", "--forceall", "--latency-wait=0"))
+    subprocess.run(snakemake(folder, "--touch", "--forceall", "--latency-wait=0"), check=True)
     copy_model(folder, models[0], models[1:])
     write_config(folder, models, variants)
-    require_nothing_to_do(folder)
+    figures["outputs"] = require_nothing_to_do(folder, len(models), variants)
     figures["everything_made"] = repeated(folder, arguments.rounds)
-    figures["outputs"] = sum(1 for path in (folder / ".snakemake/metadata").iterdir())
     made = outputs(models[0], variants)
     files = sum(len(output.files) + len(output.links) for output in made)
     figures["files"] = len(models) * files
@@ -101,14 +101,26 @@ def children_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def require_nothing_to_do(folder: Path) -> None:
-    """Raises RuntimeError if a dry run has jobs, because it would not measure an idle plan."""
+def require_nothing_to_do(folder: Path, num_models: int, variants: list[str]) -> int:
+    """Counts the outputs that Snakemake has records of.
+
+    Raises RuntimeError if outputs have none, or if a dry run has jobs: it would not measure an idle
+    plan.
+    """
+    found = sum(1 for path in (folder / ".snakemake/metadata").rglob("*") if path.is_file())
+    storages = {storage_of(variants, variant) for variant in variants}
+    # Networks, engine, and results; a plan per rank.
+    of_engines = len(variants) * sum(2 + len(RESULTS) + tp for tp in TP_SIZES)
+    expected = num_models * (2 + len(storages) * len(TP_SIZES) + of_engines)
+    if found < expected:
+        raise RuntimeError(f"{found} records of outputs instead of at least {expected}")
     command = snakemake(folder, "--dry-run")
     command[command.index("all")] = "rules"
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     output = result.stdout + result.stderr
     if "Nothing to be done" not in output:
-        raise RuntimeError(f"stand-ins are not taken for results:\n{output[-2000:]}")
+        raise RuntimeError(f"placeholders are not taken for results:\n{output[-2000:]}")
+    return found
 
 
 def write_config(folder: Path, models: list[str], variants: list[str]) -> None:
@@ -142,9 +154,10 @@ def make_stand_ins(folder: Path, model: str, variants: list[str]) -> None:
             (target / "config.json").write_text(json.dumps(hub_config(SHAPE)))
     for variant in variants:
         for tp in TP_SIZES:
-            result = folder / f"smoke_tests/{model}/{variant}/{tp}-gpu.json"
-            result.parent.mkdir(parents=True, exist_ok=True)
-            result.write_text("{}\n")
+            for tree in RESULTS:
+                result = folder / f"{tree}/{model}/{variant}/{tp}-gpu.json"
+                result.parent.mkdir(parents=True, exist_ok=True)
+                result.write_text("{}\n")
 
 
 @dataclass(frozen=True)
@@ -158,7 +171,7 @@ class Output:
 
 def outputs(model: str, variants: list[str]) -> Iterator[Output]:
     yield Output(f"revisions/{model}", ["revision.json"])
-    yield Output(f"checkpoints/{model}", ["config.json"])
+    yield Output(f"checkpoints/{model}", ["config.json", "tokenizer.json"])
     for tp in TP_SIZES:
         for storage in STORAGES:
             names = [file.name for file in weight_files(storage, tp)]
@@ -199,7 +212,7 @@ def copy_model(folder: Path, model: str, others: list[str]) -> None:
     """Copies one model's artifacts to others, including time stamps and Snakemake's records."""
     records = {path: path.read_text() for path in (folder / ".snakemake/metadata").iterdir()}
     for other in others:
-        for tree in (*TREES, "smoke_tests"):
+        for tree in (*TREES, *RESULTS):
             # Links, because the files of all models are alike, and there are millions.
             command = ["cp", "--archive", "--link", folder / tree / model, folder / tree / other]
             subprocess.run(command, check=True)

@@ -89,6 +89,11 @@ class Plan:
     def _sources(self) -> dict[str, str]:
         return {name: self.find(model.source) for name, model in self.settings.models.items()}
 
+    @cached_property
+    def _hub_ids(self) -> frozenset[str]:
+        """Sources that are hub ids; found once, because many jobs need them."""
+        return frozenset(filter(is_hub_id, self._sources.values()))
+
     def source(self, target: Target) -> str:
         """Hub id or folder of the model."""
         source = self.settings.model(target.model).source
@@ -139,7 +144,7 @@ class Plan:
         return self.settings.model(target.model).revision
 
     def is_on_hub(self, target: Target) -> bool:
-        return is_hub_id(self.source(target))
+        return self.source(target) in self._hub_ids
 
     def checkpoint_folder(self, target: Target) -> str:
         """Folder of the model in Hugging Face format: its source, or that of its hub files."""
@@ -197,7 +202,8 @@ class Plan:
 
     def stored_config(self, target: Target) -> MptConfig | None:
         """Architecture of the model; None until its config.json is on disk."""
-        folder = self.working_directory / self.checkpoint_folder(target)
+        # Many jobs ask, so without pathlib, which takes four times as long.
+        folder = os.path.join(self.working_directory, self.checkpoint_folder(target))  # noqa: PTH118
         try:
             return _config_at(folder, os.stat(f"{folder}/config.json").st_mtime_ns)  # noqa: PTH116
         except (FileNotFoundError, NotADirectoryError):
@@ -393,9 +399,9 @@ class Plan:
 
 
 @functools.cache
-def _config_at(folder: Path, mtime_ns: int) -> MptConfig:
+def _config_at(folder: str, mtime_ns: int) -> MptConfig:
     """Reads a config.json; cached until the file changes, because many jobs need it."""
-    return read_hf_config(folder)
+    return read_hf_config(Path(folder))
 
 
 @functools.cache

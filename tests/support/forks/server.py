@@ -178,12 +178,13 @@ class Server:
 
 
 def _import(packages: tuple[str, ...]) -> None:
-    is_without_torch = "torch" not in packages
-    if is_without_torch:  # as mpt_trt.checkpoint.tokenizer does
+    if "torch" not in packages:
+        # As mpt_trt.checkpoint.tokenizer does, and for the same reasons.
         sys.modules["torch"] = None  # type: ignore[assignment]
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     for name in packages:
         importlib.import_module(name)
-    if is_without_torch:
+    if "torch" not in packages:
         del sys.modules["torch"]
 
 
