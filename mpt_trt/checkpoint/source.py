@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mpt_trt.checkpoint.hub_environment import require_usable_environment
 from mpt_trt.checkpoint.snapshot import recorded_provenance
 from mpt_trt.errors import MptTrtError
 
@@ -41,8 +40,10 @@ def checkpoint_folder(source: str, revision: str = "main") -> tuple[Path, dict[s
     Raises MptTrtError when the folder does not exist, or the hub does not provide the files.
     """
     if is_hub_id(source):
-        require_usable_environment()
         # Importing the hub's client takes longer than converting a small checkpoint.
+        from mpt_trt.checkpoint.hub_environment import require_usable_environment
+
+        require_usable_environment()
         from mpt_trt.checkpoint.hub import fetch_checkpoint
 
         snapshot = fetch_checkpoint(source, revision)
@@ -66,8 +67,10 @@ def tokenizer_folder(source: str, revision: str = "main") -> Path:
     Raises MptTrtError when the folder does not exist, or the hub does not provide the files.
     """
     if is_hub_id(source):
+        from mpt_trt.checkpoint.hub_environment import require_usable_environment  # as above
+
         require_usable_environment()
-        from mpt_trt.checkpoint.hub import fetch_tokenizer  # as above
+        from mpt_trt.checkpoint.hub import fetch_tokenizer
 
         return fetch_tokenizer(source, revision).folder
     folder = local_folder(source)
