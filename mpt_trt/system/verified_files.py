@@ -111,5 +111,5 @@ def _remember(new: Memory) -> None:
     memory = {key: state for key, state in _read_memory().items() if key not in new} | new
     kept = dict(list(memory.items())[-MOST_ENTRIES:])
     with contextlib.suppress(MptTrtError, OSError), replace_file(path) as partial:
-        # Without indents, which Python's encoder in C does not support: ten times as fast.
+        # Without indents, which Python's encoder in C does not support.
         partial.write_text(json.dumps(kept) + "\n")
