@@ -41,6 +41,7 @@ from support.engines import (
     make_rank_network,
     one_line_error,
 )
+from support.forks.servers import forked_python
 from support.paths import tool_path
 from support.processes import require_ended
 from support.workflow import SMALL, Workflow
@@ -81,8 +82,12 @@ class Finished:
         return [line.strip() for line in lines if line.strip().startswith("error")]
 
 
-def mpirun(size: int, script: Path, *arguments: object, **environment: str) -> Finished:
-    command = [MPIRUN, "-n", size, "--oversubscribe", "--allow-run-as-root", sys.executable]
+def mpirun(
+    size: int, script: Path, *arguments: object, python: str | None = None, **environment: str
+) -> Finished:
+    """Runs a script on several ranks. python: sys.executable where forks would differ."""
+    command = [MPIRUN, "-n", size, "--oversubscribe", "--allow-run-as-root"]
+    command.append(python or forked_python())
     paths = os.pathsep.join(path for path in sys.path if path)
     started = time.monotonic()
     process = subprocess.Popen(
@@ -101,8 +106,9 @@ def mpirun(size: int, script: Path, *arguments: object, **environment: str) -> F
     return Finished(process.returncode, stdout, stderr, time.monotonic() - started)
 
 
-def drive(size: int, *arguments: object, **environment: str) -> Finished:
-    return mpirun(size, Path(mpi_driver.__file__), *arguments, **environment)
+def drive(size: int, *arguments: object, python: str | None = None, **environment: str) -> Finished:
+    script = Path(mpi_driver.__file__)
+    return mpirun(size, script, *arguments, python=python, **environment)
 
 
 # --- engines -------------------------------------------------------------------------------------
@@ -250,7 +256,9 @@ def test_run_prints_once_what_one_rank_prints(size, more, engines, tmp_path, cap
     expected = capsys.readouterr().out
     assert expected.count("Input [Text 0]") == 1
     several = [engines.make(size, "float32") if value == one[1] else value for value in one]
-    finished = mpirun(size, tool_path("run.py"), *several, f"--output_csv={csv}")
+    python = sys.executable if size == 2 else None
+    script = tool_path("run.py")
+    finished = mpirun(size, script, *several, f"--output_csv={csv}", python=python)
     assert finished.status == 0, finished.stderr
     assert finished.stdout == expected
     assert csv.read_text() == (tmp_path / "one.csv").read_text()
@@ -294,7 +302,9 @@ def test_quality_of_two_ranks_is_that_of_one(engines, tmp_path):
             f"--reference={reference}",
             f"--output={output}",
         )
-        finished = mpirun(size, tool_path("measure_quality.py"), *arguments)
+        # A fork's memory includes what it shares.
+        script = tool_path("measure_quality.py")
+        finished = mpirun(size, script, *arguments, python=sys.executable)
         assert finished.status == 0, finished.stderr
         assert finished.stdout.count("Perplexity") == 1
         found[size] = read_quality(output)
@@ -432,7 +442,7 @@ def bystander() -> Iterator[subprocess.Popen]:
 def interrupted(name: str, engines: Engines, folder: Path, **environment: str) -> Finished:
     """Rank 1 of 2 gets a signal in mid-generation."""
     engine = engines.make(2, "float32")
-    finished = drive(2, "signal", folder, engine, name, **environment)
+    finished = drive(2, "signal", folder, engine, name, python=sys.executable, **environment)
     assert finished.status != 0
     assert "generated to the end" not in finished.stdout
     assert finished.seconds < 60

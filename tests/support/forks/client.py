@@ -11,9 +11,13 @@ import socket
 import sys
 
 # Variables that packages or Python read on import: a fork would miss a change.
-READ_ON_IMPORT = ("HF_", "TRANSFORMERS_", "LD_", "LC_", "LANG", "HOME", "XDG_", "MPL")
-# Variables of ranks, which mpirun and srun know by their process.
-RANK = ("PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+READ_ON_IMPORT = (
+    "HF_", "TRANSFORMERS_", "PYTHON", "LD_", "LC_", "LANG", "HOME", "XDG_", "MPL",
+)  # fmt: skip
+# A variable of ranks that srun knows by their process.
+SLURM_RANK = "SLURM_PROCID"
+# A variable of ranks of mpirun, and one that mpirun sets for its own use.
+MPI_RANK, MPI_LIBRARIES = "OMPI_COMM_WORLD_RANK", "LD_LIBRARY_PATH"
 SNAKEMAKE, LIGHT, TORCH = "snakemake", "light", "torch"
 WITH_TORCH = ("smoke_test.py", "compute_reference.py", "compare_trtllm.py", "quantize.py")
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -37,11 +41,13 @@ def is_calibrated(arguments: list) -> bool:
 
 def fixed_variables(environment: dict) -> dict:
     """The variables that a run must share with the server."""
+    ignored = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}
+    if MPI_RANK in environment:
+        ignored.add(MPI_LIBRARIES)
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith(READ_ON_IMPORT)
-        or (name.startswith("PYTHON") and name not in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE"))
+        if name.startswith(READ_ON_IMPORT) and name not in ignored
     }
 
 
@@ -76,7 +82,7 @@ def main() -> None:
     python, folder, *arguments = sys.argv[1:]
     server = server_of(arguments)
     status = None
-    if server is not None and not any(name in os.environ for name in RANK):
+    if server is not None and SLURM_RANK not in os.environ:
         try:
             for stream in range(3):
                 os.fstat(stream)

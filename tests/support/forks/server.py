@@ -9,7 +9,6 @@ runs.
 from __future__ import annotations
 
 import array
-import atexit
 import contextlib
 import gc
 import importlib
@@ -21,7 +20,6 @@ import selectors
 import signal
 import socket
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,58 +69,67 @@ class Request:
 class Server:
     """Serves one socket. packages: what every run of it needs."""
 
-    def __init__(self, listener: socket.socket, packages: tuple[str, ...], shim: str):
+    def __init__(self, listener: socket.socket, packages: tuple[str, ...]):
         self._listener = listener
         self._packages = packages
-        self._shim = shim
         self._variables = fixed_variables(dict(os.environ))
-        self._path = list(sys.path)
         self._selector = selectors.DefaultSelector()
         # Of each run, by its process id: a descriptor of the process, and the client's connection.
         self._running: dict[int, tuple[int, socket.socket]] = {}
 
-    def serve(self) -> None:
-        """Serves until the standard input ends."""
+    def serve(self) -> Request | None:
+        """Serves until the standard input ends, and then returns None.
+
+        Returns in a new process, too: there with the request that it is for.
+        """
         self._selector.register(0, selectors.EVENT_READ, "stop")
         self._selector.register(self._listener, selectors.EVENT_READ, "accept")
         while True:
             for key, _ in self._selector.select():
                 if key.data == "stop":
                     self._kill_all()
-                    return
+                    return None
                 if key.data == "accept":
-                    self._accept()
+                    if (request := self._accept()) is not None:
+                        return request
                 elif key.data[1] in self._running:
                     getattr(self, f"_{key.data[0]}")(key.data[1])
 
-    def _accept(self) -> None:
+    def _accept(self) -> Request | None:
         connection, _ = self._listener.accept()
         try:
             request, streams = _received(connection)
         except (OSError, ValueError):
             connection.close()
-            return
+            return None
         try:
-            if fixed_variables(request.environment) == self._variables:
-                self._start(request, streams, connection)
-            else:
+            if fixed_variables(request.environment) != self._variables:
                 connection.close()
+            elif self._start(request, connection):
+                for number, stream in enumerate(streams):
+                    os.dup2(stream, number)
+                return request
         finally:
             for stream in streams:
                 os.close(stream)
+        return None
 
-    def _start(self, request: Request, streams: list[int], connection: socket.socket) -> None:
+    def _start(self, request: Request, connection: socket.socket) -> bool:
+        """Forks; returns whether this is the new process."""
         _import((*self._packages, *request.packages))
         gc.collect()
         gc.freeze()
         pid = os.fork()
         if pid == 0:
-            self._become(request, streams)
+            connection.close()
+            self._close()
+            return True
         descriptor = os.pidfd_open(pid)
         self._running[pid] = (descriptor, connection)
         self._selector.register(descriptor, selectors.EVENT_READ, ("ended", pid))
         self._selector.register(connection, selectors.EVENT_READ, ("left", pid))
         self._answer(connection, pid)
+        return False
 
     def _ended(self, pid: int) -> None:
         descriptor, connection = self._running.pop(pid)
@@ -156,25 +163,13 @@ class Server:
         for pid in self._running:
             self._kill(pid)
 
-    def _become(self, request: Request, streams: list[int]) -> None:
-        """Runs the program in this process, and ends it."""
-        status = 1
-        try:
-            os.setsid()
-            for number, stream in enumerate(streams):
-                os.dup2(stream, number)
-            os.closerange(3, 1024)
-            _renew_standard_streams()
-            os.environ.clear()
-            os.environ.update(request.environment)
-            os.chdir(request.folder)
-            sys.executable = self._shim
-            sys.orig_argv = [self._shim, *request.arguments]
-            status = _run(request, self._path)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            os._exit(status)
+    def _close(self) -> None:
+        """Closes all files of the server, in a new process."""
+        self._selector.close()
+        self._listener.close()
+        for descriptor, connection in self._running.values():
+            os.close(descriptor)
+            connection.close()
 
 
 def _import(packages: tuple[str, ...]) -> None:
@@ -209,58 +204,39 @@ def _renew_standard_streams() -> None:
         setattr(sys, f"__{name}__", stream)
 
 
-def _run(request: Request, base_path: list[str]) -> int:
-    """Runs a module or a script as Python does; returns the exit status."""
+def _run(request: Request, shim: str, base_path: list[str]) -> None:
+    """Runs a module or a script as Python does."""
+    os.setsid()
+    _renew_standard_streams()
+    os.environ.clear()
+    os.environ.update(request.environment)
+    os.chdir(request.folder)
     arguments = request.arguments
+    sys.executable = shim
+    sys.orig_argv = [shim, *arguments]
     given = request.environment.get("PYTHONPATH", "")
     more = [path for path in given.split(os.pathsep) if path]
     is_module = arguments[0] == "-m"
     first = request.folder if is_module else str(Path(arguments[0]).resolve().parent)
     sys.path[:] = [first, *more, *base_path]
     importlib.invalidate_caches()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        if is_module:
-            sys.argv = arguments[1:]
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = arguments
-            runpy.run_path(arguments[0], run_name="__main__")
-        status = 0
-    except SystemExit as exit_:
-        status = _status(exit_.code)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-        raise
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        status = 1
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):
-            status = status or 120
-    return status
-
-
-def _status(code: object) -> int:
-    if code is None:
-        return 0
-    if isinstance(code, int):
-        return code & 0xFF
-    print(code, file=sys.stderr)
-    return 1
+    if is_module:
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def main() -> None:
     path, shim = sys.argv[1:]
+    base_path = list(sys.path)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        Server(listener, PACKAGES[Path(path).name], shim).serve()
+        request = Server(listener, PACKAGES[Path(path).name]).serve()
+    if request is not None:
+        _run(request, shim, base_path)
 
 
 if __name__ == "__main__":
