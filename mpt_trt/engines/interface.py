@@ -11,6 +11,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from mpt_trt.system.mpi import Communicator
+
 
 class StepModel(Protocol):
     """A loaded engine with its KV cache, as generation and evaluation use it."""
@@ -94,4 +96,13 @@ class GreedyModel(StepModel, Protocol):
             For each step, the most likely token of every row and the natural log of its
             probability, both `[rows]`. The model may have run one step more than was taken.
         """
+        ...
+
+
+@runtime_checkable
+class JoiningModel(Protocol):
+    """A rank's model that must be connected to those of the other ranks."""
+
+    def join(self, communicator: Communicator) -> None:
+        """Connects the models of all ranks, which are all loaded."""
         ...

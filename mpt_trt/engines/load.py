@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from mpt_trt.engines.interface import RowModel
+from mpt_trt.engines.interface import JoiningModel, RowModel
 from mpt_trt.engines.manifest import Manifest, check_content, read_manifest
 from mpt_trt.engines.memory import gpu_obstacle
 from mpt_trt.engines.onnxruntime.cpu_settings import Activations, CpuSettings
@@ -16,10 +16,12 @@ from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.errors import MptTrtError, SharedError
 from mpt_trt.system import gpus
 from mpt_trt.system.mpi import Communicator, communicator
+from mpt_trt.system.rank_gpus import own_gpu
 
 if TYPE_CHECKING:
     from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
     from mpt_trt.engines.onnxruntime.cuda.engine import OnnxCudaEngine
+    from mpt_trt.engines.tensorrt.engine import TensorRtEngine
 
 
 @dataclass(frozen=True)
@@ -66,62 +68,104 @@ def load_engine(
         num_threads = ranks.num_cores()
     cpu = CpuSettings(num_threads, activations)
 
-    def load() -> LoadedEngine:
-        return _load_rank(engine_dir, manifest, runtime, cpu, ranks, is_trusted)
+    def choose() -> _Runtime:
+        return _choose_runtime(engine_dir, manifest, runtime)
 
-    return load() if ranks is None else _load_together(load, ranks)
+    def load(chosen: _Runtime) -> LoadedEngine:
+        return _load_rank(engine_dir, manifest, chosen, cpu, ranks, is_trusted)
+
+    return load(choose()) if ranks is None else _load_together(choose, load, ranks)
 
 
-def _load_together(load: Callable[[], LoadedEngine], ranks: Communicator) -> LoadedEngine:
-    # A rank that fails in `load` must not leave other ranks waiting in it.
-    engine = ranks.agree(load)
-    runtimes = ranks.exchange(engine.runtime)
+@dataclass(frozen=True)
+class _Runtime:
+    """A runtime, and the reason why it is not TensorRT; None if it is."""
+
+    kind: Literal["TensorRT", "ONNX Runtime on a GPU", "ONNX Runtime on a CPU"]
+    fallback_reason: str | None = None
+
+
+def _choose_runtime(engine_dir: Path, manifest: Manifest, requested: str) -> _Runtime:
+    obstacle = (
+        "ONNX Runtime was requested" if requested == "onnxruntime" else tensorrt_obstacle(manifest)
+    )
+    if obstacle is None:
+        return _Runtime("TensorRT")
+    if requested == "tensorrt":
+        raise MptTrtError(f"{engine_dir}: TensorRT cannot run this engine here: {obstacle}")
+    if _has_cuda_provider():
+        return _Runtime("ONNX Runtime on a GPU", obstacle)
+    return _Runtime("ONNX Runtime on a CPU", obstacle)
+
+
+def _load_together(
+    choose: Callable[[], _Runtime],
+    load: Callable[[_Runtime], LoadedEngine],
+    ranks: Communicator,
+) -> LoadedEngine:
+    # A rank that fails must not leave other ranks waiting.
+    chosen = ranks.agree(choose)
+    _require_same(ranks, chosen.kind)
+    if chosen.kind == "ONNX Runtime on a GPU":
+        chosen = _with_collectives(chosen, ranks)
+    if chosen.kind != "ONNX Runtime on a CPU":
+        from mpt_trt.engines.cuda.device import use_only
+
+        own = own_gpu(ranks)
+        ranks.agree(lambda: use_only(own))
+    engine = ranks.agree(lambda: load(chosen))
+    _require_same(ranks, engine.runtime)
+    if isinstance(engine.model, JoiningModel):
+        ranks.agree(lambda: engine.model.join(ranks))
+    return engine
+
+
+def _with_collectives(chosen: _Runtime, ranks: Communicator) -> _Runtime:
+    """Replaces the GPU with the CPU if the ranks cannot communicate through their GPUs."""
+    from mpt_trt.engines.onnxruntime.cuda.collectives import collectives_obstacle
+
+    for rank, obstacle in enumerate(ranks.exchange(collectives_obstacle())):
+        if obstacle is not None:
+            reason = f"{chosen.fallback_reason}; nor a GPU: rank {rank}: {obstacle}"
+            return _Runtime("ONNX Runtime on a CPU", reason)
+    return chosen
+
+
+def _require_same(ranks: Communicator, runtime: str) -> None:
+    runtimes = ranks.exchange(runtime)
     if len(set(runtimes)) > 1:
         by_rank = ", ".join(f"{rank}: {runtime}" for rank, runtime in enumerate(runtimes))
         raise SharedError(f"the ranks have different runtimes ({by_rank}); use one for all of them")
-    if engine.fallback_reason is None:
-        ranks.agree(lambda: engine.model.join(ranks))
-    return engine
 
 
 def _load_rank(
     engine_dir: Path,
     manifest: Manifest,
-    runtime: str,
+    chosen: _Runtime,
     cpu: CpuSettings,
     ranks: Communicator | None,
     is_trusted: bool,
 ) -> LoadedEngine:
-    files = manifest.ranks[0 if ranks is None else ranks.rank]
-    obstacle = (
-        "ONNX Runtime was requested" if runtime == "onnxruntime" else tensorrt_obstacle(manifest)
-    )
-    if obstacle is None:
+    rank = 0 if ranks is None else ranks.rank
+    files = manifest.ranks[rank]
+    if not is_trusted:
+        names = [files.engine] if chosen.kind == "TensorRT" else files.network_files
+        check_content(engine_dir, files, *names)
+    model: TensorRtEngine | OnnxCudaEngine | OnnxRuntimeEngine
+    if chosen.kind == "TensorRT":
         from mpt_trt.engines.tensorrt.engine import TensorRtEngine
 
-        if not is_trusted:
-            check_content(engine_dir, files, files.engine)
-        engine = TensorRtEngine(engine_dir, manifest, 0 if ranks is None else ranks.rank)
-        return LoadedEngine(engine, manifest, engine.max_logits, engine.description, None, ranks)
-    if runtime == "tensorrt":
-        raise MptTrtError(f"{engine_dir}: TensorRT cannot run this engine here: {obstacle}")
-    if not is_trusted:
-        check_content(engine_dir, files, *files.network_files)
-    fallback = _open_network(engine_dir, manifest, cpu, ranks)
-    return LoadedEngine(fallback, manifest, None, fallback.description, obstacle, ranks)
-
-
-def _open_network(
-    engine_dir: Path, manifest: Manifest, cpu: CpuSettings, ranks: Communicator | None
-) -> OnnxRuntimeEngine | OnnxCudaEngine:
-    # The collective operators of several ranks run on the host.
-    if ranks is None and _has_cuda_provider():
+        model = TensorRtEngine(engine_dir, manifest, rank)
+    elif chosen.kind == "ONNX Runtime on a GPU":
         from mpt_trt.engines.onnxruntime.cuda.engine import OnnxCudaEngine
 
-        return OnnxCudaEngine(engine_dir, manifest)
-    from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
+        model = OnnxCudaEngine(engine_dir, manifest, rank)
+    else:
+        from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(engine_dir, manifest, cpu, ranks)
+        model = OnnxRuntimeEngine(engine_dir, manifest, cpu, ranks)
+    reason, limit = chosen.fallback_reason, model.max_logits
+    return LoadedEngine(model, manifest, limit, model.description, reason, ranks)
 
 
 def _has_cuda_provider() -> bool:

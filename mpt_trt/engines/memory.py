@@ -91,7 +91,7 @@ def vocabulary_bytes(spec: EngineSpec) -> int:
 
 
 def kv_cache(spec: EngineSpec) -> int:
-    """Exact size of a rank's KV cache for all rows; beam search briefly has two."""
+    """Exact size of a rank's KV cache for all rows; beam search has two."""
     is_quantized = spec.quantization.kv_cache != "auto"
     return _cache_elements(spec) * (1 if is_quantized else spec.element_bytes)
 

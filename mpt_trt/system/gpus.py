@@ -15,29 +15,25 @@ from typing import Any
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-@functools.cache
 def compute_capabilities() -> tuple[str, ...]:
     """Compute capability of every GPU as "8.9", in the order of CUDA; empty without a driver."""
     pairs = _of_every_gpu("nvmlDeviceGetCudaComputeCapability")
     return tuple(f"{major}.{minor}" for major, minor in pairs)
 
 
-@functools.cache
 def memory_sizes() -> tuple[int, ...]:
     """Memory of every GPU in bytes, in the order of CUDA; empty without a driver."""
     return tuple(memory.total for memory in _of_every_gpu("nvmlDeviceGetMemoryInfo"))
 
 
-@functools.cache
 def names() -> tuple[str, ...]:
     """Product name of every GPU, in the order of CUDA; empty without a driver."""
-    return tuple(_of_every_gpu("nvmlDeviceGetName"))
+    return _of_every_gpu("nvmlDeviceGetName")
 
 
-@functools.cache
 def identifiers() -> tuple[str, ...]:
     """UUID of every GPU, in the order of CUDA; empty without a driver."""
-    return tuple(_of_every_gpu("nvmlDeviceGetUUID"))
+    return _of_every_gpu("nvmlDeviceGetUUID")
 
 
 def driver_version() -> str | None:
@@ -76,12 +72,18 @@ def _driver() -> Iterator[Any]:
         pynvml.nvmlShutdown()
 
 
-def _of_every_gpu(query: str) -> list[Any]:
+def _of_every_gpu(query: str) -> tuple[Any, ...]:
     """Results of an NVML function for every visible GPU; empty without a driver."""
+    return _queried(query, visible())
+
+
+# A rank hides other ranks' GPUs from itself, so what is visible changes.
+@functools.cache
+def _queried(query: str, _visible: tuple[str, ...] | None) -> tuple[Any, ...]:
     with _driver() as nvml:
         if nvml is None:
-            return []
-        return [getattr(nvml, query)(handle) for handle in _visible_handles(nvml)]
+            return ()
+        return tuple(getattr(nvml, query)(handle) for handle in _visible_handles(nvml))
 
 
 def _visible_handles(nvml: Any) -> list[Any]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Set by the launchers of Open MPI, of PMIx (srun --mpi=pmix) and of MPICH.
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK")
-# How long a rank waits for the others before it considers them dead.
+# Variable with the patience of ranks.
 PATIENCE = "MPT_TRT_PATIENCE_SECONDS"
 DEFAULT_PATIENCE_SECONDS = 300.0
 # Time of polling without a pause, since ranks mostly meet within microseconds.
@@ -35,11 +35,14 @@ PAUSE_SECONDS = 0.0002
 
 
 class Communicator:
-    """Communication between the ranks of an engine, over MPI; all ranks call together."""
+    """Communication between the ranks of an engine, over MPI; all ranks call together.
+
+    patience_seconds: how long a rank waits for the others before it considers them dead.
+    """
 
     def __init__(self, world: Any, patience_seconds: float):
         self._world = world
-        self._patience_seconds = patience_seconds
+        self.patience_seconds = patience_seconds
         self._is_interrupted = False
         self.rank: int = world.rank
         self.size: int = world.size
@@ -122,13 +125,18 @@ class Communicator:
         while not request.Test():
             self._raise_if_interrupted()
             waited = time.monotonic() - started
-            if waited > self._patience_seconds:
-                raise MptTrtError(
-                    f"timed out after {self._patience_seconds:g} s waiting for the other ranks: "
-                    f"one has hung or exited ({PATIENCE} sets the limit)"
-                )
+            if waited > self.patience_seconds:
+                raise timed_out(self.patience_seconds)
             if waited > EAGER_SECONDS:
                 time.sleep(PAUSE_SECONDS)
+
+
+def timed_out(seconds: float) -> MptTrtError:
+    """Makes the error of a rank that has waited too long for the others."""
+    return MptTrtError(
+        f"timed out after {seconds:g} s waiting for the other ranks: one has hung or exited "
+        f"({PATIENCE} sets the limit)"
+    )
 
 
 def communicator(tp_size: int) -> Communicator | None:

@@ -200,7 +200,7 @@ def microseconds(action: Callable[[], object]) -> float:
 class LoneRank:
     """The only rank."""
 
-    rank, size = 0, 1
+    rank, size, patience_seconds = 0, 1, 300.0
 
     def exchange(self, value):
         return [value]

@@ -10,10 +10,12 @@ import ctypes
 import numpy as np
 from cuda.bindings import runtime as cudart
 
+from mpt_trt.engines.cuda.device import use_only
 from mpt_trt.engines.cuda.graphs import PLAIN_RUNS, StepGraphs
 from mpt_trt.engines.cuda.memory import DeviceBuffer, Stream, call
-from mpt_trt.engines.tensorrt.nccl import join_nccl
+from mpt_trt.engines.cuda.nccl import join_nccl
 from mpt_trt.system.mpi import Communicator, communicator
+from mpt_trt.system.rank_gpus import own_gpu
 from support.simulated.capsule import capsule_pointer
 
 FLOAT32, SUM = 7, 0
@@ -53,7 +55,7 @@ def require_all_reduce(ranks: Communicator) -> None:
 def main() -> None:
     ranks = communicator(2)
     assert ranks is not None
-    call(cudart.cudaSetDevice(ranks.rank % call(cudart.cudaGetDeviceCount())))
+    use_only(own_gpu(ranks))
     require_all_reduce(ranks)
 
 

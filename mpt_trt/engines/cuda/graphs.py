@@ -12,14 +12,14 @@ from mpt_trt.engines.cuda.memory import call
 
 # Number of runs after which runtimes have finished their set-up for new shapes.
 PLAIN_RUNS = 2
-# Graphs that are kept; beam search, for one, makes new ones as its cache moves.
+# Graphs that are kept; a batch that grows and shrinks makes new ones.
 MOST_GRAPHS = 16
 
 
 class StepGraphs:
     """Captures a step after PLAIN_RUNS runs, and replays it from then on.
 
-    Earlier captures would be useless in beam search, which moves the cache after most steps.
+    Earlier captures would be useless in beam search, which first moves the cache to new buffers.
     """
 
     def __init__(self, stream: Any):

@@ -25,8 +25,12 @@ class DeviceCache(Protocol):
     """A cache whose buffers are bound to the runtime."""
 
     @property
-    def address(self) -> int:
-        """Address of the buffers, 0 before the first start."""
+    def place(self) -> tuple[int, int]:
+        """Number of the buffers, and the first selected row.
+
+        Steps at the same place use the same memory. Places are the same on all ranks, which must
+        capture and replay the same steps, while addresses may differ.
+        """
         ...
 
     def start(self, batch_size: int, stream: Any) -> None:
@@ -61,10 +65,11 @@ class _Array:
     """Bytes `[2 * layers, rows * kv_heads, positions * head bytes]` in one buffer.
 
     Rows of padding follow each part (keys or values of a layer) where the next one would not start
-    at a multiple of ALIGNMENT.
+    at a multiple of ALIGNMENT. number: identifies the array among those of its cache.
     """
 
-    def __init__(self, shape: CacheShape, head_bytes: int, rows: int, positions: int):
+    def __init__(self, shape: CacheShape, head_bytes: int, rows: int, positions: int, number: int):
+        self.number = number
         self.parts, self.rows, self.positions = 2 * shape.num_layers, rows, positions
         self.head_bytes, self.kv_heads = head_bytes, shape.num_kv_heads
         self._width = positions * head_bytes
@@ -107,6 +112,9 @@ class _Buffers:
         self._shape, self._set_address = shape, set_address
         self._head_bytes = shape.head_dim * element_bytes
         self._kept: _Array | None = None
+        # Beam search copies rows back and forth between the two.
+        self._spare: _Array | None = None
+        self._arrays_made = 0
         # The rows that steps run on.
         self._first = self._count = 0
 
@@ -114,6 +122,7 @@ class _Buffers:
         """Empties the cache and gives it `batch_size` rows."""
         # Old values are overwritten before they are read. So buffers with the right number of rows
         # are kept, and with them the captured graphs.
+        self._spare = None
         if self._kept is None or self._kept.rows != batch_size:
             # Frees the old buffers before allocating new ones.
             self._kept = None
@@ -121,16 +130,19 @@ class _Buffers:
         self.select_rows(0, batch_size)
 
     @property
-    def address(self) -> int:
-        """Address of the first selected row, 0 before the first start."""
-        return 0 if self._kept is None else self._kept.row_address(self._first)
+    def place(self) -> tuple[int, int]:
+        """Number of the buffers, and the first selected row; see `DeviceCache.place`."""
+        return self._filled.number, self._first
 
     def reorder(self, rows: NDArray[np.int64], stream: Any) -> None:
         """Makes row i a copy of the old row `rows[i]`."""
-        old, new = self._filled, self._array(len(rows), self._shape.cache_len)
+        if self._spare is None or self._spare.rows != len(rows):
+            self._spare = None
+            self._spare = self._array(len(rows), self._shape.cache_len)
+        old, new = self._filled, self._spare
         for target, source in enumerate(rows):
             new.copy_row(target, old, int(source), stream)
-        self._kept = new
+        self._kept, self._spare = new, old
         self.select_rows(0, len(rows))
 
     def select_rows(self, first: int, count: int) -> None:
@@ -157,7 +169,8 @@ class _Buffers:
         return self._kept
 
     def _array(self, rows: int, positions: int) -> _Array:
-        return _Array(self._shape, self._head_bytes, rows, positions)
+        self._arrays_made += 1
+        return _Array(self._shape, self._head_bytes, rows, positions, self._arrays_made)
 
     def _bind(self, array: _Array) -> None:
         names = cache_names("past", self._shape.num_layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ def run_ahead(
     sums_start: int,
     count: int,
     stream: Any,
+    limit: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Runs up to `count` steps, each before the caller has the result of the one before.
 
@@ -34,6 +36,7 @@ def run_ahead(
             result, which they end.
         count: number of steps.
         stream: stream of all work.
+        limit: encloses calls that may wait for other ranks.
 
     Yields:
         Tokens and their log-probabilities; see `GreedyModel.greedy_steps`.
@@ -41,14 +44,17 @@ def run_ahead(
     results = [_Result(rows, sums_start), _Result(rows, sums_start)]
     try:
         for index in range(count + 1):
-            if index < count:
-                run_step(index)
-                results[index % 2].fetch(read_result, stream)
-            if index:
-                yield results[(index - 1) % 2].wait()
+            with limit():
+                if index < count:
+                    run_step(index)
+                    results[index % 2].fetch(read_result, stream)
+                chosen = results[(index - 1) % 2].wait() if index else None
+            if chosen is not None:
+                yield chosen
     finally:
         # A step still writes to its result if the caller does not wait for it.
-        call(cudart.cudaStreamSynchronize(stream))
+        with limit():
+            call(cudart.cudaStreamSynchronize(stream))
 
 
 class _Result:

@@ -56,10 +56,14 @@ def naming_network(path: Path) -> Iterator[None]:
         ) from None
 
 
-def run(session: onnxruntime.InferenceSession, binding: Any) -> None:
+def run(
+    session: onnxruntime.InferenceSession,
+    binding: Any,
+    options: onnxruntime.RunOptions | None = None,
+) -> None:
     """Runs a step on the bound values; raises MptTrtError when the network cannot compute it."""
     try:
-        session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding, options)
     except Exception as error:  # the library raises many types, without a common base
         is_of_library = type(error).__module__.startswith("onnxruntime")
         if is_of_library or type(error) is RuntimeError:

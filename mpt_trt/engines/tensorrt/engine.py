@@ -11,20 +11,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from cuda.bindings import runtime as cudart
 from numpy.typing import NDArray
 
 from mpt_trt.arrays.cast import STORAGE_TYPES
 from mpt_trt.engines.cuda.graphs import StepGraphs
 from mpt_trt.engines.cuda.kv_cache import make_device_cache
-from mpt_trt.engines.cuda.memory import DeviceBuffer, Stream, call
+from mpt_trt.engines.cuda.memory import DeviceBuffer, Stream
+from mpt_trt.engines.cuda.nccl import Nccl, join_nccl
 from mpt_trt.engines.cuda.steps_ahead import FLOAT32_BYTES, INT64_BYTES, run_ahead
 from mpt_trt.engines.manifest import Manifest
-from mpt_trt.engines.tensorrt.nccl import Nccl, join_nccl
 from mpt_trt.engines.tensorrt.plan import LoadedPlan, StepContext
 from mpt_trt.engines.tensorrt.plan_builder import CONTEXT_PROFILE, GENERATION_PROFILE
 from mpt_trt.engines.tensorrt.token_choice import CHOSEN, SUMS
@@ -59,9 +59,6 @@ class TensorRtEngine:
         self.max_batch_size = limits.max_batch_size
         self.max_step_tokens = limits.max_input_len
         self.max_logits: int | None = limits.max_logits
-        if spec.tp_size > 1:
-            # GPUs of a machine are assigned to its ranks in turn.
-            call(cudart.cudaSetDevice(rank % call(cudart.cudaGetDeviceCount())))
         self._stream = Stream()
         self._nccl: Nccl | None = None
         plan = engine_dir / manifest.ranks[rank].engine
@@ -129,10 +126,11 @@ class TensorRtEngine:
         stream = self._stream.handle
         for name, value in staged.items():
             self._buffers[name].copy_from(value, stream)
-        self._run(input_ids.shape[1], len(staged["logit_positions"]), write_positions)
-        logits = np.empty((num_logits, self.vocab_size), np.float32)
-        self._buffers["logits"].copy_to(logits, stream)
-        self._stream.synchronize()
+        with self._limit():
+            self._run(input_ids.shape[1], len(staged["logit_positions"]), write_positions)
+            logits = np.empty((num_logits, self.vocab_size), np.float32)
+            self._buffers["logits"].copy_to(logits, stream)
+            self._stream.synchronize()
         return logits
 
     def greedy_steps(
@@ -159,7 +157,8 @@ class TensorRtEngine:
             buffers[CHOSEN].copy_to(target[: rows * INT64_BYTES], stream)
             buffers[SUMS].copy_to(target[rows * INT64_BYTES :], stream)
 
-        return run_ahead(run_step, read_result, rows, rows * INT64_BYTES, count, stream)
+        start = rows * INT64_BYTES
+        return run_ahead(run_step, read_result, rows, start, count, stream, self._limit)
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Makes cache row i a copy of the old row `rows[i]`."""
@@ -175,6 +174,10 @@ class TensorRtEngine:
     def copy_row(self, source: int, target: int) -> None:
         """Makes cache row `target` a copy of row `source`."""
         self._cache.copy_row(source, target, self._stream.handle)
+
+    def _limit(self) -> AbstractContextManager[None]:
+        """Encloses calls that may wait for other ranks."""
+        return nullcontext() if self._nccl is None else self._nccl.limit()
 
     def _run(self, seq: int, num_logits: int, write_positions: NDArray[np.int64]) -> None:
         """Puts a step on the stream, whose inputs are in the buffers, and stores its keys."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mpt_trt.engines.cuda.memory import DeviceBuffer, Stream
+from mpt_trt.engines.cuda.nccl import Nccl
 from mpt_trt.engines.tensorrt.logger import make_logger
-from mpt_trt.engines.tensorrt.nccl import Nccl
 from mpt_trt.engines.tensorrt.token_choice import CHOSEN
 from mpt_trt.errors import MptTrtError
 

@@ -33,12 +33,12 @@ from support.step_scenario import require_same_steps
 __all__ = ["tiny"]
 
 # Keys of the modules that have imported CUDA's runtime.
-USERS_OF_CUDA = ("engine", "graphs", "memory", "steps_ahead")
+USERS_OF_CUDA = ("graphs", "memory", "steps_ahead")
 NUMBERS = "wrong numbers"
 IN_PLACE, COPIED, RANKS = "in place", "copied", "ranks"
 
 SYNCHRONIZE = """.copy_to(logits, stream)
-        self._stream.synchronize()
+            self._stream.synchronize()
 """
 ENQUEUE = """        def enqueue() -> None:
             context.enqueue(stream)
@@ -115,8 +115,8 @@ MUTATIONS: list[tuple[str, Rule | str, str, list[Change]]] = [
         [
             (
                 "kv_cache",
-                "        self._kept = new\n        self.select_rows(0, len(rows))\n",
-                "        self._kept = new\n        self._count = len(rows)\n",
+                "self._spare = new, old\n        self.select_rows(0, len(rows))\n",
+                "self._spare = new, None\n        self._count = len(rows)\n",
             )
         ],
     ),
@@ -470,10 +470,10 @@ MUTATIONS: list[tuple[str, Rule | str, str, list[Change]]] = [
             ),
             (
                 "engine",
-                "        logits = np.empty((num_logits,",
-                "        for name, value in staged.items():\n"
-                "            self._buffers[name].copy_from(value, stream)\n"
-                "        logits = np.empty((num_logits,",
+                "            logits = np.empty((num_logits,",
+                "            for name, value in staged.items():\n"
+                "                self._buffers[name].copy_from(value, stream)\n"
+                "            logits = np.empty((num_logits,",
             ),
         ],
     ),
@@ -538,6 +538,7 @@ class LoneRank:
     """Rank 0 of 2, whose other rank always answers the same."""
 
     rank, size = 0, 2
+    patience_seconds = 300.0
 
     def exchange(self, value):
         return [value, value]

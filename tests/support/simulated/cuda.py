@@ -24,6 +24,7 @@ OUT_OF_MEMORY = real.cudaError_t.cudaErrorMemoryAllocation
 KIND = real.cudaMemcpyKind
 FIRST_HANDLE = 0x5000_0000
 HANDLE_STEP = 16
+COMPUTE_CAPABILITY_MAJOR = 8
 
 
 @dataclass
@@ -72,8 +73,9 @@ class SimulatedCuda:
     def cudaGetDeviceCount(self) -> tuple:
         return SUCCESS, self.devices
 
-    def cudaSetDevice(self, device: int) -> tuple:
-        return (SUCCESS if 0 <= device < self.devices else real.cudaError_t.cudaErrorInvalidDevice,)
+    def cudaDeviceGetAttribute(self, attr: Any, device: int) -> tuple:
+        assert attr == real.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor
+        return SUCCESS, COMPUTE_CAPABILITY_MAJOR
 
     # --- memory ---
 

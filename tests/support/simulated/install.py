@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 import types
@@ -11,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+import onnxruntime
 import pytest
 
 from mpt_trt.engines.build.build import build_engine
 from mpt_trt.engines.build.rank_network import NetworkInputs
-from mpt_trt.engines.cuda import graphs, memory, steps_ahead
+from mpt_trt.engines.cuda import device, graphs, memory, steps_ahead
 from mpt_trt.engines.manifest import (
     engine_name,
     network_name,
@@ -23,14 +25,17 @@ from mpt_trt.engines.manifest import (
     read_network_hash,
     write_plan_description,
 )
+from mpt_trt.engines.onnxruntime.cuda import collectives, uploaded_weights
+from mpt_trt.engines.onnxruntime.cuda import engine as onnx_engine
+from mpt_trt.engines.onnxruntime.cuda.session import PROVIDER
 from mpt_trt.engines.spec import BuilderChoice, BuilderInfo
-from mpt_trt.engines.tensorrt import engine
 from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.system import gpus
 from mpt_trt.system.files import content_hash
 from mpt_trt.system.mpi import Communicator
 from support.simulated.cuda import SimulatedCuda
-from support.simulated.nccl import make_core
+from support.simulated.cuda_session import SimulatedCudaSession
+from support.simulated.nccl import LIBRARY, make_core, make_library
 from support.simulated.network import RankNetwork
 from support.simulated.rules import Book
 from support.simulated.tensorrt import SimulatedTensorRt, World
@@ -38,7 +43,7 @@ from support.simulated.tensorrt import SimulatedTensorRt, World
 # With kernels for fp8.
 CAPABILITY = "8.9"
 PLAN_MARK = b"simulated plan of "
-USERS_OF_CUDA = (engine, graphs, memory, steps_ahead)
+USERS_OF_CUDA = (device, graphs, memory, steps_ahead, onnx_engine, uploaded_weights)
 
 
 @dataclass
@@ -115,6 +120,18 @@ def installed(
         patch.setattr(gpus, "compute_capabilities", lambda: (capability,))
         patch.setattr(gpus, "memory_sizes", lambda: (simulation.cuda.memory.capacity,))
         patch.setattr(gpus, "names", lambda: ("Simulated GPU",))
+        identifiers = tuple(f"GPU-{i}" for i in range(1 if ranks is None else ranks.size))
+        patch.setattr(gpus, "identifiers", lambda: identifiers)
+        # A rank changes it.
+        patch.setenv(gpus.VISIBLE, ",".join(identifiers))
+        library, load = make_library(simulation.world), ctypes.CDLL
+        patch.setattr(
+            ctypes,
+            "CDLL",
+            lambda name, *more, **options: (
+                library if name == LIBRARY else load(name, *more, **options)
+            ),
+        )
         # Existing objects need not be searched for what the block drops.
         gc.freeze()
         try:
@@ -125,6 +142,19 @@ def installed(
             # Buffers are freed by the runtime that made them.
             gc.collect()
             gc.unfreeze()
+
+
+@contextmanager
+def installed_onnxruntime_gpu(simulation: Simulation) -> Iterator[None]:
+    """Lets ONNX Runtime run networks on the simulated GPUs while the block runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        providers = [PROVIDER, *onnxruntime.get_available_providers()]
+        patch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+        patch.setattr(onnxruntime, "preload_dlls", lambda: None)
+        patch.setattr(SimulatedCudaSession, "cuda", simulation.cuda, raising=False)
+        patch.setattr(onnx_engine, "CudaSession", SimulatedCudaSession)
+        patch.setattr(collectives, "nccl_obstacle", lambda: None)
+        yield
 
 
 def build_simulated(inputs: NetworkInputs, target: Path) -> Path:

@@ -15,7 +15,7 @@ PACKAGE = "mutated"
 MODULES = {
     "engine": "mpt_trt.engines.tensorrt.engine",
     "plan": "mpt_trt.engines.tensorrt.plan",
-    "nccl": "mpt_trt.engines.tensorrt.nccl",
+    "nccl": "mpt_trt.engines.cuda.nccl",
     "graphs": "mpt_trt.engines.cuda.graphs",
     "kv_cache": "mpt_trt.engines.cuda.kv_cache",
     "steps_ahead": "mpt_trt.engines.cuda.steps_ahead",

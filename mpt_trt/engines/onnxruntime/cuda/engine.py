@@ -1,15 +1,17 @@
-"""Runs a network of one rank under ONNX Runtime's CUDA provider.
+"""Runs a rank's network under ONNX Runtime's CUDA provider.
 
 Two sessions read one copy of the weights: one graph for prompts, and one for steps of one token per
 row (see `rewrites`). After two such steps with the same cache, the next one is captured in a CUDA
 graph. (ONNX Runtime's own CUDA graphs wait for the GPU after each run.) Weights, cache, inputs and
-outputs are in this module's own buffers, and everything runs on one stream.
+outputs are in this module's own buffers, and everything runs on one stream. Several ranks add and
+join their tensors through NCCL, on the same stream (see `collectives`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,15 @@ from onnx import TensorProto
 from mpt_trt.arrays.cast import STORAGE_TYPES
 from mpt_trt.engines.cuda.graphs import StepGraphs
 from mpt_trt.engines.cuda.kv_cache import make_device_cache
-from mpt_trt.engines.cuda.memory import DeviceBuffer, call
+from mpt_trt.engines.cuda.memory import DeviceBuffer, Stream, call
+from mpt_trt.engines.cuda.nccl import Nccl, join_nccl
 from mpt_trt.engines.cuda.steps_ahead import FLOAT32_BYTES, INT64_BYTES, run_ahead
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnxruntime.cuda import rewrites
+from mpt_trt.engines.onnxruntime.cuda.collectives import CollectiveGroup, operator_library
 from mpt_trt.engines.onnxruntime.cuda.session import PROVIDER, CudaSession
 from mpt_trt.engines.onnxruntime.cuda.shared_weights import share_weights
+from mpt_trt.engines.onnxruntime.cuda.uploaded_weights import LOADING_THREADS, UploadedWeights
 from mpt_trt.engines.onnxruntime.described_network import require_described
 from mpt_trt.engines.onnxruntime.external_data import SharedWeight
 from mpt_trt.engines.onnxruntime.rewrites import spell_out_scale_types
@@ -37,8 +42,8 @@ from mpt_trt.model.sharding import Rank
 from mpt_trt.network.external_files import read_network
 from mpt_trt.network.graph import ELEMENT_TYPES
 from mpt_trt.network.kv_cache import QUANTIZED_TYPES, CacheShape, cache_shape
+from mpt_trt.system.mpi import Communicator
 
-LOADING_THREADS = 8
 # Batch size from which an engine uses the prepacked layout, by bits of weights. The column layout
 # decodes smaller batches and reads prompts faster (docs/appendix/experiments.md).
 PREPACKED_ROWS = {4: 16, 8: 2}
@@ -50,9 +55,13 @@ RESULT_BYTES = 2 * INT64_BYTES + FLOAT32_BYTES
 
 
 class OnnxCudaEngine:
-    """A network that is loaded on a GPU; implements `GreedyModel`."""
+    """A rank's network that is loaded on a GPU; implements `GreedyModel`.
 
-    def __init__(self, engine_dir: Path, manifest: Manifest):
+    All ranks make the same calls, and the last is the end of the object.
+    """
+
+    def __init__(self, engine_dir: Path, manifest: Manifest, rank: int = 0):
+        """Loads the network; several ranks must then be connected with `join`."""
         spec = manifest.spec
         self._limits = limits = spec.limits
         self.vocab_size = spec.config.vocab_size
@@ -62,9 +71,12 @@ class OnnxCudaEngine:
         self.max_logits: int | None = None
         # Finds CUDA's libraries in Python packages if the system has none.
         onnxruntime.preload_dlls()
-        self._stream = call(cudart.cudaStreamCreate())
-        self._load(engine_dir / manifest.ranks[0].network, spec)
-        shape = cache_shape(spec.config, Rank(0, 1), limits.cache_len)
+        self._stream = Stream()
+        self._nccl: Nccl | None = None
+        self._group: CollectiveGroup | None = None
+        part = Rank(rank, spec.tp_size)
+        self._load(engine_dir / manifest.ranks[rank].network, spec, part)
+        shape = cache_shape(spec.config, part, limits.cache_len)
         self._binder = _CacheBinder((self._prompts, self._steps), shape, _cache_type(spec))
         element_bytes = STORAGE_TYPES[spec.dtype].itemsize
         self._cache = make_device_cache(
@@ -73,26 +85,46 @@ class OnnxCudaEngine:
         self._rows = 0
         self._state = _StepState(limits.max_batch_size, self.vocab_size)
         self._prompt_buffers: dict[str, DeviceBuffer] = {}
-        self._graphs = StepGraphs(self._stream)
+        self._graphs = StepGraphs(self._stream.handle)
 
-    def _load(self, path: Path, spec: EngineSpec) -> None:
+    def _load(self, path: Path, spec: EngineSpec, rank: Rank) -> None:
         network = read_network(path)
-        require_described(network, spec, Rank(0, 1), path)
+        require_described(network, spec, rank, path)
+        library = None
         with naming_network(path):
             spell_out_scale_types(network, ELEMENT_TYPES[spec.dtype])
+            if rank.tp_size > 1:
+                self._group, library = CollectiveGroup(rank.tp_size), operator_library()
+                self._group.replace_collectives(network)
             element_type = ELEMENT_TYPES[spec.dtype]
             weights = share_weights(network, path.parent, _prepacked_bits(spec), element_type)
             prompts, steps = rewrites.prefill_graph(network), rewrites.decode_graph(network)
         with ThreadPoolExecutor(LOADING_THREADS) as pool:
             values = pool.map(SharedWeight.as_value, weights.constants)
             constants = dict(zip((each.name for each in weights.constants), values, strict=True))
-        self._prompts = CudaSession(prompts, path, self._stream, constants)
-        self._steps = CudaSession(steps, path, self._stream, constants)
-        self._weights = _upload(weights.inputs, self._stream)
+        self._prompts = CudaSession(prompts, path, self._stream.handle, constants, library)
+        self._steps = CudaSession(steps, path, self._stream.handle, constants, library)
+        self._weights = UploadedWeights(weights.inputs, self._stream.handle)
         for weight in weights.inputs:
-            address = self._weights[weight.name].address
+            address = self._weights.addresses[weight.name]
             for session in (self._prompts, self._steps):
                 session.bind_input(weight.name, weight.element_type, weight.shape, address)
+
+    def __del__(self) -> None:
+        # Python would drop them in the order of creation, NCCL before the graphs that use it.
+        for name in reversed(list(self.__dict__)):
+            del self.__dict__[name]
+
+    def join(self, communicator: Communicator) -> None:
+        """Connects the engine to those of the other ranks, which must all be loaded."""
+        self.connect(join_nccl(communicator))
+
+    def connect(self, nccl: Nccl) -> None:
+        """Lets the network's collectives use this communicator."""
+        if self._group is None:
+            raise RuntimeError("an engine of one rank has nothing to connect")
+        self._nccl = nccl
+        self._group.connect(nccl.pointer, nccl.library)
 
     @property
     def description(self) -> str:
@@ -103,7 +135,7 @@ class OnnxCudaEngine:
         """Empties the cache; raises MptTrtError when it has fewer than `batch_size` rows."""
         self._limits.require_rows(batch_size)
         self._use_rows(batch_size)
-        self._cache.start(batch_size, self._stream)
+        self._cache.start(batch_size, self._stream.handle)
 
     def step(
         self,
@@ -112,15 +144,16 @@ class OnnxCudaEngine:
         logit_positions: NDArray[np.int64],
     ) -> NDArray[np.float32]:
         """Runs one step; see `StepModel.step`."""
-        if input_ids.shape[1] == 1:
-            self._state.write(input_ids[:, 0], write_positions, self._stream)
+        with self._limit():
+            if input_ids.shape[1] > 1:
+                return self._read_prompts(input_ids, write_positions, logit_positions)
+            self._state.write(input_ids[:, 0], write_positions, self._stream.handle)
             self._step_one(write_positions)
             # The step returns the logits of every row.
             logits = np.empty((self._rows, self.vocab_size), np.float32)
-            self._state.logits.copy_to(logits, self._stream)
-            call(cudart.cudaStreamSynchronize(self._stream))
+            self._state.logits.copy_to(logits, self._stream.handle)
+            self._stream.synchronize()
             return logits[logit_positions[:, 0]]
-        return self._read_prompts(input_ids, write_positions, logit_positions)
 
     def greedy_steps(
         self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64], count: int
@@ -130,21 +163,22 @@ class OnnxCudaEngine:
         The next step runs while the caller looks at the result of the last one. See
         `GreedyModel.greedy_steps`.
         """
-        self._state.write(tokens, write_positions, self._stream)
+        self._state.write(tokens, write_positions, self._stream.handle)
         return run_ahead(
             lambda index: self._step_one(write_positions + index),
             self._state.read_result,
             self._rows,
             2 * self._rows * INT64_BYTES,
             count,
-            self._stream,
+            self._stream.handle,
+            self._limit,
         )
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Makes cache row i a copy of the old row `rows[i]`."""
         self._use_rows(len(rows))
-        self._cache.reorder(rows, self._stream)
-        call(cudart.cudaStreamSynchronize(self._stream))
+        self._cache.reorder(rows, self._stream.handle)
+        self._stream.synchronize()
 
     def select_rows(self, first: int, count: int) -> None:
         """Limits the following steps to some cache rows; see `RowModel.select_rows`."""
@@ -153,7 +187,11 @@ class OnnxCudaEngine:
 
     def copy_row(self, source: int, target: int) -> None:
         """Makes cache row `target` a copy of row `source`."""
-        self._cache.copy_row(source, target, self._stream)
+        self._cache.copy_row(source, target, self._stream.handle)
+
+    def _limit(self) -> AbstractContextManager[None]:
+        """Encloses calls that may wait for other ranks."""
+        return nullcontext() if self._nccl is None else self._nccl.limit()
 
     def _use_rows(self, rows: int) -> None:
         if rows != self._rows:
@@ -162,17 +200,17 @@ class OnnxCudaEngine:
 
     def _step_one(self, write_positions: NDArray[np.int64]) -> None:
         self._before_step(1)
-        key = (self._rows, self._cache.address)
+        key = (self._rows, self._cache.place)
         self._graphs.run(key, self._run_step, self._enqueue_step)
-        self._cache.after_step(write_positions, self._stream)
+        self._cache.after_step(write_positions, self._stream.handle)
 
     def _run_step(self) -> None:
         self._steps.run()
-        self._state.advance(self._stream)
+        self._state.advance(self._stream.handle)
 
     def _enqueue_step(self) -> None:
         self._steps.enqueue()
-        self._state.advance(self._stream)
+        self._state.advance(self._stream.handle)
 
     def _before_step(self, seq: int) -> None:
         self._binder.seq = seq
@@ -195,7 +233,7 @@ class OnnxCudaEngine:
         staged = {name: np.ascontiguousarray(value, np.int64) for name, value in feeds.items()}
         for name, value in staged.items():
             buffer = self._prompt_buffer(name, value.nbytes)
-            buffer.copy_from(value, self._stream)
+            buffer.copy_from(value, self._stream.handle)
             self._prompts.bind_input(name, TensorProto.INT64, value.shape, buffer.address)
         if self._prompts.has_input("key_length"):
             key_length = int(write_positions.max()) + input_ids.shape[1]
@@ -205,10 +243,10 @@ class OnnxCudaEngine:
         self._prompts.bind_output("logits", TensorProto.FLOAT, shape, output.address)
         self._before_step(input_ids.shape[1])
         self._prompts.run()
-        self._cache.after_step(write_positions, self._stream)
+        self._cache.after_step(write_positions, self._stream.handle)
         logits = np.empty((num_logits, self.vocab_size), np.float32)
-        output.copy_to(logits, self._stream)
-        call(cudart.cudaStreamSynchronize(self._stream))
+        output.copy_to(logits, self._stream.handle)
+        self._stream.synchronize()
         return logits
 
     def _prompt_buffer(self, name: str, size: int) -> DeviceBuffer:
@@ -292,18 +330,3 @@ def _prepacked_bits(spec: EngineSpec) -> tuple[int, ...]:
         return ()
     rows = spec.limits.max_batch_size
     return tuple(bits for bits, least in PREPACKED_ROWS.items() if rows >= least)
-
-
-def _upload(weights: list[SharedWeight], stream: Any) -> dict[str, DeviceBuffer]:
-    """Copies weights into GPU memory; returns buffers by name."""
-    buffers = {weight.name: DeviceBuffer(weight.size) for weight in weights}
-
-    def upload(weight: SharedWeight) -> None:
-        content = np.ascontiguousarray(weight.read())
-        buffers[weight.name].copy_from(content, stream)
-        call(cudart.cudaStreamSynchronize(stream))
-
-    with ThreadPoolExecutor(LOADING_THREADS) as pool:
-        for _ in pool.map(upload, weights):
-            pass
-    return buffers

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from mpt_trt.engines.onnxruntime.session import open_session, session_options
+from mpt_trt.engines.onnxruntime.session import open_session, run, session_options
 from mpt_trt.errors import MptTrtError
 
 PROVIDER = "CUDAExecutionProvider"
@@ -24,13 +24,17 @@ class CudaSession:
         path: Path,
         stream: Any,
         constants: dict[str, onnxruntime.OrtValue],
+        custom_operators: Path | None = None,
     ):
         """Loads the network; raises MptTrtError if that fails.
 
         path: path of the network that became `model`. stream: CUDA stream of all runs. constants:
-        initializers that the model lacks.
+        initializers that the model lacks. custom_operators: library of operators that are not
+        ONNX Runtime's own.
         """
         options = session_options(path)
+        if custom_operators is not None:
+            options.register_custom_ops_library(str(custom_operators))
         # Memory patterns allocate in the second run, which may be the one that is captured.
         options.enable_mem_pattern = False
         entries = {
@@ -82,7 +86,7 @@ class CudaSession:
 
     def run(self) -> None:
         """Runs the network and waits for its end."""
-        self._session.run_with_iobinding(self._binding)
+        run(self._session, self._binding)
 
     def enqueue(self) -> None:
         """Puts a run on the stream that is being captured.
@@ -90,4 +94,4 @@ class CudaSession:
         This is not safe outside of a capture: ONNX Runtime releases host memory of some operators
         in a callback of the stream, where CUDA does not permit it.
         """
-        self._session.run_with_iobinding(self._binding, self._without_waiting)
+        run(self._session, self._binding, self._without_waiting)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from mpt_trt.engines.onnxruntime.cuda.matmul_nbits import (
     COLUMN_BLOCK_SIZE,
@@ -23,7 +23,7 @@ from mpt_trt.engines.onnxruntime.cuda.matmul_nbits import (
 from mpt_trt.engines.onnxruntime.external_data import SharedWeight, left_out
 from mpt_trt.engines.onnxruntime.graph_editor import Graph, Replacements, attributes
 from mpt_trt.engines.onnxruntime.integer_tables import read_integer_tables
-from mpt_trt.network.external_files import file_part
+from mpt_trt.network.external_files import FilePart, file_part
 
 # Smaller tensors stay in the graph: norms, biases, and scales of whole columns.
 LEAST_BYTES = 1 << 18
@@ -55,6 +55,7 @@ def share_weights(
     matmuls = _fuse_quantized_matmuls(model, folder, prepacked_bits)
     inputs = read_integer_tables(model, folder, element_type)
     inputs += [weight for matmul in matmuls for weight in matmul.inputs]
+    inputs += _read_slices(model, folder)
     constants = [weight for matmul in matmuls for weight in matmul.constants]
     graph = Graph(model)
     for tensor in list(graph.initializers.values()):
@@ -70,6 +71,31 @@ def share_weights(
         model.graph.input.append(value)
     model.graph.initializer.extend(left_out(weight) for weight in constants)
     return SharedWeights(inputs, constants)
+
+
+def _read_slices(model: onnx.ModelProto, folder: Path) -> list[SharedWeight]:
+    """Turns slices of a matrix's rows into weights, which steps would otherwise copy."""
+    graph = Graph(model)
+    weights: list[SharedWeight] = []
+    replacements: Replacements = {}
+    for node in graph.nodes:
+        if node.op_type != "Slice" or not all(name in graph.initializers for name in node.input):
+            continue
+        matrix = graph.initializers[node.input[0]]
+        [start], [end], [axis] = (
+            numpy_helper.to_array(graph.initializers[name]).tolist() for name in node.input[1:]
+        )
+        if axis != 0 or matrix.data_location != TensorProto.EXTERNAL:
+            continue
+        stored, num_rows = file_part(matrix, folder), matrix.dims[0]
+        row_bytes = stored.size // num_rows
+        rows = range(num_rows)[start:end]
+        part = FilePart(stored.path, stored.offset + rows.start * row_bytes, len(rows) * row_bytes)
+        shape = (len(rows), *matrix.dims[1:])
+        weights.append(SharedWeight(node.output[0], matrix.data_type, shape, part))
+        replacements[node.name] = []
+    graph.store(replacements)
+    return weights
 
 
 def _fuse_quantized_matmuls(
