@@ -84,7 +84,7 @@ def _serve(
     # Ranks cannot go on after a failure, because only one of them may have had it.
     on_failure: OnFailure = "exit" if leads else options.on_failure
     with _listening(options.host, options.port) as listener:
-        scheduler = Scheduler(model, options.piece_tokens)
+        scheduler = Scheduler(model, options.piece_tokens, leader.engine.max_logits)
         worker = Worker(scheduler, on_failure, on_idle)
         limits = Limits(options.max_waiting, options.timeout, options.max_body_bytes)
         worker.start()

@@ -23,16 +23,20 @@ from mpt_trt.engines.interface import RowModel
 from mpt_trt.errors import MptTrtError
 from mpt_trt.generation.config import GenerationConfig, TopLogProbs
 from mpt_trt.generation.generate import require_fitting
-from mpt_trt.generation.logits import require_finite
+from mpt_trt.generation.logits import log_softmax, require_finite, top_log_probs
 from mpt_trt.generation.sampling import TokenChooser
+
+# Maximum number of prompt tokens per step if their log-probabilities are requested: for a large
+# vocabulary, those of more tokens take long to compute, and much memory.
+PIECE_LOGITS = 64
 
 
 @dataclass(frozen=True)
 class NewToken:
-    """A new token of a request.
+    """A new token of a request, or a token of its prompt.
 
     log_prob: natural log-probability before any penalty, temperature or filter; None if it was not
-    requested. top: the requested most likely tokens.
+    requested, and for the first token of a prompt. top: the requested most likely tokens.
     """
 
     token: int
@@ -47,7 +51,9 @@ class Request:
     prompt: token ids. config: settings, without beams. stream: number of the random stream, so that
     several completions of a prompt differ. wants_log_probs: whether tokens come with
     log-probabilities. on_token: called with every new token; the request ends when it returns True.
-    on_end: called once at the end, with the error or with None; not after `cancel`.
+    on_end: called once at the end, with the error or with None; not after `cancel`. on_prompt: if
+    given, called with the prompt's tokens and their log-probabilities when the prompt has been
+    read.
     """
 
     prompt: tuple[int, ...]
@@ -56,16 +62,21 @@ class Request:
     on_end: Callable[[Exception | None], None]
     stream: int = 0
     wants_log_probs: bool = False
+    on_prompt: Callable[[tuple[NewToken, ...]], None] | None = None
 
 
 @dataclass
 class _Row:
-    """A request in a cache row. num_read: prompt tokens in the cache."""
+    """A request in a cache row.
+
+    num_read: prompt tokens in the cache. prompt_tokens: those with known log-probabilities.
+    """
 
     request: Request
     chooser: TokenChooser
     num_read: int = 0
     tokens: list[int] = field(default_factory=list)
+    prompt_tokens: list[NewToken] = field(default_factory=list)
     has_ended: bool = False
 
     @property
@@ -92,10 +103,16 @@ class Scheduler:
     num_cancelled, num_generated: counters since the start, of requests and of tokens.
     """
 
-    def __init__(self, model: RowModel, piece_tokens: int | None = None):
+    def __init__(
+        self,
+        model: RowModel,
+        piece_tokens: int | None = None,
+        max_logits: int | None = None,
+    ):
         """Reserves the model's whole cache.
 
         piece_tokens: maximum number of prompt tokens per step; None: the model's maximum.
+        max_logits: maximum number of tokens per step whose logits the model returns; None: all.
 
         Raises MptTrtError when the model cannot read a prompt into a single row.
         """
@@ -103,6 +120,7 @@ class Scheduler:
         self._piece_tokens = most if piece_tokens is None else min(piece_tokens, most)
         if self._piece_tokens < 1:
             raise MptTrtError(f"piece_tokens is {piece_tokens}; it must be at least 1")
+        self._piece_logits = min(self._piece_tokens, PIECE_LOGITS, max_logits or PIECE_LOGITS)
         self._model = model
         self._waiting: deque[Request] = deque()
         self._rows: list[_Row] = []
@@ -200,9 +218,11 @@ class Scheduler:
     def _read_piece(self, row: _Row) -> None:
         """Reads the next piece of a row's prompt; the next prompt follows in turn."""
         prompt, start = row.request.prompt, row.num_read
-        piece = prompt[start : start + self._piece_tokens]
+        wants_all = row.request.on_prompt is not None
+        piece = prompt[start : start + (self._piece_logits if wants_all else self._piece_tokens)]
         is_last = start + len(piece) == len(prompt)
-        wanted = [[0, len(piece) - 1]] if is_last else []
+        first = 0 if wants_all else len(piece) - is_last
+        wanted = [[0, index] for index in range(first, len(piece))]
         self._model.select_rows(self._rows.index(row), 1)
         logits = self._model.step(
             np.array([piece], np.int64),
@@ -212,10 +232,34 @@ class Scheduler:
         row.num_read += len(piece)
         self.num_read += len(piece)
         self._readers.remove(row)
+        try:
+            self._report_prompt(row, start, logits)
+        except FloatingPointError as error:
+            self._end(row, error)
+            return
         if is_last:
-            self._take([row], logits)
+            self._take([row], logits[-1:])
         else:
             self._readers.append(row)
+
+    @staticmethod
+    def _report_prompt(row: _Row, start: int, logits: NDArray[np.float32]) -> None:
+        """Adds log-probabilities of the prompt's tokens, if they are requested.
+
+        start: position of the first token with logits, which are those of the next one.
+        """
+        request = row.request
+        if request.on_prompt is None:
+            return
+        if start == 0:
+            row.prompt_tokens.append(NewToken(request.prompt[0], None))
+        following = request.prompt[start + 1 : start + 1 + len(logits)]
+        log_probs = log_softmax(require_finite(logits[: len(following)]))
+        tops = top_log_probs(log_probs, request.config.top_log_probs)
+        for token, own, top in zip(following, log_probs, tops, strict=True):
+            row.prompt_tokens.append(NewToken(token, float(own[token]), top))
+        if row.is_read:
+            request.on_prompt(tuple(row.prompt_tokens))
 
     def _generate(self) -> None:
         """Advances every row with a complete prompt by one token."""

@@ -130,7 +130,7 @@ class _Routes:
         choices: list[list[Part]] = [[] for job in jobs for _ in range(job.n)]
         async for part in self._timed(generation):
             choices[part.choice].append(part)
-            usage.completion_tokens += 1
+            usage.completion_tokens += part.new is not None
         if not all(parts and parts[-1].finish_reason for parts in choices):
             raise ClientDisconnect
         envelope = Envelope(shape.kind, self._service.model_name, shape.prefix)
@@ -151,7 +151,7 @@ class _Routes:
         lengths: dict[int, int] = {}
         try:
             async for part in self._timed(generation):
-                usage.completion_tokens += 1
+                usage.completion_tokens += part.new is not None
                 is_first, offset = part.choice not in lengths, lengths.get(part.choice, 0)
                 lengths[part.choice] = offset + len(part.text)
                 yield _event(envelope.content([shape.chunk(part, is_first, offset)]))

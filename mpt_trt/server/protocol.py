@@ -73,7 +73,7 @@ class CompletionRequest(_Request):
             Field(min_length=1, max_length=MOST_CHOICES),
         ]
     )
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
     echo: bool | None = False
     best_of: int | None = Field(None, ge=1)
@@ -143,9 +143,8 @@ def parse_completion(content: dict[str, Any]) -> CompletionRequest:
     request = _parsed(CompletionRequest, content)
     if request.best_of not in (None, request.n):
         raise ApiError(400, "best_of is not supported; leave it out", param="best_of")
-    if request.echo and request.logprobs is not None:
-        message = "echo does not give log-probabilities of the prompt; leave echo or logprobs out"
-        raise ApiError(400, message, param="echo")
+    if request.max_tokens == 0 and not request.echo:
+        raise ApiError(400, "max_tokens: 0 needs echo", param="max_tokens")
     return request
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpt_trt.generation.text import Decoder
+from mpt_trt.scheduling.scheduler import NewToken
 from mpt_trt.server.service import Job, Part
 
 # Value that OpenAI reports for tokens that cannot come.
@@ -67,8 +69,10 @@ class CompletionFormat:
 
     def chunk(self, part: Part, is_first: bool, offset: int) -> dict[str, Any]:
         """One part of a stream. offset: characters of the choice before this part."""
-        echo = self.echoes[part.choice] if is_first else ""
-        return self._choice(part.choice, echo + part.text, [part], [offset], part.finish_reason)
+        echo = self.echoes[part.choice]
+        text = echo + part.text if is_first else part.text
+        offsets = [len(echo) + offset]
+        return self._choice(part.choice, text, [part], offsets, part.finish_reason)
 
     def whole(self, index: int, parts: list[Part]) -> dict[str, Any]:
         echo = self.echoes[index]
@@ -86,18 +90,27 @@ class CompletionFormat:
         return {"index": index, "text": text, "logprobs": log_probs, "finish_reason": reason}
 
     def _log_probs(self, parts: list[Part], offsets: list[int]) -> dict[str, Any]:
-        def name(token: int) -> str:
-            return self.decoder.decode([token], skip_special_tokens=False)
-
+        prompt = parts[0].prompt
+        tokens = [*prompt, *(part.new for part in parts if part.new is not None)]
+        names = [self._name(each.token) for each in tokens]
+        # Special tokens are not part of the text.
+        texts = (self.decoder.decode([each.token]) for each in prompt)
+        starts = itertools.accumulate(map(len, texts), initial=0)
         return {
-            "tokens": [name(part.new.token) for part in parts],
-            "token_logprobs": [_finite(part.new.log_prob) for part in parts],
-            "top_logprobs": [
-                {name(token): _finite(log_prob) for token, log_prob in part.new.top}
-                for part in parts
-            ],
-            "text_offset": offsets,
+            "tokens": names,
+            "token_logprobs": [_finite(each.log_prob) for each in tokens],
+            "top_logprobs": [self._top(each) for each in tokens],
+            "text_offset": [*starts][: len(prompt)] + offsets[: len(tokens) - len(prompt)],
         }
+
+    def _top(self, token: NewToken) -> dict[str, float | None] | None:
+        """Returns log-probabilities by name; None for the first token of a prompt."""
+        if token.log_prob is None:
+            return None
+        return {self._name(other): _finite(log_prob) for other, log_prob in token.top}
+
+    def _name(self, token: int) -> str:
+        return self.decoder.decode([token], skip_special_tokens=False)
 
 
 @dataclass
@@ -124,12 +137,13 @@ class ChatFormat:
     ) -> dict[str, Any]:
         log_probs = None
         if self.wants_log_probs:
-            log_probs = {"content": [self._log_prob(part) for part in parts]}
+            tokens = [part.new for part in parts if part.new is not None]
+            log_probs = {"content": [self._log_prob(new) for new in tokens]}
         return {"index": index, key: content, "logprobs": log_probs, "finish_reason": reason}
 
-    def _log_prob(self, part: Part) -> dict[str, Any]:
-        top = [self._token(token, log_prob) for token, log_prob in part.new.top]
-        return {**self._token(part.new.token, part.new.log_prob), "top_logprobs": top}
+    def _log_prob(self, new: NewToken) -> dict[str, Any]:
+        top = [self._token(token, log_prob) for token, log_prob in new.top]
+        return {**self._token(new.token, new.log_prob), "top_logprobs": top}
 
     def _token(self, token: int, log_prob: float | None) -> dict[str, Any]:
         text = self.decoder.decode([token], skip_special_tokens=False)

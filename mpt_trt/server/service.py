@@ -6,7 +6,7 @@ import asyncio
 import functools
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpt_trt.api.outputs import FinishReason
@@ -21,6 +21,9 @@ from mpt_trt.server import errors
 from mpt_trt.server.errors import ApiError
 from mpt_trt.server.metrics import Metrics
 from mpt_trt.server.protocol import ChatRequest, CompletionRequest
+
+# OpenAI's default of /v1/completions.
+DEFAULT_MAX_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -38,23 +41,34 @@ class Limits:
 
 @dataclass(frozen=True)
 class Part:
-    """A new token of a choice; finish_reason is None unless it is the last."""
+    """A new token of a choice.
+
+    new: None if only the prompt was requested. finish_reason: None unless this is the last part.
+    prompt: in the first part, the prompt's tokens, if their log-probabilities were requested.
+    """
 
     choice: int
     text: str
-    new: NewToken
+    new: NewToken | None
     finish_reason: FinishReason | None
+    prompt: tuple[NewToken, ...] = ()
 
 
 @dataclass(frozen=True)
 class Job:
-    """A prompt to continue `n` times."""
+    """A prompt to continue `n` times.
+
+    wants_prompt: whether log-probabilities of the prompt are requested. has_no_output: whether
+    nothing else is; the scheduler then computes a token that is dropped.
+    """
 
     prompt: tuple[int, ...]
     config: GenerationConfig
     stop: tuple[str, ...]
     n: int
     wants_log_probs: bool
+    wants_prompt: bool = False
+    has_no_output: bool = False
 
 
 class BackendDecoder:
@@ -106,8 +120,14 @@ class Service:
     def completion_jobs(self, request: CompletionRequest) -> list[Job]:
         """Encodes the prompts; raises ApiError for one that cannot be encoded."""
         stop = request.stop_strings
+        most = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+        wants_prompt = bool(request.echo) and request.logprobs is not None
         return [
-            self._job(request, self._encoded(prompt), stop, request.max_tokens or 16)
+            replace(
+                self._job(request, self._encoded(prompt), stop, max(1, most)),
+                wants_prompt=wants_prompt,
+                has_no_output=most == 0,
+            )
             for prompt in request.prompts
         ]
 
@@ -251,28 +271,22 @@ class Generation:
         self._release()
 
     def _request(self, choice: int, job: Job, stream: int) -> Request:
-        text = GeneratedText(self._decoder, job.stop)
+        choice_text = _ChoiceText(choice, job, GeneratedText(self._decoder, job.stop))
         return Request(
             job.prompt,
             job.config,
-            on_token=functools.partial(self._on_token, choice, job.config, text),
+            on_token=functools.partial(self._on_token, choice_text),
             on_end=self._on_end,
             stream=stream,
             wants_log_probs=job.wants_log_probs,
+            on_prompt=choice_text.set_prompt if job.wants_prompt else None,
         )
 
-    def _on_token(
-        self, choice: int, config: GenerationConfig, text: GeneratedText, new: NewToken
-    ) -> bool:
-        """Passes a token on, in the worker's thread; returns whether a stop string ends it."""
-        stops = text.add(new.token)
-        reason: FinishReason | None = None
-        if stops or new.token in config.end_ids:
-            reason = "stop"
-        elif len(text.tokens) == config.max_new_tokens:
-            reason = "length"
-        self._put(Part(choice, text.new_text(reason is not None), new, reason))
-        return stops
+    def _on_token(self, text: _ChoiceText, new: NewToken) -> bool:
+        """Passes a token on, in the worker's thread; returns whether it is the last one."""
+        part = text.part(new)
+        self._put(part)
+        return part.finish_reason is not None
 
     def _on_end(self, error: Exception | None) -> None:
         """Passes a failure on, in the worker's thread."""
@@ -284,3 +298,29 @@ class Generation:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, part)
         except RuntimeError:  # the loop is closed: nobody waits any more
             return
+
+
+class _ChoiceText:
+    """The growing text of a choice, in the worker's thread."""
+
+    def __init__(self, choice: int, job: Job, text: GeneratedText):
+        self._choice, self._job, self._text = choice, job, text
+        self._prompt: tuple[NewToken, ...] = ()
+
+    def set_prompt(self, tokens: tuple[NewToken, ...]) -> None:
+        """Keeps the prompt's tokens for the first part."""
+        self._prompt = tokens
+
+    def part(self, new: NewToken) -> Part:
+        """Makes the part of a new token."""
+        prompt, self._prompt = self._prompt, ()
+        if self._job.has_no_output:
+            return Part(self._choice, "", None, "length", prompt)
+        reason = self._finish_reason(new.token)
+        return Part(self._choice, self._text.new_text(reason is not None), new, reason, prompt)
+
+    def _finish_reason(self, token: int) -> FinishReason | None:
+        config = self._job.config
+        if self._text.add(token) or token in config.end_ids:
+            return "stop"
+        return "length" if len(self._text.tokens) == config.max_new_tokens else None

@@ -116,6 +116,29 @@ def test_sampling_log_probs_and_penalties(options: dict) -> None:
         assert top == [[token for token, _ in one] for one in expected.top_log_probs]
 
 
+@pytest.mark.parametrize("max_logits", [1, 3, None])
+def test_log_probs_of_prompts(max_logits: int | None) -> None:
+    """They are those of the same tokens when they are generated."""
+    config = greedy(top_log_probs=2, end_ids=(), max_new_tokens=6)
+    (whole,) = generate(NetworkModel(NETWORKS[2]), PROMPTS[:1], config)[0]
+    reported: list[tuple[NewToken, ...]] = []
+    first = Client([*PROMPTS[0], *whole.tokens[:-1]], replace(config, max_new_tokens=1))
+    others = [Client(prompt, greedy()) for prompt in PROMPTS[1:]]
+    scheduler = Scheduler(model(), max_logits=max_logits)
+    scheduler.add(replace(first.request(), on_prompt=reported.append))
+    for client in others:
+        scheduler.add(client.request())
+    run(scheduler)
+    (prompt,) = reported
+    assert [each.token for each in prompt] == first.prompt
+    assert (prompt[0].log_prob, prompt[0].top) == (None, ())
+    found = [*prompt[len(PROMPTS[0]) :], *first.news]
+    assert [each.log_prob for each in found] == pytest.approx(whole.log_probs, abs=1e-4)
+    for each, top in zip(found, whole.top_log_probs, strict=True):
+        assert [token for token, _ in each.top] == [token for token, _ in top]
+    assert [client.tokens for client in others] == [alone(client) for client in others]
+
+
 def test_completions_of_a_prompt_have_random_streams_of_their_own() -> None:
     config = greedy(top_k=0, end_ids=())
     first, second = (Client(PROMPTS[0], config, stream) for stream in (0, 1))

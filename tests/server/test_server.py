@@ -101,6 +101,45 @@ def test_stop_echo_and_n(client: openai.OpenAI, engine: Engine) -> None:
     assert {choice.finish_reason for choice in answer.choices} == {"stop"}
 
 
+def log_probs_by_prefix(engine: Engine, ids: list[int]) -> list[dict[int, float]]:
+    """Log-probabilities of every token after each prefix, one prompt at a time."""
+    found = []
+    for length in range(1, len(ids)):
+        (output,) = engine.generate([ids[:length]], 1, top_log_probs=10**6)
+        found.append(dict(output.completions[0].top_log_probs[0]))
+    return found
+
+
+def test_echo_with_log_probs(client: openai.OpenAI, engine: Engine) -> None:
+    ids = engine.text.encode(PROMPTS[0] * 4)
+    expected = log_probs_by_prefix(engine, ids)
+    options = {"model": NAME, "prompt": [ids, ids[:1]], "temperature": 0, "echo": True}
+    answer = client.completions.create(**options, max_tokens=3, logprobs=2)
+    log_probs = answer.choices[0].logprobs
+    assert len(log_probs.tokens) == len(ids) + 3
+    assert (log_probs.token_logprobs[0], log_probs.top_logprobs[0]) == (None, None)
+    for index, every in enumerate(expected, 1):
+        assert log_probs.token_logprobs[index] == pytest.approx(every[ids[index]], abs=1e-3)
+        top = sorted(every.values())[-2:]
+        assert sorted(log_probs.top_logprobs[index].values()) == pytest.approx(top, abs=1e-3)
+    text = answer.choices[0].text
+    for token, start in zip(log_probs.tokens, log_probs.text_offset, strict=True):
+        assert text[start:].startswith(token) or token == "<|endoftext|>"
+    assert text.index(", size") == log_probs.text_offset[len(ids)]
+    assert answer.choices[1].logprobs.token_logprobs[0] is None
+    assert len(answer.choices[1].logprobs.tokens) == 1 + 3
+    # The prompt without new tokens; the same in a stream.
+    alone = client.completions.create(**options, max_tokens=0, logprobs=0)
+    assert alone.usage.completion_tokens == 0
+    assert alone.choices[0].finish_reason == "length"
+    assert alone.choices[0].logprobs.token_logprobs == log_probs.token_logprobs[: len(ids)]
+    streamed = client.completions.create(**options, max_tokens=3, logprobs=2, stream=True)
+    chunks = [chunk.choices[0] for chunk in streamed if chunk.choices[0].index == 0]
+    for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        joined = [each for chunk in chunks for each in getattr(chunk.logprobs, field)]
+        assert joined == getattr(log_probs, field), field
+
+
 def test_a_seed_repeats_and_choices_differ(client: openai.OpenAI) -> None:
     def texts(**options: int) -> list[str]:
         answer = client.completions.create(
@@ -181,7 +220,8 @@ def test_many_clients_at_once_get_what_they_get_alone(
         ({"prompt": [[5000000]]}, 400, "vocabulary"),
         ({"prompt": 7}, 400, "prompt: "),
         ({"prompt": "\ud800"}, 400, "unicode"),
-        ({"max_tokens": 0}, 400, "max_tokens: "),
+        ({"max_tokens": 0}, 400, "max_tokens: 0 needs echo"),
+        ({"max_tokens": -1}, 400, "max_tokens: "),
         ({"max_tokens": 1000}, 400, "a cache row holds 96"),
         ({"temperature": -1}, 400, "temperature: "),
         ({"temperature": "hot"}, 400, "temperature: "),
@@ -190,7 +230,6 @@ def test_many_clients_at_once_get_what_they_get_alone(
         ({"stop": [""]}, 400, "stop: "),
         ({"stop": ["a"] * 17}, 400, "stop: "),
         ({"logprobs": 21}, 400, "logprobs: "),
-        ({"logprobs": 1, "echo": True}, 400, "echo does not give log-probabilities"),
         ({"best_of": 3}, 400, "best_of is not supported"),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty: "),
         ({"functions": []}, 400, "functions: "),
