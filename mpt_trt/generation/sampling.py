@@ -14,7 +14,6 @@ from mpt_trt.generation.logits import (
     keep_top_p,
     log_softmax,
     penalize_repetition,
-    softmax,
     top_log_probs,
 )
 from mpt_trt.generation.stepping import Stepper, is_end
@@ -90,13 +89,14 @@ class TokenChooser:
         self._generators = [np.random.default_rng((config.random_seed, one)) for one in streams]
 
     def choose(
-        self, logits: NDArray[np.float32], seen: NDArray[np.int64]
+        self, logits: NDArray[np.float32], seen: NDArray[np.int64], wants_log_probs: bool = True
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], list[TopLogProbs]]:
         """Chooses a token per row.
 
         Args:
             logits: `[rows, vocab]`.
-            seen: `[rows, n]`, the tokens that the repetition penalty applies to.
+            seen: `[rows, n]`, the tokens that the repetition penalty applies to; without one, any.
+            wants_log_probs: whether the results are more than the tokens.
 
         Returns:
             The tokens `[rows]`, their log-probabilities `[rows]` before any penalty, temperature or
@@ -107,30 +107,35 @@ class TokenChooser:
         if config.top_k == 1:
             chosen = scores.argmax(axis=-1)
         else:
-            chosen = _draw(_sampling_probabilities(scores, config), self._generators)
+            chosen = _draw(_sampling_weights(scores, config), self._generators)
+        if not wants_log_probs:
+            return chosen, np.zeros(len(chosen), np.float32), [()] * len(chosen)
         log_probs = log_softmax(logits)
         top = top_log_probs(log_probs, config.top_log_probs)
         return chosen, _log_probs_of(chosen, log_probs), top
 
 
-def _sampling_probabilities(
-    scores: NDArray[np.float32], config: GenerationConfig
-) -> NDArray[np.float64]:
-    """Computes probabilities `[rows, vocab]` after temperature, then top-k, then top-p."""
+def _sampling_weights(scores: NDArray[np.float32], config: GenerationConfig) -> NDArray[np.float64]:
+    """Computes `[rows, vocab]` after temperature, then top-k, then top-p.
+
+    They are probabilities times the same number per row.
+    """
     # float64, so that a very low temperature does not make scores overflow.
-    warm = scores.astype(np.float64) / config.temperature
-    return softmax(keep_top_p(keep_top_k(warm, config.top_k), config.top_p))
+    warm = np.divide(scores, config.temperature, dtype=np.float64)
+    kept = keep_top_p(keep_top_k(warm, config.top_k), config.top_p)
+    weights = kept - kept.max(axis=-1, keepdims=True)
+    return np.exp(weights, out=weights)
 
 
-def _draw(
-    probabilities: NDArray[np.float64], generators: list[np.random.Generator]
-) -> NDArray[np.int64]:
+def _draw(weights: NDArray[np.float64], generators: list[np.random.Generator]) -> NDArray[np.int64]:
     """Draws one token per row, by inverting the cumulative distribution at a number from [0, 1)."""
-    cumulative = np.cumsum(probabilities, axis=-1)
-    # This makes the last entries exactly 1, so a token with a probability above 0 is always drawn.
-    cumulative /= cumulative[:, -1:]
-    drawn = np.array([generator.random() for generator in generators])
-    return (cumulative <= drawn[:, None]).sum(axis=-1)
+    tokens = []
+    for cumulative, generator in zip(np.cumsum(weights, axis=-1), generators, strict=True):
+        total = cumulative[-1]
+        token = np.searchsorted(cumulative, generator.random() * total, side="right")
+        # A product that is rounded up to the total draws the last token with a weight above 0.
+        tokens.append(min(token, np.searchsorted(cumulative, total)))
+    return np.array(tokens, np.int64)
 
 
 class Sequences:

@@ -300,8 +300,14 @@ class Scheduler:
         require_finite(logits[None, best : best + 1])
         if row.takes_most_likely:
             return NewToken(best, None)
-        seen = np.array([[*row.request.prompt, *row.tokens]], np.int64)
-        chosen, log_probs, top = row.chooser.choose(logits[None], seen)
+        request = row.request
+        is_penalized = request.config.repetition_penalty != 1
+        seen = [*request.prompt, *row.tokens] if is_penalized else []
+        chosen, log_probs, top = row.chooser.choose(
+            logits[None], np.array([seen], np.int64), request.wants_log_probs
+        )
+        if not request.wants_log_probs:
+            return NewToken(int(chosen[0]), None)
         return NewToken(int(chosen[0]), float(log_probs[0]), top[0])
 
     def _end(self, row: _Row, error: Exception | None) -> None:

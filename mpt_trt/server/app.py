@@ -118,7 +118,7 @@ class _Routes:
         generation = self._service.start(jobs)
         watcher = asyncio.create_task(_cancel_when_gone(request, generation))
         if asked.stream:
-            chunks = self._chunks(generation, jobs, shape, asked.wants_usage, watcher)
+            chunks = self._chunks(generation, jobs, shape, asked, watcher)
             return StreamingResponse(chunks, media_type="text/event-stream")
         try:
             return await self._whole(generation, jobs, shape)
@@ -142,7 +142,7 @@ class _Routes:
         generation: Generation,
         jobs: list[Job],
         shape: Format,
-        wants_usage: bool,
+        asked: CompletionRequest | ChatRequest,
         watcher: asyncio.Task[None],
     ) -> AsyncIterator[bytes]:
         """Server-sent events: a chunk per token, an error if there is one, and the end."""
@@ -154,8 +154,9 @@ class _Routes:
                 usage.completion_tokens += part.new is not None
                 is_first, offset = part.choice not in lengths, lengths.get(part.choice, 0)
                 lengths[part.choice] = offset + len(part.text)
-                yield _event(envelope.content([shape.chunk(part, is_first, offset)]))
-            if wants_usage:
+                more = {"usage": usage.content()} if asked.wants_continuous_usage else {}
+                yield _event(envelope.content([shape.chunk(part, is_first, offset)], **more))
+            if asked.wants_usage:
                 yield _event(envelope.content([], usage=usage.content()))
             yield b"data: [DONE]\n\n"
         except ApiError as error:

@@ -17,15 +17,19 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class StreamOptions(BaseModel):
-    """Options of a streamed response."""
+    """Options of a streamed response. continuous_usage_stats: vLLM's extension."""
 
     model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
 class _Request(BaseModel):
-    """Fields that both kinds of requests have. top_k and repetition_penalty are extensions."""
+    """Fields that both kinds of requests have.
+
+    top_k, repetition_penalty and ignore_eos are extensions, with the names that vLLM gave them.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str
@@ -34,6 +38,7 @@ class _Request(BaseModel):
     top_p: float = Field(1.0, ge=0, le=1)
     top_k: int = Field(0, ge=0)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
+    ignore_eos: bool = False
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Text | Annotated[list[Text], Field(max_length=MOST_STOP_STRINGS)] | None = None
     stream: bool = False
@@ -59,6 +64,11 @@ class _Request(BaseModel):
     def wants_usage(self) -> bool:
         """Returns whether a stream ends with the numbers of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_continuous_usage(self) -> bool:
+        """Returns whether every chunk of a stream has the numbers of tokens."""
+        return self.wants_usage and bool(self.stream_options.continuous_usage_stats)  # type: ignore[union-attr]
 
 
 class CompletionRequest(_Request):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import secrets
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,6 +107,7 @@ class Service:
         self.model_name = model_name or served_name(text.manifest.model_name)
         self._worker, self._capacity = worker, capacity
         self._max_live = text.manifest.spec.limits.max_batch_size + limits.max_waiting
+        self._outbox: Outbox | None = None
         self.num_live = 0
 
     @property
@@ -151,7 +154,11 @@ class Service:
         count = sum(job.n for job in jobs)
         if self.num_live + count > self._max_live:
             raise errors.overloaded(self._max_live)
-        generation = Generation(jobs, self.decoder, self.limits.timeout_s, self._release)
+        if self._outbox is None:
+            self._outbox = Outbox(asyncio.get_running_loop())
+        generation = Generation(
+            jobs, self.decoder, self.limits.timeout_s, self._release, self._outbox
+        )
         try:
             self.num_live += count
             generation.submit(self._worker)
@@ -178,7 +185,7 @@ class Service:
         stop: tuple[str, ...],
         max_tokens: int,
     ) -> Job:
-        end_ids = self.text.end_ids
+        end_ids = () if request.ignore_eos else self.text.end_ids
         is_greedy = request.temperature == 0
         seed = secrets.randbits(63) if request.seed is None else request.seed % 2**64
         config = GenerationConfig(
@@ -202,17 +209,52 @@ def served_name(model_name: str) -> str:
     return path.name if path.is_absolute() else model_name
 
 
+PartQueue = asyncio.Queue[Part | Exception | None]
+
+
+class Outbox:
+    """Passes parts from the worker's thread to the event loop, all of a step at once.
+
+    Waking the loop takes longer than generating a part.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._parts: deque[tuple[PartQueue, Part | Exception]] = deque()
+
+    def put(self, queue: PartQueue, part: Part | Exception) -> None:
+        """Appends a part to a queue of the event loop. Only for the worker's thread."""
+        self._parts.append((queue, part))
+        # Looked at after the part is there: `_deliver` passes on all others before it ends.
+        if len(self._parts) == 1:
+            # A loop that is closed has nobody who waits any more.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        # A part is removed last, so that `put` never finds the only one when this still runs.
+        while self._parts:
+            queue, part = self._parts[0]
+            queue.put_nowait(part)
+            self._parts.popleft()
+
+
 class Generation:
     """The choices of one HTTP request while they are generated."""
 
     def __init__(
-        self, jobs: Sequence[Job], decoder: Decoder, timeout_s: float, release: Callable[[], None]
+        self,
+        jobs: Sequence[Job],
+        decoder: Decoder,
+        timeout_s: float,
+        release: Callable[[], None],
+        outbox: Outbox,
     ):
         self._jobs, self._decoder, self._timeout_s = jobs, decoder, timeout_s
-        self._release = release
+        self._release, self._outbox = release, outbox
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + timeout_s
-        self._queue: asyncio.Queue[Part | Exception | None] = asyncio.Queue()
+        self._queue: PartQueue = asyncio.Queue()
         self._requests: dict[int, Request] = {}
         self._worker: Worker | None = None
         choices = [job for job in jobs for _ in range(job.n)]
@@ -294,10 +336,7 @@ class Generation:
             self._put(error)
 
     def _put(self, part: Part | Exception) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, part)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            return
+        self._outbox.put(self._queue, part)
 
 
 class _ChoiceText:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,7 @@ import openai
 import pytest
 
 from mpt_trt import Engine
-from mpt_trt.server.service import Limits
+from mpt_trt.server.service import Limits, Outbox, PartQueue
 from support.server import HOST, Served, serving
 
 PROMPTS = ["def read(self", "import os\n\n\nclass Path", "The"]
@@ -165,6 +167,53 @@ def test_a_stream_of_completions_is_the_whole(client: openai.OpenAI) -> None:
     assert reasons == [choice.finish_reason for choice in whole.choices]
     assert chunks[-1].usage == whole.usage
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_an_outbox_loses_nothing_and_keeps_the_order() -> None:
+    count, size = 20_000, 3
+
+    async def receive() -> list[list[int]]:
+        outbox = Outbox(asyncio.get_running_loop())
+        queues: list[PartQueue] = [asyncio.Queue() for _ in range(size)]
+
+        def send() -> None:
+            for number in range(count):
+                outbox.put(queues[number % size], number)  # type: ignore[arg-type]
+
+        threading.Thread(target=send).start()
+
+        async def take(queue: PartQueue, number: int) -> list[int]:
+            return [await queue.get() for _ in range(number, count, size)]  # type: ignore[misc]
+
+        async with asyncio.timeout(20):
+            return await asyncio.gather(*map(take, queues, range(size)))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        found = asyncio.run(receive())
+    finally:
+        sys.setswitchinterval(before)
+    assert found == [[*range(first, count, size)] for first in range(size)]
+
+
+def test_extensions_that_load_generators_use(client: openai.OpenAI, engine: Engine) -> None:
+    """`ignore_eos` generates on after an end token; a stream can report usage in each chunk."""
+    (end,) = engine.text.end_ids
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    greedy = {"top_k": 1, "repetition_penalty": 0.05}
+
+    def create(**options):
+        body = greedy | options.pop("extra", {})
+        return client.completions.create(
+            model=NAME, prompt=[end], max_tokens=40, extra_body=body, **options
+        )
+
+    chunks = create(stream=True, stream_options=usage, extra={"ignore_eos": True})
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == [*range(1, 41), 40]
+    # A low penalty repeats the prompt's token, the end token.
+    assert create(stream=False).usage.completion_tokens == 1
 
 
 def test_chat(client: openai.OpenAI, engine: Engine) -> None:
