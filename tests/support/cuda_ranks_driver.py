@@ -1,7 +1,7 @@
 """Run as every rank of engines on simulated GPUs, under ONNX Runtime's CUDA engine.
 
-cuda_ranks_driver.py compare FOLDER BOUND ENGINE...   steps against the CPU's;
-                                                      FOLDER/{engine}.rank{r}.npz: tokens and logits
+cuda_ranks_driver.py record FOLDER ENGINE             FOLDER/rank{r}.npz: tokens and logits
+cuda_ranks_driver.py compare FOLDER ENGINE BOUND      the same, and steps against the CPU's
 cuda_ranks_driver.py signal FOLDER ENGINE NAME        as mpi_driver
 cuda_ranks_driver.py memory FOLDER ENGINE             rank 1 has no GPU memory left for the cache
 cuda_ranks_driver.py choose FOLDER ENGINE             GPUs that cannot be used by the ranks
@@ -28,16 +28,17 @@ from support.simulated.install import Simulation, installed, installed_onnxrunti
 from support.step_scenario import require_same_steps, require_same_text
 
 
-def compare(folder: Path, path: Path, bound: float, simulation: Simulation) -> None:
-    theirs = load_engine(path, "onnxruntime", num_threads=1).model
+def record(folder: Path, path: Path, bound: float | None, simulation: Simulation) -> None:
+    theirs = None if bound is None else load_engine(path, "onnxruntime", num_threads=1).model
     with installed_onnxruntime_gpu(simulation):
         engine = load_engine(path, "onnxruntime", num_threads=1)
         assert isinstance(engine.model, OnnxCudaEngine)
-        vocab_size = engine.manifest.spec.config.vocab_size
-        require_same_steps(engine.model, theirs, vocab_size, bound)
-        require_same_text(engine.model, theirs, vocab_size)
+        if theirs is not None and bound is not None:
+            vocab_size = engine.manifest.spec.config.vocab_size
+            require_same_steps(engine.model, theirs, vocab_size, bound)
+            require_same_text(engine.model, theirs, vocab_size)
         rank = engine.communicator.rank
-        np.savez(folder / f"{path.name}.rank{rank}.npz", **mpi_driver.record(engine))
+        np.savez(folder / f"rank{rank}.npz", **mpi_driver.record(engine))
         # Bound names would keep it alive while the simulation looks for leaks.
         del engine
     assert simulation.cuda.launches, "no step was captured"
@@ -68,21 +69,16 @@ def choose(path: Path) -> None:
 
 
 def main() -> None:
-    action, folder, *rest = sys.argv[1:]
-    if action == "compare":
-        bound, *names = rest
-        for path in map(Path, names):
-            ranks = communicator(read_manifest(path).spec.tp_size)
-            with installed(ranks=ranks) as simulation:
-                compare(Path(folder), path, float(bound), simulation)
-    else:
-        with (
-            installed(ranks=communicator(2)) as simulation,
-            installed_onnxruntime_gpu(simulation),
-        ):
-            path = Path(rest[0])
+    action, folder, name, *rest = sys.argv[1:]
+    path = Path(name)
+    ranks = communicator(read_manifest(path).spec.tp_size)
+    with installed(ranks=ranks) as simulation:
+        if action in ("record", "compare"):
+            record(Path(folder), path, float(rest[0]) if rest else None, simulation)
+            return
+        with installed_onnxruntime_gpu(simulation):
             if action == "signal":
-                mpi_driver.send_signal(Path(folder), path, rest[1])
+                mpi_driver.send_signal(Path(folder), path, rest[0])
             elif action == "memory":
                 run_out_of_memory(path, simulation)
             else:

@@ -17,7 +17,6 @@ from mpt_trt.engines.load import load_engine
 from support import cuda_ranks_driver, mpi_driver
 from support.processes import require_ended
 
-KINDS = {2: [(2, "float32", BOTH), (2, "float32", WHOLE)], 4: [(4, "float32", BOTH)]}
 # Another order of float32 sums, as a multiple of the logits' standard deviation.
 BOUND = 2e-5
 
@@ -39,17 +38,20 @@ def alone(engines: Engines) -> dict[str, np.ndarray]:
     return mpi_driver.record(load_engine(engines.make(1, "float32"), "onnxruntime", num_threads=1))
 
 
-@pytest.mark.parametrize("size", KINDS)
-def test_ranks_compute_what_one_rank_does(size, engines, alone, tmp_path):
-    paths = [engines.make(*kind) for kind in KINDS[size]]
-    finished = drive(size, "compare", tmp_path, BOUND, *paths)
+@pytest.mark.parametrize(
+    ("size", "vocabulary", "action"),
+    [(2, BOTH, ["compare", BOUND]), (2, WHOLE, ["record"]), (4, BOTH, ["record"])],
+)
+def test_ranks_compute_what_one_rank_does(size, vocabulary, action, engines, alone, tmp_path):
+    name, *bound = action
+    path = engines.make(size, "float32", vocabulary)
+    finished = drive(size, name, tmp_path, path, *bound)
     assert finished.status == 0, finished.stdout + finished.stderr
-    for path in paths:
-        recorded = [np.load(tmp_path / f"{path.name}.rank{rank}.npz") for rank in range(size)]
-        for name in ("greedy", "beams", "long", "batched"):
-            assert np.array_equal(recorded[0][name], alone[name]), name
-        for other in recorded[1:]:
-            assert all(np.array_equal(recorded[0][name], other[name]) for name in other)
+    first, *others = (np.load(tmp_path / f"rank{rank}.npz") for rank in range(size))
+    for name in ("greedy", "beams", "long", "batched"):
+        assert np.array_equal(first[name], alone[name]), name
+    for other in others:
+        assert all(np.array_equal(first[name], other[name]) for name in other)
 
 
 # --- ranks that fail -----------------------------------------------------------------------------
