@@ -63,6 +63,8 @@ def main() -> None:
     made = outputs(models[0], variants)
     files = sum(len(output.files) + len(output.links) for output in made)
     figures["files"] = len(models) * files
+    start = [cpu_seconds([sys.executable, "-m", "snakemake", "--version"]) for _ in range(5)]
+    figures["median_cpu_seconds_snakemake_version"] = statistics.median(start)
     for name in ("nothing_made", "everything_made"):
         runs: list[Planned] = figures[name]
         seconds = statistics.median(each.cpu_seconds for each in runs)
@@ -94,6 +96,12 @@ def planned(folder: Path) -> Planned:
     before = children_seconds()
     run = measure(snakemake(folder, "--dry-run"))
     return Planned(run, children_seconds() - before)
+
+
+def cpu_seconds(command: list[str]) -> float:
+    before = children_seconds()
+    measure(command)
+    return children_seconds() - before
 
 
 def children_seconds() -> float:

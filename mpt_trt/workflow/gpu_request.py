@@ -28,6 +28,11 @@ class GpuRequest:
     gres: str | None = None
 
 
+def never_requested(site: Site) -> frozenset[str]:
+    """Fields of GpuRequest that no job on this site has."""
+    return frozenset() if site.gpus == "scheduler" else frozenset({"gpu_model", "gres"})
+
+
 def local_devices(site: Site) -> Devices:
     """GPUs of this machine that jobs may use."""
     if site.gpus == "none":

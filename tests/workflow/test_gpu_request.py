@@ -28,6 +28,7 @@ from mpt_trt.system import gpu_locks, gpus
 from mpt_trt.workflow import gpu_request, resources
 from mpt_trt.workflow.gpu_request import GpuRequest
 from mpt_trt.workflow.settings import Site, parse_settings
+from support.forks.servers import forked_python
 from support.workflow import REPOSITORY, Workflow
 
 Resources = dict[str, dict[str, str]]
@@ -210,14 +211,15 @@ def test_two_workflows_wait_for_gpus_and_one_may_be_killed(
     scope = f"test-{os.getpid()}"
     held = gpu_locks.acquire(3, gpu_locks.Devices(("0", "1", "2", "3"), "a test"), scope)
     environment = os.environ | {"MPT_TRT_GPUS": "4", gpu_locks.SCOPE: scope}
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", target, "--quiet", "all"]
+    command = ["-m", "snakemake", "--cores", "1", target, "--quiet", "all"]
     folders = (workflow.folder, other)
     logs = [folder / "logs/smoke_test/toy/fp16/2-gpu.log" for folder in folders]
     for log in logs:
         log.unlink()
     processes = [
-        subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True)
-        for folder in folders
+        subprocess.Popen([python, *command], cwd=folder, env=environment, start_new_session=True)
+        # The one that is killed is not forked.
+        for folder, python in zip(folders, (sys.executable, forked_python()), strict=True)
     ]
     deadline = time.monotonic() + 120
     while not all(log.exists() and "waiting for 2 free GPUs" in log.read_text() for log in logs):

@@ -67,6 +67,23 @@ def test_a_request_is_made_once_for_all_resources_of_a_job(values: RuleValues) -
     assert found == vars(jobs.convert_checkpoint(target, threads=2))
 
 
+@pytest.mark.parametrize("gpus", ["none", "auto", "scheduler"])
+@pytest.mark.parametrize("rule", ["quantize", "build_rank", "smoke_test", "measure_quality"])
+def test_only_resources_that_no_job_of_the_site_has_are_left_out(gpus: str, rule: str) -> None:
+    site = {"gpus": gpus, "gpu_memory_gb": {"l4": 24}}
+    plan = Plan(parse_settings(CONTENT | {"site": site}), REPOSITORY, Path("/nowhere"))
+    request_of = getattr(JobResources(plan), rule)
+    resources = RuleValues(plan, Shown, LastWords()).resources_of(request_of)
+    for tp in (1, 2):
+        target = Target("m", "v", tp=tp, qformat="fp8")
+        expected = vars(request_of(target))
+        found = {name: resources[name](vars(target)) for name in resources}
+        assert {name: value for name, value in found.items() if value is not None} == {
+            name: value for name, value in expected.items() if value is not None
+        }
+    assert {"gpu_model", "gres"} <= resources.keys() or gpus != "scheduler"
+
+
 def test_a_tool_is_recorded_by_its_version_only(values: RuleValues) -> None:
     """Snakemake records values of built-in types: not a Path."""
     tool = values.tool("steps/build_rank.py")
