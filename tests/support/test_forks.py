@@ -87,6 +87,13 @@ def test_modules_of_the_scripts_folder(tmp_path: Path) -> None:
         assert run(tmp_path, "import beside; print(beside.VALUE)")[1] == f"{value}\n"
 
 
+def test_the_scripts_folder_may_be_left_out(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": "/more"}
+    found = run(tmp_path, "print(sys.path[0])", env=environment)
+    assert found[1] == "/more\n"
+    assert is_forked(tmp_path, env=environment)
+
+
 def started(folder: Path) -> tuple[subprocess.Popen, int]:
     """A script that waits, and the process id that it has written."""
     script = folder / "script.py"

@@ -19,7 +19,10 @@ SLURM_RANK = "SLURM_PROCID"
 # A variable of ranks of mpirun, and one that mpirun sets for its own use.
 MPI_RANK, MPI_LIBRARIES = "OMPI_COMM_WORLD_RANK", "LD_LIBRARY_PATH"
 SNAKEMAKE, LIGHT, TORCH = "snakemake", "light", "torch"
-WITH_TORCH = ("smoke_test.py", "compute_reference.py", "compare_trtllm.py", "quantize.py")
+WITH_TORCH = (
+    "smoke_test.py", "compute_reference.py", "compare_trtllm.py", "quantize.py",
+    "simulated_driver.py",
+)  # fmt: skip
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -41,7 +44,7 @@ def is_calibrated(arguments: list) -> bool:
 
 def fixed_variables(environment: dict) -> dict:
     """The variables that a run must share with the server."""
-    ignored = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}
+    ignored = {"PYTHONPATH", "PYTHONSAFEPATH", "PYTHONDONTWRITEBYTECODE"}
     if MPI_RANK in environment:
         ignored.add(MPI_LIBRARIES)
     return {

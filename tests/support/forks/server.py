@@ -218,7 +218,8 @@ def _run(request: Request, shim: str, base_path: list[str]) -> None:
     more = [path for path in given.split(os.pathsep) if path]
     is_module = arguments[0] == "-m"
     first = request.folder if is_module else str(Path(arguments[0]).resolve().parent)
-    sys.path[:] = [first, *more, *base_path]
+    is_safe = request.environment.get("PYTHONSAFEPATH", "") != ""
+    sys.path[:] = [*[first] * (not is_safe), *more, *base_path]
     importlib.invalidate_caches()
     if is_module:
         sys.argv = arguments[1:]
