@@ -93,6 +93,7 @@ def show_machine(inventory: Inventory, console: Console) -> None:
         "ONNX Runtime": inventory.onnxruntime,
         "MPI": inventory.mpi,
         "NCCL (nccl4py)": inventory.nccl,
+        "C compiler": inventory.compiler,
         "ModelOpt": inventory.modelopt,
     }
     for name, version in packages.items():
@@ -114,4 +115,8 @@ def in_words(missing: tuple[str, ...]) -> str:
 def running_in_words(verdict: Verdict) -> str:
     if verdict.run or not verdict.tensorrt:
         return in_words(verdict.run)
-    return f"by ONNX Runtime; for TensorRT missing: {'; '.join(verdict.tensorrt)}"
+    lacking = f"for TensorRT missing: {'; '.join(verdict.tensorrt)}"
+    if not verdict.onnxruntime_gpu:
+        return f"by ONNX Runtime on GPUs; {lacking}"
+    on_gpus = f"on GPUs missing: {'; '.join(verdict.onnxruntime_gpu)}"
+    return f"by ONNX Runtime on the CPU; {on_gpus}; {lacking}"

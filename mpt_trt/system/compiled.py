@@ -11,8 +11,10 @@ from pathlib import Path
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import ContentHash
 from mpt_trt.system.replace import replace_file
+from mpt_trt.system.user_cache import user_cache_folder
 
 COMPILERS = ("cc", "gcc", "clang")
+REMEDY = "set XDG_CACHE_HOME to a folder of your own"
 # nodelete: programs may unload a library whose functions are still in use.
 FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-shared", "-Wl,-z,nodelete")
 
@@ -44,19 +46,17 @@ def compiled_library(source: Path) -> Path:
 
 def _own_folder() -> Path:
     """Returns the folder of compiled libraries; makes it if necessary."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = user_cache_folder()
+    if folder is None:
+        raise MptTrtError(f"there is no home folder for compiled libraries; {REMEDY}")
     try:
-        folder = Path(base).expanduser() / "mpt-trt"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         owner = folder.stat().st_uid
-    except (OSError, RuntimeError) as error:
-        raise MptTrtError(
-            f"the cache for compiled libraries cannot be made ({error}); set XDG_CACHE_HOME to a "
-            "folder of your own"
-        ) from None
+    except OSError as error:
+        raise MptTrtError(f"{folder}: cannot be made ({error.strerror}); {REMEDY}") from None
     # Programs load what is in there.
     if owner != os.geteuid():
-        raise MptTrtError(f"{folder}: belongs to another user; set XDG_CACHE_HOME")
+        raise MptTrtError(f"{folder}: belongs to another user; {REMEDY}")
     return folder
 
 

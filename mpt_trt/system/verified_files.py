@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import content_hashes, read_small_file
 from mpt_trt.system.json_text import MOST_BYTES
 from mpt_trt.system.replace import replace_file
+from mpt_trt.system.user_cache import user_cache_folder
 
 FILE_NAME = "content_hashes.json"
 MOST_ENTRIES = 50_000
@@ -86,13 +86,8 @@ def _identity(path: Path) -> tuple[str, int, int]:
 
 
 def _cache_file() -> Path | None:
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        # The XDG specification requires relative paths to be ignored.
-        base = Path(named) if named.startswith("/") else Path.home() / ".cache"
-    except RuntimeError:  # no home
-        return None
-    return base / "mpt-trt" / FILE_NAME
+    folder = user_cache_folder()
+    return None if folder is None else folder / FILE_NAME
 
 
 def _read_memory() -> Memory:

@@ -17,6 +17,7 @@ from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.engines.tensorrt.packages import choose_package, installed_package
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import gpus
+from mpt_trt.system.compiled import find_compiler
 from mpt_trt.system.machine import Machine, describe_machine
 
 
@@ -24,7 +25,7 @@ from mpt_trt.system.machine import Machine, describe_machine
 class Inventory:
     """A machine and the versions of its software; None for missing software.
 
-    free_disk: bytes.
+    free_disk: bytes. compiler: path of the C compiler.
     """
 
     host: str
@@ -34,6 +35,8 @@ class Inventory:
     tensorrt: str | None
     tensorrt_rtx: str | None
     onnxruntime: str | None
+    onnxruntime_gpu: str | None
+    compiler: str | None
     nccl: str | None
     mpi: str | None
     modelopt: str | None
@@ -61,12 +64,14 @@ class Needs:
 class Verdict:
     """Descriptions of missing parts; empty if nothing is missing.
 
-    build: for building the target. tensorrt: for running its plan. run: for running it with any
-    runtime; ONNX Runtime is the fallback.
+    build: for building the target. tensorrt: for running its plan. onnxruntime_gpu: for running its
+    network on GPUs under ONNX Runtime. run: for running it with any runtime; ONNX Runtime on a CPU
+    is the last fallback.
     """
 
     build: tuple[str, ...]
     tensorrt: tuple[str, ...]
+    onnxruntime_gpu: tuple[str, ...]
     run: tuple[str, ...]
 
 
@@ -78,6 +83,8 @@ def inspect(folder: Path) -> Inventory:
         free_disk=shutil.disk_usage(folder).free,
         driver=gpus.driver_version(),
         onnxruntime=_version("onnxruntime") or _version("onnxruntime-gpu"),
+        onnxruntime_gpu=_version("onnxruntime-gpu"),
+        compiler=find_compiler(),
         nccl=_version("nccl4py"),
         mpi=_mpi(),
         modelopt=_version("nvidia-modelopt"),
@@ -95,8 +102,10 @@ def judge(needs: Needs, inventory: Inventory) -> Verdict:
     """Finds missing parts for building or running a target on a machine."""
     ranks = tuple(_missing_for_ranks(needs, inventory))
     tensorrt = (*_missing_for_tensorrt(needs, inventory), *ranks)
+    on_gpus = (*_missing_for_onnxruntime_gpu(needs, inventory), *ranks)
     fallback = (*_missing_for_onnxruntime(needs, inventory), *ranks)
-    return Verdict(tuple(_missing_for_build(needs, inventory)), tensorrt, tensorrt and fallback)
+    build = tuple(_missing_for_build(needs, inventory))
+    return Verdict(build, tensorrt, on_gpus, tensorrt and on_gpus and fallback)
 
 
 def _missing_for_build(needs: Needs, inventory: Inventory) -> list[str]:
@@ -117,16 +126,32 @@ def _missing_for_build(needs: Needs, inventory: Inventory) -> list[str]:
 
 
 def _missing_for_tensorrt(needs: Needs, inventory: Inventory) -> list[str]:
-    if len(inventory.machine.gpus) < needs.ranks:
-        return [f"{needs.ranks} GPU(s); {len(inventory.machine.gpus)} found"]
-    missing = []
-    smallest = min(gpu.memory for gpu in inventory.machine.gpus)
-    if smallest < needs.gpu_memory:
-        missing.append(_too_little("GPU memory", needs.gpu_memory, smallest))
+    missing = _missing_gpus(needs, inventory)
     if _builder(needs, inventory) == "tensorrt_rtx":
         capabilities = {gpu.compute_capability for gpu in inventory.machine.gpus}
         if others := capabilities - set(needs.builder.compute_capabilities):
             missing.append(f"compute_capabilities {', '.join(sorted(others))} in config.yaml")
+    return missing
+
+
+def _missing_for_onnxruntime_gpu(needs: Needs, inventory: Inventory) -> list[str]:
+    missing = _missing_gpus(needs, inventory)
+    if inventory.onnxruntime_gpu is None:
+        missing.append("onnxruntime-gpu")
+    if needs.ranks > 1 and inventory.compiler is None:
+        missing.append("a C compiler")
+    return missing
+
+
+def _missing_gpus(needs: Needs, inventory: Inventory) -> list[str]:
+    """GPUs, their memory, and the connection of ranks on them."""
+    found = inventory.machine.gpus
+    if len(found) < needs.ranks:
+        return [f"{needs.ranks} GPU(s); {len(found)} found"]
+    missing = []
+    smallest = min(gpu.memory for gpu in found)
+    if smallest < needs.gpu_memory:
+        missing.append(_too_little("GPU memory", needs.gpu_memory, smallest))
     if needs.ranks > 1 and inventory.nccl is None:
         missing.append("nccl4py")
     return missing

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mpt_trt.commands.preflight import running_in_words
 from mpt_trt.engines.memory import GB
 from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.errors import MptTrtError
@@ -34,7 +35,9 @@ COMPLETE = Inventory(
     driver="580.1",
     tensorrt=None,
     tensorrt_rtx="1.7",
-    onnxruntime="1.32",
+    onnxruntime="1.31",
+    onnxruntime_gpu="1.31",
+    compiler="/usr/bin/cc",
     nccl="0.6",
     mpi="Open MPI 5, mpi4py 4",
     modelopt="0.47",
@@ -46,7 +49,7 @@ def with_machine(**changes: object) -> Inventory:
 
 
 def test_a_complete_machine_lacks_nothing() -> None:
-    assert preflight.judge(NEEDS, COMPLETE) == preflight.Verdict((), (), ())
+    assert preflight.judge(NEEDS, COMPLETE) == preflight.Verdict((), (), (), ())
 
 
 @pytest.mark.parametrize(
@@ -82,7 +85,36 @@ def test_what_tensorrt_lacks_and_onnx_runtime_makes_up_for(
     inventory: Inventory, complaint: str
 ) -> None:
     verdict = preflight.judge(NEEDS, inventory)
-    assert verdict == preflight.Verdict((), (complaint,), ())
+    on_gpus = () if "config.yaml" in complaint else (complaint,)
+    assert verdict == preflight.Verdict((), (complaint,), on_gpus, ())
+
+
+@pytest.mark.parametrize(
+    ("inventory", "complaint", "words"),
+    [
+        (
+            replace(COMPLETE, onnxruntime_gpu=None),
+            "onnxruntime-gpu",
+            "on the CPU; on GPUs missing: o",
+        ),
+        (
+            replace(COMPLETE, compiler=None),
+            "a C compiler",
+            "on the CPU; on GPUs missing: a C compiler;",
+        ),
+        (COMPLETE, None, "on GPUs; for TensorRT missing: tensorrt"),
+    ],
+)
+def test_what_ranks_lack_on_gpus_under_onnx_runtime(
+    inventory: Inventory, complaint: str | None, words: str
+) -> None:
+    verdict = preflight.judge(NEEDS, inventory)
+    assert verdict.onnxruntime_gpu == (() if complaint is None else (complaint,))
+    assert verdict.tensorrt == verdict.run == ()
+    alone = preflight.judge(replace(NEEDS, ranks=1), replace(inventory, nccl=None, compiler=None))
+    assert alone.onnxruntime_gpu == (("onnxruntime-gpu",) if complaint == "onnxruntime-gpu" else ())
+    without_tensorrt = replace(verdict, tensorrt=("tensorrt",))
+    assert running_in_words(without_tensorrt).startswith(f"by ONNX Runtime {words}")
 
 
 def test_ranks_cannot_do_without_mpi_nor_without_memory() -> None:
