@@ -126,7 +126,8 @@ def _with_collectives(chosen: _Runtime, ranks: Communicator) -> _Runtime:
 
     for rank, obstacle in enumerate(ranks.exchange(collectives_obstacle())):
         if obstacle is not None:
-            reason = f"{chosen.fallback_reason}; nor a GPU: rank {rank}: {obstacle}"
+            failed = f"ONNX Runtime cannot use the GPUs (rank {rank}: {obstacle})"
+            reason = f"{chosen.fallback_reason}; {failed}"
             return _Runtime("ONNX Runtime on a CPU", reason)
     return chosen
 

@@ -61,7 +61,8 @@ def choose(path: Path) -> None:
         engine = load_engine(path, "onnxruntime", num_threads=1)
         assert isinstance(engine.model, OnnxRuntimeEngine)
         assert engine.fallback_reason == (
-            "ONNX Runtime was requested; nor a GPU: rank 1: there is no C compiler"
+            "ONNX Runtime was requested; ONNX Runtime cannot use the GPUs (rank 1: there is no C "
+            "compiler)"
         )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpus, "identifiers", lambda: ("GPU-0",))
