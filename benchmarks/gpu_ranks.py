@@ -17,10 +17,11 @@ import shutil
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common import REPOSITORY, measure, timed, weight_bytes, write_result
+from common import REPOSITORY, measure, timed, write_result
 from networks import manifest_without_plans, random_checkpoint_of_ranks
 
 sys.path.insert(0, str(REPOSITORY))
@@ -29,6 +30,7 @@ import numpy as np
 
 from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
 from mpt_trt.engines.build.rank_network import NetworkInputs, write_networks
+from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.generation.config import GenerationConfig
@@ -41,10 +43,30 @@ RECIPES = {
     "fp16": NOT_QUANTIZED,
     "int4_weight_only-g128": CalibratedQuantization(Quantization(WeightOnly(4, 128), "auto"), None),
 }
-BATCHES = (1, 8, 64)
-PROMPTS = (512, 2048)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An engine and its measurements.
+
+    max_rows: max_batch_size. batches: rows that decode together, until the cache is full. prompts:
+    lengths of single prompts.
+    """
+
+    recipe: str
+    max_rows: int
+    cache_len: int
+    batches: tuple[int, ...] = ()
+    prompts: tuple[int, ...] = ()
+
+
+CASES = (
+    Case("fp16", 64, 512, batches=(1, 8, 64)),
+    Case("int4_weight_only-g128", 8, 512, batches=(1, 8)),
+    Case("fp16", 1, 2304, prompts=(512, 2048)),
+)
 DECODE_FROM = 16
-DECODE_LENGTH = 512
+CACHE_LEN = 512
 WARM_UP = 8
 REPLAYS = 30
 # Of ncclDataType_t.
@@ -71,39 +93,42 @@ def main() -> None:
     figures: dict = {"shape": arguments.like, "gpus": list(gpus.names()), "runs": []}
     for size in ranks:
         checkpoint = random_checkpoint_of_ranks(arguments.folder, arguments.like, "float16", size)
-        for recipe in arguments.recipes:
-            figures["runs"].append(measured(arguments.folder, checkpoint, recipe))
+        for case in CASES:
+            if case.recipe in arguments.recipes:
+                figures["runs"].append(measured(arguments.folder, checkpoint, case))
         if not arguments.no_peer:
             peer = {"kind": "peer", "ft": str(checkpoint.folder)}
             found = run_ranks(arguments.folder, size, peer)
             figures["runs"].append({"ranks": size, "variant": "PyTorch"} | found[0])
-        print(figures["runs"][-1], flush=True)
+            print(figures["runs"][-1], flush=True)
         shutil.rmtree(checkpoint.folder)
     print(write_result(f"gpu-ranks-{arguments.like}", figures))
 
 
-def measured(folder: Path, checkpoint: FtCheckpoint, recipe: str) -> dict:
-    """Figures of one variant; times are those of the slowest rank."""
+def measured(folder: Path, checkpoint: FtCheckpoint, case: Case) -> dict:
+    """Figures of one engine; times are those of the slowest rank."""
     networks, size = folder / "networks", checkpoint.tp_size
     shutil.rmtree(networks, ignore_errors=True)
     networks.mkdir(parents=True)
-    limits = BuildLimits(max(BATCHES), max(PROMPTS), 256)
-    inputs = NetworkInputs(checkpoint, limits, VocabularySharding(), RECIPES[recipe])
+    longest = max(case.cache_len // 2, *case.prompts, 0)
+    limits = BuildLimits(case.max_rows, longest, case.cache_len - longest)
+    inputs = NetworkInputs(checkpoint, limits, VocabularySharding(), RECIPES[case.recipe])
     write_networks(inputs, networks)
-    each = run_ranks(folder, size, {"kind": "engine", "networks": str(networks), "size": size})
-    slowest: dict = {"ranks": size, "variant": recipe, "weights_gb": weight_bytes(networks) / 1e9}
+    work = {"kind": "engine", "networks": str(networks), "size": size}
+    work |= {"batches": case.batches, "prompts": case.prompts}
+    each = run_ranks(folder, size, work)
+    found: dict = {"ranks": size, "variant": case.recipe, "max_rows": case.max_rows}
+    found["cache_len"] = case.cache_len
     for name, value in each[0].items():
-        of_ranks = [found[name] for found in each]
+        of_ranks = [figures[name] for figures in each]
         if isinstance(value, dict):
-            slowest[name] = {key: max(found[key] for found in of_ranks) for key in value}
+            found[name] = {key: max(figures[key] for figures in of_ranks) for key in value}
         else:
-            slowest[name] = min(of_ranks) if name == "read_gb_per_s" else max(of_ranks)
-    slowest["bound_ms"] = {
-        key: 1e3 * slowest["rank_weights_gb"] / slowest["read_gb_per_s"] + slowest["nccl_ms"][key]
-        for key in slowest["nccl_ms"]
-    }
-    print(slowest, flush=True)
-    return slowest
+            found[name] = min(of_ranks) if name == "read_gb_per_s" else max(of_ranks)
+    reading = 1e3 * found["read_gb"] / found["read_gb_per_s"]
+    found["bound_ms"] = {key: reading + nccl for key, nccl in found["nccl_ms"].items()}
+    print(found, flush=True)
+    return found
 
 
 def run_ranks(folder: Path, size: int, work: dict) -> list[dict]:
@@ -126,14 +151,11 @@ def run_ranks(folder: Path, size: int, work: dict) -> list[dict]:
 
 def work(kind: str, results: str, **arguments) -> None:
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", 0))
-    if kind == "engine":
-        found = measure_engine(Path(arguments["networks"]), arguments["size"])
-    else:
-        found = measure_peer(Path(arguments["ft"]))
+    found = measure_engine(**arguments) if kind == "engine" else measure_peer(**arguments)
     (Path(results) / f"{rank}.json").write_text(json.dumps(found))
 
 
-def measure_engine(networks: Path, size: int) -> dict:
+def measure_engine(networks: str, size: int, batches: list[int], prompts: list[int]) -> dict:
     from mpt_trt.engines.cuda.device import use_only
     from mpt_trt.engines.onnxruntime.cuda.engine import OnnxCudaEngine
     from mpt_trt.system.rank_gpus import own_gpu
@@ -142,32 +164,39 @@ def measure_engine(networks: Path, size: int) -> dict:
     rank = 0 if ranks is None else ranks.rank
     if ranks is not None:
         use_only(own_gpu(ranks))
-    manifest = manifest_without_plans(networks, size)
+    folder, manifest = Path(networks), manifest_without_plans(Path(networks), size)
     started = time.perf_counter()
-    engine = OnnxCudaEngine(networks, manifest, rank)
+    engine = OnnxCudaEngine(folder, manifest, rank)
     if ranks is not None:
         engine.join(ranks)
-    config = manifest.spec.config
-    found = {"load_seconds": time.perf_counter() - started}
-    found |= {"decode_ms": {str(batch): decode_ms(engine, batch) for batch in BATCHES}}
-    found |= {"prompt_ms": {str(length): prompt_ms(engine, length) for length in PROMPTS}}
-    files = manifest.ranks[rank].network_files
-    weights = [networks / name for name in files if name.startswith("weights/")]
-    found["rank_weights_gb"] = sum(path.stat().st_size for path in weights) / 1e9
+    found: dict = {"load_seconds": time.perf_counter() - started}
+    found["decode_ms"] = {str(batch): decode_ms(engine, batch) for batch in batches}
+    found["prompt_ms"] = {str(length): prompt_ms(engine, length) for length in prompts}
     del engine
+    found["read_gb"] = read_bytes(folder, manifest, rank) / 1e9
+    found["read_gb_per_s"] = read_rate() / 1e9
+    config = manifest.spec.config
     # After every layer's attention and feed-forward, and for the logits.
     count = 2 * config.num_layers + 1
-    widths = {str(batch): batch * config.hidden_size for batch in BATCHES}
+    widths = {str(batch): batch * config.hidden_size for batch in batches}
     nothing = dict.fromkeys(widths, 0.0)
     found["nccl_ms"] = nothing if ranks is None else nccl_ms(ranks, widths, count)
-    found["read_gb_per_s"] = read_rate() / 1e9
     return found
+
+
+def read_bytes(folder: Path, manifest: Manifest, rank: int) -> int:
+    """Bytes of weights that a step reads: the rank's own, of the embedding its part of the head."""
+    config, size = manifest.spec.config, manifest.spec.tp_size
+    weights = [name for name in manifest.ranks[rank].network_files if name.startswith("weights/")]
+    stored = sum((folder / name).stat().st_size for name in weights)
+    embedding = config.vocab_size * config.hidden_size * manifest.spec.element_bytes
+    return stored - embedding + embedding // size
 
 
 def decode_ms(model, batch: int) -> float:
     """Milliseconds per step of the second run; the first one captures steps."""
     prompts = [[100 + index % 1000 for index in range(DECODE_FROM)] for _ in range(batch)]
-    config = GenerationConfig(DECODE_LENGTH - DECODE_FROM, end_ids=(), pad_id=0)
+    config = GenerationConfig(CACHE_LEN - DECODE_FROM, end_ids=(), pad_id=0)
     times: list[float] = []
 
     def note(phase: str, _: int) -> None:
@@ -234,14 +263,14 @@ def read_rate() -> float:
     return values.nbytes / min(timed(read) for _ in range(10))
 
 
-def measure_peer(ft: Path) -> dict:
+def measure_peer(ft: str) -> dict:
     from plain_decode import decode_ms as peer_ms
 
     from mpt_trt.model.sharding import Rank
 
-    checkpoint = read_ft_checkpoint(ft)
+    checkpoint = read_ft_checkpoint(Path(ft))
     rank = Rank(int(os.environ.get("OMPI_COMM_WORLD_RANK", 0)), checkpoint.tp_size)
-    return {"decode_ms": peer_ms(checkpoint, DECODE_LENGTH, 64, rank)}
+    return {"decode_ms": peer_ms(checkpoint, CACHE_LEN, 64, rank)}
 
 
 if __name__ == "__main__":

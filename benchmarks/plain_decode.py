@@ -176,7 +176,8 @@ def _replayed_ms(decoder: Decoder, steps: int) -> float:
             decoder.step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # PyTorch's watchdog of NCCL makes calls in another thread.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         decoder.step()
     for _ in range(8):
         graph.replay()
