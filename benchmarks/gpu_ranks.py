@@ -180,7 +180,8 @@ def measure_engine(networks: str, size: int, batches: list[int], prompts: list[i
     count = 2 * config.num_layers + 1
     widths = {str(batch): batch * config.hidden_size for batch in batches}
     nothing = dict.fromkeys(widths, 0.0)
-    found["nccl_ms"] = nothing if ranks is None else nccl_ms(ranks, widths, count)
+    is_alone = ranks is None or not widths
+    found["nccl_ms"] = nothing if is_alone else nccl_ms(ranks, widths, count)
     return found
 
 
