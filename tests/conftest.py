@@ -33,12 +33,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # The longest files, which run first: the others then fill both workers up to the end.
 LONGEST = (
-    "workflow/test_workflow.py",
     "evaluation/test_quality_bounds.py",
-    "workflow/test_report_workflow.py",
-    "workflow/test_workflow_quantize.py",
-    "workflow/test_gpu_request.py",
+    "engines/test_quantized_engines.py",
+    "workflow/test_workflow.py",
     "engines/test_mpi.py",
+    "workflow/test_gpu_request.py",
+    "workflow/test_report_workflow.py",
+    "checkpoint/test_hub.py",
+    "engines/tensorrt/test_plan_builder.py",
+    "calibration/test_gptq.py",
+    "engines/tensorrt/test_simulated_ranks.py",
+    "workflow/test_workflow_quantize.py",
 )
 
 # Shells let what they start in the background ignore it, and programs that tests interrupt with it
