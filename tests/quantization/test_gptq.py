@@ -10,13 +10,14 @@ from torch import Tensor
 from mpt_trt.quantization.gptq import (
     CORRECTION,
     DAMPING,
+    SWEEPS,
     Statistics,
     inverse_factor,
     round_with_gptq,
 )
 from mpt_trt.quantization.grids import E4M3, INT4, INT8, Grid
 from mpt_trt.quantization.scale_search import search_scales
-from references.plain_gptq import least_error_weights, plain_gptq
+from references.plain_gptq import least_error_weights, plain_descent, plain_gptq
 
 # More input features than one block of columns.
 OUT, IN, TOKENS = 24, 160, 400
@@ -55,7 +56,10 @@ def test_integers_are_those_of_the_paper(grid: Grid, group_size: int, weight, in
     scales = rounded.scales.double().numpy().repeat(group_size, 1)
     order = np.argsort(-hessian.diagonal()).tolist()
     damped = hessian + damping * np.eye(IN)
-    expected = plain_gptq(target, damped, scales, order, int(grid.lowest), int(grid.highest))
+    limits = int(grid.lowest), int(grid.highest)
+    expected = plain_gptq(target, damped, scales, order, *limits)
+    for _ in range(SWEEPS):
+        expected = plain_descent(expected, target, damped, scales, order, *limits)
     # float32 may round a few the other way; each moves others of its row.
     assert (rounded.values.numpy() == expected).mean() > 0.98
     assert _error(rounded.dequantized(), weight, inputs) < 1.01 * _error(
