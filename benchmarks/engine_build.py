@@ -23,6 +23,7 @@ from common import Measured, make_random_checkpoint, measure, script, write_resu
 
 from mpt_trt.arrays.cast import convert
 from mpt_trt.calibration.npz_keys import FILE_NAME
+from mpt_trt.calibration.plan import CalibrationPlan
 from mpt_trt.calibration.writer import calibration_writer
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
@@ -115,7 +116,7 @@ def write_calibration(folder: Path, target: Path) -> None:
     config = read_hf_config(folder)
     found = HfCheckpoint(folder, weights(config))
     with calibration_writer(target, config, found, np.dtype(np.float16)) as writer:
-        writer.model("int4_awq")
+        writer.model(CalibrationPlan("int4_awq"))
         for layer in range(config.num_layers):
             matrices = block_matrices(config, layer)
             made = {name: _unscaled(found.tensor(w)) for name, w in matrices.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -18,7 +19,7 @@ from mpt_trt.cli import calibration_options as options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.ignored_options import OF_QUANTIZATION, add_ignored
 from mpt_trt.cli.parser import tool_parser
-from mpt_trt.quantization.schemes import GROUP_SIZES
+from mpt_trt.quantization.schemes import GROUP_SIZES, ScaleChoice
 from mpt_trt.workflow.target_names import FORMATS
 
 
@@ -68,6 +69,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         help="bits per weight on average, scales included, for mixed: int4 in groups or int8 for "
         "each matrix",
+    )
+    add(
+        "--scales",
+        choices=get_args(ScaleChoice),
+        default="amax",
+        help="scales of int4_awq's groups: from their amax, as AMMO, or with the least squared "
+        "error on the text (default: %(default)s)",
     )
     add("--log_level", default="info", help="least important messages shown (default: %(default)s)")
     add(

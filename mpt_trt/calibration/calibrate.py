@@ -52,7 +52,7 @@ def calibrate(
         calibration_writer(target, source.config, source.reader, weight_dtype) as writer,
         background() as writing,
     ):
-        writing.start(partial(writer.model, plan.quantization_format, plan.bits))
+        writing.start(partial(writer.model, plan))
 
         def visit(layer: int, block: PlainBlock, run: SampleRun) -> None:
             with observed_cache(block) as cache_amax:

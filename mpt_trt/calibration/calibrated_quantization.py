@@ -8,8 +8,10 @@ from mpt_trt.calibration.result import CalibrationResult
 from mpt_trt.errors import MptTrtError
 from mpt_trt.quantization.schemes import (
     UNQUANTIZED,
+    Awq,
     Mixed,
     Quantization,
+    WeightQuantization,
     calibration_format,
     method_of,
 )
@@ -44,11 +46,13 @@ class CalibratedQuantization:
             )
 
     def with_choice(self) -> CalibratedQuantization:
-        """Records the formats that the calibration of mixed has chosen.
+        """Records the formats that the calibration of mixed has chosen, and the scales of int4_awq.
 
-        Raises MptTrtError when it had another budget.
+        Raises MptTrtError when mixed had another budget.
         """
         scheme, calibration = self.quantization.scheme, self.calibration
+        if isinstance(scheme, Awq) and calibration is not None:
+            return self._with_scheme(replace(scheme, scales=calibration.scales))
         if not isinstance(scheme, Mixed) or calibration is None:
             return self
         if calibration.budget != scheme.bits:
@@ -57,8 +61,10 @@ class CalibratedQuantization:
                 f"{scheme.bits:g} are needed; make it with quantize.py --qformat mixed --bits "
                 f"{scheme.bits:g}"
             )
-        chosen = replace(scheme, formats=calibration.integer_formats())
-        return CalibratedQuantization(replace(self.quantization, scheme=chosen), calibration)
+        return self._with_scheme(replace(scheme, formats=calibration.integer_formats()))
+
+    def _with_scheme(self, scheme: WeightQuantization) -> CalibratedQuantization:
+        return replace(self, quantization=replace(self.quantization, scheme=scheme))
 
     @property
     def required_calibration(self) -> CalibrationResult:

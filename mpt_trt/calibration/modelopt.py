@@ -9,6 +9,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from mpt_trt.quantization.calibrated_weights import (
     Fp8Scales,
     SmoothQuantMatrix,
 )
+from mpt_trt.quantization.grids import INT4
+from mpt_trt.quantization.scale_search import search_scales
 from mpt_trt.quantization.schemes import SMOOTHQUANT_ALPHA
 
 log = logging.getLogger(__name__)
@@ -38,9 +41,52 @@ def calibrated_by_modelopt(
     plan: CalibrationPlan, weight_dtype: np.dtype, block: PlainBlock, run: SampleRun
 ) -> dict[BlockMatrix, CalibratedMatrix]:
     """Lets ModelOpt calibrate a block, in place, and reads its results for each linear layer."""
+    squares = _mean_squares(block, run) if plan.scales == "error" else {}
     quantize_module(block, plan, run)
+    matrices = {
+        name: calibrated_matrix(module, plan, weight_dtype)
+        for name, module in linear_modules(block).items()
+    }
+    # The plan has them for int4_awq only.
+    for name, mean_square in squares.items():
+        matrices[name] = _with_least_error(matrices[name], mean_square)
+    return matrices
+
+
+def _mean_squares(block: PlainBlock, run: SampleRun) -> dict[BlockMatrix, Tensor]:
+    """Runs a block, and returns the mean square of each input feature, float32 `[in]`."""
     modules = linear_modules(block)
-    return {name: calibrated_matrix(m, plan, weight_dtype) for name, m in modules.items()}
+    with contextlib.ExitStack() as stack:
+        by_batch = {name: stack.enter_context(_observed_squares(m)) for name, m in modules.items()}
+        run(block)
+    # Batches have equal sizes.
+    return {name: torch.stack(squares).mean(0) for name, squares in by_batch.items()}
+
+
+@contextlib.contextmanager
+def _observed_squares(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Yields a list, to which each run adds the mean squares of its input features."""
+    squares: list[Tensor] = []
+    handle = module.register_forward_pre_hook(
+        lambda _, inputs: squares.append(inputs[0].float().square().flatten(0, -2).mean(0))
+    )
+    try:
+        yield squares
+    finally:
+        handle.remove()
+
+
+def _with_least_error(matrix: CalibratedMatrix, mean_square: Tensor) -> AwqMatrix:
+    """Chooses scales by the squared error of the layer's output. mean_square: of its inputs."""
+    assert isinstance(matrix, AwqMatrix), "only int4_awq has a choice of scales"
+    out_features, num_groups = matrix.scales.shape
+    device = mean_square.device
+    weight = torch.from_numpy(matrix.weight).to(device).float()
+    importance = mean_square * torch.from_numpy(matrix.pre_quant_scale).to(device).square()
+    scales = search_scales(
+        weight.reshape(out_features, num_groups, -1), importance.reshape(num_groups, -1), INT4
+    )
+    return replace(matrix, scales=scales.cpu().numpy())
 
 
 def quantize_module(

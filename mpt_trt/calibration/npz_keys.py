@@ -33,6 +33,9 @@ WEIGHT_SCALE, ACTIVATION_SCALE = "weights_scaling_factor", "activation_scaling_f
 # Key of the budget in bits per weight, which only results of mixed have.
 BUDGET = "mpt_trt:mixed:bits"
 
+# Key that only results of int4_awq have whose scales were chosen by error; its value is 1.
+SCALES_BY_ERROR = "mpt_trt:scales_by_error"
+
 # Formats whose results contain whole matrices.
 WITH_MATRICES: tuple[QuantizationFormat, ...] = ("int4_awq", "int4_gptq", "mixed", "int8_sq")
 

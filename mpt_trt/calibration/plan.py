@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpt_trt.quantization.schemes import QuantizationFormat
+from mpt_trt.quantization.schemes import QuantizationFormat, ScaleChoice
 
 
 @dataclass(frozen=True)
@@ -12,12 +12,13 @@ class CalibrationPlan:
     """Format of a calibration.
 
     group_size: input features that share a scale, for formats in groups. bits: budget per weight,
-    for mixed.
+    for mixed. scales: choice of a group's scale, for int4_awq.
     """
 
     quantization_format: QuantizationFormat
     group_size: int | None = None
     bits: float | None = None
+    scales: ScaleChoice = "amax"
 
     @property
     def required_group_size(self) -> int:

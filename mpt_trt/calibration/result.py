@@ -17,6 +17,7 @@ from mpt_trt.calibration.npz_keys import (
     ACTIVATION_SCALE,
     BUDGET,
     CORNER,
+    SCALES_BY_ERROR,
     SMOOTHING,
     WEIGHT,
     WEIGHT_SCALE,
@@ -40,7 +41,13 @@ from mpt_trt.quantization.calibrated_weights import (
     KvAmax,
     SmoothQuantMatrix,
 )
-from mpt_trt.quantization.schemes import GROUPED, ROUNDED, IntegerFormat, QuantizationFormat
+from mpt_trt.quantization.schemes import (
+    GROUPED,
+    ROUNDED,
+    IntegerFormat,
+    QuantizationFormat,
+    ScaleChoice,
+)
 
 # Weights of the same model may have been rounded to bfloat16 on both sides.
 RELATIVE_TOLERANCE = 2.0**-7
@@ -116,6 +123,11 @@ class CalibrationResult:
         # float32 stores a few more digits.
         return round(self._scalar(BUDGET), 4)
 
+    @property
+    def scales(self) -> ScaleChoice:
+        """How the scales of int4_awq were chosen."""
+        return "error" if SCALES_BY_ERROR in self.file.keys else "amax"
+
     def integer_format(self, layer: int, matrix: BlockMatrix) -> IntegerFormat:
         """The form of a matrix's integers; raises MptTrtError for one that is unknown."""
         self._require_groups()
@@ -158,7 +170,7 @@ class CalibrationResult:
     def group_scales(self, layer: int, matrix: BlockMatrix) -> NDArray[np.float32]:
         """Reads scales `[out, in / group_size]`, without the matrix.
 
-        Those of int4_gptq may be negative, none is 0.
+        Those of int4_gptq, or chosen by error, may be negative; none is 0.
         """
         self._require_groups()
         out_features, _ = block_matrices(self.config, layer)[matrix].shape
@@ -230,7 +242,7 @@ class CalibrationResult:
 
     def _joined(self, layer: int, matrix: BlockMatrix, name: str) -> NDArray[np.float32]:
         """Reads flat scales, those of Q, K and V joined."""
-        is_signed = self.quantization_format in ROUNDED
+        is_signed = self.quantization_format in ROUNDED or self.scales == "error"
         read = self._nonzero if is_signed else self._positive
         parts = [read(f"{key}:{name}") for key in matrix_keys(layer, matrix)]
         return np.concatenate([part.reshape(-1) for part in parts])

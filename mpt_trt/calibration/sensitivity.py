@@ -1,7 +1,8 @@
 """Divergence of the model when one of its matrices is stored in another format.
 
 All variants of the model run side by side, one block after the other: a variant begins at the block
-whose matrix it changes. Memory holds one block and a few hidden states of each variant.
+whose matrix it changes. Memory holds one block and a few hidden states of each variant. Matrices
+are rounded for all samples, as they will be, but the divergence is measured on a part of them.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ from mpt_trt.quantization.schemes import (
     default_group_size,
 )
 
-SAMPLES = 4
-"""Samples of the calibration text on which the divergence is measured."""
+STRIDE = 8
+"""The divergence is measured on one of so many samples of each batch."""
 
 Formats = list[dict[BlockMatrix, IntegerFormat]]
 """Candidates or choices by layer and matrix."""
 
 
 def candidate_formats(config: MptConfig) -> list[IntegerFormat]:
-    """Lists int8, and int4 in groups of 128, 64 and 32 that ranks do not share."""
+    """Lists int8, and int4 in all groups that ranks do not share."""
     largest = default_group_size(config)
-    groups = [size for size in GROUP_SIZES if 32 <= size <= largest] or [largest]
-    return [*(IntegerFormat(4, size) for size in groups), IntegerFormat(8)]
+    groups = [IntegerFormat(4, size) for size in GROUP_SIZES if size <= largest]
+    return [*groups, IntegerFormat(8)]
 
 
 def measured_formats(
@@ -70,7 +71,7 @@ def measured_formats(
     }
     # Fail before anything is measured.
     choose_formats(smallest, num_weights, bits)
-    divergence = _Measurement(source, computation, formats).run(samples[:SAMPLES], advance)
+    divergence = _Measurement(source, computation, formats).run(samples, advance)
     candidates = {
         (layer, matrix): [
             Candidate(each, _size(each, *shapes[matrix]), divergence[layer, matrix, each])
@@ -110,12 +111,14 @@ class _Measurement:
                 run(block)
             for variant, states in hidden.items():
                 hidden[variant] = [block(state, run.attention_bias) for state in states]
+            measured = [batch[::STRIDE] for batch in run.hidden]
             for name, module in modules.items():
+                hessian = _hessian(inputs.pop(name).batches)
                 for each in self.formats:
-                    with _rounded(module, inputs[name].batches, each):
-                        states = [block(state, run.attention_bias) for state in run.hidden]
+                    with _rounded(module, hessian, each):
+                        states = [block(batch, run.attention_bias) for batch in measured]
                     hidden[layer, name, each] = states
-            plain[:] = run.outputs
+            plain[:] = [batch[::STRIDE] for batch in run.outputs]
             advance()
 
         stream_blocks(self.source, samples, self.computation, visit)
@@ -145,13 +148,19 @@ class _Measurement:
         return {variant: total / tokens for variant, total in totals.items()}
 
 
+def _hessian(batches: list[Tensor]) -> Tensor:
+    statistics = Statistics.empty(batches[0].shape[1], batches[0].device)
+    for batch in batches:
+        statistics.add(batch, batch)
+    return statistics.hessian
+
+
 @contextlib.contextmanager
-def _rounded(module: nn.Module, inputs: list[Tensor], each: IntegerFormat) -> Iterator[None]:
+def _rounded(module: nn.Module, hessian: Tensor, each: IntegerFormat) -> Iterator[None]:
     """Gives a module rounded weights for a while."""
     weight = module.get_parameter("weight")
-    statistics = Statistics.empty(weight.shape[1], weight.device)
-    for batch in inputs:
-        statistics.add(batch, batch)
+    # Rounding overwrites them. The inputs have no errors.
+    statistics = Statistics(hessian.clone(), torch.zeros_like(hessian, dtype=torch.float32))
     kept = weight.clone()
     weight.copy_(rounded_to(each, weight.float(), statistics)[0])
     try:

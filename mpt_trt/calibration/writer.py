@@ -19,6 +19,7 @@ from mpt_trt.calibration.npz_keys import (
     ACTIVATION_SCALE,
     BUDGET,
     CORNER,
+    SCALES_BY_ERROR,
     SMOOTHING,
     WEIGHT,
     WEIGHT_SCALE,
@@ -31,6 +32,7 @@ from mpt_trt.calibration.npz_keys import (
     shape_key,
     whole_key,
 )
+from mpt_trt.calibration.plan import CalibrationPlan
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
 from mpt_trt.model.tensors import BlockMatrix, Weight, WeightReader, weights
@@ -41,7 +43,6 @@ from mpt_trt.quantization.calibrated_weights import (
     RoundedWeights,
     SmoothQuantMatrix,
 )
-from mpt_trt.quantization.schemes import QuantizationFormat
 from mpt_trt.system.files import WRITE_BYTES, write_in_pieces
 from mpt_trt.system.replace import replace_file, require_writable
 
@@ -64,18 +65,20 @@ class CalibrationWriter:
     reader: WeightReader
     weight_dtype: np.dtype
 
-    def model(self, quantization_format: QuantizationFormat, bits: float | None = None) -> None:
+    def model(self, plan: CalibrationPlan) -> None:
         """Writes the arrays that identify the model: all norms, and a corner of each matrix.
 
         If the format has matrices, the embedding is also written, because AMMO's loader then reads
         all weights from the file.
         """
-        if bits is not None:
-            self._scalar(BUDGET, bits)
+        if plan.bits is not None:
+            self._scalar(BUDGET, plan.bits)
+        if plan.scales == "error":
+            self._scalar(SCALES_BY_ERROR, 1)
         for weight in weights(self.config):
             if len(weight.shape) == 2:
                 self._fingerprint(weight)
-            is_needed = weight.name != "wte" or quantization_format in WITH_MATRICES
+            is_needed = weight.name != "wte" or plan.quantization_format in WITH_MATRICES
             if is_needed and (key := whole_key(weight)) is not None:
                 self._weight(key, self.reader.tensor(weight), weight.name)
 

@@ -48,6 +48,10 @@ def _plan(options: argparse.Namespace, config: MptConfig) -> CalibrationPlan:
     group_size = options.awq_block_size
     if (options.qformat == "mixed") != (options.bits is not None):
         raise MptTrtError("--bits belongs to --qformat mixed, which needs it")
+    if options.scales != "amax" and options.qformat != "int4_awq":
+        raise MptTrtError(
+            f"--scales = {options.scales}: only int4_awq has a choice of scales; leave it out"
+        )
     if options.qformat not in GROUPED:
         if group_size is not None:
             raise MptTrtError(
@@ -58,4 +62,4 @@ def _plan(options: argparse.Namespace, config: MptConfig) -> CalibrationPlan:
     if group_size is None:
         group_size = default_group_size(config)
     require_fitting_groups(config, 1, group_size)
-    return CalibrationPlan(options.qformat, group_size)
+    return CalibrationPlan(options.qformat, group_size, scales=options.scales)

@@ -17,8 +17,8 @@ class AwqMatrix:
     """A matrix for 4-bit groups; `x W^T` is `(x * pre_quant_scale) weight^T`.
 
     weight: `[out, in]`, already divided by pre_quant_scale; float32, or the stored type if it was
-    read from a file. scales: float32 `[out, in / group_size]`, amax / 7 of each group.
-    pre_quant_scale: float32 `[in]`.
+    read from a file. scales: float32 `[out, in / group_size]`, amax / 7 of each group; if they were
+    chosen by error, they may be negative. pre_quant_scale: float32 `[in]`.
     """
 
     weight: NDArray[Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -36,8 +37,8 @@ def choose_formats(
     if left < 0:
         least = sum(each.size for each in chosen.values()) / num_weights
         raise MptTrtError(
-            f"bits = {bits:g}: the smallest formats take {least:.3f} bits per weight with their "
-            f"scales; set bits to {least + 0.005:.2f} or more"
+            f"bits = {bits:g}: this model's smallest formats take {least:g} bits per weight with "
+            f"their scales; set bits to {math.ceil(least * 1000) / 1000:g} or more"
         )
     while steps := [
         ((now.divergence - new.divergence) / (new.size - now.size), place, new)

@@ -32,6 +32,9 @@ KvCacheType = Literal["auto", "int8", "fp8"]
 HeadType = Literal["auto", "int8"]
 """Storage of the head and the embedding; `auto`: in the network's own type."""
 
+ScaleChoice = Literal["amax", "error"]
+"""How calibration chooses a group's scale: from the group's amax, or by the least squared error."""
+
 CALIBRATION_BATCH_SIZE = 8
 """Default maximum number of samples per calibration batch."""
 
@@ -59,10 +62,12 @@ class WeightOnly:
 class Awq:
     """4-bit weights in groups, after activation-aware scaling (Lin et al., arXiv:2306.00978).
 
-    group_size: input features that share a scale; None: see `default_group_size`.
+    group_size: input features that share a scale; None: see `default_group_size`. scales: amax, as
+    in AMMO's files, or error.
     """
 
     group_size: int | None = None
+    scales: ScaleChoice = "amax"
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,12 @@ class Mixed:
     formats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 4 <= self.bits <= 16:
-            raise MptTrtError(f"bits = {self.bits:g}: 4 to 16 bits per weight are possible")
+        smallest = IntegerFormat(4, GROUP_SIZES[0]).bits_per_weight(DEFAULT_GROUP_SIZE)
+        if not smallest <= self.bits <= 16:
+            raise MptTrtError(
+                f"bits = {self.bits:g}: {smallest:g} (int4 in groups of {GROUP_SIZES[0]}, with "
+                "their scales) to 16 bits per weight are possible"
+            )
         for name in self.formats:
             IntegerFormat.of(name)
 
@@ -156,7 +165,7 @@ WeightQuantization = WeightOnly | Awq | Gptq | Mixed | SmoothQuant | Fp8
 METHODS: dict[str, tuple[Callable[..., WeightQuantization], frozenset[str]]] = {
     "int8_weight_only": (functools.partial(WeightOnly, 8), frozenset()),
     "int4_weight_only": (functools.partial(WeightOnly, 4), frozenset({"group_size"})),
-    "int4_awq": (Awq, frozenset({"group_size"})),
+    "int4_awq": (Awq, frozenset({"group_size", "scales"})),
     "int4_gptq": (Gptq, frozenset({"group_size"})),
     "mixed": (Mixed, frozenset({"bits", "formats"})),
     "smoothquant": (SmoothQuant, frozenset({"alpha", "per_channel", "per_token"})),

@@ -36,7 +36,8 @@ class JobOptions:
         size = [] if name.group_size is None else [f"--awq_block_size={name.group_size}"]
         qformat = f"--qformat={name.quantization_format}"
         size += [] if name.bits is None else [f"--bits={name.bits:g}"]
-        return [qformat, *size, *self._model(target), *self._calibration(target)]
+        scales = [] if name.scales == "amax" else [f"--scales={name.scales}"]
+        return [qformat, *size, *scales, *self._model(target), *self._calibration(target)]
 
     def smoothquant(self, target: Target) -> list[str]:
         alpha = target_names.ft_storage(target.storage).alpha

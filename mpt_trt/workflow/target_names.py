@@ -2,13 +2,14 @@
 
 An FT checkpoint is `fp32`, `fp16`, `bf16` or, for SmoothQuant, `sq`, which means alpha 0.5 and
 float16; other settings are part of the name: `sq-0.8-bf16`. A calibration result is `fp8`,
-`int8_sq`, `kv_cache`, `int4_awq` or `int4_gptq`, and `int4_awq-g64` if a group size is set.
+`int8_sq`, `kv_cache`, `int4_awq` or `int4_gptq`; with a group size, `int4_awq-g64`; with scales by
+error, `int4_awq-error` or `int4_awq-g64-error`; of mixed, `mixed-b5.5`.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from mpt_trt.errors import MptTrtError
@@ -20,6 +21,7 @@ from mpt_trt.quantization.schemes import (
     KvCacheType,
     Mixed,
     QuantizationFormat,
+    ScaleChoice,
     SmoothQuant,
     WeightQuantization,
     calibration_format,
@@ -90,17 +92,22 @@ def ft_storage_of(dtype: str, scheme: WeightQuantization | None) -> FtStorage:
 
 @dataclass(frozen=True)
 class CalibrationName:
-    """Format of a calibration result. group_size: None for the model's default. bits: of mixed."""
+    """Format of a calibration result.
+
+    group_size: None for the model's default. bits: of mixed. scales: of int4_awq.
+    """
 
     quantization_format: QuantizationFormat
     group_size: int | None = None
     bits: float | None = None
+    scales: ScaleChoice = "amax"
 
     @property
     def name(self) -> str:
         group = "" if self.group_size is None else f"-g{self.group_size}"
         bits = "" if self.bits is None else f"-b{self.bits:g}"
-        return f"{self.quantization_format}{group}{bits}"
+        scales = "" if self.scales == "amax" else f"-{self.scales}"
+        return f"{self.quantization_format}{group}{bits}{scales}"
 
 
 def calibration_name(name: str) -> CalibrationName:
@@ -108,9 +115,11 @@ def calibration_name(name: str) -> CalibrationName:
     if match := re.fullmatch(r"mixed-b([0-9]+(?:\.[0-9]+)?)", name):
         mixed = CalibrationName("mixed", bits=float(match[1]))
         if mixed.name == name:
+            Mixed(float(match[1]))  # raises MptTrtError for a budget that no format meets
             return mixed
     known = [CalibrationName(each) for each in FORMATS if each != "mixed"]
     known += [CalibrationName(grouped, size) for grouped in GROUPED for size in GROUP_SIZES]
+    known += [replace(e, scales="error") for e in known if e.quantization_format == "int4_awq"]
     by_name = {entry.name: entry for entry in known}
     if name not in by_name:
         raise MptTrtError(
@@ -129,4 +138,5 @@ def calibration_of(
         return None
     group_size = scheme.group_size if isinstance(scheme, Awq | Gptq) else None
     bits = scheme.bits if isinstance(scheme, Mixed) else None
-    return CalibrationName(quantization_format, group_size, bits)
+    scales = scheme.scales if isinstance(scheme, Awq) else "amax"
+    return CalibrationName(quantization_format, group_size, bits, scales)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from modelopt.torch.export import quant_utils
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpt_trt.calibration import modelopt
@@ -29,6 +30,7 @@ from mpt_trt.calibration.result import CalibrationResult, read_calibration
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint
 from mpt_trt.model.torch_tensors import ModelTensors
+from mpt_trt.quantization.calibrated_weights import AwqMatrix
 from references.modelopt_reference import logits_of, quantize_whole, whole_model
 from support.checkpoints import CheckpointSpec, tensors, write_checkpoint
 from support.engines import convert
@@ -109,6 +111,53 @@ def test_awq_is_what_modelopt_makes_of_the_whole_model(name: str, tmp_path: Path
             assert_near(found.weight, module.weight)
             assert_near(found.scales, quant_utils.get_weight_scaling_factor(module))
             assert found.pre_quant_scale.std() > 0.01  # AWQ did something
+
+
+def test_scales_by_error_have_less_error(tmp_path: Path) -> None:
+    """Nothing but the scales changes; every group's error falls, or stays."""
+    spec = SPECS["multi-head"]
+    by_amax = calibrated(tmp_path / "amax", spec, CalibrationPlan("int4_awq", GROUP_SIZE))
+    plan = CalibrationPlan("int4_awq", GROUP_SIZE, scales="error")
+    by_error = calibrated(tmp_path / "error", spec, plan)
+    assert (by_amax.scales, by_error.scales) == ("amax", "error")
+    assert by_error.quantization_format == "int4_awq"
+    squares = mean_squares(whole_model(tmp_path / "amax" / "hf"), spec)
+    for layer in range(spec.num_layers):
+        for matrix, path in MATRICES.items():
+            plain, found = (each.awq_matrix(layer, matrix) for each in (by_amax, by_error))
+            np.testing.assert_array_equal(found.weight, plain.weight)
+            np.testing.assert_array_equal(found.pre_quant_scale, plain.pre_quant_scale)
+            assert (found.scales < 0).any()
+            errors = [
+                group_errors(each, squares[layer, path] * found.pre_quant_scale**2)
+                for each in (found, plain)
+            ]
+            assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
+            assert errors[0].sum() < 0.8 * errors[1].sum()
+
+
+def mean_squares(model: nn.Module, spec: CheckpointSpec) -> dict[tuple[int, str], NDArray]:
+    """Mean square of each input feature of each linear layer."""
+    found: dict[tuple[int, str], NDArray] = {}
+    for layer in range(spec.num_layers):
+        for path in MATRICES.values():
+
+            def keep(_, inputs, key=(layer, path)) -> None:
+                found[key] = inputs[0].double().square().flatten(0, -2).mean(0).numpy()
+
+            block_of(model, layer).get_submodule(path).register_forward_pre_hook(keep)
+    with torch.no_grad():
+        model(samples_of(spec))
+    return found
+
+
+def group_errors(matrix: AwqMatrix, importance: NDArray) -> NDArray:
+    """Weighted squared error of each group, rounded with its scale."""
+    groups = matrix.weight.reshape(*matrix.scales.shape, -1).astype(np.float64)
+    scales = matrix.scales[..., None].astype(np.float64)
+    rounded = np.rint(groups / scales).clip(-8, 7) * scales
+    weights = importance.reshape(groups.shape[1:])
+    return ((rounded - groups) ** 2 * weights).sum(-1)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mpt_trt.calibration.model_source import ModelSource, open_model
+from mpt_trt.calibration.plan import CalibrationPlan
 from mpt_trt.calibration.result import CalibrationResult, read_calibration
 from mpt_trt.calibration.writer import calibration_writer
 from mpt_trt.errors import MptTrtError
@@ -68,7 +69,7 @@ def write_result(
     seed: int = 0,
 ) -> Path:
     with calibration_writer(target, source.config, source.reader, weight_dtype) as writer:
-        writer.model(qformat)
+        writer.model(CalibrationPlan(qformat))
         for layer in range(source.config.num_layers):
             writer.kv_amax(layer, KvAmax(1.5 + layer, 2.5 + layer))
             for matrix in MATRICES if qformat != "kv_cache" else ():
@@ -193,7 +194,7 @@ def test_an_interrupted_write_leaves_what_was_there(made: Path, tmp_path: Path) 
         pytest.raises(RuntimeError),
         calibration_writer(target, source.config, source.reader, FLOAT32) as writer,
     ):
-        writer.model("fp8")
+        writer.model(CalibrationPlan("fp8"))
         raise RuntimeError
     assert target.read_text() == "older"
     assert list(tmp_path.iterdir()) == [target]

@@ -179,6 +179,7 @@ class TestDefaults:
             ({"method": "int4_weight_only", "group_size": 32}, WeightOnly(4, 32)),
             ({"method": "int4_awq"}, Awq()),
             ({"method": "int4_awq", "group_size": 64}, Awq(64)),
+            ({"method": "int4_awq", "scales": "error"}, Awq(scales="error")),
             ({"method": "int4_gptq", "group_size": 32}, Gptq(32)),
             ({"method": "mixed", "bits": 4.5}, Mixed(4.5)),
             ({"method": "smoothquant"}, SmoothQuant(0.5, True, True)),

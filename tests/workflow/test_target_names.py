@@ -58,6 +58,8 @@ def test_unknown_ft_storage(name: str) -> None:
         (Awq(64), "int8", "int4_awq-g64"),
         (Gptq(), "auto", "int4_gptq"),
         (Gptq(32), "auto", "int4_gptq-g32"),
+        (Awq(scales="error"), "auto", "int4_awq-error"),
+        (Awq(32, "error"), "auto", "int4_awq-g32-error"),
         (Mixed(4.5), "auto", "mixed-b4.5"),
         (Fp8(), "fp8", "fp8"),
     ],
@@ -71,11 +73,27 @@ def test_calibration_of_a_variant(scheme, kv_cache: str, name: str | None) -> No
 
 @pytest.mark.parametrize(
     "name",
-    ["int4", "int4_awq-64", "int4_awq-g48", "fp8-g128", "", "mixed", "mixed-b4.50", "mixed-4"],
+    [
+        *(
+            "int4",
+            "int4_awq-64",
+            "int4_awq-g48",
+            "int4_awq-amax",
+            "int4_gptq-error",
+            "fp8-g128",
+            "",
+        ),
+        *("mixed", "mixed-b4.50", "mixed-4"),
+    ],
 )
 def test_unknown_calibration(name: str) -> None:
     with pytest.raises(MptTrtError, match="known are int4_awq, int4_gptq, fp8, int8_sq, kv_cache"):
         target_names.calibration_name(name)
+
+
+def test_a_budget_that_no_format_meets() -> None:
+    with pytest.raises(MptTrtError, match=r"bits = 3\.9: 4\.125 .* to 16 bits per weight"):
+        target_names.calibration_name("mixed-b3.9")
 
 
 def test_int8_sq_is_a_calibration_of_its_own() -> None:
