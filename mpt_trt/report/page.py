@@ -168,9 +168,15 @@ def _run_columns(entries: list[Entry]) -> list[Column]:
     memory = [number(entry.quality.peak_memory / 1e6) for entry in entries]
     columns = [Column("Error", "% of allowed", distances), Column("Host memory", "MB", memory)]
     # One runtime for all engines is named above the table.
-    runtimes = [entry.quality.runtime for entry in entries]
-    others = [Column("Runtime", "", runtimes, is_text=True)] if len(set(runtimes)) > 1 else []
-    return columns + others
+    letters = runtime_letters(entries)
+    runtimes = [letters[entry.quality.runtime] for entry in entries]
+    return columns + ([Column("Runtime", "", runtimes)] if len(letters) > 1 else [])
+
+
+def runtime_letters(entries: list[Entry]) -> dict[str, str]:
+    """Letters that stand for the runtimes in the table, which has no room for their names."""
+    runtimes = dict.fromkeys(entry.quality.runtime for entry in entries)
+    return {runtime: chr(ord("A") + index) for index, runtime in enumerate(runtimes)}
 
 
 def _multiples(entries: list[Entry], sizes: list[int]) -> list[str]:
@@ -249,12 +255,17 @@ def plots(entries: list[Entry]) -> list[Plot]:
             [entry.quality.figures.kl.mean for entry in single],
         ),
         draw_divergence(labels, [result.figures.kl for result in results]),
-        draw_speed(
-            labels,
-            [result.speed for result in results],
-            [result.runtime for result in results],
-        ),
+        draw_speed(labels, _rates(results), [result.runtime for result in results]),
     ]
+
+
+def _rates(results: list[QualityResult]) -> dict[str, list[float]]:
+    together = f"generating {results[0].throughput_rows} at a time"
+    return {
+        "generating": [result.speed.decode_tokens_per_s for result in results],
+        "reading a prompt": [result.speed.prefill_tokens_per_s for result in results],
+        together: [result.throughput.decode_tokens_per_s for result in results],
+    }
 
 
 def runtime_in_words(entries: list[Entry]) -> str:
@@ -386,6 +397,7 @@ def page(model: str, entries: list[Entry], template: Path, drawn: list[Plot]) ->
         groups=column_groups(entries),
         plots=drawn,
         runtime=runtime_in_words(entries),
+        runtimes=runtime_letters(entries),
         samples=samples(entries),
         findings=findings(entries),
         conditions={name: texts for name, texts in conditions(entries).items() if texts},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from mpt_trt.evaluation.quality_result import Estimate
-from mpt_trt.evaluation.speed import Speed
 from mpt_trt.report.numbers import number
 
 if TYPE_CHECKING:
@@ -65,6 +64,8 @@ WIDTH = 4.7  # inches; text has its nominal size at a phone's width
 ROW = 0.27
 # Smaller values are drawn at the edge, because float32 logits do not resolve them.
 LEAST_KL = 1e-13
+# Of the plot over size, where engines of few bits need the room.
+LEAST_FRONTIER_KL = 1e-7
 # Times as far from the base as two thirds of the values are.
 OUTLIER = 6
 # ... and as this share of the base.
@@ -133,20 +134,26 @@ def draw_frontier(
     with _figure(max(3.0, ROW * len(labels) + 0.9)) as figure:
         axes = figure.subplots()
         figure.subplots_adjust(left=0.15, right=0.62, bottom=0.16, top=0.97)
-        heights = [math.log10(max(each, LEAST_KL)) for each in divergences]
+        heights = [math.log10(max(each, LEAST_FRONTIER_KL)) for each in divergences]
         axes.set_xlim(0, max(megabytes) * 1.08)
         lowest, highest = math.floor(min(heights)), math.ceil(max(heights))
         axes.set_ylim(lowest - 0.2, max(highest, lowest + 1) + 0.2)
         ticks = range(lowest, max(highest, lowest + 1) + 1)
-        axes.set_yticks(ticks, [f"{10.0**tick:g}" for tick in ticks])
+        axes.set_yticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
         line = _frontier([*zip(megabytes, heights, strict=True)])
         axes.plot(*zip(*line, strict=True), color=FAINT, linewidth=1)
-        axes.plot(megabytes, heights, "o", color=SERIES[0], markersize=6)
+        is_shown = [each >= LEAST_FRONTIER_KL for each in divergences]
+        for size, y, inside in zip(megabytes, heights, is_shown, strict=True):
+            axes.plot(size, y, "o" if inside else "v", color=SERIES[0], markersize=6)
         axes.set_xlabel("weights, MB")
         axes.set_ylabel("mean KL, nats")
         axes.grid(True)
         axes.set_axisbelow(True)
-        points = [*zip(megabytes, heights, labels, strict=True)]
+        names = [
+            label if inside else f"{label}: {number(kl, 2)}"
+            for label, kl, inside in zip(labels, divergences, is_shown, strict=True)
+        ]
+        points = [*zip(megabytes, heights, names, strict=True)]
         _label_at_the_side(axes, points, figure.get_figheight())
         told = ", ".join(
             f"{label} {number(size)} MB {number(kl)}"
@@ -158,7 +165,8 @@ def draw_frontier(
             "Size against divergence",
             "Mean KL divergence from the float32 reference (lower is better, logarithmic) over the "
             "size of the weights on disk, each point a variant. The line joins the variants to "
-            "which no other is both smaller and nearer to the reference.",
+            "which no other is both smaller and nearer to the reference; an arrowhead at the edge "
+            "stands for a point below it.",
             f"{told}.",
         )
 
@@ -210,16 +218,14 @@ def draw_divergence(labels: Sequence[str], divergences: Sequence[Estimate]) -> P
         )
 
 
-def draw_speed(labels: Sequence[str], speeds: Sequence[Speed], runtimes: Sequence[str]) -> Plot:
-    """Draws bars of tokens/s, for generating and for reading a prompt."""
+def draw_speed(
+    labels: Sequence[str], panels: Mapping[str, Sequence[float]], runtimes: Sequence[str]
+) -> Plot:
+    """Draws bars of tokens/s. panels: the engines' rates by the work that is measured."""
     kinds = list(dict.fromkeys(runtimes))
-    panels = {
-        "generating, tokens/s": [speed.decode_tokens_per_s for speed in speeds],
-        "reading a prompt, tokens/s": [speed.prefill_tokens_per_s for speed in speeds],
-    }
     legend = 0.22 * len(kinds) if len(kinds) > 1 else 0
-    with _figure(2 * (ROW * len(labels) + 0.75) + legend) as figure:
-        pair = figure.subplots(2, 1)
+    with _figure(len(panels) * (ROW * len(labels) + 0.75) + legend) as figure:
+        column = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         height = figure.get_figheight()
         figure.subplots_adjust(
             left=_label_width(labels),
@@ -228,7 +234,7 @@ def draw_speed(labels: Sequence[str], speeds: Sequence[Speed], runtimes: Sequenc
             top=1 - (legend + 0.05) / height,
             hspace=0.75 / (ROW * len(labels)),
         )
-        for axes, (name, rates) in zip(pair, panels.items(), strict=True):
+        for axes, (name, rates) in zip(column, panels.items(), strict=True):
             _rows(axes, labels)
             # A bar that would flatten all others ends at the edge, with its number inside.
             far = _outliers(rates, 0.0)
@@ -240,21 +246,22 @@ def draw_speed(labels: Sequence[str], speeds: Sequence[Speed], runtimes: Sequenc
                 else:
                     _write_next_to(axes, rate, row, number(rate), 3)
             axes.set_xlim(0, longest)
-            axes.set_xlabel(name)
+            axes.set_xlabel(f"{name}, tokens/s")
         if legend:
-            handles = [_bar(pair[0], 0, 0, kind) for kind in range(len(kinds))]
+            handles = [_bar(column[0], 0, 0, kind) for kind in range(len(kinds))]
             figure.legend(handles, kinds, loc="upper left", fontsize=8)
         told = (
-            f"{label} {number(speed.decode_tokens_per_s)} and {number(speed.prefill_tokens_per_s)}"
-            for label, speed in zip(labels, speeds, strict=True)
+            f"{name}: "
+            + ", ".join(f"{label} {number(r)}" for label, r in zip(labels, rates, strict=True))
+            for name, rates in panels.items()
         )
         return _plot(
             figure,
             "speed",
             "Speed",
-            "Tokens per second of one sequence, under the runtime that the table names (longer is "
-            "better).",
-            f"Generating, and reading a prompt: {', '.join(told)}.",
+            "Tokens per second of one sequence, and of several at a time, under the runtime that "
+            "the table names (longer is better).",
+            f"{'; '.join(told)}.",
         )
 
 

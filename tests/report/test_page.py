@@ -30,7 +30,7 @@ from mpt_trt.report.page import (
     require_comparable,
     runtime_in_words,
 )
-from mpt_trt.report.plots import _outliers, _spread, draw_size, draw_speed
+from mpt_trt.report.plots import _outliers, _spread, draw_frontier, draw_size, draw_speed
 from mpt_trt.system.machine import Machine
 from support.engines import call_tool, one_line_error, run_tool
 
@@ -273,7 +273,7 @@ def test_table_has_a_row_for_each_engine(page: Page):
     assert int4["Perplexity% change"] == "+5.13 ± 0.21"
     assert int4["Mean KLnats"] == "0.0900 ± 0.0090"
     assert int4["Same top token%"] == "98.00 ± 0.10"
-    assert int4["Generatingtokens/s"] == "321" and int4["Runtime"] == "tensorrt 11.0"
+    assert int4["Generatingtokens/s"] == "321" and int4["Runtime"] == "B"
     assert int4["Error% of allowed"] == "1.2 of 2.8"
 
 
@@ -285,6 +285,7 @@ def test_names_are_escaped(made: Path, page: Page):
 
 def test_page_says_how_the_figures_were_obtained(page: Page):
     for text in (
+        "Runtimes: A is ONNX Runtime 1.32.0 (CPUExecutionProvider); B is tensorrt 11.0.",
         "Some <CPU>, 2 cores, 23.5 GiB, no GPU",
         "ONNX Runtime 1.32.0 (CPUExecutionProvider)",
         "no NVIDIA GPU found",
@@ -302,7 +303,9 @@ def test_plots_stand_alone_and_name_every_engine(made: Path):
         tree = ET.parse(made / "items" / f"{name}.svg").getroot()
         assert tree.tag == "{http://www.w3.org/2000/svg}svg" and tree.get("viewBox")
         texts = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")]
-        assert {"fp32", "fp16", "int4<&>"} <= set(texts), name
+        # A point beyond the axis has its value after its name.
+        names = {(text or "").split(":")[0] for text in texts}
+        assert {"fp32", "fp16", "int4<&>"} <= names, name
         told = tree.find("{http://www.w3.org/2000/svg}desc").text
         assert "int4<&>" in told
         content = (made / "items" / f"{name}.svg").read_text()
@@ -487,8 +490,13 @@ def test_outliers(values: list[float], base: float, expected: list[float]) -> No
 def test_an_outlier_keeps_the_others_apart() -> None:
     plot = draw_size(["a", "b", "c", "wild"], [10, 9, 8, 7], [13.1, 13.15, 13.3, 5000.0], 13.1)
     assert "wild: 5,000" in plot.svg and ">5000<" not in plot.svg
-    speeds = [entry_of(str(n), rates=(r, r, r)).quality.speed for n, r in enumerate((10, 12, 5000))]
-    assert "5,000 \N{RIGHTWARDS ARROW}" in draw_speed(["a", "b", "c"], speeds, ["x"] * 3).svg
+    rates = {"generating": [10.0, 12, 5000]}
+    assert "5,000 \N{RIGHTWARDS ARROW}" in draw_speed(["a", "b", "c"], rates, ["x"] * 3).svg
+
+
+def test_a_divergence_below_the_axis_is_written() -> None:
+    plot = draw_frontier(["tiny", "usual"], [26, 5], [4.5e-12, 0.03])
+    assert f"tiny: {number(4.5e-12, 2)}" in plot.svg and ">usual<" in plot.svg
 
 
 def test_samples_are_shown(page: Page, made: Path) -> None:
