@@ -37,10 +37,11 @@ slurm-ready:
 test-slurm: $(VENV)/installed-dev slurm-ready
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
-# Tests ONNX Runtime on a CUDA GPU; replaces onnxruntime in .venv with onnxruntime-gpu.
+# Tests ONNX Runtime on CUDA GPUs, with 2 and 4 ranks if there are as many GPUs; replaces onnxruntime in
+# .venv with onnxruntime-gpu, and adds NCCL.
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
-	$(PIP) install --quiet "onnxruntime-gpu[cuda,cudnn]==1.31.1"
+	$(PIP) install --quiet "onnxruntime-gpu[cuda,cudnn]==1.31.1" nccl4py==0.6.0 nvidia-nccl-cu13==2.28.9
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
 # TensorRT plans on a GPU that they are built for: every variant and feature, with tokens chosen by

@@ -93,7 +93,7 @@ def lone_nccl():
     [
         (WIDE, 2, 0, PLAIN, None),
         (WIDE, 2, 1, INT4, None),
-        (WIDE, 4, 3, INT8, BOTH),
+        (WIDE, 2, 0, INT8, BOTH),
         (ODD, 2, 1, PLAIN, BOTH),
         (ODD, 4, 2, PLAIN, WHOLE),
     ],

@@ -20,7 +20,9 @@ CAPSULE_NAME = b"ncclComm_t"
 FLOAT32, SUM = 7, 0
 # Of ncclResult_t.
 SUCCESS, IN_PROGRESS = 0, 7
-NO_NCCL = "NCCL is not installed, and several ranks on GPUs need it: pip install nccl4py[cu13]"
+NO_NCCL = (
+    "NCCL is not installed, and several ranks on GPUs need it: pip install nccl4py nvidia-nccl-cu13"
+)
 
 
 class Nccl:
