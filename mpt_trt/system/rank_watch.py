@@ -60,7 +60,8 @@ class RankWatch:
     def close(self) -> None:
         """Ends the watch; afterwards, nothing is interrupted."""
         self._is_closed.set()
-        if threading.current_thread() is not self._thread:
+        # At the end of the program, the thread no longer runs.
+        if threading.current_thread() is not self._thread and not sys.is_finalizing():
             self._thread.join(GRACE_SECONDS)
 
     def _raise_failure(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from contextlib import AbstractContextManager, closing
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,7 @@ CAPSULE_NAME = b"ncclComm_t"
 FLOAT32, SUM = 7, 0
 # Of ncclResult_t.
 SUCCESS, IN_PROGRESS = 0, 7
-NO_NCCL = (
-    "NCCL is not installed, and several ranks on GPUs need it: pip install nccl4py nvidia-nccl-cu13"
-)
+REMEDY = "several ranks on GPUs need it: pip install nccl4py nvidia-nccl-cu13"
 
 
 class Nccl:
@@ -88,7 +85,16 @@ def load_library() -> Any:
 
 def nccl_obstacle() -> str | None:
     """Reason why NCCL cannot be used on this machine; None if it can."""
-    return NO_NCCL if find_spec("nccl") is None else None
+    try:
+        from nccl import core
+
+        core.get_version()
+    except Exception as error:  # its package has many types of errors
+        if isinstance(error, ModuleNotFoundError) and error.name in ("nccl", None):
+            return f"NCCL is not installed; {REMEDY}"
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        return f"NCCL cannot be loaded ({reason}); {REMEDY}"
+    return None
 
 
 def join_nccl(communicator: Communicator) -> Nccl:
@@ -96,10 +102,10 @@ def join_nccl(communicator: Communicator) -> Nccl:
 
     Raises MptTrtError when NCCL is not installed or cannot connect the ranks' GPUs.
     """
-    try:
-        from nccl import core
-    except ImportError:
-        raise MptTrtError(NO_NCCL) from None
+    if (obstacle := nccl_obstacle()) is not None:
+        raise MptTrtError(obstacle)
+    from nccl import core
+
     own_id = core.get_unique_id() if communicator.rank == 0 else None
     unique_id = communicator.exchange(own_id)[0]
     patience = communicator.patience_seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -144,9 +145,21 @@ def test_several_groups_in_one_process():
     assert [[call[3] for call in each] for each in calls] == [[1, 1], [2]]
 
 
+REMEDY = "several ranks on GPUs need it: pip install nccl4py nvidia-nccl-cu13"
+
+
 def test_reasons_for_the_cpu(monkeypatch):
-    monkeypatch.setattr(collectives, "nccl_obstacle", lambda: "NCCL is not installed")
-    assert collectives.collectives_obstacle() == "NCCL is not installed"
+    monkeypatch.setitem(sys.modules, "nccl", None)
+    assert collectives.collectives_obstacle() == f"NCCL is not installed; {REMEDY}"
+
+    def fail_to_load() -> None:
+        raise RuntimeError('Failure finding "libnccl.so.2"\nin these folders')
+
+    package = SimpleNamespace(core=SimpleNamespace(get_version=fail_to_load))
+    monkeypatch.setitem(sys.modules, "nccl", package)
+    assert collectives.collectives_obstacle() == (
+        f'NCCL cannot be loaded (Failure finding "libnccl.so.2"); {REMEDY}'
+    )
     monkeypatch.setattr(collectives, "nccl_obstacle", lambda: None)
     assert collectives.collectives_obstacle() is None
 

@@ -25,8 +25,8 @@ from mpt_trt.engines.manifest import (
     read_network_hash,
     write_plan_description,
 )
-from mpt_trt.engines.onnxruntime.cuda import collectives, uploaded_weights
 from mpt_trt.engines.onnxruntime.cuda import engine as onnx_engine
+from mpt_trt.engines.onnxruntime.cuda import uploaded_weights
 from mpt_trt.engines.onnxruntime.cuda.session import PROVIDER
 from mpt_trt.engines.spec import BuilderChoice, BuilderInfo
 from mpt_trt.engines.tensorrt.packages import installed_package
@@ -153,7 +153,6 @@ def installed_onnxruntime_gpu(simulation: Simulation) -> Iterator[None]:
         patch.setattr(onnxruntime, "preload_dlls", lambda: None)
         patch.setattr(SimulatedCudaSession, "cuda", simulation.cuda, raising=False)
         patch.setattr(onnx_engine, "CudaSession", SimulatedCudaSession)
-        patch.setattr(collectives, "nccl_obstacle", lambda: None)
         yield
 
 

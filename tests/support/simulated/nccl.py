@@ -84,6 +84,7 @@ def make_core(world: World, ranks: Any) -> types.ModuleType:
     core = types.ModuleType("nccl.core")
     core.Communicator = Communicator  # type: ignore[attr-defined]
     core.get_unique_id = lambda: "unique"  # type: ignore[attr-defined]
+    core.get_version = lambda: "simulated"  # type: ignore[attr-defined]
     return core
 
 
