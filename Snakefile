@@ -40,6 +40,7 @@ include: "rules/quantize.smk"
 include: "rules/engine.smk"
 include: "rules/trtllm.smk"
 include: "rules/verify.smk"
+include: "rules/proof.smk"
 include: "rules/report.smk"
 include: "rules/preflight.smk"
 

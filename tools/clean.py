@@ -27,6 +27,7 @@ FOLDERS = (
     "trt_engines",
     "smoke_tests",
     "quality",
+    "proofs",
     "throughput",
     "reports",
 )

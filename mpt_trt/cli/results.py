@@ -12,6 +12,7 @@ from pathlib import Path
 from mpt_trt.evaluation.quality_result import QualityResult
 from mpt_trt.evaluation.smoke_result import SmokeResult, require_passed, write_smoke_result
 from mpt_trt.evaluation.speed import speed_in_words
+from mpt_trt.proofs.result import ProofResult, Verdict
 
 # Width of lines in a log.
 LOG_WIDTH = 100
@@ -63,6 +64,8 @@ def show_quality(result: QualityResult, path: Path) -> None:
             f" {figures.excess.mean:+.2g} nats per token)",
             "Distance": f"mean KL {figures.kl.mean:.2g} nats, same top token "
             f"{figures.top1.mean:.2%}, over {figures.tokens} tokens",
+            **_whole_text_rows(result),
+            **_task_rows(result.tasks),
             "Size": f"weights {result.size.networks / 1e6:.1f} MB, plans "
             f"{result.size.plans / 1e6:.1f} MB",
             "Speed": speed_in_words(result.speed),
@@ -71,6 +74,44 @@ def show_quality(result: QualityResult, path: Path) -> None:
             "Result": str(path),
         }
     )
+
+
+def show_proof(result: ProofResult) -> None:
+    """Print every fact: passed, failed or not checked, with figures or the reason."""
+    _show(
+        {
+            **{each.name: _verdict_in_words(each) for each in result.verdicts},
+            "Runtime": ", ".join(result.runtimes) or "none",
+            "Facts": result.summary,
+        }
+    )
+
+
+def _verdict_in_words(verdict: Verdict) -> str:
+    if verdict.deviation is None:
+        return f"not checked: {verdict.problem}"
+    figures = f"deviation {verdict.deviation:.3g}, allowed {verdict.tolerance:.3g}"
+    if verdict.status == "passed":
+        return f"passed: {figures}"
+    return f"FAILED: {figures}; published {verdict.expected}; found {verdict.found}"
+
+
+def _whole_text_rows(result: QualityResult) -> dict[str, str]:
+    whole = result.whole_text
+    if whole is None:
+        return {}
+    return {
+        "Whole text": f"word perplexity {whole.word_perplexity:.4f}, byte perplexity "
+        f"{whole.byte_perplexity:.4f}, {whole.bits_per_byte:.4f} bits per byte, over "
+        f"{whole.words} words in {whole.bytes} bytes, {whole.tokens} tokens"
+    }
+
+
+def _task_rows(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    return {
+        f"Task {name}": ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
+        for name, metrics in tasks.items()
+    }
 
 
 def _runtime(name: str, fallback_reason: str | None) -> str:

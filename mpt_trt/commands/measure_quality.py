@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 
+from mpt_trt.api.engine import Engine
+from mpt_trt.api.text import EngineText
 from mpt_trt.checkpoint.source import checkpoint_folder
 from mpt_trt.cli.engines import open_engine
 from mpt_trt.cli.output_options import input_paths
 from mpt_trt.cli.progress import steps_progress
 from mpt_trt.cli.results import show_quality
-from mpt_trt.evaluation.heldout import read_heldout
+from mpt_trt.engines.load import LoadedEngine
+from mpt_trt.evaluation.heldout import read_heldout, read_text
 from mpt_trt.evaluation.measured_engine import describe_engine, peak_memory_of_ranks
-from mpt_trt.evaluation.quality_result import QualityResult, write_quality
+from mpt_trt.evaluation.quality_result import QualityResult, WholeText, write_quality
 from mpt_trt.evaluation.recorded_generation import measure_speed
+from mpt_trt.evaluation.whole_text import measure_text, text_windows, window_length_of
+from mpt_trt.harness.tasks import open_model, require_lm_eval, run_tasks
 from mpt_trt.system.progress_lines import no_progress, say
 from mpt_trt.system.replace import require_writable
 
@@ -23,6 +28,8 @@ def run(options: argparse.Namespace) -> None:
     inputs = input_paths(options)
     require_writable(options.output, inputs)
     heldout = read_heldout(options.reference)
+    if options.tasks:
+        require_lm_eval()
     engine = open_engine(options)
     window_length = heldout.inputs.shape[1]
     engine.manifest.spec.limits.require_window(window_length)
@@ -45,11 +52,12 @@ def run(options: argparse.Namespace) -> None:
         folder = checkpoint_folder(options.model_dir, options.revision)[0]
         head = read_head(folder, options.adapter)
         require_same_model(options.engine_dir, engine.manifest, heldout, head)
-    if not engine.is_first_rank:
-        measure(engine, heldout, head, no_progress)
-        return
-    with steps_progress("Reading held-out text, token", heldout.inputs.size) as advance:
-        figures = measure(engine, heldout, head, advance)
+    if engine.is_first_rank:
+        with steps_progress("Reading held-out text, token", heldout.inputs.size) as advance:
+            figures = measure(engine, heldout, head, advance)
+    else:
+        figures = measure(engine, heldout, head, no_progress)
+    whole_text, tasks = _whole_text(engine, options), _tasks(engine, options)
     if figures is None:
         return
     result = QualityResult(
@@ -65,6 +73,36 @@ def run(options: argparse.Namespace) -> None:
         throughput_rows=num_rows,
         prompt_len=prompt_len,
         new_tokens=new_tokens,
+        whole_text=whole_text,
+        tasks=tasks,
     )
     write_quality(result, options.output, inputs)
     show_quality(result, options.output)
+
+
+def _whole_text(engine: LoadedEngine, options: argparse.Namespace) -> WholeText | None:
+    """Reads --text as a whole, if it is given. Every rank takes part."""
+    if options.text is None:
+        return None
+    text = read_text(options.text)
+    tokenizer = _text_of(engine, options).require_tokenizer()
+    length = window_length_of(engine)
+    if not engine.is_first_rank:
+        return measure_text(engine, text, tokenizer, length)
+    count = len(text_windows(text, tokenizer, length))
+    with steps_progress("Reading the whole text, window", count) as advance:
+        return measure_text(engine, text, tokenizer, length, advance)
+
+
+def _tasks(engine: LoadedEngine, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Runs the tasks of --tasks. Every rank takes part."""
+    if not options.tasks:
+        return {}
+    if engine.is_first_rank:
+        say(f"Running tasks of lm-eval: {', '.join(options.tasks)}")
+    model = open_model(Engine(engine, _text_of(engine, options)))
+    return run_tasks(model, options.tasks, options.task_dir)
+
+
+def _text_of(engine: LoadedEngine, options: argparse.Namespace) -> EngineText:
+    return EngineText.read(options.engine_dir, engine.manifest, options.tokenizer_dir)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mpt_trt.evaluation.measured_engine import MeasuredEngine
@@ -55,13 +55,34 @@ class Size:
     total: int
 
 
+@dataclass(frozen=True)
+class WholeText:
+    """Predictions of a whole text, in windows that together predict every token once.
+
+    word_perplexity, byte_perplexity: exponentials of the nats per word and per UTF-8 byte, which do
+    not depend on the tokenizer. bits_per_byte: the base-2 logarithm of the latter. nats: negative
+    log-probability of the text. window_length: most tokens that the model reads at a time.
+    """
+
+    word_perplexity: float
+    byte_perplexity: float
+    bits_per_byte: float
+    nats: float
+    tokens: int
+    words: int
+    bytes: int
+    window_length: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class QualityResult(MeasuredEngine):
     """Quality, size and speed of one engine.
 
     reference: the software that computed the reference. text: file name. window_length: tokens per
     window. speed: measured on one sequence of prompt_len tokens and new_tokens generated tokens.
-    throughput: the same of throughput_rows sequences at a time, all of them together.
+    throughput: the same of throughput_rows sequences at a time, all of them together. whole_text:
+    the same text as a whole; None if it was not measured. tasks: metrics of lm-eval's tasks, by the
+    task's name.
     """
 
     reference: str
@@ -75,6 +96,8 @@ class QualityResult(MeasuredEngine):
     throughput_rows: int
     prompt_len: int
     new_tokens: int
+    whole_text: WholeText | None = None
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def write_quality(result: QualityResult, target: Path, inputs: Iterable[Path] = ()) -> None:

@@ -146,7 +146,17 @@ class JobOptions:
         ]
 
     def quality(self, target: Target) -> list[str]:
-        return self._adapter(target)
+        quality = self.plan.settings.quality
+        return [
+            *self._model(target),
+            *[f"--text={self.plan.quality_text(target)}"] * quality.whole_text,
+            *self._task_dir(),
+            *(["--tasks", *quality.tasks] if quality.tasks else []),
+        ]
+
+    def _task_dir(self) -> list[str]:
+        folder = self.plan.settings.quality.task_dir
+        return [] if folder is None else [f"--task_dir={self.plan.find(folder)}"]
 
     def tokenizer(self, target: Target) -> list[str]:
         """Option for the tokenizer; [] for the model's own."""

@@ -19,6 +19,11 @@ from mpt_trt.workflow.settings import Site
 # Tokens per row that benchmark_engine.py computes by default: 6 rounds of 128 + 64.
 THROUGHPUT_TOKENS = 6 * 192
 
+# Fewer bytes per token than texts have.
+BYTES_PER_TOKEN = 2
+# Tokens that the tasks and texts of a model's facts may have; wikitext has 300,000.
+PROOF_TOKENS = 1 << 19
+
 
 @dataclass(frozen=True)
 class HostRequest:
@@ -187,7 +192,20 @@ class JobResources:
         needed = resources.quality_memory(spec, quality.num_windows, quality.window_length)
         return RanksRequest(
             self._megabytes(needed),
-            resources.quality_minutes(spec, quality.num_tokens),
+            resources.quality_minutes(spec, quality.num_tokens + self._whole_text_tokens(target)),
+            **self._ranks(target),
+            **self._gpus_of_ranks(target),
+        )
+
+    def _whole_text_tokens(self, target: Target) -> int:
+        return self.plan.size_of_whole_text(target) // BYTES_PER_TOKEN
+
+    def measure_facts(self, target: Target) -> RanksRequest:
+        """Resources for facts about prompts; tasks and texts may need more time."""
+        spec = self.plan.engine_spec(target)
+        return RanksRequest(
+            self._megabytes(resources.quality_memory(spec, 0, 0)),
+            resources.quality_minutes(spec, PROOF_TOKENS),
             **self._ranks(target),
             **self._gpus_of_ranks(target),
         )

@@ -18,7 +18,7 @@ from mpt_trt.workflow.plan import Plan, Target
 from mpt_trt.workflow.preflight import Needs
 
 ENGINE_TARGET = re.compile(
-    r"(?:(?:build/)?(?:trt_engines|smoke_tests|quality|throughput|plans|networks|trtllm_ckpts))/(?P<model>[^/]+)/(?P<variant>[^/]+)/(?P<tp>[1-9]\d*)-gpu"
+    r"(?:(?:build/)?(?:trt_engines|smoke_tests|quality|proofs|throughput|plans|networks|trtllm_ckpts))/(?P<model>[^/]+)/(?P<variant>[^/]+)/(?P<tp>[1-9]\d*)-gpu"
     r"(?:\.json|/rank\d+\.engine)?"
 )
 MAX_TARGETS = 200

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from mpt_trt.engines.trtllm.package import require_tensorrt_llm
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
+from mpt_trt.proofs.facts import EngineKind, FactsFile, read_all_facts, shipped_facts
 from mpt_trt.quantization.schemes import require_fitting_groups
 from mpt_trt.system.code_version import source_hash
 from mpt_trt.workflow import gpu_request, key_checks, target_names
@@ -196,6 +197,11 @@ class Plan:
     def quality_text(self, target: Target) -> str:
         return str(Path(self.find(self.settings.quality.text)))
 
+    def size_of_whole_text(self, target: Target) -> int:
+        """Bytes of the text that is measured as a whole; 0 if none is, or if it is missing."""
+        path = self.working_directory / self.quality_text(target)
+        return path.stat().st_size if self.settings.quality.whole_text and path.is_file() else 0
+
     def storage_type(self, target: Target) -> str:
         """Type of the FT checkpoint's files, with the converter's name."""
         return target_names.ft_storage(target.storage).storage_type
@@ -292,6 +298,77 @@ class Plan:
             for variant, tp_size in self.engines_of_report
         ]
 
+    # --- proofs -----------------------------------------------------------------------------------
+
+    def facts(self, target: Target) -> list[str]:
+        """Files of facts about the model: those that ship, unless an adapter changes it, and more.
+
+        Raises MptTrtError when there is none.
+        """
+        model = self.settings.model(target.model)
+        shipped = [] if model.adapter else shipped_facts(model.source)
+        paths = [*map(self._shipped_file, shipped), *map(self.find, model.facts)]
+        if not paths:
+            raise MptTrtError(
+                f"proofs of {target.model}: mpt-trt has no published facts about {model.source}; "
+                f"name a file of facts in models.{target.model}.facts (docs/proofs.md)"
+            )
+        for path in model.facts:
+            self._require_text(f"models.{target.model}.facts", path)
+        return paths
+
+    def _shipped_file(self, path: Path) -> str:
+        return str(self.shipped(f"mpt_trt/proofs/facts/{path.name}"))
+
+    def measurements_of_proof(self, target: Target) -> list[str]:
+        """What each engine gave for the facts about engines of its kind."""
+        return [
+            f"build/proofs/{target.model}/{variant}/{tp_size}-gpu.json"
+            for variant, tp_size in self.engines_of_proof(target)
+        ]
+
+    def engines_of_proof(self, target: Target) -> list[tuple[str, int]]:
+        """(variant, tp_size) of the engines that the model's facts are about.
+
+        A kind of engine without a variant has none, and facts about it are not checked.
+        """
+        files = read_all_facts(self.working_directory / path for path in self.facts(target))
+        return list(dict.fromkeys(self._engines_of_facts(files)))
+
+    def _engines_of_facts(self, files: list[FactsFile]) -> Iterator[tuple[str, int]]:
+        chosen = self.settings.proofs.tp_size
+        for kind in (kind for file in files for fact in file.facts for kind in fact.engines):
+            if (variant := self._variant_of_kind(kind)) is not None:
+                yield variant, kind.tp_size if chosen is None else chosen
+
+    def _variant_of_kind(self, kind: EngineKind) -> str | None:
+        names = self.settings.proofs.variants
+        return next(
+            (
+                name
+                for name in (self.settings.variants if names is None else names)
+                if self.settings.variant(name).backend != TENSORRT_LLM
+                and kind.is_of(
+                    self.settings.variant(name).dtype, self.settings.variant(name).quantized
+                )
+            ),
+            None,
+        )
+
+    def proofs_of_report(self, target: Target) -> list[str]:
+        """Measurements of facts on the engines of a model's report."""
+        try:
+            self.facts(target)
+        except MptTrtError:
+            return []
+        shown = set(self.engines_of_report)
+        proved = [engine for engine in self.engines_of_proof(target) if engine in shown]
+        return [f"build/proofs/{target.model}/{name}/{size}-gpu.json" for name, size in proved]
+
+    def facts_of_report(self, target: Target) -> list[str]:
+        """Files of facts that a model's report compares its engines with."""
+        return self.facts(target) if self.proofs_of_report(target) else []
+
     # --- checks -----------------------------------------------------------------------------------
 
     def require_possible(self, step: str, target: Target) -> None:
@@ -344,6 +421,8 @@ class Plan:
                 self._require_other_backend("quality", target)
                 length = self.settings.quality.window_length
                 self.engine_spec(target).limits.require_window(length)
+            case "measure_facts":
+                self._require_other_backend("build/proofs", target)
             case "measure_throughput":
                 self._require_other_backend("throughput", target)
 

@@ -42,6 +42,7 @@ class Model:
     revision: str
     tokenizer: str | None
     adapter: str | None
+    facts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,22 @@ class Quality:
     text: str
     num_windows: int
     window_length: int
+    whole_text: bool
+    tasks: tuple[str, ...]
+    task_dir: str | None
 
     @property
     def num_tokens(self) -> int:
         """Maximum number of tokens that are read."""
         return self.num_windows * self.window_length
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """Section `proofs`; see the schema. variants: None for all. tp_size: None for the source's."""
+
+    variants: tuple[str, ...] | None
+    tp_size: int | None
 
 
 @dataclass(frozen=True)
@@ -153,6 +165,7 @@ class Settings:
     smoke_test: SmokeTest
     site: Site
     quality: Quality
+    proofs: Proofs
     report: Report
     targets: tuple[str, ...]
 
@@ -209,12 +222,13 @@ def parse_settings(
     _require_own_options(content, sources)
     filled = _with_defaults(content, schema)
     return Settings(
-        models={name: Model(**entry) for name, entry in filled["models"].items()},
+        models={name: _model(entry) for name, entry in filled["models"].items()},
         variants={name: _variant(entry) for name, entry in filled["variants"].items()},
         calibration=Calibration(**filled["calibration"]),
         smoke_test=SmokeTest(**filled["smoke_test"]),
         site=Site(**filled["site"]),
-        quality=Quality(**filled["quality"]),
+        quality=Quality(**filled["quality"] | {"tasks": tuple(filled["quality"]["tasks"])}),
+        proofs=_proofs(filled["proofs"]),
         report=_report(filled["report"]),
         targets=tuple(filled["targets"]),
     )
@@ -266,6 +280,15 @@ def _entry(kind: str, entries: dict[str, Entry], name: str) -> Entry:
     if name not in entries:
         raise MptTrtError(f"config.yaml has no {kind} named {name!r}; {nearest(name, entries)}")
     return entries[name]
+
+
+def _model(entry: dict[str, Any]) -> Model:
+    return Model(**entry | {"facts": tuple(entry["facts"])})
+
+
+def _proofs(entry: dict[str, Any]) -> Proofs:
+    variants = entry["variants"]
+    return Proofs(None if variants is None else tuple(variants), entry["tp_size"])
 
 
 def _variant(entry: dict[str, Any]) -> Variant:

@@ -32,6 +32,7 @@ TARGET_FORMS = (
     "trt_engines/{model}/{variant}/{tp}-gpu",
     "quality/{model}/{variant}/{tp}-gpu.json",
     "throughput/{model}/{variant}/{tp}-gpu.json",
+    "proofs/{model}.json",
     "reports/{model}.html",
     "ft_ckpts/{model}/{storage}/{tp}-gpu",
     "quantized/{model}/{qformat}/mpt_tp1_rank0.npz",

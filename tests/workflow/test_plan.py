@@ -145,7 +145,7 @@ def test_an_adapter_is_an_input_of_every_job_that_reads_the_model(tmp_path: Path
     ):
         assert found.count("--adapter=lora") == 1
     assert options.tokenizer(Target("tuned")) == []
-    assert options.quality(TOY) == []
+    assert options.quality(TOY) == [f"--text={plan.quality_text(TOY)}"]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from mpt_trt.workflow.config_sources import ConfigSources
 from mpt_trt.workflow.settings import (
     Calibration,
     Model,
+    Proofs,
     Quality,
     Report,
     Site,
@@ -119,7 +120,7 @@ class TestShippedConfiguration:
         assert found.variant("fp32").dtype == "float32"
         assert found.variant("fp16").dtype == "float16"
         assert found.variant("bf16").dtype == "bfloat16"
-        assert found.model("mpt-7b") == Model("mosaicml/mpt-7b", "main", None, None)
+        assert found.model("mpt-7b") == Model("mosaicml/mpt-7b", "main", None, None, ())
 
     def test_targets_name_known_models_and_variants(self) -> None:
         found = parse_settings(SHIPPED)
@@ -137,7 +138,8 @@ class TestDefaults:
             variants={},
             calibration=Calibration(None, 32, 512, "auto"),
             smoke_test=SmokeTest("def fibonacci", 32),
-            quality=Quality("resources/mpt-demo/heldout.txt", 16, 512),
+            quality=Quality("resources/mpt-demo/heldout.txt", 16, 512, True, (), None),
+            proofs=Proofs(None, None),
             report=Report(None, (1,), {}),
             site=Site(
                 gpus="auto",
@@ -153,7 +155,9 @@ class TestDefaults:
 
     def test_entries(self) -> None:
         found = parse_settings({"models": {"m": {"source": "s"}}, "variants": {"v": {}}})
-        assert found.model("m") == Model(source="s", revision="main", tokenizer=None, adapter=None)
+        assert found.model("m") == Model(
+            source="s", revision="main", tokenizer=None, adapter=None, facts=()
+        )
         expected = {
             "dtype": "float16",
             "quantization": None,
@@ -204,7 +208,7 @@ class TestDefaults:
             "targets": ["a", "b"],
         }
         found = parse_settings(content)
-        assert found.model("m") == Model("s", "v1", "t", "a")
+        assert found.model("m") == Model("s", "v1", "t", "a", ())
         assert found.variant("v").max_batch_size == 3
         assert found.variant("v").max_input_len == 512
         assert found.variant("v").tolerance == Tolerance(1.0, 0.5)

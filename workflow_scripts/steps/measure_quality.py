@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Measure how well an engine predicts held-out text, compared with the float32 reference.
 
-Writes perplexity, KL divergence and top-1 agreement, the engine's size and its speed, as JSON.
+Writes perplexity, KL divergence and top-1 agreement, the engine's size and its speed, as JSON; if
+asked for, also word and byte perplexity of a whole text, and scores of lm-eval's tasks.
 """
 
 from __future__ import annotations
@@ -39,6 +40,28 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--reference", type=Path, required=True, help="file that compute_reference.py wrote"
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        help="text file whose word and byte perplexity is measured as a whole (default: none)",
+    )
+    parser.add_argument(
+        "--tokenizer_dir",
+        help="hub id or folder of the tokenizer (default: the one in the engine directory)",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="tasks of lm-eval, whose data must be on this machine; needs the extra lm_eval",
+    )
+    parser.add_argument(
+        "--task_dir",
+        type=Path,
+        metavar="FOLDER",
+        help="task files (YAML) in addition to lm-eval's own; relative paths in them start there",
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
     options.add_runtime(parser)

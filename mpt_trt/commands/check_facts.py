@@ -1,0 +1,23 @@
+"""Compare what engines of a model gave with published facts about it."""
+
+from __future__ import annotations
+
+import argparse
+
+from mpt_trt.cli.results import show_proof
+from mpt_trt.proofs.compare import compare
+from mpt_trt.proofs.facts import read_all_facts
+from mpt_trt.proofs.result import read_measurements, require_proved, write_proof
+from mpt_trt.system.replace import require_writable
+
+
+def run(options: argparse.Namespace) -> None:
+    inputs = [*options.facts, *options.measured]
+    if options.output is not None:
+        require_writable(options.output, inputs)
+    facts = [fact for file in read_all_facts(options.facts) for fact in file.facts]
+    result = compare(options.model, facts, read_measurements(options.measured))
+    show_proof(result)
+    require_proved(result)
+    if options.output is not None:
+        write_proof(result, options.output, inputs)
