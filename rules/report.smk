@@ -118,6 +118,8 @@ rule make_report:
     input:
         quality=of_job(plan.quality_of_report),
         smoke_tests=of_job(plan.smoke_tests_of_report),
+        facts=of_job(plan.facts_of_report),
+        measured_facts=of_job(plan.proofs_of_report),
         template=str(plan.shipped("mpt_trt/report/page.html.jinja")),
     output:
         page=report(
@@ -180,6 +182,8 @@ rule make_report:
             --variants {params.variants:q} \
             --quality {input.quality:q} \
             --smoke_tests {input.smoke_tests:q} \
+            --facts {input.facts:q} \
+            --measured_facts {input.measured_facts:q} \
             --template {input.template:q} \
             --output {output.page:q} \
             --items_dir "$(dirname {output.table:q})"

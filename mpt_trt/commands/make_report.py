@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 
 from mpt_trt.errors import MptTrtError
+from mpt_trt.proofs.compare import compare
+from mpt_trt.proofs.facts import read_all_facts
+from mpt_trt.proofs.result import ProofResult, read_measurements
 from mpt_trt.report.page import TEMPLATE, read_entry, write_report
 
 
@@ -18,5 +21,14 @@ def run(options: argparse.Namespace) -> None:
         )
     entries = [read_entry(*engine) for engine in zip(*engines, strict=True)]
     template, output = options.template or TEMPLATE, options.output
-    inputs = (*options.quality, *options.smoke_tests)
-    write_report(options.model, entries, template, output, options.items_dir, inputs)
+    inputs = (*options.quality, *options.smoke_tests, *options.facts, *options.measured_facts)
+    proof = _proof(options)
+    write_report(options.model, entries, template, output, options.items_dir, inputs, proof)
+
+
+def _proof(options: argparse.Namespace) -> ProofResult | None:
+    """Compares the engines with --facts, if there are any."""
+    if not options.facts:
+        return None
+    facts = [fact for file in read_all_facts(options.facts) for fact in file.facts]
+    return compare(options.model, facts, read_measurements(options.measured_facts))

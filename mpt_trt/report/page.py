@@ -17,6 +17,7 @@ import jinja2
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.quality_result import Estimate, QualityResult, read_quality
 from mpt_trt.evaluation.smoke_result import SmokeResult, read_smoke_result
+from mpt_trt.proofs.result import ProofResult
 from mpt_trt.report.numbers import TIMES, number, with_error
 from mpt_trt.report.plots import Plot, draw_divergence, draw_frontier, draw_size, draw_speed
 from mpt_trt.system.machine import Machine
@@ -138,7 +139,37 @@ def _text_columns(entries: list[Entry]) -> list[Column]:
         Column("Mean KL", "nats", [with_error(each.kl) for each in figures]),
         Column("Same top token", "%", [with_error(each.top1, 100) for each in figures]),
         Column("Perplexity", "", [number(each.perplexity, 5) for each in figures]),
+        *_whole_text_columns(entries),
+        *_task_columns(entries),
     ]
+
+
+def _whole_text_columns(entries: list[Entry]) -> list[Column]:
+    wholes = [entry.quality.whole_text for entry in entries]
+    if not any(wholes):
+        return []
+    words = [MISSING if each is None else number(each.word_perplexity, 5) for each in wholes]
+    sizes = [MISSING if each is None else number(each.bits_per_byte, 4) for each in wholes]
+    return [
+        Column("Whole text", "perplexity per word", words),
+        Column("Whole text", "bits per byte", sizes),
+    ]
+
+
+def _task_columns(entries: list[Entry]) -> list[Column]:
+    """One column per metric of lm-eval's tasks."""
+    results = [entry.quality.tasks for entry in entries]
+    found = dict.fromkeys(
+        (task, metric) for tasks in results for task, metrics in tasks.items() for metric in metrics
+    )
+    return [
+        Column(task, metric, [_score(tasks.get(task, {}).get(metric)) for tasks in results])
+        for task, metric in found
+    ]
+
+
+def _score(value: float | None) -> str:
+    return MISSING if value is None else number(value, 4)
 
 
 def _speed_columns(entries: list[Entry]) -> list[Column]:
@@ -204,6 +235,7 @@ def table_csv(entries: list[Entry]) -> str:
 
 def _csv_row(entry: Entry) -> dict[str, object]:
     result, figures = entry.quality, entry.quality.figures
+    whole = result.whole_text
     return {
         "variant": entry.variant,
         "ranks": result.ranks,
@@ -217,6 +249,9 @@ def _csv_row(entry: Entry) -> dict[str, object]:
         "mean_kl_standard_error": figures.kl.standard_error,
         "top1": figures.top1.mean,
         "top1_standard_error": figures.top1.standard_error,
+        "word_perplexity": None if whole is None else whole.word_perplexity,
+        "byte_perplexity": None if whole is None else whole.byte_perplexity,
+        "bits_per_byte": None if whole is None else whole.bits_per_byte,
         "decode_tokens_per_s": result.speed.decode_tokens_per_s,
         "decode_tokens_per_s_slowest": min(result.speed.decode_range),
         "decode_tokens_per_s_fastest": max(result.speed.decode_range),
@@ -381,8 +416,14 @@ def _machine_text(machine: Machine) -> str:
     )
 
 
-def page(model: str, entries: list[Entry], template: Path, drawn: list[Plot]) -> str:
-    """Renders the report as HTML."""
+def page(
+    model: str,
+    entries: list[Entry],
+    template: Path,
+    drawn: list[Plot],
+    proof: ProofResult | None = None,
+) -> str:
+    """Renders the report as HTML. proof: the engines' comparison with published facts, if any."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
         autoescape=True,
@@ -404,6 +445,7 @@ def page(model: str, entries: list[Entry], template: Path, drawn: list[Plot]) ->
         first=entries[0].quality,
         reference_perplexity=number(entries[0].quality.figures.reference_perplexity, 5),
         base=BASE_VARIANT,
+        proof=proof,
     )
 
 
@@ -414,17 +456,19 @@ def write_report(
     target: Path,
     items: Path,
     inputs: Iterable[Path] = (),
+    proof: ProofResult | None = None,
 ) -> None:
     """Writes the page `target`, and its table and plots into the folder `items`.
 
-    inputs: see `replace_file`; nothing is written if one of them would be replaced.
+    inputs: see `replace_file`; nothing is written if one of them would be replaced. proof: see
+    `page`.
     """
     require_comparable(entries)
     drawn = plots(entries)
     contents = {
         items / TABLE: table_csv(entries),
         **{items / f"{plot.name}.svg": plot.svg for plot in drawn},
-        target: page(model, entries, template, drawn),
+        target: page(model, entries, template, drawn, proof),
     }
     inputs = (*inputs, template)
     for path in contents:

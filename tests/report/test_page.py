@@ -18,11 +18,21 @@ import pytest
 from mpt_trt.engines.spec import BuilderInfo
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.distance import Distance, Tolerance
-from mpt_trt.evaluation.quality_result import Estimate, Figures, QualityResult, Size, write_quality
+from mpt_trt.evaluation.quality_result import (
+    Estimate,
+    Figures,
+    QualityResult,
+    Size,
+    WholeText,
+    write_quality,
+)
 from mpt_trt.evaluation.smoke_result import SmokeResult, write_smoke_result
 from mpt_trt.evaluation.speed import Speed
+from mpt_trt.proofs.result import ProofResult, Verdict
+from mpt_trt.report import page as report_page
 from mpt_trt.report.numbers import number, with_error
 from mpt_trt.report.page import (
+    TEMPLATE,
     Entry,
     column_groups,
     findings,
@@ -73,6 +83,19 @@ def result(kl: float, excess: float, megabytes: float, ranks: int = 1) -> Qualit
         new_tokens=32,
         peak_memory=150_000_000,
     )
+
+
+VERDICTS = (
+    Verdict(
+        "greedy <tokens>", "greedy_tokens", "somebody", "float16, 1 rank", "failed",
+        "1 2", "1 3", 0.25, 0.05, "rounding", None,
+    ),
+    Verdict(
+        "weights", "rank_weights", "somebody", "float16, 2 ranks", "not checked",
+        "", "", None, 10, "rounding", "there is no engine",
+    ),
+)  # fmt: skip
+PROOF = ProofResult("toy", "2026-11-29", ("engine",), ("ONNX Runtime",), VERDICTS)
 
 
 def smoke_result(quality: QualityResult) -> SmokeResult:
@@ -504,3 +527,32 @@ def test_samples_are_shown(page: Page, made: Path) -> None:
     assert text.count("<pre> not</pre>") == 1
     assert "<dt>fp32, fp16, int4&lt;&amp;&gt;, fp16, 2 ranks</dt>" in text
     assert "<q>to be or</q>" in text
+
+
+# --- whole texts, tasks and facts ----------------------------------------------------------------
+
+
+def made_of(quality: QualityResult) -> Entry:
+    return Entry("fp16", quality, smoke_result(quality))
+
+
+def test_whole_texts_and_tasks_have_columns() -> None:
+    whole = WholeText(12.3456, 1.6, 0.71234, 100.0, 50, 10, 60, 512)
+    full = replace(RESULTS["fp16"], whole_text=whole, tasks={"wiki": {"acc": 0.75}})
+    columns = column_groups([made_of(full), made_of(RESULTS["fp16"])])["Held-out text"]
+    found = {(column.name, column.unit): column.values for column in columns}
+    assert found["Whole text", "perplexity per word"] == ["12.346", "–"]
+    assert found["Whole text", "bits per byte"] == ["0.7123", "–"]
+    assert found["wiki", "acc"] == ["0.7500", "–"]
+    without = column_groups([made_of(RESULTS["fp16"])])["Held-out text"]
+    assert "Whole text" not in {column.name for column in without}
+
+
+def test_published_facts_have_a_section() -> None:
+    entries = [made_of(RESULTS["fp16"])]
+    shown = report_page.page("toy", entries, TEMPLATE, [], PROOF)
+    assert "0 passed, 1 failed, 1 not checked" in shown
+    assert '<th class="name" scope="row">greedy &lt;tokens&gt;</th>' in shown
+    assert '<td class="text failed">failed</td>' in shown
+    assert '<td class="text">not checked: there is no engine</td>' in shown
+    assert "Published facts" not in report_page.page("toy", entries, TEMPLATE, [])

@@ -35,6 +35,22 @@ def make_parser() -> argparse.ArgumentParser:
         "--smoke_tests", nargs="+", type=Path, required=True, help="files of smoke_test.py"
     )
     parser.add_argument(
+        "--facts",
+        nargs="*",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="files of published facts to compare the engines with (default: none)",
+    )
+    parser.add_argument(
+        "--measured_facts",
+        nargs="*",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="files of measure_facts.py, one per engine",
+    )
+    parser.add_argument(
         "--template", type=Path, help="Jinja template of the page (default: the one that ships)"
     )
     parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
