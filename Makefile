@@ -16,7 +16,7 @@ INSTALL_SLURM := (apt-get update && apt-get install -y --no-install-recommends $
 
 DEMO := smoke_tests/mpt-demo/fp16/1-gpu.json
 
-.PHONY: demo test test-install slurm-ready test-slurm test-gpu test-tensorrt test-kills fuzz robustness nightly bench check docs clean
+.PHONY: demo test test-install slurm-ready test-slurm test-lm-eval test-gpu test-tensorrt test-kills fuzz robustness nightly bench check docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/snakemake --cores 2 $(DEMO)
@@ -43,6 +43,11 @@ test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
 	$(PIP) install --quiet "onnxruntime-gpu[cuda,cudnn]==1.31.1" nccl4py==0.6.0 nvidia-nccl-cu13==2.28.9
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+# Tests engines as models of lm-eval against lm-eval's own; installs 390 MB of packages into .venv.
+test-lm-eval: $(VENV)/installed-dev
+	$(PIP) install --quiet lm_eval==0.4.13 accelerate==1.15.0 peft==0.21.2 --constraint constraints.txt
+	$(BIN)/python -m pytest tests/harness
 
 # TensorRT plans on a GPU that they are built for: every variant and feature, with tokens chosen by
 # the host and by the GPU, compared, checked and measured. Ends with a table and first_contact.json.

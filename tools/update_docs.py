@@ -2,7 +2,8 @@
 """Write the generated tables of the documentation.
 
 They are in requirements.md (memory and disk space of models), backends.md (features of backends),
-config.md (keys of config.yaml) and scripts.md. Two lines mark the place of each table.
+config.md (keys of config.yaml), scripts.md and proofs.md (facts and checks). Two lines mark the
+place of each table.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mpt_trt.quantization.schemes import UNQUANTIZED, Awq, Fp8, Quantization, We
 from mpt_trt.workflow import resources
 from mpt_trt.workflow.settings import variant_default
 from mpt_trt.workflow.target_names import STORAGES
-from tools import reference_pages
+from tools import external_checks, reference_pages
 from tools.markdown import replace_between_marks
 
 TP_SIZES = (1, 2, 4, 8)
@@ -83,6 +84,7 @@ def tables() -> dict[str, str]:
         "backends.md": backend_support.table(),
         "config.md": reference_pages.configuration(),
         "scripts.md": reference_pages.scripts(REPOSITORY),
+        "proofs.md": external_checks.tables(REPOSITORY),
     }
 
 

@@ -305,17 +305,20 @@ class Plan:
 
         Raises MptTrtError when there is none.
         """
-        model = self.settings.model(target.model)
-        shipped = [] if model.adapter else shipped_facts(model.source)
-        paths = [*map(self._shipped_file, shipped), *map(self.find, model.facts)]
+        model, paths = self.settings.model(target.model), self._files_of_facts(target)
         if not paths:
             raise MptTrtError(
                 f"proofs of {target.model}: mpt-trt has no published facts about {model.source}; "
                 f"name a file of facts in models.{target.model}.facts (docs/proofs.md)"
             )
+        return paths
+
+    def _files_of_facts(self, target: Target) -> list[str]:
+        model = self.settings.model(target.model)
+        shipped = [] if model.adapter else shipped_facts(model.source)
         for path in model.facts:
             self._require_text(f"models.{target.model}.facts", path)
-        return paths
+        return [*map(self._shipped_file, shipped), *map(self.find, model.facts)]
 
     def _shipped_file(self, path: Path) -> str:
         return str(self.shipped(f"mpt_trt/proofs/facts/{path.name}"))
@@ -357,9 +360,7 @@ class Plan:
 
     def proofs_of_report(self, target: Target) -> list[str]:
         """Measurements of facts on the engines of a model's report."""
-        try:
-            self.facts(target)
-        except MptTrtError:
+        if not self._files_of_facts(target):
             return []
         shown = set(self.engines_of_report)
         proved = [engine for engine in self.engines_of_proof(target) if engine in shown]

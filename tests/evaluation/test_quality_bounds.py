@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (*LINKED, *COPIED):
         (folder / name).symlink_to(REPOSITORY / name)
     config = yaml.safe_load((REPOSITORY / "config.yaml").read_text())
-    config["quality"] |= {"num_windows": WINDOWS, "window_length": LENGTH}
+    config["quality"] |= {"num_windows": WINDOWS, "window_length": LENGTH, "whole_text": False}
     config["calibration"] |= {"num_samples": 4, "sequence_length": 128}
     for variant in config["variants"].values():
         variant["max_batch_size"] = WINDOWS

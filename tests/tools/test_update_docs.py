@@ -45,7 +45,7 @@ def test_a_file_without_marks_is_not_changed(tmp_path: Path, name: str) -> None:
     assert (tmp_path / name).read_text() == "text\n"
 
 
-@pytest.mark.parametrize("name", ["config.md", "scripts.md"])
+@pytest.mark.parametrize("name", ["config.md", "scripts.md", "proofs.md"])
 def test_committed_tables_are_current(name: str) -> None:
     committed = between_marks(REPOSITORY / "docs" / name)
     assert committed == update_docs.tables()[name].strip(), "run make docs"

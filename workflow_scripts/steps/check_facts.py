@@ -45,4 +45,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), "mpt_trt.commands.check_facts")
+    run_command(make_parser, "mpt_trt.commands.check_facts")

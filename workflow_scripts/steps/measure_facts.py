@@ -50,4 +50,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     restart_with_huge_pages()
-    run_command(make_parser(), "mpt_trt.commands.measure_facts")
+    run_command(make_parser, "mpt_trt.commands.measure_facts")

@@ -1,0 +1,92 @@
+"""Plans of proofs: files of facts, and the engines that they are about."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mpt_trt.errors import MptTrtError
+from mpt_trt.workflow.job_options import JobOptions
+from mpt_trt.workflow.plan import Plan, Target
+from mpt_trt.workflow.settings import parse_settings
+from support.paths import REPOSITORY
+
+VARIANTS = {
+    "trtllm": {"backend": "tensorrt_llm"},
+    "cached": {"kv_cache_dtype": "int8"},
+    "fp16": {},
+    "again": {},
+    "bf16": {"dtype": "bfloat16"},
+    "awq": {"quantization": {"method": "int4_awq"}},
+}
+MODELS = {
+    "seven": {"source": "mosaicml/mpt-7b"},
+    "instruct": {"source": "mosaicml/mpt-7b-instruct"},
+    "code": {"source": "replit/replit-code-v1_5-3b"},
+    "tuned": {"source": "mosaicml/mpt-7b", "adapter": "lora"},
+    "own": {"source": "somebody/something", "facts": ["own.json"]},
+}
+
+
+def plan_of(folder: Path = Path(), **content: object) -> Plan:
+    given = {"models": MODELS, "variants": VARIANTS, "site": {"gpus": "none"}} | content
+    return Plan(parse_settings(given), REPOSITORY, folder)
+
+
+def test_facts_that_ship_are_about_the_source_without_an_adapter(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    folder = REPOSITORY / "mpt_trt/proofs/facts"
+    assert plan.facts(Target("seven")) == [str(folder / "mpt-7b.json")]
+    assert plan.facts(Target("code")) == [str(folder / "replit-code-v1_5-3b.json")]
+    with pytest.raises(MptTrtError, match=r"no published facts about .*; name .* models\.tuned\.f"):
+        plan.facts(Target("tuned"))
+
+
+def test_facts_of_a_user_are_inputs(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    with pytest.raises(MptTrtError, match=r"models\.own\.facts = own\.json: no such file"):
+        plan.facts(Target("own"))
+    (tmp_path / "own.json").write_text(json.dumps({"facts": []}))
+    assert plan.facts(Target("own")) == ["own.json"]
+    assert plan.measurements_of_proof(Target("own")) == []
+
+
+def test_engines_are_the_first_of_each_kind() -> None:
+    plan = plan_of()
+    assert plan.engines_of_proof(Target("seven")) == [("fp16", 2), ("fp16", 1)]
+    assert plan.engines_of_proof(Target("instruct")) == [("fp16", 1), ("awq", 1)]
+    assert plan.measurements_of_proof(Target("code")) == ["build/proofs/code/bf16/2-gpu.json"]
+
+
+def test_the_configuration_chooses_engines() -> None:
+    one = plan_of(proofs={"tp_size": 1})
+    assert one.engines_of_proof(Target("seven")) == [("fp16", 1)]
+    again = plan_of(proofs={"variants": ["again"]})
+    assert again.engines_of_proof(Target("seven")) == [("again", 2), ("again", 1)]
+    assert again.engines_of_proof(Target("code")) == []
+    with pytest.raises(MptTrtError, match="no variant named 'agian'"):
+        plan_of(proofs={"variants": ["agian"]}).engines_of_proof(Target("seven"))
+
+
+def test_a_report_shows_facts_about_its_engines() -> None:
+    plan = plan_of()
+    assert plan.proofs_of_report(Target("seven")) == ["build/proofs/seven/fp16/1-gpu.json"]
+    assert [Path(path).name for path in plan.facts_of_report(Target("seven"))] == ["mpt-7b.json"]
+    # Its engines have two ranks.
+    assert plan.proofs_of_report(Target("code")) == plan.facts_of_report(Target("code")) == []
+    assert plan.proofs_of_report(Target("tuned")) == []
+
+
+def test_tensorrt_llm_has_no_measurements_of_facts() -> None:
+    with pytest.raises(MptTrtError, match="build/proofs of trtllm: backend tensorrt_llm has only"):
+        plan_of().require_possible("measure_facts", Target("seven", "trtllm"))
+
+
+def test_options_of_quality() -> None:
+    quality = {"text": "text.txt", "tasks": ["a", "b"], "task_dir": "tasks"}
+    options = JobOptions(plan_of(quality=quality)).quality(Target("seven", "fp16"))
+    assert options == ["--text=text.txt", "--task_dir=tasks", "--tasks", "a", "b"]
+    without = JobOptions(plan_of(quality={"whole_text": False}))
+    assert without.quality(Target("seven", "fp16")) == []
