@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
+from collections.abc import Mapping
 
 from mpt_trt.engines.spec import EngineSpec
 from mpt_trt.ft.layout import ft_file
@@ -16,6 +18,7 @@ from mpt_trt.model.config import MptConfig
 from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import Weight, block_matrices, weights
 from mpt_trt.network.linear.specs import TensorSpec, layer_specs
+from mpt_trt.quantization.schemes import Mixed
 
 MIB = 1 << 20
 GB = 10**9
@@ -43,7 +46,27 @@ def _rank_shape(spec: EngineSpec, weight: Weight) -> tuple[int, ...]:
     return ft_file(spec.config, weight, Rank(0, spec.tp_size), spec.dtype).shape
 
 
-def block_tensors(spec: EngineSpec, layer: int) -> list[TensorSpec]:
+@functools.cache
+def matrix_bytes(spec: EngineSpec) -> int:
+    """Size of a rank's matrices of all blocks, with their scales."""
+    return sum(matrix_bytes_by_dtype(spec).values())
+
+
+@functools.cache
+def matrix_bytes_by_dtype(spec: EngineSpec) -> Mapping[str, int]:
+    """The same by type of tensor."""
+    scheme, num_layers = spec.quantization.scheme, spec.config.num_layers
+    # Blocks are alike, unless calibration has chosen the format of each matrix.
+    is_alike = not (isinstance(scheme, Mixed) and scheme.formats)
+    layers, times = (range(1), num_layers) if is_alike else (range(num_layers), 1)
+    sizes: Counter[str] = Counter()
+    for layer in layers:
+        for tensor in _block_tensors(spec, layer):
+            sizes[tensor.dtype] += times * tensor.byte_size
+    return sizes
+
+
+def _block_tensors(spec: EngineSpec, layer: int) -> list[TensorSpec]:
     """Tensors that a rank's network stores for the matrices of a block."""
     rank = Rank(0, spec.tp_size)
     return [
@@ -51,16 +74,6 @@ def block_tensors(spec: EngineSpec, layer: int) -> list[TensorSpec]:
         for weight in block_matrices(spec.config, layer).values()
         for tensor in layer_specs(spec.config, weight, rank, spec.dtype, spec.quantization).values()
     ]
-
-
-@functools.cache
-def matrix_bytes(spec: EngineSpec) -> int:
-    """Size of a rank's matrices of all blocks, with their scales."""
-    return sum(
-        tensor.byte_size
-        for layer in range(spec.config.num_layers)
-        for tensor in block_tensors(spec, layer)
-    )
 
 
 def _is_read(weight: Weight) -> bool:

@@ -152,19 +152,9 @@ def linking_memory() -> int:
 
 def build_memory(spec: EngineSpec) -> int:
     """Host memory of building one rank's plan ahead of time."""
-    unpacked = memory.rank_weights(spec) + _unpacked_bytes(spec)
+    # 4-bit weights are expanded to one byte each.
+    unpacked = memory.rank_weights(spec) + memory.matrix_bytes_by_dtype(spec).get("int4", 0)
     return math.ceil(BUILD_PER_WEIGHT * unpacked) + BUILD_BASE
-
-
-@functools.cache  # planning asks for every rank
-def _unpacked_bytes(spec: EngineSpec) -> int:
-    """Additional size of 4-bit weights that are expanded to one byte each."""
-    return sum(
-        tensor.byte_size
-        for layer in range(spec.config.num_layers)
-        for tensor in memory.block_tensors(spec, layer)
-        if tensor.dtype == "int4"
-    )
 
 
 def smoke_test_memory(spec: EngineSpec, num_nodes: int = 1) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -94,6 +95,17 @@ def test_the_scripts_folder_may_be_left_out(tmp_path: Path) -> None:
     assert is_forked(tmp_path, env=environment)
 
 
+def test_the_cores_of_the_process(tmp_path: Path) -> None:
+    core = min(os.sched_getaffinity(0))
+
+    def bind() -> None:
+        os.sched_setaffinity(0, {core})
+
+    found = run(tmp_path, "print(os.sched_getaffinity(0))", preexec_fn=bind)
+    assert found[1] == f"{{{core}}}\n"
+    assert is_forked(tmp_path, preexec_fn=bind)
+
+
 def started(folder: Path) -> tuple[subprocess.Popen, int]:
     """A script that waits, and the process id that it has written."""
     script = folder / "script.py"
@@ -130,6 +142,15 @@ def test_runs_do_not_wait_for_each_other(tmp_path: Path) -> None:
 def test_what_a_fork_would_miss_gets_the_real_python(tmp_path: Path, name: str, value: str) -> None:
     assert is_forked(tmp_path)
     assert not is_forked(tmp_path, env=os.environ | {name: value})
+
+
+def test_limits_of_the_process_get_the_real_python(tmp_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    assert not is_forked(tmp_path, preexec_fn=limit)
+    assert not is_forked(tmp_path, umask=0o077)
+    assert is_forked(tmp_path)
 
 
 def test_closed_streams_get_the_real_python(tmp_path: Path) -> None:

@@ -54,6 +54,20 @@ def fixed_variables(environment: dict) -> dict:
     }
 
 
+def process_state() -> dict:
+    """What a process inherits from its parent, and a run must share with the server."""
+    import resource
+
+    names = [name for name in dir(resource) if name.startswith("RLIMIT_")]
+    mask = os.umask(0)
+    os.umask(mask)
+    return {
+        "limits": {name: list(resource.getrlimit(getattr(resource, name))) for name in names},
+        "umask": mask,
+        "user": [*os.getresuid(), *os.getresgid()],
+    }
+
+
 def run_forked(path: str, arguments: list) -> int | None:
     """Exit status of a run, negative for a signal; None if the server rejects it."""
     # Not needed, and a fifth of the start, if the real Python runs.
@@ -62,7 +76,13 @@ def run_forked(path: str, arguments: list) -> int | None:
     import signal
 
     folder = os.getcwd()  # noqa: PTH109
-    request = {"arguments": arguments, "folder": folder, "environment": dict(os.environ)}
+    request = {
+        "arguments": arguments,
+        "folder": folder,
+        "environment": dict(os.environ),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "state": process_state(),
+    }
     content = json.dumps(request).encode()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)

@@ -24,7 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parent)
-from client import LIGHT, SNAKEMAKE, TORCH, fixed_variables, is_calibrated  # noqa: E402
+from client import (  # noqa: E402
+    LIGHT,
+    SNAKEMAKE,
+    TORCH,
+    fixed_variables,
+    is_calibrated,
+    process_state,
+)
 
 sys.path.pop(0)
 
@@ -57,6 +64,13 @@ class Request:
     arguments: list[str]
     folder: str
     environment: dict[str, str]
+    cores: list[int]
+    state: dict[str, object]
+
+    @property
+    def inherited(self) -> tuple[object, object]:
+        """What a fork would miss if the server does not have the same."""
+        return fixed_variables(self.environment), self.state
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -72,7 +86,7 @@ class Server:
     def __init__(self, listener: socket.socket, packages: tuple[str, ...]):
         self._listener = listener
         self._packages = packages
-        self._variables = fixed_variables(dict(os.environ))
+        self._inherited = fixed_variables(dict(os.environ)), process_state()
         self._selector = selectors.DefaultSelector()
         # Of each run, by its process id: a descriptor of the process, and the client's connection.
         self._running: dict[int, tuple[int, socket.socket]] = {}
@@ -103,7 +117,7 @@ class Server:
             connection.close()
             return None
         try:
-            if fixed_variables(request.environment) != self._variables:
+            if request.inherited != self._inherited:
                 connection.close()
             elif self._start(request, connection):
                 for number, stream in enumerate(streams):
@@ -207,6 +221,7 @@ def _renew_standard_streams() -> None:
 def _run(request: Request, shim: str, base_path: list[str]) -> None:
     """Runs a module or a script as Python does."""
     os.setsid()
+    os.sched_setaffinity(0, request.cores)
     _renew_standard_streams()
     os.environ.clear()
     os.environ.update(request.environment)
