@@ -209,7 +209,8 @@ class TensorRtEngine:
             context.enqueue(stream)
 
         if context.is_capturable(stream):
-            graphs.run(None, enqueue, enqueue)
+            # Not addresses, which may be the old ones again on some ranks only.
+            graphs.run(self._cache.place, enqueue, enqueue)
         else:
             enqueue()
 

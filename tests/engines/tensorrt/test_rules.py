@@ -292,7 +292,10 @@ MUTATIONS: list[tuple[str, Rule | str, str, list[Change]]] = [
         "a graph that outlives a change of its context",
         Rule.GRAPH_MATCHES_CONTEXT,
         IN_PLACE,
-        [("engine", "            graphs.clear()\n", "            pass\n")],
+        [
+            ("engine", "            graphs.clear()\n", "            pass\n"),
+            ("engine", "graphs.run(self._cache.place,", "graphs.run(None,"),
+        ],
     ),
     (
         "one context for all numbers of logits, with its graphs kept",
@@ -301,7 +304,7 @@ MUTATIONS: list[tuple[str, Rule | str, str, list[Change]]] = [
         [
             ("engine", 'key = (self._batch_size, shapes["logit_positions"][0])', "key = (0, 0)"),
             ("engine", "            graphs.clear()\n", "            pass\n"),
-            ("engine", "graphs.run(None,", 'graphs.run(shapes["logit_positions"],'),
+            ("engine", "graphs.run(self._cache.place,", 'graphs.run(shapes["logit_positions"],'),
         ],
     ),
     (
