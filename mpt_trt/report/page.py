@@ -151,7 +151,7 @@ def _whole_text_columns(entries: list[Entry]) -> list[Column]:
     words = [MISSING if each is None else number(each.word_perplexity, 5) for each in wholes]
     sizes = [MISSING if each is None else number(each.bits_per_byte, 4) for each in wholes]
     return [
-        Column("Whole text", "perplexity per word", words),
+        Column("Whole text", "per word", words),
         Column("Whole text", "bits per byte", sizes),
     ]
 

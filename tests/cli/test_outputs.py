@@ -12,9 +12,11 @@ from support.engines import call_tool
 
 # Options of each command; {}: the output, which is one of the command's inputs.
 COMMANDS = {
+    "check_facts.py": "--model=toy --facts={} --output={}",
     "compare_trtllm.py": "--engine_dir=engine --generation={} --model_dir=hf --output={}",
     "compute_reference.py": "--model_dir=hf --text={} --output={}",
     "encode_prompt.py": "--model_dir=hf --prompt=x --output=hf/tokenizer.json",
+    "measure_facts.py": "--engine_dir=engine --facts={} --output={}",
     "measure_quality.py": "--engine_dir=engine --model_dir=hf --reference={} --output={}",
     "run.py": "--engine_dir=engine --max_output_len=1 --input_file={}.npy --output_npy={}.npy",
     "smoke_test.py": "--engine_dir=engine --model_dir=hf --output=engine/config.json",

@@ -541,7 +541,7 @@ def test_whole_texts_and_tasks_have_columns() -> None:
     full = replace(RESULTS["fp16"], whole_text=whole, tasks={"wiki": {"acc": 0.75}})
     columns = column_groups([made_of(full), made_of(RESULTS["fp16"])])["Held-out text"]
     found = {(column.name, column.unit): column.values for column in columns}
-    assert found["Whole text", "perplexity per word"] == ["12.346", "–"]
+    assert found["Whole text", "per word"] == ["12.346", "–"]
     assert found["Whole text", "bits per byte"] == ["0.7123", "–"]
     assert found["wiki", "acc"] == ["0.7500", "–"]
     without = column_groups([made_of(RESULTS["fp16"])])["Held-out text"]

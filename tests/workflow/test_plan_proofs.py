@@ -66,8 +66,8 @@ def test_the_configuration_chooses_engines() -> None:
     again = plan_of(proofs={"variants": ["again"]})
     assert again.engines_of_proof(Target("seven")) == [("again", 2), ("again", 1)]
     assert again.engines_of_proof(Target("code")) == []
-    with pytest.raises(MptTrtError, match="no variant named 'agian'"):
-        plan_of(proofs={"variants": ["agian"]}).engines_of_proof(Target("seven"))
+    with pytest.raises(MptTrtError, match="no variant named 'fp17'"):
+        plan_of(proofs={"variants": ["fp17"]}).engines_of_proof(Target("seven"))
 
 
 def test_a_report_shows_facts_about_its_engines() -> None:
