@@ -2,6 +2,7 @@
 
 quality/{model}/reference.safetensors       windows of held-out text, and the float32 reference on them
 quality/{model}/{variant}/{tp}-gpu.json     perplexity, KL, top-1 agreement, size, speed
+quality/{model}/llama_cpp.json              llama.cpp's quantizations, if its packages are installed
 throughput/{model}/{variant}/{tp}-gpu.json  time to the first token, between tokens, tokens/s
 reports/{model}.html                        the engines that `report` of the configuration names
 reports/{model}/                            its table as CSV and its plots as SVG
@@ -82,6 +83,37 @@ rule measure_quality:
         """
 
 
+rule measure_llama_cpp:
+    """Measure llama.cpp's quantizations of a model; part of reports if its packages are installed."""
+    input:
+        require_possible("compute_reference"),
+        checkpoint=of_job(plan.checkpoint_inputs),
+        reference="quality/{model}/reference.safetensors",
+    output:
+        "quality/{model}/llama_cpp.json",
+    log:
+        "logs/measure_llama_cpp/{model}.log",
+    benchmark:
+        "logs/measure_llama_cpp/{model}.tsv"
+    conda:
+        "../envs/base.yaml"
+    threads: 2
+    resources:
+        **resources_of(jobs.measure_llama_cpp),
+    params:
+        **tool("steps/measure_llama_cpp.py"),
+        options=of_job(options.llama_cpp),
+    shell:
+        r"""
+        exec > >(tee {log:q} | grep --line-buffered --invert-match ^error) 2>&1
+        python {params.tool:q} \
+            --model_dir {input.checkpoint[0]:q} \
+            --reference {input.reference:q} \
+            {params.options:q} \
+            --output {output:q}
+        """
+
+
 rule measure_throughput:
     """Measure an engine's speed over batch sizes, prompt lengths and output lengths."""
     input:
@@ -120,6 +152,7 @@ rule make_report:
         smoke_tests=of_job(plan.smoke_tests_of_report),
         facts=of_job(plan.facts_of_report),
         measured_facts=of_job(plan.proofs_of_report),
+        llama_cpp=of_job(plan.llama_cpp_of_report),
         template=str(plan.shipped("mpt_trt/report/page.html.jinja")),
     output:
         page=report(
@@ -184,6 +217,7 @@ rule make_report:
             --smoke_tests {input.smoke_tests:q} \
             --facts {input.facts:q} \
             --measured_facts {input.measured_facts:q} \
+            --llama_cpp {input.llama_cpp:q} \
             --template {input.template:q} \
             --output {output.page:q} \
             --items_dir "$(dirname {output.table:q})"

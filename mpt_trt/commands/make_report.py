@@ -8,7 +8,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.proofs.compare import compare
 from mpt_trt.proofs.facts import read_all_facts
 from mpt_trt.proofs.result import ProofResult, read_measurements
-from mpt_trt.report.page import TEMPLATE, read_entry, write_report
+from mpt_trt.report.page import TEMPLATE, read_entry, read_points, write_report
 
 
 def run(options: argparse.Namespace) -> None:
@@ -21,9 +21,16 @@ def run(options: argparse.Namespace) -> None:
         )
     entries = [read_entry(*engine) for engine in zip(*engines, strict=True)]
     template, output = options.template or TEMPLATE, options.output
-    inputs = (*options.quality, *options.smoke_tests, *options.facts, *options.measured_facts)
     proof = _proof(options)
-    write_report(options.model, entries, template, output, options.items_dir, inputs, proof)
+    others = [point for path in options.llama_cpp for point in read_points(path, entries)]
+    inputs = (
+        *options.quality,
+        *options.smoke_tests,
+        *options.facts,
+        *options.measured_facts,
+        *options.llama_cpp,
+    )
+    write_report(options.model, entries, template, output, options.items_dir, inputs, proof, others)
 
 
 def _proof(options: argparse.Namespace) -> ProofResult | None:

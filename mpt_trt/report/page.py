@@ -8,13 +8,14 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
 from mpt_trt.errors import MptTrtError
+from mpt_trt.evaluation.llama_cpp_result import Point, read_llama_cpp
 from mpt_trt.evaluation.quality_result import Estimate, QualityResult, read_quality
 from mpt_trt.evaluation.smoke_result import SmokeResult, read_smoke_result
 from mpt_trt.proofs.result import ProofResult
@@ -58,6 +59,16 @@ class Entry:
 def read_entry(variant: str, quality: Path, smoke_test: Path) -> Entry:
     """Reads an engine's results; raises MptTrtError when a file is not a result."""
     return Entry(variant, read_quality(quality), read_smoke_result(smoke_test))
+
+
+def read_points(path: Path, entries: list[Entry]) -> tuple[Point, ...]:
+    """Reads llama.cpp's points; raises MptTrtError when they were measured on other text."""
+    found = read_llama_cpp(path)
+    quality = entries[0].quality
+    windows = found.windows[0] * found.windows[1]
+    if (found.text_hash, windows) != (quality.text_hash, quality.figures.tokens):
+        raise MptTrtError(f"{path}: measured on other text than the engines; measure it again")
+    return found.points
 
 
 def require_comparable(entries: list[Entry]) -> None:
@@ -270,8 +281,11 @@ def _csv_row(entry: Entry) -> dict[str, object]:
 # --- the page ------------------------------------------------------------------------------------
 
 
-def plots(entries: list[Entry]) -> list[Plot]:
-    """Draws size against quality and divergence, distance from the reference, and speed."""
+def plots(entries: list[Entry], others: Sequence[Point] = ()) -> list[Plot]:
+    """Draws size against quality and divergence, distance from the reference, and speed.
+
+    others: llama.cpp's points, for the divergence over size.
+    """
     results = [entry.quality for entry in entries]
     labels = [entry.label for entry in entries]
     # One point per variant, because ranks share the same weights.
@@ -288,6 +302,7 @@ def plots(entries: list[Entry]) -> list[Plot]:
             [entry.variant for entry in single],
             [entry.quality.size.networks / 1e6 for entry in single],
             [entry.quality.figures.kl.mean for entry in single],
+            others,
         ),
         draw_divergence(labels, [result.figures.kl for result in results]),
         draw_speed(labels, _rates(results), [result.runtime for result in results]),
@@ -457,14 +472,15 @@ def write_report(
     items: Path,
     inputs: Iterable[Path] = (),
     proof: ProofResult | None = None,
+    others: Sequence[Point] = (),
 ) -> None:
     """Writes the page `target`, and its table and plots into the folder `items`.
 
     inputs: see `replace_file`; nothing is written if one of them would be replaced. proof: see
-    `page`.
+    `page`. others: points of llama.cpp.
     """
     require_comparable(entries)
-    drawn = plots(entries)
+    drawn = plots(entries, others)
     contents = {
         items / TABLE: table_csv(entries),
         **{items / f"{plot.name}.svg": plot.svg for plot in drawn},

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from mpt_trt.evaluation.llama_cpp_result import Point
 from mpt_trt.evaluation.quality_result import Estimate
 from mpt_trt.report.numbers import number
 
@@ -125,12 +126,19 @@ def draw_size(
 
 
 def draw_frontier(
-    labels: Sequence[str], megabytes: Sequence[float], divergences: Sequence[float]
+    variants: Sequence[str],
+    sizes: Sequence[float],
+    distances: Sequence[float],
+    others: Sequence[Point] = (),
 ) -> Plot:
-    """Draws the mean KL, on a logarithmic scale, over the size of the weights.
+    """Draws the mean KL, on a logarithmic scale, over the size of the weights in MB.
 
-    A line joins the variants of the frontier, to which no other is both smaller and nearer.
+    A line joins the variants of the frontier, to which no other is both smaller and nearer. others:
+    points of llama.cpp.
     """
+    labels = [*variants, *(point.name for point in others)]
+    megabytes = [*sizes, *(point.megabytes for point in others)]
+    divergences = [*distances, *(point.kl for point in others)]
     with _figure(max(3.0, ROW * len(labels) + 0.9)) as figure:
         axes = figure.subplots()
         figure.subplots_adjust(left=0.15, right=0.62, bottom=0.16, top=0.97)
@@ -140,11 +148,14 @@ def draw_frontier(
         axes.set_ylim(lowest - 0.2, max(highest, lowest + 1) + 0.2)
         ticks = range(lowest, max(highest, lowest + 1) + 1)
         axes.set_yticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
-        line = _frontier([*zip(megabytes, heights, strict=True)])
+        line = _frontier([*zip(sizes, heights[: len(sizes)], strict=True)])
         axes.plot(*zip(*line, strict=True), color=FAINT, linewidth=1)
         is_shown = [each >= LEAST_FRONTIER_KL for each in divergences]
-        for size, y, inside in zip(megabytes, heights, is_shown, strict=True):
-            axes.plot(size, y, "o" if inside else "v", color=SERIES[0], markersize=6)
+        for row, (size, y) in enumerate(zip(megabytes, heights, strict=True)):
+            is_ours = row < len(sizes)
+            marker = "v" if not is_shown[row] else "o" if is_ours else "D"
+            colour = SERIES[0] if is_ours else SERIES[1]
+            axes.plot(size, y, marker, color=colour, markersize=6 if is_ours else 5)
         axes.set_xlabel("weights, MB")
         axes.set_ylabel("mean KL, nats")
         axes.grid(True)
@@ -164,7 +175,9 @@ def draw_frontier(
             "frontier",
             "Size against divergence",
             "Mean KL divergence from the float32 reference (lower is better, logarithmic) over the "
-            "size of the weights on disk, each point a variant. The line joins the variants to "
+            "size of the weights on disk, each point a variant"
+            + (", each diamond a quantization of llama.cpp" if others else "")
+            + ". The line joins the variants to "
             "which no other is both smaller and nearer to the reference; an arrowhead at the edge "
             "stands for a point below it.",
             f"{told}.",

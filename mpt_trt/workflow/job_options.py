@@ -145,6 +145,9 @@ class JobOptions:
             f"--window_length={quality.window_length}",
         ]
 
+    def llama_cpp(self, target: Target) -> list[str]:
+        return self._model(target)
+
     def quality(self, target: Target) -> list[str]:
         quality = self.plan.settings.quality
         return [

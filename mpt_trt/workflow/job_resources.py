@@ -18,6 +18,8 @@ from mpt_trt.workflow.settings import Site
 
 # Tokens per row that benchmark_engine.py computes by default: 6 rounds of 128 + 64.
 THROUGHPUT_TOKENS = 6 * 192
+# Passes over the text by measure_llama_cpp.py: one per type, and quantization.
+LLAMA_CPP_PASSES = 12
 
 # Fewer bytes per token than texts have.
 BYTES_PER_TOKEN = 2
@@ -186,6 +188,11 @@ class JobResources:
         needed = resources.reference_memory(config, quality.num_windows, quality.window_length)
         runtime = resources.forward_minutes(config, quality.num_tokens)
         return HostRequest(self._megabytes(needed), runtime)
+
+    def measure_llama_cpp(self, target: Target) -> HostRequest:
+        """The reference's resources; llama.cpp reads the text once per type."""
+        reference = self.compute_reference(target)
+        return HostRequest(reference.mem_mb, LLAMA_CPP_PASSES * reference.runtime)
 
     def measure_quality(self, target: Target) -> RanksRequest:
         spec, quality = self.plan.engine_spec(target), self.plan.settings.quality

@@ -27,6 +27,7 @@ from mpt_trt.engines.tensorrt.packages import Package, choose_package
 from mpt_trt.engines.trtllm.buildable import require_head_size
 from mpt_trt.engines.trtllm.package import require_tensorrt_llm
 from mpt_trt.errors import MptTrtError
+from mpt_trt.evaluation.llama_cpp_result import fits_llama_cpp, is_llama_cpp_installed
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
 from mpt_trt.proofs.facts import EngineKind, FactsFile, read_all_facts, shipped_facts
@@ -291,6 +292,11 @@ class Plan:
     def smoke_tests_of_report(self, target: Target) -> list[str]:
         """Results of engines that passed, and of those that failed."""
         return self._results_of_report("build/smoke_tests", target)
+
+    def llama_cpp_of_report(self, target: Target) -> list[str]:
+        """Result of llama.cpp, if its packages are installed and it computes the model."""
+        is_measured = is_llama_cpp_installed() and fits_llama_cpp(self.planned_config(target))
+        return [f"quality/{target.model}/llama_cpp.json"] * is_measured
 
     def _results_of_report(self, folder: str, target: Target) -> list[str]:
         return [

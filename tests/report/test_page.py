@@ -18,6 +18,7 @@ import pytest
 from mpt_trt.engines.spec import BuilderInfo
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.distance import Distance, Tolerance
+from mpt_trt.evaluation.llama_cpp_result import LlamaCppResult, Point
 from mpt_trt.evaluation.quality_result import (
     Estimate,
     Figures,
@@ -36,7 +37,9 @@ from mpt_trt.report.page import (
     Entry,
     column_groups,
     findings,
+    plots,
     read_entry,
+    read_points,
     require_comparable,
     runtime_in_words,
 )
@@ -520,6 +523,23 @@ def test_an_outlier_keeps_the_others_apart() -> None:
 def test_a_divergence_below_the_axis_is_written() -> None:
     plot = draw_frontier(["tiny", "usual"], [26, 5], [4.5e-12, 0.03])
     assert f"tiny: {number(4.5e-12, 2)}" in plot.svg and ">usual<" in plot.svg
+
+
+def test_points_of_llama_cpp(tmp_path: Path) -> None:
+    """They are in the plot of divergence only, and must be of the same text."""
+    entry = entry_of("fp16")
+    quality = entry.quality
+    windows = (quality.figures.tokens // quality.window_length, quality.window_length)
+    point = Point("llama.cpp Q4_0", 4.0, 0.08, 0.9)
+    path = tmp_path / "llama_cpp.json"
+    path.write_text(LlamaCppResult("0.3", quality.text_hash, windows, (point,)).to_json())
+    assert read_points(path, [entry]) == (point,)
+    with_point = {plot.name for plot in plots([entry], [point]) if point.name in plot.svg}
+    assert with_point == {"frontier"}
+    assert not any("llama.cpp" in plot.svg + plot.caption for plot in plots([entry]))
+    path.write_text(LlamaCppResult("0.3", "another", windows, (point,)).to_json())
+    with pytest.raises(MptTrtError, match=f"^{path}: measured on other text"):
+        read_points(path, [entry])
 
 
 def test_samples_are_shown(page: Page, made: Path) -> None:

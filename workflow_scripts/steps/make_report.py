@@ -51,6 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="files of measure_facts.py, one per engine",
     )
     parser.add_argument(
+        "--llama_cpp", nargs="*", type=Path, default=[], help="file of measure_llama_cpp.py, if any"
+    )
+    parser.add_argument(
         "--template", type=Path, help="Jinja template of the page (default: the one that ships)"
     )
     parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
