@@ -7,6 +7,7 @@ packages llama-cpp-python and gguf. Sizes are those of all tensors, embedding in
 from __future__ import annotations
 
 import json
+import logging
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def measure_llama_cpp(
         raise MptTrtError(
             "the packages llama-cpp-python and gguf are missing: pip install '.[frontier]'"
         )
+    # It reports every tensor.
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     model = open_checkpoint(model_dir, adapter)
     if not fits_llama_cpp(model.config):
         raise MptTrtError(
