@@ -19,15 +19,13 @@ from mpt_trt.workflow.settings import variant_choices, variant_default
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from mpt_trt.checkpoint.known_models import SHAPES  # needs libraries, whose lack is reported
-
     parser = tool_parser(
         __doc__,
         "workflow_scripts/show_requirements.py --like mpt-7b --quantization int4_awq -tp 2",
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model_dir", type=Path, help="folder of a Hugging Face checkpoint")
-    model.add_argument("--like", choices=SHAPES, help="a predefined model")
+    options.add_known_model(model)
     parser.add_argument(
         "--dtype",
         choices=variant_choices("dtype"),

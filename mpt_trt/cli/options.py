@@ -22,6 +22,13 @@ from mpt_trt.workflow.settings import (
 )
 
 
+def add_known_model(group: argparse._MutuallyExclusiveGroup) -> None:
+    """Add the name of a predefined model."""
+    from mpt_trt.checkpoint.known_models import SHAPES  # needs libraries, whose lack is reported
+
+    group.add_argument("--like", choices=SHAPES, help="a predefined model")
+
+
 def add_limits(parser: argparse.ArgumentParser) -> None:
     """Add the options from which `limits` is read."""
     group = parser.add_argument_group("limits of the engine")
