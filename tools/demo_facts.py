@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -13,6 +15,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, MptForCausalLM
+
+from mpt_trt.system.replace import replace_file
+from tools.demo_tasks import write_tasks
 
 WINDOW = 512
 """Tokens per window of the perplexities: no more than fit the cache of every engine."""
@@ -28,6 +33,15 @@ TASK_METRICS = {
     "mpt_demo_choice": ("acc", "acc_norm"),
     "mpt_demo_word": ("exact_match,first_word",),
 }
+
+
+def run(options: argparse.Namespace) -> None:
+    folder = options.model_dir
+    heldout = (folder / "heldout.txt").read_text(encoding="utf-8")
+    write_tasks(heldout, folder / "tasks")
+    content = {"facts": demo_facts(folder, heldout)}
+    with replace_file(folder / "facts.json") as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def demo_facts(folder: Path, heldout: str) -> list[dict[str, Any]]:
