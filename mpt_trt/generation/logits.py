@@ -52,7 +52,7 @@ def top_log_probs(log_probs: NDArray[np.float32], count: int) -> list[TopLogProb
     return found
 
 
-def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def softmax(scores: NDArray[Float]) -> NDArray[Float]:
     """Computes probabilities, `[..., vocab]`; a score of -inf has probability 0."""
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
@@ -76,7 +76,7 @@ def penalize_repetition(
     return penalized
 
 
-def keep_top_k(scores: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:
+def keep_top_k(scores: NDArray[Float], top_k: int) -> NDArray[Float]:
     """Sets all scores except the `top_k` highest of each row, `[rows, vocab]`, to -inf.
 
     Scores equal to the last one stay. 0: all stay.
@@ -88,7 +88,7 @@ def keep_top_k(scores: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:
     return np.where(scores < lowest, -np.inf, scores)
 
 
-def keep_top_p(scores: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
+def keep_top_p(scores: NDArray[Float], top_p: float) -> NDArray[Float]:
     """Sets all tokens except the fewest most likely ones with total probability `top_p` to -inf.
 
     A token is removed if it and all less likely ones together have a probability of at most 1 -

@@ -24,6 +24,9 @@ OnToken = Callable[[int, int], bool | None]
 The row ends when it returns True. All ranks of an engine must end the same rows.
 """
 
+# Lower temperatures have the same effect: only the most likely tokens are left.
+LEAST_TEMPERATURE = 1e-30
+
 
 def generate_sequences(
     stepper: Stepper, config: GenerationConfig, on_token: OnToken
@@ -115,22 +118,30 @@ class TokenChooser:
         return chosen, _log_probs_of(chosen, log_probs), top
 
 
-def _sampling_weights(scores: NDArray[np.float32], config: GenerationConfig) -> NDArray[np.float64]:
+def _sampling_weights(
+    scores: NDArray[np.float32], config: GenerationConfig
+) -> NDArray[np.floating]:
     """Computes `[rows, vocab]` after temperature, then top-k, then top-p.
 
     They are probabilities times the same number per row.
     """
-    # float64, so that a very low temperature does not make scores overflow.
-    warm = np.divide(scores, config.temperature, dtype=np.float64)
-    kept = keep_top_p(keep_top_k(warm, config.top_k), config.top_p)
-    weights = kept - kept.max(axis=-1, keepdims=True)
-    return np.exp(weights, out=weights)
+    # Without filters in float32, which is several times as fast. No score is above 0, so that a
+    # very low temperature makes none overflow.
+    is_filtered = 0 < config.top_p < 1 or config.top_k
+    shifted = scores.astype(np.float64) if is_filtered else scores
+    shifted = shifted - shifted.max(axis=-1, keepdims=True)
+    with np.errstate(over="ignore"):
+        shifted /= max(config.temperature, LEAST_TEMPERATURE)
+    return np.exp(keep_top_p(keep_top_k(shifted, config.top_k), config.top_p))
 
 
-def _draw(weights: NDArray[np.float64], generators: list[np.random.Generator]) -> NDArray[np.int64]:
+def _draw(
+    weights: NDArray[np.floating], generators: list[np.random.Generator]
+) -> NDArray[np.int64]:
     """Draws one token per row, by inverting the cumulative distribution at a number from [0, 1)."""
     tokens = []
-    for cumulative, generator in zip(np.cumsum(weights, axis=-1), generators, strict=True):
+    sums = np.cumsum(weights, axis=-1, dtype=np.float64)
+    for cumulative, generator in zip(sums, generators, strict=True):
         total = cumulative[-1]
         token = np.searchsorted(cumulative, generator.random() * total, side="right")
         # A product that is rounded up to the total draws the last token with a weight above 0.

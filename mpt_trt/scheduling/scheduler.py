@@ -273,7 +273,9 @@ class Scheduler:
             np.stack([index, np.zeros_like(index)], axis=1),
         )
         generating = [number for number, row in enumerate(rows) if row.is_read]
-        self._take([rows[number] for number in generating], logits[generating])
+        if len(generating) < len(rows):
+            logits = logits[generating]
+        self._take([rows[number] for number in generating], logits)
 
     def _take(self, rows: list[_Row], logits: NDArray[np.float32]) -> None:
         """Chooses a token for each row from its logits, and ends rows."""
