@@ -153,6 +153,7 @@ rule make_report:
         facts=of_job(plan.facts_of_report),
         measured_facts=of_job(plan.proofs_of_report),
         llama_cpp=of_job(plan.llama_cpp_of_report),
+        throughput=of_job(plan.throughput_of_report),
         template=str(plan.shipped("mpt_trt/report/page.html.jinja")),
     output:
         page=report(
@@ -218,6 +219,7 @@ rule make_report:
             --facts {input.facts:q} \
             --measured_facts {input.measured_facts:q} \
             --llama_cpp {input.llama_cpp:q} \
+            --throughput {input.throughput:q} \
             --template {input.template:q} \
             --output {output.page:q} \
             --items_dir "$(dirname {output.table:q})"

@@ -9,6 +9,7 @@ from mpt_trt.proofs.compare import compare
 from mpt_trt.proofs.facts import read_all_facts
 from mpt_trt.proofs.result import ProofResult, read_measurements
 from mpt_trt.report.page import TEMPLATE, read_entry, read_points, write_report
+from mpt_trt.report.throughput_plot import draw_throughput, read_series
 
 
 def run(options: argparse.Namespace) -> None:
@@ -18,6 +19,11 @@ def run(options: argparse.Namespace) -> None:
         raise MptTrtError(
             f"--variants, --quality and --smoke_tests have {counts} values; "
             "give one of each per engine"
+        )
+    if len(options.throughput) not in (0, len(options.variants)):
+        raise MptTrtError(
+            f"--throughput has {len(options.throughput)} values, and --variants "
+            f"{len(options.variants)}; give one per engine, or none"
         )
     entries = [read_entry(*engine) for engine in zip(*engines, strict=True)]
     template, output = options.template or TEMPLATE, options.output
@@ -29,8 +35,14 @@ def run(options: argparse.Namespace) -> None:
         *options.facts,
         *options.measured_facts,
         *options.llama_cpp,
+        *options.throughput,
     )
-    write_report(options.model, entries, template, output, options.items_dir, inputs, proof, others)
+    more = []
+    if options.throughput:
+        series = read_series([entry.label for entry in entries], options.throughput)
+        more.append(draw_throughput(series))
+    items = options.items_dir
+    write_report(options.model, entries, template, output, items, inputs, proof, others, more)
 
 
 def _proof(options: argparse.Namespace) -> ProofResult | None:

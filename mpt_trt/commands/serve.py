@@ -24,6 +24,7 @@ from mpt_trt.scheduling.ranks import LeadingModel, follow
 from mpt_trt.scheduling.scheduler import Scheduler
 from mpt_trt.scheduling.worker import OnFailure, Worker
 from mpt_trt.server.app import make_app
+from mpt_trt.server.connections import HttpProtocol
 from mpt_trt.server.service import Limits, Service
 
 log = logging.getLogger("serve")
@@ -96,6 +97,8 @@ def _serve(
                 make_app(service, api_key),
                 log_config=None,
                 access_log=False,
+                http=HttpProtocol,
+                ws="none",
                 limit_concurrency=MOST_CONNECTIONS,
                 timeout_graceful_shutdown=int(options.drain),
                 server_header=False,

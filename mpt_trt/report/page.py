@@ -473,18 +473,19 @@ def write_report(
     inputs: Iterable[Path] = (),
     proof: ProofResult | None = None,
     others: Sequence[Point] = (),
+    more_plots: Iterable[Plot] = (),
 ) -> None:
     """Writes the page `target`, and its table and plots into the folder `items`.
 
     inputs: see `replace_file`; nothing is written if one of them would be replaced. proof: see
-    `page`. others: points of llama.cpp.
+    `page`. others: points of llama.cpp. more_plots: plots that only the page shows.
     """
     require_comparable(entries)
     drawn = plots(entries, others)
     contents = {
         items / TABLE: table_csv(entries),
         **{items / f"{plot.name}.svg": plot.svg for plot in drawn},
-        target: page(model, entries, template, drawn, proof),
+        target: page(model, entries, template, [*drawn, *more_plots], proof),
     }
     inputs = (*inputs, template)
     for path in contents:

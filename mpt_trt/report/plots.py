@@ -89,7 +89,7 @@ def draw_size(
     labels: Sequence[str], megabytes: Sequence[float], perplexities: Sequence[float], base: float
 ) -> Plot:
     """Draws perplexity over the size of the weights; `base` is the reference's perplexity."""
-    with _figure(max(3.0, ROW * len(labels) + 0.9)) as figure:
+    with figure_of(max(3.0, ROW * len(labels) + 0.9)) as figure:
         axes = figure.subplots()
         figure.subplots_adjust(left=0.15, right=0.62, bottom=0.16, top=0.97)
         axes.axhline(base, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
@@ -114,7 +114,7 @@ def draw_size(
         ]
         _label_at_the_side(axes, names, figure.get_figheight())
         told = ", ".join(f"{label} {number(size)} MB {number(y, 5)}" for size, y, label in points)
-        return _plot(
+        return finish_plot(
             figure,
             "size",
             "Size against quality",
@@ -139,7 +139,7 @@ def draw_frontier(
     labels = [*variants, *(point.name for point in others)]
     megabytes = [*sizes, *(point.megabytes for point in others)]
     divergences = [*distances, *(point.kl for point in others)]
-    with _figure(max(3.0, ROW * len(labels) + 0.9)) as figure:
+    with figure_of(max(3.0, ROW * len(labels) + 0.9)) as figure:
         axes = figure.subplots()
         figure.subplots_adjust(left=0.15, right=0.62, bottom=0.16, top=0.97)
         heights = [math.log10(max(each, LEAST_FRONTIER_KL)) for each in divergences]
@@ -170,7 +170,7 @@ def draw_frontier(
             f"{label} {number(size)} MB {number(kl)}"
             for label, size, kl in zip(labels, megabytes, divergences, strict=True)
         )
-        return _plot(
+        return finish_plot(
             figure,
             "frontier",
             "Size against divergence",
@@ -195,7 +195,7 @@ def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 
 def draw_divergence(labels: Sequence[str], divergences: Sequence[Estimate]) -> Plot:
     """Draws the mean KL of each engine on a logarithmic axis."""
-    with _figure(ROW * len(labels) + 0.85) as figure:
+    with figure_of(ROW * len(labels) + 0.85) as figure:
         axes = _row_axes(figure, labels)
         means = [max(divergence.mean, LEAST_KL) for divergence in divergences]
         errors = [divergence.standard_error or 0 for divergence in divergences]
@@ -221,7 +221,7 @@ def draw_divergence(labels: Sequence[str], divergences: Sequence[Estimate]) -> P
         told = [number(divergence.mean, 2) for divergence in divergences]
         for row, (mean, text) in enumerate(zip(means, told, strict=True)):
             _write_next_to(axes, mean, row, text, 8)
-        return _plot(
+        return finish_plot(
             figure,
             "divergence",
             "Distance from the reference",
@@ -237,7 +237,7 @@ def draw_speed(
     """Draws bars of tokens/s. panels: the engines' rates by the work that is measured."""
     kinds = list(dict.fromkeys(runtimes))
     legend = 0.22 * len(kinds) if len(kinds) > 1 else 0
-    with _figure(len(panels) * (ROW * len(labels) + 0.75) + legend) as figure:
+    with figure_of(len(panels) * (ROW * len(labels) + 0.75) + legend) as figure:
         column = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         height = figure.get_figheight()
         figure.subplots_adjust(
@@ -248,7 +248,7 @@ def draw_speed(
             hspace=0.75 / (ROW * len(labels)),
         )
         for axes, (name, rates) in zip(column, panels.items(), strict=True):
-            _rows(axes, labels)
+            rows_of(axes, labels)
             # A bar that would flatten all others ends at the edge, with its number inside.
             far = _outliers(rates, 0.0)
             longest = max(rate for rate in rates if rate not in far) * 1.25
@@ -268,7 +268,7 @@ def draw_speed(
             + ", ".join(f"{label} {number(r)}" for label, r in zip(labels, rates, strict=True))
             for name, rates in panels.items()
         )
-        return _plot(
+        return finish_plot(
             figure,
             "speed",
             "Speed",
@@ -282,7 +282,8 @@ def draw_speed(
 
 
 @contextmanager
-def _figure(height: float) -> Iterator[Figure]:
+def figure_of(height: float) -> Iterator[Figure]:
+    """Makes a figure of this height in inches, in the report's style."""
     with matplotlib.rc_context(STYLE):
         yield Figure(figsize=(WIDTH, height))
 
@@ -350,7 +351,7 @@ def _row_axes(figure: Figure, labels: Sequence[str]) -> Axes:
     figure.subplots_adjust(
         left=_label_width(labels), right=0.97, bottom=0.6 / height, top=1 - 0.05 / height
     )
-    _rows(axes, labels)
+    rows_of(axes, labels)
     return axes
 
 
@@ -359,7 +360,7 @@ def _label_width(labels: Sequence[str]) -> float:
     return min(0.5, 0.03 + 0.0165 * max(map(len, labels)))
 
 
-def _rows(axes: Axes, labels: Sequence[str]) -> None:
+def rows_of(axes: Axes, labels: Sequence[str]) -> None:
     """Gives each label a row, from top to bottom."""
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
@@ -405,7 +406,7 @@ def _decades(values: Sequence[float]) -> float:
     return math.log10(max(values) / min(values))
 
 
-def _plot(figure: Figure, name: str, title: str, caption: str, told: str) -> Plot:
+def finish_plot(figure: Figure, name: str, title: str, caption: str, told: str) -> Plot:
     """Renders a figure. told: its content in words, for screen readers."""
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):

@@ -107,6 +107,7 @@ class Service:
         self.model_name = model_name or served_name(text.manifest.model_name)
         self._worker, self._capacity = worker, capacity
         self._max_live = text.manifest.spec.limits.max_batch_size + limits.max_waiting
+        self._longest_token = max(map(len, text.require_tokenizer().backend.get_vocab()))
         self._outbox: Outbox | None = None
         self.num_live = 0
 
@@ -172,11 +173,26 @@ class Service:
         self.num_live -= 1
 
     def _encoded(self, prompt: str | list[int] | list[dict[str, str]]) -> list[int]:
+        if isinstance(prompt, str):
+            self._require_short(prompt)
         messages: str | list[int] | list[Message] = prompt  # type: ignore[assignment]
         try:
             return self.text.encode(messages)
         except MptTrtError as error:
             raise ApiError(400, str(error)) from None
+
+    def _require_short(self, text: str) -> None:
+        """Raises ApiError for a text that cannot fit a cache row.
+
+        Encoding it would take seconds, in which nothing else is answered.
+        """
+        most = self._capacity * self._longest_token
+        if len(text) > most:
+            message = (
+                f"the prompt has {len(text)} characters, and the {self._capacity} tokens that a "
+                f"cache row holds have at most {most}; shorten the prompt"
+            )
+            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
 
     def _job(
         self,

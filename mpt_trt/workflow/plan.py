@@ -298,6 +298,11 @@ class Plan:
         is_measured = is_llama_cpp_installed() and fits_llama_cpp(self.planned_config(target))
         return [f"quality/{target.model}/llama_cpp.json"] * is_measured
 
+    def throughput_of_report(self, target: Target) -> list[str]:
+        """Speeds under load, if the report shows them."""
+        is_shown = self.settings.report.throughput
+        return self._results_of_report("throughput", target) if is_shown else []
+
     def _results_of_report(self, folder: str, target: Target) -> list[str]:
         return [
             f"{folder}/{target.model}/{variant}/{tp_size}-gpu.json"

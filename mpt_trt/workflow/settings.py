@@ -153,6 +153,7 @@ class Report:
     variants: tuple[str, ...] | None
     tp_sizes: tuple[int, ...]
     more_tp_sizes: dict[str, tuple[int, ...]]
+    throughput: bool = False
 
 
 @dataclass(frozen=True)
@@ -310,6 +311,7 @@ def _report(entry: dict[str, Any]) -> Report:
         variants=None if variants is None else tuple(variants),
         tp_sizes=tuple(entry["tp_sizes"]),
         more_tp_sizes={name: tuple(sizes) for name, sizes in more.items()},
+        throughput=entry["throughput"],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ from mpt_trt.engines.spec import BuilderInfo
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.distance import Distance, Tolerance
 from mpt_trt.evaluation.llama_cpp_result import LlamaCppResult, Point
+from mpt_trt.evaluation.measured_engine import MeasuredEngine
 from mpt_trt.evaluation.quality_result import (
     Estimate,
     Figures,
@@ -29,6 +31,13 @@ from mpt_trt.evaluation.quality_result import (
 )
 from mpt_trt.evaluation.smoke_result import SmokeResult, write_smoke_result
 from mpt_trt.evaluation.speed import Speed
+from mpt_trt.evaluation.throughput import (
+    Load,
+    LoadSpeed,
+    Spread,
+    ThroughputResult,
+    write_throughput,
+)
 from mpt_trt.proofs.result import ProofResult, Verdict
 from mpt_trt.report import page as report_page
 from mpt_trt.report.numbers import number, with_error
@@ -42,8 +51,10 @@ from mpt_trt.report.page import (
     read_points,
     require_comparable,
     runtime_in_words,
+    write_report,
 )
 from mpt_trt.report.plots import _outliers, _spread, draw_frontier, draw_size, draw_speed
+from mpt_trt.report.throughput_plot import draw_throughput, read_series
 from mpt_trt.system.machine import Machine
 from support.engines import call_tool, one_line_error, run_tool
 
@@ -576,3 +587,47 @@ def test_published_facts_have_a_section() -> None:
     assert '<td class="text failed">failed</td>' in shown
     assert '<td class="text">not checked: there is no engine</td>' in shown
     assert "Published facts" not in report_page.page("toy", entries, TEMPLATE, [])
+
+
+# --- speed under load ----------------------------------------------------------------------------
+
+
+def throughput(rates: dict[Load, float], memory: int) -> ThroughputResult:
+    speeds = tuple(
+        LoadSpeed(
+            load=load,
+            first_token_s=Spread(0.0123, 0.02),
+            between_tokens_s=None if load.new_tokens == 1 else Spread(0.004, 0.009),
+            tokens_per_s=rate,
+            rounds=5,
+        )
+        for load, rate in rates.items()
+    )
+    quality = asdict(result(1e-4, 1e-3, 10))
+    fields = {each.name: quality[each.name] for each in dataclasses.fields(MeasuredEngine)}
+    fields["peak_memory"] = memory
+    return ThroughputResult(**fields, speeds=speeds)
+
+
+def test_speed_under_load(tmp_path: Path) -> None:
+    """Every engine, load and figure is in the plot and in its words; the page shows it."""
+    loads = {Load(1, 128, 1): 55.5, Load(8, 128, 64): 1234.0}
+    paths = []
+    for number_, rates in enumerate((loads, dict([*loads.items()][:1]))):
+        paths.append(tmp_path / f"{number_}.json")
+        write_throughput(throughput(rates, (number_ + 1) * 10**8), paths[-1])
+    plot = draw_throughput(read_series(["fp16", "int4_gptq"], paths))
+    root = ET.fromstring(plot.svg)
+    texts = ["".join(each.itertext()) for each in root.iter("{http://www.w3.org/2000/svg}text")]
+    for text in ("fp16, 100 MB", "int4_gptq, 200 MB", "new tokens/s of all rows"):
+        assert text in texts
+    assert texts.count("1 x 128 + 1") == texts.count("8 x 128 + 64") == 3
+    told = "".join(root.find("{http://www.w3.org/2000/svg}desc").itertext())
+    assert "8 x 128 + 64: first token 12.3 ms, between tokens 4.00 ms, 1,230 tokens/s" in told
+    assert "1 x 128 + 1: first token 12.3 ms, 55.5 tokens/s" in told
+    # The page shows it as one more plot.
+    quality = result(1e-4, 1e-3, 10)
+    engine = Entry("fp16", quality, smoke_result(quality))
+    write_report("m", [engine], TEMPLATE, tmp_path / "r.html", tmp_path / "r", more_plots=[plot])
+    assert plot.svg in (tmp_path / "r.html").read_text()
+    assert not (tmp_path / "r" / "throughput.svg").exists()

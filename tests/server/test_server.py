@@ -17,6 +17,8 @@ import openai
 import pytest
 
 from mpt_trt import Engine
+from mpt_trt.api.text import EngineText
+from mpt_trt.server import connections
 from mpt_trt.server.service import Limits, Outbox, PartQueue
 from support.server import HOST, Served, serving
 
@@ -385,6 +387,33 @@ def test_sockets_that_misbehave_do_not_disturb(client: openai.OpenAI, served: Se
         for connection in connections:
             connection.close()
     served.wait_until_idle()
+
+
+def test_connections_that_send_no_request_are_closed(
+    client: openai.OpenAI, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once or after an answered request, with a part of the headers or without any."""
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.5)
+    whole = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    parts = [b"", b"GET /health HTTP/1.1\r\nX: ", whole + b"GET /health HT"]
+    opened = [socket.create_connection((HOST, served.port), timeout=20) for _ in parts]
+    for connection, part in zip(opened, parts, strict=True):
+        connection.sendall(part)
+    # A request that takes longer than its headers may.
+    options = {"model": NAME, "prompt": "The", "max_tokens": 90, "n": 4}
+    assert client.completions.create(**options).choices
+    for connection, part in zip(opened, parts, strict=True):
+        with connection:
+            content = b"".join(iter(lambda one=connection: one.recv(1000), b""))
+        assert content.count(b"200 OK") == part.count(whole)
+
+
+def test_a_prompt_that_cannot_fit_is_not_encoded(client: openai.OpenAI, served: Served) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineText, "encode", None)
+        with pytest.raises(openai.BadRequestError, match="500000 characters") as error:
+            client.completions.create(model=NAME, prompt="a " * 250_000)
+    assert error.value.code == "context_length_exceeded"
 
 
 def test_a_reader_that_is_slow_does_not_stop_others(client: openai.OpenAI, served: Served) -> None:

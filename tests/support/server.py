@@ -18,6 +18,7 @@ from mpt_trt.engines.load import load_engine
 from mpt_trt.scheduling.scheduler import Scheduler
 from mpt_trt.scheduling.worker import OnFailure, Worker
 from mpt_trt.server.app import make_app
+from mpt_trt.server.connections import HttpProtocol
 from mpt_trt.server.service import Limits, Service
 
 HOST = "127.0.0.1"
@@ -64,7 +65,9 @@ def serving(
     worker = Worker(scheduler, on_failure)
     worker.start()
     service = Service(text, scheduler, worker, limits, engine.model.capacity)
-    config = uvicorn.Config(make_app(service, api_key), log_config=None, access_log=False)
+    config = uvicorn.Config(
+        make_app(service, api_key), log_config=None, access_log=False, http=HttpProtocol
+    )
     server = uvicorn.Server(config)
     with socket.socket() as listener:
         listener.bind((HOST, 0))

@@ -34,6 +34,13 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--smoke_tests", nargs="+", type=Path, required=True, help="files of smoke_test.py"
     )
+    group.add_argument(
+        "--throughput",
+        nargs="*",
+        type=Path,
+        default=[],
+        help="files of benchmark_engine.py, for a plot of speed under load (default: none)",
+    )
     parser.add_argument(
         "--facts",
         nargs="*",

@@ -12,8 +12,9 @@ from mpt_trt.engines.cuda.memory import call
 
 # Number of runs after which runtimes have finished their set-up for new shapes.
 PLAIN_RUNS = 2
-# Graphs that are kept; a batch that grows and shrinks makes new ones.
-MOST_GRAPHS = 16
+# Graphs that are kept, of a few MB each: under continuous batching, every number of rows comes back
+# again and again.
+MOST_GRAPHS = 64
 
 
 class StepGraphs:
