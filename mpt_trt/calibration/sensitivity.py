@@ -23,30 +23,15 @@ from mpt_trt.calibration.block_stream import (
 )
 from mpt_trt.calibration.gptq import Inputs, rounded_to
 from mpt_trt.calibration.model_source import ModelSource
-from mpt_trt.model.config import MptConfig
 from mpt_trt.model.tensors import BlockMatrix
 from mpt_trt.model.torch_block import PlainBlock, model_norm, with_weights
 from mpt_trt.model.torch_tensors import ModelTensors
 from mpt_trt.quantization.gptq import Statistics
 from mpt_trt.quantization.mixed import Candidate, choose_formats
-from mpt_trt.quantization.schemes import (
-    GROUP_SIZES,
-    IntegerFormat,
-    default_group_size,
-)
-
-STRIDE = 8
-"""The divergence is measured on one of so many samples of each batch."""
+from mpt_trt.quantization.schemes import MIXED_STRIDE, IntegerFormat, mixed_candidates
 
 Formats = list[dict[BlockMatrix, IntegerFormat]]
 """Candidates or choices by layer and matrix."""
-
-
-def candidate_formats(config: MptConfig) -> list[IntegerFormat]:
-    """Lists int8, and int4 in all groups that ranks do not share."""
-    largest = default_group_size(config)
-    groups = [IntegerFormat(4, size) for size in GROUP_SIZES if size <= largest]
-    return [*groups, IntegerFormat(8)]
 
 
 def measured_formats(
@@ -63,7 +48,7 @@ def measured_formats(
     config = source.config
     shapes = {matrix: matrix.shape(config) for matrix in BlockMatrix}
     num_weights = config.num_layers * sum(out * width for out, width in shapes.values())
-    formats = candidate_formats(config)
+    formats = mixed_candidates(config)
     smallest = {
         (layer, matrix): [Candidate(each, _size(each, *shape), 0.0) for each in formats]
         for layer in range(config.num_layers)
@@ -111,14 +96,14 @@ class _Measurement:
                 run(block)
             for variant, states in hidden.items():
                 hidden[variant] = [block(state, run.attention_bias) for state in states]
-            measured = [batch[::STRIDE] for batch in run.hidden]
+            measured = [batch[::MIXED_STRIDE] for batch in run.hidden]
             for name, module in modules.items():
                 hessian = _hessian(inputs.pop(name).batches)
                 for each in self.formats:
                     with _rounded(module, hessian, each):
                         states = [block(batch, run.attention_bias) for batch in measured]
                     hidden[layer, name, each] = states
-            plain[:] = [batch[::STRIDE] for batch in run.outputs]
+            plain[:] = [batch[::MIXED_STRIDE] for batch in run.outputs]
             advance()
 
         stream_blocks(self.source, samples, self.computation, visit)

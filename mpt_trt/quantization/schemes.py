@@ -38,6 +38,9 @@ ScaleChoice = Literal["amax", "error"]
 CALIBRATION_BATCH_SIZE = 8
 """Default maximum number of samples per calibration batch."""
 
+MIXED_STRIDE = 8
+"""Calibration of mixed measures divergence on one of so many samples of each batch."""
+
 SMOOTHQUANT_ALPHA = 0.5
 """Migration strength of int8_sq calibration results, as in AMMO. ModelOpt's own default, 1, moves
 all of the activations' range into the weights."""
@@ -272,6 +275,13 @@ def default_group_size(config: MptConfig) -> int:
     ]
     fitting = (g for g in GROUP_SIZES if all(size % g == 0 for size in narrowest))
     return next(fitting, GROUP_SIZES[-1])
+
+
+def mixed_candidates(config: MptConfig) -> list[IntegerFormat]:
+    """Lists the formats of mixed: int4 in all groups that ranks do not share, and int8."""
+    largest = default_group_size(config)
+    groups = [IntegerFormat(4, size) for size in GROUP_SIZES if size <= largest]
+    return [*groups, IntegerFormat(8)]
 
 
 def require_fitting_groups(config: MptConfig, tp_size: int, group_size: int) -> None:

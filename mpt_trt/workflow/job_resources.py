@@ -12,7 +12,8 @@ from typing import Any
 from mpt_trt.engines import memory
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
-from mpt_trt.workflow import gpu_request, resources
+from mpt_trt.quantization.schemes import QuantizationFormat
+from mpt_trt.workflow import gpu_request, resources, target_names
 from mpt_trt.workflow.plan import Plan, Target
 from mpt_trt.workflow.settings import Site
 
@@ -96,16 +97,19 @@ class JobResources:
         config, settings = self.plan.planned_config(target), self.plan.settings
         calibration = resources.forward_minutes(config, settings.calibration.num_tokens)
         conversion = self._conversion_minutes(config, self.plan.storage_type(target), target)
-        return HostRequest(self._calibration_megabytes(target), calibration + conversion)
+        megabytes = self._megabytes(self._calibration_memory(target, "int8_sq"))
+        return HostRequest(megabytes, calibration + conversion)
 
     def quantize(self, target: Target) -> GpuJobRequest:
         """Resources of calibration on one GPU, which replaces the CPU's memory."""
         config, calibration = self.plan.planned_config(target), self.plan.settings.calibration
         count = self.calibration_gpus
+        form = target_names.calibration_name(target.qformat).quantization_format
+        memory = self._calibration_memory(target, form)
         return GpuJobRequest(
-            self._calibration_megabytes(target),
-            resources.calibration_minutes(config, calibration.num_tokens, bool(count)),
-            **self._gpus(count, self._calibration_memory(target)),
+            self._megabytes(memory),
+            resources.calibration_minutes(config, form, calibration.num_tokens, bool(count)),
+            **self._gpus(count, memory),
         )
 
     @property
@@ -113,14 +117,11 @@ class JobResources:
         device = self.plan.settings.calibration.device
         return int(device == "cuda" or (device == "auto" and self.plan.has_gpus))
 
-    def _calibration_memory(self, target: Target) -> int:
+    def _calibration_memory(self, target: Target, quantization_format: QuantizationFormat) -> int:
         config, calibration = self.plan.planned_config(target), self.plan.settings.calibration
         return resources.calibration_memory(
-            config, calibration.num_samples, calibration.sequence_length
+            config, quantization_format, calibration.num_samples, calibration.sequence_length
         )
-
-    def _calibration_megabytes(self, target: Target) -> int:
-        return self._megabytes(self._calibration_memory(target))
 
     # --- engines ----------------------------------------------------------------------------------
 

@@ -15,16 +15,20 @@ from mpt_trt.engines.memory import FLOAT32_BYTES, MIB
 from mpt_trt.engines.spec import EngineSpec
 from mpt_trt.ft.layout import Int8Layers, ft_files
 from mpt_trt.model.config import MptConfig
-from mpt_trt.model.tensors import Split, block_matrices, weights
+from mpt_trt.model.tensors import BlockMatrix, Split, block_matrices, weights
 from mpt_trt.network.linear import NETWORK_WORKERS
 from mpt_trt.quantization.schemes import (
     CALIBRATION_BATCH_SIZE,
+    MIXED_STRIDE,
+    ROUNDED,
     Awq,
     Fp8,
     Gptq,
     Mixed,
+    QuantizationFormat,
     SmoothQuant,
     WeightOnly,
+    mixed_candidates,
 )
 
 # Size of a plan without its weights. Measured: 4 to 21 MiB with 4 to 24 layers.
@@ -52,6 +56,9 @@ NETWORK_PER_ELEMENT = 1
 CALIBRATION_BASE = 700 * MIB
 CALIBRATION_COPIES = 6
 CALIBRATION_STATES = 3
+# Bytes per element of a Hessian that GPTQ factorizes: a copy that is kept, the Hessian itself, the
+# identity that is solved for and a reordered copy in float64; the sum of shifts in float32.
+HESSIAN_BYTES = 36
 # A rank's process under ONNX Runtime, without weights and cache. Measured: 0.34 GiB.
 SMOKE_TEST_BASE = 450 * MIB
 # A process with PyTorch and transformers. Measured: 0.43 GiB.
@@ -73,6 +80,8 @@ CPU_RATE = 2 * 10**9
 CPU_PRODUCTS = 10**10
 GPU_PRODUCTS = 10**12
 CALIBRATION_PASSES = 10
+# Number of times that GPTQ multiplies a matrix by one of the Hessian's size.
+ROUNDING_PASSES = 6
 # Further rounds of a speed measurement, which stops when it has taken that long.
 ROUNDS_SECONDS = 120
 # Starting Python from a shared file system, and other work that does not depend on the model.
@@ -118,11 +127,18 @@ def conversion_memory(workers: int) -> int:
     return CONVERSION_BASE + workers * CONVERSION_PER_WORKER
 
 
-def calibration_memory(config: MptConfig, num_samples: int, sequence_length: int) -> int:
-    """Estimates the host memory of a calibration on the CPU; the number of blocks does not matter.
+def calibration_memory(
+    config: MptConfig,
+    quantization_format: QuantizationFormat,
+    num_samples: int,
+    sequence_length: int,
+) -> int:
+    """Estimates the host memory of a calibration on the CPU.
 
     It has a block in float32 with copies of its largest matrix, or the embedding twice; the hidden
-    states of all samples; and the feed-forward layer's values for a batch of them.
+    states of all samples; and the feed-forward layer's values for a batch of them. GPTQ also has
+    the inputs of all matrices of a block, and the Hessian of the widest. Only for mixed does the
+    number of blocks matter: hidden states of the model with each matrix in each format.
     """
     matrices = [math.prod(w.shape) for w in block_matrices(config, 0).values()]
     block = sum(matrices) + CALIBRATION_COPIES * max(matrices)
@@ -131,7 +147,17 @@ def calibration_memory(config: MptConfig, num_samples: int, sequence_length: int
     states = CALIBRATION_STATES * tokens * config.hidden_size
     batch = min(num_samples, CALIBRATION_BATCH_SIZE) * sequence_length
     wide = CALIBRATION_COPIES * batch * config.intermediate_size
-    return CALIBRATION_BASE + FLOAT32_BYTES * (max(block, embedding) + states + wide)
+    plain = CALIBRATION_BASE + FLOAT32_BYTES * (max(block, embedding) + states + wide)
+    if quantization_format not in ROUNDED:
+        return plain
+    widths = [matrix.shape(config)[1] for matrix in BlockMatrix]
+    inputs = FLOAT32_BYTES * (tokens * sum(widths) + CALIBRATION_COPIES * max(matrices))
+    rounding = inputs + HESSIAN_BYTES * max(widths) ** 2
+    if quantization_format != "mixed":
+        return plain + rounding
+    variants = config.num_layers * len(BlockMatrix) * len(mixed_candidates(config))
+    hidden = FLOAT32_BYTES * variants * math.ceil(tokens / MIXED_STRIDE) * config.hidden_size
+    return plain + rounding + hidden
 
 
 def network_memory(spec: EngineSpec) -> int:
@@ -250,11 +276,28 @@ def collect_minutes(spec: EngineSpec) -> int:
     return _minutes(2 * engine_disk(spec) / DISK_RATE)
 
 
-def calibration_minutes(config: MptConfig, num_tokens: int, on_gpu: bool) -> int:
-    """Time limit of a calibration, which runs the model many times; not measured for large ones."""
+def calibration_minutes(
+    config: MptConfig, quantization_format: QuantizationFormat, num_tokens: int, on_gpu: bool
+) -> int:
+    """Time limit of a calibration, which runs the model many times.
+
+    GPTQ also factorizes the Hessian of each matrix. For mixed, both are repeated for each format,
+    and a model that differs from a block on runs from there on. Not measured for large models.
+    """
     rate = GPU_PRODUCTS if on_gpu else CPU_PRODUCTS
     reading = _ft_bytes(config, 1, "float32") / DISK_RATE
-    return _minutes(reading + CALIBRATION_PASSES * _products(config) * num_tokens / rate)
+    passes: float = CALIBRATION_PASSES
+    rounding = 0
+    if quantization_format in ROUNDED:
+        shapes = [matrix.shape(config) for matrix in BlockMatrix]
+        block = sum(width**3 + ROUNDING_PASSES * out * width**2 for out, width in shapes)
+        rounding = config.num_layers * block
+    if quantization_format == "mixed":
+        formats = len(mixed_candidates(config))
+        rounding *= 1 + formats
+        passes += formats * len(BlockMatrix) * config.num_layers / 2 / MIXED_STRIDE
+    computing = (passes * _products(config) * num_tokens + rounding) / rate
+    return _minutes(reading + computing)
 
 
 def forward_minutes(config: MptConfig, num_tokens: int) -> int:

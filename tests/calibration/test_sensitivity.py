@@ -13,12 +13,12 @@ from mpt_trt.calibration import sensitivity
 from mpt_trt.calibration.block_stream import Computation
 from mpt_trt.calibration.gptq import rounded_to
 from mpt_trt.calibration.model_source import ModelSource, open_model
-from mpt_trt.calibration.sensitivity import candidate_formats, measured_formats
+from mpt_trt.calibration.sensitivity import measured_formats
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.logits import mean_divergence
 from mpt_trt.model.tensors import BlockMatrix
 from mpt_trt.quantization.gptq import Statistics
-from mpt_trt.quantization.schemes import IntegerFormat
+from mpt_trt.quantization.schemes import IntegerFormat, mixed_candidates
 from references.modelopt_reference import whole_model
 from support.checkpoints import CheckpointSpec, write_checkpoint
 
@@ -87,4 +87,4 @@ def names(source: ModelSource, bits: float) -> set[str]:
 def test_candidates(hidden: int, heads: int, expected: list[str], tmp_path: Path) -> None:
     spec = CheckpointSpec(hidden_size=hidden, num_heads=heads, num_layers=1)
     config = open_model(write_checkpoint(tmp_path / "hf", spec)).config
-    assert [each.name for each in candidate_formats(config)] == expected
+    assert [each.name for each in mixed_candidates(config)] == expected

@@ -11,7 +11,8 @@ import pytest
 
 from mpt_trt.checkpoint.known_models import known_config
 from mpt_trt.engines.memory import GB
-from mpt_trt.workflow.resources import calibration_memory
+from mpt_trt.quantization.schemes import QuantizationFormat
+from mpt_trt.workflow.resources import calibration_memory, calibration_minutes
 from support.workflow import Workflow
 
 RESULT = "quantized/toy/{}/mpt_tp1_rank0.npz"
@@ -84,13 +85,29 @@ def test_misspelt_formats_get_a_hint(name: str, message: str, made: Workflow) ->
     assert re.search(message, result.stdout + result.stderr)
 
 
-def test_memory_does_not_grow_with_the_number_of_blocks() -> None:
+@pytest.mark.parametrize(
+    ("quantization_format", "least", "most"),
+    [("int4_awq", 2 * GB, 6 * GB), ("int4_gptq", 10 * GB, 20 * GB)],
+)
+def test_memory_does_not_grow_with_the_number_of_blocks(
+    quantization_format: QuantizationFormat, least: int, most: int
+) -> None:
     config = known_config("mpt-7b")
-    needed = calibration_memory(config, 32, 512)
-    assert needed == calibration_memory(replace(config, num_layers=1), 32, 512)
+    needed = calibration_memory(config, quantization_format, 32, 512)
+    assert needed == calibration_memory(replace(config, num_layers=1), quantization_format, 32, 512)
     # All of its weights in float32 are 26.6 GB.
-    assert 2 * GB < needed < 6 * GB
-    assert calibration_memory(config, 64, 512) > needed
+    assert least < needed < most
+    assert calibration_memory(config, quantization_format, 64, 512) > needed
+
+
+def test_mixed_needs_memory_and_time_for_each_block() -> None:
+    config = known_config("mpt-7b")
+    gptq = calibration_memory(config, "int4_gptq", 32, 512)
+    # Hidden states of 32 blocks x 4 matrices x 5 formats, for an eighth of the tokens, in float32.
+    states = 32 * 4 * 5 * (32 * 512 // 8) * 4096 * 4
+    assert calibration_memory(config, "mixed", 32, 512) == gptq + states
+    minutes = [calibration_minutes(config, each, 32 * 512, True) for each in ("fp8", "int4_gptq")]
+    assert minutes[0] < minutes[1] < calibration_minutes(config, "mixed", 32 * 512, True)
 
 
 def test_a_missing_text_is_named(made: Workflow, tmp_path: Path) -> None:
