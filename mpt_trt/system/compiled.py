@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import ctypes
 import platform
 import shutil
 import subprocess
@@ -11,10 +11,11 @@ from pathlib import Path
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import ContentHash
 from mpt_trt.system.replace import replace_file
-from mpt_trt.system.user_cache import user_cache_folder
+from mpt_trt.system.user_cache import own_cache_folder, require_own_file
 
 COMPILERS = ("cc", "gcc", "clang")
-REMEDY = "set XDG_CACHE_HOME to a folder of your own"
+# A compiler needs less than a second.
+TIMEOUT_S = 120.0
 # nodelete: programs may unload a library whose functions are still in use.
 FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-shared", "-Wl,-z,nodelete")
 
@@ -28,44 +29,69 @@ def compiled_library(source: Path) -> Path:
     """Path of the shared library of a C source, which is compiled unless the cache has it.
 
     Any number of processes may call this at the same time. The library's name contains a hash of
-    everything it is made from.
+    everything it is made from. A damaged library is compiled again.
 
     Raises MptTrtError when the cache lacks it and there is no compiler or the compiler fails, or
-    when the cache is not this user's own folder.
+    when others may change the library or its folder.
     """
     digest = ContentHash()
     for part in (source.read_bytes(), " ".join(FLAGS).encode(), platform.machine().encode()):
         digest.update(part)
     name = f"{source.stem}-{str(digest).removeprefix('xxh3:')}.so"
-    library = _own_folder() / name
-    if not library.exists():
-        with replace_file(library) as partial:
-            _compile(source, partial)
+    library = own_cache_folder() / name
+    try:
+        if not _is_usable(library):
+            with replace_file(library) as partial:
+                _compile(source, partial)
+                partial.chmod(0o700)
+    except OSError as error:
+        raise MptTrtError(f"{library}: cannot be made ({error.strerror})") from None
     return library
 
 
-def _own_folder() -> Path:
-    """Returns the folder of compiled libraries; makes it if necessary."""
-    folder = user_cache_folder()
-    if folder is None:
-        raise MptTrtError(f"there is no home folder for compiled libraries; {REMEDY}")
+def _is_usable(library: Path) -> bool:
+    """Returns whether the cache has a library that can be loaded.
+
+    Raises MptTrtError when others may change it.
+    """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = folder.stat().st_uid
+        require_own_file(library)
+    except FileNotFoundError:
+        return False
+    return _loading_error(library) is None
+
+
+def _loading_error(library: Path) -> str | None:
+    try:
+        ctypes.CDLL(str(library))
     except OSError as error:
-        raise MptTrtError(f"{folder}: cannot be made ({error.strerror}); {REMEDY}") from None
-    # Programs load what is in there.
-    if owner != os.geteuid():
-        raise MptTrtError(f"{folder}: belongs to another user; {REMEDY}")
-    return folder
+        return str(error)
+    return None
 
 
 def _compile(source: Path, target: Path) -> None:
     compiler = find_compiler()
     if compiler is None:
         raise MptTrtError(f"there is no C compiler ({', '.join(COMPILERS)}); install one")
+    failed = f"{compiler} cannot compile {source.name}"
     command = [compiler, *FLAGS, "-o", str(target), str(source)]
-    finished = subprocess.run(command, capture_output=True, text=True)
+    try:
+        finished = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise MptTrtError(f"{failed}: it did not end within {TIMEOUT_S:g} s") from None
+    except OSError as error:
+        raise MptTrtError(f"{failed}: {error.strerror}; install a C compiler") from None
     if finished.returncode:
         lines = finished.stderr.strip().splitlines() or [f"status {finished.returncode}"]
-        raise MptTrtError(f"{compiler} cannot compile {source.name}: {lines[0]}")
+        raise MptTrtError(f"{failed}: {lines[0]}")
+    if not target.is_file():
+        raise MptTrtError(f"{failed}: it wrote no library")
+    if (reason := _loading_error(target)) is not None:
+        raise MptTrtError(f"{failed}: the library cannot be loaded ({reason})")

@@ -1,7 +1,7 @@
 """Compares files with the hashes that were recorded when they were made, each file once.
 
 Compared files are remembered in the user's cache folder, by device, inode, size and time of the
-last change. Without that memory, files are read again.
+last change. Without that memory, or if others may write to it, files are read again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import content_hashes, read_small_file
 from mpt_trt.system.json_text import MOST_BYTES
 from mpt_trt.system.replace import replace_file
-from mpt_trt.system.user_cache import user_cache_folder
+from mpt_trt.system.user_cache import own_cache_folder, require_own_file
 
 FILE_NAME = "content_hashes.json"
 MOST_ENTRIES = 50_000
@@ -86,15 +86,21 @@ def _identity(path: Path) -> tuple[str, int, int]:
 
 
 def _cache_file() -> Path | None:
-    folder = user_cache_folder()
-    return None if folder is None else folder / FILE_NAME
+    """Path of the memory, which may not exist; None if others may write to its folder."""
+    try:
+        return own_cache_folder() / FILE_NAME
+    except MptTrtError:
+        return None
 
 
 def _read_memory() -> Memory:
     path = _cache_file()
     try:
-        memory = {} if path is None else json.loads(read_small_file(path, MOST_BYTES))
-    except (ValueError, RecursionError):
+        if path is None:
+            return {}
+        require_own_file(path)
+        memory = json.loads(read_small_file(path, MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
     return memory if isinstance(memory, dict) else {}
 
@@ -108,3 +114,4 @@ def _remember(new: Memory) -> None:
     with contextlib.suppress(MptTrtError, OSError), replace_file(path) as partial:
         # Without indents, which Python's encoder in C does not support.
         partial.write_text(json.dumps(kept) + "\n")
+        partial.chmod(0o600)

@@ -91,6 +91,19 @@ def test_a_damaged_memory_is_ignored(folder: Path, content: bytes) -> None:
     check(folder, content_hash(folder / "weights"))
 
 
+@pytest.mark.parametrize("name", [".", verified_files.FILE_NAME])
+def test_a_memory_that_others_may_change_is_ignored(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    expected, cache = content_hash(folder / "weights"), folder / "cache" / "mpt-trt"
+    remember_written(folder, {"weights": expected})
+    assert cache.stat().st_mode & 0o777 == 0o700
+    (cache / name).chmod(0o722)
+    seen = reads(monkeypatch)
+    check(folder, expected)
+    assert seen
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
