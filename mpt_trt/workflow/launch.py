@@ -12,6 +12,7 @@ from itertools import islice
 from mpt_trt.engines import memory
 from mpt_trt.engines.spec import TENSORRT_LLM
 from mpt_trt.errors import MptTrtError
+from mpt_trt.model import sharding
 from mpt_trt.workflow import resources
 from mpt_trt.workflow.job_resources import JobResources
 from mpt_trt.workflow.plan import Plan, Target
@@ -94,9 +95,15 @@ class Launch:
                 yield self._needs(name, Target.of(match.groupdict()))
 
     def needs(self, name: str) -> Needs:
-        """Needs of an engine, by the name of a target of it; raises MptTrtError for other names."""
+        """Needs of an engine, by the name of a target of it.
+
+        Raises MptTrtError for other names, and when the model cannot have that number of ranks.
+        """
         if match := ENGINE_TARGET.fullmatch(name.rstrip("/")):
-            return self._needs(name, Target.of(match.groupdict()))
+            target = Target.of(match.groupdict())
+            if (config := self._plan.expected_config(target)) is not None:
+                sharding.require_legal(config, target.tp)
+            return self._needs(name, target)
         raise MptTrtError(
             f"{name}: not a target of one engine, such as trt_engines/mpt-7b/fp16/1-gpu"
         )

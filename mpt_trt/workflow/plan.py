@@ -217,11 +217,18 @@ class Plan:
             return None
 
     def planned_config(self, target: Target) -> MptConfig:
-        """Architecture of the model or, until it is fetched, of the known model of its name."""
+        """Architecture that resources are computed from: the expected one, or a usual one."""
+        return self.expected_config(target) or known_models.known_config(DEFAULT_SHAPE)
+
+    def expected_config(self, target: Target) -> MptConfig | None:
+        """Architecture of the model or, until it is fetched, of the known model of its name.
+
+        None for a model that is neither fetched nor known.
+        """
         if (config := self.stored_config(target)) is not None:
             return config
         name = Path(self.source(target)).name
-        return known_models.known_config(name if name in known_models.SHIPPED else DEFAULT_SHAPE)
+        return known_models.known_config(name) if name in known_models.SHIPPED else None
 
     # --- engines ----------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -188,11 +189,12 @@ def _version(distribution: str) -> str | None:
 
 
 def _mpi() -> str | None:
-    if shutil.which("mpirun") is None or (binding := _version("mpi4py")) is None:
+    # pip installs mpirun next to python, which need not be on the PATH.
+    on_path, own_folder = shutil.which("mpirun"), str(Path(sys.executable).parent)
+    mpirun = on_path or shutil.which("mpirun", path=own_folder)
+    if mpirun is None or (binding := _version("mpi4py")) is None:
         return None
-    return f"{_mpi_name()}, mpi4py {binding}"
-
-
-def _mpi_name() -> str:
     version = _version("openmpi")
-    return f"mpirun at {shutil.which('mpirun')}" if version is None else f"Open MPI {version}"
+    name = f"mpirun at {mpirun}" if version is None else f"Open MPI {version}"
+    hint = "" if on_path else f"; start ranks with {mpirun}"
+    return f"{name}, mpi4py {binding}{hint}"

@@ -126,6 +126,17 @@ def test_ranks_cannot_do_without_mpi_nor_without_memory() -> None:
     assert preflight.judge(alone, replace(COMPLETE, mpi=None, nccl=None)).tensorrt == ()
 
 
+def test_mpirun_is_found_next_to_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "bin" / "python"))
+    assert preflight.inspect(tmp_path).mpi is None
+    mpirun = tmp_path / "bin" / "mpirun"
+    mpirun.parent.mkdir()
+    mpirun.touch(0o755)
+    found = preflight.inspect(tmp_path).mpi
+    assert found is not None and found.endswith(f"; start ranks with {mpirun}")
+
+
 def test_a_package_that_is_not_installed_is_named() -> None:
     verdict = preflight.judge(
         replace(NEEDS, builder=BuilderChoice("tensorrt", ("8.0",))), with_machine(gpus=())
@@ -183,6 +194,8 @@ def test_a_target_or_a_model_and_a_variant_can_be_asked_for(
         (["--model=mpt-7b"], "--model and --variant belong together"),
         (["--model=mpt-7c", "--variant=fp16"], "no model named 'mpt-7c'; did you mean 'mpt-7b'"),
         (["trt_engines/mpt-7b/fp61/1-gpu"], "no variant named 'fp61'"),
+        (["--model=mpt-demo", "--variant=fp16", "-tp=3"], "size 3 does not divide .* valid sizes"),
+        (["trt_engines/mpt-7b/fp16/3-gpu"], "size 3 does not divide .* valid sizes"),
         (["--configfile=nowhere.yaml", "x/m/v/1-gpu"], "nowhere.yaml: cannot be read"),
     ],
 )
