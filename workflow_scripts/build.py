@@ -75,8 +75,7 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         "--group_size",
         type=int,
         choices=GROUP_SIZES,
-        default=GROUP_SIZES[0],
-        help="input features per group, for int4 --per_group (default: %(default)s)",
+        help=f"input features per group, for int4 --per_group (default: {GROUP_SIZES[0]})",
     )
     group.add_argument("--bits", type=float, help="bits per weight on average, for mixed")
     group.add_argument(

@@ -25,6 +25,7 @@ from mpt_trt.system.json_text import shown
 
 # Size of zip's local header up to the name; it ends with the lengths of name and extra field.
 LOCAL_HEADER_BYTES = 30
+ZIP_MAGIC = b"PK"
 # NumPy accepts headers of up to 10,000 characters, but would first read up to 4 GB.
 NUMBER_KINDS, TEXT_KINDS = "fiub", "U"
 # A character of NumPy's takes four bytes.
@@ -64,8 +65,11 @@ class NpzFile:
             names = self._archive().namelist()
         except FileNotFoundError:
             raise MptTrtError(f"{path}: no such file; {remedy}") from None
+        except OSError as error:
+            raise MptTrtError(f"{path}: {error.strerror or error}; name an npz file") from None
         except ARCHIVE_ERRORS as error:
-            raise self.damaged(f"cannot be read as an npz archive ({error})") from None
+            what = f"cannot be read as an npz archive ({error})"
+            raise (self.damaged(what) if _begins_as_archive(path) else self.refused(what)) from None
         if len(set(names)) < len(names):
             raise self.damaged("holds two arrays of the same name")
         self.keys = frozenset(name.removesuffix(".npy") for name in names)
@@ -231,6 +235,12 @@ class NpzFile:
             raise
         except ARCHIVE_ERRORS as error:
             raise self.damaged(f"{key} is damaged ({error})") from None
+
+
+def _begins_as_archive(path: Path) -> bool:
+    """Returns whether a file is a damaged archive, not one of another kind."""
+    with path.open("rb") as stream:
+        return stream.read(len(ZIP_MAGIC)) == ZIP_MAGIC
 
 
 def _content_offset(descriptor: int, entry: zipfile.ZipInfo) -> int:

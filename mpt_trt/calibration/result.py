@@ -17,6 +17,7 @@ from mpt_trt.calibration.npz_keys import (
     ACTIVATION_SCALE,
     BUDGET,
     CORNER,
+    FILE_NAME,
     SCALES_BY_ERROR,
     SMOOTHING,
     WEIGHT,
@@ -61,6 +62,8 @@ def read_calibration(path: Path, checkpoint: FtCheckpoint) -> CalibrationResult:
     Raises MptTrtError, with the difference and the remedy, when the file is damaged or was made for
     a model with another architecture or other weights.
     """
+    if path.is_dir():
+        raise MptTrtError(f"{path}: a folder; name the file {FILE_NAME} in it")
     file = NpzFile(path)
     result = CalibrationResult(file, checkpoint.config)
     _require_layers(file, checkpoint.config)

@@ -20,6 +20,7 @@ from mpt_trt.engines.build.rank_network import NetworkInputs
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.quantization.schemes import (
+    GROUP_SIZES,
     Awq,
     Fp8,
     Gptq,
@@ -37,7 +38,8 @@ from mpt_trt.system.progress_lines import say
 # Lets Open MPI 5 start more ranks than there are cores.
 OVERSUBSCRIBE = "PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe"
 
-WEIGHT_ONLY_OPTIONS = ("weight_only_precision", "per_group", "bits")
+WEIGHT_ONLY_OPTIONS = ("weight_only_precision", "per_group", "group_size", "bits")
+DEFAULT_PRECISION = "int8"
 # Options that use a calibration result, by its format.
 USED_WITH = {
     "int4_awq": "--use_weight_only --weight_only_precision int4_awq",
@@ -58,8 +60,9 @@ def run(options: argparse.Namespace) -> None:
     checkpoint = read_ft_checkpoint(folder, options.trust)
     if checkpoint.tp_size != options.world_size:
         raise MptTrtError(
-            f"--world_size = {options.world_size}, but {options.model_dir} was converted for "
-            f"{checkpoint.tp_size}; convert with -tp {options.world_size}"
+            f"--world_size = {options.world_size}, but {folder} was converted for "
+            f"{checkpoint.tp_size}; give --world_size {checkpoint.tp_size}, or convert with "
+            f"-tp {options.world_size}"
         )
     if options.dtype not in (None, checkpoint.storage_type):
         raise MptTrtError(
@@ -125,7 +128,14 @@ def _scheme(options: argparse.Namespace, alpha: float | None) -> WeightQuantizat
     if not options.use_weight_only:
         _require_absent(options, "--use_weight_only", WEIGHT_ONLY_OPTIONS)
         return Fp8() if options.enable_fp8 else None
-    precision = options.weight_only_precision
+    precision = options.weight_only_precision or DEFAULT_PRECISION
+    if precision != "mixed":
+        _require_absent(options, "--weight_only_precision mixed", ("bits",))
+    if precision == DEFAULT_PRECISION:
+        _require_absent(options, "--weight_only_precision int4", ("per_group",))
+    # The groups of other types are those of their calibration.
+    if precision != "int4" or not options.per_group:
+        _require_absent(options, "--weight_only_precision int4 --per_group", ("group_size",))
     if precision == "int4_awq":
         return Awq()
     if precision == "int4_gptq":
@@ -135,11 +145,13 @@ def _scheme(options: argparse.Namespace, alpha: float | None) -> WeightQuantizat
             raise MptTrtError("--weight_only_precision = mixed: give its --bits per weight")
         return Mixed(options.bits)
     if precision == "int4":
-        return WeightOnly(4, options.group_size if options.per_group else None)
+        group_size = options.group_size or GROUP_SIZES[0]
+        return WeightOnly(4, group_size if options.per_group else None)
     return WeightOnly(8)
 
 
 def _require_absent(options: argparse.Namespace, owner: str, names: tuple[str, ...]) -> None:
     for name in names:
-        if getattr(options, name):
-            raise MptTrtError(f"--{name} belongs to {owner}; add it")
+        value = getattr(options, name)
+        if value is not None and value is not False:
+            raise MptTrtError(f"--{name} belongs to {owner}; add that, or leave --{name} out")

@@ -44,6 +44,23 @@ def test_damage_shows_when_all_rows_are_read(tmp_path: Path) -> None:
         list(NpzFile(tmp_path / "x.npz").rows("m", 128))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04 and no more", "cannot be read .*; delete it and make it again$"),
+        (b"an essay", "cannot be read as an npz archive .*zip file.; make it again$"),
+        (None, "x.npz: Is a directory; name an npz file$"),
+    ],
+)
+def test_only_a_damaged_archive_is_to_be_deleted(
+    content: bytes | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.npz"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(MptTrtError, match=message):
+        NpzFile(path, "make it again")
+
+
 def test_rows_with_nan_are_refused(tmp_path: Path) -> None:
     values = np.ones((30, 64), np.float32)
     values[20, 3] = np.nan

@@ -112,7 +112,8 @@ def test_commands_of_the_example(made, arguments, expected, tmp_path):
     assert build(made, tmp_path / "engine", *arguments) == expected
 
 
-FP16 = "--model_dir=MADE/ft/fp16/1-gpu"
+FP16, INT = "--model_dir=MADE/ft/fp16/1-gpu", "--use_weight_only"
+INT4 = [INT, "--weight_only_precision=int4"]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,20 @@ FP16 = "--model_dir=MADE/ft/fp16/1-gpu"
         ([FP16, "--use_weight_only", "--enable_fp8"], "exclude each other; choose one"),
         ([FP16, "--per_token"], "--per_token belongs to --use_smooth_quant"),
         ([FP16, "--weight_only_precision=int4"], "--weight_only_precision belongs to --use_weight"),
-        ([FP16, "--enable_fp8", "--per_group"], "--per_group belongs to --use_weight_only; add it"),
+        ([FP16, "--enable_fp8", "--per_group"], "--per_group belongs to --use_weight_only; add"),
+        ([FP16, "--group_size=64"], "--group_size belongs to --use_weight_only; add that"),
+        ([FP16, INT, "--per_group"], "--per_group belongs to --weight_only_precision int4; add"),
+        ([FP16, INT, "--bits=5.5"], "--bits belongs to --weight_only_precision mixed; add"),
+        ([FP16, *INT4, "--bits=0"], "--bits belongs to .* mixed; add that, or leave --bits out"),
+        ([FP16, *INT4, "--group_size=64"], "--group_size belongs to .* int4 --per_group; add"),
+        (
+            [FP16, INT, "--weight_only_precision=int4_awq", "--per_group", "--group_size=64"],
+            "--group_size belongs to --weight_only_precision int4 --per_group; add",
+        ),
+        (
+            [FP16, "--enable_fp8", "--quant_ckpt_path=MADE/int4_awq"],
+            "int4_awq: a folder; name the file mpt_tp1_rank0.npz in it$",
+        ),
         (
             [FP16, "--quant_ckpt_path=MADE/int4_awq/mpt_tp1_rank0.npz"],
             "quantization none does not use; .* --weight_only_precision int4_awq",

@@ -630,7 +630,7 @@ def test_world_size_must_be_that_of_the_checkpoint(world_size, converted, tmp_pa
         )
     assert str(caught.value) == (
         f"--world_size = {world_size}, but {folder} was converted for 2; "
-        f"convert with -tp {world_size}"
+        f"give --world_size 2, or convert with -tp {world_size}"
     )
     assert tree(tmp_path) == []
 
