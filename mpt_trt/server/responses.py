@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpt_trt.generation.text import Decoder
+from mpt_trt.generation.text import INCOMPLETE, Decoder
 from mpt_trt.scheduling.scheduler import NewToken
 from mpt_trt.server.service import Job, Part
 
 # Value that OpenAI reports for tokens that cannot come.
 LEAST_LOG_PROB = -9999.0
+# Tokens without a complete character after which the text is taken as it is; UTF-8 needs 4.
+MOST_INCOMPLETE = 8
 
 
 @dataclass
@@ -91,16 +92,16 @@ class CompletionFormat:
 
     def _log_probs(self, parts: list[Part], offsets: list[int]) -> dict[str, Any]:
         prompt = parts[0].prompt
+        starts = token_starts(self.decoder, [each.token for each in prompt])
+        end = len(self.echoes[parts[0].choice])
         tokens = [*prompt, *(part.new for part in parts if part.new is not None)]
         names = [self._name(each.token) for each in tokens]
-        # Special tokens are not part of the text.
-        texts = (self.decoder.decode([each.token]) for each in prompt)
-        starts = itertools.accumulate(map(len, texts), initial=0)
         return {
             "tokens": names,
             "token_logprobs": [_finite(each.log_prob) for each in tokens],
             "top_logprobs": [self._top(each) for each in tokens],
-            "text_offset": [*starts][: len(prompt)] + offsets[: len(tokens) - len(prompt)],
+            "text_offset": [min(start, end) for start in starts]
+            + offsets[: len(tokens) - len(prompt)],
         }
 
     def _top(self, token: NewToken) -> dict[str, float | None] | None:
@@ -148,6 +149,29 @@ class ChatFormat:
     def _token(self, token: int, log_prob: float | None) -> dict[str, Any]:
         text = self.decoder.decode([token], skip_special_tokens=False)
         return {"token": text, "logprob": _finite(log_prob), "bytes": list(text.encode())}
+
+
+def token_starts(decoder: Decoder, tokens: Sequence[int]) -> list[int]:
+    """First character of each token in the text of all, where special tokens have no text.
+
+    A character that several tokens make up belongs to each of them. Decodes each token only with a
+    few before it, because tokens may have other texts at the beginning and within a character.
+    """
+    starts, certain = [], 0
+    # The window begins with `context` tokens whose characters are complete.
+    window: list[int] = []
+    context = num_before = num_context = 0
+    for token in tokens:
+        starts.append(certain)
+        window.append(token)
+        text = decoder.decode(window)
+        certain = max(certain, num_before + len(text.rstrip(INCOMPLETE)))
+        is_complete = len(text) > num_context and not text.endswith(INCOMPLETE)
+        if is_complete or len(window) - context > MOST_INCOMPLETE:
+            window = window[context:]
+            context, num_context = len(window), len(decoder.decode(window))
+            num_before += len(text) - num_context
+    return starts
 
 
 def _finite(log_prob: float | None) -> float | None:

@@ -144,6 +144,17 @@ def test_echo_with_log_probs(client: openai.OpenAI, engine: Engine) -> None:
         assert joined == getattr(log_probs, field), field
 
 
+def test_offsets_of_characters_of_several_tokens(client: openai.OpenAI, engine: Engine) -> None:
+    prompt = "Zürich → 東京 é"
+    count = len(engine.text.encode(prompt))
+    answer = client.completions.create(
+        model=NAME, prompt=prompt, temperature=0, max_tokens=2, logprobs=0, echo=True
+    )
+    starts = answer.choices[0].logprobs.text_offset
+    assert starts == sorted(starts) and len(starts) == count + 2 > len(prompt)
+    assert starts[count - 1] == len(prompt) - 1 and starts[count] == len(prompt)
+
+
 def test_a_seed_repeats_and_choices_differ(client: openai.OpenAI) -> None:
     def texts(**options: int) -> list[str]:
         answer = client.completions.create(
