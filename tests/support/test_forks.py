@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,8 @@ def test_runs_do_not_wait_for_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("HF_HOME", "/nowhere"), ("PYTHONHASHSEED", "1"), ("SLURM_PROCID", "0")]
+    ("name", "value"),
+    [("HF_HOME", "/nowhere"), ("PYTHONHASHSEED", "1"), ("SLURM_PROCID", "0"), ("TZ", "UTC-5")],
 )
 def test_what_a_fork_would_miss_gets_the_real_python(tmp_path: Path, name: str, value: str) -> None:
     assert is_forked(tmp_path)
@@ -150,6 +152,21 @@ def test_limits_of_the_process_get_the_real_python(tmp_path: Path) -> None:
 
     assert not is_forked(tmp_path, preexec_fn=limit)
     assert not is_forked(tmp_path, umask=0o077)
+    assert is_forked(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: os.nice(1),
+        lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+        lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]),
+    ],
+)
+def test_niceness_and_signals_get_the_real_python(
+    tmp_path: Path, change: Callable[[], object]
+) -> None:
+    assert not is_forked(tmp_path, preexec_fn=change)
     assert is_forked(tmp_path)
 
 

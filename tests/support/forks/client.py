@@ -12,7 +12,7 @@ import sys
 
 # Variables that packages or Python read on import: a fork would miss a change.
 READ_ON_IMPORT = (
-    "HF_", "TRANSFORMERS_", "PYTHON", "LD_", "LC_", "LANG", "HOME", "XDG_", "MPL",
+    "HF_", "TRANSFORMERS_", "PYTHON", "LD_", "LC_", "LANG", "HOME", "XDG_", "MPL", "TZ",
 )  # fmt: skip
 # A variable of ranks that srun knows by their process.
 SLURM_RANK = "SLURM_PROCID"
@@ -65,7 +65,15 @@ def process_state() -> dict:
         "limits": {name: list(resource.getrlimit(getattr(resource, name))) for name in names},
         "umask": mask,
         "user": [*os.getresuid(), *os.getresgid()],
+        "niceness": os.getpriority(os.PRIO_PROCESS, 0),
+        "signals": blocked_and_ignored(),
     }
+
+
+def blocked_and_ignored() -> list:
+    """Masks of the signals that this process blocks and ignores."""
+    with open("/proc/self/status") as stream:  # noqa: PTH123
+        return [line for line in stream if line.startswith(("SigBlk:", "SigIgn:"))]
 
 
 def run_forked(path: str, arguments: list) -> int | None:
