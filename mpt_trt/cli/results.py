@@ -101,10 +101,14 @@ def _whole_text_rows(result: QualityResult) -> dict[str, str]:
     if whole is None:
         return {}
     return {
-        "Whole text": f"word perplexity {whole.word_perplexity:.4f}, byte perplexity "
-        f"{whole.byte_perplexity:.4f}, {whole.bits_per_byte:.4f} bits per byte, over "
+        "Whole text": f"word perplexity {_perplexity(whole.word_perplexity)}, byte perplexity "
+        f"{_perplexity(whole.byte_perplexity)}, {whole.bits_per_byte:.4f} bits per byte, over "
         f"{whole.words} words in {whole.bytes} bytes, {whole.tokens} tokens"
     }
+
+
+def _perplexity(value: float | None) -> str:
+    return "too large" if value is None else f"{value:.4f}"
 
 
 def _task_rows(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, str]:

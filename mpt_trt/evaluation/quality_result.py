@@ -60,12 +60,13 @@ class WholeText:
     """Predictions of a whole text, in windows that together predict every token once.
 
     word_perplexity, byte_perplexity: exponentials of the nats per word and per UTF-8 byte, which do
-    not depend on the tokenizer. bits_per_byte: the base-2 logarithm of the latter. nats: negative
+    not depend on the tokenizer; None beyond the largest floating-point number, as when a long text
+    is one word. bits_per_byte: the base-2 logarithm of the latter. nats: negative
     log-probability of the text. window_length: most tokens that the model reads at a time.
     """
 
-    word_perplexity: float
-    byte_perplexity: float
+    word_perplexity: float | None
+    byte_perplexity: float | None
     bits_per_byte: float
     nats: float
     tokens: int

@@ -81,8 +81,8 @@ def whole_text_of(nats: float, tokens: int, text: str, window_length: int) -> Wh
     """
     words, size = len(re.split(r"\s+", text)), len(text.encode("utf-8"))
     return WholeText(
-        word_perplexity=math.exp(nats / words),
-        byte_perplexity=math.exp(nats / size),
+        word_perplexity=_exponential(nats / words),
+        byte_perplexity=_exponential(nats / size),
         bits_per_byte=nats / size / math.log(2),
         nats=nats,
         tokens=tokens,
@@ -90,3 +90,11 @@ def whole_text_of(nats: float, tokens: int, text: str, window_length: int) -> Wh
         bytes=size,
         window_length=window_length,
     )
+
+
+def _exponential(nats: float) -> float | None:
+    """Perplexity; None beyond the largest float, from 709 nats per word or byte on."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return None

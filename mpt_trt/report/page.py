@@ -159,12 +159,16 @@ def _whole_text_columns(entries: list[Entry]) -> list[Column]:
     wholes = [entry.quality.whole_text for entry in entries]
     if not any(wholes):
         return []
-    words = [MISSING if each is None else number(each.word_perplexity, 5) for each in wholes]
+    words = [MISSING if each is None else _perplexity(each.word_perplexity) for each in wholes]
     sizes = [MISSING if each is None else number(each.bits_per_byte, 4) for each in wholes]
     return [
         Column("Whole text", "per word", words),
         Column("Whole text", "bits per byte", sizes),
     ]
+
+
+def _perplexity(value: float | None) -> str:
+    return "too large" if value is None else number(value, 5)
 
 
 def _task_columns(entries: list[Entry]) -> list[Column]:

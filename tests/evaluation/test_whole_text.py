@@ -111,6 +111,12 @@ def test_figures() -> None:
     assert found.byte_perplexity == pytest.approx(2 ** (12 / 7))
 
 
+def test_a_perplexity_beyond_all_numbers_is_none() -> None:
+    found = whole_text_of(nats=800.0, tokens=5, text="a" * 1000, window_length=8)
+    assert found.word_perplexity is None
+    assert found.byte_perplexity == pytest.approx(math.exp(0.8))
+
+
 def test_an_empty_text_is_refused() -> None:
     with pytest.raises(MptTrtError, match=r"the text is empty; set quality\.text"):
         text_windows("", read_tokenizer(MODEL), 8)
