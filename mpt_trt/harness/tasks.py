@@ -40,9 +40,7 @@ def open_model(engine: Engine, max_length: int | None = None) -> LM:
 def require_lm_eval() -> None:
     """Raises TaskError when lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise TaskError(
-            "lm_eval is not installed; install the extra: pip install 'mpt-trt[lm_eval]'"
-        )
+        raise TaskError("lm_eval is not installed; install it: pip install lm_eval")
 
 
 def run_tasks(model: LM, names: Sequence[str], folder: Path | None) -> dict[str, dict[str, float]]:
@@ -51,8 +49,8 @@ def run_tasks(model: LM, names: Sequence[str], folder: Path | None) -> dict[str,
     folder: task files (YAML) in addition to lm-eval's own tasks. Relative paths in them start at
     the folder. They can name Python functions, which are executed.
 
-    Raises TaskError when lm-eval is not installed, a task is unknown, or its data are not on this
-    machine.
+    Raises TaskError when lm-eval is not installed, a task is unknown, its data are not on this
+    machine, or it fails. Raises FloatingPointError when a logit is not finite.
     """
     require_lm_eval()
     if folder is not None and not folder.is_dir():
@@ -62,7 +60,10 @@ def run_tasks(model: LM, names: Sequence[str], folder: Path | None) -> dict[str,
         manager = _manager_of(names, place)
         if unknown := [name for name in names if name not in manager.all_subtasks]:
             where = "lm-eval" if folder is None else f"lm-eval or {folder}"
-            raise TaskError(f"task {unknown[0]}: not a task of {where}; check its name")
+            raise TaskError(
+                f"task {unknown[0]}: not a task of {where}; check its name, and that its file is "
+                "valid YAML"
+            )
         return {name: _run(model, name, manager) for name in names}
 
 
@@ -83,15 +84,34 @@ def _run(model: LM, name: str, manager: TaskManager) -> dict[str, float]:
     try:
         manager.load([name])
     except Exception as error:  # the libraries raise many types
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if _is_about_data(error):
+            raise TaskError(
+                f"task {name}: its data are not on this machine ({_reason(error)}); download them "
+                "with lm-eval, or give a task with local data"
+            ) from None
         raise TaskError(
-            f"task {name}: its data are not on this machine ({reason[:200]}); download them with "
-            "lm-eval, or give a task with local data"
+            f"task {name}: cannot be loaded ({_reason(error)}); correct its task file"
         ) from None
-    result = simple_evaluate(
-        model=model, tasks=[name], task_manager=manager, bootstrap_iters=0, log_samples=False
-    )
-    return metrics_of(result["results"][name])
+    try:
+        result = simple_evaluate(
+            model=model, tasks=[name], task_manager=manager, bootstrap_iters=0, log_samples=False
+        )
+        return metrics_of(result["results"][name])
+    except (FloatingPointError, MemoryError):
+        raise  # They are the engine's and the machine's.
+    except Exception as error:
+        raise TaskError(f"task {name}: fails in lm-eval ({_reason(error)})") from error
+
+
+def _is_about_data(error: Exception) -> bool:
+    """Returns whether the libraries lack a data set: a file, a folder, or the network."""
+    # `datasets` raises a ValueError when the hub is offline and its cache has another data set.
+    return isinstance(error, OSError) or "couldn't find" in str(error).lower()
+
+
+def _reason(error: Exception) -> str:
+    """Type and message of an error, on a line of limited length."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def metrics_of(figures: dict[str, Any]) -> dict[str, float]:

@@ -106,6 +106,52 @@ def test_missing_data_are_named(ours: EngineModel, tmp_path: Path) -> None:
         run_tasks(ours, ["wikitext"], tmp_path / "nowhere")
 
 
+def write_task(folder: Path, name: str, **changes: str) -> Path:
+    """A copy of the demo's task about texts, of one text, in which lines have other values."""
+    (folder / "data.jsonl").write_text('{"text": "import os"}\n')
+    lines = (TASKS / "mpt_demo_text.yaml").read_text().splitlines()
+    given = {"task": name, "test": "data.jsonl"} | changes
+    keys = [line.strip().partition(":")[0] for line in lines]
+    changed = [
+        f"{line.partition(key)[0]}{key}: {given[key]}" if key in given else line
+        for key, line in zip(keys, lines, strict=True)
+    ]
+    (folder / f"{name}.yaml").write_text("\n".join(changed))
+    return folder
+
+
+def test_errors_of_tasks_are_named(
+    ours: EngineModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_task(tmp_path, "broken", output_type="no_such_type")
+    with pytest.raises(TaskError, match=r"task broken: cannot be loaded \(\w+: .*no_such_type"):
+        run_tasks(ours, ["broken"], tmp_path)
+    write_task(tmp_path, "without_data", test="no_such.jsonl")
+    with pytest.raises(TaskError, match="task without_data: its data are not on this machine"):
+        run_tasks(ours, ["without_data"], tmp_path)
+    (tmp_path / "torn.yaml").write_text("task: torn\n x: [")
+    with pytest.raises(TaskError, match=r"task torn: .* valid YAML"):
+        run_tasks(ours, ["torn"], tmp_path)
+    write_task(tmp_path, "failing", doc_to_target='"{{nothing(text)}}"')
+    with pytest.raises(TaskError, match=r"task failing: .*nothing"):
+        run_tasks(ours, ["failing"], tmp_path)
+    write_task(tmp_path, "good")
+
+    def fail(*_: object) -> None:
+        raise FloatingPointError("not finite")
+
+    monkeypatch.setattr(EngineModel, "loglikelihood_rolling", fail)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        run_tasks(ours, ["good"], tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise MptTrtError("no room")
+
+    monkeypatch.setattr(EngineModel, "loglikelihood_rolling", refuse)
+    with pytest.raises(TaskError, match=r"task good: fails in lm-eval \(MptTrtError: no room\)"):
+        run_tasks(ours, ["good"], tmp_path)
+
+
 def test_arguments_are_checked(demo_engine: Path) -> None:
     folder = f"engine_dir={demo_engine},runtime=onnxruntime"
     with pytest.raises(MptTrtError, match="--model_args speed: no such argument"):
