@@ -11,6 +11,7 @@ rule measure_facts:
         require_possible("measure_facts"),
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
         facts=of_job(plan.facts),
+        named=of_job(plan.files_of_facts),
     output:
         "build/proofs/{model}/{variant}/{tp}-gpu.json",
     log:

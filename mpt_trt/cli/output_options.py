@@ -14,6 +14,7 @@ INPUT_OPTIONS = (
     "input_file",
     "model_dir",
     "reference",
+    "task_dir",
     "text",
     "tokenizer_dir",
 )

@@ -6,16 +6,17 @@ import argparse
 
 from mpt_trt.cli.results import show_proof
 from mpt_trt.proofs.compare import compare
-from mpt_trt.proofs.facts import read_all_facts
+from mpt_trt.proofs.facts import inputs_of, read_all_facts
 from mpt_trt.proofs.result import read_measurements, require_proved, write_proof
 from mpt_trt.system.replace import require_writable
 
 
 def run(options: argparse.Namespace) -> None:
-    inputs = [*options.facts, *options.measured]
+    files = read_all_facts(options.facts)
+    inputs = [*inputs_of(files), *options.measured]
     if options.output is not None:
         require_writable(options.output, inputs)
-    facts = [fact for file in read_all_facts(options.facts) for fact in file.facts]
+    facts = [fact for file in files for fact in file.facts]
     result = compare(options.model, facts, read_measurements(options.measured))
     show_proof(result)
     require_proved(result)

@@ -6,7 +6,7 @@ import argparse
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.proofs.compare import compare
-from mpt_trt.proofs.facts import read_all_facts
+from mpt_trt.proofs.facts import inputs_of, read_all_facts
 from mpt_trt.proofs.result import ProofResult, read_measurements
 from mpt_trt.report.page import TEMPLATE, read_entry, read_points, write_report
 from mpt_trt.report.throughput_plot import draw_throughput, read_series
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
     inputs = (
         *options.quality,
         *options.smoke_tests,
-        *options.facts,
+        *inputs_of(read_all_facts(options.facts)),
         *options.measured_facts,
         *options.llama_cpp,
         *options.throughput,

@@ -12,7 +12,7 @@ from mpt_trt.cli.results import show_proof
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.measured_engine import describe_engine, peak_memory_of_ranks
 from mpt_trt.proofs.compare import compare
-from mpt_trt.proofs.facts import read_all_facts
+from mpt_trt.proofs.facts import fact_hash, inputs_of, read_all_facts
 from mpt_trt.proofs.measure import facts_about, measure_facts
 from mpt_trt.proofs.result import FactMeasurements, require_proved, write_measurements
 from mpt_trt.system.progress_lines import say
@@ -20,9 +20,9 @@ from mpt_trt.system.replace import require_writable
 
 
 def run(options: argparse.Namespace) -> None:
-    inputs = [*input_paths(options), *options.facts]
-    require_writable(options.output, inputs)
     files = read_all_facts(options.facts)
+    inputs = [*input_paths(options), *inputs_of(files)]
+    require_writable(options.output, inputs)
     loaded = open_engine(options)
     text = EngineText.read(options.engine_dir, loaded.manifest, options.tokenizer_dir)
     engine = Engine(loaded, text)
@@ -39,7 +39,9 @@ def run(options: argparse.Namespace) -> None:
     if not loaded.is_first_rank:
         return
     result = FactMeasurements(
-        **describe_engine(loaded, options.engine_dir, peak_memory), measured=measured
+        **describe_engine(loaded, options.engine_dir, peak_memory),
+        measured=measured,
+        hashes={fact.name: fact_hash(fact) for fact in about},
     )
     write_measurements(result, options.output, inputs)
     if not options.report_only:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mpt_trt.errors import MptTrtError
 from mpt_trt.proofs.facts import (
     EngineKind,
     Fact,
@@ -17,16 +19,21 @@ from mpt_trt.proofs.facts import (
     RankWeights,
     Score,
     ScoreDifference,
+    fact_hash,
     kind_of,
 )
 from mpt_trt.proofs.result import FactMeasurements, Measured, ProofResult, Verdict
-from mpt_trt.quantization.schemes import Quantization, make_weight_quantization
 
 
 def compare(
     model: str, facts: Sequence[Fact], measurements: Sequence[FactMeasurements]
 ) -> ProofResult:
-    """Compares every fact with the engine of its kind, if one was measured."""
+    """Compares every fact with the engines of its kind that were measured; the worst one counts.
+
+    Raises MptTrtError when the measurements are of other facts, or of several models.
+    """
+    _require_same_facts(facts, measurements)
+    _require_one_model(measurements)
     return ProofResult(
         model=model,
         date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
@@ -44,12 +51,42 @@ class _Comparison:
     found: str
     deviation: float
 
+    @property
+    def badness(self) -> float:
+        """The deviation, in which one that is no number is the worst."""
+        return math.inf if math.isnan(self.deviation) else self.deviation
+
+
+def _require_same_facts(facts: Sequence[Fact], measurements: Sequence[FactMeasurements]) -> None:
+    hashes = {fact.name: fact_hash(fact) for fact in facts}
+    for each in measurements:
+        for name in each.measured.keys() & hashes:
+            if each.hashes.get(name) != hashes[name]:
+                raise MptTrtError(
+                    f"{each.engine_dir}: the measurement of fact {name!r} is of another fact with "
+                    "this name, or of an earlier version; measure it again with these facts"
+                )
+
+
+def _require_one_model(measurements: Sequence[FactMeasurements]) -> None:
+    first = next(iter(measurements), None)
+    for each in measurements:
+        if first is not None and each.model_name != first.model_name:
+            raise MptTrtError(
+                f"{each.engine_dir} is of the model {each.model_name}, and {first.engine_dir} of "
+                f"{first.model_name}; give measurements of one model"
+            )
+
 
 def _verdict(fact: Fact, measurements: Sequence[FactMeasurements]) -> Verdict:
     given = [_measured(fact, kind, measurements) for kind in fact.engines]
-    problem = next((each.problem for each in given if each.problem is not None), None)
+    problem = next(filter(None, map(_problem, given)), None)
     if problem is None:
-        compared = _compare(fact, given)
+        checked = [[each for each in some if each.problem is None] for some in given]
+        compared = max(
+            (_compare(fact, chosen) for chosen in itertools.product(*checked)),
+            key=lambda each: each.badness,
+        )
         # A deviation that is no number fails.
         is_passed = compared.deviation <= fact.tolerance
     return Verdict(
@@ -67,24 +104,29 @@ def _verdict(fact: Fact, measurements: Sequence[FactMeasurements]) -> Verdict:
     )
 
 
-def _measured(fact: Fact, kind: EngineKind, measurements: Sequence[FactMeasurements]) -> Measured:
-    """What the engine of the source's tensor-parallel size gave, or else another of its kind."""
+def _problem(given: Sequence[Measured]) -> str | None:
+    """Why none of a kind's engines gave anything; None if one did."""
+    return None if any(each.problem is None for each in given) else given[0].problem
+
+
+def _measured(
+    fact: Fact, kind: EngineKind, measurements: Sequence[FactMeasurements]
+) -> list[Measured]:
+    """What engines of the kind gave, those of the source's tensor-parallel size first."""
     fitting = [
         each for each in measurements if fact.name in each.measured and _is_of_kind(each, kind)
     ]
     own = [each for each in fitting if each.ranks == kind.tp_size]
     if isinstance(fact, RankWeights):
         fitting = own
-    for each in (*own, *fitting):
-        return each.measured[fact.name]
-    return Measured(problem=f"there is no engine in {kind.label}")
+    others = [each for each in fitting if each.ranks != kind.tp_size]
+    if found := [each.measured[fact.name] for each in (*own, *others)]:
+        return found
+    return [Measured(problem=f"there is no engine in {kind.label}")]
 
 
 def _is_of_kind(measured: FactMeasurements, kind: EngineKind) -> bool:
-    scheme = make_weight_quantization(**measured.quantization)
-    head, cache = measured.head, measured.kv_cache
-    quantization = Quantization(scheme, cache, head)  # type: ignore[arg-type]
-    return kind.is_of(measured.dtype, quantization)
+    return kind.is_of(measured.dtype, measured.quantized)
 
 
 def _compare(fact: Fact, given: Sequence[Measured]) -> _Comparison:
@@ -94,7 +136,7 @@ def _compare(fact: Fact, given: Sequence[Measured]) -> _Comparison:
             differing = _differing(fact.tokens, found.tokens)
             return _Comparison(_ids(fact.tokens), _ids(found.tokens), differing)
         case GreedyTokens():
-            return _Comparison(_ids(fact.tokens), _ids(found.tokens), max(found.numbers))
+            return _compare_greedy(fact, found)
         case LogProbs():
             expected = (*fact.prompt_log_probs, *fact.log_probs)
             return _Comparison(
@@ -104,19 +146,36 @@ def _compare(fact: Fact, given: Sequence[Measured]) -> _Comparison:
             text = found.text or ""
             return _Comparison(repr(fact.text), repr(text), float(not text.startswith(fact.text)))
         case RankWeights():
-            size = max(found.numbers, key=lambda number: abs(number - fact.bytes))
+            sizes = found.numbers or (math.nan,)
+            size = max(sizes, key=lambda number: abs(number - fact.bytes))
             return _Comparison(f"{fact.bytes:,}", f"{size:,.0f}", abs(size - fact.bytes))
         case ScoreDifference():
-            difference = found.numbers[0] - given[1].numbers[0]
+            score, base = _single(found), _single(given[1])
+            difference = score - base
             return _Comparison(
                 f"{fact.value:+.6g}",
-                f"{difference:+.6g} ({given[1].numbers[0]:.6g} to {found.numbers[0]:.6g})",
+                f"{difference:+.6g} ({base:.6g} to {score:.6g})",
                 abs(difference - fact.value),
             )
         case Score():
-            [score] = found.numbers
+            score = _single(found)
             return _Comparison(f"{fact.value:.6g}", f"{score:.6g}", abs(score - fact.value))
     raise TypeError(f"{type(fact).__name__} has no comparison")
+
+
+def _compare_greedy(fact: GreedyTokens, found: Measured) -> _Comparison:
+    """Bounds near ties in two ways: by their log-probability and by their number."""
+    differing = _differing(fact.tokens, found.tokens)
+    gap = max(found.numbers, default=math.inf)
+    if differing <= fact.most_ties:
+        return _Comparison(_ids(fact.tokens), _ids(found.tokens), gap)
+    count = f"{differing:.0f} of {len(fact.tokens)} tokens differ, and {fact.most_ties} may"
+    return _Comparison(_ids(fact.tokens), f"{_ids(found.tokens)} ({count})", math.inf)
+
+
+def _single(found: Measured) -> float:
+    """A score; NaN when the metric had no finite value."""
+    return found.numbers[0] if len(found.numbers) == 1 else math.nan
 
 
 def _differing(expected: Sequence[int], found: Sequence[int]) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +12,9 @@ import numpy as np
 
 from mpt_trt.api.engine import Engine
 from mpt_trt.errors import MptTrtError
-from mpt_trt.evaluation.heldout import read_text
 from mpt_trt.evaluation.logits import all_logits
 from mpt_trt.evaluation.quality_result import WholeText
-from mpt_trt.evaluation.whole_text import measure_text, window_length_of
+from mpt_trt.evaluation.whole_text import measure_text, prefix_of, window_length_of
 from mpt_trt.generation.logits import log_softmax, require_finite
 from mpt_trt.harness.tasks import TaskError, open_model, run_tasks
 from mpt_trt.proofs.facts import (
@@ -82,7 +83,7 @@ class _Measuring:
                 return self._log_probs(fact)
             case GeneratedText():
                 self._require_tokenizer()
-                self._require_room(self.engine.text.encode(fact.prompt), fact.max_new_tokens)
+                self._require_room(self._encode(fact.prompt), fact.max_new_tokens)
                 [output] = self.engine.generate([fact.prompt], fact.max_new_tokens)
                 return Measured(tokens=output.tokens, text=output.text)
             case RankWeights():
@@ -94,13 +95,14 @@ class _Measuring:
     def _greedy_tokens(self, fact: GreedyTokens) -> Measured:
         """Generates, and after a token that differs goes on with the published one.
 
-        The number is the largest log-probability by which a generated token exceeds the published
-        one in its place.
+        The numbers are the log-probabilities by which generated tokens exceed the published ones in
+        their places.
         """
+        self._require_vocabulary(fact.prompt_tokens, fact.tokens)
         self._require_room(fact.prompt_tokens, len(fact.tokens))
-        published, largest = fact.tokens, 0.0
-        first = self._generate(fact.prompt_tokens, len(published))
-        found, done = first, 0
+        published, done = fact.tokens, 0
+        tokens, gaps = list(published), [0.0] * len(published)
+        found = self._generate(fact.prompt_tokens, len(published))
         while done < len(published):
             rest = published[done:]
             same = next((at for at, one in enumerate(rest) if found[at] != one), len(rest))
@@ -108,13 +110,13 @@ class _Measuring:
                 break
             context = [*fact.prompt_tokens, *published[: done + same]]
             log_probs = self._next_log_probs(context)
-            gap = log_probs[found[same]] - log_probs[published[done + same]]
-            largest = max(largest, float(gap))
             done += same + 1
+            tokens[done - 1] = found[same]
+            gaps[done - 1] = float(log_probs[found[same]] - log_probs[published[done - 1]])
             if done < len(published):
                 context = [*fact.prompt_tokens, *published[:done]]
                 found = self._generate(context, len(published) - done)
-        return Measured(numbers=(largest,), tokens=first)
+        return Measured(numbers=tuple(gaps), tokens=tuple(tokens))
 
     def _generate(self, context: Sequence[int], count: int) -> tuple[int, ...]:
         [output] = self.engine.generate([list(context)], count, end_ids=())
@@ -127,6 +129,7 @@ class _Measuring:
     def _log_probs(self, fact: LogProbs) -> Measured:
         """Reads the prompt in few steps, and the tokens after it one by one, from the cache."""
         prompt, tokens = list(fact.prompt_tokens), list(fact.tokens)
+        self._require_vocabulary(prompt, tokens)
         self._require_room(prompt, len(tokens))
         loaded = self.engine.loaded
         rows = [all_logits(loaded, prompt)]
@@ -139,6 +142,19 @@ class _Measuring:
         found = log_softmax(logits)[np.arange(len(following)), following]
         wanted = found if fact.prompt_log_probs else found[len(prompt) - 1 :]
         return Measured(numbers=tuple(map(float, wanted)))
+
+    def _encode(self, prompt: str) -> list[int]:
+        tokens = self.engine.text.encode(prompt)
+        if not tokens:
+            raise Unavailable("the engine's tokenizer gives no tokens for the prompt")
+        self._require_vocabulary(tokens)
+        return tokens
+
+    def _require_vocabulary(self, *tokens: Sequence[int]) -> None:
+        size = self.engine.loaded.model.vocab_size
+        largest = max(max(each) for each in tokens)
+        if largest >= size:
+            raise Unavailable(f"token {largest} is beyond the engine's vocabulary of {size} tokens")
 
     def _require_room(self, prompt: Sequence[int], count: int) -> None:
         capacity, needed = self.engine.loaded.model.capacity, len(prompt) + count
@@ -173,13 +189,13 @@ class _Measuring:
         length = self._window_length(fact)
         if fact.task is None:
             whole = self._whole_text(file.find(fact.text or ""), length)
-            return Measured(numbers=(float(getattr(whole, fact.metric)),))
+            return _score_of(getattr(whole, fact.metric))
         folder = None if fact.task_dir is None else file.find(fact.task_dir)
         metrics = self._task(fact.task, folder, length)
         if fact.metric not in metrics:
             known = ", ".join(metrics)
             raise TaskError(f"task {fact.task} has no metric {fact.metric}; it has {known}")
-        return Measured(numbers=(metrics[fact.metric],))
+        return _score_of(metrics[fact.metric])
 
     def _window_length(self, fact: Score) -> int:
         if fact.window_length is None:
@@ -195,8 +211,12 @@ class _Measuring:
     def _whole_text(self, path: Path, length: int) -> WholeText:
         if (path, length) not in self.texts:
             tokenizer = self.engine.text.require_tokenizer()
-            measured = measure_text(self.engine.loaded, read_text(path), tokenizer, length)
-            self.texts[path, length] = measured
+            text = _read_text(path)
+            try:
+                prefix_of(tokenizer)
+            except MptTrtError as error:
+                raise Unavailable(str(error)) from None
+            self.texts[path, length] = measure_text(self.engine.loaded, text, tokenizer, length)
         return self.texts[path, length]
 
     def _task(self, name: str, folder: Path | None, length: int) -> dict[str, float]:
@@ -204,3 +224,20 @@ class _Measuring:
         if key not in self.tasks:
             self.tasks |= {key: run_tasks(open_model(self.engine, length), [name], folder)[name]}
         return self.tasks[key]
+
+
+def _score_of(value: float | None) -> Measured:
+    """A score. One that is not finite, or too large for a number, has none, and fails."""
+    return Measured(numbers=(value,) if value is not None and math.isfinite(value) else ())
+
+
+def _read_text(path: Path) -> str:
+    if not os.path.isfile(path):  # noqa: PTH113 (that fails for a path that is too long)
+        raise Unavailable(f"{path}: {'not a file' if os.path.lexists(path) else 'no such file'}")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unavailable(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    if not text:
+        raise Unavailable(f"{path}: the text is empty")
+    return text

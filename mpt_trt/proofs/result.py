@@ -13,7 +13,9 @@ from typing import Literal
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.measured_engine import MeasuredEngine
 from mpt_trt.evaluation.result_file import read_result
+from mpt_trt.quantization.schemes import Quantization, make_weight_quantization
 from mpt_trt.system.files import write_json
+from mpt_trt.system.json_text import shown
 
 Status = Literal["passed", "failed", "not checked"]
 
@@ -22,9 +24,10 @@ Status = Literal["passed", "failed", "not checked"]
 class Measured:
     """What an engine gave for a fact.
 
-    numbers: log-probabilities, bytes, a score, or the log-probability that the published greedy
-    tokens lack to be the most likely ones. tokens, text: what the engine or its tokenizer gave.
-    problem: why the engine gave nothing; None if it did.
+    numbers: log-probabilities, bytes, a score, or the log-probability that each published greedy
+    token lacks to be the most likely one. tokens, text: what the engine or its tokenizer gave; for
+    greedy tokens, the most likely token after the published ones before it. problem: why the engine
+    gave nothing; None if it did.
     """
 
     numbers: tuple[float, ...] = ()
@@ -35,9 +38,25 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class FactMeasurements(MeasuredEngine):
-    """What one engine gave for the facts about engines of its kind, by their names."""
+    """What one engine gave for the facts about engines of its kind, by their names.
+
+    hashes: of the facts that were measured, by their names.
+    """
 
     measured: dict[str, Measured]
+    hashes: dict[str, str]
+
+    @property
+    def quantized(self) -> Quantization:
+        """Quantization of the engine. Raises ValueError when its fields describe none."""
+        try:
+            scheme = make_weight_quantization(**self.quantization)
+            return Quantization(scheme, self.kv_cache, self.head)  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"quantization = {shown(self.quantization)}, kv_cache = {shown(self.kv_cache)}, "
+                f"head = {shown(self.head)}: no quantization of an engine"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -109,8 +128,19 @@ def write_measurements(result: FactMeasurements, target: Path, inputs: Iterable[
 
 def read_measurements(paths: Sequence[Path]) -> list[FactMeasurements]:
     """Reads files that `write_measurements` wrote; raises MptTrtError for others."""
+    return [_read_measurements(path) for path in paths]
+
+
+def _read_measurements(path: Path) -> FactMeasurements:
     what = "measurements of facts"
-    return [read_result(path, FactMeasurements, what) for path in paths]
+    result = read_result(path, FactMeasurements, what)
+    try:
+        result.quantized  # noqa: B018
+    except ValueError as error:
+        raise MptTrtError(
+            f"{path}: not {what} of this version, or damaged ({error}); delete it and measure again"
+        ) from None
+    return result
 
 
 def write_proof(result: ProofResult, target: Path, inputs: Iterable[Path] = ()) -> None:

@@ -30,7 +30,14 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.llama_cpp_result import fits_llama_cpp, is_llama_cpp_installed
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
-from mpt_trt.proofs.facts import EngineKind, FactsFile, read_all_facts, shipped_facts
+from mpt_trt.proofs.facts import (
+    EngineKind,
+    FactsFile,
+    existing_files,
+    read_all_facts,
+    read_facts,
+    shipped_facts,
+)
 from mpt_trt.quantization.schemes import require_fitting_groups
 from mpt_trt.system.code_version import source_hash
 from mpt_trt.workflow import gpu_request, key_checks, target_names
@@ -337,6 +344,30 @@ class Plan:
         for path in model.facts:
             self._require_text(f"models.{target.model}.facts", path)
         return [*map(self._shipped_file, shipped), *map(self.find, model.facts)]
+
+    def files_of_facts(self, target: Target) -> list[str]:
+        """Existing texts and task files that the model's facts name, so that edits repeat checks.
+
+        Raises MptTrtError for a folder of tasks around the working directory, whose files would
+        include the workflow's own outputs.
+        """
+        here = self.working_directory.resolve()
+        found: dict[str, None] = {}
+        for path in self.facts(target):
+            for named in read_facts(self.working_directory / path).named_paths:
+                if os.path.isdir(named) and here.is_relative_to(named.resolve()):  # noqa: PTH112
+                    raise MptTrtError(
+                        f"{path}: task_dir {named} contains the workflow's outputs; move the task "
+                        "files to a folder of their own"
+                    )
+                for file in existing_files(named):
+                    found[self.find(self._from_here(file))] = None
+        return list(found)
+
+    def _from_here(self, path: Path) -> str:
+        """A path relative to the working directory, if it is in it."""
+        folder = self.working_directory
+        return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
     def _shipped_file(self, path: Path) -> str:
         return str(self.shipped(f"mpt_trt/proofs/facts/{path.name}"))

@@ -15,6 +15,8 @@ from mpt_trt.proofs.facts import (
     LogProbs,
     RankWeights,
     ScoreDifference,
+    existing_files,
+    fact_hash,
     read_all_facts,
     read_facts,
     shipped_facts,
@@ -37,6 +39,10 @@ SCORE = {key: value for key, value in FACT.items() if key != "bytes"} | {
     "metric": "acc",
     "value": 0.5,
 }
+
+BASE = {key: value for key, value in FACT.items() if key != "bytes"}
+TEXT = BASE | {"kind": "text", "prompt": "a", "text": "b", "max_new_tokens": 4}
+GREEDY = BASE | {"kind": "greedy_tokens", "prompt_tokens": [1], "tokens": [2]}
 
 
 def write(path: Path, *facts: dict) -> Path:
@@ -101,6 +107,23 @@ def test_kinds_of_engine() -> None:
         ({"kind": "rank_weights"}, r"facts\[0\]: name is missing"),
         (SCORE, "either task or text is expected"),
         ({**SCORE, "task": "a", "text": "b"}, "either task or text is expected"),
+        ({**SCORE, "text": ""}, "fact 'weights': text is empty"),
+        ({**SCORE, "task": "a", "window_length": 1}, "window_length = 1: at least 2 is expected"),
+        ({**SCORE, "task": "a", "task_dir": "a\0"}, r"task_dir = 'a\\x00': it has a NUL character"),
+        ({**SCORE, "task": "\ud800"}, r"task = '\\ud800': it has half of a surrogate pair"),
+        (
+            {**SCORE, "kind": "score_difference", "task": "a", "base": SCORE["engine"]},
+            "base = float16, 2 ranks: another type or quantization than the engine's is expected",
+        ),
+        ({**FACT, "kind": ["text"]}, r"kind = \['text'\]: one of prompt_tokens, "),
+        ({**FACT, "tolerances": 1}, "'tolerances': no such key; did you mean tolerance?"),
+        ({**FACT, "engine": {"dtype": "float16", "tp": 2}}, r"engine\.'tp': no such key; "),
+        ({**FACT, "name": "a\x1b[2J"}, r"name = 'a\\x1b\[2J': it has control characters"),
+        ({**FACT, "bytes": 0}, "bytes = 0: at least 1 is expected"),
+        ({**TEXT, "prompt": ""}, "fact 'weights': prompt is empty"),
+        ({**TEXT, "text": ""}, "fact 'weights': text is empty"),
+        ({**TEXT, "max_new_tokens": 0}, "max_new_tokens = 0: at least 1 is expected"),
+        ({**GREEDY, "tokens": [3, -1]}, "tokens = -1: at least 0 is expected"),
         ({**SCORE, "text": "b"}, "metric = 'acc': of a text, there are word_perplexity, "),
     ],
 )
@@ -126,3 +149,34 @@ def test_names_of_facts_are_unique(tmp_path: Path) -> None:
     one, other = write(tmp_path / "a.json", FACT), write(tmp_path / "b.json", FACT)
     with pytest.raises(MptTrtError, match=r"b\.json: fact 'weights' is also in .*a\.json"):
         read_all_facts([one, other])
+
+
+def test_files_have_few_keys_and_a_limited_number_of_facts(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"fact": [], "facts": []}))
+    with pytest.raises(MptTrtError, match=r"'fact': no such key; did you mean facts\?"):
+        read_facts(tmp_path / "a.json")
+    many = [FACT | {"name": str(index)} for index in range(10_001)]
+    with pytest.raises(MptTrtError, match="10,001 facts: at most 10,000 are expected"):
+        read_facts(write(tmp_path / "a.json", *many))
+
+
+def test_hashes_tell_facts_apart(tmp_path: Path) -> None:
+    other = FACT | {"name": "other", "bytes": 1001}
+    [one, two] = read_facts(write(tmp_path / "a.json", FACT, other)).facts
+    [again] = read_facts(write(tmp_path / "b.json", FACT)).facts
+    assert fact_hash(one) == fact_hash(again) != fact_hash(two)
+
+
+def test_existing_files(tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    for name in ("a.yaml", "data/b.txt", ".hidden/c", "__pycache__/d.pyc"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    found = list(existing_files(folder))
+    assert found == [folder / "a.yaml", folder / "data/b.txt"]
+    assert list(existing_files(folder / "a.yaml")) == [folder / "a.yaml"]
+    assert list(existing_files(tmp_path / ("x" * 300))) == []
+    for index in range(1000):
+        (folder / f"{index}").touch()
+    with pytest.raises(MptTrtError, match="more than 1,000 files; task_dir must be a folder with"):
+        list(existing_files(folder))

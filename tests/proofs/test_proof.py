@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,8 +22,17 @@ from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import read_ft_checkpoint
 from mpt_trt.model.sharding import VocabularySharding
-from mpt_trt.proofs.compare import compare
-from mpt_trt.proofs.facts import Fact, read_facts
+from mpt_trt.proofs.compare import _compare, compare
+from mpt_trt.proofs.facts import (
+    EngineKind,
+    Fact,
+    GreedyTokens,
+    RankWeights,
+    Score,
+    ScoreDifference,
+    fact_hash,
+    read_facts,
+)
 from mpt_trt.proofs.result import (
     FactMeasurements,
     Measured,
@@ -87,7 +97,7 @@ def test_an_engine_passes(engine: Path, folder: Path, capsys: pytest.CaptureFixt
     assert "log-probabilities, float32  passed: deviation " in printed
     assert "4 passed, 0 failed, 0 not checked" in printed
     gap = measured.measured["greedy tokens, float32"]
-    assert gap.numbers == (0.0,) and len(gap.tokens) == 16
+    assert gap.numbers == (0.0,) * 16 and len(gap.tokens) == 16
 
 
 def scaled(engine: Path, target: Path, name: str, factor: float) -> Path:
@@ -197,6 +207,11 @@ def nudge(by: float) -> Callable[[Measured], Measured]:
     return lambda one: replace(one, numbers=(one.numbers[0] + by, *one.numbers[1:]))
 
 
+def swapped(one: Measured, count: int) -> Measured:
+    """Other tokens in the first places, as likely as the published ones."""
+    return replace(one, tokens=(*(token + 1 for token in one.tokens[:count]), *one.tokens[count:]))
+
+
 @pytest.mark.parametrize(
     ("name", "change", "status"),
     [
@@ -206,6 +221,9 @@ def nudge(by: float) -> Callable[[Measured], Measured]:
         ("log-probabilities, float32", lambda one: replace(one, numbers=()), "failed"),
         ("greedy tokens, float32", nudge(9e-5), "passed"),
         ("greedy tokens, float32", nudge(2e-4), "failed"),
+        ("greedy tokens, float32", lambda one: swapped(one, 2), "passed"),
+        ("greedy tokens, float32", lambda one: swapped(one, 3), "failed"),
+        ("greedy tokens, float32", lambda one: Measured(), "failed"),
         ("token ids of the prompt", lambda one: replace(one, tokens=one.tokens[1:]), "failed"),
         ("token ids of the prompt", lambda one: replace(one, tokens=(*one.tokens, 1)), "failed"),
         ("greedy text", lambda one: replace(one, text=f"{one.text}x"), "passed"),
@@ -244,12 +262,143 @@ def test_weights_are_of_the_same_number_of_ranks(measured: FactMeasurements) -> 
     path = Path(measured.engine_dir).parent / "weights.json"
     path.write_text(json.dumps({"facts": [content]}))
     facts = read_facts(path).facts
-    given = replace(measured, measured={"weights": Measured(numbers=(1000.0, 1010.0))})
+    given = replace(
+        measured,
+        measured={"weights": Measured(numbers=(1000.0, 1010.0))},
+        hashes={fact.name: fact_hash(fact) for fact in facts},
+    )
     assert compare("toy", facts, [given]).summary == "0 passed, 0 failed, 1 not checked"
     assert compare("toy", facts, [replace(given, ranks=2)]).of_status("passed")
     more = Measured(numbers=(1000.0, 1011.0))
     wrong = replace(given, ranks=2, measured={"weights": more})
     assert compare("toy", facts, [wrong]).of_status("failed")
+
+
+def test_the_worst_engine_of_a_kind_counts(measured: FactMeasurements, folder: Path) -> None:
+    facts = read_facts(folder / "facts.json").facts
+    name = "log-probabilities, float32"
+    wrong = nudge(2e-4)(measured.measured[name])
+    other = replace(measured, ranks=2, measured=measured.measured | {name: wrong})
+    lacking = replace(measured, ranks=4, measured={name: Measured(problem="no room")})
+    for given in ([measured, other, lacking], [lacking, other, measured]):
+        result = compare("toy", facts, given)
+        assert [each.name for each in result.of_status("failed")] == [name]
+    [*_, passed] = compare("toy", facts, [lacking, measured]).of_status("passed")
+    assert passed.name == name
+
+
+def test_measurements_of_other_facts_and_models_are_rejected(
+    measured: FactMeasurements, folder: Path
+) -> None:
+    facts = read_facts(folder / "facts.json").facts
+    changed = [replace(facts[0], tolerance=1), *facts[1:]]
+    with pytest.raises(MptTrtError, match="the measurement of fact 'token ids of the prompt' is "):
+        compare("toy", changed, [measured])
+    with pytest.raises(MptTrtError, match=r"of the model mine, and .*give measurements of one mod"):
+        compare("toy", facts, [measured, replace(measured, model_name="mine")])
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [{}, {"method": "x"}, {"method": ["x"]}],
+)
+def test_damaged_measurements_are_one_sentence(
+    quantization: dict, measured: FactMeasurements, folder: Path, tmp_path: Path
+) -> None:
+    content = json.loads((folder / "again.json").read_text()) | {"quantization": quantization}
+    (tmp_path / "damaged.json").write_text(json.dumps(content))
+    with pytest.raises(
+        MptTrtError, match=r"damaged \(quantization = .*no quantization of an engin"
+    ):
+        read_measurements([tmp_path / "damaged.json"])
+
+
+def common(kind: str, name: str) -> dict:
+    return {
+        "kind": kind, "name": name, "source": "me", "engine": {"dtype": "float32"},
+        "tolerance": 0.1, "reason": "-",
+    }  # fmt: skip
+
+
+def score(name: str, text: str, metric: str = "bits_per_byte") -> dict:
+    return common("score", name) | {"text": text, "metric": metric, "value": 1.0}
+
+
+def test_facts_that_cannot_be_measured_leave_the_others(engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.txt").write_bytes(b"\xff")
+    (tmp_path / "word.txt").write_text("abcdefgh" * 200)
+    os.mkfifo(tmp_path / "pipe")
+    tokens = {"prompt_tokens": [1, 99_999], "tokens": [1]}
+    none = {"prompt_log_probs": [], "log_probs": [-1.0]}
+    facts = [
+        score("empty", "empty.txt"),
+        score("binary", "binary.txt"),
+        score("pipe", "pipe"),
+        score("missing", "missing.txt"),
+        score("long", "x" * 300),
+        score("word", "word.txt", "word_perplexity"),
+        common("greedy_tokens", "beyond") | tokens,
+        common("log_probs", "beyond too") | tokens | none,
+        common("prompt_tokens", "prompt") | {"prompt": "def", "tokens": [1]},
+    ]
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps({"facts": facts}))
+    result = measure(engine, path, tmp_path / "measured.json", "--report_only")
+    problems = {name: str(each.problem) for name, each in result.measured.items()}
+    assert problems["empty"].endswith("empty.txt: the text is empty")
+    assert "binary.txt: cannot be read as UTF-8 text: " in problems["binary"]
+    assert problems["pipe"].endswith("pipe: not a file")
+    assert problems["missing"].endswith("missing.txt: no such file")
+    assert problems["beyond"] == problems["beyond too"]
+    assert problems["beyond"].startswith("token 99999 is beyond the engine's vocabulary of ")
+    assert result.measured["prompt"].tokens
+    # A perplexity beyond the largest float is no number, and fails.
+    assert result.measured["word"] == Measured()
+    verdicts = compare("toy", read_facts(path).facts, [result]).verdicts
+    assert {each.status for each in verdicts if each.name == "word"} == {"failed"}
+
+
+def test_a_flat_engine_fails() -> None:
+    fact = GreedyTokens(
+        name="flat", source="me", engine=EngineKind("float32"), tolerance=0.1, reason="-",
+        prompt_tokens=(1,), tokens=(5, 6, 7),
+    )  # fmt: skip
+    assert fact.most_ties == 1
+    flat = _compare(fact, [Measured(numbers=(0.0,) * 3, tokens=(0, 0, 0))])
+    assert flat.deviation > fact.tolerance
+    assert flat.found == "0 0 0 (3 of 3 tokens differ, and 1 may)"
+
+
+@pytest.mark.parametrize("given", [(), (1.0, 2.0)])
+def test_numbers_of_a_wrong_count_fail(given: tuple[float, ...]) -> None:
+    keys = {"source": "me", "tolerance": 0.1, "reason": "-", "metric": "acc", "value": 1.0}
+    plain, half = EngineKind("float32"), EngineKind("float16")
+    single = Score(name="one", engine=plain, task="t", **keys)
+    double = ScoreDifference(name="two", engine=plain, base=half, task="t", **keys)
+    weights = RankWeights(name="three", engine=plain, source="me", tolerance=1, reason="-", bytes=5)
+    for fact in (single, double, weights):
+        found = _compare(fact, [Measured(numbers=given)] * 2)
+        assert not found.deviation <= 0.1 or (isinstance(fact, RankWeights) and given)
+
+
+def test_files_that_facts_name_are_not_replaced(engine: Path, tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "a.yaml").write_text("mine")
+    (tmp_path / "text.txt").write_text("mine")
+    task = common("score", "t") | {"task": "a", "task_dir": "tasks", "metric": "acc", "value": 1}
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps({"facts": [score("text", "text.txt"), task]}))
+    for output in (tmp_path / "text.txt", tasks / "a.yaml", path):
+        with pytest.raises(MptTrtError, match="not replaced, because it is read from"):
+            measure(engine, path, output)
+        with pytest.raises(MptTrtError, match="not replaced, because it is read from"):
+            call_tool(
+                "steps/check_facts.py", "--model=m", "--facts", path, "--output", output,
+                "--measured",
+            )  # fmt: skip
+        assert "mine" in output.read_text() or output == path
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
@@ -261,9 +410,7 @@ def test_tasks_are_not_checked_without_lm_eval(engine: Path, tmp_path: Path) -> 
     result = measure(engine, path, tmp_path / "measured.json", "--report_only")
     problems = {each.problem for each in result.measured.values()}
     assert len(result.measured) == 5
-    assert problems == {
-        "lm_eval is not installed; install the extra: pip install 'mpt-trt[lm_eval]'"
-    }
+    assert problems == {"lm_eval is not installed; install it: pip install lm_eval"}
 
 
 def test_windows_that_do_not_fit_are_not_checked(demo_engine: Path, tmp_path: Path) -> None:

@@ -53,6 +53,28 @@ def test_facts_of_a_user_are_inputs(tmp_path: Path) -> None:
     assert plan.measurements_of_proof(Target("own")) == []
 
 
+def test_files_that_facts_name_are_inputs(tmp_path: Path) -> None:
+    common = {
+        "kind": "score", "source": "me", "engine": {"dtype": "float16"}, "value": 1,
+        "tolerance": 0, "reason": "-",
+    }  # fmt: skip
+    text = common | {"name": "a", "text": "text.txt", "metric": "bits_per_byte"}
+    task = common | {"name": "b", "task": "t", "task_dir": "tasks", "metric": "acc"}
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"facts": [text, task]}))
+    plan = plan_of(tmp_path)
+    assert plan.files_of_facts(Target("own")) == []
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/t.yaml").touch()
+    (tmp_path / "text.txt").touch()
+    assert plan.files_of_facts(Target("own")) == ["text.txt", "tasks/t.yaml"]
+    own.write_text(json.dumps({"facts": [task | {"task_dir": "."}]}))
+    with pytest.raises(
+        MptTrtError, match=r"own\.json: task_dir .* contains the workflow's outputs"
+    ):
+        plan.files_of_facts(Target("own"))
+
+
 def test_engines_are_the_first_of_each_kind() -> None:
     plan = plan_of()
     assert plan.engines_of_proof(Target("seven")) == [("fp16", 2), ("fp16", 1)]
