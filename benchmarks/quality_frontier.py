@@ -38,10 +38,7 @@ def main() -> None:
     )
     if arguments.llama_result is None:
         arguments.folder.mkdir(parents=True, exist_ok=True)
-        tokenizer = arguments.model_dir / "tokenizer.json"
-        measured = measure_llama_cpp(
-            arguments.model_dir, None, tokenizer, heldout, arguments.folder
-        )
+        measured = measure_llama_cpp(arguments.model_dir, None, heldout, arguments.folder)
         points += measured.points
     else:
         points += recorded_points(arguments.llama_result, heldout)

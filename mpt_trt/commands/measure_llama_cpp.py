@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
-from pathlib import Path
 
-from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder
+from mpt_trt.checkpoint.source import checkpoint_folder
 from mpt_trt.cli.output_options import input_paths
 from mpt_trt.cli.progress import steps_progress
 from mpt_trt.evaluation.heldout import read_heldout
@@ -19,16 +17,13 @@ def run(options: argparse.Namespace) -> None:
     require_writable(options.output, inputs)
     heldout = read_heldout(options.reference)
     folder = checkpoint_folder(options.model_dir, options.revision)[0]
-    own = options.tokenizer_dir
-    tokenizer = (folder if own is None else tokenizer_folder(own, "main")) / "tokenizer.json"
     with (
         steps_progress("Measuring llama.cpp, type", len(TYPES)) as advance,
-        tempfile.TemporaryDirectory(dir=options.output.parent) as temporary,
+        replace_file(options.output, inputs) as partial,
     ):
-        result = measure_llama_cpp(
-            folder, options.adapter, tokenizer, heldout, Path(temporary), advance
-        )
-    with replace_file(options.output, inputs) as partial:
+        gguf_folder = partial.with_name("gguf")
+        gguf_folder.mkdir()
+        result = measure_llama_cpp(folder, options.adapter, heldout, gguf_folder, advance)
         partial.write_text(result.to_json(), encoding="utf-8")
     for point in result.points:
         print(f"{point.name}: {point.megabytes:.2f} MB, mean KL {point.kl:.4f} nats")

@@ -6,11 +6,9 @@ packages llama-cpp-python and gguf. Sizes are those of all tensors, embedding in
 
 from __future__ import annotations
 
-import json
 import logging
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +46,6 @@ GGUF_NAMES = {
 def measure_llama_cpp(
     model_dir: Path,
     adapter: Path | None,
-    tokenizer_json: Path,
     heldout: HeldOut,
     folder: Path,
     advance: Advance = no_progress,
@@ -70,7 +67,7 @@ def measure_llama_cpp(
             f"than {MOST_WEIGHTS:,} weights"
         )
     plain, head = folder / "f32.gguf", head_of(model)
-    write_gguf(model, tokenizer_json, plain)
+    write_gguf(model, plain)
     points = []
     for name in TYPES:
         points.append(_point(name, _quantized(plain, name), heldout, head))
@@ -91,8 +88,8 @@ def _quantized(plain: Path, name: str) -> Path:
     return target
 
 
-def write_gguf(model: ModelTensors, tokenizer_json: Path, target: Path) -> None:
-    """Writes a model in float32, with a tokenizer of the same tokens."""
+def write_gguf(model: ModelTensors, target: Path) -> None:
+    """Writes a model in float32, without a tokenizer."""
     import gguf
 
     config = model.config
@@ -107,7 +104,9 @@ def write_gguf(model: ModelTensors, tokenizer_json: Path, target: Path) -> None:
     writer.add_max_alibi_bias(float(config.alibi_bias_max))
     if config.clip_qkv is not None:
         writer.add_clamp_kqv(config.clip_qkv)
-    _add_tokenizer(writer, tokenizer_json, config.vocab_size)
+    # The windows are token ids already.
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(config.vocab_size)
     for weight in weights(config):
         if weight.hf_name is not None:
             writer.add_tensor(_gguf_name(weight.name), model.tensor(weight.hf_name).numpy())
@@ -115,20 +114,6 @@ def write_gguf(model: ModelTensors, tokenizer_json: Path, target: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _add_tokenizer(writer: Any, tokenizer_json: Path, vocab_size: int) -> None:
-    tokenizer = json.loads(tokenizer_json.read_text(encoding="utf-8"))
-    ids = tokenizer["model"]["vocab"] | {
-        each["content"]: each["id"] for each in tokenizer.get("added_tokens", [])
-    }
-    tokens = {number: text for text, number in ids.items()}
-    merges = tokenizer["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("mpt")
-    writer.add_token_list([tokens.get(n, f"<unused{n}>") for n in range(vocab_size)])
-    writer.add_token_types([1] * vocab_size)
-    writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in merges])
 
 
 def _gguf_name(name: str) -> str:

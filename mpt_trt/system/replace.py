@@ -187,6 +187,9 @@ def move_together(folder: Path, names: Iterable[str], target: Path) -> None:
 def replace_file(target: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """Yields a path; a file written there replaces `target` if the block succeeds.
 
+    Its folder is temporary, and may take other files. If the process is killed, the next one with
+    the same target removes it.
+
     A link stays, and the file that it points to is replaced. A device, a pipe, and the file that is
     the standard output are written to. inputs: files and folders that the block reads.
 

@@ -146,7 +146,7 @@ class JobOptions:
         ]
 
     def llama_cpp(self, target: Target) -> list[str]:
-        return self._model(target)
+        return self._adapter(target)
 
     def quality(self, target: Target) -> list[str]:
         quality = self.plan.settings.quality

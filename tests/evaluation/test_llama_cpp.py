@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
+from mpt_trt.commands import measure_llama_cpp as command
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation import llama_cpp, llama_cpp_result
 from mpt_trt.evaluation.heldout import HeldOut, read_text, windows
@@ -49,7 +52,36 @@ def test_without_its_packages(
 ) -> None:
     monkeypatch.setattr(llama_cpp, "is_llama_cpp_installed", lambda: False)
     with pytest.raises(MptTrtError, match=r"gguf are missing: pip install '\.\[frontier\]'"):
-        llama_cpp.measure_llama_cpp(DEMO, None, DEMO / "tokenizer.json", heldout, tmp_path)
+        llama_cpp.measure_llama_cpp(DEMO, None, heldout, tmp_path)
+
+
+def test_a_killed_run_leaves_its_files_to_the_next_one(
+    heldout: HeldOut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = llama_cpp_result.LlamaCppResult("0", "xxh3:0", (2, 64), ())
+    ends = True
+
+    def measure(model_dir: Path, adapter: None, windows: HeldOut, folder: Path, _: object):
+        (folder / "f32.gguf").write_bytes(b"weights")
+        if ends:
+            os._exit(7)
+        return result
+
+    monkeypatch.setattr(command, "measure_llama_cpp", measure)
+    monkeypatch.setattr(command, "read_heldout", lambda path: heldout)
+    target = tmp_path / "results" / "llama_cpp.json"
+    options = argparse.Namespace(
+        model_dir=str(DEMO), revision="main", adapter=None, reference=DEMO, output=target
+    )
+    pid = os.fork()
+    if pid == 0:
+        command.run(options)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert len(list(target.parent.rglob("f32.gguf"))) == 1 and not target.exists()
+    ends = False
+    command.run(options)
+    assert list(target.parent.iterdir()) == [target] and read_llama_cpp(target) == result
 
 
 @pytest.mark.skipif(
@@ -59,7 +91,7 @@ def test_types_are_measured(heldout: HeldOut, tmp_path: Path) -> None:
     """Larger types are nearer to the reference; GGUF files are deleted."""
     folder = tmp_path / "gguf"
     folder.mkdir()
-    found = llama_cpp.measure_llama_cpp(DEMO, None, DEMO / "tokenizer.json", heldout, folder)
+    found = llama_cpp.measure_llama_cpp(DEMO, None, heldout, folder)
     assert [point.name for point in found.points] == [f"llama.cpp {t}" for t in llama_cpp.TYPES]
     by_name = {point.name: point for point in found.points}
     smallest, largest = by_name["llama.cpp Q4_0"], by_name["llama.cpp Q8_0"]

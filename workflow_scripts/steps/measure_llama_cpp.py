@@ -26,9 +26,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--model_dir", required=True, help="hub id or folder of the Hugging Face checkpoint"
     )
     parser.add_argument(
-        "--tokenizer_dir", help="hub id or folder of the tokenizer (default: --model_dir)"
-    )
-    parser.add_argument(
         "--adapter",
         type=Path,
         metavar="FOLDER",
