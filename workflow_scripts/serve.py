@@ -18,6 +18,8 @@ from mpt_trt.cli.console import run_command
 from mpt_trt.cli.parser import tool_parser
 from mpt_trt.system.process import restart_with_huge_pages
 
+MAX_PORT = 65535
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = tool_parser(__doc__, "workflow_scripts/serve.py --engine_dir my_engine --port 8000")
@@ -45,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
     )
     group.add_argument(
-        "--port", type=int, default=8000, help="port; 0: any free one (default: %(default)s)"
+        "--port", type=_port, default=8000, help="port; 0: any free one (default: %(default)s)"
     )
     group = parser.add_argument_group("limits")
     group.add_argument(
@@ -85,6 +87,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     options.add_runtime(parser)
     return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to {MAX_PORT} are")
+    return int(text)
 
 
 if __name__ == "__main__":

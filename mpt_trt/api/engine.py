@@ -93,6 +93,8 @@ class Engine:
         Raises:
             MptTrtError: the directory is incomplete, or the runtime cannot load it.
         """
+        if not os.fspath(path):
+            raise MptTrtError("the path of the engine is empty; give an engine directory")
         folder = Path(path)
         if text is None:
             template = None if chat_template is None else Path(chat_template)

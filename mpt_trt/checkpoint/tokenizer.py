@@ -126,7 +126,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """Reads the tokenizer in `folder`; raises MptTrtError, naming the file, when it is damaged."""
     if not tokenizer_files(folder):
         path = folder / VOCABULARY_FILES[0]
-        raise MptTrtError(f"{path}: no such file; name the folder that holds the tokenizer")
+        raise MptTrtError(
+            f"{path}: no such file; name the folder that holds the tokenizer (--tokenizer_dir)"
+        )
     with _plain_errors(folder), _without_pytorch():
         # The import takes a second, and commands without text do not need it.
         from transformers import AutoTokenizer, MptConfig

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from mpt_trt.engines.compute_capabilities import DEFAULT, default_capabilities
-from mpt_trt.engines.spec import BuilderChoice, BuildLimits
+from mpt_trt.engines.spec import RUNTIMES, BuilderChoice, BuildLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.distance import Tolerance
 from mpt_trt.model.sharding import VocabularySharding
@@ -228,7 +228,7 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("runtime")
     group.add_argument(
         "--runtime",
-        choices=["auto", "tensorrt", "onnxruntime"],
+        choices=RUNTIMES,
         default="auto",
         help="auto: TensorRT if it can run the engine, else ONNX Runtime (default: %(default)s)",
     )

@@ -11,10 +11,11 @@ from mpt_trt.engines.interface import JoiningModel, RowModel
 from mpt_trt.engines.manifest import Manifest, check_content, read_manifest
 from mpt_trt.engines.memory import gpu_obstacle
 from mpt_trt.engines.onnxruntime.cpu_settings import Activations, CpuSettings
-from mpt_trt.engines.spec import EngineSpec
+from mpt_trt.engines.spec import RUNTIMES, EngineSpec
 from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.errors import MptTrtError, SharedError
 from mpt_trt.system import gpus
+from mpt_trt.system.json_text import shown
 from mpt_trt.system.mpi import Communicator, communicator
 from mpt_trt.system.rank_gpus import own_gpu
 
@@ -60,8 +61,10 @@ def load_engine(
     `Activations`. is_trusted: files are not compared with the recorded hashes.
 
     Raises MptTrtError, on all ranks if on one, when the directory is incomplete, the runtime cannot
-    load it, or the number of processes differs from the number of ranks.
+    load it or has another name, or the number of processes differs from the number of ranks.
     """
+    if runtime not in RUNTIMES:
+        raise MptTrtError(f"runtime = {shown(runtime)}: one of {', '.join(RUNTIMES)} is possible")
     manifest = read_manifest(engine_dir)
     ranks = communicator(manifest.spec.tp_size)
     if ranks is not None and num_threads == 0:

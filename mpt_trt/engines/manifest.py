@@ -508,8 +508,11 @@ def read_manifest(engine_dir: Path) -> Manifest:
     incomplete.
     """
     recover(engine_dir)
+    if not engine_dir.is_dir():
+        problem = "not a folder" if engine_dir.exists() else "no such folder"
+        raise MptTrtError(f"{problem}: {engine_dir}; give an engine directory")
     path = engine_dir / MANIFEST
-    if engine_dir.is_dir() and not path.exists():
+    if not path.exists():
         raise MptTrtError(f"{path}: no such file{hint(engine_dir)}")
     content = read_json(path)
     if "ranks" not in content and (kind := describe_folder(engine_dir)):

@@ -15,6 +15,9 @@ TENSORRT_LLM = "tensorrt_llm"
 """Backend whose engines TensorRT-LLM builds from a checkpoint in its own format."""
 BACKENDS = ("tensorrt", "tensorrt_rtx", TENSORRT_LLM)
 
+RUNTIMES = ("auto", "tensorrt", "onnxruntime")
+"""Runtimes to choose from; auto prefers TensorRT."""
+
 MOST = {"max_batch_size": 1 << 16, "max_input_len": 1 << 24, "max_output_len": 1 << 24}
 
 

@@ -136,6 +136,21 @@ def test_bad_requests_are_rejected(engine: Engine, prompts, options, message: st
         engine.generate(prompts, 4, **options)
 
 
+@pytest.mark.parametrize(
+    ("folder", "options", "message"),
+    [
+        (None, {"runtime": "cuda"}, "runtime = 'cuda': one of auto, tensorrt, onnxruntime is"),
+        (None, {"activations": "int4"}, "activations = 'int4': one of exact, int8 is possible"),
+        ("", {}, "the path of the engine is empty; give an engine directory"),
+        ("nowhere", {}, "no such folder: nowhere; give an engine directory"),
+        (__file__, {}, r"not a folder: .*test_engine\.py; give an engine directory"),
+    ],
+)
+def test_what_cannot_be_loaded(demo_engine: Path, folder, options, message: str) -> None:
+    with pytest.raises(MptTrtError, match=message):
+        Engine.load(demo_engine if folder is None else folder, **options)
+
+
 def test_failures_are_the_one_exception(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of luck")

@@ -47,3 +47,10 @@ def test_a_port_that_is_taken(demo_engine: Path) -> None:
         port = other.getsockname()[1]
         with pytest.raises(MptTrtError, match=f"--port {port}: Address already in use"):
             call_tool("serve.py", "--engine_dir", demo_engine, "--port", port, "--num_threads=1")
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "http"])
+def test_a_number_that_is_no_port(port: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        call_tool("serve.py", "--engine_dir=any", f"--port={port}")
+    assert f"{port!r} is not a port: 0 to 65535 are" in capsys.readouterr().err

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mpt_trt.errors import MptTrtError
+from mpt_trt.system.json_text import shown
 
 MOST_THREADS = 4096
 
@@ -25,4 +26,8 @@ class CpuSettings:
         if not 0 <= self.num_threads <= MOST_THREADS:
             raise MptTrtError(
                 f"num_threads = {self.num_threads}: 0 (all cores) to {MOST_THREADS} is possible"
+            )
+        if self.activations not in (known := get_args(Activations)):
+            raise MptTrtError(
+                f"activations = {shown(self.activations)}: one of {', '.join(known)} is possible"
             )
