@@ -68,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--bits",
         type=float,
         help="bits per weight on average, scales included, for mixed: int4 in groups or int8 for "
-        "each matrix",
+        "each matrix. 8.1 allows int8 for every matrix, so that more changes nothing",
     )
     add(
         "--scales",

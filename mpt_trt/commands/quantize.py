@@ -46,8 +46,13 @@ def run(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace, config: MptConfig) -> CalibrationPlan:
     group_size = options.awq_block_size
-    if (options.qformat == "mixed") != (options.bits is not None):
-        raise MptTrtError("--bits belongs to --qformat mixed, which needs it")
+    if options.qformat == "mixed" and options.bits is None:
+        raise MptTrtError("--qformat = mixed: give its --bits per weight")
+    if options.qformat != "mixed" and options.bits is not None:
+        raise MptTrtError(
+            f"--bits = {options.bits:g}: only mixed has a budget, and --qformat is "
+            f"{options.qformat}; leave --bits out"
+        )
     if options.scales != "amax" and options.qformat != "int4_awq":
         raise MptTrtError(
             f"--scales = {options.scales}: only int4_awq has a choice of scales; leave it out"

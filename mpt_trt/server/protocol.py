@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mpt_trt.server.errors import ApiError
+from mpt_trt.system.json_text import shown
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 MOST_CHOICES = 64
 MOST_STOP_STRINGS = 16
@@ -167,7 +171,23 @@ def _parsed(kind: Any, content: dict[str, Any]) -> Any:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"][:1])
-        message = f"{place}: {first['msg']}" if place else first["msg"]
-        raise ApiError(400, message[:500], param=place[:100] or None) from None
+        details = error.errors(include_url=False, include_context=False)
+        field = str(details[0]["loc"][0])
+        # A field of several types has an error for each; the deepest is that of the type meant.
+        detail = max((one for one in details if one["loc"][0] == field), key=_depth)
+        message = _in_words(detail, shown(content.get(field)))
+        raise ApiError(400, message[:500], param=field[:100]) from None
+
+
+def _depth(detail: ErrorDetails) -> int:
+    return len(detail["loc"])
+
+
+def _in_words(detail: ErrorDetails, value: str) -> str:
+    """Makes the sentence of an error. value: that of the whole field."""
+    field, *inner = map(str, detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{field}: unknown field {inner[-1]}" if inner else f"unknown field {field}"
+    if detail["type"] == "missing":
+        return f"{field}: the field {inner[-1]} is missing" if inner else f"{field} is missing"
+    return f"{field} = {value}: {detail['msg']}"

@@ -128,7 +128,7 @@ class Service:
         wants_prompt = bool(request.echo) and request.logprobs is not None
         return [
             replace(
-                self._job(request, self._encoded(prompt), stop, max(1, most)),
+                self._job(request, self._encoded(prompt), stop, max(1, most), "max_tokens"),
                 wants_prompt=wants_prompt,
                 has_no_output=most == 0,
             )
@@ -145,8 +145,13 @@ class Service:
         messages = [message.plain() for message in request.messages]
         prompt = self._encoded(messages)
         stop = (*request.stop_strings, *template.stop)
-        asked = request.max_completion_tokens or request.max_tokens
-        return [self._job(request, prompt, stop, asked or max(1, self._capacity - len(prompt)))]
+        by_field = {
+            "max_completion_tokens": request.max_completion_tokens,
+            "max_tokens": request.max_tokens,
+            "messages": max(1, self._capacity - len(prompt)),
+        }
+        field, most = next((field, most) for field, most in by_field.items() if most)
+        return [self._job(request, prompt, stop, most, field)]
 
     def start(self, jobs: Sequence[Job]) -> Generation:
         """Starts to generate; raises ApiError when the queue is full or a job does not fit."""
@@ -165,8 +170,7 @@ class Service:
             generation.submit(self._worker)
         except MptTrtError as error:
             generation.cancel()
-            code = "context_length_exceeded" if "cache row" in str(error) else None
-            raise ApiError(400, str(error), code=code) from None
+            raise ApiError(400, str(error)) from None
         return generation
 
     def _release(self) -> None:
@@ -200,7 +204,19 @@ class Service:
         prompt: list[int],
         stop: tuple[str, ...],
         max_tokens: int,
+        field: str,
     ) -> Job:
+        """Makes a job. field: field of the request that limits its new tokens.
+
+        Raises ApiError, naming the field, when the tokens do not fit a cache row.
+        """
+        if len(prompt) + max_tokens > self._capacity:
+            remedy = "shorten the prompt" + (f" or lower {field}" if field != "messages" else "")
+            message = (
+                f"a prompt has {len(prompt)} tokens, which with {max_tokens} new ones makes "
+                f"{len(prompt) + max_tokens}, but a cache row holds {self._capacity}; {remedy}"
+            )
+            raise ApiError(400, message, param=field, code="context_length_exceeded")
         end_ids = () if request.ignore_eos else self.text.end_ids
         is_greedy = request.temperature == 0
         seed = secrets.randbits(63) if request.seed is None else request.seed % 2**64

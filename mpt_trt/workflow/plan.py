@@ -166,7 +166,13 @@ class Plan:
         folder = self.checkpoint_folder(target)
         if self.is_on_hub(target):
             return [folder, *self._adapter_inputs(target)]
-        files = checkpoint_files(self.working_directory / folder)
+        path = self.working_directory / folder
+        if not path.is_dir():
+            raise MptTrtError(
+                f"no such folder: {path}; models.{target.model}.source must be a hub id "
+                "(owner/name) or a folder"
+            )
+        files = checkpoint_files(path)
         own = [str(Path(folder, path.name)) for path in files]
         return [folder, *own, *self._adapter_inputs(target)]
 

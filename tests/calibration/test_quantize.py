@@ -127,6 +127,8 @@ def test_group_size_is_an_option(model: Path, text: Path, tmp_path: Path) -> Non
     [
         (["--qformat=int4_awq", "--awq_block_size=64"], "group_size = 64: .* valid sizes are 16"),
         (["--qformat=fp8", "--awq_block_size=64"], "fp8 has no groups"),
+        (["--qformat=mixed"], "--qformat = mixed: give its --bits per weight"),
+        (["--qformat=int4_gptq", "--bits=5.5"], "5.5: only mixed .* int4_gptq; leave --bits out"),
         (["--qformat=int4_gptq", "--scales=error"], "only int4_awq has a choice of scales"),
         (["--qformat=fp8", "--calib_size=40"], r"225 tokens, but 40 samples of 20 tokens are 800"),
         (["--qformat=fp8", "--calib_size=0"], "--calib_size = 0: at least 1 is required"),

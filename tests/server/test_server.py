@@ -277,24 +277,25 @@ def test_many_clients_at_once_get_what_they_get_alone(
     ("changes", "status", "message"),
     [
         ({"model": "gpt"}, 404, "does not exist"),
-        ({"prompt": ""}, 400, "prompt: "),
-        ({"prompt": []}, 400, "prompt: "),
+        ({"prompt": ""}, 400, "prompt = '': "),
+        ({"prompt": []}, 400, "prompt = []: "),
         ({"prompt": [[5000000]]}, 400, "vocabulary"),
-        ({"prompt": 7}, 400, "prompt: "),
+        ({"prompt": 7}, 400, "prompt = 7: Input should be a valid "),
         ({"prompt": "\ud800"}, 400, "unicode"),
         ({"max_tokens": 0}, 400, "max_tokens: 0 needs echo"),
-        ({"max_tokens": -1}, 400, "max_tokens: "),
-        ({"max_tokens": 1000}, 400, "a cache row holds 96"),
-        ({"temperature": -1}, 400, "temperature: "),
-        ({"temperature": "hot"}, 400, "temperature: "),
-        ({"temperature": float("nan")}, 400, "temperature: "),
-        ({"n": 65}, 400, "n: "),
-        ({"stop": [""]}, 400, "stop: "),
-        ({"stop": ["a"] * 17}, 400, "stop: "),
-        ({"logprobs": 21}, 400, "logprobs: "),
+        ({"max_tokens": -1}, 400, "max_tokens = -1: "),
+        ({"max_tokens": 1000}, 400, "a cache row holds 96; shorten the prompt or lower max_tokens"),
+        ({"temperature": -1}, 400, "temperature = -1: "),
+        ({"temperature": "hot"}, 400, "temperature = 'hot': Input should be a valid number"),
+        ({"temperature": float("nan")}, 400, "temperature = nan: "),
+        ({"n": 65}, 400, "n = 65: "),
+        ({"stop": [""]}, 400, "stop = ['']: String should have at least 1 character"),
+        ({"stop": ["a"] * 17}, 400, "stop = ['a', "),
+        ({"logprobs": 21}, 400, "logprobs = 21: "),
         ({"best_of": 3}, 400, "best_of is not supported"),
-        ({"frequency_penalty": 0.5}, 400, "frequency_penalty: "),
-        ({"functions": []}, 400, "functions: "),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty = 0.5: "),
+        ({"max_token": 4}, 400, "unknown field max_token"),
+        ({"stream_options": {"usage": True}}, 400, "stream_options: unknown field usage"),
         ({"n": 13}, 429, "12 requests are running or waiting"),
     ],
 )
@@ -306,7 +307,36 @@ def test_bad_requests_are_rejected_in_openais_format(
     error = answer.json()["error"]
     assert (answer.status_code, set(error)) == (status, {"message", "type", "param", "code"})
     assert message in error["message"]
+    if status == 400 and "vocabulary" not in message:
+        assert error["param"] == next(iter(changes))
     served.wait_until_idle()
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"messages": MESSAGES, "max_tokens": 96}, "max_tokens", "or lower max_tokens"),
+        (
+            {"messages": MESSAGES, "max_completion_tokens": 96},
+            "max_completion_tokens",
+            "or lower max_completion_tokens",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a b c " * 40}]},
+            "messages",
+            "shorten the prompt",
+        ),
+        ({"messages": [{"role": "user"}]}, "messages", "messages: the field content is missing"),
+        ({}, "messages", "messages is missing"),
+    ],
+)
+def test_bad_chats_are_rejected_by_the_name_of_their_field(
+    body: dict, param: str, message: str, served: Served
+) -> None:
+    answer = HTTP.post(f"{served.url}/v1/chat/completions", json={"model": NAME, **body})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert error["message"].endswith(message)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_a_fetched_model_is_planned_by_its_own_config(tmp_path: Path) -> None:
 
 def test_missing_folders_are_named(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, models={"gone": {"source": "./nowhere"}})
-    with pytest.raises(MptTrtError, match=r"no such folder: .*nowhere; models\.\*\.source"):
+    with pytest.raises(MptTrtError, match=r"no such folder: .*nowhere; models\.gone\.source"):
         plan.checkpoint_inputs(Target("gone"))
 
 
