@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from onnx import numpy_helper
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
+from mpt_trt.cli.output_options import input_paths
 from mpt_trt.engines.build.rank_network import NetworkInputs
 from mpt_trt.engines.manifest import network_name
 from mpt_trt.engines.spec import BuildLimits
@@ -399,6 +401,11 @@ def test_files_that_facts_name_are_not_replaced(engine: Path, tmp_path: Path) ->
                 "--measured",
             )  # fmt: skip
         assert "mine" in output.read_text() or output == path
+
+
+def test_a_folder_of_tasks_is_an_input() -> None:
+    folder = Path("tasks")
+    assert input_paths(Namespace(task_dir=folder, engine_dir=None)) == [folder]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from mpt_trt.cli.results import show_quality
 from mpt_trt.engines.spec import BuilderInfo
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.distance import Distance, Tolerance
@@ -27,6 +28,7 @@ from mpt_trt.evaluation.quality_result import (
     QualityResult,
     Size,
     WholeText,
+    read_quality,
     write_quality,
 )
 from mpt_trt.evaluation.smoke_result import SmokeResult, write_smoke_result
@@ -577,6 +579,19 @@ def test_whole_texts_and_tasks_have_columns() -> None:
     assert found["wiki", "acc"] == ["0.7500", "–"]
     without = column_groups([made_of(RESULTS["fp16"])])["Held-out text"]
     assert "Whole text" not in {column.name for column in without}
+
+
+def test_perplexities_beyond_all_numbers_are_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    whole = WholeText(None, 1.6, 0.71234, 1000.0, 50, 1, 60, 512)
+    full = replace(RESULTS["fp16"], whole_text=whole)
+    columns = column_groups([made_of(full)])["Held-out text"]
+    assert ["too large"] in [list(column.values) for column in columns]
+    write_quality(full, tmp_path / "quality.json")
+    assert read_quality(tmp_path / "quality.json") == full
+    show_quality(full, tmp_path / "quality.json")
+    assert "word perplexity too large, byte perplexity 1.6000" in capsys.readouterr().out
 
 
 def test_published_facts_have_a_section() -> None:
