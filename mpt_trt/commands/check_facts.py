@@ -12,8 +12,11 @@ from mpt_trt.system.replace import require_writable
 
 
 def run(options: argparse.Namespace) -> None:
+    named = [*options.facts, *options.measured]
+    if options.output is not None:
+        require_writable(options.output, named)
     files = read_all_facts(options.facts)
-    inputs = [*inputs_of(files), *options.measured]
+    inputs = [*named, *inputs_of(files)]
     if options.output is not None:
         require_writable(options.output, inputs)
     facts = [fact for file in files for fact in file.facts]

@@ -20,8 +20,10 @@ from mpt_trt.system.replace import require_writable
 
 
 def run(options: argparse.Namespace) -> None:
+    named = [*input_paths(options), *options.facts]
+    require_writable(options.output, named)
     files = read_all_facts(options.facts)
-    inputs = [*input_paths(options), *inputs_of(files)]
+    inputs = [*named, *inputs_of(files)]
     require_writable(options.output, inputs)
     loaded = open_engine(options)
     text = EngineText.read(options.engine_dir, loaded.manifest, options.tokenizer_dir)
