@@ -26,8 +26,10 @@ NOT_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "random_states",
 def checkpoint_files(folder: Path) -> list[Path]:
     """Lists the files that are read: configuration, tokenizer, weights and their index.
 
-    Raises MptTrtError when the weights are missing.
+    Raises MptTrtError when the folder or its weights are missing.
     """
+    if not folder.is_dir():
+        raise MptTrtError(f"no such folder: {folder}; give the folder of a checkpoint")
     require_plain_checkpoint(folder)
     source = _weight_source(folder)
     indexed = [source] if source.name.endswith(INDEX_SUFFIX) else []
