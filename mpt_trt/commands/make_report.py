@@ -6,7 +6,7 @@ import argparse
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.proofs.compare import compare
-from mpt_trt.proofs.facts import inputs_of, read_all_facts
+from mpt_trt.proofs.facts import FactsFile, inputs_of, read_all_facts
 from mpt_trt.proofs.result import ProofResult, read_measurements
 from mpt_trt.report.page import TEMPLATE, read_entry, read_points, write_report
 from mpt_trt.report.throughput_plot import draw_throughput, read_series
@@ -27,12 +27,13 @@ def run(options: argparse.Namespace) -> None:
         )
     entries = [read_entry(*engine) for engine in zip(*engines, strict=True)]
     template, output = options.template or TEMPLATE, options.output
-    proof = _proof(options)
+    facts = read_all_facts(options.facts)
+    proof = _proof(options, facts)
     others = [point for path in options.llama_cpp for point in read_points(path, entries)]
     inputs = (
         *options.quality,
         *options.smoke_tests,
-        *inputs_of(read_all_facts(options.facts)),
+        *inputs_of(facts),
         *options.measured_facts,
         *options.llama_cpp,
         *options.throughput,
@@ -45,9 +46,9 @@ def run(options: argparse.Namespace) -> None:
     write_report(options.model, entries, template, output, items, inputs, proof, others, more)
 
 
-def _proof(options: argparse.Namespace) -> ProofResult | None:
-    """Compares the engines with --facts, if there are any."""
-    if not options.facts:
+def _proof(options: argparse.Namespace, files: list[FactsFile]) -> ProofResult | None:
+    """Compares the engines with the facts in files, if there are any."""
+    if not files:
         return None
-    facts = [fact for file in read_all_facts(options.facts) for fact in file.facts]
+    facts = [fact for file in files for fact in file.facts]
     return compare(options.model, facts, read_measurements(options.measured_facts))
