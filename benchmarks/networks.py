@@ -31,9 +31,9 @@ def random_ft_checkpoint(folder: Path, like: str, dtype: str) -> FtCheckpoint:
 
 def random_checkpoint_of_ranks(folder: Path, like: str, dtype: str, tp_size: int) -> FtCheckpoint:
     """Makes the FT checkpoint of a random model, once; the model is the same for all numbers."""
-    ft = folder / "ft" / f"{tp_size}-gpu"
+    model_dir = folder / f"{like}-{dtype}"
+    ft = folder / f"ft-{like}-{dtype}" / f"{tp_size}-gpu"
     if not ft.exists():
-        model_dir = folder / "checkpoint"
         if not model_dir.exists():
             make_random_checkpoint(model_dir, like, dtype)
         options = ("-i", model_dir, "-o", ft.parent, "-t", dtype, "-p", "8", "-tp", str(tp_size))

@@ -25,7 +25,7 @@ from mpt_trt.engines.build.build import build_engine
 from mpt_trt.engines.build.rank_network import NetworkInputs
 from mpt_trt.engines.load import load_engine
 from mpt_trt.engines.manifest import engine_name, read_network_hash, write_plan_description
-from mpt_trt.engines.spec import BuilderChoice, BuilderInfo
+from mpt_trt.engines.spec import BuilderChoice, BuilderInfo, BuildLimits
 from mpt_trt.evaluation.quality_result import read_quality
 from mpt_trt.ft.checkpoint import read_ft_checkpoint
 from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
@@ -117,8 +117,8 @@ def drive(size: int, *arguments: object, python: str | None = None, **environmen
 class Engines:
     """Makes engine directories by name, once each. Their plans are empty: no GPU will read them."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, limits: BuildLimits = LIMITS):
+        self.folder, self.limits = folder, limits
         self.hf = write_checkpoint(folder / "hf", SPEC)
 
     def make(self, tp_size: int, storage: str, vocabulary: VocabularySharding = BOTH) -> Path:
@@ -127,7 +127,7 @@ class Engines:
         if not target.exists():
             builder = BuilderChoice("tensorrt_rtx", COMPUTE_CAPABILITIES)
             checkpoint = read_ft_checkpoint(self.convert(tp_size, storage))
-            inputs = NetworkInputs(checkpoint, LIMITS, vocabulary)
+            inputs = NetworkInputs(checkpoint, self.limits, vocabulary)
             build_engine(inputs, builder, target, write_empty_plans)
         return target
 
