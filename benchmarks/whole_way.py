@@ -61,7 +61,8 @@ def main() -> None:
         "smoke_test": json.loads((folder / target).read_text()),
     }
     print_table(figures)
-    print(write_result(f"whole-way-{arguments.like}-{arguments.variant}", figures))
+    name = f"whole-way-{arguments.like}-{arguments.variant}-tp{arguments.tp}"
+    print(write_result(name, figures))
 
 
 def write_config(folder: Path, checkpoint: Path, samples: int) -> None:
