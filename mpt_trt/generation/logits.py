@@ -52,12 +52,6 @@ def top_log_probs(log_probs: NDArray[np.float32], count: int) -> list[TopLogProb
     return found
 
 
-def softmax(scores: NDArray[Float]) -> NDArray[Float]:
-    """Computes probabilities, `[..., vocab]`; a score of -inf has probability 0."""
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
-
-
 def penalize_repetition(
     scores: NDArray[np.float32], seen: NDArray[np.int64], penalty: float
 ) -> NDArray[np.float32]:
@@ -77,18 +71,18 @@ def penalize_repetition(
 
 
 def keep_top_k(scores: NDArray[Float], top_k: int) -> NDArray[Float]:
-    """Sets all scores except the `top_k` highest of each row, `[rows, vocab]`, to -inf.
+    """Sets all scores except the `top_k` highest of each row, `[..., vocab]`, to -inf.
 
     Scores equal to the last one stay. 0: all stay.
     """
     vocab = scores.shape[-1]
     if not 0 < top_k < vocab:
         return scores
-    lowest = np.partition(scores, vocab - top_k, axis=-1)[:, vocab - top_k, None]
+    lowest = np.partition(scores, vocab - top_k, axis=-1)[..., vocab - top_k, None]
     return np.where(scores < lowest, -np.inf, scores)
 
 
-def keep_top_p(scores: NDArray[Float], top_p: float) -> NDArray[Float]:
+def keep_top_p(scores: NDArray[Float], top_p: float, rest: float = 0.0) -> NDArray[Float]:
     """Sets all tokens except the fewest most likely ones with total probability `top_p` to -inf.
 
     A token is removed if it and all less likely ones together have a probability of at most 1 -
@@ -96,14 +90,17 @@ def keep_top_p(scores: NDArray[Float], top_p: float) -> NDArray[Float]:
     or 1: all stay.
 
     Args:
-        scores: `[rows, vocab]`; probabilities are their softmax.
+        scores: `[..., vocab]`; probabilities are their softmax.
         top_p: the total probability, 0 to 1.
+        rest: sum of exp(score - highest score) of less likely tokens that `scores` lacks.
     """
     if not 0 < top_p < 1:
         return scores
     # Sorting the values, and ids only for ties, is faster than a stable argsort.
     ascending = np.sort(scores, axis=-1)
-    tail = np.cumsum(softmax(ascending), axis=-1)
+    weights = np.exp(ascending - ascending[..., -1:])
+    total = rest + weights.sum(axis=-1, keepdims=True)
+    tail = rest / total + np.cumsum(weights / total, axis=-1)
     num_dropped = np.minimum((tail <= 1 - top_p).sum(axis=-1, keepdims=True), scores.shape[-1] - 1)
     lowest = np.take_along_axis(ascending, num_dropped, axis=-1)
     below, ties = scores < lowest, scores == lowest

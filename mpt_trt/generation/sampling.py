@@ -26,6 +26,8 @@ The row ends when it returns True. All ranks of an engine must end the same rows
 
 # Lower temperatures have the same effect: only the most likely tokens are left.
 LEAST_TEMPERATURE = 1e-30
+# Weights that are added up at a time before a token is drawn.
+BLOCK = 256
 
 
 def generate_sequences(
@@ -110,7 +112,11 @@ class TokenChooser:
         if config.top_k == 1:
             chosen = scores.argmax(axis=-1)
         else:
-            chosen = _draw(_sampling_weights(scores, config), self._generators)
+            drawn = [
+                _drawn(row, config, generator.random())
+                for row, generator in zip(scores, self._generators, strict=True)
+            ]
+            chosen = np.array(drawn, np.int64)
         if not wants_log_probs:
             return chosen, np.zeros(len(chosen), np.float32), [()] * len(chosen)
         log_probs = log_softmax(logits)
@@ -118,35 +124,63 @@ class TokenChooser:
         return chosen, _log_probs_of(chosen, log_probs), top
 
 
-def _sampling_weights(
-    scores: NDArray[np.float32], config: GenerationConfig
-) -> NDArray[np.floating]:
-    """Computes `[rows, vocab]` after temperature, then top-k, then top-p.
+def _drawn(scores: NDArray[np.float32], config: GenerationConfig, part: float) -> int:
+    """Draws a token by its scores `[vocab]`: temperature, then top-k, then top-p.
 
-    They are probabilities times the same number per row.
+    part: random number from [0, 1), at which the cumulative distribution is inverted.
     """
-    # Without filters in float32, which is several times as fast. No score is above 0, so that a
-    # very low temperature makes none overflow.
-    is_filtered = 0 < config.top_p < 1 or config.top_k
-    shifted = scores.astype(np.float64) if is_filtered else scores
-    shifted = shifted - shifted.max(axis=-1, keepdims=True)
-    with np.errstate(over="ignore"):
-        shifted /= max(config.temperature, LEAST_TEMPERATURE)
-    return np.exp(keep_top_p(keep_top_k(shifted, config.top_k), config.top_p))
+    temperature, highest = max(config.temperature, LEAST_TEMPERATURE), scores.max()
+    likely, rest = None, 0.0
+    if 0 < config.top_k < len(scores):
+        lowest = np.partition(scores, -config.top_k)[-config.top_k]
+        likely = np.flatnonzero(scores >= lowest)
+    else:
+        # In float32, which is several times as fast. No score is above 0, so that a very low
+        # temperature makes none overflow.
+        weights = scores - highest
+        if temperature != 1:
+            with np.errstate(over="ignore"):
+                weights /= temperature
+        np.exp(weights, out=weights)
+        if not 0 < config.top_p < 1:
+            return _inverted(weights, part)
+        likely, rest = _most_likely(weights, config.top_p)
+    exact = (scores[likely].astype(np.float64) - highest) / temperature
+    kept = keep_top_p(keep_top_k(exact, config.top_k), config.top_p, rest)
+    return int(likely[_inverted(np.exp(kept), part)])
 
 
-def _draw(
-    weights: NDArray[np.floating], generators: list[np.random.Generator]
-) -> NDArray[np.int64]:
-    """Draws one token per row, by inverting the cumulative distribution at a number from [0, 1)."""
-    tokens = []
-    sums = np.cumsum(weights, axis=-1, dtype=np.float64)
-    for cumulative, generator in zip(sums, generators, strict=True):
-        total = cumulative[-1]
-        token = np.searchsorted(cumulative, generator.random() * total, side="right")
-        # A product that is rounded up to the total draws the last token with a weight above 0.
-        tokens.append(min(token, np.searchsorted(cumulative, total)))
-    return np.array(tokens, np.int64)
+def _most_likely(weights: NDArray[np.float32], top_p: float) -> tuple[NDArray[np.int64], float]:
+    """Finds tokens, in order, that include all that top-p keeps, and the sum of other weights.
+
+    Few are left, so that they need not be sorted in float64 with the whole vocabulary.
+    """
+    total = weights.sum(dtype=np.float64)
+    # Smaller by more than the rounding of float32.
+    allowed = (1 - top_p) * total * (1 - 1e-5)
+    for divisor in (1e2, 1e3, 1e4, 1e5):
+        likely = np.flatnonzero(weights > allowed / divisor)
+        rest = total - weights[likely].sum(dtype=np.float64)
+        if rest <= allowed:
+            return likely, max(rest, 0.0)
+    return np.arange(len(weights)), 0.0
+
+
+def _inverted(weights: NDArray[np.floating], part: float) -> int:
+    """Finds the token at which the sum of weights `[vocab]` exceeds `part` of the total."""
+    # First among blocks: adding up all weights one after another takes several times as long.
+    starts = np.arange(0, len(weights), BLOCK)
+    blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    point = part * blocks[-1]
+    block = _first_above(blocks, point)
+    within = np.cumsum(weights[starts[block] : starts[block] + BLOCK], dtype=np.float64)
+    return int(starts[block]) + _first_above(within, point - (blocks[block - 1] if block else 0))
+
+
+def _first_above(sums: NDArray[np.float64], point: float) -> int:
+    """Finds the first of increasing sums above a point, with a weight above 0."""
+    # Rounding may leave none; then the last weight above 0 is meant.
+    return int(min(np.searchsorted(sums, point, side="right"), np.searchsorted(sums, sums[-1])))
 
 
 class Sequences:

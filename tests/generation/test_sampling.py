@@ -15,6 +15,7 @@ from transformers.generation.logits_process import (
 
 from mpt_trt.generation.config import GenerationConfig
 from mpt_trt.generation.generate import generate
+from mpt_trt.generation.sampling import TokenChooser
 from support.generation import NETWORKS, PROMPTS, NetworkModel, TableModel, greedy, token_lists
 
 SAMPLING = {
@@ -79,6 +80,32 @@ def test_tokens_of_one_row_are_drawn_with_the_right_probabilities() -> None:
     config = greedy(end_ids=(), max_new_tokens=4000, top_k=0)
     tokens = generate(model, [[0]], config)[0][0].tokens
     assert_drawn_from(list(tokens), exact_probabilities(model.table[0], [0], config))
+
+
+@pytest.mark.parametrize("vocab", [255, 256, 5000])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
+@pytest.mark.parametrize("options", SAMPLING.values(), ids=SAMPLING)
+def test_tokens_invert_the_cumulative_distribution(
+    options: dict[str, float], spread: float, vocab: int
+) -> None:
+    """A row's token is the first at which it exceeds the row's random number."""
+    numbers = np.random.default_rng(3)
+    logits = numbers.normal(0, spread, (2, vocab)).astype(np.float32)
+    seen = numbers.integers(0, vocab, (2, 9))
+    config, streams = greedy(**options, random_seed=11), [0, 5]
+    chooser = TokenChooser(config, streams)
+    parts = [np.random.default_rng((11, stream)) for stream in streams]
+    sums = [
+        np.cumsum(exact_probabilities(row, ids.tolist(), config))
+        for row, ids in zip(logits, seen, strict=True)
+    ]
+    for _ in range(50):
+        tokens, _, _ = chooser.choose(logits, seen)
+        for token, cumulative, part in zip(tokens, sums, parts, strict=True):
+            point = part.random()
+            nearest = np.abs(cumulative - point).min()
+            # Ours are float32 without filters.
+            assert nearest < 1e-5 or token == np.searchsorted(cumulative, point, side="right")
 
 
 def test_the_seed_decides_the_sample() -> None:
