@@ -142,6 +142,9 @@ class IdsAsText:
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return " ".join(map(str, token_ids))
 
+    def is_open(self, token_ids: list[int], text: str) -> bool:
+        return False
+
 
 def _require_ids(prompt: object) -> list[int]:
     try:

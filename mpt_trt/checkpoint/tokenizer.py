@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,8 @@ TOKENIZER_FILES = (
 )
 
 
+# Ends of a text that `clean_up_tokenization` of transformers may change when more follows.
+REMOVABLE_SPACE = re.compile(r"[ ']$| n'?$| '[vr]$")
 # About eight times the largest tokenizer in use.
 MOST_TOKENIZER_BYTES = 256 << 20
 
@@ -85,6 +89,32 @@ class Tokenizer:
         """Converts token ids to text, by default without special tokens."""
         with _plain_errors(self.folder):
             return str(self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def is_open(self, token_ids: list[int], text: str) -> bool:
+        """Returns whether the next token may change the text of these, besides its last character.
+
+        text: what they are decoded to.
+        """
+        plain = (token for token in reversed(token_ids) if token not in self._special_tokens)
+        if self._byte_tokens and next(plain, None) in self._byte_tokens:
+            return True
+        return self._removes_spaces and REMOVABLE_SPACE.search(text) is not None
+
+    @cached_property
+    def _byte_tokens(self) -> frozenset[int]:
+        """Tokens of single bytes. If some in a row are not UTF-8, none of them is a character."""
+        vocabulary = self.backend.get_vocab()
+        names = (f"<0x{byte:02X}>" for byte in range(256))
+        return frozenset(vocabulary[name] for name in names if name in vocabulary)
+
+    @cached_property
+    def _special_tokens(self) -> frozenset[int]:
+        added = self.backend.added_tokens_decoder.items()
+        return frozenset(number for number, token in added if token.special)
+
+    @cached_property
+    def _removes_spaces(self) -> bool:
+        return bool(getattr(self.backend, "clean_up_tokenization_spaces", False))
 
     def require_fitting(self, vocab_size: int) -> Tokenizer:
         """Returns the tokenizer if all its ids are in the model's vocabulary.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from mpt_trt.errors import MptTrtError
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# Tokens without certain text that a window holds before it is shortened.
+MOST_UNCERTAIN = 8
+# Bytes of the longest character.
+UTF8_BYTES = 4
 
 
 class Decoder(Protocol):
@@ -15,6 +20,87 @@ class Decoder(Protocol):
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """Converts token ids to text, by default without special tokens."""
+
+    def is_open(self, token_ids: list[int], text: str) -> bool:
+        """Returns whether the next token may change the text of these, besides its last character.
+
+        text: what they are decoded to.
+        """
+
+
+class GrowingText:
+    """Text of tokens that come one after another, without decoding all of them each time.
+
+    A window of tokens is decoded. It begins with a few whose text is known (the context), because a
+    token may have another text at the beginning and within a character.
+
+    num_certain: characters that no further token changes.
+    """
+
+    def __init__(self, decoder: Decoder, skip_special_tokens: bool = True):
+        self._decoder, self._skips = decoder, skip_special_tokens
+        self._window: list[int] = []
+        self._text = ""
+        # Tokens of the context, its characters, and all characters of the window that are certain.
+        self._context = self._num_context = self._num_sure = 0
+        self.num_certain = 0
+
+    @property
+    def uncertain(self) -> str:
+        """Text after the certain characters, which counts if no further token comes."""
+        return self._text[self._num_sure :]
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """Appends tokens; returns text that has become certain."""
+        self._window += tokens
+        self._text = self._decode(self._window)
+        is_open = self._decoder.is_open(self._window, self._text)
+        new = "" if is_open else self._take(len(self._text.rstrip(INCOMPLETE)))
+        if self._num_sure == len(self._text) > self._num_context:
+            self._drop_context(len(self._window))
+        elif len(self._window) - self._context > MOST_UNCERTAIN and not is_open:
+            new += self._shorten()
+        self.num_certain += len(new)
+        return new
+
+    def _take(self, num_sure: int) -> str:
+        """Makes the window's text certain up to a character; returns what has not been."""
+        new = self._text[self._num_sure : num_sure]
+        self._num_sure = max(self._num_sure, num_sure)
+        return new
+
+    def _shorten(self) -> str:
+        """Shortens a window without a certain end; returns text that has become certain."""
+        if len(self._text) == self._num_context:
+            # Special tokens are skipped. Others count: a space at the beginning has no text either.
+            rest = self._window[self._context :]
+            self._window[self._context :] = [token for token in rest if not self._name(token)]
+            return ""
+        # Bytes that are no characters. The last tokens have as many as a character, so that nothing
+        # before them changes if the text can be divided there.
+        last = len(self._window) - UTF8_BYTES
+        for end in range(last, last - UTF8_BYTES, -1):
+            start = self._decode(self._window[:end])
+            if self._text.startswith(start):
+                new = self._take(len(start))
+                self._drop_context(end)
+                return new
+        return ""
+
+    def _drop_context(self, end: int) -> None:
+        """Begins the window after the context. end: tokens of this window before the next one's."""
+        uncertain = self.uncertain
+        self._window = self._window[self._context :]
+        self._context = end - self._context
+        self._num_context = len(self._decode(self._window[: self._context]))
+        self._text = self._decode(self._window) if uncertain else ""
+        self._num_sure = len(self._text) - len(uncertain) if uncertain else self._num_context
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._decoder.decode(tokens, skip_special_tokens=self._skips)
+
+    def _name(self, token: int) -> str:
+        return self._decoder.decode([token], skip_special_tokens=False)
 
 
 class GeneratedText:
@@ -28,53 +114,103 @@ class GeneratedText:
         if "" in stop:
             raise MptTrtError("--stop: an empty string would end every text; leave it out")
         self.tokens: list[int] = []
-        self._decoder, self._stop = decoder, tuple(stop)
-        self._end: int | None = None
-        self._num_returned = 0
+        self._plain = GrowingText(decoder)
+        self._stops = _StopSearch(decoder, stop) if stop else None
+        self._num_decoded = self._num_returned = 0
+        # All certain text, and the end of it that has not been returned.
+        self._certain: list[str] = []
+        self._new = ""
 
     def add(self, token: int) -> bool:
         """Appends a token; returns whether a stop string is complete."""
         self.tokens.append(token)
-        if self._stop and self._end is None:
-            raw = self._raw(self.tokens)
-            starts = [start for stop in self._stop if (start := raw.find(stop)) >= 0]
-            self._end = min(starts, default=None)
-        return self._end is not None
+        if self._stops is None:
+            return False
+        if self._stops.found is None:
+            self._decode()
+            self._stops.add(token, self._plain.num_certain)
+        return self._stops.found is not None
 
     def text(self, is_finished: bool = True) -> str:
         """Returns the text; without its uncertain end if more tokens follow."""
-        raw = self._raw(self.tokens)
-        limit = len(raw)
-        if self._end is not None:
-            limit = self._end
-        elif not is_finished:
-            limit = len(raw.rstrip(INCOMPLETE))
-            limit -= max((_overlap(raw[:limit], stop) for stop in self._stop), default=0)
-        return self._visible(raw, limit)
+        self._decode()
+        whole = "".join(self._certain) + self._plain.uncertain
+        return whole[: self._length(is_finished)]
 
     def new_text(self, is_finished: bool) -> str:
         """Returns the part of the text that previous calls have not returned."""
-        text = self.text(is_finished)
-        new = text[self._num_returned :]
-        self._num_returned = max(self._num_returned, len(text))
+        self._decode()
+        count = max(self._length(is_finished) - self._num_returned, 0)
+        new = (self._new + self._plain.uncertain)[:count]
+        self._new = self._new[count:]
+        self._num_returned += len(new)
         return new
 
-    def _visible(self, raw: str, limit: int) -> str:
-        """Returns `raw[:limit]` without special tokens."""
-        plain = self._decoder.decode(self.tokens)
-        if plain == raw:
-            return raw[:limit]
-        for count in range(len(self.tokens), -1, -1):
-            start = self._raw(self.tokens[:count])
-            if len(start) <= limit and raw.startswith(start):
-                # The rest of the next token, unless it is a special one.
-                next_one = self.tokens[count : count + 1]
-                rest = raw[len(start) : limit] if self._decoder.decode(next_one) else ""
-                return self._decoder.decode(self.tokens[:count]) + rest
-        return ""
+    def _decode(self) -> None:
+        """Decodes tokens that have not been."""
+        tokens = self.tokens[self._num_decoded :]
+        if tokens:
+            self._num_decoded = len(self.tokens)
+            new = self._plain.add(tokens)
+            self._certain.append(new)
+            self._new += new
 
-    def _raw(self, tokens: list[int]) -> str:
-        return self._decoder.decode(tokens, skip_special_tokens=False)
+    def _length(self, is_finished: bool) -> int:
+        """Number of the text's characters, of which more may be decoded."""
+        length = self._plain.num_certain
+        if is_finished:
+            length += len(self._plain.uncertain)
+        return length if self._stops is None else self._stops.length(length, is_finished)
+
+
+class _StopSearch:
+    """Looks for stop strings in the text with special tokens.
+
+    found: first character of a stop string; None until one is complete.
+    """
+
+    def __init__(self, decoder: Decoder, stop: Sequence[str]):
+        self._stop = tuple(stop)
+        self._raw = GrowingText(decoder, skip_special_tokens=False)
+        # The end of the certain text, in which a stop string may have begun.
+        self._end = ""
+        # Certain characters after each token, with special tokens and without.
+        self._raw_ends: list[int] = []
+        self._plain_ends: list[int] = []
+        self.found: int | None = None
+
+    def add(self, token: int, num_plain: int) -> None:
+        """Appends a token. num_plain: certain characters without special tokens, with this one."""
+        self._end += self._raw.add([token])
+        self._raw_ends.append(self._raw.num_certain)
+        self._plain_ends.append(num_plain)
+        text = self._end + self._raw.uncertain
+        start = self._raw.num_certain - len(self._end)
+        places = [start + place for stop in self._stop if (place := text.find(stop)) >= 0]
+        self.found = min(places, default=None)
+        self._end = self._end[-max(map(len, self._stop)) :]
+
+    def length(self, num_plain: int, is_finished: bool) -> int:
+        """Characters, without special tokens, before a stop string or before one that may come.
+
+        num_plain: those of the whole text.
+        """
+        if self.found is None:
+            if is_finished:
+                return num_plain
+            overlap = max(_overlap(self._end, stop) for stop in self._stop)
+            return self._without_special_tokens(self._raw.num_certain - overlap, num_plain)
+        return self._without_special_tokens(self.found, num_plain)
+
+    def _without_special_tokens(self, length: int, num_plain: int) -> int:
+        """Converts a length of the text with special tokens."""
+        index = bisect_left(self._raw_ends, length)
+        start = self._plain_ends[index - 1] if index else 0
+        # A token begins after the previous ones, with fewer characters if it is the first one.
+        if index < len(self._raw_ends):
+            return max(start, self._plain_ends[index] - (self._raw_ends[index] - length))
+        num_raw = self._raw.num_certain + len(self._raw.uncertain)
+        return max(start, num_plain - (num_raw - length))
 
 
 def _overlap(text: str, stop: str) -> int:

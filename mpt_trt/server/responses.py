@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpt_trt.generation.text import INCOMPLETE, Decoder
+from mpt_trt.generation.text import Decoder, GrowingText
 from mpt_trt.scheduling.scheduler import NewToken
 from mpt_trt.server.service import Job, Part
 
 # Value that OpenAI reports for tokens that cannot come.
 LEAST_LOG_PROB = -9999.0
-# Tokens without a complete character after which the text is taken as it is; UTF-8 needs 4.
-MOST_INCOMPLETE = 8
 
 
 @dataclass
@@ -154,23 +152,12 @@ class ChatFormat:
 def token_starts(decoder: Decoder, tokens: Sequence[int]) -> list[int]:
     """First character of each token in the text of all, where special tokens have no text.
 
-    A character that several tokens make up belongs to each of them. Decodes each token only with a
-    few before it, because tokens may have other texts at the beginning and within a character.
+    A character that several tokens make up belongs to each of them.
     """
-    starts, certain = [], 0
-    # The window begins with `context` tokens whose characters are complete.
-    window: list[int] = []
-    context = num_before = num_context = 0
+    starts, text = [], GrowingText(decoder)
     for token in tokens:
-        starts.append(certain)
-        window.append(token)
-        text = decoder.decode(window)
-        certain = max(certain, num_before + len(text.rstrip(INCOMPLETE)))
-        is_complete = len(text) > num_context and not text.endswith(INCOMPLETE)
-        if is_complete or len(window) - context > MOST_INCOMPLETE:
-            window = window[context:]
-            context, num_context = len(window), len(decoder.decode(window))
-            num_before += len(text) - num_context
+        starts.append(text.num_certain)
+        text.add([token])
     return starts
 
 

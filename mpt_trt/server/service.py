@@ -77,7 +77,8 @@ class BackendDecoder:
     """Decodes from any thread, which `Tokenizer` does not: it redirects stderr meanwhile."""
 
     def __init__(self, text: EngineText):
-        self._backend = text.require_tokenizer().backend
+        tokenizer = text.require_tokenizer()
+        self._backend, self.is_open = tokenizer.backend, tokenizer.is_open
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))

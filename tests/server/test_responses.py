@@ -7,8 +7,8 @@ import random
 import pytest
 from tokenizers import Tokenizer
 
-from mpt_trt.generation.text import INCOMPLETE
-from mpt_trt.server.responses import MOST_INCOMPLETE, token_starts
+from mpt_trt.generation.text import INCOMPLETE, MOST_UNCERTAIN
+from mpt_trt.server.responses import token_starts
 from support.paths import REPOSITORY
 
 BACKEND = Tokenizer.from_file(str(REPOSITORY / "resources" / "mpt-demo" / "tokenizer.json"))
@@ -20,6 +20,9 @@ class CountingDecoder:
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         self.num_decoded += len(token_ids)
         return str(BACKEND.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def is_open(self, token_ids: list[int], text: str) -> bool:
+        return False
 
 
 def starts_by_prefix(tokens: list[int]) -> list[int]:
@@ -54,4 +57,4 @@ def test_starts_in_any_tokens(seed: int) -> None:
     starts = token_starts(decoder, tokens)
     assert starts == sorted(starts)
     assert max(starts) <= len(BACKEND.decode(tokens))
-    assert decoder.num_decoded < len(tokens) * 4 * MOST_INCOMPLETE
+    assert decoder.num_decoded < len(tokens) * 4 * MOST_UNCERTAIN
