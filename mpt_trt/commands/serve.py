@@ -25,6 +25,7 @@ from mpt_trt.scheduling.scheduler import Scheduler
 from mpt_trt.scheduling.worker import OnFailure, Worker
 from mpt_trt.server.app import make_app
 from mpt_trt.server.connections import HttpProtocol
+from mpt_trt.server.outbox import Outbox
 from mpt_trt.server.service import Limits, Service
 
 log = logging.getLogger("serve")
@@ -85,12 +86,13 @@ def _serve(
     # Ranks cannot go on after a failure, because only one of them may have had it.
     on_failure: OnFailure = "exit" if leads else options.on_failure
     with _listening(options.host, options.port) as listener:
-        scheduler = Scheduler(model, options.piece_tokens, leader.engine.max_logits)
+        outbox = Outbox()
+        scheduler = Scheduler(model, options.piece_tokens, leader.engine.max_logits, outbox.flush)
         worker = Worker(scheduler, on_failure, on_idle)
         limits = Limits(options.max_waiting, options.timeout, options.max_body_bytes)
         worker.start()
         service = Service(
-            text, scheduler, worker, limits, model.capacity, options.served_model_name
+            text, scheduler, worker, outbox, limits, model.capacity, options.served_model_name
         )
         server = _Server(
             uvicorn.Config(

@@ -5,7 +5,7 @@ In shapes, `rows` is the number of cache rows and `vocab` the size of the vocabu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -96,6 +96,15 @@ class GreedyModel(StepModel, Protocol):
             For each step, the most likely token of every row and the natural log of its
             probability, both `[rows]`. The model may have run one step more than was taken.
         """
+        ...
+
+
+@runtime_checkable
+class OverlappingModel(Protocol):
+    """A model whose steps leave the host free while a device computes them."""
+
+    def overlap(self, work: Callable[[], None]) -> None:
+        """Lets every step call `work` when the device has its tasks, before it waits for them."""
         ...
 
 

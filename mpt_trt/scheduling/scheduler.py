@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mpt_trt.engines.interface import RowModel
+from mpt_trt.engines.interface import OverlappingModel, RowModel
 from mpt_trt.errors import MptTrtError
 from mpt_trt.generation.config import GenerationConfig, TopLogProbs
 from mpt_trt.generation.generate import require_fitting
@@ -100,7 +100,7 @@ class _Row:
 class Scheduler:
     """Runs requests on a model. Not thread-safe: see `Worker`.
 
-    num_cancelled, num_generated: counters since the start, of requests and of tokens.
+    num_read, num_generated: counters since the start, of tokens of prompts and of new ones.
     """
 
     def __init__(
@@ -108,11 +108,14 @@ class Scheduler:
         model: RowModel,
         piece_tokens: int | None = None,
         max_logits: int | None = None,
+        deliver: Callable[[], None] | None = None,
     ):
         """Reserves the model's whole cache.
 
         piece_tokens: maximum number of prompt tokens per step; None: the model's maximum.
         max_logits: maximum number of tokens per step whose logits the model returns; None: all.
+        deliver: called in each step, while a device computes it if there is one: time to pass on
+        what requests got in the last one. After the last step, the caller calls it.
 
         Raises MptTrtError when the model cannot read a prompt into a single row.
         """
@@ -122,6 +125,10 @@ class Scheduler:
             raise MptTrtError(f"piece_tokens is {piece_tokens}; it must be at least 1")
         self._piece_logits = min(self._piece_tokens, PIECE_LOGITS, max_logits or PIECE_LOGITS)
         self._model = model
+        self.deliver = deliver or _do_nothing
+        self._overlaps = isinstance(model, OverlappingModel)
+        if isinstance(model, OverlappingModel):
+            model.overlap(self.deliver)
         self._waiting: deque[Request] = deque()
         self._rows: list[_Row] = []
         self._readers: deque[_Row] = deque()
@@ -224,7 +231,7 @@ class Scheduler:
         first = 0 if wants_all else len(piece) - is_last
         wanted = [[0, index] for index in range(first, len(piece))]
         self._model.select_rows(self._rows.index(row), 1)
-        logits = self._model.step(
+        logits = self._step(
             np.array([piece], np.int64),
             np.array([start], np.int64),
             np.array(wanted, np.int64).reshape(-1, 2),
@@ -241,6 +248,16 @@ class Scheduler:
             self._take([row], logits[-1:])
         else:
             self._readers.append(row)
+
+    def _step(
+        self,
+        input_ids: NDArray[np.int64],
+        write_positions: NDArray[np.int64],
+        logit_positions: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        if not self._overlaps:
+            self.deliver()
+        return self._model.step(input_ids, write_positions, logit_positions)
 
     @staticmethod
     def _report_prompt(row: _Row, start: int, logits: NDArray[np.float32]) -> None:
@@ -267,7 +284,7 @@ class Scheduler:
         inputs = np.array([row.next_input for row in rows], np.int64)
         index = np.arange(len(rows), dtype=np.int64)
         self._model.select_rows(0, len(rows))
-        logits = self._model.step(
+        logits = self._step(
             np.ascontiguousarray(inputs[:, :1]),
             np.ascontiguousarray(inputs[:, 1]),
             np.stack([index, np.zeros_like(index)], axis=1),
@@ -279,10 +296,9 @@ class Scheduler:
 
     def _take(self, rows: list[_Row], logits: NDArray[np.float32]) -> None:
         """Chooses a token for each row from its logits, and ends rows."""
-        most_likely = logits.argmax(axis=-1)
-        for row, best, own in zip(rows, most_likely.tolist(), logits, strict=True):
+        for row, own in zip(rows, logits, strict=True):
             try:
-                new = self._choose(row, best, own)
+                new = self._choose(row, own)
             except Exception as error:
                 self._end(row, error)
                 continue
@@ -297,7 +313,8 @@ class Scheduler:
                 self._end(row, None)
 
     @staticmethod
-    def _choose(row: _Row, best: int, logits: NDArray[np.float32]) -> NewToken:
+    def _choose(row: _Row, logits: NDArray[np.float32]) -> NewToken:
+        best = int(logits.argmax())
         # NaN and infinity are also the highest of a row.
         require_finite(logits[None, best : best + 1])
         if row.takes_most_likely:
@@ -315,3 +332,7 @@ class Scheduler:
     def _end(self, row: _Row, error: Exception | None) -> None:
         self._remove(row)
         row.request.on_end(error)
+
+
+def _do_nothing() -> None:
+    """Default of `deliver`."""

@@ -86,12 +86,15 @@ class Worker:
             self._scheduler.fail(reason, with_waiting=True)
             while not self._actions.empty():
                 self._actions.get()()
+            self._scheduler.deliver()
 
     def _is_needed(self) -> bool:
         return not (self._is_stopping and self._scheduler.is_idle) and self.failure is None
 
     def _take_actions(self) -> None:
         """Runs actions that other threads requested; waits for one if there is no other work."""
+        if self._scheduler.is_idle:
+            self._scheduler.deliver()
         is_first = True
         while not self._actions.empty() or (is_first and self._scheduler.is_idle):
             is_first = False

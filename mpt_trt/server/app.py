@@ -128,13 +128,14 @@ class _Routes:
     async def _whole(self, generation: Generation, jobs: list[Job], shape: Format) -> Response:
         usage = usage_of(jobs)
         choices: list[list[Part]] = [[] for job in jobs for _ in range(job.n)]
-        async for part in self._timed(generation):
-            choices[part.choice].append(part)
-            usage.completion_tokens += part.new is not None
-        if not all(parts and parts[-1].finish_reason for parts in choices):
+        async for parts in self._timed(generation):
+            for part in parts:
+                choices[part.choice].append(part)
+                usage.completion_tokens += part.new is not None
+        if not all(each and each[-1].finish_reason for each in choices):
             raise ClientDisconnect
         envelope = Envelope(shape.kind, self._service.model_name, shape.prefix)
-        content = [shape.whole(index, parts) for index, parts in enumerate(choices)]
+        content = [shape.whole(index, each) for index, each in enumerate(choices)]
         return _json(envelope.content(content, usage=usage.content()))
 
     async def _chunks(
@@ -149,13 +150,17 @@ class _Routes:
         usage = usage_of(jobs)
         envelope = Envelope(shape.chunk_kind, self._service.model_name, shape.prefix)
         lengths: dict[int, int] = {}
+
+        def event(part: Part) -> bytes:
+            usage.completion_tokens += part.new is not None
+            is_first, offset = part.choice not in lengths, lengths.get(part.choice, 0)
+            lengths[part.choice] = offset + len(part.text)
+            more = {"usage": usage.content()} if asked.wants_continuous_usage else {}
+            return _event(envelope.content([shape.chunk(part, is_first, offset)], **more))
+
         try:
-            async for part in self._timed(generation):
-                usage.completion_tokens += part.new is not None
-                is_first, offset = part.choice not in lengths, lengths.get(part.choice, 0)
-                lengths[part.choice] = offset + len(part.text)
-                more = {"usage": usage.content()} if asked.wants_continuous_usage else {}
-                yield _event(envelope.content([shape.chunk(part, is_first, offset)], **more))
+            async for parts in self._timed(generation):
+                yield b"".join(map(event, parts))
             if asked.wants_usage:
                 yield _event(envelope.content([], usage=usage.content()))
             yield b"data: [DONE]\n\n"
@@ -165,20 +170,21 @@ class _Routes:
             generation.cancel()
             watcher.cancel()
 
-    async def _timed(self, generation: Generation) -> AsyncIterator[Part]:
+    async def _timed(self, generation: Generation) -> AsyncIterator[list[Part]]:
         """Yields the parts, and records the times between them."""
         metrics = self._service.metrics
         last: dict[int, float] = {}
         started = time.perf_counter()
-        async with contextlib.aclosing(generation.parts()) as parts:
-            async for part in parts:
+        async with contextlib.aclosing(generation.parts()) as every:
+            async for parts in every:
                 now = time.perf_counter()
-                if part.choice in last:
-                    metrics.between_tokens_s.observe(now - last[part.choice])
-                else:
-                    metrics.first_token_s.observe(now - started)
-                last[part.choice] = now
-                yield part
+                for part in parts:
+                    if part.choice in last:
+                        metrics.between_tokens_s.observe(now - last[part.choice])
+                    else:
+                        metrics.first_token_s.observe(now - started)
+                    last[part.choice] = now
+                yield parts
 
     async def _body(self, request: Request) -> dict[str, Any]:
         limits = self._service.limits

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
+import logging
 import secrets
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,10 @@ from mpt_trt.scheduling.worker import Worker
 from mpt_trt.server import errors
 from mpt_trt.server.errors import ApiError
 from mpt_trt.server.metrics import Metrics
+from mpt_trt.server.outbox import Outbox
 from mpt_trt.server.protocol import ChatRequest, CompletionRequest
+
+log = logging.getLogger(__name__)
 
 # OpenAI's default of /v1/completions.
 DEFAULT_MAX_TOKENS = 16
@@ -95,21 +97,22 @@ class Service:
         text: EngineText,
         scheduler: Scheduler,
         worker: Worker,
+        outbox: Outbox,
         limits: Limits,
         capacity: int,
         model_name: str | None = None,
     ):
         """Takes a worker that is running.
 
-        capacity: tokens per cache row. model_name: name for clients; None: the engine's.
+        outbox: the one that the scheduler delivers. capacity: tokens per cache row. model_name:
+        name for clients; None: the engine's.
         """
         self.text, self.limits, self.metrics = text, limits, Metrics(scheduler)
         self.decoder: Decoder = BackendDecoder(text)
         self.model_name = model_name or served_name(text.manifest.model_name)
-        self._worker, self._capacity = worker, capacity
+        self._worker, self._outbox, self._capacity = worker, outbox, capacity
         self._max_live = text.manifest.spec.limits.max_batch_size + limits.max_waiting
         self._longest_token = max(map(len, text.require_tokenizer().backend.get_vocab()))
-        self._outbox: Outbox | None = None
         self.num_live = 0
 
     @property
@@ -161,8 +164,7 @@ class Service:
         count = sum(job.n for job in jobs)
         if self.num_live + count > self._max_live:
             raise errors.overloaded(self._max_live)
-        if self._outbox is None:
-            self._outbox = Outbox(asyncio.get_running_loop())
+        self._outbox.loop = asyncio.get_running_loop()
         generation = Generation(
             jobs, self.decoder, self.limits.timeout_s, self._release, self._outbox
         )
@@ -242,36 +244,6 @@ def served_name(model_name: str) -> str:
     return path.name if path.is_absolute() else model_name
 
 
-PartQueue = asyncio.Queue[Part | Exception | None]
-
-
-class Outbox:
-    """Passes parts from the worker's thread to the event loop, all of a step at once.
-
-    Waking the loop takes longer than generating a part.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = loop
-        self._parts: deque[tuple[PartQueue, Part | Exception]] = deque()
-
-    def put(self, queue: PartQueue, part: Part | Exception) -> None:
-        """Appends a part to a queue of the event loop. Only for the worker's thread."""
-        self._parts.append((queue, part))
-        # Looked at after the part is there: `_deliver` passes on all others before it ends.
-        if len(self._parts) == 1:
-            # A loop that is closed has nobody who waits any more.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        # A part is removed last, so that `put` never finds the only one when this still runs.
-        while self._parts:
-            queue, part = self._parts[0]
-            queue.put_nowait(part)
-            self._parts.popleft()
-
-
 class Generation:
     """The choices of one HTTP request while they are generated."""
 
@@ -283,11 +255,13 @@ class Generation:
         release: Callable[[], None],
         outbox: Outbox,
     ):
-        self._jobs, self._decoder, self._timeout_s = jobs, decoder, timeout_s
+        self._jobs, self._decoder = jobs, decoder
         self._release, self._outbox = release, outbox
         self._loop = asyncio.get_running_loop()
-        self._deadline = self._loop.time() + timeout_s
-        self._queue: PartQueue = asyncio.Queue()
+        self._timer = self._loop.call_later(timeout_s, self._fail, errors.timed_out(timeout_s))
+        self._parts: list[Part] = []
+        self._failure: ApiError | None = None
+        self._waiter: asyncio.Future[None] | None = None
         self._requests: dict[int, Request] = {}
         self._worker: Worker | None = None
         choices = [job for job in jobs for _ in range(job.n)]
@@ -303,81 +277,102 @@ class Generation:
                 worker.submit(self._requests[choice])
                 choice += 1
 
-    async def parts(self) -> AsyncGenerator[Part, None]:
+    async def parts(self) -> AsyncGenerator[list[Part], None]:
         """Yields new tokens of all choices as they come; cancels what is left at the end.
 
         Raises ApiError when the time is over or the engine fails.
         """
         try:
             while self._live:
-                try:
-                    async with asyncio.timeout_at(self._deadline):
-                        part = await self._queue.get()
-                except TimeoutError:
-                    raise errors.timed_out(self._timeout_s) from None
-                if part is None:
-                    return
-                if isinstance(part, FloatingPointError):
-                    raise ApiError(500, str(part), "server_error")
-                if isinstance(part, Exception):
-                    raise errors.failed()
-                if part.choice not in self._live:  # cancelled meanwhile
-                    continue
-                if part.finish_reason is not None:
-                    self._end(part.choice)
-                yield part
+                if not self._parts and self._failure is None:
+                    self._waiter = self._loop.create_future()
+                    await self._waiter
+                parts, self._parts = self._parts, []
+                for part in parts:
+                    if part.finish_reason is not None:
+                        self._end(part.choice)
+                if parts:
+                    yield parts
+                elif self._failure is not None:
+                    raise self._failure
         finally:
             self.cancel()
 
     def cancel(self) -> None:
         """Frees the rows of all choices that are not finished."""
+        self._timer.cancel()
         for choice in list(self._live):
-            if self._worker is not None and choice in self._requests:
-                self._worker.cancel(self._requests[choice])
+            self._cancel_request(choice)
             self._end(choice)
 
     def cancel_from_outside(self) -> None:
         """Cancels, and ends `parts`, which another task waits for."""
         self.cancel()
-        self._queue.put_nowait(None)
+        self._parts = []
+        self._wake()
 
     def _end(self, choice: int) -> None:
         self._live.remove(choice)
         self._release()
 
+    def _cancel_request(self, choice: int) -> None:
+        if self._worker is not None and choice in self._requests:
+            self._worker.cancel(self._requests[choice])
+
     def _request(self, choice: int, job: Job, stream: int) -> Request:
-        choice_text = _ChoiceText(choice, job, GeneratedText(self._decoder, job.stop))
+        text = _ChoiceText(choice, job, GeneratedText(self._decoder, job.stop))
+        put = self._outbox.put
+        # In the worker's thread, which generates while texts are made in this one. So a choice that
+        # a stop string ends gets a token or two that are dropped.
+        receive, receive_prompt = functools.partial(self._receive, text), text.set_prompt
         return Request(
             job.prompt,
             job.config,
-            on_token=functools.partial(self._on_token, choice_text),
-            on_end=self._on_end,
+            on_token=lambda new: put(receive, new),
+            on_end=lambda error: None if error is None else put(self._receive_error, error),
             stream=stream,
             wants_log_probs=job.wants_log_probs,
-            on_prompt=choice_text.set_prompt if job.wants_prompt else None,
+            on_prompt=(lambda tokens: put(receive_prompt, tokens)) if job.wants_prompt else None,
         )
 
-    def _on_token(self, text: _ChoiceText, new: NewToken) -> bool:
-        """Passes a token on, in the worker's thread; returns whether it is the last one."""
-        part = text.part(new)
-        self._put(part)
-        return part.finish_reason is not None
+    def _receive(self, text: _ChoiceText, new: NewToken) -> None:
+        """Takes a new token."""
+        if text.is_finished or text.choice not in self._live:
+            return
+        try:
+            part = text.part(new)
+        except Exception:
+            log.exception("token %d has no text", new.token)
+            self._fail(errors.failed())
+            return
+        self._parts.append(part)
+        if text.has_stopped:
+            self._cancel_request(text.choice)
+        self._wake()
 
-    def _on_end(self, error: Exception | None) -> None:
-        """Passes a failure on, in the worker's thread."""
-        if error is not None:
-            self._put(error)
+    def _receive_error(self, error: Exception) -> None:
+        is_known = isinstance(error, FloatingPointError)
+        self._fail(ApiError(500, str(error), "server_error") if is_known else errors.failed())
 
-    def _put(self, part: Part | Exception) -> None:
-        self._outbox.put(self._queue, part)
+    def _fail(self, failure: ApiError) -> None:
+        self._failure = self._failure or failure
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class _ChoiceText:
-    """The growing text of a choice, in the worker's thread."""
+    """The growing text of a choice.
+
+    is_finished: whether it has all its tokens. has_stopped: whether a stop string ended it.
+    """
 
     def __init__(self, choice: int, job: Job, text: GeneratedText):
-        self._choice, self._job, self._text = choice, job, text
+        self.choice, self._job, self._text = choice, job, text
         self._prompt: tuple[NewToken, ...] = ()
+        self.is_finished = self.has_stopped = False
 
     def set_prompt(self, tokens: tuple[NewToken, ...]) -> None:
         """Keeps the prompt's tokens for the first part."""
@@ -387,12 +382,15 @@ class _ChoiceText:
         """Makes the part of a new token."""
         prompt, self._prompt = self._prompt, ()
         if self._job.has_no_output:
-            return Part(self._choice, "", None, "length", prompt)
+            self.is_finished = True
+            return Part(self.choice, "", None, "length", prompt)
         reason = self._finish_reason(new.token)
-        return Part(self._choice, self._text.new_text(reason is not None), new, reason, prompt)
+        self.is_finished = reason is not None
+        return Part(self.choice, self._text.new_text(self.is_finished), new, reason, prompt)
 
     def _finish_reason(self, token: int) -> FinishReason | None:
         config = self._job.config
-        if self._text.add(token) or token in config.end_ids:
+        self.has_stopped = self._text.add(token)
+        if self.has_stopped or token in config.end_ids:
             return "stop"
         return "length" if len(self._text.tokens) == config.max_new_tokens else None

@@ -19,7 +19,8 @@ import pytest
 from mpt_trt import Engine
 from mpt_trt.api.text import EngineText
 from mpt_trt.server import connections
-from mpt_trt.server.service import Limits, Outbox, PartQueue
+from mpt_trt.server.outbox import Outbox
+from mpt_trt.server.service import Limits
 from support.server import HOST, Served, serving
 
 PROMPTS = ["def read(self", "import os\n\n\nclass Path", "The"]
@@ -186,20 +187,22 @@ def test_an_outbox_loses_nothing_and_keeps_the_order() -> None:
     count, size = 20_000, 3
 
     async def receive() -> list[list[int]]:
-        outbox = Outbox(asyncio.get_running_loop())
-        queues: list[PartQueue] = [asyncio.Queue() for _ in range(size)]
+        outbox, found = Outbox(), [list[int]() for _ in range(size)]
+        outbox.loop = asyncio.get_running_loop()
+        has_all = asyncio.Event()
 
         def send() -> None:
             for number in range(count):
-                outbox.put(queues[number % size], number)  # type: ignore[arg-type]
+                outbox.put(found[number % size].append, number)
+                if number % 7 == 0:
+                    outbox.flush()
+            outbox.put(lambda _: has_all.set(), None)
+            outbox.flush()
 
         threading.Thread(target=send).start()
-
-        async def take(queue: PartQueue, number: int) -> list[int]:
-            return [await queue.get() for _ in range(number, count, size)]  # type: ignore[misc]
-
         async with asyncio.timeout(20):
-            return await asyncio.gather(*map(take, queues, range(size)))
+            await has_all.wait()
+        return found
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

@@ -19,6 +19,7 @@ from mpt_trt.scheduling.scheduler import Scheduler
 from mpt_trt.scheduling.worker import OnFailure, Worker
 from mpt_trt.server.app import make_app
 from mpt_trt.server.connections import HttpProtocol
+from mpt_trt.server.outbox import Outbox
 from mpt_trt.server.service import Limits, Service
 
 HOST = "127.0.0.1"
@@ -61,10 +62,11 @@ def serving(
     """Serves an engine while the block runs."""
     engine = load_engine(engine_dir, "onnxruntime", num_threads=1)
     text = EngineText.read(engine_dir, engine.manifest, None, template)
-    scheduler = Scheduler(engine.model)
+    outbox = Outbox()
+    scheduler = Scheduler(engine.model, deliver=outbox.flush)
     worker = Worker(scheduler, on_failure)
     worker.start()
-    service = Service(text, scheduler, worker, limits, engine.model.capacity)
+    service = Service(text, scheduler, worker, outbox, limits, engine.model.capacity)
     config = uvicorn.Config(
         make_app(service, api_key), log_config=None, access_log=False, http=HttpProtocol
     )
