@@ -13,7 +13,9 @@ Float = TypeVar("Float", bound=np.floating)
 
 
 def require_finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns the logits if each row has a finite maximum; a NaN anywhere makes the maximum NaN.
+    """Returns the logits `[..., vocab]` if each row has a finite maximum.
+
+    A NaN anywhere makes the maximum NaN.
 
     Raises:
         FloatingPointError: a row has no finite maximum.
@@ -23,9 +25,9 @@ def require_finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def require_finite_rows(values: NDArray[np.floating]) -> None:
-    """Raises FloatingPointError, naming the row, unless all `[rows]` are finite."""
-    bad = np.flatnonzero(~np.isfinite(values))
-    if bad.size:
+    """Raises FloatingPointError, naming the first bad row, unless all values are finite."""
+    if not np.isfinite(values).all():
+        bad = np.flatnonzero(~np.isfinite(values))
         raise FloatingPointError(
             f"the logits of row {bad[0]} are not finite; the numbers inside the network overflow"
             " its data type: build in a wider one (bf16 or fp32)"
@@ -58,8 +60,8 @@ def penalize_repetition(
     """Lowers scores of tokens that occurred: score * penalty if negative, else score / penalty.
 
     Args:
-        scores: `[rows, vocab]`, not modified.
-        seen: `[rows, n]` token ids; one that occurs twice counts once.
+        scores: `[..., vocab]`, not modified.
+        seen: `[..., n]` token ids; one that occurs twice counts once.
         penalty: above 1 to penalize, 1 for no effect.
     """
     if penalty == 1.0:

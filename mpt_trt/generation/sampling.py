@@ -94,34 +94,31 @@ class TokenChooser:
         self._generators = [np.random.default_rng((config.random_seed, one)) for one in streams]
 
     def choose(
-        self, logits: NDArray[np.float32], seen: NDArray[np.int64], wants_log_probs: bool = True
+        self, logits: NDArray[np.float32], seen: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], list[TopLogProbs]]:
         """Chooses a token per row.
 
         Args:
             logits: `[rows, vocab]`.
-            seen: `[rows, n]`, the tokens that the repetition penalty applies to; without one, any.
-            wants_log_probs: whether the results are more than the tokens.
+            seen: `[rows, n]`, the tokens that the repetition penalty applies to.
 
         Returns:
             The tokens `[rows]`, their log-probabilities `[rows]` before any penalty, temperature or
             filter, and the requested most likely tokens of each row.
         """
+        rows = range(len(logits))
+        chosen = np.array([self.token(row, logits[row], seen[row]) for row in rows], np.int64)
+        log_probs = log_softmax(logits)
+        top = top_log_probs(log_probs, self._config.top_log_probs)
+        return chosen, _log_probs_of(chosen, log_probs), top
+
+    def token(self, row: int, logits: NDArray[np.float32], seen: NDArray[np.int64]) -> int:
+        """Chooses a row's token. logits: `[vocab]`. seen: `[n]`, as in `choose`."""
         config = self._config
         scores = penalize_repetition(logits, seen, config.repetition_penalty)
         if config.top_k == 1:
-            chosen = scores.argmax(axis=-1)
-        else:
-            drawn = [
-                _drawn(row, config, generator.random())
-                for row, generator in zip(scores, self._generators, strict=True)
-            ]
-            chosen = np.array(drawn, np.int64)
-        if not wants_log_probs:
-            return chosen, np.zeros(len(chosen), np.float32), [()] * len(chosen)
-        log_probs = log_softmax(logits)
-        top = top_log_probs(log_probs, config.top_log_probs)
-        return chosen, _log_probs_of(chosen, log_probs), top
+            return int(scores.argmax())
+        return _drawn(scores, config, self._generators[row].random())
 
 
 def _drawn(scores: NDArray[np.float32], config: GenerationConfig, part: float) -> int:

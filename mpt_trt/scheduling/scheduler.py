@@ -282,12 +282,13 @@ class Scheduler:
         """Advances every row with a complete prompt by one token."""
         rows = list(self._rows)
         inputs = np.array([row.next_input for row in rows], np.int64)
-        index = np.arange(len(rows), dtype=np.int64)
+        wanted = np.zeros((len(rows), 2), np.int64)
+        wanted[:, 0] = range(len(rows))
         self._model.select_rows(0, len(rows))
         logits = self._step(
             np.ascontiguousarray(inputs[:, :1]),
             np.ascontiguousarray(inputs[:, 1]),
-            np.stack([index, np.zeros_like(index)], axis=1),
+            wanted,
         )
         generating = [number for number, row in enumerate(rows) if row.is_read]
         if len(generating) < len(rows):
@@ -314,20 +315,19 @@ class Scheduler:
 
     @staticmethod
     def _choose(row: _Row, logits: NDArray[np.float32]) -> NewToken:
-        best = int(logits.argmax())
-        # NaN and infinity are also the highest of a row.
-        require_finite(logits[None, best : best + 1])
-        if row.takes_most_likely:
-            return NewToken(best, None)
         request = row.request
+        if row.takes_most_likely:
+            best = int(logits.argmax())
+            # NaN and infinity are also the highest of a row.
+            require_finite(logits[best : best + 1])
+            return NewToken(best, None)
+        require_finite(logits)
         is_penalized = request.config.repetition_penalty != 1
-        seen = [*request.prompt, *row.tokens] if is_penalized else []
-        chosen, log_probs, top = row.chooser.choose(
-            logits[None], np.array([seen], np.int64), request.wants_log_probs
-        )
+        seen = np.array([*request.prompt, *row.tokens] if is_penalized else [], np.int64)
         if not request.wants_log_probs:
-            return NewToken(int(chosen[0]), None)
-        return NewToken(int(chosen[0]), float(log_probs[0]), top[0])
+            return NewToken(row.chooser.token(0, logits, seen), None)
+        [token], [log_prob], [top] = row.chooser.choose(logits[None], seen[None])
+        return NewToken(int(token), float(log_prob), top)
 
     def _end(self, row: _Row, error: Exception | None) -> None:
         self._remove(row)

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 Format = CompletionFormat | ChatFormat
 Handler = Callable[[Request], Awaitable[Response]]
+# Made once, which takes as long as a chunk.
+ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 # Status in the metrics when the client has gone.
 CLIENT_GONE = 499
 
@@ -265,4 +267,4 @@ def _event(content: dict[str, Any]) -> bytes:
 
 def _encoded(content: dict[str, Any]) -> bytes:
     # ASCII, because clients can send lone surrogates, which have no UTF-8.
-    return json.dumps(content, allow_nan=False).encode()
+    return ENCODER.encode(content).encode()
