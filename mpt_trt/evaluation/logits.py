@@ -30,7 +30,8 @@ def divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArra
 def all_logits(engine: LoadedEngine, tokens: list[int]) -> NDArray[np.float32]:
     """Computes logits at every token of one sequence, `[len(tokens), vocab]`."""
     sequences = np.array([tokens], np.int64)
-    return np.concatenate([piece.logits[0] for piece in logits_in_pieces(engine, sequences)])
+    pieces = logits_in_pieces(engine, sequences)
+    return np.concatenate([piece.logits[0].copy() for piece in pieces])
 
 
 @dataclass(frozen=True)

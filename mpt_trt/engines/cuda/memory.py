@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,25 @@ class PinnedBuffer:
     def __del__(self) -> None:
         if self._address:
             cudart.cudaFreeHost(self._address)
+
+
+class PinnedLogits:
+    """Logits of a step on their way to the host: float32 `[rows, vocab]` of up to `rows` rows.
+
+    Copies to other memory of the host are several times as slow.
+    """
+
+    def __init__(self, rows: int, vocab_size: int):
+        self._shape = rows, vocab_size
+        self._buffer: PinnedBuffer | None = None
+
+    def fetch(self, source: DeviceBuffer, rows: int, stream: Any) -> NDArray[np.float32]:
+        """Copies the first rows of a buffer; the result is valid until the next copy."""
+        if self._buffer is None:
+            self._buffer = PinnedBuffer(math.prod(self._shape) * np.float32().nbytes)
+        logits = self._buffer.array.view(np.float32).reshape(self._shape)[:rows]
+        source.copy_to(logits, stream)
+        return logits
 
 
 class Event:

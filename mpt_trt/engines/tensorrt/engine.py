@@ -10,7 +10,7 @@ hardware.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mpt_trt.arrays.cast import STORAGE_TYPES
 from mpt_trt.engines.cuda.graphs import StepGraphs
 from mpt_trt.engines.cuda.kv_cache import make_device_cache
-from mpt_trt.engines.cuda.memory import DeviceBuffer, Stream
+from mpt_trt.engines.cuda.memory import DeviceBuffer, PinnedLogits, Stream
 from mpt_trt.engines.cuda.nccl import Nccl, join_nccl
 from mpt_trt.engines.cuda.steps_ahead import FLOAT32_BYTES, INT64_BYTES, run_ahead
 from mpt_trt.engines.manifest import Manifest
@@ -82,6 +82,8 @@ class TensorRtEngine:
             SUMS: DeviceBuffer(limits.max_logits * FLOAT32_BYTES),
         }
         self._addresses |= {name: buffer.address for name, buffer in self._buffers.items()}
+        self._logits = PinnedLogits(limits.max_batch_size, self.vocab_size)
+        self._work: Callable[[], None] = _do_nothing
         self._batch_size = 0
         self._prompts = self._plan.create_context(CONTEXT_PROFILE, None)
         self._generations: OrderedDict[tuple[int, int], _Generation] = OrderedDict()
@@ -128,8 +130,14 @@ class TensorRtEngine:
             self._buffers[name].copy_from(value, stream)
         with self._limit():
             self._run(input_ids.shape[1], len(staged["logit_positions"]), write_positions)
-            logits = np.empty((num_logits, self.vocab_size), np.float32)
-            self._buffers["logits"].copy_to(logits, stream)
+            if input_ids.shape[1] == 1:
+                logits = self._logits.fetch(self._buffers["logits"], num_logits, stream)
+                self._work()
+            else:
+                # The copy waits for the GPU.
+                self._work()
+                logits = np.empty((num_logits, self.vocab_size), np.float32)
+                self._buffers["logits"].copy_to(logits, stream)
             self._stream.synchronize()
         return logits
 
@@ -174,6 +182,10 @@ class TensorRtEngine:
     def copy_row(self, source: int, target: int) -> None:
         """Makes cache row `target` a copy of row `source`."""
         self._cache.copy_row(source, target, self._stream.handle)
+
+    def overlap(self, work: Callable[[], None]) -> None:
+        """Lets every step call `work` while the GPU computes it; see `OverlappingModel`."""
+        self._work = work
 
     def _limit(self) -> AbstractContextManager[None]:
         """Encloses calls that may wait for other ranks."""
@@ -224,3 +236,7 @@ class TensorRtEngine:
             self._generations[key] = _Generation(context, StepGraphs(self._stream.handle))
         self._generations.move_to_end(key)
         return self._generations[key]
+
+
+def _do_nothing() -> None:
+    """Work during steps unless there is other."""

@@ -9,7 +9,7 @@ join their tensors through NCCL, on the same stream (see `collectives`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -24,7 +24,7 @@ from onnx import TensorProto
 from mpt_trt.arrays.cast import STORAGE_TYPES
 from mpt_trt.engines.cuda.graphs import StepGraphs
 from mpt_trt.engines.cuda.kv_cache import make_device_cache
-from mpt_trt.engines.cuda.memory import DeviceBuffer, Stream, call
+from mpt_trt.engines.cuda.memory import DeviceBuffer, PinnedLogits, Stream, call
 from mpt_trt.engines.cuda.nccl import Nccl, join_nccl
 from mpt_trt.engines.cuda.steps_ahead import FLOAT32_BYTES, INT64_BYTES, run_ahead
 from mpt_trt.engines.manifest import Manifest
@@ -84,6 +84,8 @@ class OnnxCudaEngine:
         )
         self._rows = 0
         self._state = _StepState(limits.max_batch_size, self.vocab_size)
+        self._logits = PinnedLogits(limits.max_batch_size, self.vocab_size)
+        self._work: Callable[[], None] = _do_nothing
         self._prompt_buffers: dict[str, DeviceBuffer] = {}
         self._graphs = StepGraphs(self._stream.handle)
 
@@ -150,10 +152,11 @@ class OnnxCudaEngine:
             self._state.write(input_ids[:, 0], write_positions, self._stream.handle)
             self._step_one(write_positions)
             # The step returns the logits of every row.
-            logits = np.empty((self._rows, self.vocab_size), np.float32)
-            self._state.logits.copy_to(logits, self._stream.handle)
+            logits = self._logits.fetch(self._state.logits, self._rows, self._stream.handle)
+            self._work()
             self._stream.synchronize()
-            return logits[logit_positions[:, 0]]
+            wanted = logit_positions[:, 0]
+            return logits if np.array_equal(wanted, np.arange(self._rows)) else logits[wanted]
 
     def greedy_steps(
         self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64], count: int
@@ -188,6 +191,10 @@ class OnnxCudaEngine:
     def copy_row(self, source: int, target: int) -> None:
         """Makes cache row `target` a copy of row `source`."""
         self._cache.copy_row(source, target, self._stream.handle)
+
+    def overlap(self, work: Callable[[], None]) -> None:
+        """Lets every step call `work` while the GPU computes it; see `OverlappingModel`."""
+        self._work = work
 
     def _limit(self) -> AbstractContextManager[None]:
         """Encloses calls that may wait for other ranks."""
@@ -242,6 +249,8 @@ class OnnxCudaEngine:
         output = self._prompt_buffer("logits", shape[0] * shape[1] * FLOAT32_BYTES)
         self._prompts.bind_output("logits", TensorProto.FLOAT, shape, output.address)
         self._before_step(input_ids.shape[1])
+        # The run waits for the GPU.
+        self._work()
         self._prompts.run()
         self._cache.after_step(write_positions, self._stream.handle)
         logits = np.empty((num_logits, self.vocab_size), np.float32)
@@ -314,6 +323,10 @@ class _StepState:
     def read_result(self, target: NDArray[np.uint8], stream: Any) -> None:
         """Copies the result to the host. target: `[rows * RESULT_BYTES]`."""
         self._next.copy_to(target, stream)
+
+
+def _do_nothing() -> None:
+    """Work during steps unless there is other."""
 
 
 def _cache_type(spec: EngineSpec) -> int:
