@@ -473,10 +473,10 @@ MUTATIONS: list[tuple[str, Rule | str, str, list[Change]]] = [
             ),
             (
                 "engine",
-                "            logits = np.empty((num_logits,",
+                "            if input_ids.shape[1] == 1:\n",
                 "            for name, value in staged.items():\n"
                 "                self._buffers[name].copy_from(value, stream)\n"
-                "            logits = np.empty((num_logits,",
+                "            if input_ids.shape[1] == 1:\n",
             ),
         ],
     ),
