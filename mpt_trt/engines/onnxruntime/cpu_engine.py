@@ -23,6 +23,7 @@ from mpt_trt.engines.onnxruntime.integer_tables import read_integer_tables
 from mpt_trt.engines.onnxruntime.rewrites import (
     compute_in_float32,
     provide_weights,
+    scale_queries,
     spell_out_scale_types,
 )
 from mpt_trt.engines.onnxruntime.session import naming_network, open_session, run, session_options
@@ -168,6 +169,8 @@ def _open_session(
             weights = compute_in_float32(model, stored_type, path.parent, options)
         weights += provide_weights(model, tables, options)
         spell_out_scale_types(model, _computing_type(spec))
+        if _computing_type(spec) == TensorProto.FLOAT:
+            scale_queries(model)
         take_any_cache_length(model)
         if spec.tp_size > 1:
             replace_collectives(model, options)

@@ -11,7 +11,7 @@ from onnx import TensorProto, numpy_helper
 
 from mpt_trt.arrays.cast import convert
 from mpt_trt.engines.onnxruntime.external_data import SharedWeight, left_out, map_tensor
-from mpt_trt.engines.onnxruntime.graph_editor import cast
+from mpt_trt.engines.onnxruntime.graph_editor import cast, make_node
 
 FLOAT32 = np.dtype(np.float32)
 # Attributes with the type of a node's result.
@@ -64,6 +64,26 @@ def provide_weights(
     values = [weight.as_value() for weight in weights]
     options.add_external_initializers([weight.name for weight in weights], values)
     return values
+
+
+def scale_queries(model: onnx.ModelProto) -> None:
+    """Multiplies attention's queries by its scale, instead of the scores.
+
+    ONNX Runtime's CPU provider has a kernel for the float32 product of a single query with its
+    keys, but only without a factor. With one, it copies all keys at every step.
+    """
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type == "Attention":
+            [scale] = [each for each in node.attribute if each.name == "scale"]
+            factor, scaled = f"{node.name}/scale", f"{node.name}/scaled_query"
+            number = np.array(scale.f, np.float32)
+            model.graph.initializer.append(numpy_helper.from_array(number, factor))
+            nodes.append(make_node("Mul", [node.input[0], factor], scaled))
+            node.input[0], scale.f = scaled, 1.0
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def spell_out_scale_types(model: onnx.ModelProto, element_type: int) -> None:
