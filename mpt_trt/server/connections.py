@@ -7,8 +7,10 @@ from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-# Seconds for the headers of a request. uvicorn itself waits for ever, so that connections which
-# send nothing, or a byte now and then, could keep all others out.
+# Seconds for the headers of a request, the first one or another one. uvicorn itself waits for ever
+# for the first, so that connections which send nothing, or a byte now and then, could keep all
+# others out. It waits 5 s for another one, as long as httpx and OpenAI's client keep a connection:
+# a request just before the end would find it closed.
 HEADER_SECONDS = 15.0
 
 
@@ -18,6 +20,7 @@ class HttpProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
+        self.timeout_keep_alive = HEADER_SECONDS
         super().connection_made(transport)
         self._watch()
 
