@@ -75,12 +75,18 @@ def generate_steps(
 
 
 def require_fitting(
-    model: StepModel, prompts: Sequence[Sequence[int]], config: GenerationConfig
+    model: StepModel,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    wants_tokens: bool = True,
 ) -> list[NDArray[np.int64]]:
-    """Returns prompts as arrays; raises MptTrtError when the request does not fit the model."""
+    """Returns prompts as arrays; raises MptTrtError when the request does not fit the model.
+
+    wants_tokens: whether tokens are generated; otherwise prompts are only read.
+    """
     rows = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
     _check_vocabulary(model, rows, config)
-    _check_capacity(model, rows, config)
+    _check_capacity(model, rows, config, config.max_new_tokens if wants_tokens else 0)
     return rows
 
 
@@ -127,14 +133,14 @@ def _check_vocabulary(
 
 
 def _check_capacity(
-    model: StepModel, prompts: list[NDArray[np.int64]], config: GenerationConfig
+    model: StepModel, prompts: list[NDArray[np.int64]], config: GenerationConfig, num_new: int
 ) -> None:
     for index, prompt in enumerate(prompts):
-        needed = prompt.size + config.max_new_tokens
+        needed = prompt.size + num_new
         if needed > model.capacity:
             raise MptTrtError(
                 f"prompt {index} has {prompt.size} tokens, which with max_new_tokens"
-                f" {config.max_new_tokens} makes {needed}, but a cache row holds {model.capacity};"
+                f" {num_new} makes {needed}, but a cache row holds {model.capacity};"
                 " shorten the prompt, lower max_new_tokens or build for longer sequences"
             )
     needed = len(prompts) * config.num_beams

@@ -53,7 +53,7 @@ class Request:
     log-probabilities. on_token: called with every new token; the request ends when it returns True.
     on_end: called once at the end, with the error or with None; not after `cancel`. on_prompt: if
     given, called with the prompt's tokens and their log-probabilities when the prompt has been
-    read.
+    read. wants_tokens: whether tokens are generated; otherwise the request then ends.
     """
 
     prompt: tuple[int, ...]
@@ -63,6 +63,7 @@ class Request:
     stream: int = 0
     wants_log_probs: bool = False
     on_prompt: Callable[[tuple[NewToken, ...]], None] | None = None
+    wants_tokens: bool = True
 
 
 @dataclass
@@ -161,7 +162,7 @@ class Scheduler:
             raise MptTrtError(
                 f"num_beams is {request.config.num_beams}; requests that share a batch need 1"
             )
-        require_fitting(self._model, [request.prompt], request.config)
+        require_fitting(self._model, [request.prompt], request.config, request.wants_tokens)
 
     def add(self, request: Request) -> None:
         """Appends a request to the queue. `require_fitting` must have accepted it."""
@@ -244,10 +245,12 @@ class Scheduler:
         except FloatingPointError as error:
             self._end(row, error)
             return
-        if is_last:
+        if not is_last:
+            self._readers.append(row)
+        elif row.request.wants_tokens:
             self._take([row], logits[-1:])
         else:
-            self._readers.append(row)
+            self._end(row, None)
 
     def _step(
         self,

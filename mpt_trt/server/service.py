@@ -9,6 +9,7 @@ import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mpt_trt.api.outputs import FinishReason
 from mpt_trt.api.text import EngineText
@@ -62,8 +63,8 @@ class Part:
 class Job:
     """A prompt to continue `n` times.
 
-    wants_prompt: whether log-probabilities of the prompt are requested. has_no_output: whether
-    nothing else is; the scheduler then computes a token that is dropped.
+    wants_prompt: whether log-probabilities of the prompt are requested. wants_tokens: whether
+    tokens are generated.
     """
 
     prompt: tuple[int, ...]
@@ -72,7 +73,7 @@ class Job:
     n: int
     wants_log_probs: bool
     wants_prompt: bool = False
-    has_no_output: bool = False
+    wants_tokens: bool = True
 
 
 class BackendDecoder:
@@ -129,12 +130,13 @@ class Service:
         """Encodes the prompts; raises ApiError for one that cannot be encoded."""
         stop = request.stop_strings
         most = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+        field = "max_tokens" if most else "prompt"
         wants_prompt = bool(request.echo) and request.logprobs is not None
         return [
             replace(
-                self._job(request, self._encoded(prompt), stop, max(1, most), "max_tokens"),
+                self._job(request, self._encoded(prompt), stop, most, field),
                 wants_prompt=wants_prompt,
-                has_no_output=most == 0,
+                wants_tokens=most > 0,
             )
             for prompt in request.prompts
         ]
@@ -209,12 +211,13 @@ class Service:
         max_tokens: int,
         field: str,
     ) -> Job:
-        """Makes a job. field: field of the request that limits its new tokens.
+        """Makes a job. field: field of the request to change if it has too many tokens.
 
         Raises ApiError, naming the field, when the tokens do not fit a cache row.
         """
         if len(prompt) + max_tokens > self._capacity:
-            remedy = "shorten the prompt" + (f" or lower {field}" if field != "messages" else "")
+            is_limit = field not in ("prompt", "messages")
+            remedy = "shorten the prompt" + (f" or lower {field}" if is_limit else "")
             message = (
                 f"a prompt has {len(prompt)} tokens, which with {max_tokens} new ones makes "
                 f"{len(prompt) + max_tokens}, but a cache row holds {self._capacity}; {remedy}"
@@ -224,7 +227,7 @@ class Service:
         is_greedy = request.temperature == 0
         seed = secrets.randbits(63) if request.seed is None else request.seed % 2**64
         config = GenerationConfig(
-            max_new_tokens=max_tokens,
+            max_new_tokens=max(1, max_tokens),
             end_ids=end_ids,
             pad_id=end_ids[0] if end_ids else 0,
             temperature=1.0 if is_greedy else request.temperature,
@@ -321,18 +324,21 @@ class Generation:
 
     def _request(self, choice: int, job: Job, stream: int) -> Request:
         text = _ChoiceText(choice, job, GeneratedText(self._decoder, job.stop))
-        put = self._outbox.put
-        # In the worker's thread, which generates while texts are made in this one. So a choice that
-        # a stop string ends gets a token or two that are dropped.
-        receive, receive_prompt = functools.partial(self._receive, text), text.set_prompt
+
+        # The worker's thread generates while this one makes texts. So a choice that a stop string
+        # ends gets a token or two that are dropped.
+        def put(receive: Callable[[Any], None]) -> Callable[[Any], None]:
+            return functools.partial(self._outbox.put, receive)
+
         return Request(
             job.prompt,
             job.config,
-            on_token=lambda new: put(receive, new),
-            on_end=lambda error: None if error is None else put(self._receive_error, error),
+            on_token=put(functools.partial(self._receive, text)),
+            on_end=put(functools.partial(self._receive_end, text)),
             stream=stream,
             wants_log_probs=job.wants_log_probs,
-            on_prompt=(lambda tokens: put(receive_prompt, tokens)) if job.wants_prompt else None,
+            on_prompt=put(text.set_prompt) if job.wants_prompt else None,
+            wants_tokens=job.wants_tokens,
         )
 
     def _receive(self, text: _ChoiceText, new: NewToken) -> None:
@@ -350,9 +356,15 @@ class Generation:
             self._cancel_request(text.choice)
         self._wake()
 
-    def _receive_error(self, error: Exception) -> None:
-        is_known = isinstance(error, FloatingPointError)
-        self._fail(ApiError(500, str(error), "server_error") if is_known else errors.failed())
+    def _receive_end(self, text: _ChoiceText, error: Exception | None) -> None:
+        """Takes the end of a choice, which is known already if it has tokens."""
+        if isinstance(error, FloatingPointError):
+            self._fail(ApiError(500, str(error), "server_error"))
+        elif error is not None:
+            self._fail(errors.failed())
+        elif not text.is_finished and text.choice in self._live:
+            self._parts.append(text.part_without_token())
+            self._wake()
 
     def _fail(self, failure: ApiError) -> None:
         self._failure = self._failure or failure
@@ -381,12 +393,14 @@ class _ChoiceText:
     def part(self, new: NewToken) -> Part:
         """Makes the part of a new token."""
         prompt, self._prompt = self._prompt, ()
-        if self._job.has_no_output:
-            self.is_finished = True
-            return Part(self.choice, "", None, "length", prompt)
         reason = self._finish_reason(new.token)
         self.is_finished = reason is not None
         return Part(self.choice, self._text.new_text(self.is_finished), new, reason, prompt)
+
+    def part_without_token(self) -> Part:
+        """Makes the only part of a choice without tokens."""
+        self.is_finished = True
+        return Part(self.choice, "", None, "length", self._prompt)
 
     def _finish_reason(self, token: int) -> FinishReason | None:
         config = self._job.config

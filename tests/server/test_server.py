@@ -145,6 +145,20 @@ def test_echo_with_log_probs(client: openai.OpenAI, engine: Engine) -> None:
         assert joined == getattr(log_probs, field), field
 
 
+def test_a_prompt_without_new_tokens_may_fill_a_row(client: openai.OpenAI, served: Served) -> None:
+    options = {"model": NAME, "temperature": 0, "echo": True, "logprobs": 0, "max_tokens": 0}
+    ids = [1 + number % 50 for number in range(served.model.capacity)]
+    generated = served.scheduler.num_generated
+    for stream in (False, True):
+        answer = client.completions.create(prompt=ids, **options, stream=stream)
+        choice = (list(answer)[-1] if stream else answer).choices[0]
+        assert len(choice.logprobs.token_logprobs) == len(ids)
+        assert choice.finish_reason == "length"
+    assert served.scheduler.num_generated == generated
+    with pytest.raises(openai.BadRequestError, match="holds 96; shorten the prompt"):
+        client.completions.create(prompt=[*ids, 1], **options)
+
+
 def test_offsets_of_characters_of_several_tokens(client: openai.OpenAI, engine: Engine) -> None:
     prompt = "Zürich → 東京 é"
     count = len(engine.text.encode(prompt))
@@ -434,7 +448,7 @@ def test_sockets_that_misbehave_do_not_disturb(client: openai.OpenAI, served: Se
 
 
 def test_connections_that_send_no_request_are_closed(
-    client: openai.OpenAI, served: Served, monkeypatch: pytest.MonkeyPatch
+    served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once or after an answered request, with a part of the headers or without any."""
     monkeypatch.setattr(connections, "HEADER_SECONDS", 0.5)
@@ -443,9 +457,10 @@ def test_connections_that_send_no_request_are_closed(
     opened = [socket.create_connection((HOST, served.port), timeout=20) for _ in parts]
     for connection, part in zip(opened, parts, strict=True):
         connection.sendall(part)
-    # A request that takes longer than its headers may.
+    # A request that takes longer than its headers may. Its connection is not used again.
     options = {"model": NAME, "prompt": "The", "max_tokens": 90, "n": 4}
-    assert client.completions.create(**options).choices
+    with connected(served) as own:
+        assert own.completions.create(**options).choices
     for connection, part in zip(opened, parts, strict=True):
         with connection:
             content = b"".join(iter(lambda one=connection: one.recv(1000), b""))
