@@ -20,7 +20,7 @@ from mpt_trt.engines.interface import RowModel
 from mpt_trt.engines.load import LoadedEngine, load_engine
 from mpt_trt.engines.manifest import read_manifest
 from mpt_trt.errors import MptTrtError
-from mpt_trt.scheduling.ranks import LeadingModel, follow
+from mpt_trt.scheduling.ranks import LeadingModel, follow, lead
 from mpt_trt.scheduling.scheduler import Scheduler
 from mpt_trt.scheduling.worker import OnFailure, Worker
 from mpt_trt.server.app import make_app
@@ -74,7 +74,7 @@ class _Leader:
 
     def model(self) -> RowModel:
         ranks = self.engine.communicator
-        return self.engine.model if ranks is None else LeadingModel(self.engine.model, ranks)
+        return self.engine.model if ranks is None else lead(self.engine.model, ranks)
 
 
 def _serve(

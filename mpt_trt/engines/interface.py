@@ -100,6 +100,21 @@ class GreedyModel(StepModel, Protocol):
 
 
 @runtime_checkable
+class ChoosingModel(RowModel, Protocol):
+    """A model whose single steps can return tokens instead of logits, which take long to copy."""
+
+    def most_likely(
+        self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Runs a step of one token per row, `[rows]`; see `step`.
+
+        Returns the most likely token of every row and the natural log of its probability, both
+        `[rows]`.
+        """
+        ...
+
+
+@runtime_checkable
 class OverlappingModel(Protocol):
     """A model whose steps leave the host free while a device computes them."""
 

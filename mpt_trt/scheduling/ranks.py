@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from mpt_trt.engines.interface import OverlappingModel, RowModel
+from mpt_trt.engines.interface import ChoosingModel, OverlappingModel, RowModel
 from mpt_trt.system.mpi import Communicator
 
 END, IDLE = "end", "idle"
@@ -66,6 +66,27 @@ class LeadingModel:
 
     def _tell(self, name: str, *arguments: object) -> None:
         self._ranks.exchange((name, arguments))
+
+
+class LeadingChoosingModel(LeadingModel):
+    """Rank 0's model if it chooses tokens itself."""
+
+    def __init__(self, model: ChoosingModel, ranks: Communicator):
+        super().__init__(model, ranks)
+        self._choosing_model = model
+
+    def most_likely(
+        self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        self._tell("most_likely", tokens, write_positions)
+        return self._choosing_model.most_likely(tokens, write_positions)
+
+
+def lead(model: RowModel, ranks: Communicator) -> LeadingModel:
+    """Makes the model that rank 0 uses, while the other ranks `follow`."""
+    if isinstance(model, ChoosingModel):
+        return LeadingChoosingModel(model, ranks)
+    return LeadingModel(model, ranks)
 
 
 def follow(model: RowModel, ranks: Communicator) -> None:

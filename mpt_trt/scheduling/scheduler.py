@@ -19,11 +19,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mpt_trt.engines.interface import OverlappingModel, RowModel
+from mpt_trt.engines.interface import ChoosingModel, OverlappingModel, RowModel
 from mpt_trt.errors import MptTrtError
 from mpt_trt.generation.config import GenerationConfig, TopLogProbs
 from mpt_trt.generation.generate import require_fitting
-from mpt_trt.generation.logits import log_softmax, require_finite, top_log_probs
+from mpt_trt.generation.logits import (
+    log_softmax,
+    require_finite,
+    require_finite_rows,
+    top_log_probs,
+)
 from mpt_trt.generation.sampling import TokenChooser
 
 # Maximum number of prompt tokens per step if their log-probabilities are requested: for a large
@@ -285,18 +290,36 @@ class Scheduler:
         """Advances every row with a complete prompt by one token."""
         rows = list(self._rows)
         inputs = np.array([row.next_input for row in rows], np.int64)
+        tokens, positions = np.ascontiguousarray(inputs.T)
+        self._model.select_rows(0, len(rows))
+        generating = [number for number, row in enumerate(rows) if row.is_read]
+        if isinstance(self._model, ChoosingModel) and all(
+            rows[number].takes_most_likely for number in generating
+        ):
+            self._take_most_likely(rows, generating, *self._model.most_likely(tokens, positions))
+            return
         wanted = np.zeros((len(rows), 2), np.int64)
         wanted[:, 0] = range(len(rows))
-        self._model.select_rows(0, len(rows))
-        logits = self._step(
-            np.ascontiguousarray(inputs[:, :1]),
-            np.ascontiguousarray(inputs[:, 1]),
-            wanted,
-        )
-        generating = [number for number, row in enumerate(rows) if row.is_read]
+        logits = self._step(tokens[:, None], positions, wanted)
         if len(generating) < len(rows):
             logits = logits[generating]
         self._take([rows[number] for number in generating], logits)
+
+    def _take_most_likely(
+        self,
+        rows: list[_Row],
+        generating: list[int],
+        tokens: NDArray[np.int64],
+        log_probs: NDArray[np.float32],
+    ) -> None:
+        """Takes the tokens that the model has chosen for the rows that generate."""
+        for number in generating:
+            try:
+                require_finite_rows(log_probs[number])
+            except FloatingPointError as error:
+                self._end(rows[number], error)
+                continue
+            self._append(rows[number], NewToken(int(tokens[number]), None))
 
     def _take(self, rows: list[_Row], logits: NDArray[np.float32]) -> None:
         """Chooses a token for each row from its logits, and ends rows."""
@@ -306,15 +329,19 @@ class Scheduler:
             except Exception as error:
                 self._end(row, error)
                 continue
-            row.tokens.append(new.token)
-            self.num_generated += 1
-            config = row.request.config
-            if (
-                row.request.on_token(new)
-                or new.token in config.end_ids
-                or len(row.tokens) == config.max_new_tokens
-            ):
-                self._end(row, None)
+            self._append(row, new)
+
+    def _append(self, row: _Row, new: NewToken) -> None:
+        """Adds a token to a row, and ends the row if it is the last one."""
+        row.tokens.append(new.token)
+        self.num_generated += 1
+        config = row.request.config
+        if (
+            row.request.on_token(new)
+            or new.token in config.end_ids
+            or len(row.tokens) == config.max_new_tokens
+        ):
+            self._end(row, None)
 
     @staticmethod
     def _choose(row: _Row, logits: NDArray[np.float32]) -> NewToken:

@@ -12,18 +12,21 @@ import torch
 from engines.test_quantized_engines import QUANTIZATIONS, WITH_FP8_CACHE, Model
 from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED
 from mpt_trt.engines.build.rank_network import NetworkInputs
+from mpt_trt.engines.cuda.memory import PinnedLogits
 from mpt_trt.engines.interface import RowModel
 from mpt_trt.engines.load import load_engine
+from mpt_trt.engines.manifest import read_manifest
+from mpt_trt.engines.onnxruntime.cuda.engine import OnnxCudaEngine
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.generation.config import GenerationConfig
 from mpt_trt.generation.generate import generate
 from mpt_trt.model.sharding import VocabularySharding
 from mpt_trt.quantization.schemes import Quantization
-from mpt_trt.scheduling.scheduler import Scheduler
+from mpt_trt.scheduling.scheduler import Request, Scheduler
 from support.batching import batched
 from support.checkpoints import CheckpointSpec, write_checkpoint
-from support.simulated.install import build_simulated, installed
+from support.simulated.install import build_simulated, installed, installed_onnxruntime_gpu
 
 CACHES = QUANTIZATIONS | WITH_FP8_CACHE | {"auto cache": Quantization()}
 SPEC = CheckpointSpec(hidden_size=64, num_heads=4, num_kv_heads=2, num_layers=2, vocab_size=67)
@@ -47,12 +50,18 @@ def make_engine(model: Model, name: str, folder: Path, limits: BuildLimits = LIM
     return build_simulated(inputs, folder / "engine")
 
 
-def require_same_tokens(model: RowModel, seed: int = 0) -> None:
-    """Random requests, some with prompts in several pieces, one or three steps after another."""
+def require_same_tokens(model: RowModel, top_ks: list[int], seed: int = 0) -> None:
+    """Random requests, some with prompts in several pieces, one or three steps after another.
+
+    top_ks: those of the requests, in turn.
+    """
     numbers = np.random.default_rng(seed)
     prompts = [numbers.integers(0, 67, numbers.integers(1, 20)).tolist() for _ in range(8)]
-    config = GenerationConfig(12, end_ids=(7,), pad_id=0)
-    configs = [replace(config, max_new_tokens=int(numbers.integers(1, 12))) for _ in prompts]
+    config = GenerationConfig(12, end_ids=(7,), pad_id=0, random_seed=seed)
+    configs = [
+        replace(config, max_new_tokens=int(numbers.integers(1, 12)), top_k=top_k)
+        for top_k in (top_ks * len(prompts))[: len(prompts)]
+    ]
     expected = [
         generate(model, [prompt], one)[0][0].tokens
         for prompt, one in zip(prompts, configs, strict=True)
@@ -62,13 +71,44 @@ def require_same_tokens(model: RowModel, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize("name", ["auto cache", "int8 cache", "fp8 cache"])
-def test_tensorrt_and_onnx_runtime(name: str, model: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("top_ks", [[1], [0, 1, 1]], ids=["most likely", "also others"])
+def test_tensorrt_and_onnx_runtime(
+    top_ks: list[int], name: str, model: Model, tmp_path: Path
+) -> None:
     folder = make_engine(model, name, tmp_path)
-    require_same_tokens(load_engine(folder, "onnxruntime", num_threads=1).model)
-    with installed():
+    require_same_tokens(load_engine(folder, "onnxruntime", num_threads=1).model, top_ks)
+    with installed() as simulation, installed_onnxruntime_gpu(simulation):
         engine = load_engine(folder, "tensorrt")
-        require_same_tokens(engine.model)
+        require_same_tokens(engine.model, top_ks)
         del engine
+        cuda_engine = OnnxCudaEngine(folder, read_manifest(folder))
+        require_same_tokens(cuda_engine, top_ks)
+        del cuda_engine
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "onnxruntime"])
+def test_gpus_choose_most_likely_tokens_while_texts_are_made(
+    runtime: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No logits are copied after the prompts, and every step leaves time to deliver tokens."""
+    folder = make_engine(model, "auto cache", tmp_path)
+    with installed() as simulation, installed_onnxruntime_gpu(simulation):
+        if runtime == "tensorrt":
+            engine = load_engine(folder, runtime).model
+        else:
+            engine = OnnxCudaEngine(folder, read_manifest(folder))
+        monkeypatch.setattr(PinnedLogits, "fetch", None)
+        made, delivered = [], []
+        scheduler = Scheduler(engine, deliver=lambda: delivered.append(len(made)))
+        for prompt in ([5, 6], [3, 4, 2]):
+            config = GenerationConfig(6, end_ids=(), pad_id=0)
+            scheduler.add(Request(prompt, config, made.append, lambda error: None))
+        while not scheduler.is_idle:
+            scheduler.run_once()
+        assert len(made) == 12
+        # A step reads the second prompt while the first token is delivered.
+        assert delivered == sorted(delivered) and set(delivered) >= {0, 1, 3, 5}
+        del engine, scheduler
 
 
 def test_rows_that_no_gpu_can_start_at(model: Model, tmp_path: Path) -> None:

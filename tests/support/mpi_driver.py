@@ -20,7 +20,7 @@ from mpt_trt.engines.load import LoadedEngine, load_engine
 from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
 from mpt_trt.generation.config import GenerationConfig
 from mpt_trt.generation.generate import generate
-from mpt_trt.scheduling.ranks import LeadingModel, follow
+from mpt_trt.scheduling.ranks import follow, lead
 from support.batching import batched
 
 # Rows of different lengths; one is longer than an engine takes in a step (engines_support.LIMITS).
@@ -70,7 +70,7 @@ def batched_on_rank_0(engine: LoadedEngine) -> list[tuple[int, ...]]:
         return batched(engine.model, PROMPTS, configs)
     tokens = None
     if ranks.rank == 0:
-        leader = LeadingModel(engine.model, ranks)
+        leader = lead(engine.model, ranks)
         tokens = batched(leader, PROMPTS, configs)
         leader.keep_waiting()
         leader.end()

@@ -41,7 +41,7 @@ def run_ahead(
     Yields:
         Tokens and their log-probabilities; see `GreedyModel.greedy_steps`.
     """
-    results = [_Result(rows, sums_start), _Result(rows, sums_start)]
+    results = [StepResult(rows, sums_start), StepResult(rows, sums_start)]
     try:
         for index in range(count + 1):
             with limit():
@@ -57,8 +57,11 @@ def run_ahead(
             call(cudart.cudaStreamSynchronize(stream))
 
 
-class _Result:
-    """Tokens that a step has chosen, while they are copied to the host."""
+class StepResult:
+    """Tokens that a step has chosen, while they are copied to the host.
+
+    rows, sums_start: see `run_ahead`.
+    """
 
     def __init__(self, rows: int, sums_start: int):
         self._buffer = PinnedBuffer(sums_start + rows * FLOAT32_BYTES)

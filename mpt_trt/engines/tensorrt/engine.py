@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,12 @@ from mpt_trt.engines.cuda.graphs import StepGraphs
 from mpt_trt.engines.cuda.kv_cache import make_device_cache
 from mpt_trt.engines.cuda.memory import DeviceBuffer, PinnedLogits, Stream
 from mpt_trt.engines.cuda.nccl import Nccl, join_nccl
-from mpt_trt.engines.cuda.steps_ahead import FLOAT32_BYTES, INT64_BYTES, run_ahead
+from mpt_trt.engines.cuda.steps_ahead import (
+    FLOAT32_BYTES,
+    INT64_BYTES,
+    StepResult,
+    run_ahead,
+)
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.tensorrt.plan import LoadedPlan, StepContext
 from mpt_trt.engines.tensorrt.plan_builder import CONTEXT_PROFILE, GENERATION_PROFILE
@@ -48,7 +54,7 @@ class _Generation(NamedTuple):
 
 
 class TensorRtEngine:
-    """A rank's loaded plan; implements `RowModel` and `GreedyModel`."""
+    """A rank's loaded plan; implements `RowModel`, `GreedyModel` and `ChoosingModel`."""
 
     def __init__(self, engine_dir: Path, manifest: Manifest, rank: int = 0):
         """Loads the plan; raises MptTrtError if the GPU cannot hold or run it."""
@@ -83,6 +89,7 @@ class TensorRtEngine:
         }
         self._addresses |= {name: buffer.address for name, buffer in self._buffers.items()}
         self._logits = PinnedLogits(limits.max_batch_size, self.vocab_size)
+        self._result = cache(lambda rows: StepResult(rows, rows * INT64_BYTES))
         self._work: Callable[[], None] = _do_nothing
         self._batch_size = 0
         self._prompts = self._plan.create_context(CONTEXT_PROFILE, None)
@@ -150,23 +157,46 @@ class TensorRtEngine:
         `GreedyModel.greedy_steps`.
         """
         rows, buffers, stream = self._batch_size, self._buffers, self._stream.handle
-        first_of_each_row = np.stack([np.arange(rows), np.zeros(rows, np.int64)], axis=1)
-        buffers["input_ids"].copy_from(np.ascontiguousarray(tokens, np.int64), stream)
-        buffers["logit_positions"].copy_from(np.ascontiguousarray(first_of_each_row), stream)
+        self._write_tokens(tokens)
 
         def run_step(index: int) -> None:
             if index:
                 buffers["input_ids"].copy_from_device(buffers[CHOSEN], rows * INT64_BYTES, stream)
-            positions = np.ascontiguousarray(write_positions + index, np.int64)
-            buffers["write_positions"].copy_from(positions, stream)
-            self._run(1, rows, positions)
+            self._run_chosen(write_positions + index)
 
-        def read_result(target: NDArray[np.uint8], stream: Any) -> None:
-            buffers[CHOSEN].copy_to(target[: rows * INT64_BYTES], stream)
-            buffers[SUMS].copy_to(target[rows * INT64_BYTES :], stream)
+        return run_ahead(
+            run_step, self._read_result, rows, rows * INT64_BYTES, count, stream, self._limit
+        )
 
-        start = rows * INT64_BYTES
-        return run_ahead(run_step, read_result, rows, start, count, stream, self._limit)
+    def most_likely(
+        self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Runs a step that chooses tokens on the GPU; see `ChoosingModel.most_likely`."""
+        with self._limit():
+            self._write_tokens(tokens)
+            self._run_chosen(write_positions)
+            result = self._result(self._batch_size)
+            result.fetch(self._read_result, self._stream.handle)
+            self._work()
+            return result.wait()
+
+    def _write_tokens(self, tokens: NDArray[np.int64]) -> None:
+        """Copies the input of a step of one token per row, which chooses a token of each."""
+        rows, stream = self._batch_size, self._stream.handle
+        first_of_each_row = np.stack([np.arange(rows), np.zeros(rows, np.int64)], axis=1)
+        self._buffers["input_ids"].copy_from(np.ascontiguousarray(tokens, np.int64), stream)
+        self._buffers["logit_positions"].copy_from(np.ascontiguousarray(first_of_each_row), stream)
+
+    def _run_chosen(self, write_positions: NDArray[np.int64]) -> None:
+        positions = np.ascontiguousarray(write_positions, np.int64)
+        self._buffers["write_positions"].copy_from(positions, self._stream.handle)
+        self._run(1, self._batch_size, positions)
+
+    def _read_result(self, target: NDArray[np.uint8], stream: Any) -> None:
+        """Copies tokens and sums of all rows to the host."""
+        size = self._batch_size * INT64_BYTES
+        self._buffers[CHOSEN].copy_to(target[:size], stream)
+        self._buffers[SUMS].copy_to(target[size:], stream)
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Makes cache row i a copy of the old row `rows[i]`."""

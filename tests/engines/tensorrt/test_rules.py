@@ -48,7 +48,7 @@ STORE = "        self._cache.after_step(write_positions, self._stream.handle)\n"
 ADVANCE = """            if index:
                 buffers["input_ids"].copy_from_device(buffers[CHOSEN], rows * INT64_BYTES, stream)
 """
-RUN_CHOSEN = "            self._run(1, rows, positions)\n"
+RUN_CHOSEN = "            self._run_chosen(write_positions + index)\n"
 # A second stream in addition to the engine's own.
 SECOND_STREAM: Change = (
     "engine",

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,12 @@ from mpt_trt.engines.cuda.graphs import StepGraphs
 from mpt_trt.engines.cuda.kv_cache import make_device_cache
 from mpt_trt.engines.cuda.memory import DeviceBuffer, PinnedLogits, Stream, call
 from mpt_trt.engines.cuda.nccl import Nccl, join_nccl
-from mpt_trt.engines.cuda.steps_ahead import FLOAT32_BYTES, INT64_BYTES, run_ahead
+from mpt_trt.engines.cuda.steps_ahead import (
+    FLOAT32_BYTES,
+    INT64_BYTES,
+    StepResult,
+    run_ahead,
+)
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnxruntime.cuda import rewrites
 from mpt_trt.engines.onnxruntime.cuda.collectives import CollectiveGroup, operator_library
@@ -55,7 +61,7 @@ RESULT_BYTES = 2 * INT64_BYTES + FLOAT32_BYTES
 
 
 class OnnxCudaEngine:
-    """A rank's network that is loaded on a GPU; implements `GreedyModel`.
+    """A rank's network that is loaded on a GPU; implements `GreedyModel` and `ChoosingModel`.
 
     All ranks make the same calls, and the last is the end of the object.
     """
@@ -85,6 +91,7 @@ class OnnxCudaEngine:
         self._rows = 0
         self._state = _StepState(limits.max_batch_size, self.vocab_size)
         self._logits = PinnedLogits(limits.max_batch_size, self.vocab_size)
+        self._result = cache(lambda rows: StepResult(rows, _sums_start(rows)))
         self._work: Callable[[], None] = _do_nothing
         self._prompt_buffers: dict[str, DeviceBuffer] = {}
         self._graphs = StepGraphs(self._stream.handle)
@@ -158,6 +165,18 @@ class OnnxCudaEngine:
             wanted = logit_positions[:, 0]
             return logits if np.array_equal(wanted, np.arange(self._rows)) else logits[wanted]
 
+    def most_likely(
+        self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Runs a step that chooses tokens on the GPU; see `ChoosingModel.most_likely`."""
+        with self._limit():
+            self._state.write(tokens, write_positions, self._stream.handle)
+            self._step_one(write_positions)
+            result = self._result(self._rows)
+            result.fetch(self._state.read_result, self._stream.handle)
+            self._work()
+            return result.wait()
+
     def greedy_steps(
         self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64], count: int
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
@@ -171,7 +190,7 @@ class OnnxCudaEngine:
             lambda index: self._step_one(write_positions + index),
             self._state.read_result,
             self._rows,
-            2 * self._rows * INT64_BYTES,
+            _sums_start(self._rows),
             count,
             self._stream.handle,
             self._limit,
@@ -323,6 +342,11 @@ class _StepState:
     def read_result(self, target: NDArray[np.uint8], stream: Any) -> None:
         """Copies the result to the host. target: `[rows * RESULT_BYTES]`."""
         self._next.copy_to(target, stream)
+
+
+def _sums_start(rows: int) -> int:
+    """First byte of the sums in the result of a step."""
+    return 2 * rows * INT64_BYTES
 
 
 def _do_nothing() -> None:
