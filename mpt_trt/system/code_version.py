@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,12 +34,8 @@ def source_hash(script: Path, package: Path = PACKAGE) -> str:
     steps.
     """
     digest = hashlib.sha256()
-    version_file = package / "__init__.py"
     for path in source_files(script, package):
-        name = path.relative_to(package) if path.is_relative_to(package) else path.name
-        digest.update(f"{name}\0".encode())
-        content = path.read_bytes()
-        digest.update(VERSION.sub(b"", content) if path == version_file else content)
+        digest.update(_named_content(path, package))
     return digest.hexdigest()[:16]
 
 
@@ -53,8 +50,26 @@ def source_files(script: Path, package: Path = PACKAGE) -> tuple[Path, ...]:
         new = [module for module in _imported(path, package) if module not in known]
         paths += new
         known.update(new)
-    kernels = (file for folder in {path.parent for path in paths} for file in _kernels(folder))
+    kernels = {file for path in paths for file in _kernels_next_to(path)}
     return (*paths, *sorted(kernels))
+
+
+# The next functions are cached, because many scripts share most of their files.
+
+
+@functools.cache
+def _named_content(path: Path, package: Path) -> bytes:
+    """The name and content of a file, as they are hashed."""
+    name = path.relative_to(package) if path.is_relative_to(package) else path.name
+    content = path.read_bytes()
+    if path == package / "__init__.py":
+        content = VERSION.sub(b"", content)
+    return f"{name}\0".encode() + content
+
+
+@functools.cache
+def _kernels_next_to(path: Path) -> tuple[Path, ...]:
+    return _kernels(path.parent)
 
 
 @functools.cache
@@ -70,7 +85,7 @@ def _command_files(script: Path, package: Path) -> tuple[Path, ...]:
 
 @functools.cache
 def _imported(path: Path, package: Path) -> tuple[Path, ...]:
-    """The package's files that `path` imports; cached, because many scripts share them."""
+    """The package's files that `path` imports."""
     names = dict.fromkeys(_imported_names(path.read_text(), package.name))
     files = (file for name in names for file in _module_files(package, tuple(name.split(".")[1:])))
     return tuple(dict.fromkeys(files))
@@ -98,7 +113,19 @@ def _module_files(package: Path, parts: tuple[str, ...]) -> tuple[Path, ...]:
 
     parts: the module's name without the package's.
     """
-    base = package.joinpath(*parts)
-    candidates = [base / "__init__.py"] + [base.with_suffix(".py")] * bool(parts)
-    own = tuple(path for path in candidates if path.is_file())
+    modules = _modules(package)
+    names = [(*parts, "__init__"), parts] if parts else [("__init__",)]
+    own = tuple(modules[name] for name in names if name in modules)
     return _module_files(package, parts[:-1]) + own if parts else own
+
+
+@functools.cache
+def _modules(package: Path) -> dict[tuple[str, ...], Path]:
+    """All files of the package, by the parts of their names without `.py`."""
+    found = {}
+    for folder, _, names in os.walk(package, followlinks=True):
+        parts = Path(folder).relative_to(package).parts
+        for name in names:
+            if name.endswith(".py"):
+                found[*parts, name.removesuffix(".py")] = Path(folder, name)
+    return found

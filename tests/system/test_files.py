@@ -19,7 +19,7 @@ import xxhash
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import files
-from mpt_trt.system.code_version import source_files, source_hash
+from mpt_trt.system.code_version import _named_content, source_files, source_hash
 from support.checkpoints import CheckpointSpec, write_checkpoint
 from support.paths import REPOSITORY, tool_path
 
@@ -175,7 +175,12 @@ class TestSourceHash:
     @pytest.fixture(autouse=True)
     def nothing_remembered(self) -> Iterator[None]:
         yield
+        self.forget()
+
+    def forget(self) -> None:
+        """Makes the next hash one of another process, which reads the files anew."""
         source_hash.cache_clear()
+        _named_content.cache_clear()
 
     def write(self, folder: Path) -> None:
         for name, source in MODULES.items():
@@ -184,7 +189,7 @@ class TestSourceHash:
             path.write_text(source)
 
     def hash_now(self, script: Path) -> str:
-        source_hash.cache_clear()
+        self.forget()
         return source_hash(script, script.parent / "mpt_trt")
 
     def test_files(self, scripts: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import functools
 import gc
 import importlib
 import io
@@ -37,7 +38,9 @@ sys.path.pop(0)
 
 SNAKEMAKE_PACKAGES = (
     "snakemake.cli", "snakemake.api", "snakemake.executors.local",
-    "snakemake_executor_plugin_slurm", "jsonschema", "yaml",
+    "snakemake_executor_plugin_slurm", "snakemake.report.html_reporter", "snakemake.benchmark",
+    "docutils.parsers.rst", "smart_open", "dpath", "yte", "packaging.version", "jsonschema", "yaml",
+    "pynvml", "xxhash",
 )  # fmt: skip
 LIGHT_PACKAGES = ("ml_dtypes", "numpy", "onnx", "onnxruntime", "safetensors", "yaml", "rich")
 TOKENIZER_PACKAGES = (
@@ -195,6 +198,14 @@ def _import(packages: tuple[str, ...]) -> None:
         importlib.import_module(name)
     if "torch" not in packages:
         del sys.modules["torch"]
+    if "snakemake.cli" in packages:
+        _find_plugins()
+
+
+@functools.cache
+def _find_plugins() -> None:
+    """Has Snakemake look for its plugins in all of site-packages; it remembers them."""
+    importlib.import_module("snakemake.cli").get_argument_parser()
 
 
 def _received(connection: socket.socket) -> tuple[Request, list[int]]:
