@@ -16,13 +16,17 @@ import torch
 import yaml
 from transformers import MptForCausalLM
 
+from mpt_trt.commands import measure_quality
 from mpt_trt.evaluation.heldout import read_heldout
 from mpt_trt.evaluation.quality_result import QualityResult, read_quality
+from support.engines import call_tool
 from support.forks.servers import forked_python
 from support.workflow import COPIED, LINKED, REPOSITORY
 
 DEMO = REPOSITORY / "resources" / "mpt-demo"
 WINDOWS, LENGTH = 4, 256
+REFERENCE = "quality/mpt-demo/reference.safetensors"
+MEASURED_BY_THE_WORKFLOW = "quality/mpt-demo/int8_kv/1-gpu.json"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ BOUNDS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with the shipped configuration, a few windows, and all results."""
+    """A working directory with the shipped configuration, a few windows, and all engines."""
     folder = tmp_path_factory.mktemp("quality")
     for name in (*LINKED, *COPIED):
         (folder / name).symlink_to(REPOSITORY / name)
@@ -62,7 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for variant in config["variants"].values():
         variant["max_batch_size"] = WINDOWS
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    targets = [f"quality/mpt-demo/{variant}/1-gpu.json" for variant in BOUNDS]
+    targets = [f"trt_engines/mpt-demo/{variant}/1-gpu" for variant in BOUNDS]
+    targets += [REFERENCE, MEASURED_BY_THE_WORKFLOW]
     finished = subprocess.run(
         # Threads of one engine would wait for each other, and for those of the other tests.
         [forked_python(), "-m", "snakemake", "--cores", "1", *targets],
@@ -78,10 +83,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, QualityResult]:
-    return {
-        variant: read_quality(folder / f"quality/mpt-demo/{variant}/1-gpu.json")
-        for variant in BOUNDS
-    }
+    """Measures as the workflow does, except for the speeds, whose rounds take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure_quality, "SPEED_PROMPT", 1)
+        patch.setattr(measure_quality, "SPEED_NEW_TOKENS", 1)
+        patch.setattr(measure_quality, "SPEED_ROUNDS", 1)
+        return {variant: measured(folder, variant) for variant in BOUNDS}
+
+
+def measured(folder: Path, variant: str) -> QualityResult:
+    output = folder / f"measured/{variant}.json"
+    call_tool(
+        "steps/measure_quality.py",
+        f"--engine_dir={folder}/trt_engines/mpt-demo/{variant}/1-gpu",
+        f"--model_dir={DEMO}",
+        f"--reference={folder / REFERENCE}",
+        "--total_threads=1",
+        f"--output={output}",
+    )
+    return read_quality(output)
 
 
 @pytest.mark.parametrize("variant", BOUNDS)
@@ -95,11 +115,13 @@ def test_variant_is_within_its_bounds(results: dict[str, QualityResult], variant
     assert found.size.networks <= bounds.size * results["fp16"].size.networks
 
 
+def test_the_workflow_measures_the_same(folder: Path, results: dict[str, QualityResult]) -> None:
+    assert read_quality(folder / MEASURED_BY_THE_WORKFLOW).figures == results["int8_kv"].figures
+
+
 def test_fp32_has_the_loss_of_transformers(folder: Path, results: dict[str, QualityResult]) -> None:
     """The loss that transformers computes itself, with its own model, on the same windows."""
-    tokens = torch.from_numpy(
-        read_heldout(folder / "quality/mpt-demo/reference.safetensors").tokens
-    )
+    tokens = torch.from_numpy(read_heldout(folder / REFERENCE).tokens)
     model = MptForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
     with torch.no_grad():
         losses = [model(row[None], labels=row[None]).loss.item() for row in tokens]
