@@ -18,6 +18,7 @@ import yaml
 from mpt_trt.system.files import content_hash
 from mpt_trt.workflow.resources import BUILD_BASE
 from slurm.toy_cluster import GPU_MODEL, GPUS_PER_NODE, Job, ToyCluster, toy_cluster, wait_until
+from support.forks.servers import forked_python
 from support.workflow import COPIED, LINKED, REPOSITORY
 
 pytestmark = pytest.mark.slurm
@@ -35,10 +36,11 @@ SITE = {
     "mpi": "srun --mpi=pmix",
     "job_overhead_mb": 500,
 }
+SNAKEMAKE = Path(__file__).parent / "prompt_snakemake.py"
 # No slurmdbd is there for sacct, and the jobs take seconds.
 QUICK = (
     "--slurm-status-command=squeue",
-    "--slurm-init-seconds-before-status-checks=2",
+    "--slurm-init-seconds-before-status-checks=1",
     "--latency-wait=10",
     "--slurm-no-account",
 )
@@ -70,10 +72,11 @@ class Project:
         (folder / "site.yaml").write_text(yaml.safe_dump(SMALL_CALIBRATION | {"site": SITE}))
         return cls(folder, cluster)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, target: str, python: str | None = None) -> subprocess.Popen[str]:
+        """Starts to make a target; the jobs use a stand-in for Python by default."""
         command = [
-            sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", CORES, *QUICK,
-            "--configfile", "site.yaml", "--", *arguments,
+            sys.executable, SNAKEMAKE, python or forked_python(),
+            "--profile", "profiles/slurm", CORES, *QUICK, "--configfile", "site.yaml", "--", target,
         ]  # fmt: skip
         with (self.folder / "output.txt").open("w") as output:
             return subprocess.Popen(
@@ -181,7 +184,10 @@ def test_smoke_test_asks_for_a_gpu_a_rank_and_gets_them(made: Project) -> None:
 
 
 def test_an_engine_may_take_several_nodes(made: Project) -> None:
-    """Each rank gets a node, requested with --gres; the engine already exists."""
+    """Each rank gets a node, requested with --gres; the engine already exists.
+
+    Uses no stand-in for Python.
+    """
     site = SITE | {"gpus_per_node": 1, "gpu_request": "gres"}
     (made.folder / "site.yaml").write_text(yaml.safe_dump(SMALL_CALIBRATION | {"site": site}))
     first = made.folder / SMOKE_TEST
@@ -189,7 +195,7 @@ def test_an_engine_may_take_several_nodes(made: Project) -> None:
     first.unlink()
     (made.folder / "build" / SMOKE_TEST).unlink()
     before = len(made.jobs())
-    made.finish(made.start(SMOKE_TEST))
+    made.finish(made.start(SMOKE_TEST, sys.executable))
     (job,) = made.jobs()[before:]
     assert job.rule == "smoke_test"
     assert job.gpus_asked_for == f"gres:gpu:{GPU_MODEL}:1"

@@ -14,10 +14,10 @@ import sys
 READ_ON_IMPORT = (
     "HF_", "TRANSFORMERS_", "PYTHON", "LD_", "LC_", "LANG", "HOME", "XDG_", "MPL", "TZ",
 )  # fmt: skip
-# A variable of ranks that srun knows by their process.
-SLURM_RANK = "SLURM_PROCID"
 # A variable of ranks of mpirun, and one that mpirun sets for its own use.
 MPI_RANK, MPI_LIBRARIES = "OMPI_COMM_WORLD_RANK", "LD_LIBRARY_PATH"
+# A variable of ranks of mpirun, and of those of srun, which knows them by their process.
+PMIX_RANK = "PMIX_RANK"
 SNAKEMAKE, LIGHT, TORCH = "snakemake", "light", "torch"
 WITH_TORCH = (
     "smoke_test.py", "compute_reference.py", "compare_trtllm.py", "quantize.py",
@@ -58,11 +58,12 @@ def process_state() -> dict:
     """What a process inherits from its parent, and a run must share with the server."""
     import resource
 
-    names = [name for name in dir(resource) if name.startswith("RLIMIT_")]
+    # Linux ignores RLIMIT_RSS, which SLURM sets.
+    limits = {name for name in dir(resource) if name.startswith("RLIMIT_")} - {"RLIMIT_RSS"}
     mask = os.umask(0)
     os.umask(mask)
     return {
-        "limits": {name: list(resource.getrlimit(getattr(resource, name))) for name in names},
+        "limits": {name: list(resource.getrlimit(getattr(resource, name))) for name in limits},
         "umask": mask,
         "user": [*os.getresuid(), *os.getresgid()],
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
@@ -113,7 +114,8 @@ def main() -> None:
     python, folder, *arguments = sys.argv[1:]
     server = server_of(arguments)
     status = None
-    if server is not None and SLURM_RANK not in os.environ:
+    is_rank_of_srun = PMIX_RANK in os.environ and MPI_RANK not in os.environ
+    if server is not None and not is_rank_of_srun:
         try:
             for stream in range(3):
                 os.fstat(stream)
