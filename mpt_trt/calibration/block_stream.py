@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mpt_trt.calibration.defaults import BATCH_SIZE
 from mpt_trt.calibration.model_source import ModelSource, open_model
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.tensors import BlockMatrix
@@ -26,7 +27,6 @@ from mpt_trt.model.torch_block import PlainBlock, causal_bias, with_weights
 from mpt_trt.model.torch_tensors import ModelTensors, embed
 from mpt_trt.quantization.activation_amax import ActivationAmax, LinearAmax
 from mpt_trt.quantization.calibrated_weights import KvAmax
-from mpt_trt.quantization.schemes import CALIBRATION_BATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Computation:
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    batch_size: int = CALIBRATION_BATCH_SIZE
+    batch_size: int = BATCH_SIZE
 
 
 @dataclass

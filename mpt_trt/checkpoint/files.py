@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpt_trt.checkpoint.foreign import require_content, require_plain_checkpoint
-from mpt_trt.checkpoint.tokenizer import TOKENIZER_FILES
+from mpt_trt.checkpoint.tokenizer_files import TOKENIZER_FILES
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
 from mpt_trt.system.json_text import shown

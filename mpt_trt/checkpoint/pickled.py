@@ -14,17 +14,15 @@ import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mpt_trt.arrays.cast import BFLOAT16
 from mpt_trt.checkpoint.weight_errors import broken, not_float
 from mpt_trt.errors import MptTrtError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Keys of the state dict in trainers' files: Composer, Lightning, plain loops, DeepSpeed.
 CONTAINERS = (
@@ -45,15 +43,9 @@ class PickleShard:
     """A PyTorch `.bin` or `.pt` file, mapped into memory; only tensors are unpickled."""
 
     def __init__(self, path: Path):
-        # PyTorch takes a second to import, and safetensors do not need it.
-        import torch
-
         self.path = path
-        self._bfloat16 = torch.bfloat16
-        self._uint16 = torch.uint16
-        self._strided = torch.strided
         state = _state_dict(path, _load(path))
-        self._tensors: dict[str, Tensor] = {
+        self._tensors: dict[str, torch.Tensor] = {
             str(n): t.detach() for n, t in state.items() if isinstance(t, torch.Tensor)
         }
 
@@ -73,7 +65,7 @@ class PickleShard:
                 f"{self.path}: tensor {name} is on the meta device, which holds no values; save "
                 "the model again after its weights are loaded"
             )
-        if tensor.layout != self._strided:
+        if tensor.layout != torch.strided:
             layout = str(tensor.layout).removeprefix("torch.")
             raise MptTrtError(
                 f"{self.path}: tensor {name} is sparse ({layout}); save it again after to_dense()"
@@ -82,8 +74,8 @@ class PickleShard:
     def tensor(self, name: str) -> NDArray:
         """Implements `WeightFile`."""
         tensor = self._tensors[name]
-        if tensor.dtype is self._bfloat16:
-            return tensor.view(self._uint16).numpy().view(BFLOAT16)
+        if tensor.dtype is torch.bfloat16:
+            return tensor.view(torch.uint16).numpy().view(BFLOAT16)
         if not tensor.is_floating_point() or tensor.itemsize < 2:
             raise not_float(self.path, name, str(tensor.dtype).removeprefix("torch."))
         return tensor.numpy()
@@ -93,8 +85,6 @@ class PickleShard:
 
 
 def _load(path: Path) -> Any:
-    import torch  # as above
-
     _require_check_sums(path)
     try:
         with torch.serialization.safe_globals(_harmless_globals()):
@@ -166,8 +156,6 @@ def _state_dict(path: Path, content: Any) -> dict[Any, Any]:
 
 
 def _has_tensors(content: dict[Any, Any]) -> bool:
-    import torch  # as above
-
     return any(isinstance(value, torch.Tensor) for value in content.values())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mpt_trt.checkpoint.tokenizer import has_tokenizer, read_tokenizer
+from mpt_trt.checkpoint.tokenizer_files import has_tokenizer
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
 from mpt_trt.system.json_text import shown
@@ -50,6 +50,9 @@ def read_special_tokens(folder: Path, tokenizer: Path, vocab_size: int) -> Speci
     bos_id = bos_ids[0] if bos_ids else None
     if (end_ids and bos_id is not None) or not has_tokenizer(tokenizer):
         return SpecialTokens(bos_id, end_ids, ignored)
+    # Most checkpoints name their tokens in the files.
+    from mpt_trt.checkpoint.tokenizer import read_tokenizer
+
     found = read_tokenizer(tokenizer)
     end_ids = end_ids or _within([found.eos_token_id], vocab_size)
     bos_ids = bos_ids or _within([found.bos_token_id], vocab_size)

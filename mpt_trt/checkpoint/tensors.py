@@ -11,23 +11,24 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mpt_trt.arrays.cast import BFLOAT16, is_finite
-from mpt_trt.checkpoint.adapter import LoraAdapter, adapter_weights, read_adapter
 from mpt_trt.checkpoint.files import shard_of_tensor, weight_files
 from mpt_trt.checkpoint.foreign import require_plain_names
-from mpt_trt.checkpoint.pickled import PickleShard
 from mpt_trt.checkpoint.weight_errors import broken, not_float
 from mpt_trt.checkpoint.weight_names import USUAL_PREFIXES, is_weight, plain_name
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.tensors import Weight
 from mpt_trt.system.files import map_pages
 from mpt_trt.system.json_text import MOST_BYTES, shown
+
+if TYPE_CHECKING:
+    from mpt_trt.checkpoint.adapter import LoraAdapter
 
 log = logging.getLogger(__name__)
 
@@ -234,11 +235,18 @@ def _hf_name(weight: Weight) -> str:
 
 
 def _open_adapter(folder: Path) -> LoraAdapter:
+    from mpt_trt.checkpoint.adapter import adapter_weights, read_adapter  # few models have one
+
     return read_adapter(folder, _open_weight_file(adapter_weights(folder)))
 
 
 def _open_weight_file(path: Path) -> WeightFile:
-    return SafetensorsShard(path) if path.suffix == ".safetensors" else PickleShard(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsShard(path)
+    # It imports PyTorch, which takes a second, and safetensors do not need it.
+    from mpt_trt.checkpoint.pickled import PickleShard
+
+    return PickleShard(path)
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:

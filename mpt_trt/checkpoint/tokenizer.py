@@ -17,34 +17,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpt_trt.checkpoint.foreign import require_content
+from mpt_trt.checkpoint.tokenizer_files import VOCABULARY_FILES, tokenizer_files
 from mpt_trt.errors import MptTrtError
-from mpt_trt.system.files import read_json
-from mpt_trt.system.json_text import MOST_BYTES, shown
+from mpt_trt.system.json_text import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Each of these files is enough for a tokenizer.
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# Files that transformers reads; config.json names the kind of tokenizer if no other file does.
-TOKENIZER_FILES = (
-    *VOCABULARY_FILES,
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "config.json",
-)
-
-
 # Ends of a text that `clean_up_tokenization` of transformers may change when more follows.
 REMOVABLE_SPACE = re.compile(r"[ ']$| n'?$| '[vr]$")
-# About eight times the largest tokenizer in use.
-MOST_TOKENIZER_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -134,24 +115,6 @@ class Tokenizer:
         return self
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Returns whether the folder contains a tokenizer."""
-    return any((folder / name).is_file() for name in VOCABULARY_FILES)
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """Lists the files of the folder's tokenizer; [] if there is no tokenizer.
-
-    Raises MptTrtError when one of them is a git-LFS pointer or damaged JSON.
-    """
-    if not has_tokenizer(folder):
-        return []
-    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    for path in paths:
-        _require_whole(path)
-    return paths
-
-
 def read_tokenizer(folder: Path) -> Tokenizer:
     """Reads the tokenizer in `folder`; raises MptTrtError, naming the file, when it is damaged."""
     if not tokenizer_files(folder):
@@ -200,19 +163,6 @@ def _without_pytorch() -> Iterator[None]:
             del os.environ[variable]
         else:
             os.environ[variable] = before
-
-
-def _require_whole(path: Path) -> None:
-    require_content(path)
-    size = path.stat().st_size
-    if size > MOST_TOKENIZER_BYTES:
-        raise MptTrtError(
-            f"{path}: {size} bytes, and no tokenizer has more than "
-            f"{MOST_TOKENIZER_BYTES >> 20} MiB; restore the file from its source"
-        )
-    # A multilingual tokenizer may be larger than any other JSON file.
-    if path.suffix == ".json" and size <= MOST_BYTES:
-        read_json(path)
 
 
 def _require_utf8(text: str) -> None:

@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mpt_trt
-from mpt_trt.quantization.schemes import CALIBRATION_BATCH_SIZE
-
-# The calibration text that ships with mpt-trt.
-TEXT = Path(mpt_trt.__file__).parent / "calibration" / "calibration.txt"
+from mpt_trt.calibration.defaults import BATCH_SIZE, TEXT
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     add(
         "--batch_size",
         type=int,
-        default=CALIBRATION_BATCH_SIZE,
+        default=BATCH_SIZE,
         help="samples per batch; a smaller number takes less memory, and more time on a GPU "
         f"{default}",
     )

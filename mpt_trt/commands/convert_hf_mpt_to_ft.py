@@ -6,18 +6,18 @@ import argparse
 import dataclasses
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder
 from mpt_trt.checkpoint.special_tokens import describe_conflict, read_special_tokens
 from mpt_trt.checkpoint.tensors import HfCheckpoint
-from mpt_trt.checkpoint.tokenizer import read_tokenizer, tokenizer_files
+from mpt_trt.checkpoint.tokenizer_files import tokenizer_files
 from mpt_trt.cli.calibration_options import fill_in
 from mpt_trt.cli.ignored_options import report_ignored
 from mpt_trt.cli.progress import bytes_progress, steps_progress
 from mpt_trt.errors import MptTrtError
-from mpt_trt.ft.checkpoint import FT_CHECKPOINT
-from mpt_trt.ft.int8 import Int8Conversion, require_calibratable
+from mpt_trt.ft.folder import FT_CHECKPOINT
 from mpt_trt.ft.layout import total_bytes
 from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
 from mpt_trt.model import sharding
@@ -26,6 +26,9 @@ from mpt_trt.model.tensors import weights
 from mpt_trt.system.files import content_hash
 from mpt_trt.system.process_pool import MOST_PROCESSES
 from mpt_trt.system.replace import require_replaceable
+
+if TYPE_CHECKING:
+    from mpt_trt.ft.int8 import Int8Conversion
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +93,11 @@ def _int8(
     alpha = options.smoothquant
     if alpha is None and not options.calibrate_kv_cache:
         return None
-    # These modules import PyTorch, which a plain conversion does not need.
+    # A plain conversion needs none of these, and some import PyTorch.
     from mpt_trt.calibration.block_stream import activation_amax
+    from mpt_trt.checkpoint.tokenizer import read_tokenizer
     from mpt_trt.cli import calibration_requests
+    from mpt_trt.ft.int8 import Int8Conversion, require_calibratable
 
     fill_in(options)
     require_calibratable(config, alpha)

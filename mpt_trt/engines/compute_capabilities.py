@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
-from mpt_trt.engines.tensorrt.packages import Package
 from mpt_trt.errors import MptTrtError
 from mpt_trt.quantization.schemes import Quantization
+
+if TYPE_CHECKING:
+    # It imports importlib.metadata, which all options' defaults would wait for.
+    from mpt_trt.engines.tensorrt.packages import Package
 
 DEFAULT = ("8.0", "8.6", "8.9", "12.0")
 """GPUs that every release of TensorRT-RTX builds for; see `default_capabilities`."""

@@ -22,6 +22,7 @@ from mpt_trt.arrays.cast import STORAGE_TYPES
 from mpt_trt.checkpoint.other_folders import hint
 from mpt_trt.checkpoint.source import TOKENIZER_FOLDER
 from mpt_trt.errors import MptTrtError
+from mpt_trt.ft.folder import CONFIG, MANIFEST, SECTION
 from mpt_trt.ft.layout import (
     FtFile,
     Int8Files,
@@ -38,13 +39,10 @@ from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import BlockMatrix, Weight, weights
 from mpt_trt.system.files import CONTENT_HASH, content_hashes, read_json, read_small_file
 from mpt_trt.system.json_text import shown
-from mpt_trt.system.replace import FolderKind, read_mark, recover
+from mpt_trt.system.replace import recover
 from mpt_trt.system.typed_json import from_json
 from mpt_trt.system.verified_files import require_recorded
 
-SECTION = "gpt"
-CONFIG = "config.ini"
-MANIFEST = "manifest.json"
 # Far above the size of converters' files, about a kilobyte.
 MOST_INI_BYTES = 1 << 20
 QUOTES = "'"
@@ -62,19 +60,6 @@ ROPE_SCALINGS: dict[str, RopeScaling] = {
 }
 # If this file exists, a plain checkpoint also has int8 files of QKV.
 KV_SCALE = f"model.layers.0.{BlockMatrix.QKV}.scale_y_quant_orig.bin"
-
-
-def _own_files(folder: Path) -> set[str] | None:
-    content = read_mark(folder / MANIFEST)
-    files = content.get("files")
-    # Earlier versions recorded the provenance as `source`.
-    is_foreign = content.keys().isdisjoint(("provenance", "source"))
-    if is_foreign or not isinstance(files, dict) or not (folder / CONFIG).is_file():
-        return None
-    return {CONFIG, MANIFEST, *files}
-
-
-FT_CHECKPOINT = FolderKind("an FT checkpoint", _own_files)
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mpt_trt
 from mpt_trt.checkpoint.source import TOKENIZER_FOLDER
 from mpt_trt.checkpoint.tensors import HfCheckpoint
-from mpt_trt.ft.checkpoint import CONFIG, FT_CHECKPOINT, MANIFEST, SECTION
-from mpt_trt.ft.int8 import Int8Conversion
+from mpt_trt.ft.folder import CONFIG, FT_CHECKPOINT, MANIFEST, SECTION
 from mpt_trt.ft.layout import Int8Layers, files_of
 from mpt_trt.ft.streams import FtWriter, TensorSource
 from mpt_trt.model import sharding
@@ -26,6 +25,9 @@ from mpt_trt.system.files import content_hash, write_json
 from mpt_trt.system.process_pool import Advance, Job, run_forked
 from mpt_trt.system.replace import replace_directory
 from mpt_trt.system.verified_files import remember_written
+
+if TYPE_CHECKING:
+    from mpt_trt.ft.int8 import Int8Conversion
 
 # FT's key has only the value "alibi"; without it, FT uses learned positions.
 POSITION_TYPES = {"learned": "learned_absolute", "rope": "rope"}

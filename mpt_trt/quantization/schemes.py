@@ -35,9 +35,6 @@ HeadType = Literal["auto", "int8"]
 ScaleChoice = Literal["amax", "error"]
 """How calibration chooses a group's scale: from the group's amax, or by the least squared error."""
 
-CALIBRATION_BATCH_SIZE = 8
-"""Default maximum number of samples per calibration batch."""
-
 MIXED_STRIDE = 8
 """Calibration of mixed measures divergence on one of so many samples of each batch."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import socket
 import sys
 import threading
 import time
@@ -73,7 +72,7 @@ class Communicator:
 
     def num_cores(self) -> int:
         """Number of this rank's cores: its equal share of the cores that its launcher allows."""
-        own = socket.gethostname(), frozenset(os.sched_getaffinity(0))
+        own = os.uname().nodename, frozenset(os.sched_getaffinity(0))
         return max(1, len(own[1]) // self.exchange(own).count(own))
 
     def agree(self, action: Callable[[], Any]) -> Any:

@@ -18,21 +18,19 @@ import errno
 import fcntl
 import functools
 import glob
-import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
-import socket
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from mpt_trt.errors import MptTrtError
 
@@ -198,6 +196,8 @@ def replace_file(target: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """
     require_writable(target, inputs)
     if not is_replaced(target):
+        import tempfile  # few outputs are devices or pipes
+
         with tempfile.TemporaryDirectory() as folder, plain_disk_errors(target):
             yield Path(folder) / NEW
             _write_to(target, (Path(folder) / NEW).read_bytes())
@@ -435,7 +435,7 @@ def _stagings(target: Path, host: str) -> list[Path]:
 
 def _prefix(target: Path) -> str:
     """Prefix of the names of this machine's staging folders of a target."""
-    return f".{_shown_name(target)}.partial-{socket.gethostname()}-"
+    return f".{_shown_name(target)}.partial-{os.uname().nodename}-"
 
 
 def _shown_name(target: Path) -> str:
@@ -443,14 +443,14 @@ def _shown_name(target: Path) -> str:
     name = os.fsencode(target.name)
     if len(name) <= LONGEST_SHOWN_NAME:
         return target.name
-    digest = hashlib.blake2b(name, digest_size=8).hexdigest()
+    digest = xxhash.xxh3_64_hexdigest(name)
     return f"{os.fsdecode(name[: LONGEST_SHOWN_NAME - 20])}~{digest}"
 
 
 @contextlib.contextmanager
 def _locked_staging(target: Path) -> Iterator[Path]:
     while True:
-        name = f"{_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}"
+        name = f"{_prefix(target)}{os.getpid()}-{os.urandom(4).hex()}"
         staging, lock = target.with_name(name), None
         try:
             staging.mkdir()
@@ -489,7 +489,7 @@ def _clean_up(target: Path) -> None:
         return
     recover(target)
     prefix = _prefix(target)
-    for staging in _stagings(target, glob.escape(socket.gethostname())):
+    for staging in _stagings(target, glob.escape(os.uname().nodename)):
         if match := re.fullmatch(r"([0-9]+)-[0-9a-f]{8}", staging.name.removeprefix(prefix)):
             # The process that made it may have ended already, and the folder with it.
             with contextlib.suppress(FileNotFoundError, BlockingIOError):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import mpt_trt
+from mpt_trt.calibration.defaults import TEXT
 from mpt_trt.quantization.schemes import as_mapping
 from mpt_trt.system.files import content_hash
 from mpt_trt.workflow import target_names
 from mpt_trt.workflow.plan import Plan, Target
 
-SHIPPED_TEXT = Path(mpt_trt.__file__).parent / "calibration" / "calibration.txt"
 LIMITS = ("max_batch_size", "max_input_len", "max_output_len")
 
 
@@ -55,7 +53,7 @@ class JobOptions:
     def shipped_text_version(self, target: Target) -> str | None:
         """Hash of the text that ships, if the job reads it, because it is not among the inputs."""
         is_read = self.plan.settings.calibration.text is None
-        return content_hash(SHIPPED_TEXT) if is_read else None
+        return content_hash(TEXT) if is_read else None
 
     # --- engines ----------------------------------------------------------------------------------
 

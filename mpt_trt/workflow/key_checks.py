@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpt_trt.checkpoint.source import is_hub_id
-from mpt_trt.checkpoint.tokenizer import VOCABULARY_FILES, has_tokenizer
+from mpt_trt.checkpoint.tokenizer_files import VOCABULARY_FILES, has_tokenizer
 from mpt_trt.engines.compute_capabilities import require_buildable, require_fp8_support
 from mpt_trt.engines.spec import TENSORRT_LLM
 from mpt_trt.engines.tensorrt.packages import Package

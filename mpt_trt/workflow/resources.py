@@ -10,6 +10,7 @@ import functools
 import math
 from dataclasses import replace
 
+from mpt_trt.calibration.defaults import BATCH_SIZE
 from mpt_trt.engines import memory
 from mpt_trt.engines.memory import FLOAT32_BYTES, MIB
 from mpt_trt.engines.spec import EngineSpec
@@ -18,7 +19,6 @@ from mpt_trt.model.config import MptConfig
 from mpt_trt.model.tensors import BlockMatrix, Split, block_matrices, weights
 from mpt_trt.network.linear import NETWORK_WORKERS
 from mpt_trt.quantization.schemes import (
-    CALIBRATION_BATCH_SIZE,
     MIXED_STRIDE,
     ROUNDED,
     Awq,
@@ -145,7 +145,7 @@ def calibration_memory(
     embedding = 2 * config.vocab_size * config.hidden_size
     tokens = num_samples * sequence_length
     states = CALIBRATION_STATES * tokens * config.hidden_size
-    batch = min(num_samples, CALIBRATION_BATCH_SIZE) * sequence_length
+    batch = min(num_samples, BATCH_SIZE) * sequence_length
     wide = CALIBRATION_COPIES * batch * config.intermediate_size
     plain = CALIBRATION_BASE + FLOAT32_BYTES * (max(block, embedding) + states + wide)
     if quantization_format not in ROUNDED:

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from mpt_trt.checkpoint.chat import chat_prompt, choose_template, read_conversations
 from mpt_trt.checkpoint.source import tokenizer_folder_of
 from mpt_trt.checkpoint.special_tokens import describe_conflict, read_special_tokens
-from mpt_trt.checkpoint.tokenizer import read_tokenizer, tokenizer_files
+from mpt_trt.checkpoint.tokenizer import read_tokenizer
+from mpt_trt.checkpoint.tokenizer_files import tokenizer_files
 from mpt_trt.errors import MptTrtError
 from support.checkpoints import CheckpointSpec, write_checkpoint
 from support.paths import REPOSITORY

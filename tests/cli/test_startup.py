@@ -27,6 +27,11 @@ TOOLS = [
 
 def imported_by(*command: str | Path) -> set[str]:
     """Top-level modules that a run of Python imports."""
+    return {name.partition(".")[0] for name in modules_imported_by(*command)}
+
+
+def modules_imported_by(*command: str | Path) -> set[str]:
+    """Full names of the modules that a run of Python imports."""
     run = subprocess.run(
         [sys.executable, "-X", "importtime", *command],
         stdout=subprocess.DEVNULL,
@@ -36,7 +41,7 @@ def imported_by(*command: str | Path) -> set[str]:
         cwd=REPOSITORY,
     )
     lines = (line for line in run.stderr.splitlines() if line.startswith("import time:"))
-    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+    return {line.rpartition("|")[2].strip() for line in lines}
 
 
 def test_imports_are_seen() -> None:
@@ -48,6 +53,22 @@ def test_help_imports_nothing_heavy(tool: str) -> None:
     found = imported_by(tool_path(tool), "--help")
     assert "argparse" in found
     assert not found & HEAVY
+
+
+@pytest.mark.parametrize("tool", ["build.py", "convert_hf_mpt_to_ft.py", "quantize.py", "run.py"])
+def test_options_do_not_wait_for_versions_of_packages(tool: str) -> None:
+    assert "importlib.metadata" not in modules_imported_by(tool_path(tool), "--help")
+
+
+def test_a_plain_conversion_leaves_out_what_others_need(built: Built, tmp_path: Path) -> None:
+    """Parts for adapters, pickled weights, int8 and text, and readers of FT checkpoints."""
+    options = (f"-i={built.hf}", f"-o={tmp_path}", "-t=float16")
+    found = modules_imported_by(tool_path("convert_hf_mpt_to_ft.py"), *options)
+    assert "mpt_trt.ft.writer" in found
+    others = {"checkpoint.adapter", "checkpoint.pickled", "checkpoint.tokenizer", "ft.checkpoint",
+              "ft.int8", "quantization.schemes", "workflow.settings"}  # fmt: skip
+    assert not found & {f"mpt_trt.{name}" for name in others}
+    assert not found & {"hashlib", "importlib.metadata", "random", "tempfile", "yaml", "zipfile"}
 
 
 def test_planning_imports_nothing_heavy() -> None:
@@ -103,4 +124,4 @@ def test_only_the_documented_cache_is_left_in_the_users_home(built: Built, tmp_p
         command = [sys.executable, tool_path(script), *options]
         subprocess.run(command, check=True, capture_output=True, env=environment)
     files = [path for path in home.rglob("*") if not path.is_dir()]
-    assert files == [home / ".cache" / "mpt-trt" / "content_hashes.json"]
+    assert files == [home / ".cache" / "mpt-trt" / "content_hashes.txt"]

@@ -47,7 +47,8 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.heldout import HeldOut, read_heldout, write_heldout
 from mpt_trt.evaluation.prompt_file import Prompt, read_prompt, write_prompt
 from mpt_trt.evaluation.smoke_result import read_smoke_result, write_smoke_result
-from mpt_trt.ft.checkpoint import FT_CHECKPOINT, read_ft_checkpoint
+from mpt_trt.ft.checkpoint import read_ft_checkpoint
+from mpt_trt.ft.folder import FT_CHECKPOINT
 from mpt_trt.network.external_files import read_network
 from mpt_trt.system.replace import require_replaceable
 from support.built import Built

@@ -83,12 +83,46 @@ def test_written_files_are_not_read_again_but_links_are(
         require_recorded(folder, {"link": "xxh3:" + "0" * 32}, folder / "manifest.json", "remedy")
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"[" * 100_000, b'{"1:2": 3}', b"\xff"])
-def test_a_damaged_memory_is_ignored(folder: Path, content: bytes) -> None:
-    memory = folder / "cache" / "mpt-trt" / verified_files.FILE_NAME
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"1:2", b"1:2 3 4 xxh3:", b"\xff \0 \n"])
+def test_a_damaged_memory_is_ignored(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    memory = memory_file(folder)
     memory.parent.mkdir(parents=True)
     memory.write_bytes(content)
-    check(folder, content_hash(folder / "weights"))
+    expected, seen = content_hash(folder / "weights"), reads(monkeypatch)
+    for _ in range(3):  # the first line that is added may end a damaged one
+        check(folder, expected)
+    assert 1 <= len(seen) <= 2
+
+
+def test_the_last_line_of_a_file_counts(folder: Path) -> None:
+    expected, wrong = content_hash(folder / "weights"), "xxh3:" + "0" * 32
+    remember_written(folder, {"weights": wrong})
+    check(folder, wrong)
+    remember_written(folder, {"weights": expected})
+    check(folder, expected)
+    with pytest.raises(MptTrtError, match="not the file"):
+        check(folder, wrong)
+
+
+def test_a_large_memory_loses_its_oldest_lines(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(20):
+        (folder / str(index)).write_bytes(b"content")
+        remember_written(folder, {str(index): "old"})
+    monkeypatch.setattr(verified_files, "MOST_ENTRIES", 5)
+    monkeypatch.setattr(verified_files, "MOST_BYTES", memory_file(folder).stat().st_size)
+    remember_written(folder, {"0": "new"})
+    lines = memory_file(folder).read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["old"] * 4 + ["new"]
+    assert lines[0].startswith(f"{folder.stat().st_dev}:{(folder / '16').stat().st_ino} ")
+    assert memory_file(folder).stat().st_mode & 0o777 == 0o600
+
+
+def memory_file(folder: Path) -> Path:
+    return folder / "cache" / "mpt-trt" / verified_files.FILE_NAME
 
 
 @pytest.mark.parametrize("name", [".", verified_files.FILE_NAME])
