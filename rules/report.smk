@@ -47,6 +47,7 @@ rule measure_quality:
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
         checkpoint=of_job(plan.checkpoint_inputs),
         reference="quality/{model}/reference.safetensors",
+        tasks=of_job(plan.task_files),
     output:
         report(
             "quality/{model}/{variant}/{tp}-gpu.json",

@@ -27,7 +27,7 @@ from mpt_trt.model.tensors import BlockMatrix
 from mpt_trt.model.torch_block import PlainBlock, model_norm, with_weights
 from mpt_trt.model.torch_tensors import ModelTensors
 from mpt_trt.quantization.gptq import Statistics
-from mpt_trt.quantization.mixed import Candidate, choose_formats
+from mpt_trt.quantization.mixed import Candidate, choose_formats, require_budget
 from mpt_trt.quantization.schemes import MIXED_STRIDE, IntegerFormat, mixed_candidates
 
 Formats = list[dict[BlockMatrix, IntegerFormat]]
@@ -46,23 +46,18 @@ def measured_formats(
     Raises MptTrtError when the budget is too small.
     """
     config = source.config
+    require_budget(config, bits)
     shapes = {matrix: matrix.shape(config) for matrix in BlockMatrix}
     num_weights = config.num_layers * sum(out * width for out, width in shapes.values())
     formats = mixed_candidates(config)
-    smallest = {
-        (layer, matrix): [Candidate(each, _size(each, *shape), 0.0) for each in formats]
-        for layer in range(config.num_layers)
-        for matrix, shape in shapes.items()
-    }
-    # Fail before anything is measured.
-    choose_formats(smallest, num_weights, bits)
     divergence = _Measurement(source, computation, formats).run(samples, advance)
     candidates = {
         (layer, matrix): [
             Candidate(each, _size(each, *shapes[matrix]), divergence[layer, matrix, each])
             for each in formats
         ]
-        for layer, matrix in smallest
+        for layer in range(config.num_layers)
+        for matrix in shapes
     }
     chosen = choose_formats(candidates, num_weights, bits)
     return [

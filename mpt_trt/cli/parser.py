@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 class ParagraphFormatter(argparse.HelpFormatter):
@@ -20,11 +20,18 @@ class ParagraphFormatter(argparse.HelpFormatter):
 
 
 class ToolParser(argparse.ArgumentParser):
-    """Rejects empty paths, such as those of unset shell variables, and expands `~` in paths."""
+    """Rejects empty paths, such as those of unset shell variables, and expands `~` in paths.
+
+    Errors are one line, like those of the command itself, without the list of all options.
+    """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self.register("type", Path, _path)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and exits with status 2."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def _path(text: str) -> Path:

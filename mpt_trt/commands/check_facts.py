@@ -6,7 +6,7 @@ import argparse
 
 from mpt_trt.cli.results import show_proof
 from mpt_trt.proofs.compare import compare
-from mpt_trt.proofs.facts import inputs_of, read_all_facts
+from mpt_trt.proofs.facts import facts_of, inputs_of, read_all_facts
 from mpt_trt.proofs.result import read_measurements, require_proved, write_proof
 from mpt_trt.system.replace import require_writable
 
@@ -19,8 +19,7 @@ def run(options: argparse.Namespace) -> None:
     inputs = [*named, *inputs_of(files)]
     if options.output is not None:
         require_writable(options.output, inputs)
-    facts = [fact for file in files for fact in file.facts]
-    result = compare(options.model, facts, read_measurements(options.measured))
+    result = compare(options.model, facts_of(files), read_measurements(options.measured))
     show_proof(result)
     require_proved(result)
     if options.output is not None:

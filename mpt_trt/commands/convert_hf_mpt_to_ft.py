@@ -17,7 +17,7 @@ from mpt_trt.cli.calibration_options import fill_in
 from mpt_trt.cli.ignored_options import report_ignored
 from mpt_trt.cli.progress import bytes_progress, steps_progress
 from mpt_trt.errors import MptTrtError
-from mpt_trt.ft.folder import FT_CHECKPOINT
+from mpt_trt.ft.folder import FT_CHECKPOINT, content_of
 from mpt_trt.ft.layout import total_bytes
 from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint
 from mpt_trt.model import sharding
@@ -67,8 +67,11 @@ def run(options: argparse.Namespace) -> None:
         ignored_end_ids=special.ignored_end_ids,
     )
     total = total_bytes(config, settings.storage_type, settings.tp_size, settings.int8_layers)
+    replaced = content_of(target)
     with bytes_progress(f"Converting {options.in_file}", total) as advance:
         write_ft_checkpoint(checkpoint, config, settings, target, advance, options.force)
+    if replaced not in (None, content_of(target)):
+        print(f"{target}: replaced an FT checkpoint of {replaced}")
     print(f"{target}: {total / 1e9:.2f} GB in {settings.storage_type}")
 
 

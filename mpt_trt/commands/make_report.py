@@ -6,7 +6,7 @@ import argparse
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.proofs.compare import compare
-from mpt_trt.proofs.facts import FactsFile, inputs_of, read_all_facts
+from mpt_trt.proofs.facts import FactsFile, facts_of, inputs_of, read_all_facts
 from mpt_trt.proofs.result import ProofResult, read_measurements
 from mpt_trt.report.page import TEMPLATE, read_entry, read_points, write_report
 from mpt_trt.report.throughput_plot import draw_throughput, read_series
@@ -50,5 +50,4 @@ def _proof(options: argparse.Namespace, files: list[FactsFile]) -> ProofResult |
     """Compares the engines with the facts in files, if there are any."""
     if not files:
         return None
-    facts = [fact for file in files for fact in file.facts]
-    return compare(options.model, facts, read_measurements(options.measured_facts))
+    return compare(options.model, facts_of(files), read_measurements(options.measured_facts))

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
             figures = measure(engine, heldout, head, advance)
     else:
         figures = measure(engine, heldout, head, no_progress)
-    whole_text, tasks = _whole_text(engine, options), _tasks(engine, options)
+    whole_text, tasks = _text_and_tasks(engine, options)
     if figures is None:
         return
     result = QualityResult(
@@ -80,12 +80,23 @@ def run(options: argparse.Namespace) -> None:
     show_quality(result, options.output)
 
 
-def _whole_text(engine: LoadedEngine, options: argparse.Namespace) -> WholeText | None:
-    """Reads --text as a whole, if it is given. Every rank takes part."""
+def _text_and_tasks(
+    engine: LoadedEngine, options: argparse.Namespace
+) -> tuple[WholeText | None, dict[str, dict[str, float]]]:
+    """Reads --text as a whole and runs --tasks, if they are given. Every rank takes part."""
+    if options.text is None and not options.tasks:
+        return None, {}
+    text = EngineText.read(options.engine_dir, engine.manifest, options.tokenizer_dir)
+    return _whole_text(engine, options, text), _tasks(engine, options, text)
+
+
+def _whole_text(
+    engine: LoadedEngine, options: argparse.Namespace, engine_text: EngineText
+) -> WholeText | None:
     if options.text is None:
         return None
     text = read_text(options.text)
-    tokenizer = _text_of(engine, options).require_tokenizer()
+    tokenizer = engine_text.require_tokenizer()
     length = window_length_of(engine)
     if not engine.is_first_rank:
         return measure_text(engine, text, tokenizer, length)
@@ -94,15 +105,12 @@ def _whole_text(engine: LoadedEngine, options: argparse.Namespace) -> WholeText 
         return measure_text(engine, text, tokenizer, length, advance)
 
 
-def _tasks(engine: LoadedEngine, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Runs the tasks of --tasks. Every rank takes part."""
+def _tasks(
+    engine: LoadedEngine, options: argparse.Namespace, text: EngineText
+) -> dict[str, dict[str, float]]:
     if not options.tasks:
         return {}
     if engine.is_first_rank:
         say(f"Running tasks of lm-eval: {', '.join(options.tasks)}")
-    model = open_model(Engine(engine, _text_of(engine, options)))
+    model = open_model(Engine(engine, text))
     return run_tasks(model, options.tasks, options.task_dir)
-
-
-def _text_of(engine: LoadedEngine, options: argparse.Namespace) -> EngineText:
-    return EngineText.read(options.engine_dir, engine.manifest, options.tokenizer_dir)

@@ -102,21 +102,25 @@ def show_machine(inventory: Inventory, console: Console) -> None:
 
 
 def show_verdicts(verdicts: dict[str, Verdict], console: Console) -> None:
-    table = Table("target", "can be built", "can be run", title="Targets", title_justify="left")
+    columns = ("target", "builds here", "runs here")
+    table = Table(*columns, title="Targets", title_justify="left", show_lines=True)
     for target, verdict in verdicts.items():
-        table.add_row(target, in_words(verdict.build), running_in_words(verdict))
+        table.add_row(target, building_in_words(verdict), running_in_words(verdict))
     console.print(table)
 
 
-def in_words(missing: tuple[str, ...]) -> str:
-    return f"no; missing: {'; '.join(missing)}" if missing else "yes"
+def building_in_words(verdict: Verdict) -> str:
+    return f"no: needs {'; '.join(verdict.build)}" if verdict.build else "yes"
 
 
 def running_in_words(verdict: Verdict) -> str:
-    if verdict.run or not verdict.tensorrt:
-        return in_words(verdict.run)
-    lacking = f"for TensorRT missing: {'; '.join(verdict.tensorrt)}"
+    """The runtime that would run it, and in further lines the needs of quicker ones."""
+    if verdict.run:
+        return f"no: needs {'; '.join(verdict.run)}"
+    if not verdict.tensorrt:
+        return "yes, with TensorRT"
+    needs = [f"TensorRT needs {'; '.join(verdict.tensorrt)}"]
     if not verdict.onnxruntime_gpu:
-        return f"by ONNX Runtime on GPUs; {lacking}"
-    on_gpus = f"on GPUs missing: {'; '.join(verdict.onnxruntime_gpu)}"
-    return f"by ONNX Runtime on the CPU; {on_gpus}; {lacking}"
+        return "\n".join(["yes, with ONNX Runtime on GPUs", *needs])
+    needs.append(f"ONNX Runtime on GPUs needs {'; '.join(verdict.onnxruntime_gpu)}")
+    return "\n".join(["yes, with ONNX Runtime on the CPU", *needs])

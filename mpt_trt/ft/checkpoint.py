@@ -22,7 +22,7 @@ from mpt_trt.arrays.cast import STORAGE_TYPES
 from mpt_trt.checkpoint.other_folders import hint
 from mpt_trt.checkpoint.source import TOKENIZER_FOLDER
 from mpt_trt.errors import MptTrtError
-from mpt_trt.ft.folder import CONFIG, MANIFEST, SECTION
+from mpt_trt.ft.folder import CONFIG, MANIFEST, MOST_INI_BYTES, QUOTES, SECTION
 from mpt_trt.ft.layout import (
     FtFile,
     Int8Files,
@@ -43,9 +43,6 @@ from mpt_trt.system.replace import recover
 from mpt_trt.system.typed_json import from_json
 from mpt_trt.system.verified_files import require_recorded
 
-# Far above the size of converters' files, about a kilobyte.
-MOST_INI_BYTES = 1 << 20
-QUOTES = "'"
 NORM_TYPES: dict[str, NormType] = {"layernorm": "layernorm", "rmsnorm": "rmsnorm"}
 POSITION_EMBEDDINGS: dict[str, PositionEmbedding] = {
     "alibi": "alibi",

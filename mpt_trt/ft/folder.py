@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import configparser
 from pathlib import Path
 
+from mpt_trt.system.files import read_small_file
+from mpt_trt.system.json_text import shown
 from mpt_trt.system.replace import FolderKind, read_mark
 
 CONFIG = "config.ini"
 SECTION = "gpt"
 """Section of config.ini."""
 MANIFEST = "manifest.json"
+MOST_INI_BYTES = 1 << 20
+"""Far above the size of converters' config.ini, about a kilobyte."""
+QUOTES = "'"
 
 
 def _own_files(folder: Path) -> set[str] | None:
@@ -23,3 +29,21 @@ def _own_files(folder: Path) -> set[str] | None:
 
 
 FT_CHECKPOINT = FolderKind("an FT checkpoint", _own_files)
+
+
+def content_of(folder: Path) -> str | None:
+    """Words for the model and the type of a checkpoint; None if no config.ini names them."""
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read_string(read_small_file(folder / CONFIG, MOST_INI_BYTES).decode("utf-8"))
+        values = parser[SECTION]
+        name, storage_type = values["model_name"], values["storage_dtype"]
+    except (OSError, ValueError, KeyError, configparser.Error):
+        return None
+    smoothing = values.get("smoothquant", "None")
+    smoothed = "" if smoothing == "None" else f", smoothed with alpha {_plain(smoothing)}"
+    return f"{_plain(name)} in {_plain(storage_type)}{smoothed}"
+
+
+def _plain(value: str) -> str:
+    return shown(value).strip(QUOTES)

@@ -294,6 +294,11 @@ def read_all_facts(paths: Iterable[Path]) -> list[FactsFile]:
     return files
 
 
+def facts_of(files: Iterable[FactsFile]) -> list[Fact]:
+    """All facts in files, in their order."""
+    return [fact for file in files for fact in file.facts]
+
+
 def inputs_of(files: Iterable[FactsFile]) -> list[Path]:
     """Files of facts, and what their facts name: no output may replace them."""
     return [path for file in files for path in (file.path, *file.named_paths)]

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.quantization.schemes import IntegerFormat
+from mpt_trt.model.config import MptConfig
+from mpt_trt.model.tensors import BlockMatrix
+from mpt_trt.quantization.schemes import IntegerFormat, mixed_candidates
 
 Place = TypeVar("Place")
 
@@ -20,6 +22,30 @@ class Candidate:
     format: IntegerFormat
     size: float
     divergence: float
+
+
+def require_budget(config: MptConfig, bits: float) -> None:
+    """Raises MptTrtError when not even a model's smallest formats fit into the budget.
+
+    bits: average bits per weight, scales included.
+    """
+    shapes = [matrix.shape(config) for matrix in BlockMatrix]
+    sizes = [
+        min(each.bits_per_weight(in_features) for each in mixed_candidates(config))
+        * out_features
+        * in_features
+        for out_features, in_features in shapes
+    ]
+    least = sum(sizes) / sum(out_features * in_features for out_features, in_features in shapes)
+    if bits < least:
+        raise _too_small(bits, least)
+
+
+def _too_small(bits: float, least: float) -> MptTrtError:
+    return MptTrtError(
+        f"bits = {bits:g}: this model's smallest formats take {least:g} bits per weight with "
+        f"their scales; set bits to {math.ceil(least * 1000) / 1000:g} or more"
+    )
 
 
 def choose_formats(
@@ -35,11 +61,7 @@ def choose_formats(
     chosen = {place: min(each, key=lambda c: c.size) for place, each in candidates.items()}
     left = bits * num_weights - sum(each.size for each in chosen.values())
     if left < 0:
-        least = sum(each.size for each in chosen.values()) / num_weights
-        raise MptTrtError(
-            f"bits = {bits:g}: this model's smallest formats take {least:g} bits per weight with "
-            f"their scales; set bits to {math.ceil(least * 1000) / 1000:g} or more"
-        )
+        raise _too_small(bits, sum(each.size for each in chosen.values()) / num_weights)
     while steps := [
         ((now.divergence - new.divergence) / (new.size - now.size), place, new)
         for place, now in chosen.items()

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpt_trt.errors import MptTrtError, SharedError
@@ -155,9 +156,20 @@ def communicator(tp_size: int) -> Communicator | None:
     if size != tp_size:
         raise SharedError(
             f"the engine's number of ranks is {tp_size}, but the number of processes is {size}; "
-            f"use mpirun -n {tp_size} python ..."
+            f"use {_own_program('mpirun')} -n {tp_size} {_own_program('python')} ..."
         )
     return None if size == 1 else Communicator(MPI.COMM_WORLD, _patience_seconds())
+
+
+def _own_program(name: str) -> str:
+    """Path of a program next to this Python, from the working directory; its name if there is none.
+
+    Packages from PyPI install mpirun there, where a shell need not look for it.
+    """
+    program, here = Path(sys.executable).with_name(name), Path.cwd()
+    if not program.exists():
+        return name
+    return str(program.relative_to(here) if program.is_relative_to(here) else program)
 
 
 def _patience_seconds() -> float:

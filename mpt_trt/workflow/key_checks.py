@@ -14,6 +14,8 @@ from mpt_trt.engines.spec import TENSORRT_LLM
 from mpt_trt.engines.tensorrt.packages import Package
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
+from mpt_trt.quantization.mixed import require_budget
+from mpt_trt.quantization.schemes import Mixed
 from mpt_trt.workflow.settings import Settings, Variant
 
 TENSORRT_RTX = "tensorrt_rtx"
@@ -56,6 +58,16 @@ def require_cache_fits(name: str, variant: Variant, config: MptConfig) -> None:
             f"variants.{name}.max_input_len + max_output_len = {cache_len}, but the model has "
             f"positions for {positions} tokens; lower them"
         )
+
+
+def require_enough_bits(name: str, variant: Variant, config: MptConfig) -> None:
+    """Checks `variants.{name}.quantization.bits` against the model's smallest formats."""
+    if not isinstance(variant.quantization, Mixed):
+        return
+    try:
+        require_budget(config, variant.quantization.bits)
+    except MptTrtError as error:
+        raise MptTrtError(f"variants.{name}.quantization.{error}") from None
 
 
 def require_length_fits(key: str, length: int, config: MptConfig) -> None:

@@ -28,16 +28,19 @@ from mpt_trt.engines.trtllm.buildable import require_head_size
 from mpt_trt.engines.trtllm.package import require_tensorrt_llm
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.llama_cpp_result import fits_llama_cpp, is_llama_cpp_installed
+from mpt_trt.harness.tasks import require_lm_eval
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
 from mpt_trt.proofs.facts import (
     EngineKind,
     FactsFile,
     existing_files,
+    facts_of,
     read_all_facts,
     read_facts,
     shipped_facts,
 )
+from mpt_trt.quantization.mixed import require_budget
 from mpt_trt.quantization.schemes import require_fitting_groups
 from mpt_trt.system.code_version import source_hash
 from mpt_trt.workflow import gpu_request, key_checks, target_names
@@ -211,6 +214,23 @@ class Plan:
     def quality_text(self, target: Target) -> str:
         return str(Path(self.find(self.settings.quality.text)))
 
+    def task_files(self, target: Target) -> list[str]:
+        """Files of `quality.task_dir`, so that edits repeat measurements; [] without tasks.
+
+        Raises MptTrtError when it is not a folder, or the workflow's outputs are in it.
+        """
+        return self._task_files
+
+    @cached_property
+    def _task_files(self) -> list[str]:
+        quality = self.settings.quality
+        if quality.task_dir is None or not quality.tasks:
+            return []
+        folder = self.working_directory / self.find(quality.task_dir)
+        if not folder.is_dir():
+            raise MptTrtError(f"quality.task_dir = {quality.task_dir}: no such folder")
+        return self._inputs_in(folder, f"quality.task_dir = {quality.task_dir}: the folder")
+
     def size_of_whole_text(self, target: Target) -> int:
         """Bytes of the text that is measured as a whole; 0 if none is, or if it is missing."""
         path = self.working_directory / self.quality_text(target)
@@ -357,18 +377,22 @@ class Plan:
         Raises MptTrtError for a folder of tasks around the working directory, whose files would
         include the workflow's own outputs.
         """
-        here = self.working_directory.resolve()
         found: dict[str, None] = {}
         for path in self.facts(target):
             for named in read_facts(self.working_directory / path).named_paths:
-                if os.path.isdir(named) and here.is_relative_to(named.resolve()):  # noqa: PTH112
-                    raise MptTrtError(
-                        f"{path}: task_dir {named} contains the workflow's outputs; move the task "
-                        "files to a folder of their own"
-                    )
-                for file in existing_files(named):
-                    found[self.find(self._from_here(file))] = None
+                label = f"{path}: task_dir {named}"
+                found |= dict.fromkeys(self._inputs_in(named, label))
         return list(found)
+
+    def _inputs_in(self, path: Path, label: str) -> list[str]:
+        """Paths of a file, or of a folder's files. label: what names it, for error messages."""
+        here = self.working_directory.resolve()
+        if os.path.isdir(path) and here.is_relative_to(path.resolve()):  # noqa: PTH112
+            raise MptTrtError(
+                f"{label} contains the workflow's outputs; move the task files to a folder of "
+                "their own"
+            )
+        return [self.find(self._from_here(file)) for file in existing_files(path)]
 
     def _from_here(self, path: Path) -> str:
         """A path relative to the working directory, if it is in it."""
@@ -395,7 +419,7 @@ class Plan:
 
     def _engines_of_facts(self, files: list[FactsFile]) -> Iterator[tuple[str, int]]:
         chosen = self.settings.proofs.tp_size
-        for kind in (kind for file in files for fact in file.facts for kind in fact.engines):
+        for kind in (kind for fact in facts_of(files) for kind in fact.engines):
             if (variant := self._variant_of_kind(kind)) is not None:
                 yield variant, kind.tp_size if chosen is None else chosen
 
@@ -441,13 +465,16 @@ class Plan:
                 if step == "convert_smoothquant_checkpoint":
                     self._require_calibration(config, target)
             case "quantize":
-                target_names.calibration_name(target.qformat)
+                bits = target_names.calibration_name(target.qformat).bits
+                if bits is not None and config is not None:
+                    require_budget(config, bits)
                 self._require_calibration(config, target)
             case "build_rank":
                 self._require_buildable(target)
             case "make_networks":
                 self._require_fitting_groups(config, target)
                 if config is not None:
+                    key_checks.require_enough_bits(target.variant, self.variant(target), config)
                     key_checks.require_cache_fits(target.variant, self.variant(target), config)
             case "smoke_test":
                 self._require_tokenizer(target)
@@ -477,6 +504,7 @@ class Plan:
                 self._require_other_backend("quality", target)
                 length = self.settings.quality.window_length
                 self.engine_spec(target).limits.require_window(length)
+                self._require_lm_eval_for("quality/{model}/{variant}/{tp}-gpu.json", target)
             case "measure_facts":
                 self._require_other_backend("build/proofs", target)
             case "measure_throughput":
@@ -524,6 +552,16 @@ class Plan:
         path = self.working_directory / result.format(**vars(target))
         if not self.deploys_software and not path.exists():
             require_tensorrt_llm()
+
+    def _require_lm_eval_for(self, result: str, target: Target) -> None:
+        """Requires lm-eval in the environment of the jobs if tasks are measured, as above."""
+        path = self.working_directory / result.format(**vars(target))
+        if not self.settings.quality.tasks or self.deploys_software or path.exists():
+            return
+        try:
+            require_lm_eval()
+        except MptTrtError as error:
+            raise MptTrtError(f"quality.tasks: {error}, or remove the key") from None
 
     def _require_other_backend(self, result: str, target: Target) -> None:
         if self.variant(target).backend == TENSORRT_LLM:

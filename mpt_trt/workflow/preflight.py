@@ -63,7 +63,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Descriptions of missing parts; empty if nothing is missing.
+    """Missing parts, in words that follow `needs`; empty if nothing is missing.
 
     build: for building the target. tensorrt: for running its plan. onnxruntime_gpu: for running its
     network on GPUs under ONNX Runtime. run: for running it with any runtime; ONNX Runtime on a CPU
@@ -116,13 +116,13 @@ def _missing_for_build(needs: Needs, inventory: Inventory) -> list[str]:
         if module == "tensorrt" and not inventory.machine.gpus:
             missing.append("a GPU, on which tensorrt builds")
     except MptTrtError as error:
-        missing.append(str(error))
+        missing.append(f"a builder ({error})")
     if needs.build_memory > inventory.machine.memory:
         missing.append(_too_little("memory", needs.build_memory, inventory.machine.memory))
     if needs.disk > inventory.free_disk:
         missing.append(_too_little("free disk space", needs.disk, inventory.free_disk))
     if needs.is_calibrated and inventory.modelopt is None:
-        missing.append("nvidia-modelopt, for calibration")
+        missing.append("the package nvidia-modelopt, for calibration")
     return missing
 
 
@@ -131,14 +131,14 @@ def _missing_for_tensorrt(needs: Needs, inventory: Inventory) -> list[str]:
     if _builder(needs, inventory) == "tensorrt_rtx":
         capabilities = {gpu.compute_capability for gpu in inventory.machine.gpus}
         if others := capabilities - set(needs.builder.compute_capabilities):
-            missing.append(f"compute_capabilities {', '.join(sorted(others))} in config.yaml")
+            missing.append(f"{', '.join(sorted(others))} among compute_capabilities in config.yaml")
     return missing
 
 
 def _missing_for_onnxruntime_gpu(needs: Needs, inventory: Inventory) -> list[str]:
     missing = _missing_gpus(needs, inventory)
     if inventory.onnxruntime_gpu is None:
-        missing.append("onnxruntime-gpu")
+        missing.append("the package onnxruntime-gpu")
     if needs.ranks > 1 and inventory.compiler is None:
         missing.append("a C compiler")
     return missing
@@ -148,19 +148,19 @@ def _missing_gpus(needs: Needs, inventory: Inventory) -> list[str]:
     """GPUs, their memory, and the connection of ranks on them."""
     found = inventory.machine.gpus
     if len(found) < needs.ranks:
-        return [f"{needs.ranks} GPU(s); {len(found)} found"]
+        return [f"{needs.ranks} GPU{'s' * (needs.ranks > 1)} ({len(found) or 'none'} found)"]
     missing = []
     smallest = min(gpu.memory for gpu in found)
     if smallest < needs.gpu_memory:
         missing.append(_too_little("GPU memory", needs.gpu_memory, smallest))
     if needs.ranks > 1 and inventory.nccl is None:
-        missing.append("nccl4py")
+        missing.append("the package nccl4py")
     return missing
 
 
 def _missing_for_onnxruntime(needs: Needs, inventory: Inventory) -> list[str]:
     if inventory.onnxruntime is None:
-        return ["onnxruntime"]
+        return ["the package onnxruntime"]
     if needs.run_memory > inventory.machine.memory:
         return [_too_little("memory", needs.run_memory, inventory.machine.memory)]
     return []
@@ -178,7 +178,7 @@ def _builder(needs: Needs, inventory: Inventory) -> str | None:
 
 
 def _too_little(what: str, needed: int, there: int) -> str:
-    return f"{needed / GB:.1f} GB of {what}; {there / GB:.1f} GB are available"
+    return f"{needed / GB:.1f} GB of {what} ({there / GB:.1f} GB available)"
 
 
 def _version(distribution: str) -> str | None:

@@ -27,6 +27,15 @@ def test_an_empty_path_is_rejected(
     assert "argument --output: the path is empty; name a file or folder" in capsys.readouterr().err
 
 
+def test_errors_are_one_line_that_points_to_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--ouput=x"], ["step", "--output"]):
+        with pytest.raises(SystemExit) as raised:
+            parse(*arguments)
+        assert raised.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and line.endswith(" --help")
+
+
 def test_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert parse("--output=~/engine") == Path("/home/somebody/engine")

@@ -346,9 +346,12 @@ def test_workflow_makes_and_tests_an_engine_of_two_ranks(variant, is_sharded, wo
 
 
 def wrong_number(ranks: int, processes: int) -> str:
+    """The message, whose commands are the environment's own, from the working directory."""
+    programs = Path(sys.executable).parent
+    here = programs.relative_to(Path.cwd()) if programs.is_relative_to(Path.cwd()) else programs
     return (
         f"error: the engine's number of ranks is {ranks}, but the number of processes is "
-        f"{processes}; use mpirun -n {ranks} python ..."
+        f"{processes}; use {here}/mpirun -n {ranks} {here}/python ..."
     )
 
 

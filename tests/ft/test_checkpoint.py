@@ -643,6 +643,15 @@ class TestCommandLine:
         assert names_in(tmp_path / "out") == {"1-gpu", "4-gpu"}
         assert hashes_in(tmp_path / "out" / "1-gpu") == NVIDIA["a_float16_tp1"]
 
+    def test_another_checkpoint_is_replaced_by_name(self, checkpoint, convert, capsys) -> None:
+        def said(*options: str) -> list[str]:
+            convert("-i", "ckpts/a", "-o", "out", *options)
+            return capsys.readouterr().out.splitlines()
+
+        assert len(said("-t", "float32")) == len(said("-t", "float32")) == 1
+        replaced, _ = said("-t", "float16")
+        assert replaced == "out/1-gpu: replaced an FT checkpoint of ckpts/a in float32"
+
     @pytest.mark.parametrize(
         ("options", "complaint"),
         [

@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.errors import MptTrtError
-from mpt_trt.quantization.mixed import Candidate, choose_formats
-from mpt_trt.quantization.schemes import IntegerFormat, Mixed
+from mpt_trt.quantization.mixed import Candidate, choose_formats, require_budget
+from mpt_trt.quantization.schemes import IntegerFormat, Mixed, default_group_size
+from support.demo import MODEL
 
+NARROW = read_hf_config(MODEL)
 FORMATS = [IntegerFormat(4, 128), IntegerFormat(4, 32), IntegerFormat(8)]
 NUM_WEIGHTS = 1000.0
 
@@ -60,6 +63,10 @@ def test_too_small_budgets_are_refused_with_the_smallest() -> None:
         MptTrtError, match=r"bits = 4: .* take 4\.125 bits .*; set bits to 4\.125 or"
     ):
         choose_formats(candidates([[1, 0.5, 0.1]]), 1000, 4)
+    assert default_group_size(NARROW) == 64
+    require_budget(NARROW, 4.25)
+    with pytest.raises(MptTrtError, match=r"bits = 4\.2: .* take 4\.25 bits .*; set bits to 4\.25"):
+        require_budget(NARROW, 4.2)
     with pytest.raises(MptTrtError, match=r"bits = 3\.9: 4\.125 .* to 16 bits per weight"):
         Mixed(3.9)
 

@@ -244,7 +244,7 @@ class TestSourceHash:
         )
         output = subprocess.check_output([sys.executable, "-c", run], text=True)
         loaded = {line for line in output.splitlines() if line.endswith(".py")}
-        assert str(REPOSITORY / "mpt_trt" / "ft" / "checkpoint.py") in loaded
+        assert str(REPOSITORY / "mpt_trt" / "ft" / "writer.py") in loaded
         assert loaded <= set(map(str, source_files(script)))
 
     def test_the_library_has_no_imports_that_are_not_followed(self) -> None:

@@ -77,6 +77,11 @@ CASES = {
         "make_networks",
         r"^variants\.v\.max_input_len \+ max_output_len = 65, but the model has positions for 64",
     ),
+    "bits": (
+        {"variant": {"quantization": {"method": "mixed", "bits": 4.9}}},
+        "make_networks",
+        r"^variants\.v\.quantization\.bits = 4\.9: this model's .* take 5 bits .* set bits to 5 or",
+    ),
     "window": (
         {"quality": {"text": "text.txt", "window_length": 65}},
         "compute_reference",
@@ -118,11 +123,13 @@ def test_impossible_values_are_refused_by_their_keys(case: str, folder: Path) ->
     [
         ({}, {}),
         ({"quantization": FP8}, {}),
+        ({"quantization": {"method": "mixed", "bits": 5}}, {}),
         ({"compute_capabilities": ["7.5", "12.1"]}, {}),
         ({}, {"tokenizer": "./model", "source": "./bare"}),
         ({}, {"tokenizer": "owner/name", "source": "./bare"}),
         # Not fetched yet: the steps look again.
         ({"max_output_len": 400}, {"source": "owner/name"}),
+        ({"quantization": {"method": "mixed", "bits": 4.9}}, {"source": "owner/name"}),
     ],
 )
 def test_possible_values_are_not(changes: dict, model: dict, folder: Path) -> None:

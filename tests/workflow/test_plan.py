@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -373,6 +375,42 @@ def test_tensorrt_llm_must_be_there_unless_nothing_is_to_be_done(tmp_path: Path)
             plan.require_possible(step, TOY)
         (tmp_path / result).mkdir(parents=True)
         plan.require_possible(step, TOY)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
+def test_tasks_need_lm_eval_unless_they_are_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(folder, quality={"tasks": ["wikitext"], "window_length": 40})
+    with pytest.raises(
+        MptTrtError, match=r"^quality\.tasks: lm_eval is not .*: pip install lm_eval, or remove"
+    ):
+        plan.require_possible("measure_quality", TOY)
+    replace(plan, deploys_software=True).require_possible("measure_quality", TOY)
+    (folder / "quality/toy/fp16").mkdir(parents=True)
+    (folder / "quality/toy/fp16/1-gpu.json").touch()
+    plan.require_possible("measure_quality", TOY)
+    (folder / "quality/toy/fp16/1-gpu.json").unlink()
+    (tmp_path / "lm_eval").mkdir()
+    (tmp_path / "lm_eval/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    plan.require_possible("measure_quality", TOY)
+
+
+def test_task_files_are_inputs_of_quality(tmp_path: Path) -> None:
+    (tmp_path / "tasks/more").mkdir(parents=True)
+    for name in ("tasks/t.yaml", "tasks/more/data.jsonl", "tasks/.hidden"):
+        (tmp_path / name).touch()
+
+    def inputs(**quality: object) -> list[str]:
+        return make_plan(tmp_path, quality=quality).task_files(TOY)
+
+    assert inputs(tasks=["t"], task_dir="tasks") == ["tasks/t.yaml", "tasks/more/data.jsonl"]
+    assert inputs(task_dir="tasks") == inputs(tasks=["t"]) == []
+    with pytest.raises(MptTrtError, match=r"^quality\.task_dir = nowhere: no such folder"):
+        inputs(tasks=["t"], task_dir="nowhere")
+    with pytest.raises(MptTrtError, match=r"^quality\.task_dir = \.: .* the workflow's outputs"):
+        inputs(tasks=["t"], task_dir=".")
 
 
 def test_a_builder_that_is_not_there_is_refused(

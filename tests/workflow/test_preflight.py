@@ -55,9 +55,9 @@ def test_a_complete_machine_lacks_nothing() -> None:
 @pytest.mark.parametrize(
     ("inventory", "complaint"),
     [
-        (replace(COMPLETE, modelopt=None), "nvidia-modelopt, for calibration"),
-        (with_machine(memory_gib=29 * GB / GIB), "30.0 GB of memory; 29.0 GB are available"),
-        (replace(COMPLETE, free_disk=GB), "100.0 GB of free disk space; 1.0 GB are available"),
+        (replace(COMPLETE, modelopt=None), "the package nvidia-modelopt, for calibration"),
+        (with_machine(memory_gib=29 * GB / GIB), "30.0 GB of memory (29.0 GB available)"),
+        (replace(COMPLETE, free_disk=GB), "100.0 GB of free disk space (1.0 GB available)"),
     ],
 )
 def test_what_a_build_lacks(inventory: Inventory, complaint: str) -> None:
@@ -69,16 +69,16 @@ def test_what_a_build_lacks(inventory: Inventory, complaint: str) -> None:
 @pytest.mark.parametrize(
     ("inventory", "complaint"),
     [
-        (with_machine(gpus=(GPU,)), "2 GPU(s); 1 found"),
+        (with_machine(gpus=(GPU,)), "2 GPUs (1 found)"),
         (
             with_machine(gpus=(GPU, replace(GPU, memory=16 * GB))),
-            "20.0 GB of GPU memory; 16.0 GB are available",
+            "20.0 GB of GPU memory (16.0 GB available)",
         ),
         (
             with_machine(gpus=(GPU, replace(GPU, compute_capability="9.0"))),
-            "compute_capabilities 9.0 in config.yaml",
+            "9.0 among compute_capabilities in config.yaml",
         ),
-        (replace(COMPLETE, nccl=None), "nccl4py"),
+        (replace(COMPLETE, nccl=None), "the package nccl4py"),
     ],
 )
 def test_what_tensorrt_lacks_and_onnx_runtime_makes_up_for(
@@ -94,15 +94,16 @@ def test_what_tensorrt_lacks_and_onnx_runtime_makes_up_for(
     [
         (
             replace(COMPLETE, onnxruntime_gpu=None),
-            "onnxruntime-gpu",
-            "on the CPU; on GPUs missing: o",
+            "the package onnxruntime-gpu",
+            "the CPU\nTensorRT needs tensorrt\n"
+            "ONNX Runtime on GPUs needs the package onnxruntime-gpu",
         ),
         (
             replace(COMPLETE, compiler=None),
             "a C compiler",
-            "on the CPU; on GPUs missing: a C compiler;",
+            "the CPU\nTensorRT needs tensorrt\nONNX Runtime on GPUs needs a C compiler",
         ),
-        (COMPLETE, None, "on GPUs; for TensorRT missing: tensorrt"),
+        (COMPLETE, None, "GPUs\nTensorRT needs tensorrt"),
     ],
 )
 def test_what_ranks_lack_on_gpus_under_onnx_runtime(
@@ -112,16 +113,17 @@ def test_what_ranks_lack_on_gpus_under_onnx_runtime(
     assert verdict.onnxruntime_gpu == (() if complaint is None else (complaint,))
     assert verdict.tensorrt == verdict.run == ()
     alone = preflight.judge(replace(NEEDS, ranks=1), replace(inventory, nccl=None, compiler=None))
-    assert alone.onnxruntime_gpu == (("onnxruntime-gpu",) if complaint == "onnxruntime-gpu" else ())
+    expected = (complaint,) if inventory.onnxruntime_gpu is None else ()
+    assert alone.onnxruntime_gpu == expected
     without_tensorrt = replace(verdict, tensorrt=("tensorrt",))
-    assert running_in_words(without_tensorrt).startswith(f"by ONNX Runtime {words}")
+    assert running_in_words(without_tensorrt) == f"yes, with ONNX Runtime on {words}"
 
 
 def test_ranks_cannot_do_without_mpi_nor_without_memory() -> None:
     verdict = preflight.judge(NEEDS, replace(COMPLETE, mpi=None))
     assert verdict.run == ("mpirun and mpi4py",)
     small = with_machine(gpus=(), memory_gib=31 * GB / GIB)
-    assert preflight.judge(NEEDS, small).run == ("60.0 GB of memory; 31.0 GB are available",)
+    assert preflight.judge(NEEDS, small).run == ("60.0 GB of memory (31.0 GB available)",)
     alone = replace(NEEDS, ranks=1)
     assert preflight.judge(alone, replace(COMPLETE, mpi=None, nccl=None)).tensorrt == ()
 
