@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Convert a Hugging Face MPT checkpoint to a FasterTransformer (FT) checkpoint.
 
-Writes {out_dir}/{tensor_parallelism}-gpu, and replaces an FT checkpoint there. If that is of another
-model or type, it is named. Only --force replaces other folders.
+Writes {out_dir}/{tensor_parallelism}-gpu, and replaces an FT checkpoint there. If that is of
+another model or type, it is named. Only --force replaces other folders.
 
 With -sq or -kv, it first runs the model over samples of a calibration text, one block at a time.
 """
