@@ -134,12 +134,15 @@ def settings() -> dict:
 
 
 def starts(scratch: Path) -> dict[str, Command]:
-    """Commands that load no model, with the inputs of the demo model's report."""
+    """Commands that load no engine, with the inputs of the demo model's report."""
     networks, plans = (Path("build", kind, ENGINE) for kind in ("networks", "plans"))
     smoke_test = Path("smoke_tests", f"{ENGINE}.json")
     quality = Path("quality", f"{ENGINE}.json")
     engine = ["--engine_dir", Path("trt_engines", ENGINE), "--max_output_len", "8"]
     return {
+        "convert_hf_mpt_to_ft.py, demo model": script(
+            "convert_hf_mpt_to_ft.py", "-i", "resources/mpt-demo", "-o", scratch / "ft",
+        ),
         "show_requirements.py": script("show_requirements.py", "--like", "mpt-7b"),
         "show_smoke_test.py": script("show_smoke_test.py", smoke_test),
         "assemble_engine.py": script(

@@ -1,11 +1,8 @@
-"""Log messages and progress bars on stderr, drawn by Rich."""
+"""Progress bars on stderr, drawn by Rich."""
 
 from __future__ import annotations
 
-import logging
-
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,23 +14,6 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-
-from mpt_trt.errors import MptTrtError
-
-
-def set_up_logging(level: str) -> None:
-    """Log to stderr. level: a level name of the logging module, in any case.
-
-    Raises MptTrtError for an unknown level.
-    """
-    if level.upper() not in logging.getLevelNamesMapping():
-        raise MptTrtError(f"log level {level!r}: known are debug, info, warning, error, critical")
-    console = Console(stderr=True)
-    handler = RichHandler(console=console, show_path=False, markup=False)
-    logging.basicConfig(level=level.upper(), format="%(message)s", handlers=[handler], force=True)
-    # The hub's client logs every request, and also prints its own messages.
-    logging.getLogger("huggingface_hub").propagate = False
-    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def bytes_bar(title: str, total_bytes: int) -> Progress:

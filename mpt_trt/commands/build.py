@@ -12,8 +12,8 @@ from mpt_trt.calibration.result import read_calibration
 from mpt_trt.cli import options as cli_options
 from mpt_trt.cli.engine_requests import networks_progress
 from mpt_trt.cli.ignored_options import report_ignored
+from mpt_trt.cli.logs import set_up_logging
 from mpt_trt.cli.own_flags import own_flags
-from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.engines.build.build import build_engine, build_one_by_one
 from mpt_trt.engines.build.parallel import build_side_by_side
 from mpt_trt.engines.build.rank_network import NetworkInputs

@@ -8,7 +8,7 @@ import logging
 from mpt_trt.checkpoint.hub_environment import require_usable_environment
 from mpt_trt.checkpoint.snapshot import link_folder, read_record
 from mpt_trt.checkpoint.source import is_hub_id
-from mpt_trt.cli.terminal import set_up_logging
+from mpt_trt.cli.logs import set_up_logging
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import write_json
 

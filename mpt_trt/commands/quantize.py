@@ -16,8 +16,8 @@ from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.cli import calibration_requests
 from mpt_trt.cli.calibration_options import fill_in
 from mpt_trt.cli.ignored_options import report_ignored
+from mpt_trt.cli.logs import set_up_logging
 from mpt_trt.cli.progress import steps_progress
-from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
 from mpt_trt.quantization.schemes import GROUPED, Mixed, default_group_size, require_fitting_groups

@@ -18,9 +18,9 @@ from mpt_trt.checkpoint.chat import Conversation, read_conversations
 from mpt_trt.checkpoint.special_tokens import describe_conflict
 from mpt_trt.cli import prompts as prompt_files
 from mpt_trt.cli.ignored_options import report_ignored
+from mpt_trt.cli.logs import set_up_logging
 from mpt_trt.cli.output_options import input_paths
 from mpt_trt.cli.own_flags import own_flags
-from mpt_trt.cli.terminal import set_up_logging
 from mpt_trt.engines.manifest import Manifest, read_manifest
 from mpt_trt.errors import MptTrtError
 from mpt_trt.generation.text import OrderedPrinter

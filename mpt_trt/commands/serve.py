@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import uvicorn
 
 from mpt_trt.api.text import EngineText
-from mpt_trt.cli.terminal import set_up_logging
+from mpt_trt.cli.logs import set_up_logging
 from mpt_trt.engines.interface import RowModel
 from mpt_trt.engines.load import LoadedEngine, load_engine
 from mpt_trt.engines.manifest import read_manifest
