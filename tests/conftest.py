@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from mpt_trt.system import verified_files
 from support.built import Built
 from support.checkpoints import CheckpointSpec
 from support.demo import make_demo_engine
@@ -71,6 +72,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Removes that cache folder, and ends the servers."""
     if OF_RUN in config.stash:
         config.stash[OF_RUN].close()
+
+
+def pytest_runtest_setup() -> None:
+    """Forgets the files that earlier tests have made or compared.
+
+    Every conversion and every engine reads and writes all of that memory, which would grow to
+    megabytes in the course of the run.
+    """
+    memory = Path(os.environ["XDG_CACHE_HOME"], "mpt-trt", verified_files.FILE_NAME)
+    memory.unlink(missing_ok=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

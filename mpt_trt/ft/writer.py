@@ -37,11 +37,11 @@ POSITION_TYPES = {"learned": "learned_absolute", "rope": "rope"}
 class ConversionSettings:
     """Settings of a conversion.
 
-    workers: number of processes. model_name: recorded in config.ini, as by FT's converter (its `-i`
-    argument). provenance: origin of the weights, recorded in the manifest. int8: inputs of int8
-    weights and scales; None for a plain checkpoint. tokenizer: files that are copied to the folder
-    `tokenizer`. end_ids: tokens that end a text, recorded in the manifest. ignored_end_ids: other
-    end tokens by the file that names them, also recorded.
+    workers: number of processes; 0 for the caller's own. model_name: recorded in config.ini, as by
+    FT's converter (its `-i` argument). provenance: origin of the weights, recorded in the manifest.
+    int8: inputs of int8 weights and scales; None for a plain checkpoint. tokenizer: files that are
+    copied to the folder `tokenizer`. end_ids: tokens that end a text, recorded in the manifest.
+    ignored_end_ids: other end tokens by the file that names them, also recorded.
     """
 
     storage_type: str

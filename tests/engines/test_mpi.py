@@ -136,7 +136,7 @@ class Engines:
         target = self.folder / storage / f"{tp_size}-gpu"
         if not target.exists():
             config = read_hf_config(self.hf)
-            settings = ConversionSettings(storage, tp_size, 1, "test-model", {})
+            settings = ConversionSettings(storage, tp_size, 0, "test-model", {})
             checkpoint = HfCheckpoint(self.hf, weights(config))
             write_ft_checkpoint(checkpoint, config, settings, target)
         return target

@@ -140,7 +140,7 @@ class Model:
             if is_smoothed:
                 ranges = activation_amax(self.hf, self.samples, Computation())
                 int8 = Int8Conversion(ranges, 0.5, {})
-            settings = ConversionSettings(storage_type, tp_size, 1, "demo", {}, int8)
+            settings = ConversionSettings(storage_type, tp_size, 0, "demo", {}, int8)
             source = HfCheckpoint(self.hf, weights(config))
             write_ft_checkpoint(source, config, settings, target)
         return read_ft_checkpoint(target)

@@ -109,7 +109,7 @@ def converted(tmp_path_factory):
     def convert(spec: CheckpointSpec, tp_size: int, storage: str = "float32") -> FtCheckpoint:
         hf_folder = source(spec)
         config = read_hf_config(hf_folder)
-        settings = ConversionSettings(storage, tp_size, 1, "test-model", {"folder": "somewhere"})
+        settings = ConversionSettings(storage, tp_size, 0, "test-model", {"folder": "somewhere"})
         target = folder / f"{hf_folder.name}-{storage}" / f"{tp_size}-gpu"
         checkpoint = HfCheckpoint(hf_folder, weights(config))
         write_ft_checkpoint(checkpoint, config, settings, target)

@@ -70,7 +70,7 @@ def checkpoint_of(variant: Variant, folder: Path) -> FtCheckpoint:
             amax = activation_amax(hf, samples(), Computation())
             int8 = Int8Conversion(amax, 0.5, {})
         config = read_hf_config(hf)
-        settings = ConversionSettings(variant.dtype, 1, 1, "random", {}, int8)
+        settings = ConversionSettings(variant.dtype, 1, 0, "random", {}, int8)
         write_ft_checkpoint(HfCheckpoint(hf, weights(config)), config, settings, target)
     return read_ft_checkpoint(target)
 

@@ -691,12 +691,14 @@ class TestCommandLine:
 class TestBadValues:
     """Values in the checkpoint that a sound model does not have."""
 
-    def refusal(self, folder: Path, content: dict[str, torch.Tensor], dtype: str) -> str:
+    def refusal(
+        self, folder: Path, content: dict[str, torch.Tensor], dtype: str, workers: int = 0
+    ) -> str:
         """The complaint about a checkpoint of BASE's shapes; nothing may be left of the output."""
         checkpoint = write_checkpoint(folder / "hf", BASE, layout="bin")
         torch.save(content, checkpoint / "pytorch_model.bin")
         with pytest.raises(MptTrtError) as error:
-            write_ft(checkpoint, folder / "out" / "2-gpu", dtype, tp_size=2)
+            write_ft(checkpoint, folder / "out" / "2-gpu", dtype, tp_size=2, workers=workers)
         assert names_in(folder / "out") == set()
         assert str(error.value).startswith(f"{checkpoint}/pytorch_model.bin: tensor ")
         return str(error.value).partition(": tensor ")[2]
@@ -735,7 +737,7 @@ class TestBadValues:
     def test_too_large_for_the_storage_type(self, tmp_path, name, value, source, dtype) -> None:
         content = {n: tensor.to(source) for n, tensor in tensors(BASE).items()}
         content[f"transformer.{name}"].view(-1)[7] = value
-        message = self.refusal(tmp_path, content, dtype)
+        message = self.refusal(tmp_path, content, dtype, workers=2)
         held = torch.tensor(abs(value), dtype=source).item()
         assert message.startswith(f"transformer.{name} holds {held:g}, which {dtype} cannot")
 

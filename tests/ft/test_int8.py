@@ -79,7 +79,7 @@ class TestNvidia:
         checkpoint = write_seeded_checkpoint(tmp_path / "hf", name)
         alpha = 0.5 if kind == "sq0.5" else None
         int8 = Int8Conversion(seeded_amax(name), alpha, {})
-        write_ft(checkpoint, folder, storage_type, tp_size, int8)
+        write_ft(checkpoint, folder, storage_type, tp_size, int8, workers=2)
         # The model's name in config.ini, and whether K/V heads are grouped.
         ini = (folder / "config.ini").read_text()
         (folder / "config.ini").write_text(ini.replace("= name\n", f"= ckpts/{name}\n"))
@@ -370,9 +370,13 @@ class TestDirectory:
         np.testing.assert_allclose(scale, [seen / 127], rtol=1e-6)
 
     def test_number_of_workers_changes_nothing(self, tmp_path: Path) -> None:
-        first = write_int8(tmp_path / "1", BASE, "float16", 2)
-        second = write_int8(tmp_path / "2", BASE, "float16", 2)
-        assert hashes_in(first) == hashes_in(second)
+        checkpoint = write_checkpoint(tmp_path / "hf", BASE)
+        int8 = Int8Conversion(random_amax(BASE), 0.5, {})
+        folders = [tmp_path / str(workers) for workers in (0, 1, 3)]
+        for folder in folders:
+            write_ft(checkpoint, folder, "float16", 2, int8, workers=int(folder.name))
+        here, one, three = map(hashes_in, folders)
+        assert here == one == three
 
     def test_manifest(self, tmp_path: Path) -> None:
         folder = write_int8(tmp_path, BASE, "float16", 2)

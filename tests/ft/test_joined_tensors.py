@@ -22,9 +22,10 @@ def test_ranks_are_joined_to_the_models_tensors(
     spec = CheckpointSpec(num_kv_heads=num_kv_heads, no_bias=False, qk_ln=True, alibi=False)
     config = write_ft(write_checkpoint(tmp_path / "hf", spec), tmp_path / "ft", tp_size=tp_size)
     reader = FtTensors(read_ft_checkpoint(tmp_path / "ft"))
+    expected = tensors(spec)
     for weight in weights(config):
         found = reader.tensor(weight)
-        np.testing.assert_array_equal(found, tensors(spec)[f"transformer.{weight.hf_name}"])
+        np.testing.assert_array_equal(found, expected[f"transformer.{weight.hf_name}"])
         corner = reader.corner(weight, (8, 64)[: found.ndim])
         assert corner.size
         np.testing.assert_array_equal(corner, found[tuple(map(slice, corner.shape))])

@@ -16,7 +16,9 @@ import os
 import re
 import shutil
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import ml_dtypes
@@ -66,6 +68,27 @@ POSITIONAL = {
 }
 
 
+@dataclass(frozen=True)
+class Made:
+    """A network's folder, and the checkpoint that it was made from; not to be changed."""
+
+    checkpoint: FtCheckpoint
+    network: Path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Callable[..., Made]:
+    """A function that makes the network of a spec and a storage type, once each."""
+
+    @cache
+    def make(spec: CheckpointSpec, storage_type: str = "float32") -> Made:
+        folder = tmp_path_factory.mktemp("made")
+        checkpoint = make_ft_checkpoint(folder, spec, storage_type)
+        return Made(checkpoint, make_network(checkpoint, folder / "network"))
+
+    return make
+
+
 @pytest.fixture(scope="module", params=POSITIONAL)
 def model(request, tmp_path_factory) -> tuple[CheckpointSpec, OnnxRuntimeEngine]:
     """A spec and its network; every test starts the cache anew."""
@@ -77,29 +100,29 @@ def model(request, tmp_path_factory) -> tuple[CheckpointSpec, OnnxRuntimeEngine]
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_prefill_and_decode_equal_the_plain_model(name, tmp_path):
+def test_prefill_and_decode_equal_the_plain_model(name, made):
     spec = FEATURES[name]
     ids = random_ids(spec, rows=2, length=13)
-    found = feed(open_spec(tmp_path, spec), ids, [8, 1, 1, 1, 1, 1])
+    found = feed(open_network(made(spec).network), ids, [8, 1, 1, 1, 1, 1])
     assert found.dtype == np.float32
     assert deviation(found, reference(spec, ids)) < FLOAT32_BOUND
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_float16_stays_within_its_rounding(name, tmp_path):
+def test_float16_stays_within_its_rounding(name, made):
     spec = FEATURES[name]
     ids = random_ids(spec, rows=2, length=13)
-    found = feed(open_spec(tmp_path, spec, "float16"), ids, [8, 1, 1, 1, 1, 1])
+    found = feed(open_network(made(spec, "float16").network), ids, [8, 1, 1, 1, 1, 1])
     error = deviation(found, reference(spec, ids, "float16"))
     assert FLOAT32_BOUND < error < FLOAT16_BOUND, "below: this was not computed in float16"
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_bfloat16_runs_in_float32_arithmetic_on_a_cpu(name, tmp_path):
+def test_bfloat16_runs_in_float32_arithmetic_on_a_cpu(name, made):
     """The weights are rounded to bfloat16, and nothing else is."""
     spec = FEATURES[name]
     ids = random_ids(spec, rows=2, length=13)
-    found = feed(open_spec(tmp_path, spec, "bfloat16"), ids, [8, 1, 1, 1, 1, 1])
+    found = feed(open_network(made(spec, "bfloat16").network), ids, [8, 1, 1, 1, 1, 1])
     assert deviation(found, reference(spec, ids, "bfloat16")) < FLOAT32_BOUND
     assert deviation(found, reference(spec, ids)) > 100 * FLOAT32_BOUND, "weights are not rounded"
 
@@ -130,11 +153,11 @@ def test_settings_without_weights_are_visible_in_the_logits(name, field):
 @pytest.mark.parametrize(
     "name", ["multi-head", "everything", "learned positions", "rmsnorm", "rope"]
 )
-def test_reference_evaluator_of_onnx_computes_the_same(name, storage_type, bound, tmp_path):
+def test_reference_evaluator_of_onnx_computes_the_same(name, storage_type, bound, made, tmp_path):
     """The operators as the standard defines them, by an implementation that is not a runtime's."""
     spec = FEATURES[name]
-    network = make_network(make_ft_checkpoint(tmp_path, spec, storage_type), tmp_path / "network")
-    evaluator = ReferenceEvaluator(onnx.load(copied(network, tmp_path / "copy") / "rank0.onnx"))
+    network = copied(made(spec, storage_type).network, tmp_path / "copy")
+    evaluator = ReferenceEvaluator(onnx.load(network / "rank0.onnx"))
     ids = random_ids(spec, rows=2, length=9)
     found = evaluate(evaluator, spec, ids, [7, 1, 1], NUMPY_TYPES[storage_type])
     assert deviation(found, reference(spec, ids, storage_type)) < bound
@@ -370,10 +393,9 @@ def computed_bias(model: onnx.ModelProto, write: int, length: int) -> np.ndarray
 
 @pytest.mark.parametrize("storage_type", NUMPY_TYPES)
 @pytest.mark.parametrize("name", FEATURES)
-def test_onnx_checker_accepts_the_graph(name, storage_type, tmp_path):
+def test_onnx_checker_accepts_the_graph(name, storage_type, made, tmp_path):
     """Operators, attributes and inferred shapes; full_check makes inference strict."""
-    checkpoint = make_ft_checkpoint(tmp_path, FEATURES[name], storage_type)
-    network = copied(make_network(checkpoint, tmp_path / "network"), tmp_path / "copy")
+    network = copied(made(FEATURES[name], storage_type).network, tmp_path / "copy")
     onnx.checker.check_model(network / "rank0.onnx", full_check=True)
 
 
@@ -382,15 +404,19 @@ def copied(network: Path, target: Path) -> Path:
     return Path(shutil.copytree(network, target))
 
 
-def graph_of(
-    tmp_path: Path, spec: CheckpointSpec, storage_type: str = "float32"
-) -> onnx.ModelProto:
-    checkpoint = make_ft_checkpoint(tmp_path, spec, storage_type)
-    return build_network(checkpoint, Rank(0, 1), LIMITS.cache_len).model
+@pytest.fixture
+def graph_of(made) -> Callable[..., onnx.ModelProto]:
+    """A function that builds the graph of a spec and a storage type."""
+
+    def build(spec: CheckpointSpec, storage_type: str = "float32") -> onnx.ModelProto:
+        checkpoint = made(spec, storage_type).checkpoint
+        return build_network(checkpoint, Rank(0, 1), LIMITS.cache_len).model
+
+    return build
 
 
-def test_opset_is_24_and_of_the_standard_domain_alone(tmp_path):
-    model = graph_of(tmp_path, FEATURES["everything"])
+def test_opset_is_24_and_of_the_standard_domain_alone(graph_of):
+    model = graph_of(FEATURES["everything"])
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 24)]
     assert {node.domain for node in model.graph.node} == {""}
 
@@ -419,18 +445,10 @@ ADDED_BY_FEATURE = {
 
 @pytest.mark.parametrize("storage_type", NUMPY_TYPES)
 @pytest.mark.parametrize("name", ADDED_BY_FEATURE)
-def test_layer_has_no_more_nodes_than_its_operators(name, storage_type, tmp_path):
+def test_layer_has_no_more_nodes_than_its_operators(name, storage_type, graph_of):
     """17 for a plain layer; a feature adds what it is called, and no type adds a Cast."""
-    spec = replace(FEATURES[name], num_layers=2)
-    two, three = (
-        Counter(
-            node.op_type
-            for node in graph_of(
-                tmp_path / str(n), replace(spec, num_layers=n), storage_type
-            ).graph.node
-        )
-        for n in (2, 3)
-    )
+    graphs = (graph_of(replace(FEATURES[name], num_layers=n), storage_type).graph for n in (2, 3))
+    two, three = (Counter(node.op_type for node in graph.node) for graph in graphs)
     expected = Counter(PLAIN_LAYER)
     expected.update(ADDED_BY_FEATURE[name])
     assert expected.total() == 17 + sum(ADDED_BY_FEATURE[name].values())
@@ -438,16 +456,16 @@ def test_layer_has_no_more_nodes_than_its_operators(name, storage_type, tmp_path
 
 
 @pytest.mark.parametrize(("storage_type", "nodes"), [("float32", 19), ("float16", 20)])
-def test_nodes_outside_the_layers(storage_type, nodes, tmp_path):
+def test_nodes_outside_the_layers(storage_type, nodes, graph_of):
     """Positions, bias, embedding and head; half precision adds one, the Cast of the bias."""
-    model = graph_of(tmp_path, CheckpointSpec(num_layers=1), storage_type)
+    model = graph_of(CheckpointSpec(num_layers=1), storage_type)
     assert len(model.graph.node) - 17 == nodes
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_names_are_readable_and_unique(name, tmp_path):
+def test_names_are_readable_and_unique(name, graph_of):
     spec = FEATURES[name]
-    graph = graph_of(tmp_path, spec).graph
+    graph = graph_of(spec).graph
     for node in graph.node:
         if node.op_type == "Split":
             assert all(
@@ -470,9 +488,9 @@ def test_names_are_readable_and_unique(name, tmp_path):
         assert f"layers.{layer}.attention/scaled_dot_product" in nodes
 
 
-def test_inputs_and_outputs(tmp_path):
+def test_inputs_and_outputs(graph_of):
     spec = CheckpointSpec(num_heads=6, num_kv_heads=2)
-    graph = graph_of(tmp_path, spec, "float16").graph
+    graph = graph_of(spec, "float16").graph
     cache = (onnx.TensorProto.FLOAT16, ["batch", 2, 32, 8])
     kinds = [(kind, layer) for layer in range(2) for kind in ("key", "value")]
     assert described(graph.input) == {
@@ -498,9 +516,9 @@ def described(values) -> dict[str, tuple[int, list]]:
 
 
 @pytest.mark.parametrize("name", ["multi-head", "everything", "learned positions", "rmsnorm"])
-def test_weights_lie_outside_the_graph_as_the_checkpoints_own_files(name, tmp_path):
-    checkpoint = make_ft_checkpoint(tmp_path, FEATURES[name], "float16")
-    network = make_network(checkpoint, tmp_path / "network")
+def test_weights_lie_outside_the_graph_as_the_checkpoints_own_files(name, made):
+    both = made(FEATURES[name], "float16")
+    checkpoint, network = both.checkpoint, both.network
     graph = onnx.load(network / "rank0.onnx", load_external_data=False).graph
     inside = [t for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
     assert max(tensor.ByteSize() for tensor in inside) < 1024
@@ -524,9 +542,8 @@ def test_weights_lie_outside_the_graph_as_the_checkpoints_own_files(name, tmp_pa
     )
 
 
-def test_folder_holds_the_graph_its_weights_and_its_description(tmp_path):
-    checkpoint = make_ft_checkpoint(tmp_path, CheckpointSpec(num_layers=1))
-    network = make_network(checkpoint, tmp_path / "network")
+def test_folder_holds_the_graph_its_weights_and_its_description(made):
+    network = made(CheckpointSpec(num_layers=1)).network
     top = [path for path in tree(network) if "/" not in path]
     assert top == ["rank0.network.json", "rank0.onnx", WEIGHTS_FOLDER]
 
@@ -555,9 +572,9 @@ def other_file_system(tmp_path):
     shutil.rmtree(folder)
 
 
-def test_same_checkpoint_gives_the_same_bytes(tmp_path):
-    checkpoint = make_ft_checkpoint(tmp_path, FEATURES["everything"], "bfloat16")
-    first, second = (make_network(checkpoint, tmp_path / name) for name in ("first", "second"))
+def test_same_checkpoint_gives_the_same_bytes(made, tmp_path):
+    both = made(FEATURES["everything"], "bfloat16")
+    first, second = both.network, make_network(both.checkpoint, tmp_path / "second")
     assert tree(first) == tree(second)
     for path in first.glob("*.*"):
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
@@ -615,8 +632,8 @@ def test_graph_of_a_real_model_is_small(tmp_path):
 # --- rejections ----------------------------------------------------------------------------------
 
 
-def test_checkpoint_of_another_tp_size_is_refused(tmp_path):
-    checkpoint = make_ft_checkpoint(tmp_path, CheckpointSpec(num_layers=1))
+def test_checkpoint_of_another_tp_size_is_refused(made):
+    checkpoint = made(CheckpointSpec(num_layers=1)).checkpoint
     with pytest.raises(MptTrtError, match=r"tensor_parallelism = 1.*2 ranks.*-tp 2"):
         build_network(checkpoint, Rank(0, 2), 32)
 
@@ -642,10 +659,9 @@ def test_alibi_reaches_beyond_the_trained_length(tmp_path):
     assert deviation(feed(engine, ids, [10, 10]), expected) < FLOAT32_BOUND
 
 
-def test_config_of_every_feature_survives_the_checkpoint(tmp_path):
+def test_config_of_every_feature_survives_the_checkpoint(made):
     """The network reads FT's config.ini, so nothing may be lost on the way."""
-    spec = FEATURES["everything"]
-    config = make_ft_checkpoint(tmp_path, spec).config
+    config = made(FEATURES["everything"]).checkpoint.config
     assert config == MptConfig(
         hidden_size=60,
         num_heads=6,

@@ -62,7 +62,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory):
             write_checkpoint(hf, SPECS[name])
         if not target.exists():
             config = read_hf_config(hf)
-            settings = ConversionSettings(storage, tp_size, 1, "test-model", {})
+            settings = ConversionSettings(storage, tp_size, 0, "test-model", {})
             write_ft_checkpoint(HfCheckpoint(hf, weights(config)), config, settings, target)
         return read_ft_checkpoint(target)
 
@@ -121,7 +121,7 @@ def test_tensorrt_stores_a_byte_per_element(vocabulary, tmp_path) -> None:
     spec = CheckpointSpec(hidden_size=64, vocab_size=32768, num_layers=1, tie_word_embeddings=False)
     hf = write_checkpoint(tmp_path / "hf", spec)
     config = read_hf_config(hf)
-    settings = ConversionSettings("float16", 2, 1, "test-model", {})
+    settings = ConversionSettings("float16", 2, 0, "test-model", {})
     write_ft_checkpoint(HfCheckpoint(hf, weights(config)), config, settings, tmp_path / "ft")
     checkpoint = read_ft_checkpoint(tmp_path / "ft")
     sizes = []

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -121,7 +121,7 @@ def tensors(spec: CheckpointSpec) -> dict[str, Tensor]:
     The scales make logits of standard deviation 1 to 2 (before `logit_scale`) and attention
     that is far from uniform, so that a wrong slope, scale or head order shows in the logits.
     """
-    return _random_tensors(spec, lambda name: _matrix_std(spec, name))
+    return _copies(_random_tensors(spec))
 
 
 def write_checkpoint(
@@ -184,7 +184,7 @@ def write_seeded_checkpoint(folder: str | Path, name: Literal["a", "gqa"]) -> Pa
 
 def seeded_tensors(name: Literal["a", "gqa"]) -> dict[str, Tensor]:
     """Weights of `write_seeded_checkpoint`: every matrix has standard deviation 0.05."""
-    return _random_tensors(SEEDED_SPECS[name], lambda _: 0.05)
+    return _copies(_random_tensors(SEEDED_SPECS[name], 0.05))
 
 
 def _hub_config(spec: CheckpointSpec, dtype: torch.dtype) -> dict[str, Any]:
@@ -283,11 +283,20 @@ def _with_bias(name: str, shape: tuple[int, ...], bias: bool) -> dict[str, tuple
     return weight | {f"{name}.bias": shape[:1]} if bias else weight
 
 
-def _random_tensors(spec: CheckpointSpec, matrix_std: Callable[[str], float]) -> dict[str, Tensor]:
-    """Norm weights 1 + 0.1 z, biases 0.1 z, matrices matrix_std(name) z; z standard normal.
+def _copies(filled: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that the caller may change."""
+    return {name: tensor.clone() for name, tensor in filled.items()}
 
-    The i-th name in sorted order draws from `PCG64(SeedSequence([seed, i]))`, so a value
-    depends neither on torch's generator nor on the order of drawing.
+
+# A test often needs those of one model several times, and the next test the same ones.
+@functools.lru_cache(maxsize=64)
+def _random_tensors(spec: CheckpointSpec, matrix_std: float | None = None) -> dict[str, Tensor]:
+    """Norm weights 1 + 0.1 z, biases 0.1 z, matrices matrix_std z; z standard normal.
+
+    matrix_std: None for that of `_matrix_std`.
+
+    The i-th name in sorted order draws from `PCG64(SeedSequence([seed, i]))`, so a value depends
+    neither on torch's generator nor on the order of drawing.
     """
     shapes = _shapes(spec)
     filled = {}
@@ -299,7 +308,7 @@ def _random_tensors(spec: CheckpointSpec, matrix_std: Callable[[str], float]) ->
         elif len(shapes[name]) == 1:
             values = 1.0 + 0.1 * z
         else:
-            values = matrix_std(name) * z
+            values = (_matrix_std(spec, name) if matrix_std is None else matrix_std) * z
         filled[name] = torch.from_numpy(np.ascontiguousarray(values))
     return filled
 

@@ -116,7 +116,7 @@ def convert(hf_folder: Path, target: Path, storage_type: str = "float32") -> FtC
     """The one-rank FT checkpoint `target` of a Hugging Face folder."""
     config = read_hf_config(hf_folder)
     source = HfCheckpoint(hf_folder, weights(config))
-    settings = ConversionSettings(storage_type, 1, 1, "test-model", {"folder": "somewhere"})
+    settings = ConversionSettings(storage_type, 1, 0, "test-model", {"folder": "somewhere"})
     write_ft_checkpoint(source, config, settings, target)
     return read_ft_checkpoint(target)
 

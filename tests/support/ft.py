@@ -33,10 +33,16 @@ def write_ft(
     storage_type: str = "float32",
     tp_size: int = 1,
     int8: Int8Conversion | None = None,
+    workers: int = 0,
 ) -> MptConfig:
-    """Converts with only the library; returns the configuration that it was given."""
+    """Converts with only the library; returns the configuration that it was given.
+
+    Forks of a test process with all its packages take longer than these small conversions, so they
+    run in it. Tests of the command line use other processes.
+    """
     config = read_hf_config(checkpoint)
-    conversion = ConversionSettings(storage_type, tp_size, 2, "name", {"source": "somewhere"}, int8)
+    provenance = {"source": "somewhere"}
+    conversion = ConversionSettings(storage_type, tp_size, workers, "name", provenance, int8)
     opened = HfCheckpoint(checkpoint, weights(config))
     write_ft_checkpoint(opened, config, conversion, target)
     return config

@@ -69,6 +69,19 @@ def test_results_and_progress(num_jobs: int, num_processes: int) -> None:
     assert not any(map(is_running, pids))
 
 
+def test_no_other_process() -> None:
+    progress: list[int] = []
+    jobs = [functools.partial(square, number) for number in range(3)]
+    results = run_forked(jobs, 0, progress.append)
+    assert results == [(number**2, os.getpid()) for number in range(3)]
+    assert progress == [0, 1, 2]
+    error = ValueError("no")
+    with pytest.raises(ValueError) as caught:
+        run_forked([failing(error), *jobs], 0, progress.append)
+    assert caught.value is error
+    assert progress == [0, 1, 2]
+
+
 def test_more_jobs_than_a_pipe_would_hold() -> None:
     jobs = [functools.partial(square, number) for number in range(20_000)]
     results = run_forked(jobs, 2, ignore)

@@ -44,7 +44,7 @@ def test_ft_checkpoint_takes_what_is_computed(name: str, tp_size: int, tmp_path:
     folder = write_checkpoint(tmp_path / "hf", spec)
     config = read_hf_config(folder)
     source = HfCheckpoint(folder, weights(config))
-    settings = ConversionSettings("bfloat16", tp_size, 1, "model", {})
+    settings = ConversionSettings("bfloat16", tp_size, 0, "model", {})
     write_ft_checkpoint(source, config, settings, tmp_path / "ft")
     on_disk = sum(path.stat().st_size for path in (tmp_path / "ft").glob("*.bin"))
     needed = EngineSpec(config, "bfloat16", tp_size, LIMITS, WHOLE)

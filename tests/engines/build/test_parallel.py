@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> FtCheckpoint:
     folder = tmp_path_factory.mktemp("checkpoint")
     source = write_checkpoint(folder / "hf", SPEC)
     config = read_hf_config(source)
-    settings = ConversionSettings("float32", RANKS, 1, "test-model", {})
+    settings = ConversionSettings("float32", RANKS, 0, "test-model", {})
     write_ft_checkpoint(HfCheckpoint(source, weights(config)), config, settings, folder / "ft")
     return read_ft_checkpoint(folder / "ft")
 
