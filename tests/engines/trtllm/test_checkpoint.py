@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,10 @@ WHOLE_EMBEDDING = VocabularySharding()
 
 @dataclass(frozen=True)
 class Workshop:
-    """A folder with one model in any requested form. dtype: type of the original."""
+    """A folder with one model in any requested form, each made once.
+
+    dtype: type of the original.
+    """
 
     folder: Path
     spec: CheckpointSpec
@@ -97,9 +101,10 @@ class Workshop:
         return target
 
     def ft(self, storage_type: str = "float16", alpha: float | None = None) -> FtCheckpoint:
-        int8 = None if alpha is None else Int8Conversion(random_amax(self.spec), alpha, {})
         target = self.folder / f"ft-{storage_type}-{alpha}" / f"{self.tp_size}-gpu"
-        write_ft(self.hf, target, storage_type, self.tp_size, int8)
+        if not target.exists():
+            int8 = None if alpha is None else Int8Conversion(random_amax(self.spec), alpha, {})
+            write_ft(self.hf, target, storage_type, self.tp_size, int8)
         return read_ft_checkpoint(target)
 
     def calibrated(
@@ -125,6 +130,22 @@ class Workshop:
         conversion = TrtllmConversion(checkpoint, calibrated, vocabulary)
         write_trtllm_checkpoint(conversion, target, workers=2)
         return trtllm_loader.load(target)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Workshop]:
+    """A function that makes the workshop of a model, whose forms no test may change."""
+
+    @cache
+    def folder_of(spec: CheckpointSpec, dtype: torch.dtype) -> Path:
+        return tmp_path_factory.mktemp("workshop")
+
+    def workshop(
+        spec: CheckpointSpec, tp_size: int, dtype: torch.dtype = torch.float32
+    ) -> Workshop:
+        return Workshop(folder_of(spec, dtype), spec, tp_size, dtype)
+
+    return workshop
 
 
 def generator() -> torch.Generator:
@@ -169,9 +190,9 @@ def layers_of(checkpoint: FtCheckpoint) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("storage_type", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", PLAIN)
-def test_plain_checkpoints_hold_the_models_own_tensors(name, storage_type, tmp_path):
+def test_plain_checkpoints_hold_the_models_own_tensors(name, storage_type, shared):
     spec, tp_size = PLAIN[name]
-    workshop = Workshop(tmp_path, spec, tp_size)
+    workshop = shared(spec, tp_size)
     found = workshop.write(workshop.ft(storage_type), CalibratedQuantization())
     dtype = getattr(torch, storage_type)
     expected = {key: value.to(dtype) for key, value in tensors(spec).items()}
@@ -193,9 +214,9 @@ def test_plain_checkpoints_hold_the_models_own_tensors(name, storage_type, tmp_p
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_config_says_what_the_model_is(name, tmp_path):
+def test_config_says_what_the_model_is(name, shared):
     spec, tp_size = PLAIN[name]
-    workshop = Workshop(tmp_path, spec, tp_size)
+    workshop = shared(spec, tp_size)
     config = workshop.write(workshop.ft(), CalibratedQuantization()).config
     assert {
         "dtype": "float16",
@@ -236,9 +257,9 @@ def test_end_tokens_provenance_and_tokenizer_travel_with_it(tmp_path):
         assert known == content_hash(target / name) == content_hash(hf / Path(name).name)
 
 
-def test_a_sharded_embedding_is_divided_by_rows(tmp_path):
+def test_a_sharded_embedding_is_divided_by_rows(shared):
     spec, tp_size = PLAIN["6 heads, 3 ranks"]
-    workshop = Workshop(tmp_path, spec, tp_size)
+    workshop = shared(spec, tp_size)
     found = workshop.write(
         workshop.ft("float32"), CalibratedQuantization(), VocabularySharding(embedding=True)
     )
@@ -252,9 +273,9 @@ def test_a_sharded_embedding_is_divided_by_rows(tmp_path):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", WIDE)
-def test_weight_only_variants_hold_what_trtllm_build_quantizes(name, bits, tmp_path):
+def test_weight_only_variants_hold_what_trtllm_build_quantizes(name, bits, shared):
     """The matrices of the FT checkpoint, from which our own networks are quantized."""
-    workshop = Workshop(tmp_path, *WIDE[name])
+    workshop = shared(*WIDE[name])
     checkpoint = workshop.ft()
     found = workshop.write(checkpoint, CalibratedQuantization(Quantization(WeightOnly(bits))))
     assert found.config["quantization"]["quant_algo"] == f"W{bits}A16"
@@ -267,8 +288,8 @@ def test_weight_only_variants_hold_what_trtllm_build_quantizes(name, bits, tmp_p
 
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize("group_size", [64, 128])
-def test_awq_has_the_integers_of_our_own_network(group_size, name, tmp_path):
-    workshop = Workshop(tmp_path, *WIDE[name])
+def test_awq_has_the_integers_of_our_own_network(group_size, name, shared):
+    workshop = shared(*WIDE[name])
     checkpoint = workshop.ft()
     # With a quantized cache, our own network does not fold scales into V either.
     quantization = Quantization(Awq(group_size), "int8")
@@ -296,8 +317,8 @@ def test_awq_has_the_integers_of_our_own_network(group_size, name, tmp_path):
 
 @pytest.mark.parametrize("storage_type", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", PLAIN)
-def test_fp8_has_the_values_of_our_own_network(name, storage_type, tmp_path):
-    workshop = Workshop(tmp_path, *PLAIN[name])
+def test_fp8_has_the_values_of_our_own_network(name, storage_type, shared):
+    workshop = shared(*PLAIN[name])
     checkpoint = workshop.ft(storage_type)
     calibrated = workshop.calibrated(checkpoint, Quantization(Fp8(), "fp8"), CalibrationPlan("fp8"))
     found = workshop.write(checkpoint, calibrated)
@@ -317,9 +338,9 @@ def test_fp8_has_the_values_of_our_own_network(name, storage_type, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in PLAIN if not PLAIN[name][0].clip_qkv])
 @pytest.mark.parametrize("label", PLUGIN_SQ)
-def test_plugin_form_has_the_integers_of_our_own_network(label, name, tmp_path):
+def test_plugin_form_has_the_integers_of_our_own_network(label, name, shared):
     spec, tp_size = PLAIN[name]
-    workshop = Workshop(tmp_path, replace(spec, alibi_bias_max=8), tp_size)
+    workshop = shared(replace(spec, alibi_bias_max=8), tp_size)
     scheme = PLUGIN_SQ[label]
     checkpoint = workshop.ft("float16", scheme.alpha)
     calibrated = CalibratedQuantization(Quantization(scheme))
@@ -352,10 +373,10 @@ def read_floats(folder: Path, file) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("label", PLUGIN_SQ)
-def test_plugin_form_quantizes_each_input_with_its_own_scale(label, tmp_path):
+def test_plugin_form_quantizes_each_input_with_its_own_scale(label, shared):
     """1 where scales are computed per token; else 127 over the largest input of each layer."""
     spec, tp_size = PLAIN["multi-head"]
-    workshop = Workshop(tmp_path, spec, tp_size)
+    workshop = shared(spec, tp_size)
     scheme = PLUGIN_SQ[label]
     checkpoint = workshop.ft("float16", scheme.alpha)
     stored = workshop.write(checkpoint, CalibratedQuantization(Quantization(scheme))).ranks[0]
@@ -378,9 +399,9 @@ def test_plugin_form_quantizes_each_input_with_its_own_scale(label, tmp_path):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_modelopts_form_rounds_the_result_of_int8_sq(name, tmp_path):
+def test_modelopts_form_rounds_the_result_of_int8_sq(name, shared):
     """It also supports clip_qkv and another alibi_bias_max, which the plugins lack."""
-    workshop = Workshop(tmp_path, *PLAIN[name])
+    workshop = shared(*PLAIN[name])
     checkpoint = workshop.ft()
     calibrated = workshop.calibrated(
         checkpoint, Quantization(MODELOPT_SQ), CalibrationPlan("int8_sq")
@@ -410,9 +431,9 @@ def assert_near_the_model(found: trtllm_loader.Loaded, spec: CheckpointSpec, bou
 
 @pytest.mark.parametrize("cache", ["int8", "fp8"])
 @pytest.mark.parametrize("scheme", [None, Fp8(), SmoothQuant()])
-def test_caches_have_one_scale_a_layer(scheme, cache, tmp_path):
+def test_caches_have_one_scale_a_layer(scheme, cache, shared):
     spec, tp_size = PLAIN["2 K/V heads on 4 ranks"]
-    workshop = Workshop(tmp_path, spec, tp_size)
+    workshop = shared(spec, tp_size)
     checkpoint = workshop.ft("float16", 0.5 if isinstance(scheme, SmoothQuant) else None)
     plan = CalibrationPlan("fp8" if scheme == Fp8() else "kv_cache")
     calibrated = workshop.calibrated(checkpoint, Quantization(scheme, cache), plan)
@@ -447,7 +468,7 @@ def export_by_modelopt(
     model = whole_model(workshop.hf)
     samples = torch.randint(workshop.spec.vocab_size, (2, 12), generator=generator())
     quantize_whole(model, qformat, samples, 128, kv_cache)
-    target = workshop.folder / "modelopt"
+    target = workshop.folder / f"modelopt-{qformat}-{kv_cache}-{workshop.tp_size}"
     export_tensorrt_llm_checkpoint(model, "mpt", torch.float16, target, workshop.tp_size)
     ranks = range(workshop.tp_size)
     return trtllm_loader.Loaded(
@@ -475,9 +496,9 @@ def assert_same_but_for(
 @pytest.mark.parametrize(
     ("qformat", "scheme"), [("int4_awq", Awq(128)), ("fp8", Fp8()), ("int8_sq", MODELOPT_SQ)]
 )
-def test_agreement_with_modelopts_export(qformat, scheme, tp_size, tmp_path):
+def test_agreement_with_modelopts_export(qformat, scheme, tp_size, shared):
     spec = wide(num_layers=2, vocab_size=128, clip_qkv=1.5)
-    workshop = Workshop(tmp_path, spec, tp_size, torch.float16)
+    workshop = shared(spec, tp_size, torch.float16)
     checkpoint = workshop.ft("float16")
     plan = CalibrationPlan(qformat, 128 if qformat == "int4_awq" else None)
     calibrated = workshop.calibrated(checkpoint, Quantization(scheme), plan)
@@ -488,9 +509,9 @@ def test_agreement_with_modelopts_export(qformat, scheme, tp_size, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("cache", ["int8", "fp8"])
-def test_scales_of_caches_beside_those_of_modelopt(cache, tmp_path):
+def test_scales_of_caches_beside_those_of_modelopt(cache, shared):
     """int8 scales are the same; ModelOpt raises fp8 scales below 1 to 1."""
-    workshop = Workshop(tmp_path, wide(vocab_size=128), 1, torch.float16)
+    workshop = shared(wide(vocab_size=128), 1, torch.float16)
     checkpoint = workshop.ft("float16")
     calibrated = workshop.calibrated(checkpoint, Quantization(Fp8(), cache), CalibrationPlan("fp8"))
     found = workshop.write(checkpoint, calibrated, VocabularySharding(embedding=True))
