@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import subprocess
 import sys
@@ -194,24 +195,27 @@ def test_modelopt_is_imported_by_calibration_alone() -> None:
 
 @given(st.integers(1, 12), st.integers(1, 40))
 def test_samples_are_spread_over_the_text(number: int, length: int) -> None:
-    tokenizer = read_tokenizer(DEMO)
-    tokens = tokenizer.encode(TEXT.read_text()[:4000])
-    path = TEXT.parent / "calibration.txt"
-    samples = read_samples(path, _Beginning(tokenizer), number, length)
+    tokens = beginning().encode(TEXT.read_text())
+    samples = read_samples(TEXT, beginning(), number, length)
     assert samples.shape == (number, length) and samples.dtype == torch.int64
     assert samples[0].tolist() == tokens[:length]
     if number > 1:
         assert samples[-1].tolist() == tokens[-length:]
 
 
+@functools.cache
+def beginning() -> _Beginning:
+    return _Beginning(read_tokenizer(DEMO))
+
+
 class _Beginning:
     """A tokenizer that reads the beginning of a text."""
 
     def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
+        self._encode = functools.cache(tokenizer.encode)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text[:4000])
+        return self._encode(text[:4000])
 
 
 def test_texts_in_other_encodings_are_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ PMIX_RANK = "PMIX_RANK"
 SNAKEMAKE, LIGHT, TORCH = "snakemake", "light", "torch"
 WITH_TORCH = (
     "smoke_test.py", "compute_reference.py", "compare_trtllm.py", "quantize.py",
-    "simulated_driver.py",
+    "simulated_driver.py", "cuda_ranks_driver.py",
 )  # fmt: skip
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP")
 

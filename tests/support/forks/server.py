@@ -59,6 +59,8 @@ TOOL_PACKAGES = {
     "run.py": TOKENIZER_PACKAGES,
     "measure_quality.py": TOKENIZER_PACKAGES,
     "encode_prompt.py": TOKENIZER_PACKAGES,
+    "simulated_driver.py": ("pytest",),
+    "cuda_ranks_driver.py": ("pytest",),
 }
 
 
