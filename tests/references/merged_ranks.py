@@ -6,6 +6,7 @@ prefix `rank{r}/`; the inputs of a step are shared.
 
 from __future__ import annotations
 
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import numpy as np
@@ -114,15 +115,13 @@ def _meeting(together: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
 
 
 def _sorted(nodes: list[onnx.NodeProto], known: list[str]) -> list[onnx.NodeProto]:
-    """Topological order, by repeated passes."""
-    ready, done = set(known), []
-    while nodes:
-        now = [node for node in nodes if all(name in ready for name in node.input)]
-        assert now, "the graph has a cycle"
-        done += now
-        ready |= {name for node in now for name in node.output}
-        nodes = [node for node in nodes if not all(name in ready for name in node.output)]
-    return done
+    """Topological order; fails for a cycle, and for an input that nothing gives."""
+    producers = dict.fromkeys(known)
+    producers |= {name: index for index, node in enumerate(nodes) for name in node.output}
+    needed = {
+        index: {producers[name] for name in node.input} - {None} for index, node in enumerate(nodes)
+    }
+    return [nodes[index] for index in TopologicalSorter(needed).static_order()]
 
 
 def _initial(graphs: list[onnx.GraphProto]) -> list[str]:
