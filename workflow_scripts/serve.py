@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--piece_tokens",
         type=int,
         help="maximum number of prompt tokens per step, during which other requests wait "
-        "(default: the engine's max_input_len)",
+        "(default: the engine's max_input_len, or on a GPU 1024 of several prompts)",
     )
     group.add_argument(
         "--drain",

@@ -4,9 +4,9 @@ Each running request has a cache row. The first rows are in use: a new request t
 the last one, or the row of an ended request. If no request waits for that row, the last row moves
 there.
 
-A step either reads a piece of one prompt, with only that request's row selected, or advances all
+A step either reads pieces of prompts in adjacent rows, with only these selected, or advances all
 rows that generate. The two kinds alternate, and prompts take turns, so no request waits longer than
-one piece. In a step that generates, rows of partly read prompts take part with a token that the
+one such step. In a step that generates, rows of partly read prompts take part with a token that the
 next piece overwrites, so that rows need not be sorted.
 """
 
@@ -34,6 +34,9 @@ from mpt_trt.generation.sampling import TokenChooser
 # Maximum number of prompt tokens per step if their log-probabilities are requested: for a large
 # vocabulary, those of more tokens take long to compute, and much memory.
 PIECE_LOGITS = 64
+# Prompt tokens per step of several prompts on a GPU, which reads so many in two to three times the
+# time of 128. A CPU reads them no faster together.
+GPU_STEP_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,11 @@ class _Row:
         return self.num_read == len(self.request.prompt)
 
     @property
+    def wants_prompt(self) -> bool:
+        """Returns whether log-probabilities of the prompt are requested."""
+        return self.request.on_prompt is not None
+
+    @property
     def next_input(self) -> tuple[int, int]:
         """Returns token and position of the row in a step that generates."""
         if not self.is_read:
@@ -118,7 +126,8 @@ class Scheduler:
     ):
         """Reserves the model's whole cache.
 
-        piece_tokens: maximum number of prompt tokens per step; None: the model's maximum.
+        piece_tokens: maximum number of prompt tokens per step; None: the longest piece of a prompt
+        that the model reads, or on a GPU several of together GPU_STEP_TOKENS.
         max_logits: maximum number of tokens per step whose logits the model returns; None: all.
         deliver: called in each step, while a device computes it if there is one: time to pass on
         what requests got in the last one. After the last step, the caller calls it.
@@ -129,10 +138,11 @@ class Scheduler:
         self._piece_tokens = most if piece_tokens is None else min(piece_tokens, most)
         if self._piece_tokens < 1:
             raise MptTrtError(f"piece_tokens is {piece_tokens}; it must be at least 1")
+        self._overlaps = isinstance(model, OverlappingModel)
+        self._step_tokens = piece_tokens or (GPU_STEP_TOKENS if self._overlaps else 1)
         self._piece_logits = min(self._piece_tokens, PIECE_LOGITS, max_logits or PIECE_LOGITS)
         self._model = model
         self.deliver = deliver or _do_nothing
-        self._overlaps = isinstance(model, OverlappingModel)
         if isinstance(model, OverlappingModel):
             model.overlap(self.deliver)
         self._waiting: deque[Request] = deque()
@@ -197,7 +207,7 @@ class Scheduler:
         is_generating = len(self._rows) > len(self._readers)
         if self._readers and not (self._has_just_read and is_generating):
             self._has_just_read = True
-            self._read_piece(self._readers[0])
+            self._read_pieces(self._readers_of_a_step())
         elif self._rows:
             self._has_just_read = False
             self._generate()
@@ -228,29 +238,59 @@ class Scheduler:
             self._model.copy_row(len(self._rows), index)
             self._rows[index] = last
 
-    def _read_piece(self, row: _Row) -> None:
-        """Reads the next piece of a row's prompt; the next prompt follows in turn."""
-        prompt, start = row.request.prompt, row.num_read
-        wants_all = row.request.on_prompt is not None
-        piece = prompt[start : start + (self._piece_logits if wants_all else self._piece_tokens)]
-        is_last = start + len(piece) == len(prompt)
-        first = 0 if wants_all else len(piece) - is_last
-        wanted = [[0, index] for index in range(first, len(piece))]
-        self._model.select_rows(self._rows.index(row), 1)
+    def _readers_of_a_step(self) -> list[_Row]:
+        """Finds the prompt whose turn it is, and prompts in the rows after it to read with it."""
+        first = self._readers[0]
+        length, index = len(self._next_piece(first)), self._rows.index(first)
+        found = [first]
+        for row in self._rows[index + 1 :]:
+            fits = (len(found) + 1) * length <= self._step_tokens
+            # A short piece is padded.
+            fits = fits and row.num_read + length <= self._model.capacity
+            if not fits or row.is_read or first.wants_prompt or row.wants_prompt:
+                break
+            found.append(row)
+        return found
+
+    def _next_piece(self, row: _Row) -> tuple[int, ...]:
+        length = self._piece_logits if row.wants_prompt else self._piece_tokens
+        return row.request.prompt[row.num_read : row.num_read + length]
+
+    def _read_pieces(self, rows: list[_Row]) -> None:
+        """Reads the next pieces of adjacent rows' prompts; other prompts follow in turn."""
+        length = len(self._next_piece(rows[0]))
+        pieces = [self._next_piece(row)[:length] for row in rows]
+        # The row's next tokens overwrite its padding, before any query sees it.
+        input_ids = np.zeros((len(rows), length), np.int64)
+        wanted: list[tuple[int, int]] = []
+        ends = []
+        for number, (row, piece) in enumerate(zip(rows, pieces, strict=True)):
+            input_ids[number, : len(piece)] = piece
+            is_last = row.num_read + len(piece) == len(row.request.prompt)
+            first = 0 if row.wants_prompt else len(piece) - is_last
+            wanted += [(number, index) for index in range(first, len(piece))]
+            ends.append(len(wanted))
+        self._model.select_rows(self._rows.index(rows[0]), len(rows))
         logits = self._step(
-            np.array([piece], np.int64),
-            np.array([start], np.int64),
+            input_ids,
+            np.array([row.num_read for row in rows], np.int64),
             np.array(wanted, np.int64).reshape(-1, 2),
         )
-        row.num_read += len(piece)
-        self.num_read += len(piece)
+        for row, piece, own in zip(rows, pieces, np.split(logits, ends[:-1]), strict=True):
+            self._end_piece(row, len(piece), own)
+
+    def _end_piece(self, row: _Row, length: int, logits: NDArray[np.float32]) -> None:
+        """Takes the logits of a piece of a prompt, of which `length` tokens were read."""
+        start = row.num_read
+        row.num_read += length
+        self.num_read += length
         self._readers.remove(row)
         try:
             self._report_prompt(row, start, logits)
         except FloatingPointError as error:
             self._end(row, error)
             return
-        if not is_last:
+        if not row.is_read:
             self._readers.append(row)
         elif row.request.wants_tokens:
             self._take([row], logits[-1:])

@@ -173,6 +173,28 @@ def test_nobody_waits_longer_than_a_piece_and_short_prompts_overtake() -> None:
         assert client.tokens == alone(client)
 
 
+@pytest.mark.parametrize("piece_tokens", [7, 12, 24])
+def test_prompts_in_adjacent_rows_are_read_together(piece_tokens: int) -> None:
+    """Short ones are padded, long ones go on, and one that asks for its log-probabilities waits."""
+    numbers = np.random.default_rng(0)
+    prompts = [numbers.integers(0, VOCAB, length).tolist() for length in (4, 3, 9, 1, 5, 4)]
+    clients = [Client(prompt, greedy(end_ids=())) for prompt in prompts]
+    reported: list[tuple[NewToken, ...]] = []
+    network = model(rows=6)
+    scheduler = Scheduler(network, piece_tokens)
+    for number, client in enumerate(clients):
+        on_prompt = reported.append if number == 4 else None
+        scheduler.add(replace(client.request(), on_prompt=on_prompt))
+    run(scheduler)
+    sizes = [ids.shape for ids, _, _ in network.steps]
+    assert max(rows * seq for rows, seq in sizes if seq > 1) <= piece_tokens
+    assert any(rows > 1 and seq > 1 for rows, seq in sizes)
+    assert [client.tokens for client in clients] == [alone(client) for client in clients]
+    assert scheduler.num_read == sum(map(len, prompts))
+    (prompt,) = reported
+    assert [each.token for each in prompt] == prompts[4]
+
+
 def test_requests_wait_in_order() -> None:
     clients = [Client(prompt, greedy(max_new_tokens=2, end_ids=())) for prompt in PROMPTS]
     order: list[int] = []
