@@ -24,7 +24,7 @@ def require_finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return logits
 
 
-def require_finite_rows(values: NDArray[np.floating]) -> None:
+def require_finite_rows(values: NDArray[np.floating] | np.floating) -> None:
     """Raises FloatingPointError, naming the first bad row, unless all values are finite."""
     if not np.isfinite(values).all():
         bad = np.flatnonzero(~np.isfinite(values))

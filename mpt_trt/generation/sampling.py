@@ -14,6 +14,7 @@ from mpt_trt.generation.logits import (
     keep_top_p,
     log_softmax,
     penalize_repetition,
+    require_finite_rows,
     top_log_probs,
 )
 from mpt_trt.generation.stepping import Stepper, is_end
@@ -113,11 +114,17 @@ class TokenChooser:
         return chosen, _log_probs_of(chosen, log_probs), top
 
     def token(self, row: int, logits: NDArray[np.float32], seen: NDArray[np.int64]) -> int:
-        """Chooses a row's token. logits: `[vocab]`. seen: `[n]`, as in `choose`."""
+        """Chooses a row's token. logits: `[vocab]`. seen: `[n]`, as in `choose`.
+
+        Raises FloatingPointError when the logits have no finite maximum.
+        """
         config = self._config
         scores = penalize_repetition(logits, seen, config.repetition_penalty)
         if config.top_k == 1:
-            return int(scores.argmax())
+            best = int(scores.argmax())
+            # NaN and infinity are also the highest of a row.
+            require_finite_rows(scores[best])
+            return best
         return _drawn(scores, config, self._generators[row].random())
 
 
@@ -127,6 +134,7 @@ def _drawn(scores: NDArray[np.float32], config: GenerationConfig, part: float) -
     part: random number from [0, 1), at which the cumulative distribution is inverted.
     """
     temperature, highest = max(config.temperature, LEAST_TEMPERATURE), scores.max()
+    require_finite_rows(highest)
     likely, rest = None, 0.0
     if 0 < config.top_k < len(scores):
         lowest = np.partition(scores, -config.top_k)[-config.top_k]

@@ -386,12 +386,6 @@ class Scheduler:
     @staticmethod
     def _choose(row: _Row, logits: NDArray[np.float32]) -> NewToken:
         request = row.request
-        if row.takes_most_likely:
-            best = int(logits.argmax())
-            # NaN and infinity are also the highest of a row.
-            require_finite(logits[best : best + 1])
-            return NewToken(best, None)
-        require_finite(logits)
         is_penalized = request.config.repetition_penalty != 1
         seen = np.array([*request.prompt, *row.tokens] if is_penalized else [], np.int64)
         if not request.wants_log_probs:
