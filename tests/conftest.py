@@ -44,6 +44,12 @@ LONGEST = (
     "engines/tensorrt/test_plan_builder.py",
     "calibration/test_gptq.py",
     "engines/tensorrt/test_simulated_ranks.py",
+    "engines/test_ranks.py",
+    "engines/onnxruntime/test_cuda_ranks.py",
+    "engines/trtllm/test_build.py",
+    "engines/trtllm/test_checkpoint.py",
+    "ft/test_checkpoint.py",
+    "tools/test_demo_model.py",
     "workflow/test_workflow_quantize.py",
 )
 

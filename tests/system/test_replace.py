@@ -21,6 +21,7 @@ import pytest
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import replace
 from mpt_trt.system.replace import FolderKind, read_mark, replace_directory, replace_file
+from support.paths import REPOSITORY
 
 REMEDIES = {
     errno.ENOSPC: "the disk is full",
@@ -64,9 +65,12 @@ def leftover(target: Path, process: int, host: str = "") -> Path:
     return target.with_name(f"{name}-{secrets.token_hex(4)}")
 
 
-@pytest.fixture(params=["exchange", "two steps"])
+WAYS = ("exchange", "two steps")
+"""Ways of putting folders in place: two steps if the file system cannot exchange them."""
+
+
+@pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Way of putting folders in place: two steps if the file system cannot exchange them."""
     if request.param == "two steps":
         monkeypatch.setattr(replace, "exchange", lambda first, second: False)
     return request.param
@@ -388,16 +392,36 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("stop", [interrupt, kill])
-def test_stopped_at_every_line(tmp_path: Path, way: str, stop: Callable[[], None]) -> None:
-    run = Interruptions(tmp_path / "target")
+STOPS = {"interrupt": interrupt, "kill": kill}
+PROGRAM = "import sys; from system.test_replace import stop_at_every_line as s; s(*sys.argv[1:])"
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("way", WAYS)
+def test_stopped_at_every_line(tmp_path: Path, way: str, stop: str) -> None:
+    """The hundreds of forks come from a small process, which is several times as fast."""
+    paths = os.pathsep.join(str(REPOSITORY / name) for name in (".", "tests"))
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "target"), way, stop],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def stop_at_every_line(target: str, way: str, stop: str) -> None:
+    """Replaces a folder again and again, each time stopped some lines later."""
+    if way == "two steps":
+        replace.exchange = lambda first, second: False
+    run = Interruptions(Path(target))
     run.write("old")
     for line in range(1, 5000, 7):
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                run.stop_at(line, stop)
+                run.stop_at(line, STOPS[stop])
                 status = 0
             finally:
                 os._exit(status)

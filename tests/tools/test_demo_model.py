@@ -333,9 +333,15 @@ def train_tiny(library: Path, output: Path, **more: object) -> dict:
     return json.loads((output / "training.json").read_text())
 
 
-def test_script_runs_from_sources_to_folder(library, tmp_path):
-    output = tmp_path / "tiny"
-    figures = train_tiny(library, output)
+@pytest.fixture(scope="module")
+def trained(library, tmp_path_factory) -> tuple[Path, dict]:
+    """A tiny model in a folder of its own, and its figures."""
+    output = tmp_path_factory.mktemp("trained") / "tiny"
+    return output, train_tiny(library, output)
+
+
+def test_script_runs_from_sources_to_folder(trained):
+    output, figures = trained
     assert [stage["recipe"]["steps"] for stage in figures["stages"]] == [4]
     assert set(figures["samples"]) == set(make.PROMPTS)
     card = (output / "README.md").read_text()
@@ -344,17 +350,17 @@ def test_script_runs_from_sources_to_folder(library, tmp_path):
     heldout = (output / "heldout.txt").read_text()
     assert len(heldout.split(corpus.END_OF_TEXT)) == figures["corpus"]["heldout"]["documents"]
     MptForCausalLM.from_pretrained(output)
-    assert list(tmp_path.iterdir()) == [output]
+    assert list(output.parent.iterdir()) == [output]
 
 
-def test_second_stage_goes_on_from_the_first(library, tmp_path):
-    first = train_tiny(library, tmp_path / "first")
-    more = {"initial": tmp_path / "first", "snippet_windows": 1, "learning_rate": 1e-9}
+def test_second_stage_goes_on_from_the_first(trained, library, tmp_path):
+    folder, first = trained
+    more = {"initial": folder, "snippet_windows": 1, "learning_rate": 1e-9}
     second = train_tiny(library, tmp_path / "second", **more)
     assert second["stages"][0] == first["stages"][0]
     assert second["stages"][1]["recipe"]["snippet_windows"] == 1
     # With a tiny learning rate, the second stage hardly changes the first one's weights.
-    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("first", "second"))
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "second"))
     assert all(torch.allclose(before[name], after[name], atol=1e-3) for name in before)
 
 
