@@ -99,6 +99,27 @@ def test_networks_of_16_bits(name, storage_type, tmp_path):
     require_alike(spec, ours, theirs, BOUNDS[storage_type])
 
 
+@pytest.mark.parametrize("storage_type", BOUNDS)
+@pytest.mark.parametrize("num_kv_heads", [8, 4, 1])
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_prompts_of_multiples_of_4_and_8_tokens(head_dim, num_kv_heads, storage_type, tmp_path):
+    """ONNX Runtime computes them with other kernels than prompts of other lengths."""
+    spec = CheckpointSpec(
+        hidden_size=8 * head_dim, num_heads=8, num_kv_heads=num_kv_heads, vocab_size=301
+    )
+    limits = replace(LIMITS, max_input_len=32, max_output_len=32)
+    ours, theirs = open_both(tmp_path, spec, storage_type, limits=limits)
+    ids = random_ids(spec, 2, 64)
+    for model in (ours, theirs):
+        model.start(2)
+    start = 0
+    for length in (8, 8, 16, 4, 12, 1, 7, 8):
+        end = start + length
+        found, expected = (step(model, ids[:, start:end], [start] * 2) for model in (ours, theirs))
+        assert deviation(found, expected) <= BOUNDS[storage_type], (start, length)
+        start = end
+
+
 @pytest.mark.parametrize("rows", [LIMITS.max_batch_size, 64])
 @pytest.mark.parametrize("storage_type", BOUNDS)
 @pytest.mark.parametrize("scheme", WEIGHT_ONLY)
