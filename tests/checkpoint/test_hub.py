@@ -9,7 +9,6 @@ import resource
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from mpt_trt.checkpoint.files import weight_files
 from mpt_trt.checkpoint.snapshot import Snapshot, link_folder
 from mpt_trt.checkpoint.source import checkpoint_folder, is_hub_id
 from mpt_trt.errors import MptTrtError
+from support.forks.servers import forked_python
 from support.hub_server import HubServer, Refusal, Repository, running_hub
 from support.paths import REPOSITORY, tool_path
 
@@ -98,7 +98,10 @@ class Workplace:
         self.server.add_contents()
 
     def start(self, *arguments: str | Path, **environment: str) -> subprocess.Popen:
-        """Starts `python ARGUMENTS` with this hub and this cache."""
+        """Starts `python ARGUMENTS` with this hub and this cache.
+
+        Forks have the client's dependencies, and import the client itself.
+        """
         inherited = {
             k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS"))
         }
@@ -112,7 +115,7 @@ class Workplace:
             "COLUMNS": "1000",
         }
         return subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
+            [forked_python(), *map(str, arguments)],
             cwd=self.folder,
             env=inherited | own | environment,
             stdout=subprocess.PIPE,

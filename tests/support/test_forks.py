@@ -146,6 +146,18 @@ def test_what_a_fork_would_miss_gets_the_real_python(tmp_path: Path, name: str, 
     assert not is_forked(tmp_path, env=os.environ | {name: value})
 
 
+def test_the_hubs_client_reads_the_variables_of_its_run(tmp_path: Path) -> None:
+    script = tmp_path / "fetch_checkpoint.py"
+    script.write_text(
+        "import sys; print('httpx' in sys.modules, 'huggingface_hub' in sys.modules)\n"
+        "from huggingface_hub import constants; print(constants.HF_HOME)\n"
+    )
+    for home in ("/nowhere", "/elsewhere"):
+        command, environment = [forked_python(), str(script)], os.environ | {"HF_HOME": home}
+        found = subprocess.check_output(command, text=True, env=environment)
+        assert found == f"True False\n{home}\n"
+
+
 def test_limits_of_the_process_get_the_real_python(tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))

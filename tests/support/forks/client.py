@@ -18,7 +18,9 @@ READ_ON_IMPORT = (
 MPI_RANK, MPI_LIBRARIES = "OMPI_COMM_WORLD_RANK", "LD_LIBRARY_PATH"
 # A variable of ranks of mpirun, and of those of srun, which knows them by their process.
 PMIX_RANK = "PMIX_RANK"
-SNAKEMAKE, LIGHT, TORCH = "snakemake", "light", "torch"
+SNAKEMAKE, LIGHT, TORCH, HUB = "snakemake", "light", "torch", "hub"
+# Variables that the packages of a server do not read: its runs import those that do.
+UNREAD = {HUB: ("HF_", "TRANSFORMERS_")}
 WITH_TORCH = (
     "smoke_test.py", "compute_reference.py", "compare_trtllm.py", "quantize.py",
     "simulated_driver.py", "cuda_ranks_driver.py",
@@ -32,6 +34,8 @@ def server_of(arguments: list) -> str | None:
         return SNAKEMAKE
     if not arguments or not arguments[0].endswith(".py"):
         return None
+    if os.path.basename(arguments[0]) == "fetch_checkpoint.py":  # noqa: PTH119
+        return HUB
     needs_torch = os.path.basename(arguments[0]) in WITH_TORCH  # noqa: PTH119
     return TORCH if needs_torch or is_calibrated(arguments) else LIGHT
 
@@ -42,15 +46,17 @@ def is_calibrated(arguments: list) -> bool:
     return is_smoothquant or os.path.basename(arguments[0]) == "quantize.py"  # noqa: PTH119
 
 
-def fixed_variables(environment: dict) -> dict:
-    """The variables that a run must share with the server."""
+def fixed_variables(environment: dict, server: str) -> dict:
+    """The variables that a run must share with the server of this name."""
     ignored = {"PYTHONPATH", "PYTHONSAFEPATH", "PYTHONDONTWRITEBYTECODE"}
     if MPI_RANK in environment:
         ignored.add(MPI_LIBRARIES)
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith(READ_ON_IMPORT) and name not in ignored
+        if name.startswith(READ_ON_IMPORT)
+        and name not in ignored
+        and not name.startswith(UNREAD.get(server, ()))
     }
 
 

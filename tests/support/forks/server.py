@@ -26,6 +26,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parent)
 from client import (  # noqa: E402
+    HUB,
     LIGHT,
     SNAKEMAKE,
     TORCH,
@@ -46,10 +47,13 @@ LIGHT_PACKAGES = ("ml_dtypes", "numpy", "onnx", "onnxruntime", "safetensors", "y
 TOKENIZER_PACKAGES = (
     "transformers.models.auto.tokenization_auto", "transformers.models.mpt.configuration_mpt",
 )  # fmt: skip
+# Those of huggingface_hub, which itself reads variables when it is imported.
+HUB_PACKAGES = ("httpx", "httpcore", "yaml", "tqdm.auto", "filelock", "fsspec", "packaging.version")
 MODEL_PACKAGES = ("torch", "transformers.models.mpt.modeling_mpt")
 PACKAGES = {
     SNAKEMAKE: SNAKEMAKE_PACKAGES,
     LIGHT: LIGHT_PACKAGES,
+    HUB: HUB_PACKAGES,
     TORCH: (*LIGHT_PACKAGES, *MODEL_PACKAGES, *TOKENIZER_PACKAGES),
 }
 CALIBRATION_PACKAGES = ("modelopt.torch.quantization",)
@@ -72,10 +76,9 @@ class Request:
     cores: list[int]
     state: dict[str, object]
 
-    @property
-    def inherited(self) -> tuple[object, object]:
-        """What a fork would miss if the server does not have the same."""
-        return fixed_variables(self.environment), self.state
+    def inherited(self, server: str) -> tuple[object, object]:
+        """What a fork would miss if the server of this name does not have the same."""
+        return fixed_variables(self.environment, server), self.state
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -86,12 +89,12 @@ class Request:
 
 
 class Server:
-    """Serves one socket. packages: what every run of it needs."""
+    """Serves one socket. name: of the server, whose packages every run needs."""
 
-    def __init__(self, listener: socket.socket, packages: tuple[str, ...]):
+    def __init__(self, listener: socket.socket, name: str):
         self._listener = listener
-        self._packages = packages
-        self._inherited = fixed_variables(dict(os.environ)), process_state()
+        self._name, self._packages = name, PACKAGES[name]
+        self._inherited = fixed_variables(dict(os.environ), name), process_state()
         self._selector = selectors.DefaultSelector()
         # Of each run, by its process id: a descriptor of the process, and the client's connection.
         self._running: dict[int, tuple[int, socket.socket]] = {}
@@ -122,7 +125,7 @@ class Server:
             connection.close()
             return None
         try:
-            if request.inherited != self._inherited:
+            if request.inherited(self._name) != self._inherited:
                 connection.close()
             elif self._start(request, connection):
                 for number, stream in enumerate(streams):
@@ -263,7 +266,7 @@ def main() -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        request = Server(listener, PACKAGES[Path(path).name]).serve()
+        request = Server(listener, Path(path).name).serve()
     if request is not None:
         _run(request, shim, base_path)
 

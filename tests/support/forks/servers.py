@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.forks.client import LIGHT, SNAKEMAKE, TORCH
+from support.forks.client import HUB, LIGHT, SNAKEMAKE, TORCH
 
 HERE = Path(__file__).parent
 # The path of the stand-in for Python, for the processes of pytest-xdist.
@@ -38,7 +38,7 @@ def serving_forks() -> Iterator[None]:
     ):
         folder = Path(name)
         shim = _make_programs(folder)
-        for kind in (SNAKEMAKE, LIGHT, TORCH):
+        for kind in (SNAKEMAKE, LIGHT, TORCH, HUB):
             stack.enter_context(_server(folder / kind, shim))
         os.environ[VARIABLE] = str(shim)
         try:
