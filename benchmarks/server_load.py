@@ -59,6 +59,7 @@ def main() -> None:
     add("--output", type=int, default=64, help="new tokens per request (default: %(default)s)")
     add("--requests", type=int, default=40, help="requests per client (default: %(default)s)")
     add("--rounds", type=int, default=3, help="(default: %(default)s)")
+    add("--num_threads", default="0", help="of the engine on a CPU (default: %(default)s, all)")
     add("--no_peer", action="store_true", help="without transformers")
     add("--folder", type=Path, default=Path("build/benchmark-server"))
     arguments = parser.parse_args()
@@ -146,7 +147,8 @@ def serving(engine_dir: Path, arguments: argparse.Namespace) -> Iterator[tuple[s
     """Runs serve.py; yields its address, its runtime and its process."""
     options = ("--engine_dir", engine_dir, "--tokenizer_dir", DEMO, "--port", "0")
     more = ("--served_model_name", NAME, "--runtime", "onnxruntime", "--trust")
-    command = [str(word) for word in script("serve.py", *options, *more)]
+    threads = ("--num_threads", arguments.num_threads)
+    command = [str(word) for word in script("serve.py", *options, *more, *threads)]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stderr=log)
         try:
