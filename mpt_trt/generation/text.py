@@ -89,11 +89,14 @@ class GrowingText:
 
     def _drop_context(self, end: int) -> None:
         """Begins the window after the context. end: tokens of this window before the next one's."""
+        window, context = self._window[self._context :], end - self._context
+        text = self._decode(window[:context])
+        if self._decoder.is_open(window[:context], text):
+            # The tokens before it stay, with which it is not.
+            return
         uncertain = self.uncertain
-        self._window = self._window[self._context :]
-        self._context = end - self._context
-        self._num_context = len(self._decode(self._window[: self._context]))
-        self._text = self._decode(self._window) if uncertain else ""
+        self._window, self._context, self._num_context = window, context, len(text)
+        self._text = self._decode(window) if uncertain else ""
         self._num_sure = len(self._text) - len(uncertain) if uncertain else self._num_context
 
     def _decode(self, tokens: list[int]) -> str:
