@@ -38,6 +38,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
     return workflow
 
 
+@pytest.fixture
+def copy(made: Workflow, tmp_path: Path) -> Workflow:
+    """A copy of `made`, in which nothing is to be done and which a test may leave incomplete."""
+    return Workflow(Path(shutil.copytree(made.folder, tmp_path / "copy", symlinks=True)))
+
+
 def both(workflow: Workflow) -> list[str]:
     return workflow.planned(SMOKE_TEST.format("fp32"), SMOKE_TEST.format("fp16"))
 
@@ -151,28 +157,27 @@ def test_only_the_lost_plan_of_a_rank_is_built_again(made: Workflow) -> None:
     ],
 )
 def test_a_damaged_folder_is_named_with_its_remedy_which_works(
-    made: Workflow, lost: str, target: str, folder: str
+    copy: Workflow, lost: str, target: str, folder: str
 ) -> None:
     """The reader of the folder rejects it; Snakemake sees no difference."""
-    path = made.folder / folder / lost
+    path = copy.folder / folder / lost
     path.unlink()
-    assert made.planned(target) == []
-    shutil.rmtree(made.folder / target, ignore_errors=True)
-    (made.folder / target).unlink(missing_ok=True)
-    result = made.run(target)
+    assert copy.planned(target) == []
+    shutil.rmtree(copy.folder / target, ignore_errors=True)
+    (copy.folder / target).unlink(missing_ok=True)
+    result = copy.run(target)
     assert result.returncode != 0
     output = result.stdout + result.stderr
     complaint = re.search(rf"^error: {folder}/{lost}: .*$", output, re.MULTILINE)
     assert complaint and f"; delete {folder} and " in complaint[0]
-    shutil.rmtree(made.folder / folder)
-    made.make(target)
+    shutil.rmtree(copy.folder / folder)
+    copy.make(target)
     assert path.is_file()
-    made.make(SMOKE_TEST.format("fp32"), SMOKE_TEST.format("fp16"))
+    assert (copy.folder / target).exists()
 
 
-def test_a_dry_run_writes_nothing(made: Workflow, tmp_path: Path) -> None:
+def test_a_dry_run_writes_nothing(copy: Workflow) -> None:
     """It does not touch anything, even with a damaged folder."""
-    copy = Workflow(Path(shutil.copytree(made.folder, tmp_path / "copy", symlinks=True)))
     (copy.folder / "trt_engines/toy/fp32/1-gpu/rank0.engine").unlink()
 
     def state() -> dict[str, int]:
@@ -220,11 +225,12 @@ def test_another_builder_version_makes_the_engine_again(made: Workflow) -> None:
     assert "make_networks" not in output
 
 
-def test_wrong_engines_fail_and_leave_no_result(tmp_path: Path) -> None:
-    workflow = Workflow.create(tmp_path / "project")
-    workflow.configure(fp16={**SMALL, "tolerance": {"error_factor": 1e-9}})
+def test_wrong_engines_fail_and_leave_no_result(copy: Workflow) -> None:
+    """The result of an engine that passed is deleted, too."""
+    copy.configure(fp16={**SMALL, "tolerance": {"error_factor": 1e-9}})
     target = SMOKE_TEST.format("fp16")
-    result = workflow.run(target)
+    assert (copy.folder / target).exists()
+    result = copy.run(target)
     assert result.returncode != 0
     output = result.stdout + result.stderr
     reason = "trt_engines/toy/fp16/1-gpu: too far from the float32 reference: its error is "
@@ -232,8 +238,8 @@ def test_wrong_engines_fail_and_leave_no_result(tmp_path: Path) -> None:
     assert last.startswith(f"error: {reason}") and output.count(reason) == 1
     assert "variants.fp16.tolerance.error_factor allows more" in last
     assert last.endswith("(log: logs/check_smoke_test/toy/fp16/1-gpu.log)")
-    assert not (workflow.folder / target).exists()
-    assert json.loads((workflow.folder / "build" / target).read_text())["passed"] is False
+    assert not (copy.folder / target).exists()
+    assert json.loads((copy.folder / "build" / target).read_text())["passed"] is False
 
 
 def test_smoothquant_checkpoints(made: Workflow) -> None:

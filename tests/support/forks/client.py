@@ -23,7 +23,7 @@ SNAKEMAKE, LIGHT, TORCH, HUB = "snakemake", "light", "torch", "hub"
 UNREAD = {HUB: ("HF_", "TRANSFORMERS_")}
 WITH_TORCH = (
     "smoke_test.py", "compute_reference.py", "compare_trtllm.py", "quantize.py",
-    "simulated_driver.py", "cuda_ranks_driver.py",
+    "measure_quality.py", "simulated_driver.py", "cuda_ranks_driver.py",
 )  # fmt: skip
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP")
 

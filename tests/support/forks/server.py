@@ -43,7 +43,10 @@ SNAKEMAKE_PACKAGES = (
     "docutils.parsers.rst", "smart_open", "dpath", "yte", "packaging.version", "jsonschema", "yaml",
     "pynvml", "xxhash",
 )  # fmt: skip
-LIGHT_PACKAGES = ("ml_dtypes", "numpy", "onnx", "onnxruntime", "safetensors", "yaml", "rich")
+LIGHT_PACKAGES = (
+    "concurrent.futures", "configparser", "jsonschema", "logging", "ml_dtypes", "numpy", "onnx",
+    "onnxruntime", "pynvml", "rich.progress", "rich.table", "safetensors", "xxhash", "yaml",
+)  # fmt: skip
 TOKENIZER_PACKAGES = (
     "transformers.models.auto.tokenization_auto", "transformers.models.mpt.configuration_mpt",
 )  # fmt: skip
@@ -59,9 +62,9 @@ PACKAGES = {
 CALIBRATION_PACKAGES = ("modelopt.torch.quantization",)
 # Of some tools, in addition.
 TOOL_PACKAGES = {
+    "build_rank.py": ("tensorrt_rtx",),
     "make_report.py": ("matplotlib.figure",),
     "run.py": TOKENIZER_PACKAGES,
-    "measure_quality.py": TOKENIZER_PACKAGES,
     "encode_prompt.py": TOKENIZER_PACKAGES,
     "simulated_driver.py": ("pytest",),
     "cuda_ranks_driver.py": ("pytest",),
