@@ -45,7 +45,7 @@ SNAKEMAKE_PACKAGES = (
 )  # fmt: skip
 LIGHT_PACKAGES = (
     "concurrent.futures", "configparser", "jsonschema", "logging", "ml_dtypes", "numpy", "onnx",
-    "onnxruntime", "pynvml", "rich.progress", "rich.table", "safetensors", "xxhash", "yaml",
+    "onnxruntime", "rich.progress", "rich.table", "safetensors", "xxhash", "yaml",
 )  # fmt: skip
 TOKENIZER_PACKAGES = (
     "transformers.models.auto.tokenization_auto", "transformers.models.mpt.configuration_mpt",
