@@ -85,8 +85,8 @@ def test_reading_a_tokenizer_leaves_pytorch_out() -> None:
         "from pathlib import Path; from mpt_trt.checkpoint.tokenizer import read_tokenizer; "
         "print(read_tokenizer(Path('resources/mpt-demo')).encode('hello')); import transformers; "
     )
-    assert "torch" not in imported_by("-c", read)
-    imported_by("-c", read + "import torch; torch.zeros(1)")
+    without = "import sys; assert not [name for name in sys.modules if name.startswith('torch')]; "
+    imported_by("-c", read + without + "import torch; torch.zeros(1)")
     imported_by("-c", "import torch; " + read + "assert transformers.utils.is_torch_available()")
 
 
