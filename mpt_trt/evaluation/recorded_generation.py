@@ -128,7 +128,8 @@ class _Recorder:
             self._prefill_steps += 1
         if len(logits):
             self._has_logits = True
-            self.logits += [logits] if self._keeps_logits else []
+            # The model may write the next step's logits to the same memory.
+            self.logits += [logits.copy()] if self._keeps_logits else []
         return logits
 
     @property
