@@ -318,9 +318,13 @@ def test_interrupted_and_killed_it_ends_with_the_same_artifacts(
     assert run.stop(signal.SIGINT)
     assert list(workflow.folder.rglob(".*partial*")) == []
     rest = ("make_networks fp32", "build_rank fp32", "assemble_engine fp32")
-    assert workflow.planned(target)[0] in rest
+    planned = workflow.planned(target)
+    assert planned[0] in rest
     killed = 0
-    for rule in ("make_networks", "build_rank", "smoke_test"):
+    # make_networks may have ended before the signal.
+    for rule in (
+        name for name in ("make_networks", "build_rank", "smoke_test") if f"{name} fp32" in planned
+    ):
         run = StoppedWorkflow(workflow, target)
         run.wait_for(f"rule {rule}:")
         time.sleep(random.random())
