@@ -71,10 +71,10 @@ class GrowingText:
 
     def _shorten(self) -> str:
         """Shortens a window without a certain end; returns text that has become certain."""
-        if len(self._text) == self._num_context:
-            # Special tokens are skipped. Others count: a space at the beginning has no text either.
-            rest = self._window[self._context :]
-            self._window[self._context :] = [token for token in rest if not self._name(token)]
+        rest = [token for token in self._window[self._context :] if not self._is_skipped(token)]
+        self._window[self._context :] = rest
+        # Other tokens without text stay: a space at the beginning is one.
+        if len(rest) <= MOST_UNCERTAIN or len(self._text) == self._num_context:
             return ""
         # Bytes that are no characters. The last tokens have as many as a character, so that nothing
         # before them changes if the text can be divided there.
@@ -102,8 +102,11 @@ class GrowingText:
     def _decode(self, tokens: list[int]) -> str:
         return self._decoder.decode(tokens, skip_special_tokens=self._skips)
 
-    def _name(self, token: int) -> str:
-        return self._decoder.decode([token], skip_special_tokens=False)
+    def _is_skipped(self, token: int) -> bool:
+        """Returns whether it is a special token, which is not part of the text."""
+        if not self._skips or self._decode([token]):
+            return False
+        return bool(self._decoder.decode([token], skip_special_tokens=False))
 
 
 class GeneratedText:

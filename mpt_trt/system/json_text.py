@@ -11,11 +11,12 @@ from mpt_trt.errors import MptTrtError
 # Far above the size of real files: the index of the largest models has about 100 kB.
 MOST_BYTES = 16 << 20
 MOST_DEPTH = 64
-MOST_DIGITS = 19
+# transformers writes 1e30 as an integer for a tokenizer without a maximum length.
+MOST_DIGITS = 31
 
 
 def parse_json_object(text: bytes, path: Path, remedy: str) -> dict[str, Any]:
-    """Parses a JSON object with integers of up to 19 digits and up to 64 levels.
+    """Parses a JSON object with integers of up to 31 digits and up to 64 levels.
 
     Numbers may be infinite or NaN, as in Python's own dialect: who reads a number checks it.
     path, remedy: for error messages.

@@ -35,6 +35,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "additional_special_tokens": {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
     "no bos": {"add_bos_token": False},
     "eos": {"add_eos_token": True},
+    # What transformers writes if a tokenizer has no maximum length.
+    "no maximum": {"model_max_length": int(1e30)},
     "GPTNeoX": {"tokenizer_class": "GPTNeoXTokenizer", "add_bos_token": False},
 }
 

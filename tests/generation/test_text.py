@@ -151,6 +151,25 @@ def test_decoding_is_linear_in_the_tokens(name: str, kind: str) -> None:
     assert found == decoder.decode(tokens)
 
 
+@pytest.mark.parametrize("count", range(1, 2 * MOST_UNCERTAIN + 3))
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_special_tokens_within_a_character(cut: int, count: int) -> None:
+    """The demo tokenizer's tokens of the bytes 0x80, the four of 😀, and 0x80; 0 is special."""
+    tokenizer = TOKENIZERS["bytes of characters"]
+    smile = [173, 254, 247, 223]
+    tokens = [223, *smile[:cut], *[0] * count, *smile[cut:], 223]
+    text = GeneratedText(tokenizer, ())
+    parts = []
+    for index, token in enumerate(tokens):
+        text.add(token)
+        parts.append(text.new_text(index == len(tokens) - 1))
+    assert (
+        "".join(parts)
+        == tokenizer.decode(tokens)
+        == "\N{REPLACEMENT CHARACTER}😀\N{REPLACEMENT CHARACTER}"
+    )
+
+
 def test_spaces_are_removed_across_tokens() -> None:
     """`'` loses the spaces around it, so that the next token may not be read without it."""
     tokenizer = TOKENIZERS["spaces that are removed"]
