@@ -50,8 +50,13 @@ USED_WITH = {
     "kv_cache": "--int8_kv_cache or --fp8_kv_cache",
 }
 
+FLAGS = {
+    "--calibration": "--quant_ckpt_path",
+    **{name: f"--{name}" for name in ("max_batch_size", "max_input_len", "max_output_len")},
+}
 
-@own_flags({"--calibration": "--quant_ckpt_path"})
+
+@own_flags(FLAGS)
 def run(options: argparse.Namespace) -> None:
     set_up_logging(options.log_level)
     if options.log_level.lower() in ("debug", "info"):

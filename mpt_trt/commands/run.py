@@ -28,8 +28,24 @@ from mpt_trt.system.replace import is_replaced, replace_file, require_writable
 
 log = logging.getLogger("run")
 
+SAME_NAMES = (
+    "num_beams",
+    "temperature",
+    "top_k",
+    "top_p",
+    "length_penalty",
+    "repetition_penalty",
+    "random_seed",
+    "num_threads",
+)
+FLAGS = {
+    "max_new_tokens": "--max_output_len",
+    "end_ids": "--end_id",
+    **{name: f"--{name}" for name in SAME_NAMES},
+}
 
-@own_flags({"max_new_tokens": "--max_output_len"})
+
+@own_flags(FLAGS)
 def run(options: argparse.Namespace) -> None:
     set_up_logging(options.log_level)
     _require_consistent(options)

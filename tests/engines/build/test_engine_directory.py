@@ -747,8 +747,8 @@ def test_commands_of_the_reference_document(built: Built, spelling, tmp_path, ca
     [
         (["--world_size=2"], r"was converted for 1; give --world_size 1, or convert with -tp 2"),
         (["--dtype=float16"], r"--dtype = float16, but .* is stored in float32; .* -t float16"),
-        (["--max_batch_size=0"], "max_batch_size = 0: at least 1 is required"),
-        (["--max_input_len=-5"], "max_input_len = -5: at least 1 is required"),
+        (["--max_batch_size=0"], "--max_batch_size = 0: at least 1 is required"),
+        (["--max_input_len=-5"], "--max_input_len = -5: at least 1 is required"),
         (["--max_output_len=0"], "max_output_len = 0: at least 1 is required"),
         (["--log_level=loud"], "log level 'loud': known are debug, info"),
     ],
