@@ -86,7 +86,6 @@ class _Row:
     num_read: int = 0
     tokens: list[int] = field(default_factory=list)
     prompt_tokens: list[NewToken] = field(default_factory=list)
-    has_ended: bool = False
 
     @property
     def is_read(self) -> bool:
@@ -184,7 +183,10 @@ class Scheduler:
         self._waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Ends a request without calling `on_end`; does nothing if it has ended."""
+        """Ends a request without calling `on_end`; does nothing if it has ended.
+
+        Raises what the model raises when it cannot move another row there.
+        """
         if request in self._waiting:
             self._waiting.remove(request)
         for row in self._rows:
@@ -225,7 +227,6 @@ class Scheduler:
 
     def _remove(self, row: _Row) -> None:
         """Frees a row for a waiting request, or moves the last row to it."""
-        row.has_ended = True
         index = self._rows.index(row)
         if row in self._readers:
             self._readers.remove(row)
@@ -233,10 +234,11 @@ class Scheduler:
             self._rows[index] = self._new_row(self._waiting.popleft())
             self._readers.append(self._rows[index])
             return
-        last = self._rows.pop()
+        # If the model fails to copy, `fail` finds the moved request among the running ones.
+        last = self._rows[index] = self._rows[-1]
+        self._rows.pop()
         if last is not row:
             self._model.copy_row(len(self._rows), index)
-            self._rows[index] = last
 
     def _readers_of_a_step(self) -> list[_Row]:
         """Finds the prompt whose turn it is, and prompts in the rows after it to read with it."""
@@ -394,8 +396,11 @@ class Scheduler:
         return NewToken(int(token), float(log_prob), top)
 
     def _end(self, row: _Row, error: Exception | None) -> None:
-        self._remove(row)
-        row.request.on_end(error)
+        try:
+            self._remove(row)
+        finally:
+            # The row is gone even if the model has failed to move another one there.
+            row.request.on_end(error)
 
 
 def _do_nothing() -> None:

@@ -52,7 +52,7 @@ class Worker:
 
     def cancel(self, request: Request) -> None:
         """Ends a request; its `on_end` is not called."""
-        self._actions.put(lambda: self._scheduler.cancel(request))
+        self._actions.put(lambda: self._use_engine(lambda: self._scheduler.cancel(request)))
 
     def stop(self, is_drained: bool = True) -> None:
         """Ends the thread, after all requests if `is_drained`, otherwise with an error for each."""
@@ -76,7 +76,7 @@ class Worker:
         try:
             while self._is_needed():
                 self._take_actions()
-                self._step()
+                self._use_engine(self._scheduler.run_once)
         except Exception as error:
             self.failure = error
             log.exception("the engine's thread has failed")
@@ -89,7 +89,7 @@ class Worker:
             self._scheduler.deliver()
 
     def _is_needed(self) -> bool:
-        return not (self._is_stopping and self._scheduler.is_idle) and self.failure is None
+        return not (self._is_stopping and self._scheduler.is_idle)
 
     def _take_actions(self) -> None:
         """Runs actions that other threads requested; waits for one if there is no other work."""
@@ -104,15 +104,15 @@ class Worker:
                 if self._on_idle is not None:
                     self._on_idle()
 
-    def _step(self) -> None:
+    def _use_engine(self, part: Callable[[], None]) -> None:
+        """Runs a part of the scheduler that uses the engine, which may fail."""
         try:
-            self._scheduler.run_once()
+            part()
         except Exception as error:
+            if self._on_failure == "exit":
+                raise
             log.exception(
                 "a step of the engine failed; %d requests end", self._scheduler.num_running
             )
-            if self._on_failure == "exit":
-                self.failure = error
-                return
             self._scheduler.fail(error, with_waiting=False)
             self._scheduler.restart()

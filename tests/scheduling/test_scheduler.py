@@ -13,6 +13,7 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.generation.config import GenerationConfig
 from mpt_trt.generation.generate import generate
 from mpt_trt.scheduling.scheduler import NewToken, Request, Scheduler
+from mpt_trt.scheduling.worker import OnFailure, Worker
 from support.generation import NETWORKS, PROMPTS, VOCAB, NetworkModel, greedy
 
 
@@ -253,6 +254,54 @@ def test_a_step_that_fails_ends_what_runs_and_no_more() -> None:
     run(scheduler)
     assert [client.ends for client in clients] == [[error], [error], [None], [None]]
     assert clients[3].tokens == alone(clients[3])
+
+
+@pytest.mark.parametrize("on_failure", ["continue", "exit"])
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_a_row_that_cannot_be_moved_ends_what_runs(
+    is_cancelled: bool, on_failure: OnFailure
+) -> None:
+    """The first request leaves, by its end or by its client's, and the last row moves there."""
+    errors = [RuntimeError("out of luck")]
+
+    class Stuck(RowsOfNetwork):
+        def copy_row(self, source: int, target: int) -> None:
+            if errors:
+                raise errors.pop()
+            super().copy_row(source, target)
+
+    error = errors[0]
+    clients = [Client(prompt, greedy(end_ids=())) for prompt in PROMPTS[:3]]
+    worker = Worker(Scheduler(Stuck(NETWORKS[2], max_batch_size=3)), on_failure)
+    requests = [client.request() for client in clients]
+
+    def leave(new: NewToken) -> bool:
+        clients[0].news.append(new)
+        if is_cancelled and len(clients[0].news) == 2:
+            worker.cancel(requests[0])
+        return not is_cancelled and len(clients[0].news) == 2
+
+    requests[0] = replace(requests[0], on_token=leave)
+    late = Client(PROMPTS[3], greedy())
+
+    def on_end(reason: Exception | None) -> None:
+        clients[2].ends.append(reason)
+        worker.submit(late.request())
+        worker.stop()
+
+    requests[2] = replace(requests[2], on_end=on_end)
+    for request in requests:
+        worker.submit(request)
+    worker.start()
+    worker.join(30)
+    assert not worker.is_running and not errors
+    assert [client.ends for client in clients] == [[] if is_cancelled else [None], [error], [error]]
+    if on_failure == "continue":
+        assert worker.failure is None
+        assert (late.tokens, late.ends) == (alone(late), [None])
+    else:
+        assert worker.failure is error
+        assert late.tokens == () and isinstance(late.ends[0], MptTrtError)
 
 
 def test_logits_that_are_no_numbers_end_only_their_request() -> None:
