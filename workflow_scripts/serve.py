@@ -8,7 +8,9 @@ sets a key that clients must send. SIGTERM ends the server after it has answered
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -52,29 +54,29 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("limits")
     group.add_argument(
         "--max_waiting",
-        type=int,
+        type=_integer(0),
         default=64,
         help="completions that may wait for a cache row; more are refused with status 429 "
         "(default: %(default)s)",
     )
     group.add_argument(
-        "--timeout", type=float, default=300, help="seconds per request (default: %(default)s)"
+        "--timeout", type=_timeout, default=300, help="seconds per request (default: %(default)s)"
     )
     group.add_argument(
         "--max_body_bytes",
-        type=int,
+        type=_integer(1),
         default=1 << 20,
         help="maximum size of a request's body (default: %(default)s)",
     )
     group.add_argument(
         "--piece_tokens",
-        type=int,
+        type=_integer(1),
         help="maximum number of prompt tokens per step, during which other requests wait "
         "(default: the engine's max_input_len, or on a GPU 1024 of several prompts)",
     )
     group.add_argument(
         "--drain",
-        type=float,
+        type=_drain,
         default=30,
         help="seconds for running requests after SIGTERM (default: %(default)s)",
     )
@@ -93,6 +95,37 @@ def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > MAX_PORT:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to {MAX_PORT} are")
     return int(text)
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    """Makes the type of an option that is an integer of at least `least`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def _timeout(text: str) -> float:
+    if not 0 < (seconds := _number(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of seconds above 0")
+    return seconds
+
+
+def _drain(text: str) -> float:
+    if not 0 <= (seconds := _number(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of seconds from 0 on")
+    return seconds
+
+
+def _number(text: str) -> float:
+    """The number in a text; nan if there is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 if __name__ == "__main__":

@@ -54,3 +54,27 @@ def test_a_number_that_is_no_port(port: str, capsys: pytest.CaptureFixture) -> N
     with pytest.raises(SystemExit):
         call_tool("serve.py", "--engine_dir=any", f"--port={port}")
     assert f"{port!r} is not a port: 0 to 65535 are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "allowed", "values"),
+    [
+        ("--max_waiting", "an integer of at least 0", ["-1", "nan", "inf", "1.5"]),
+        ("--max_body_bytes", "an integer of at least 1", ["0", "-1", "nan", "inf"]),
+        ("--piece_tokens", "an integer of at least 1", ["0", "-1", "nan", "inf"]),
+        (
+            "--timeout",
+            "a finite number of seconds above 0",
+            ["0", "-1", "nan", "inf", "1e400", "x"],
+        ),
+        ("--drain", "a finite number of seconds from 0 on", ["-1", "nan", "inf", "-inf", ""]),
+    ],
+)
+def test_numbers_that_limit_nothing(
+    option: str, allowed: str, values: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    for value in values:
+        with pytest.raises(SystemExit):
+            call_tool("serve.py", "--engine_dir=any", f"{option}={value}")
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: argument {option}: {value!r} is not {allowed}; see ")
