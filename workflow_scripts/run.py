@@ -120,7 +120,8 @@ def _add_choice_of_tokens(parser: argparse.ArgumentParser) -> None:
         "--repetition_penalty",
         type=float,
         default=1.0,
-        help="above 1: lowers the probability of tokens that have occurred (default: %(default)s)",
+        help="above 1: lowers the probability of tokens that have occurred; 0.01 to 100 "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--random_seed", type=int, default=0, help="seed of sampling (default: %(default)s)"

@@ -36,7 +36,7 @@ class GenerationOptions(TypedDict, total=False):
     top_p: float
     """Sample from the most likely tokens that together reach this probability; 0: off (default)."""
     repetition_penalty: float
-    """Above 1: lowers the probability of tokens that have occurred (default: 1.0)."""
+    """Above 1: lowers the probability of tokens that have occurred; 0.01 to 100 (default: 1.0)."""
     length_penalty: float
     """Exponent of the length that divides a beam's score (default: 1.0)."""
     random_seed: int

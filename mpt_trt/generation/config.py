@@ -12,6 +12,10 @@ TopLogProbs = tuple[tuple[int, float], ...]
 """Most likely tokens with their natural log-probabilities, most likely first."""
 
 
+# Limits of `repetition_penalty`. Beyond them it decides every choice, and can make logits infinite.
+LEAST_PENALTY, MOST_PENALTY = 0.01, 100
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """Settings for choosing tokens.
@@ -43,16 +47,19 @@ class GenerationConfig:
     """Most likely tokens to report for each new token, with their log-probabilities."""
 
     def __post_init__(self) -> None:
-        positive = "a finite number above 0"
         rules = (
             ("max_new_tokens", _is_count(self.max_new_tokens, 1), "an integer of at least 1"),
             ("end_ids", all(_is_count(token, 0) for token in self.end_ids), "token ids >= 0"),
             ("pad_id", _is_count(self.pad_id, 0), "a token id >= 0"),
             ("num_beams", _is_count(self.num_beams, 1), "an integer of at least 1"),
-            ("temperature", 0 < self.temperature < math.inf, positive),
+            ("temperature", 0 < self.temperature < math.inf, "a finite number above 0"),
             ("top_k", _is_count(self.top_k, 0), "an integer of at least 0 (0: no limit)"),
             ("top_p", 0 <= self.top_p <= 1, "a number from 0 to 1 (0 and 1: off)"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, positive),
+            (
+                "repetition_penalty",
+                LEAST_PENALTY <= self.repetition_penalty <= MOST_PENALTY,
+                f"a number from {LEAST_PENALTY} to {MOST_PENALTY}",
+            ),
             ("length_penalty", math.isfinite(self.length_penalty), "a finite number"),
             ("random_seed", _is_count(self.random_seed, 0), "an integer of at least 0"),
             ("top_log_probs", _is_count(self.top_log_probs, 0), "an integer of at least 0"),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mpt_trt.generation.config import LEAST_PENALTY, MOST_PENALTY
 from mpt_trt.server.errors import ApiError
 from mpt_trt.system.json_text import shown
 
@@ -41,7 +42,7 @@ class _Request(BaseModel):
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, ge=0, le=1)
     top_k: int = Field(0, ge=0)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    repetition_penalty: float = Field(1.0, ge=LEAST_PENALTY, le=MOST_PENALTY)
     ignore_eos: bool = False
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Text | Annotated[list[Text], Field(max_length=MOST_STOP_STRINGS)] | None = None

@@ -305,6 +305,12 @@ def test_many_clients_at_once_get_what_they_get_alone(
         ({"temperature": -1}, 400, "temperature = -1: "),
         ({"temperature": "hot"}, 400, "temperature = 'hot': Input should be a valid number"),
         ({"temperature": float("nan")}, 400, "temperature = nan: "),
+        (
+            {"repetition_penalty": 1e-300},
+            400,
+            "repetition_penalty = 1e-300: Input should be greater than or equal to 0.01",
+        ),
+        ({"repetition_penalty": 101}, 400, "repetition_penalty = 101: Input should be less than"),
         ({"n": 65}, 400, "n = 65: "),
         ({"stop": [""]}, 400, "stop = ['']: String should have at least 1 character"),
         ({"stop": ["a"] * 17}, 400, "stop = ['a', "),
