@@ -224,7 +224,8 @@ class Service:
             )
             raise ApiError(400, message, param=field, code="context_length_exceeded")
         end_ids = () if request.ignore_eos else self.text.end_ids
-        is_greedy = request.temperature == 0
+        # GenerationConfig's top_p 0 is no limit; for OpenAI's clients it is the most likely token.
+        is_greedy = request.temperature == 0 or request.top_p == 0
         seed = secrets.randbits(63) if request.seed is None else request.seed % 2**64
         config = GenerationConfig(
             max_new_tokens=max(1, max_tokens),

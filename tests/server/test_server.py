@@ -86,6 +86,18 @@ def test_completions(client: openai.OpenAI, engine: Engine) -> None:
     assert answer.usage.total_tokens == prompt_tokens + new_tokens
 
 
+def test_top_p_0_takes_the_most_likely_tokens(client: openai.OpenAI, engine: Engine) -> None:
+    """Whatever the temperature is; `top_k` is not given, or allows others."""
+    expected = [output.text for output in engine.generate(PROMPTS, 12)]
+    options = {"model": NAME, "prompt": PROMPTS, "max_tokens": 12, "top_p": 0}
+    for extra in ({}, {"temperature": 5.0}, {"extra_body": {"top_k": 40}}):
+        answer = client.completions.create(**options, **extra)
+        assert [choice.text for choice in answer.choices] == expected
+    (chat,) = engine.generate([MESSAGES], 12)
+    answer = client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=12, top_p=0)
+    assert answer.choices[0].message.content == chat.text
+
+
 def test_prompts_may_be_ids(client: openai.OpenAI, engine: Engine) -> None:
     ids = [engine.text.encode(prompt) for prompt in PROMPTS]
     options = {"model": NAME, "temperature": 0, "max_tokens": 8}
