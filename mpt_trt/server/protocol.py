@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 MOST_CHOICES = 64
 MOST_STOP_STRINGS = 16
 MOST_TOP_LOGPROBS = 20
+
+PROMPT_KINDS = (
+    "a prompt is a text, token ids from 0 to vocab_size - 1, or a list of up to "
+    f"{MOST_CHOICES} of either, none of them empty"
+)
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Text = Annotated[str, Field(min_length=1)]
@@ -174,14 +180,23 @@ def _parsed(kind: Any, content: dict[str, Any]) -> Any:
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False)
         field = str(details[0]["loc"][0])
-        # A field of several types has an error for each; the deepest is that of the type meant.
-        detail = max((one for one in details if one["loc"][0] == field), key=_depth)
+        detail = _most_telling([one for one in details if one["loc"][0] == field])
         message = _in_words(detail, shown(content.get(field)))
         raise ApiError(400, message[:500], param=field[:100]) from None
 
 
-def _depth(detail: ErrorDetails) -> int:
-    return len(detail["loc"])
+def _most_telling(details: list[ErrorDetails]) -> ErrorDetails:
+    """Finds the error of the type that was meant; a field of several types has errors of each.
+
+    The deepest one, or a value of the right type out of its range, or one of the fewest of a type.
+    """
+    counts = Counter(detail["loc"][1:2] for detail in details)
+
+    def rank(detail: ErrorDetails) -> tuple[int, bool, int]:
+        is_of_type = not detail["type"].endswith("_type")
+        return len(detail["loc"]), is_of_type, -counts[detail["loc"][1:2]]
+
+    return max(details, key=rank)
 
 
 def _in_words(detail: ErrorDetails, value: str) -> str:
@@ -191,4 +206,8 @@ def _in_words(detail: ErrorDetails, value: str) -> str:
         return f"{field}: unknown field {inner[-1]}" if inner else f"unknown field {field}"
     if detail["type"] == "missing":
         return f"{field}: the field {inner[-1]} is missing" if inner else f"{field} is missing"
+    if field == "prompt" and detail["type"] != "string_unicode":
+        is_inner = any(isinstance(place, int) for place in detail["loc"])
+        wrong = f", with {shown(detail['input'])} in it" if is_inner else ""
+        return f"{field} = {value}{wrong}: {PROMPT_KINDS}"
     return f"{field} = {value}: {detail['msg']}"
