@@ -42,13 +42,8 @@ class Loaded:
         return {name: value.numpy() for name, value in zip(names, found, strict=True)}
 
 
-def load(
-    model: onnx.ModelProto,
-    folder: Path,
-    weights: list[SharedWeight],
-    options: onnxruntime.SessionOptions | None = None,
-) -> Loaded:
-    options = options or onnxruntime.SessionOptions()
+def load(model: onnx.ModelProto, folder: Path, weights: list[SharedWeight]) -> Loaded:
+    options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     entries = {
         "session.model_external_initializers_file_folder_path": str(folder),

@@ -10,28 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.engines.onnxruntime.cuda.norms import NORMS
-from mpt_trt.engines.onnxruntime.cuda.rewrites import prefill_graph
 from mpt_trt.engines.onnxruntime.cuda.shared_weights import share_weights
-from mpt_trt.engines.onnxruntime.graph_editor import attributes
-from mpt_trt.engines.onnxruntime.rewrites import compute_in_float32
 from mpt_trt.quantization.schemes import Quantization, WeightOnly
 from support.checkpoints import CheckpointSpec
-from support.cuda import (
-    BOUND,
-    LENGTHS,
-    empty_cache,
-    load,
-    network_of,
-    prompt_feeds,
-    require_close,
-    require_same,
-)
+from support.cuda import network_of, require_same
 from support.engines import FEATURES, LIMITS, make_ft_checkpoint, make_network
 
 
@@ -46,42 +33,6 @@ def test_a_rewritten_network_computes_the_same(name, tmp_path):
     assert not operators & {"Attention", "Transpose", "GatherND", "Shape"}
     is_fused = config.num_kv_heads == config.num_heads
     assert count(steps, "MultiHeadAttention") == (config.num_layers if is_fused else 0)
-
-
-@pytest.mark.parametrize("name", ["multi-head", "grouped-query", "multi-query", "clip_qkv"])
-def test_prompts_in_bfloat16_attend_in_float32(name, tmp_path):
-    """All values of both networks are converted to float32, which a CPU can compute."""
-    checkpoint = make_ft_checkpoint(tmp_path, FEATURES[name], "bfloat16")
-    folder = make_network(checkpoint, tmp_path / "network")
-    rewritten = prefill_graph(network_of(folder))
-    assert count(rewritten, "Attention") == 0
-    maker = {output: node for node in rewritten.graph.node for output in node.output}
-    attention = [node for node in rewritten.graph.node if node.op_type == "MultiHeadAttention"]
-    assert len(attention) == checkpoint.config.num_layers
-    for node in attention:
-        assert {maker[value].op_type for value in node.input if value} == {"Cast"}
-        [back] = [each for each in rewritten.graph.node if node.output[0] in each.input]
-        assert back.op_type == "Cast"
-        assert attributes(back)["to"] == onnx.TensorProto.BFLOAT16
-    expected, found = (
-        run_in_float32(model, folder, checkpoint.config.vocab_size)
-        for model in (network_of(folder), rewritten)
-    )
-    require_close(expected, found, BOUND)
-
-
-def run_in_float32(
-    model: onnx.ModelProto, folder: Path, vocab_size: int
-) -> dict[str, NDArray[np.float32]]:
-    """A prompt of a bfloat16 network."""
-    options = onnxruntime.SessionOptions()
-    weights = compute_in_float32(model, onnx.TensorProto.BFLOAT16, folder, options)
-    feeds = prompt_feeds(vocab_size)
-    rows = feeds["logit_positions"] @ [LENGTHS.max(), 1]
-    own = {"logit_rows": rows, "key_length": LENGTHS.max(keepdims=True)}
-    found = load(model, folder, [], options).run(feeds | own | empty_cache(model))
-    del weights
-    return found
 
 
 def count(model: onnx.ModelProto, *op_types: str) -> int:

@@ -13,7 +13,6 @@ from mpt_trt.engines.onnxruntime.graph_editor import (
     Graph,
     Replacements,
     attributes,
-    cast,
     make_node,
     reshape,
 )
@@ -53,64 +52,32 @@ def attend_to_filled_cache(model: onnx.ModelProto) -> None:
 
 
 def fuse_attention(model: onnx.ModelProto) -> None:
-    """Uses ONNX Runtime's own attention, which needs as many heads of keys as of queries.
+    """Uses ONNX Runtime's own attention if keys have as many heads as queries.
 
-    It reads queries in the layout of their product, so only keys and values are transposed. Grouped
-    keys and values are repeated for their queries, and bfloat16 is computed in float32.
+    It reads queries in the layout of their product, so only keys and values are transposed.
     """
-    # On an H200, logits of grouped queries in bfloat16 were wrong in steps of 8 tokens, with the
-    # portable operator. Multiples of 4 or 8 are computed by another kernel, which ONNX Runtime's
-    # sources start as one of float16 for any type of 2 bytes.
-    graph = Graph(model)
-    is_bfloat16 = any(
-        tensor.data_type == TensorProto.BFLOAT16 for tensor in graph.initializers.values()
-    )
-    replacements: Replacements = {}
-    for node in graph.nodes:
-        if node.op_type == "Attention":
-            replacements |= _with_flat_queries(graph, node)
-    graph.store(replacements)
-    if is_bfloat16:
-        _attend_in_float32(model)
-
-
-def _attend_in_float32(model: onnx.ModelProto) -> None:
-    """Converts the inputs and outputs of ONNX Runtime's attention from and to bfloat16."""
     graph = Graph(model)
     replacements: Replacements = {}
-    converted: set[str] = set()
     for node in graph.nodes:
-        if node.op_type != "MultiHeadAttention":
+        if node.op_type != "Attention":
             continue
-        wide = onnx.NodeProto()
-        wide.CopyFrom(node)
-        wide.output[0] = f"{node.output[0]}/wide"
-        casts = []
-        for place, name in enumerate(node.input):
-            if not name:
-                continue
-            wide.input[place] = f"{name}/wide"
-            # All layers read the same bias.
-            if name not in converted:
-                converted.add(name)
-                casts.append(cast(name, f"{name}/wide", TensorProto.FLOAT))
-        back = cast(wide.output[0], node.output[0], TensorProto.BFLOAT16)
-        replacements[node.name] = [*casts, wide, back]
+        num_heads, num_kv_heads = _heads(graph, node)
+        if num_heads != num_kv_heads:
+            return
+        replacements |= _with_flat_queries(graph, node, num_heads)
     graph.store(replacements)
 
 
-def _with_flat_queries(graph: Graph, attention: onnx.NodeProto) -> Replacements:
+def _with_flat_queries(graph: Graph, attention: onnx.NodeProto, num_heads: int) -> Replacements:
     """Splits queries, keys and values first, and then reshapes only keys and values."""
     split = graph.maker[attention.input[0]]
     transpose = graph.maker[split.input[0]]
     whole_reshape = graph.maker[transpose.input[0]]
     [transpose_back] = graph.readers[attention.output[0]]
     [merge] = graph.readers[transpose_back.output[0]]
-    num_heads, num_kv_heads = _heads(graph, attention)
     head_dim = int(numpy_helper.to_array(graph.initializers[whole_reshape.input[1]])[-1])
-    widths = [count * head_dim for count in (num_heads, num_kv_heads, num_kv_heads)]
-    sizes = graph.constant("sizes_of_flat_parts", widths)
-    heads = graph.constant("split_heads_of_keys", [0, 0, num_kv_heads, head_dim])
+    sizes = graph.constant("sizes_of_flat_parts", [num_heads * head_dim] * 3)
+    heads = graph.constant(f"heads_{num_heads}", [0, 0, num_heads, head_dim])
     flat = [f"{part}/flat" for part in split.output]
     nodes = [
         helper.make_node("Split", [whole_reshape.input[0], sizes], flat, name=split.name, axis=2),
@@ -120,35 +87,15 @@ def _with_flat_queries(graph: Graph, attention: onnx.NodeProto) -> Replacements:
             reshape(name, heads, f"{part}/heads"),
             make_node("Transpose", [f"{part}/heads"], part, perm=[0, 2, 1, 3]),
         ]
-    own, repeating = onnx.NodeProto(), []
-    own.CopyFrom(attention)
-    if num_heads != num_kv_heads:
-        for place in (1, 2):
-            repeating += _repeated(graph, own.input[place], num_heads, num_kv_heads, head_dim)
-            own.input[place] = repeating[-1].output[0]
-    fused = _multi_head_attention(own, flat[0], num_heads, merge.output[0])
+    fused = _multi_head_attention(attention, flat[0], num_heads, merge.output[0])
     return {
         whole_reshape.name: [],
         transpose.name: [],
         split.name: nodes,
-        attention.name: [*repeating, fused],
+        attention.name: [fused],
         transpose_back.name: [],
         merge.name: [],
     }
-
-
-def _repeated(
-    graph: Graph, value: str, num_heads: int, num_kv_heads: int, head_dim: int
-) -> list[onnx.NodeProto]:
-    """Repeats each head of `[batch, num_kv_heads, keys, head_dim]` for the queries of its group."""
-    apart = graph.constant("heads_apart", [0, num_kv_heads, 1, -1, head_dim])
-    group = graph.constant("queries_per_key", [1, 1, num_heads // num_kv_heads, 1, 1])
-    joined = graph.constant("heads_of_queries", [0, num_heads, -1, head_dim])
-    return [
-        reshape(value, apart, f"{value}/apart"),
-        make_node("Expand", [f"{value}/apart", group], f"{value}/repeated"),
-        reshape(f"{value}/repeated", joined, f"{value}/of_queries"),
-    ]
 
 
 def compute_attention_of_one_query(model: onnx.ModelProto) -> None:
