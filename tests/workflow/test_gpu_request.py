@@ -256,4 +256,4 @@ def test_preflight_says_what_is_missing(workflow: Workflow) -> None:
         output = " ".join((result.stdout + result.stderr).replace("│", " ").split())
         assert result.returncode == 0, output
         assert "ONNX Runtime" in output and "TensorRT-RTX" in output
-        assert "of memory" in output and "trt_engines/thirty/fp32/1-gpu no; missing" in output
+        assert "of memory" in output and "trt_engines/thirty/fp32/1-gpu no: needs" in output
