@@ -123,6 +123,10 @@ class OverlappingModel(Protocol):
         ...
 
 
+def no_work() -> None:
+    """The work that a step overlaps with if it is given none."""
+
+
 @runtime_checkable
 class JoiningModel(Protocol):
     """A rank's model that must be connected to those of the other ranks."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mpt_trt.engines.interface import ChoosingModel, OverlappingModel, RowModel
+from mpt_trt.engines.interface import ChoosingModel, OverlappingModel, RowModel, no_work
 from mpt_trt.errors import MptTrtError
 from mpt_trt.generation.config import GenerationConfig, TopLogProbs
 from mpt_trt.generation.generate import require_fitting
@@ -141,7 +141,7 @@ class Scheduler:
         self._step_tokens = piece_tokens or (GPU_STEP_TOKENS if self._overlaps else 1)
         self._piece_logits = min(self._piece_tokens, PIECE_LOGITS, max_logits or PIECE_LOGITS)
         self._model = model
-        self.deliver = deliver or _do_nothing
+        self.deliver = deliver or no_work
         if isinstance(model, OverlappingModel):
             model.overlap(self.deliver)
         self._waiting: deque[Request] = deque()
@@ -401,7 +401,3 @@ class Scheduler:
         finally:
             # The row is gone even if the model has failed to move another one there.
             row.request.on_end(error)
-
-
-def _do_nothing() -> None:
-    """Default of `deliver`."""

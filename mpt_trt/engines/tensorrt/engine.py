@@ -30,6 +30,7 @@ from mpt_trt.engines.cuda.steps_ahead import (
     StepResult,
     run_ahead,
 )
+from mpt_trt.engines.interface import no_work
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.tensorrt.plan import LoadedPlan, StepContext
 from mpt_trt.engines.tensorrt.plan_builder import CONTEXT_PROFILE, GENERATION_PROFILE
@@ -90,7 +91,7 @@ class TensorRtEngine:
         self._addresses |= {name: buffer.address for name, buffer in self._buffers.items()}
         self._logits = PinnedLogits(limits.max_batch_size, self.vocab_size)
         self._result = cache(lambda rows: StepResult(rows, rows * INT64_BYTES))
-        self._work: Callable[[], None] = _do_nothing
+        self._work: Callable[[], None] = no_work
         self._batch_size = 0
         self._prompts = self._plan.create_context(CONTEXT_PROFILE, None)
         self._generations: OrderedDict[tuple[int, int], _Generation] = OrderedDict()
@@ -266,7 +267,3 @@ class TensorRtEngine:
             self._generations[key] = _Generation(context, StepGraphs(self._stream.handle))
         self._generations.move_to_end(key)
         return self._generations[key]
-
-
-def _do_nothing() -> None:
-    """Work during steps unless there is other."""

@@ -33,6 +33,7 @@ from mpt_trt.engines.cuda.steps_ahead import (
     StepResult,
     run_ahead,
 )
+from mpt_trt.engines.interface import no_work
 from mpt_trt.engines.manifest import Manifest
 from mpt_trt.engines.onnxruntime.cuda import rewrites
 from mpt_trt.engines.onnxruntime.cuda.collectives import CollectiveGroup, operator_library
@@ -92,7 +93,7 @@ class OnnxCudaEngine:
         self._state = _StepState(limits.max_batch_size, self.vocab_size)
         self._logits = PinnedLogits(limits.max_batch_size, self.vocab_size)
         self._result = cache(lambda rows: StepResult(rows, _sums_start(rows)))
-        self._work: Callable[[], None] = _do_nothing
+        self._work: Callable[[], None] = no_work
         self._prompt_buffers: dict[str, DeviceBuffer] = {}
         self._graphs = StepGraphs(self._stream.handle)
 
@@ -347,10 +348,6 @@ class _StepState:
 def _sums_start(rows: int) -> int:
     """First byte of the sums in the result of a step."""
     return 2 * rows * INT64_BYTES
-
-
-def _do_nothing() -> None:
-    """Work during steps unless there is other."""
 
 
 def _cache_type(spec: EngineSpec) -> int:
