@@ -22,7 +22,7 @@ from mpt_trt.arrays.cast import STORAGE_TYPES
 from mpt_trt.checkpoint.other_folders import hint
 from mpt_trt.checkpoint.source import TOKENIZER_FOLDER
 from mpt_trt.errors import MptTrtError
-from mpt_trt.ft.folder import CONFIG, MANIFEST, MOST_INI_BYTES, QUOTES, SECTION
+from mpt_trt.ft.folder import CONFIG, INI_ERRORS, MANIFEST, MOST_INI_BYTES, QUOTES, parse_ini
 from mpt_trt.ft.layout import (
     FtFile,
     Int8Files,
@@ -263,7 +263,6 @@ class _Ini:
 
     def __init__(self, path: Path):
         self.path = path
-        parser = configparser.ConfigParser(interpolation=None)
         if not path.exists():
             has_tensors = any(path.parent.glob("model.*.bin"))
             remedy = "give a {tp_size}-gpu folder of an FT checkpoint" + hint(path.parent)
@@ -272,11 +271,8 @@ class _Ini:
             )
         content = read_small_file(path, MOST_INI_BYTES)
         try:
-            if len(content) > MOST_INI_BYTES:
-                raise ValueError("larger than 1 MiB")
-            parser.read_string(content.decode("utf-8"))
-            self.values = dict(parser[SECTION])
-        except (configparser.Error, KeyError, ValueError) as error:
+            self.values = parse_ini(content)
+        except INI_ERRORS as error:
             raise MptTrtError(f"{path}: not an FT config.ini ({shown(error)})") from None
 
     def text(self, key: str, default: str) -> str:

@@ -16,6 +16,7 @@ MANIFEST = "manifest.json"
 MOST_INI_BYTES = 1 << 20
 """Far above the size of converters' config.ini, about a kilobyte."""
 QUOTES = "'"
+INI_ERRORS = (configparser.Error, KeyError, ValueError)
 
 
 def _own_files(folder: Path) -> set[str] | None:
@@ -31,14 +32,24 @@ def _own_files(folder: Path) -> set[str] | None:
 FT_CHECKPOINT = FolderKind("an FT checkpoint", _own_files)
 
 
+def parse_ini(content: bytes) -> dict[str, str]:
+    """Parses a config.ini, of which at least one byte more than `MOST_INI_BYTES` is given.
+
+    Raises one of INI_ERRORS when it is too large, not UTF-8, no INI file or without the section.
+    """
+    if len(content) > MOST_INI_BYTES:
+        raise ValueError("larger than 1 MiB")
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read_string(content.decode("utf-8"))
+    return dict(parser[SECTION])
+
+
 def content_of(folder: Path) -> str | None:
     """Words for the model and the type of a checkpoint; None if no config.ini names them."""
-    parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read_string(read_small_file(folder / CONFIG, MOST_INI_BYTES).decode("utf-8"))
-        values = parser[SECTION]
+        values = parse_ini(read_small_file(folder / CONFIG, MOST_INI_BYTES))
         name, storage_type = values["model_name"], values["storage_dtype"]
-    except (OSError, ValueError, KeyError, configparser.Error):
+    except (OSError, *INI_ERRORS):
         return None
     smoothing = values.get("smoothquant", "None")
     smoothed = "" if smoothing == "None" else f", smoothed with alpha {_plain(smoothing)}"
