@@ -27,7 +27,7 @@ from mpt_trt.model.tensors import BlockMatrix
 from mpt_trt.model.torch_block import PlainBlock, model_norm, with_weights
 from mpt_trt.model.torch_tensors import ModelTensors
 from mpt_trt.quantization.gptq import Statistics
-from mpt_trt.quantization.mixed import Candidate, choose_formats, require_budget
+from mpt_trt.quantization.mixed import Candidate, choose_formats, matrix_bits, require_budget
 from mpt_trt.quantization.schemes import MIXED_STRIDE, IntegerFormat, mixed_candidates
 
 Formats = list[dict[BlockMatrix, IntegerFormat]]
@@ -53,7 +53,7 @@ def measured_formats(
     divergence = _Measurement(source, computation, formats).run(samples, advance)
     candidates = {
         (layer, matrix): [
-            Candidate(each, _size(each, *shapes[matrix]), divergence[layer, matrix, each])
+            Candidate(each, matrix_bits(each, *shapes[matrix]), divergence[layer, matrix, each])
             for each in formats
         ]
         for layer in range(config.num_layers)
@@ -64,10 +64,6 @@ def measured_formats(
         {matrix: chosen[layer, matrix] for matrix in BlockMatrix}
         for layer in range(config.num_layers)
     ]
-
-
-def _size(each: IntegerFormat, out_features: int, in_features: int) -> float:
-    return each.bits_per_weight(in_features) * out_features * in_features
 
 
 Variant = tuple[int, BlockMatrix, IntegerFormat]

@@ -24,19 +24,19 @@ class Candidate:
     divergence: float
 
 
+def matrix_bits(each: IntegerFormat, out_features: int, in_features: int) -> float:
+    """Bits of a matrix in a format, scales included."""
+    return each.bits_per_weight(in_features) * out_features * in_features
+
+
 def require_budget(config: MptConfig, bits: float) -> None:
     """Raises MptTrtError when not even a model's smallest formats fit into the budget.
 
     bits: average bits per weight, scales included.
     """
-    shapes = [matrix.shape(config) for matrix in BlockMatrix]
-    sizes = [
-        min(each.bits_per_weight(in_features) for each in mixed_candidates(config))
-        * out_features
-        * in_features
-        for out_features, in_features in shapes
-    ]
-    least = sum(sizes) / sum(out_features * in_features for out_features, in_features in shapes)
+    shapes, formats = [matrix.shape(config) for matrix in BlockMatrix], mixed_candidates(config)
+    sizes = [min(matrix_bits(each, *shape) for each in formats) for shape in shapes]
+    least = sum(sizes) / sum(map(math.prod, shapes))
     if bits < least:
         raise _too_small(bits, least)
 
