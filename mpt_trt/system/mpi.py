@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpt_trt.errors import MptTrtError, SharedError
+from mpt_trt.system.files import seen_from
 from mpt_trt.system.process import end_with_parent
 
 if TYPE_CHECKING:
@@ -166,10 +167,8 @@ def _own_program(name: str) -> str:
 
     Packages from PyPI install mpirun there, where a shell need not look for it.
     """
-    program, here = Path(sys.executable).with_name(name), Path.cwd()
-    if not program.exists():
-        return name
-    return str(program.relative_to(here) if program.is_relative_to(here) else program)
+    program = Path(sys.executable).with_name(name)
+    return seen_from(Path.cwd(), program) if program.exists() else name
 
 
 def _patience_seconds() -> float:

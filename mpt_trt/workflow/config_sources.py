@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt_trt.errors import MptTrtError
+from mpt_trt.system.files import seen_from
 
 COMMAND_LINE = "--config"
 
@@ -75,8 +76,7 @@ def require_yaml(path: Path) -> None:
 
 
 def _shown(file: str | Path) -> str:
-    path, here = Path(file), Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    return seen_from(Path.cwd(), Path(file))
 
 
 def _text(name: str) -> str:

@@ -43,6 +43,7 @@ from mpt_trt.proofs.facts import (
 from mpt_trt.quantization.mixed import require_budget
 from mpt_trt.quantization.schemes import require_fitting_groups
 from mpt_trt.system.code_version import source_hash
+from mpt_trt.system.files import seen_from
 from mpt_trt.workflow import gpu_request, key_checks, target_names
 from mpt_trt.workflow.settings import Settings, Variant
 from mpt_trt.workflow.target_names import CalibrationName
@@ -392,12 +393,7 @@ class Plan:
                 f"{label} contains the workflow's outputs; move the task files to a folder of "
                 "their own"
             )
-        return [self.find(self._from_here(file)) for file in existing_files(path)]
-
-    def _from_here(self, path: Path) -> str:
-        """A path relative to the working directory, if it is in it."""
-        folder = self.working_directory
-        return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+        return [self.find(seen_from(self.working_directory, file)) for file in existing_files(path)]
 
     def _shipped_file(self, path: Path) -> str:
         return str(self.shipped(f"mpt_trt/proofs/facts/{path.name}"))
