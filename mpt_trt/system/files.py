@@ -129,11 +129,6 @@ def read_small_file(path: Path, most_bytes: int) -> bytes:
         raise MptTrtError(f"{path}: cannot be read: {error}") from None
 
 
-def seen_from(folder: Path, path: Path) -> str:
-    """The path relative to `folder` if it lies in it; otherwise the path as it is."""
-    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
-
-
 def hard_link(source: Path, target: Path) -> None:
     """Makes `target` a hard link to `source`, or a copy if the file system cannot link.
 

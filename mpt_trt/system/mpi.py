@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpt_trt.errors import MptTrtError, SharedError
-from mpt_trt.system.files import seen_from
 from mpt_trt.system.process import end_with_parent
+from mpt_trt.system.shown_paths import seen_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.system.files import seen_from
+from mpt_trt.system.shown_paths import seen_from
 
 COMMAND_LINE = "--config"
 

@@ -43,7 +43,7 @@ from mpt_trt.proofs.facts import (
 from mpt_trt.quantization.mixed import require_budget
 from mpt_trt.quantization.schemes import require_fitting_groups
 from mpt_trt.system.code_version import source_hash
-from mpt_trt.system.files import seen_from
+from mpt_trt.system.shown_paths import seen_from
 from mpt_trt.workflow import gpu_request, key_checks, target_names
 from mpt_trt.workflow.settings import Settings, Variant
 from mpt_trt.workflow.target_names import CalibrationName
