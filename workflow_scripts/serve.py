@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--drain",
-        type=_drain,
+        type=_integer(0),
         default=30,
         help="seconds for running requests after SIGTERM (default: %(default)s)",
     )
@@ -109,23 +109,13 @@ def _integer(least: int) -> Callable[[str], int]:
 
 
 def _timeout(text: str) -> float:
-    if not 0 < (seconds := _number(text)) < math.inf:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of seconds above 0")
     return seconds
-
-
-def _drain(text: str) -> float:
-    if not 0 <= (seconds := _number(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of seconds from 0 on")
-    return seconds
-
-
-def _number(text: str) -> float:
-    """The number in a text; nan if there is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from mpt_trt.cli.own_flags import own_flags
 from mpt_trt.engines.load import LoadedEngine, load_engine
 from mpt_trt.engines.manifest import read_manifest
 from mpt_trt.errors import MptTrtError
+
+FLAGS = {"num_threads": "--num_threads"}
 
 
 def open_engine(options: argparse.Namespace) -> LoadedEngine:
@@ -19,6 +22,7 @@ def open_engine(options: argparse.Namespace) -> LoadedEngine:
         raise MptTrtError(f"--total_threads = {total}: at least 1, or 0 for all cores, is required")
     if total and not num_threads:
         num_threads = max(1, total // read_manifest(options.engine_dir).spec.tp_size)
-    return load_engine(
-        options.engine_dir, options.runtime, num_threads, options.activations, options.trust
-    )
+    with own_flags(FLAGS):
+        return load_engine(
+            options.engine_dir, options.runtime, num_threads, options.activations, options.trust
+        )

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import uvicorn
 
 from mpt_trt.api.text import EngineText
+from mpt_trt.cli.engines import open_engine
 from mpt_trt.cli.logs import set_up_logging
 from mpt_trt.engines.interface import RowModel
-from mpt_trt.engines.load import LoadedEngine, load_engine
+from mpt_trt.engines.load import LoadedEngine
 from mpt_trt.engines.manifest import read_manifest
 from mpt_trt.errors import MptTrtError
 from mpt_trt.scheduling.ranks import LeadingModel, follow, lead
@@ -49,13 +50,7 @@ def run(options: argparse.Namespace) -> None:
         options.engine_dir, manifest, options.tokenizer_dir, options.chat_template
     )
     text.require_tokenizer()
-    engine = load_engine(
-        options.engine_dir,
-        options.runtime,
-        options.num_threads,
-        options.activations,
-        options.trust,
-    )
+    engine = open_engine(options)
     ranks = engine.communicator
     if ranks is not None and ranks.rank > 0:
         # Rank 0 answers what runs, and then ends the others.
@@ -102,7 +97,7 @@ def _serve(
                 http=HttpProtocol,
                 ws="none",
                 limit_concurrency=MOST_CONNECTIONS,
-                timeout_graceful_shutdown=int(options.drain),
+                timeout_graceful_shutdown=options.drain,
                 server_header=False,
             ),
             worker,

@@ -49,6 +49,11 @@ def test_a_port_that_is_taken(demo_engine: Path) -> None:
             call_tool("serve.py", "--engine_dir", demo_engine, "--port", port, "--num_threads=1")
 
 
+def test_threads_are_rejected_by_the_name_of_their_option(demo_engine: Path) -> None:
+    with pytest.raises(MptTrtError, match="^--num_threads = -1: 0 "):
+        call_tool("serve.py", f"--engine_dir={demo_engine}", "--num_threads=-1")
+
+
 @pytest.mark.parametrize("port", ["99999", "-1", "http"])
 def test_a_number_that_is_no_port(port: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
@@ -67,7 +72,7 @@ def test_a_number_that_is_no_port(port: str, capsys: pytest.CaptureFixture) -> N
             "a finite number of seconds above 0",
             ["0", "-1", "nan", "inf", "1e400", "x"],
         ),
-        ("--drain", "a finite number of seconds from 0 on", ["-1", "nan", "inf", "-inf", ""]),
+        ("--drain", "an integer of at least 0", ["-1", "nan", "inf", "0.5", ""]),
     ],
 )
 def test_numbers_that_limit_nothing(
