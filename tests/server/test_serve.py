@@ -50,7 +50,7 @@ def test_a_port_that_is_taken(demo_engine: Path) -> None:
 
 
 def test_threads_are_rejected_by_the_name_of_their_option(demo_engine: Path) -> None:
-    with pytest.raises(MptTrtError, match="^--num_threads = -1: 0 "):
+    with pytest.raises(MptTrtError, match=r"^--num_threads = -1: 0 "):
         call_tool("serve.py", f"--engine_dir={demo_engine}", "--num_threads=-1")
 
 
