@@ -23,8 +23,8 @@ from support.engines import build, make_ft_checkpoint
 from support.forks.servers import serving_forks
 from support.ft import CLI
 
-# Time limits on a busy machine say nothing about a property. In CI, the examples are the same in each
-# run, so that a change fails only for what it does; anywhere else, they are new.
+# Time limits on a busy machine say nothing about a property. In CI, the examples are the same in
+# each run, so that a change fails only for what it does; anywhere else, they are new.
 settings.register_profile("ours", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("ours")
 

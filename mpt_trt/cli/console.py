@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from mpt_trt.cli.standard_streams import flush_standard_output, prepare_standard_streams
 from mpt_trt.errors import MptTrtError, SharedError
@@ -36,27 +36,10 @@ def run_command(make_parser: Callable[[], argparse.ArgumentParser], command: str
     """
 
     def main() -> None:
-        with _without_collection():
-            options = make_parser().parse_args()
-            module = importlib.import_module(command)
-        module.run(options)
+        options = make_parser().parse_args()
+        importlib.import_module(command).run(options)
 
     run_cli(main)
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Keeps Python's garbage collector from what the block makes, also afterwards.
-
-    It would look through all modules several times during their imports, and later again, also in
-    each process that is forked. They live as long as the program.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def run_cli(main: Callable[[], None]) -> None:
