@@ -71,10 +71,10 @@ test-kills: $(VENV)/installed-dev
 robustness: $(VENV)/installed-dev
 	MPT_TRT_REQUESTS=10000 $(BIN)/python -m pytest tests/scheduling/test_robustness.py
 
-# Tests real shapes with two blocks, and every feature in every quantization on the simulated
-# TensorRT: about 15 minutes, 10 GB of memory, 10 GB of disk space.
+# Tests real shapes with two blocks, every feature in every quantization on the simulated TensorRT,
+# and slow cases of other tests: about 20 minutes, 10 GB of memory, 10 GB of disk space.
 nightly: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m nightly tests/nightly
+	$(BIN)/python -m pytest -m nightly tests
 
 # Compares speed and memory on small models with recorded ratios: 1 to 3 minutes, 4 GB of disk space.
 # To record them anew: make bench BENCH=--record

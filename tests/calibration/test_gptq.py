@@ -26,10 +26,10 @@ TEXT = REPOSITORY / "mpt_trt" / "calibration" / "calibration.txt"
 WINDOWS, LENGTH = 16, 256
 
 
-@pytest.fixture(scope="module")
-def samples() -> torch.Tensor:
-    """A short text: more would bring the divergence further below the bounds."""
-    return read_samples(TEXT, read_tokenizer(DEMO), 20, 256)
+@pytest.fixture(scope="module", params=[256, pytest.param(512, marks=pytest.mark.nightly)])
+def samples(request: pytest.FixtureRequest) -> torch.Tensor:
+    """Tokens to calibrate with. More of them bring the divergence further below the bounds."""
+    return read_samples(TEXT, read_tokenizer(DEMO), 20, request.param)
 
 
 @pytest.fixture(scope="module")
