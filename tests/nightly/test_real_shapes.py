@@ -21,7 +21,7 @@ from mpt_trt.evaluation.reference import reference_logits
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.model.sharding import VocabularySharding
 from references.merged_ranks import MergedRanks
-from support.engines import call_tool, deviation, feed
+from support.engines import call_tool, deviation, feed, run_tool
 
 pytestmark = pytest.mark.nightly
 
@@ -43,9 +43,10 @@ FLOAT16_BOUND = 1.5e-2
 def checkpoint(request, tmp_path_factory) -> Iterator[Path]:
     """A random float16 checkpoint, which is removed in the end."""
     folder = tmp_path_factory.mktemp("checkpoint") / request.param
-    call_tool(
+    made = run_tool(
         "make_random_checkpoint.py", "--like", request.param, "--layers=2", f"--output_dir={folder}"
     )
+    assert made.returncode == 0, made.stderr
     yield folder
     shutil.rmtree(folder)
 
