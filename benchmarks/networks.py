@@ -12,13 +12,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.engines.build.rank_network import NetworkInputs, write_networks
-from mpt_trt.engines.manifest import (
-    Manifest,
-    RankFiles,
-    engine_name,
-    read_network_description,
-    read_network_manifest,
-)
+from mpt_trt.engines.manifest import Manifest, RankFiles, read_network_manifest
+from mpt_trt.engines.rank_descriptions import engine_name, read_network_description
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.model.sharding import VocabularySharding

@@ -28,13 +28,9 @@ from common import REPOSITORY, make_random_checkpoint, measure, script, write_re
 sys.path.insert(0, str(REPOSITORY))
 
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
+from mpt_trt.engines.build.assemble import write_manifest
 from mpt_trt.engines.build.rank_network import NetworkInputs, write_networks
-from mpt_trt.engines.manifest import (
-    engine_name,
-    read_network_hash,
-    write_manifest,
-    write_plan_description,
-)
+from mpt_trt.engines.rank_descriptions import engine_name, read_network_hash, write_plan_description
 from mpt_trt.engines.spec import BuilderInfo, BuildLimits
 from mpt_trt.ft.checkpoint import read_ft_checkpoint
 from mpt_trt.model.sharding import VocabularySharding

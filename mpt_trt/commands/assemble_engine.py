@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from mpt_trt.engines.manifest import collect, read_network_spec
+from mpt_trt.engines.build.assemble import assemble_engine
+from mpt_trt.engines.rank_descriptions import read_network_spec
 
 
 def run(options: argparse.Namespace) -> None:
     tp_size = read_network_spec(options.network_dir).tp_size
     folders = [(options.network_dir, options.plan_dir)] * tp_size
-    collect(folders, options.output_dir, options.trust, options.force)
+    assemble_engine(folders, options.output_dir, options.trust, options.force)

@@ -6,7 +6,7 @@ import argparse
 
 from mpt_trt.cli import options as cli_options
 from mpt_trt.engines.build.build import build_rank
-from mpt_trt.engines.manifest import read_network_spec
+from mpt_trt.engines.rank_descriptions import read_network_spec
 
 
 def run(options: argparse.Namespace) -> None:

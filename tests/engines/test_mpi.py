@@ -25,7 +25,7 @@ from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines.build.build import build_engine
 from mpt_trt.engines.build.rank_network import NetworkInputs
 from mpt_trt.engines.load import load_engine
-from mpt_trt.engines.manifest import engine_name, read_network_hash, write_plan_description
+from mpt_trt.engines.rank_descriptions import engine_name, read_network_hash, write_plan_description
 from mpt_trt.engines.spec import BuilderChoice, BuilderInfo, BuildLimits
 from mpt_trt.evaluation.quality_result import read_quality
 from mpt_trt.ft.checkpoint import read_ft_checkpoint

@@ -25,9 +25,10 @@ from onnx import helper
 import mpt_trt
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
+from mpt_trt.engines.build.assemble import assemble_engine
 from mpt_trt.engines.build.build import build_rank
 from mpt_trt.engines.build.rank_network import NetworkInputs, write_networks
-from mpt_trt.engines.manifest import check_content, collect, read_manifest
+from mpt_trt.engines.manifest import check_content, read_manifest
 from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.engines.tensorrt import plan_builder
 from mpt_trt.engines.tensorrt.packages import installed_package
@@ -497,7 +498,7 @@ def make_parts(checkpoint: FtCheckpoint, folder: Path, ranks=(0, 1), **changes) 
 
 
 def collected(networks: list[Path], plans: list[Path], target: Path) -> Path:
-    collect(list(zip(networks, plans, strict=True)), target)
+    assemble_engine(list(zip(networks, plans, strict=True)), target)
     return target
 
 

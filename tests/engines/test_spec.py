@@ -9,7 +9,7 @@ import pytest
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.checkpoint.known_models import known_config
 from mpt_trt.engines.build.rank_network import NetworkInputs
-from mpt_trt.engines.manifest import read_network_spec
+from mpt_trt.engines.rank_descriptions import read_network_spec
 from mpt_trt.engines.spec import BuilderChoice, BuildLimits, EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.sharding import VocabularySharding

@@ -36,12 +36,8 @@ from mpt_trt.checkpoint.special_tokens import read_special_tokens
 from mpt_trt.checkpoint.tensors import SafetensorsShard
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.cli.prompts import read_ids, read_texts
-from mpt_trt.engines.manifest import (
-    ENGINE,
-    read_manifest,
-    read_network_description,
-    read_plan_description,
-)
+from mpt_trt.engines.manifest import ENGINE, read_manifest
+from mpt_trt.engines.rank_descriptions import read_network_description, read_plan_description
 from mpt_trt.engines.trtllm.recorded_generation import read_trtllm_generation
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.heldout import HeldOut, read_heldout, write_heldout

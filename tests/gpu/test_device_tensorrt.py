@@ -24,17 +24,17 @@ from cuda.bindings import runtime as cudart
 from engines.test_mpi import mpirun
 from first_contact.checked import CheckedTensorRt
 from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED
+from mpt_trt.engines.build.assemble import write_manifest
 from mpt_trt.engines.build.rank_network import NetworkInputs, write_networks
 from mpt_trt.engines.cuda.memory import call
-from mpt_trt.engines.manifest import (
+from mpt_trt.engines.manifest import read_manifest
+from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
+from mpt_trt.engines.rank_descriptions import (
     engine_name,
     network_name,
-    read_manifest,
     read_network_hash,
-    write_manifest,
     write_plan_description,
 )
-from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
 from mpt_trt.engines.spec import BuilderInfo
 from mpt_trt.engines.tensorrt.engine import TensorRtEngine
 from mpt_trt.model.sharding import VocabularySharding

@@ -28,8 +28,8 @@ import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from mpt_trt.engines.manifest import BuildLimits
 from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
+from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.model.config import MptConfig

@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from mpt_trt.calibration.calibrated_quantization import CalibratedQuantization
 from mpt_trt.cli.output_options import input_paths
 from mpt_trt.engines.build.rank_network import NetworkInputs
-from mpt_trt.engines.manifest import network_name
+from mpt_trt.engines.rank_descriptions import network_name
 from mpt_trt.engines.spec import BuildLimits
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.checkpoint import read_ft_checkpoint

@@ -11,10 +11,10 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper
 
-from mpt_trt.engines.manifest import network_name
 from mpt_trt.engines.onnxruntime.cuda import rewrites
 from mpt_trt.engines.onnxruntime.cuda.shared_weights import share_weights
 from mpt_trt.engines.onnxruntime.external_data import SharedWeight
+from mpt_trt.engines.rank_descriptions import network_name
 
 BOUND = 2e-5
 # Rows of different lengths, one of a single token.

@@ -25,9 +25,10 @@ from mpt_trt.checkpoint.tensors import HfCheckpoint
 from mpt_trt.engines.build.build import build_engine
 from mpt_trt.engines.build.rank_network import NetworkInputs, write_rank_network
 from mpt_trt.engines.interface import StepModel
-from mpt_trt.engines.manifest import NETWORKS, network_name, read_network_manifest
+from mpt_trt.engines.manifest import read_network_manifest
 from mpt_trt.engines.onnxruntime.cpu_engine import OnnxRuntimeEngine
 from mpt_trt.engines.onnxruntime.cpu_settings import CpuSettings
+from mpt_trt.engines.rank_descriptions import NETWORKS, network_name
 from mpt_trt.engines.spec import BuilderChoice, BuildLimits
 from mpt_trt.ft.checkpoint import FtCheckpoint, read_ft_checkpoint
 from mpt_trt.ft.writer import ConversionSettings, write_ft_checkpoint

@@ -6,9 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from mpt_trt.engines import manifest
+from mpt_trt.engines.build.assemble import write_manifest
 from mpt_trt.engines.build.rank_network import NetworkInputs, write_networks
 from mpt_trt.engines.compute_capabilities import require_buildable, require_fp8_support
+from mpt_trt.engines.manifest import ENGINE, remember_engine
+from mpt_trt.engines.rank_descriptions import (
+    engine_name,
+    network_name,
+    plan_description_name,
+    read_network_hash,
+    read_network_spec,
+    require_whole_network,
+    write_plan_description,
+)
 from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.engines.tensorrt import plan_builder
 from mpt_trt.engines.tensorrt.packages import choose_package
@@ -42,12 +52,12 @@ def build_rank(
     build, because a process was killed between the two, is refused by its hash. networks: folder of
     the network. is_trusted: the network's files are not compared with the recorded hashes.
     """
-    manifest.require_whole_network(networks, rank, is_trusted)
-    _require_capable_gpus(builder, manifest.read_network_spec(networks, rank).quantization)
-    names = (manifest.plan_description_name(rank), manifest.engine_name(rank))
+    require_whole_network(networks, rank, is_trusted)
+    _require_capable_gpus(builder, read_network_spec(networks, rank).quantization)
+    names = (plan_description_name(rank), engine_name(rank))
     for name in names:
         require_writable(target / name)
-    with staging_directory(target / manifest.engine_name(rank)) as folder:
+    with staging_directory(target / engine_name(rank)) as folder:
         _build_plan(networks, rank, builder, folder)
         sync(folder)
         move_together(folder, names, target)
@@ -73,28 +83,28 @@ def build_engine(
     """
     tp_size = inputs.checkpoint.tp_size
     _require_capable_gpus(builder, inputs.calibrated.quantization)
-    with replace_directory(target, manifest.ENGINE, inputs.paths, force) as folder:
+    with replace_directory(target, ENGINE, inputs.paths, force) as folder:
         with progress or nullcontext(no_progress) as advance:
             write_networks(inputs, folder, advance)
         build_plans(folder, builder, tp_size)
-        manifest.write_manifest(folder, [(folder, folder)] * tp_size)
+        write_manifest(folder, [(folder, folder)] * tp_size)
         for description in folder.glob("rank*.json"):
             description.unlink()
-    manifest.remember_engine(target)
+    remember_engine(target)
 
 
 def _build_plan(networks: Path, rank: int, builder: BuilderChoice, folder: Path) -> None:
-    spec = manifest.read_network_spec(networks, rank)
+    spec = read_network_spec(networks, rank)
     package = choose_package(builder.backend)
     options = BuildOptions(package, spec.limits, builder.compute_capabilities)
-    plan = folder / manifest.engine_name(rank)
-    network = networks / manifest.network_name(rank)
+    plan = folder / engine_name(rank)
+    network = networks / network_name(rank)
     # TensorRT's parser follows file names out of the folder.
     read_network(network)
     with _hint_at_int8_kernels(spec.quantization):
         built = plan_builder.build_plan(network, options, plan)
-    network_hash = manifest.read_network_hash(networks, rank)
-    manifest.write_plan_description(plan, built.hash, network_hash, built.builder)
+    network_hash = read_network_hash(networks, rank)
+    write_plan_description(plan, built.hash, network_hash, built.builder)
 
 
 def _require_capable_gpus(builder: BuilderChoice, quantization: Quantization) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpt_trt.calibration.calibrated_quantization import NOT_QUANTIZED, CalibratedQuantization
-from mpt_trt.engines.manifest import (
+from mpt_trt.engines.rank_descriptions import (
     NETWORKS,
     network_name,
     remember_networks,

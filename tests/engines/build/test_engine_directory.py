@@ -17,9 +17,10 @@ import xxhash
 
 import mpt_trt
 from mpt_trt.engines import load
+from mpt_trt.engines.build.assemble import assemble_engine, write_manifest
 from mpt_trt.engines.build.build import build_rank
 from mpt_trt.engines.load import load_engine, tensorrt_obstacle
-from mpt_trt.engines.manifest import Manifest, collect, read_manifest, write_manifest
+from mpt_trt.engines.manifest import Manifest, read_manifest
 from mpt_trt.engines.spec import BuilderChoice, BuildLimits
 from mpt_trt.engines.tensorrt import packages
 from mpt_trt.engines.tensorrt.packages import Package
@@ -448,7 +449,7 @@ def parts(built: Built, tmp_path_factory) -> Path:
 
 
 def test_collected_directory_is_what_build_makes(built: Built, parts, tmp_path):
-    collect([(parts / "network", parts / "plan")], tmp_path / "engine")
+    assemble_engine([(parts / "network", parts / "plan")], tmp_path / "engine")
     assert tree(tmp_path / "engine") == tree(built.engine)
     collected, whole = config_of(tmp_path / "engine"), config_of(built.engine)
     for content in (collected, whole):  # a plan is not the same in every build
@@ -462,7 +463,7 @@ def test_collected_directory_is_what_build_makes(built: Built, parts, tmp_path):
 
 def test_plan_of_another_network_is_refused(parts, tmp_path):
     with pytest.raises(MptTrtError) as caught:
-        collect([(parts / "longer_network", parts / "plan")], tmp_path / "engine")
+        assemble_engine([(parts / "longer_network", parts / "plan")], tmp_path / "engine")
     assert str(caught.value) == (
         "rank0.engine was built from another network than the rank0.onnx given; build it again"
     )
@@ -471,7 +472,7 @@ def test_plan_of_another_network_is_refused(parts, tmp_path):
 
 def test_network_made_again_in_the_same_way_still_fits(built: Built, parts, tmp_path):
     again = make_network(built.checkpoint, tmp_path / "again")
-    collect([(again, parts / "plan")], tmp_path / "engine")
+    assemble_engine([(again, parts / "plan")], tmp_path / "engine")
     read_manifest(tmp_path / "engine")
 
 
@@ -484,7 +485,7 @@ def test_more_ranks_than_the_model_has_are_refused(parts, tmp_path):
         path.rename(path.with_name(path.name.replace("rank0", "rank1")))
     ranks = [(parts / "network", parts / "plan"), (second / "network", second / "plan")]
     with pytest.raises(MptTrtError):
-        collect(ranks, tmp_path / "engine")
+        assemble_engine(ranks, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
 
 
@@ -519,7 +520,7 @@ def test_collecting_an_incomplete_rank_names_the_file(parts, removed, is_cut, tm
         message = f"missing, though {description} names it; {remedy}"
         message = "no such file; build it again" if is_plan else message
     with pytest.raises(MptTrtError) as caught:
-        collect([(copy / "network", copy / "plan")], tmp_path / "engine")
+        assemble_engine([(copy / "network", copy / "plan")], tmp_path / "engine")
     assert str(caught.value) == f"{copy / removed}: {message}"
     assert not (tmp_path / "engine").exists() and not list(tmp_path.glob(".engine*"))
 
@@ -532,10 +533,10 @@ def test_a_build_killed_between_description_and_plan_is_noticed_and_repaired(par
     with pytest.raises(
         MptTrtError, match=rf"^{plans}/rank0\.engine: .*; delete .* and build it ag"
     ):
-        collect([(networks, plans)], tmp_path / "engine")
+        assemble_engine([(networks, plans)], tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
     build_rank(networks, 0, BUILDER, plans)
-    collect([(networks, plans)], tmp_path / "engine")
+    assemble_engine([(networks, plans)], tmp_path / "engine")
     read_manifest(tmp_path / "engine")
 
 

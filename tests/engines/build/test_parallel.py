@@ -15,10 +15,11 @@ import pytest
 
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.tensors import HfCheckpoint
+from mpt_trt.engines.build.assemble import assemble_engine
 from mpt_trt.engines.build.build import build_rank
 from mpt_trt.engines.build.parallel import build_side_by_side
 from mpt_trt.engines.build.rank_network import NetworkInputs, make_networks
-from mpt_trt.engines.manifest import collect, read_manifest
+from mpt_trt.engines.manifest import read_manifest
 from mpt_trt.engines.spec import BuilderChoice
 from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.errors import MptTrtError
@@ -63,7 +64,7 @@ def test_ranks_built_by_themselves_make_an_engine(networks: Path, tmp_path: Path
     build_rank(networks, 1, BUILDER, plans)
     changed = [name for name in PLANS if (plans / name).stat().st_ino != before[name]]
     assert changed == ["rank1.engine"]
-    collect([(networks, plans)] * RANKS, tmp_path / "engine")
+    assemble_engine([(networks, plans)] * RANKS, tmp_path / "engine")
     assert read_manifest(tmp_path / "engine").spec.tp_size == RANKS
 
 

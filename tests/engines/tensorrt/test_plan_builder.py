@@ -27,8 +27,7 @@ import tensorrt_rtx as trt
 
 from mpt_trt.engines.build.build import build_engine, build_rank
 from mpt_trt.engines.build.rank_network import NetworkInputs
-from mpt_trt.engines.manifest import BuildLimits
-from mpt_trt.engines.spec import BuilderChoice, EngineSpec
+from mpt_trt.engines.spec import BuilderChoice, BuildLimits, EngineSpec
 from mpt_trt.engines.tensorrt import plan_builder
 from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.engines.tensorrt.plan_builder import BuildOptions

@@ -18,16 +18,16 @@ import pytest
 from mpt_trt.engines.build.build import build_engine
 from mpt_trt.engines.build.rank_network import NetworkInputs
 from mpt_trt.engines.cuda import device, graphs, memory, steps_ahead
-from mpt_trt.engines.manifest import (
-    engine_name,
-    network_name,
-    read_manifest,
-    read_network_hash,
-    write_plan_description,
-)
+from mpt_trt.engines.manifest import read_manifest
 from mpt_trt.engines.onnxruntime.cuda import engine as onnx_engine
 from mpt_trt.engines.onnxruntime.cuda import uploaded_weights
 from mpt_trt.engines.onnxruntime.cuda.session import PROVIDER
+from mpt_trt.engines.rank_descriptions import (
+    engine_name,
+    network_name,
+    read_network_hash,
+    write_plan_description,
+)
 from mpt_trt.engines.spec import BuilderChoice, BuilderInfo
 from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.system import gpus
