@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -35,16 +35,18 @@ def require_budget(config: MptConfig, bits: float) -> None:
     bits: average bits per weight, scales included.
     """
     shapes, formats = [matrix.shape(config) for matrix in BlockMatrix], mixed_candidates(config)
-    sizes = [min(matrix_bits(each, *shape) for each in formats) for shape in shapes]
+    smallest = [min(formats, key=lambda each: matrix_bits(each, *shape)) for shape in shapes]
+    sizes = [matrix_bits(each, *shape) for each, shape in zip(smallest, shapes, strict=True)]
     least = sum(sizes) / sum(map(math.prod, shapes))
     if bits < least:
-        raise _too_small(bits, least)
+        raise _too_small(bits, least, smallest)
 
 
-def _too_small(bits: float, least: float) -> MptTrtError:
+def _too_small(bits: float, least: float, smallest: Iterable[IntegerFormat]) -> MptTrtError:
+    names = ", ".join(sorted({each.name for each in smallest}))
     return MptTrtError(
-        f"bits = {bits:g}: this model's smallest formats take {least:g} bits per weight with "
-        f"their scales; set bits to {math.ceil(least * 1000) / 1000:g} or more"
+        f"bits = {bits:g}: this model's smallest formats ({names}) take {least:g} bits per weight "
+        f"with their scales; set bits to {math.ceil(least * 1000) / 1000:g} or more"
     )
 
 
@@ -61,7 +63,8 @@ def choose_formats(
     chosen = {place: min(each, key=lambda c: c.size) for place, each in candidates.items()}
     left = bits * num_weights - sum(each.size for each in chosen.values())
     if left < 0:
-        raise _too_small(bits, sum(each.size for each in chosen.values()) / num_weights)
+        least = sum(each.size for each in chosen.values()) / num_weights
+        raise _too_small(bits, least, (each.format for each in chosen.values()))
     while steps := [
         ((now.divergence - new.divergence) / (new.size - now.size), place, new)
         for place, now in chosen.items()

@@ -275,24 +275,35 @@ def default_group_size(config: MptConfig) -> int:
 
 
 def mixed_candidates(config: MptConfig) -> list[IntegerFormat]:
-    """Lists the formats of mixed: int4 in all groups that ranks do not share, and int8."""
+    """Lists the formats of mixed: int4 in all groups that ranks do not share, and int8.
+
+    Without a group size that divides all of the model's matrices, int8 is the only one.
+    """
     largest = default_group_size(config)
-    groups = [IntegerFormat(4, size) for size in GROUP_SIZES if size <= largest]
-    return [*groups, IntegerFormat(8)]
+    sizes = [size for size in _fitting_groups(config, 1) if size <= largest]
+    return [*(IntegerFormat(4, size) for size in sizes), IntegerFormat(8)]
 
 
 def require_fitting_groups(config: MptConfig, tp_size: int, group_size: int) -> None:
     """Raises MptTrtError, listing the valid sizes, when a group would be on two ranks."""
-    inputs = (
-        config.hidden_size,
-        config.hidden_size // tp_size,
-        config.intermediate_size // tp_size,
-    )
+    inputs = _input_features(config, tp_size)
     if all(size % group_size == 0 for size in inputs):
         return
-    legal = [str(g) for g in GROUP_SIZES if all(size % g == 0 for size in inputs)]
+    legal = _fitting_groups(config, tp_size)
     raise MptTrtError(
-        f"group_size = {group_size}: layers with {', '.join(map(str, sorted(set(inputs))))} input "
+        f"group_size = {group_size}: layers with {', '.join(map(str, sorted(inputs)))} input "
         f"features on each of {tp_size} ranks are not multiples of it; valid sizes are "
-        f"{', '.join(legal) or 'none'}"
+        f"{', '.join(map(str, legal)) or 'none'}"
     )
+
+
+def _fitting_groups(config: MptConfig, tp_size: int) -> list[int]:
+    """Group sizes that divide the input features of every matrix on each rank."""
+    inputs = _input_features(config, tp_size)
+    return [each for each in GROUP_SIZES if all(size % each == 0 for size in inputs)]
+
+
+def _input_features(config: MptConfig, tp_size: int) -> set[int]:
+    """Input features of a block's matrices on each rank."""
+    hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+    return {hidden_size, hidden_size // tp_size, intermediate_size // tp_size}

@@ -78,13 +78,21 @@ def names(source: ModelSource, bits: float) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("hidden", "heads", "expected"),
+    ("hidden", "heads", "expansion", "expected"),
     [
-        (256, 4, ["int4-g64", "int4-g32", "int4-g16", "int8"]),
-        (1024, 8, ["int4-g128", "int4-g64", "int4-g32", "int4-g16", "int8"]),
+        (256, 4, 4, ["int4-g64", "int4-g32", "int4-g16", "int8"]),
+        (1024, 8, 4, ["int4-g128", "int4-g64", "int4-g32", "int4-g16", "int8"]),
+        # Groups of 16 cross borders between 2 ranks, but not those of one.
+        (48, 6, 3, ["int4-g16", "int8"]),
+        # 120 input features.
+        (48, 6, 2.5, ["int8"]),
     ],
 )
-def test_candidates(hidden: int, heads: int, expected: list[str], tmp_path: Path) -> None:
-    spec = CheckpointSpec(hidden_size=hidden, num_heads=heads, num_layers=1)
+def test_candidates(
+    hidden: int, heads: int, expansion: float, expected: list[str], tmp_path: Path
+) -> None:
+    spec = CheckpointSpec(
+        hidden_size=hidden, num_heads=heads, num_layers=1, expansion_ratio=expansion
+    )
     config = open_model(write_checkpoint(tmp_path / "hf", spec)).config
     assert [each.name for each in mixed_candidates(config)] == expected

@@ -34,8 +34,8 @@ def test_every_feature_in_every_quantization(feature, dtype, tmp_path):
             try:
                 check_quantization(model, quantization, dtype, tmp_path / name)
             except MptTrtError as error:
-                # Small models have layers that no group divides.
-                assert "group" in str(error)
+                # Small models have layers that no group divides, so that `mixed` has int8 alone.
+                assert "group" in str(error) or "smallest formats (int8)" in str(error)
                 made.is_clean_at_end = False
                 refused.append(name)
-    assert all("int4" in name for name in refused)
+    assert all("int4" in name or name == "mixed" for name in refused)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -67,6 +68,10 @@ def test_too_small_budgets_are_refused_with_the_smallest() -> None:
     require_budget(NARROW, 4.25)
     with pytest.raises(MptTrtError, match=r"bits = 4\.2: .* take 4\.25 bits .*; set bits to 4\.25"):
         require_budget(NARROW, 4.2)
+    without_groups = replace(NARROW, intermediate_size=600)
+    require_budget(without_groups, 8.1)
+    with pytest.raises(MptTrtError, match=r"bits = 6\.5: .* smallest formats \(int8\) take 8\.05"):
+        require_budget(without_groups, 6.5)
     with pytest.raises(MptTrtError, match=r"bits = 3\.9: 4\.125 .* to 16 bits per weight"):
         Mixed(3.9)
 
