@@ -25,7 +25,7 @@ from mpt_trt.quantization.schemes import (
     SmoothQuant,
     WeightOnly,
     WeightQuantization,
-    default_group_size,
+    group_size_of,
 )
 
 AWQ_GROUP_SIZES = (128, 64)
@@ -109,7 +109,7 @@ def _weight_only_groups(spec: EngineSpec) -> int | None:
 def _small_awq_groups(spec: EngineSpec) -> int | None:
     if not isinstance(spec.scheme, Awq | Gptq):
         return None
-    size = spec.scheme.group_size or default_group_size(spec.config)
+    size = group_size_of(spec.scheme, spec.config)
     return None if size in AWQ_GROUP_SIZES else size
 
 
@@ -122,7 +122,7 @@ def _uneven_matrices(spec: EngineSpec) -> str | None:
         return None
     group_size = 0
     if isinstance(spec.scheme, Awq | Gptq):
-        group_size = spec.scheme.group_size or default_group_size(spec.config)
+        group_size = group_size_of(spec.scheme, spec.config)
     multiple = max(LEAST_MULTIPLE, group_size) * spec.tp_size
     for weight in filter(lambda weight: weight.is_linear, weights(spec.config)):
         shape = ft_file(spec.config, weight, Rank(0, spec.tp_size), spec.dtype).shape

@@ -274,6 +274,11 @@ def default_group_size(config: MptConfig) -> int:
     return next(fitting, GROUP_SIZES[-1])
 
 
+def group_size_of(scheme: Awq | Gptq, config: MptConfig) -> int:
+    """Returns the input features that share a scale."""
+    return scheme.group_size or default_group_size(config)
+
+
 def mixed_candidates(config: MptConfig) -> list[IntegerFormat]:
     """Lists the formats of mixed: int4 in all groups that ranks do not share, and int8.
 

@@ -41,7 +41,15 @@ from mpt_trt.proofs.facts import (
     shipped_facts,
 )
 from mpt_trt.quantization.mixed import require_budget
-from mpt_trt.quantization.schemes import require_fitting_groups
+from mpt_trt.quantization.schemes import (
+    GROUPED,
+    Awq,
+    Gptq,
+    WeightOnly,
+    default_group_size,
+    group_size_of,
+    require_fitting_groups,
+)
 from mpt_trt.system.code_version import source_hash
 from mpt_trt.system.shown_paths import seen_from
 from mpt_trt.workflow import gpu_request, key_checks, target_names
@@ -461,9 +469,12 @@ class Plan:
                 if step == "convert_smoothquant_checkpoint":
                     self._require_calibration(config, target)
             case "quantize":
-                bits = target_names.calibration_name(target.qformat).bits
-                if bits is not None and config is not None:
-                    require_budget(config, bits)
+                name = target_names.calibration_name(target.qformat)
+                if config is not None and name.bits is not None:
+                    require_budget(config, name.bits)
+                if config is not None and name.quantization_format in GROUPED:
+                    group_size = name.group_size or default_group_size(config)
+                    require_fitting_groups(config, 1, group_size)
                 self._require_calibration(config, target)
             case "build_rank":
                 self._require_buildable(target)
@@ -533,10 +544,13 @@ class Plan:
         key_checks.require_capable_gpus(target.variant, self.variant(target), self.builder(target))
 
     def _require_fitting_groups(self, config: MptConfig | None, target: Target) -> None:
-        variant = self.variant(target)
-        group_size = getattr(variant.quantization, "group_size", None)
-        if config is not None and group_size is not None:
-            require_fitting_groups(config, target.tp, group_size)
+        if config is None:
+            return
+        match self.variant(target).quantization:
+            case WeightOnly(group_size=int(group_size)):
+                require_fitting_groups(config, target.tp, group_size)
+            case Awq() | Gptq() as scheme:
+                require_fitting_groups(config, target.tp, group_size_of(scheme, config))
 
     def _require_trtllm_support(self, config: MptConfig | None, target: Target) -> None:
         variant = self.variant(target)

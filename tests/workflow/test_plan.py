@@ -310,7 +310,13 @@ REFUSED = {
     "storage": ("convert_checkpoint", Target("toy", storage="fp8"), "'fp8': no such storage type"),
     "alpha": ("convert_smoothquant_checkpoint", Target("toy", storage="sq-2"), "no such storage"),
     "format": ("quantize", Target("toy", qformat="int5"), "calibration 'int5': no such format"),
-    "groups": ("make_networks", Target("toy", "groups", tp=2), "128"),
+    "groups": ("make_networks", Target("toy", "groups", tp=2), "group_size = 128: .* are none"),
+    "default groups": ("make_networks", Target("toy", "awq", tp=2), "group_size = 16: .* are none"),
+    "calibrated groups": (
+        "quantize",
+        Target("toy", qformat="int4_gptq-g64"),
+        "group_size = 64: .* are 16$",
+    ),
     "rank": ("build_rank", Target("toy", "fp16", tp=2, rank=2), r"the last one is rank1\.engine"),
     "trtllm": ("convert_to_trtllm", Target("toy", "odd", tp=2), "shard_head = False: backend"),
     "window": ("measure_quality", Target("toy", "fp16"), "window_length = 512, .* 40 tokens"),
@@ -326,6 +332,7 @@ REFUSED = {
 }
 FURTHER = {
     "groups": {"quantization": {"method": "int4_weight_only", "group_size": 128}},
+    "awq": {"quantization": {"method": "int4_awq"}},
     "odd": {"shard_head": False},
     "llm": {"backend": "tensorrt_llm"},
 }
@@ -338,7 +345,7 @@ def test_impossible_jobs_are_refused(case: str, folder: Path) -> None:
         make_plan(folder, variants=FURTHER).require_possible(step, target)
 
 
-@pytest.mark.parametrize("case", ["ranks", "groups", "trtllm"])
+@pytest.mark.parametrize("case", ["ranks", "groups", "default groups", "trtllm"])
 def test_what_the_architecture_forbids_waits_until_the_model_is_fetched(
     case: str, folder: Path
 ) -> None:
@@ -352,7 +359,8 @@ def test_what_the_architecture_forbids_waits_until_the_model_is_fetched(
     [
         ("convert_checkpoint", Target("toy", tp=2, storage="fp16")),
         ("convert_smoothquant_checkpoint", Target("toy", tp=3, storage="sq-0.7")),
-        ("quantize", Target("toy", qformat="int4_awq-g64")),
+        ("quantize", Target("toy", qformat="int4_awq")),
+        ("quantize", Target("toy", qformat="int4_awq-g16")),
         ("make_networks", Target("toy", "fp16", tp=3)),
         ("build_rank", Target("toy", "fp16", tp=2, rank=1)),
         ("convert_to_trtllm", Target("toy", "fp16", tp=1)),

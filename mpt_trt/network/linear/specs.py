@@ -21,8 +21,8 @@ from mpt_trt.quantization.schemes import (
     Quantization,
     SmoothQuant,
     WeightOnly,
-    default_group_size,
     folds_into_values,
+    group_size_of,
     scale_block,
 )
 
@@ -65,8 +65,8 @@ def layer_specs(
                 QUANTIZED_MATRIX: TensorSpec(f"int{bits}", shape),
                 SCALE: TensorSpec(dtype, scales),
             }
-        case Gptq(group_size=group_size):
-            form = IntegerFormat(4, group_size or default_group_size(config))
+        case Gptq() as scheme:
+            form = IntegerFormat(4, group_size_of(scheme, config))
             return integer_specs(config, weight, rank, dtype, form)
         case Mixed(formats=()) as scheme:
             # Until the choice is known, each matrix has its part of the budget.
@@ -75,8 +75,8 @@ def layer_specs(
             }
         case Mixed() as scheme:
             return integer_specs(config, weight, rank, dtype, scheme.format_of(*weight.place))
-        case Awq(group_size=group_size):
-            groups = height // (group_size or default_group_size(config))
+        case Awq() as scheme:
+            groups = height // group_size_of(scheme, config)
             specs = {
                 QUANTIZED_MATRIX: TensorSpec("int4", shape),
                 SCALE: TensorSpec(dtype, (groups, width)),
