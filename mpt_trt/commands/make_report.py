@@ -8,7 +8,8 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.proofs.compare import compare
 from mpt_trt.proofs.facts import FactsFile, facts_of, inputs_of, read_all_facts
 from mpt_trt.proofs.result import ProofResult, read_measurements
-from mpt_trt.report.page import TEMPLATE, read_entry, read_points, write_report
+from mpt_trt.report.entries import read_entry, read_points
+from mpt_trt.report.page import TEMPLATE, write_report
 from mpt_trt.report.throughput_plot import draw_throughput, read_series
 
 

@@ -93,7 +93,7 @@ def draw_size(
         axes = figure.subplots()
         figure.subplots_adjust(left=0.15, right=0.62, bottom=0.16, top=0.97)
         axes.axhline(base, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
-        axes.set_xlim(0, max(megabytes) * 1.08)
+        _size_axes(axes, megabytes, "perplexity")
         far = _outliers(perplexities, base)
         near = [y for y in perplexities if y not in far]
         bottom, top = _span([*near, base], base)
@@ -103,10 +103,6 @@ def draw_size(
             marker = "o" if y in near else "^" if y > base else "v"
             shown = min(max(y, bottom), top)
             axes.plot(size, shown, marker, color=SERIES[0], markersize=6, clip_on=False)
-        axes.set_xlabel("weights, MB")
-        axes.set_ylabel("perplexity")
-        axes.grid(True)
-        axes.set_axisbelow(True)
         points = [*zip(megabytes, perplexities, labels, strict=True)]
         names = [
             (size, min(max(y, bottom), top), label if y in near else f"{label}: {number(y)}")
@@ -143,23 +139,16 @@ def draw_frontier(
         axes = figure.subplots()
         figure.subplots_adjust(left=0.15, right=0.62, bottom=0.16, top=0.97)
         heights = [math.log10(max(each, LEAST_FRONTIER_KL)) for each in divergences]
-        axes.set_xlim(0, max(megabytes) * 1.08)
-        lowest, highest = math.floor(min(heights)), math.ceil(max(heights))
-        axes.set_ylim(lowest - 0.2, max(highest, lowest + 1) + 0.2)
-        ticks = range(lowest, max(highest, lowest + 1) + 1)
-        axes.set_yticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
+        is_shown = [each >= LEAST_FRONTIER_KL for each in divergences]
+        _size_axes(axes, megabytes, "mean KL, nats")
+        _decade_ticks(axes, heights)
         line = _frontier([*zip(sizes, heights[: len(sizes)], strict=True)])
         axes.plot(*zip(*line, strict=True), color=FAINT, linewidth=1)
-        is_shown = [each >= LEAST_FRONTIER_KL for each in divergences]
         for row, (size, y) in enumerate(zip(megabytes, heights, strict=True)):
             is_ours = row < len(sizes)
             marker = "v" if not is_shown[row] else "o" if is_ours else "D"
             colour = SERIES[0] if is_ours else SERIES[1]
             axes.plot(size, y, marker, color=colour, markersize=6 if is_ours else 5)
-        axes.set_xlabel("weights, MB")
-        axes.set_ylabel("mean KL, nats")
-        axes.grid(True)
-        axes.set_axisbelow(True)
         names = [
             label if inside else f"{label}: {number(kl, 2)}"
             for label, kl, inside in zip(labels, divergences, is_shown, strict=True)
@@ -182,6 +171,24 @@ def draw_frontier(
             "stands for a point below it.",
             f"{told}.",
         )
+
+
+def _size_axes(axes: Axes, megabytes: Sequence[float], quantity: str) -> None:
+    """Labels the axes of a plot over the size of the weights. quantity: that of the other axis."""
+    axes.set_xlim(0, max(megabytes) * 1.08)
+    axes.set_xlabel("weights, MB")
+    axes.set_ylabel(quantity)
+    axes.grid(True)
+    axes.set_axisbelow(True)
+
+
+def _decade_ticks(axes: Axes, heights: Sequence[float]) -> None:
+    """Marks the powers of ten around values on the y-axis. heights: their decimal logarithms."""
+    lowest = math.floor(min(heights))
+    highest = max(math.ceil(max(heights)), lowest + 1)
+    axes.set_ylim(lowest - 0.2, highest + 0.2)
+    ticks = range(lowest, highest + 1)
+    axes.set_yticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
 
 
 def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -42,20 +42,12 @@ from mpt_trt.evaluation.throughput import (
 )
 from mpt_trt.proofs.result import ProofResult, Verdict
 from mpt_trt.report import page as report_page
+from mpt_trt.report.entries import Entry, read_entry, read_points, require_comparable
 from mpt_trt.report.numbers import number, with_error
-from mpt_trt.report.page import (
-    TEMPLATE,
-    Entry,
-    column_groups,
-    findings,
-    plots,
-    read_entry,
-    read_points,
-    require_comparable,
-    runtime_in_words,
-    write_report,
-)
+from mpt_trt.report.page import TEMPLATE, plots, write_report
 from mpt_trt.report.plots import _outliers, _spread, draw_frontier, draw_size, draw_speed
+from mpt_trt.report.sentences import findings, runtime_in_words
+from mpt_trt.report.table import column_groups
 from mpt_trt.report.throughput_plot import draw_throughput, read_series
 from mpt_trt.system.machine import Machine
 from support.engines import call_tool, one_line_error, run_tool
