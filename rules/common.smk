@@ -6,6 +6,7 @@ from mpt_trt.workflow.job_options import JobOptions
 from mpt_trt.workflow.job_resources import JobResources
 from mpt_trt.workflow.launch import Launch
 from mpt_trt.workflow.plan import Plan
+from mpt_trt.workflow.proof_inputs import ProofInputs
 from mpt_trt.workflow.rule_values import RuleValues
 from mpt_trt.workflow.settings import parse_settings
 
@@ -33,6 +34,7 @@ except MptTrtError as error:
 
 deploys_software = bool(workflow.deployment_settings.deployment_method)
 plan = Plan(settings, REPOSITORY, deploys_software=deploys_software)
+proofs = ProofInputs(plan)
 options = JobOptions(plan)
 jobs = JobResources(plan)
 launch = Launch(jobs)

@@ -10,8 +10,8 @@ rule measure_facts:
     input:
         require_possible("measure_facts"),
         engine="trt_engines/{model}/{variant}/{tp}-gpu",
-        facts=of_job(plan.facts),
-        named=of_job(plan.files_of_facts),
+        facts=of_job(proofs.facts),
+        named=of_job(proofs.named_files),
     output:
         "build/proofs/{model}/{variant}/{tp}-gpu.json",
     log:
@@ -44,8 +44,8 @@ rule measure_facts:
 rule check_facts:
     """Compare a model's engines with published facts about the model; fail if one differs."""
     input:
-        facts=of_job(plan.facts),
-        measured=of_job(plan.measurements_of_proof),
+        facts=of_job(proofs.facts),
+        measured=of_job(proofs.measurements),
     output:
         report(
             "proofs/{model}.json",

@@ -151,8 +151,8 @@ rule make_report:
     input:
         quality=of_job(plan.quality_of_report),
         smoke_tests=of_job(plan.smoke_tests_of_report),
-        facts=of_job(plan.facts_of_report),
-        measured_facts=of_job(plan.proofs_of_report),
+        facts=of_job(proofs.facts_of_report),
+        measured_facts=of_job(proofs.measurements_of_report),
         llama_cpp=of_job(plan.llama_cpp_of_report),
         throughput=of_job(plan.throughput_of_report),
         template=str(plan.shipped("mpt_trt/report/page.html.jinja")),

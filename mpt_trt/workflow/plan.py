@@ -1,8 +1,9 @@
-"""Plans a run: inputs of jobs, and checks before any job runs.
+"""Plans a run: the inputs of jobs.
 
 All results are functions of the checked settings, a job's wildcards and the model's files, if they
-are on disk. Errors are MptTrtErrors before any job runs. `mpt_trt.workflow.job_resources` has the
-resources of jobs, `job_options` the options of their commands.
+are on disk. Errors are MptTrtErrors before any job runs. `proof_inputs` has the inputs of proofs,
+`job_checks` the checks of jobs, `job_options` the options of their commands, and `job_resources`
+their resources.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,34 +22,14 @@ from mpt_trt.checkpoint.adapter import adapter_files
 from mpt_trt.checkpoint.files import checkpoint_files
 from mpt_trt.checkpoint.hf_config import read_hf_config
 from mpt_trt.checkpoint.source import is_hub_id
-from mpt_trt.engines.backend_support import require_supported
 from mpt_trt.engines.spec import TENSORRT_LLM, EngineSpec
 from mpt_trt.engines.tensorrt.packages import Package, choose_package
-from mpt_trt.engines.trtllm.buildable import require_head_size
-from mpt_trt.engines.trtllm.package import require_tensorrt_llm
 from mpt_trt.errors import MptTrtError
 from mpt_trt.evaluation.llama_cpp_result import fits_llama_cpp, is_llama_cpp_installed
-from mpt_trt.harness.tasks import require_lm_eval
 from mpt_trt.model import sharding
 from mpt_trt.model.config import MptConfig
 from mpt_trt.proofs.facts import (
-    EngineKind,
-    FactsFile,
     existing_files,
-    facts_of,
-    read_all_facts,
-    read_facts,
-    shipped_facts,
-)
-from mpt_trt.quantization.mixed import require_budget
-from mpt_trt.quantization.schemes import (
-    GROUPED,
-    Awq,
-    Gptq,
-    WeightOnly,
-    default_group_size,
-    group_size_of,
-    require_fitting_groups,
 )
 from mpt_trt.system.code_version import source_hash
 from mpt_trt.system.shown_paths import seen_from
@@ -223,6 +204,10 @@ class Plan:
     def quality_text(self, target: Target) -> str:
         return str(Path(self.find(self.settings.quality.text)))
 
+    def require_text(self, key: str, text: str) -> None:
+        """Raises MptTrtError when `text`, the value of `key`, does not name a file."""
+        key_checks.require_file(key, text, self.working_directory / self.find(text))
+
     def task_files(self, target: Target) -> list[str]:
         """Files of `quality.task_dir`, so that edits repeat measurements; [] without tasks.
 
@@ -238,7 +223,17 @@ class Plan:
         folder = self.working_directory / self.find(quality.task_dir)
         if not folder.is_dir():
             raise MptTrtError(f"quality.task_dir = {quality.task_dir}: no such folder")
-        return self._inputs_in(folder, f"quality.task_dir = {quality.task_dir}: the folder")
+        return self.inputs_in(folder, f"quality.task_dir = {quality.task_dir}: the folder")
+
+    def inputs_in(self, path: Path, label: str) -> list[str]:
+        """Paths of a file, or of a folder's files. label: what names it, for error messages."""
+        here = self.working_directory.resolve()
+        if os.path.isdir(path) and here.is_relative_to(path.resolve()):  # noqa: PTH112
+            raise MptTrtError(
+                f"{label} contains the workflow's outputs; move the task files to a folder of "
+                "their own"
+            )
+        return [self.find(seen_from(self.working_directory, file)) for file in existing_files(path)]
 
     def size_of_whole_text(self, target: Target) -> int:
         """Bytes of the text that is measured as a whole; 0 if none is, or if it is missing."""
@@ -357,228 +352,6 @@ class Plan:
             f"{folder}/{target.model}/{variant}/{tp_size}-gpu.json"
             for variant, tp_size in self.engines_of_report
         ]
-
-    # --- proofs -----------------------------------------------------------------------------------
-
-    def facts(self, target: Target) -> list[str]:
-        """Files of facts about the model: those that ship, unless an adapter changes it, and more.
-
-        Raises MptTrtError when there is none.
-        """
-        model, paths = self.settings.model(target.model), self._files_of_facts(target)
-        if not paths:
-            raise MptTrtError(
-                f"proofs of {target.model}: mpt-trt has no published facts about {model.source}; "
-                f"name a file of facts in models.{target.model}.facts (docs/proofs.md)"
-            )
-        return paths
-
-    def _files_of_facts(self, target: Target) -> list[str]:
-        model = self.settings.model(target.model)
-        shipped = [] if model.adapter else shipped_facts(model.source)
-        for path in model.facts:
-            self._require_text(f"models.{target.model}.facts", path)
-        return [*map(self._shipped_file, shipped), *map(self.find, model.facts)]
-
-    def files_of_facts(self, target: Target) -> list[str]:
-        """Existing texts and task files that the model's facts name, so that edits repeat checks.
-
-        Raises MptTrtError for a folder of tasks around the working directory, whose files would
-        include the workflow's own outputs.
-        """
-        found: dict[str, None] = {}
-        for path in self.facts(target):
-            for named in read_facts(self.working_directory / path).named_paths:
-                label = f"{path}: task_dir {named}"
-                found |= dict.fromkeys(self._inputs_in(named, label))
-        return list(found)
-
-    def _inputs_in(self, path: Path, label: str) -> list[str]:
-        """Paths of a file, or of a folder's files. label: what names it, for error messages."""
-        here = self.working_directory.resolve()
-        if os.path.isdir(path) and here.is_relative_to(path.resolve()):  # noqa: PTH112
-            raise MptTrtError(
-                f"{label} contains the workflow's outputs; move the task files to a folder of "
-                "their own"
-            )
-        return [self.find(seen_from(self.working_directory, file)) for file in existing_files(path)]
-
-    def _shipped_file(self, path: Path) -> str:
-        return str(self.shipped(f"mpt_trt/proofs/facts/{path.name}"))
-
-    def measurements_of_proof(self, target: Target) -> list[str]:
-        """What each engine gave for the facts about engines of its kind."""
-        return [
-            f"build/proofs/{target.model}/{variant}/{tp_size}-gpu.json"
-            for variant, tp_size in self.engines_of_proof(target)
-        ]
-
-    def engines_of_proof(self, target: Target) -> list[tuple[str, int]]:
-        """(variant, tp_size) of the engines that the model's facts are about.
-
-        A kind of engine without a variant has none, and facts about it are not checked.
-        """
-        files = read_all_facts(self.working_directory / path for path in self.facts(target))
-        return list(dict.fromkeys(self._engines_of_facts(files)))
-
-    def _engines_of_facts(self, files: list[FactsFile]) -> Iterator[tuple[str, int]]:
-        chosen = self.settings.proofs.tp_size
-        for kind in (kind for fact in facts_of(files) for kind in fact.engines):
-            if (variant := self._variant_of_kind(kind)) is not None:
-                yield variant, kind.tp_size if chosen is None else chosen
-
-    def _variant_of_kind(self, kind: EngineKind) -> str | None:
-        names = self.settings.proofs.variants
-        return next(
-            (
-                name
-                for name in (self.settings.variants if names is None else names)
-                if self.settings.variant(name).backend != TENSORRT_LLM
-                and kind.is_of(
-                    self.settings.variant(name).dtype, self.settings.variant(name).quantized
-                )
-            ),
-            None,
-        )
-
-    def proofs_of_report(self, target: Target) -> list[str]:
-        """Measurements of facts on the engines of a model's report."""
-        if not self._files_of_facts(target):
-            return []
-        shown = set(self.engines_of_report)
-        proved = [engine for engine in self.engines_of_proof(target) if engine in shown]
-        return [f"build/proofs/{target.model}/{name}/{size}-gpu.json" for name, size in proved]
-
-    def facts_of_report(self, target: Target) -> list[str]:
-        """Files of facts that a model's report compares its engines with."""
-        return self.facts(target) if self.proofs_of_report(target) else []
-
-    # --- checks -----------------------------------------------------------------------------------
-
-    def require_possible(self, step: str, target: Target) -> None:
-        """Raises MptTrtError when the rule `step` cannot make the target.
-
-        For a model that is not fetched yet, the step itself checks the architecture.
-        """
-        config = self.stored_config(target)
-        match step:
-            case "convert_checkpoint" | "convert_smoothquant_checkpoint":
-                self.storage_type(target)
-                if config is not None:
-                    sharding.require_legal(config, target.tp)
-                if step == "convert_smoothquant_checkpoint":
-                    self._require_calibration(config, target)
-            case "quantize":
-                name = target_names.calibration_name(target.qformat)
-                if config is not None and name.bits is not None:
-                    require_budget(config, name.bits)
-                if config is not None and name.quantization_format in GROUPED:
-                    group_size = name.group_size or default_group_size(config)
-                    require_fitting_groups(config, 1, group_size)
-                self._require_calibration(config, target)
-            case "build_rank":
-                self._require_buildable(target)
-            case "make_networks":
-                self._require_fitting_groups(config, target)
-                if config is not None:
-                    key_checks.require_enough_bits(target.variant, self.variant(target), config)
-                    key_checks.require_cache_fits(target.variant, self.variant(target), config)
-            case "smoke_test":
-                self._require_tokenizer(target)
-                key_checks.require_smoke_test_fits(
-                    self.settings, target.variant, self.variant(target)
-                )
-            case "encode_prompt":
-                self._require_tokenizer(target)
-            case "compute_reference":
-                self._require_tokenizer(target)
-                self._require_text("quality.text", self.settings.quality.text)
-                if config is not None:
-                    length = self.settings.quality.window_length
-                    key_checks.require_length_fits("quality.window_length", length, config)
-            case "convert_to_trtllm":
-                self._require_trtllm_support(config, target)
-                self._require_fitting_groups(config, target)
-            case "build_trtllm_engine":
-                if config is not None:
-                    require_head_size(config.head_dim)
-                self._require_trtllm_for("trt_engines/{model}/{variant}/{tp}-gpu", target)
-            case "run_trtllm":
-                self._require_trtllm_for(
-                    "build/smoke_tests/{model}/{variant}/{tp}-gpu.json", target
-                )
-            case "measure_quality":
-                self._require_other_backend("quality", target)
-                length = self.settings.quality.window_length
-                self.engine_spec(target).limits.require_window(length)
-                self._require_lm_eval_for("quality/{model}/{variant}/{tp}-gpu.json", target)
-            case "measure_facts":
-                self._require_other_backend("build/proofs", target)
-            case "measure_throughput":
-                self._require_other_backend("throughput", target)
-
-    def _require_tokenizer(self, target: Target) -> None:
-        given = self.settings.model(target.model).tokenizer
-        folder = self.working_directory / self.tokenizer_folder(target)
-        key_checks.require_tokenizer(target.model, given, folder)
-
-    def _require_text(self, key: str, text: str) -> None:
-        key_checks.require_file(key, text, self.working_directory / self.find(text))
-
-    def _require_calibration(self, config: MptConfig | None, target: Target) -> None:
-        """Requires what a model needs to read the calibration text."""
-        calibration = self.settings.calibration
-        self._require_tokenizer(target)
-        if calibration.text is not None:
-            self._require_text("calibration.text", calibration.text)
-        if config is not None:
-            length = calibration.sequence_length
-            key_checks.require_length_fits("calibration.sequence_length", length, config)
-
-    def _require_buildable(self, target: Target) -> None:
-        if target.rank >= target.tp:
-            raise MptTrtError(
-                f"rank{target.rank}.engine of {target.tp} rank(s): the last one is "
-                f"rank{target.tp - 1}.engine"
-            )
-        key_checks.require_capable_gpus(target.variant, self.variant(target), self.builder(target))
-
-    def _require_fitting_groups(self, config: MptConfig | None, target: Target) -> None:
-        if config is None:
-            return
-        match self.variant(target).quantization:
-            case WeightOnly(group_size=int(group_size)):
-                require_fitting_groups(config, target.tp, group_size)
-            case Awq() | Gptq() as scheme:
-                require_fitting_groups(config, target.tp, group_size_of(scheme, config))
-
-    def _require_trtllm_support(self, config: MptConfig | None, target: Target) -> None:
-        variant = self.variant(target)
-        if config is not None:
-            require_supported(_spec_of(config, variant, target.tp), TENSORRT_LLM)
-
-    def _require_trtllm_for(self, result: str, target: Target) -> None:
-        """Requires TensorRT-LLM in the environment of the jobs, unless the result exists."""
-        path = self.working_directory / result.format(**vars(target))
-        if not self.deploys_software and not path.exists():
-            require_tensorrt_llm()
-
-    def _require_lm_eval_for(self, result: str, target: Target) -> None:
-        """Requires lm-eval in the environment of the jobs if tasks are measured, as above."""
-        path = self.working_directory / result.format(**vars(target))
-        if not self.settings.quality.tasks or self.deploys_software or path.exists():
-            return
-        try:
-            require_lm_eval()
-        except MptTrtError as error:
-            raise MptTrtError(f"quality.tasks: {error}, or remove the key") from None
-
-    def _require_other_backend(self, result: str, target: Target) -> None:
-        if self.variant(target).backend == TENSORRT_LLM:
-            raise MptTrtError(
-                f"{result} of {target.variant}: backend {TENSORRT_LLM} has only smoke tests; "
-                "measure a variant with another backend"
-            )
 
 
 @functools.cache

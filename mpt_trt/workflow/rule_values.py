@@ -12,6 +12,7 @@ from typing import Any
 
 from mpt_trt.errors import MptTrtError
 from mpt_trt.workflow.gpu_request import never_requested
+from mpt_trt.workflow.job_checks import require_possible
 from mpt_trt.workflow.last_words import LastWords
 from mpt_trt.workflow.plan import Plan, Target
 
@@ -39,11 +40,11 @@ class RuleValues:
         value.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
         return value
 
-    def require_possible(self, step: str) -> Callable[..., Any]:
-        """Makes an input function that only rejects targets that the rule `step` cannot make."""
+    def require_possible(self, rule: str) -> Callable[..., Any]:
+        """Makes an input function that only rejects targets that the rule cannot make."""
 
         def nothing(target: Target) -> list[str]:
-            self.plan.require_possible(step, target)
+            require_possible(self.plan, rule, target)
             return []
 
         return self.of_job(nothing)

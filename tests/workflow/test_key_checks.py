@@ -8,6 +8,7 @@ import pytest
 
 from mpt_trt.engines.tensorrt.packages import installed_package
 from mpt_trt.errors import MptTrtError
+from mpt_trt.workflow.job_checks import require_possible
 from mpt_trt.workflow.plan import Plan, Target
 from mpt_trt.workflow.settings import parse_settings
 from support.checkpoints import CheckpointSpec, write_checkpoint
@@ -115,7 +116,7 @@ def test_impossible_values_are_refused_by_their_keys(case: str, folder: Path) ->
     changes, step, message = CASES[case]
     plan = make_plan(folder, **{"variant": {}, "model": {}} | changes)
     with pytest.raises(MptTrtError, match=message):
-        plan.require_possible(step, TARGET)
+        require_possible(plan, step, TARGET)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_impossible_values_are_refused_by_their_keys(case: str, folder: Path) ->
 def test_possible_values_are_not(changes: dict, model: dict, folder: Path) -> None:
     plan = make_plan(folder, changes, model)
     for step in (case[1] for case in CASES.values()):
-        plan.require_possible(step, TARGET)
+        require_possible(plan, step, TARGET)
 
 
 def test_data_centre_builders_know_their_gpu_themselves(
@@ -149,4 +150,4 @@ def test_data_centre_builders_know_their_gpu_themselves(
         ),
     )
     plan = make_plan(folder, {"backend": "tensorrt", "compute_capabilities": ["9.0"]}, {})
-    plan.require_possible("build_rank", TARGET)
+    require_possible(plan, "build_rank", TARGET)

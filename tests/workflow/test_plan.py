@@ -1,12 +1,10 @@
-"""Plans without Snakemake: inputs, options, and rejected jobs."""
+"""Plans without Snakemake: inputs and options."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,24 +18,8 @@ from mpt_trt.quantization.schemes import Quantization, WeightOnly
 from mpt_trt.workflow.job_options import JobOptions
 from mpt_trt.workflow.plan import Plan, Target
 from mpt_trt.workflow.settings import parse_settings
-from support.checkpoints import CheckpointSpec, write_checkpoint
-
-SPEC = CheckpointSpec(hidden_size=48, num_heads=6, num_layers=1, vocab_size=131)
-LIMITS = {"max_batch_size": 4, "max_input_len": 24, "max_output_len": 16}
-TOY = Target("toy", "fp16", tp=1)
-SITE = {"gpus": "none"}
-
-
-def make_plan(folder: Path, repository: Path = Path("/nowhere"), **content: dict) -> Plan:
-    """Models: toy, a folder; seven and other, on the hub. Variants: fp16, and those given."""
-    models = {
-        "toy": {"source": "model"},
-        "seven": {"source": "mosaicml/mpt-7b", "revision": "v1"},
-        "other": {"source": "somebody/something"},
-    }
-    content["models"] = models | content.get("models", {})
-    content["variants"] = {"fp16": LIMITS} | content.get("variants", {})
-    return Plan(parse_settings({"site": SITE} | content), repository, folder)
+from support.checkpoints import write_checkpoint
+from support.plans import LIMITS, SPEC, TOY, make_plan
 
 
 @pytest.fixture(scope="module")
@@ -299,110 +281,7 @@ def test_results_that_a_report_shows() -> None:
     assert plan.smoke_tests_of_report(Target("toy"))[1] == "build/smoke_tests/toy/fp16/2-gpu.json"
 
 
-# --- rejections ----------------------------------------------------------------------------------
-
-REFUSED = {
-    "ranks": (
-        "convert_checkpoint",
-        Target("toy", tp=5, storage="fp16"),
-        r"size 5 does not divide .* 1, 2, 3, 6",
-    ),
-    "storage": ("convert_checkpoint", Target("toy", storage="fp8"), "'fp8': no such storage type"),
-    "alpha": ("convert_smoothquant_checkpoint", Target("toy", storage="sq-2"), "no such storage"),
-    "format": ("quantize", Target("toy", qformat="int5"), "calibration 'int5': no such format"),
-    "groups": ("make_networks", Target("toy", "groups", tp=2), "group_size = 128: .* are none"),
-    "default groups": ("make_networks", Target("toy", "awq", tp=2), "group_size = 16: .* are none"),
-    "calibrated groups": (
-        "quantize",
-        Target("toy", qformat="int4_gptq-g64"),
-        "group_size = 64: .* are 16$",
-    ),
-    "rank": ("build_rank", Target("toy", "fp16", tp=2, rank=2), r"the last one is rank1\.engine"),
-    "trtllm": ("convert_to_trtllm", Target("toy", "odd", tp=2), "shard_head = False: backend"),
-    "window": ("measure_quality", Target("toy", "fp16"), "window_length = 512, .* 40 tokens"),
-    "llm": (
-        "measure_quality",
-        Target("toy", "llm"),
-        "quality of llm: backend tensorrt_llm has only",
-    ),
-    "llm speed": ("measure_throughput", Target("toy", "llm"), "throughput of llm: backend"),
-    "head": ("build_trtllm_engine", Target("toy", "llm"), r"head size = \d+ \(d_model / n_heads\)"),
-    "model": ("make_networks", Target("toi", "fp16"), "no model named 'toi'; did you mean 'toy'?"),
-    "variant": ("make_networks", Target("toy", "fp61"), "did you mean 'fp16'?"),
-}
-FURTHER = {
-    "groups": {"quantization": {"method": "int4_weight_only", "group_size": 128}},
-    "awq": {"quantization": {"method": "int4_awq"}},
-    "odd": {"shard_head": False},
-    "llm": {"backend": "tensorrt_llm"},
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_impossible_jobs_are_refused(case: str, folder: Path) -> None:
-    step, target, message = REFUSED[case]
-    with pytest.raises(MptTrtError, match=message):
-        make_plan(folder, variants=FURTHER).require_possible(step, target)
-
-
-@pytest.mark.parametrize("case", ["ranks", "groups", "default groups", "trtllm"])
-def test_what_the_architecture_forbids_waits_until_the_model_is_fetched(
-    case: str, folder: Path
-) -> None:
-    step, target, _ = REFUSED[case]
-    unfetched = Target("other", target.variant, target.tp, storage=target.storage)
-    make_plan(folder, variants=FURTHER).require_possible(step, unfetched)
-
-
-@pytest.mark.parametrize(
-    ("step", "target"),
-    [
-        ("convert_checkpoint", Target("toy", tp=2, storage="fp16")),
-        ("convert_smoothquant_checkpoint", Target("toy", tp=3, storage="sq-0.7")),
-        ("quantize", Target("toy", qformat="int4_awq")),
-        ("quantize", Target("toy", qformat="int4_awq-g16")),
-        ("make_networks", Target("toy", "fp16", tp=3)),
-        ("build_rank", Target("toy", "fp16", tp=2, rank=1)),
-        ("convert_to_trtllm", Target("toy", "fp16", tp=1)),
-    ],
-)
-def test_possible_jobs_are_not(step: str, target: Target, folder: Path) -> None:
-    make_plan(folder).require_possible(step, target)
-
-
-def test_tensorrt_llm_must_be_there_unless_nothing_is_to_be_done(tmp_path: Path) -> None:
-    steps = {
-        "build_trtllm_engine": "trt_engines/toy/fp16/1-gpu",
-        "run_trtllm": "build/smoke_tests/toy/fp16/1-gpu.json",
-    }
-    plan = make_plan(tmp_path)
-    elsewhere = Plan(plan.settings, plan.repository, tmp_path, deploys_software=True)
-    for step, result in steps.items():
-        elsewhere.require_possible(step, TOY)
-        with pytest.raises(MptTrtError, match="TensorRT-LLM is not installed"):
-            plan.require_possible(step, TOY)
-        (tmp_path / result).mkdir(parents=True)
-        plan.require_possible(step, TOY)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
-def test_tasks_need_lm_eval_unless_they_are_measured(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = make_plan(folder, quality={"tasks": ["wikitext"], "window_length": 40})
-    with pytest.raises(
-        MptTrtError, match=r"^quality\.tasks: lm_eval is not .*: pip install lm_eval, or remove"
-    ):
-        plan.require_possible("measure_quality", TOY)
-    replace(plan, deploys_software=True).require_possible("measure_quality", TOY)
-    (folder / "quality/toy/fp16").mkdir(parents=True)
-    (folder / "quality/toy/fp16/1-gpu.json").touch()
-    plan.require_possible("measure_quality", TOY)
-    (folder / "quality/toy/fp16/1-gpu.json").unlink()
-    (tmp_path / "lm_eval").mkdir()
-    (tmp_path / "lm_eval/__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    plan.require_possible("measure_quality", TOY)
+# --- files and builders --------------------------------------------------------------------------
 
 
 def test_task_files_are_inputs_of_quality(tmp_path: Path) -> None:

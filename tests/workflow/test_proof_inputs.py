@@ -1,4 +1,4 @@
-"""Plans of proofs: files of facts, and the engines that they are about."""
+"""Inputs of proofs: files of facts, and the engines that they are about."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from mpt_trt.errors import MptTrtError
+from mpt_trt.workflow.job_checks import require_possible
 from mpt_trt.workflow.job_options import JobOptions
 from mpt_trt.workflow.plan import Plan, Target
+from mpt_trt.workflow.proof_inputs import ProofInputs
 from mpt_trt.workflow.settings import parse_settings
 from support.paths import REPOSITORY
 
@@ -35,22 +37,26 @@ def plan_of(folder: Path = Path(), **content: object) -> Plan:
     return Plan(parse_settings(given), REPOSITORY, folder)
 
 
+def proofs_of(folder: Path = Path(), **content: object) -> ProofInputs:
+    return ProofInputs(plan_of(folder, **content))
+
+
 def test_facts_that_ship_are_about_the_source_without_an_adapter(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path)
+    proofs = proofs_of(tmp_path)
     folder = REPOSITORY / "mpt_trt/proofs/facts"
-    assert plan.facts(Target("seven")) == [str(folder / "mpt-7b.json")]
-    assert plan.facts(Target("code")) == [str(folder / "replit-code-v1_5-3b.json")]
+    assert proofs.facts(Target("seven")) == [str(folder / "mpt-7b.json")]
+    assert proofs.facts(Target("code")) == [str(folder / "replit-code-v1_5-3b.json")]
     with pytest.raises(MptTrtError, match=r"no published facts about .*; name .* models\.tuned\.f"):
-        plan.facts(Target("tuned"))
+        proofs.facts(Target("tuned"))
 
 
 def test_facts_of_a_user_are_inputs(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path)
+    proofs = proofs_of(tmp_path)
     with pytest.raises(MptTrtError, match=r"models\.own\.facts = own\.json: no such file"):
-        plan.facts(Target("own"))
+        proofs.facts(Target("own"))
     (tmp_path / "own.json").write_text(json.dumps({"facts": []}))
-    assert plan.facts(Target("own")) == ["own.json"]
-    assert plan.measurements_of_proof(Target("own")) == []
+    assert proofs.facts(Target("own")) == ["own.json"]
+    assert proofs.measurements(Target("own")) == []
 
 
 def test_files_that_facts_name_are_inputs(tmp_path: Path) -> None:
@@ -62,48 +68,52 @@ def test_files_that_facts_name_are_inputs(tmp_path: Path) -> None:
     task = common | {"name": "b", "task": "t", "task_dir": "tasks", "metric": "acc"}
     own = tmp_path / "own.json"
     own.write_text(json.dumps({"facts": [text, task]}))
-    plan = plan_of(tmp_path)
-    assert plan.files_of_facts(Target("own")) == []
+    proofs = proofs_of(tmp_path)
+    assert proofs.named_files(Target("own")) == []
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/t.yaml").touch()
     (tmp_path / "text.txt").touch()
-    assert plan.files_of_facts(Target("own")) == ["text.txt", "tasks/t.yaml"]
+    assert proofs.named_files(Target("own")) == ["text.txt", "tasks/t.yaml"]
     own.write_text(json.dumps({"facts": [task | {"task_dir": "."}]}))
     with pytest.raises(
         MptTrtError, match=r"own\.json: task_dir .* contains the workflow's outputs"
     ):
-        plan.files_of_facts(Target("own"))
+        proofs.named_files(Target("own"))
 
 
 def test_engines_are_the_first_of_each_kind() -> None:
-    plan = plan_of()
-    assert plan.engines_of_proof(Target("seven")) == [("fp16", 2), ("fp16", 1)]
-    assert plan.engines_of_proof(Target("instruct")) == [("fp16", 1), ("awq", 1)]
-    assert plan.measurements_of_proof(Target("code")) == ["build/proofs/code/bf16/2-gpu.json"]
+    proofs = proofs_of()
+    assert proofs.engines(Target("seven")) == [("fp16", 2), ("fp16", 1)]
+    assert proofs.engines(Target("instruct")) == [("fp16", 1), ("awq", 1)]
+    assert proofs.measurements(Target("code")) == ["build/proofs/code/bf16/2-gpu.json"]
 
 
 def test_the_configuration_chooses_engines() -> None:
-    one = plan_of(proofs={"tp_size": 1})
-    assert one.engines_of_proof(Target("seven")) == [("fp16", 1)]
-    again = plan_of(proofs={"variants": ["again"]})
-    assert again.engines_of_proof(Target("seven")) == [("again", 2), ("again", 1)]
-    assert again.engines_of_proof(Target("code")) == []
+    one = proofs_of(proofs={"tp_size": 1})
+    assert one.engines(Target("seven")) == [("fp16", 1)]
+    again = proofs_of(proofs={"variants": ["again"]})
+    assert again.engines(Target("seven")) == [("again", 2), ("again", 1)]
+    assert again.engines(Target("code")) == []
     with pytest.raises(MptTrtError, match="no variant named 'fp17'"):
-        plan_of(proofs={"variants": ["fp17"]}).engines_of_proof(Target("seven"))
+        proofs_of(proofs={"variants": ["fp17"]}).engines(Target("seven"))
 
 
 def test_a_report_shows_facts_about_its_engines() -> None:
-    plan = plan_of()
-    assert plan.proofs_of_report(Target("seven")) == ["build/proofs/seven/fp16/1-gpu.json"]
-    assert [Path(path).name for path in plan.facts_of_report(Target("seven"))] == ["mpt-7b.json"]
+    proofs = proofs_of()
+    assert proofs.measurements_of_report(Target("seven")) == ["build/proofs/seven/fp16/1-gpu.json"]
+    assert [Path(path).name for path in proofs.facts_of_report(Target("seven"))] == ["mpt-7b.json"]
     # Its engines have two ranks.
-    assert plan.proofs_of_report(Target("code")) == plan.facts_of_report(Target("code")) == []
-    assert plan.proofs_of_report(Target("tuned")) == []
+    assert (
+        proofs.measurements_of_report(Target("code"))
+        == proofs.facts_of_report(Target("code"))
+        == []
+    )
+    assert proofs.measurements_of_report(Target("tuned")) == []
 
 
 def test_tensorrt_llm_has_no_measurements_of_facts() -> None:
     with pytest.raises(MptTrtError, match="build/proofs of trtllm: backend tensorrt_llm has only"):
-        plan_of().require_possible("measure_facts", Target("seven", "trtllm"))
+        require_possible(plan_of(), "measure_facts", Target("seven", "trtllm"))
 
 
 def test_options_of_quality() -> None:
