@@ -23,6 +23,14 @@ PROMPT_KINDS = (
     f"{MOST_CHOICES} of either, none of them empty"
 )
 
+UNSUPPORTED = {
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "suffix",
+    "response_format",
+}
+
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -55,7 +63,7 @@ class _Request(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    # Fields that are accepted only with values that change nothing.
+    # These and the others in UNSUPPORTED are accepted only with values that change nothing.
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -206,6 +214,12 @@ def _in_words(detail: ErrorDetails, value: str) -> str:
         return f"{field}: unknown field {inner[-1]}" if inner else f"unknown field {field}"
     if detail["type"] == "missing":
         return f"{field}: the field {inner[-1]} is missing" if inner else f"{field} is missing"
+    if field in UNSUPPORTED:
+        return f"{field} = {value} is not supported; leave it out"
+    if field == "messages" and detail["type"] == "literal_error":
+        return (
+            f"messages: content of the type {shown(detail['input'])} is not supported, only 'text'"
+        )
     if field == "prompt" and detail["type"] != "string_unicode":
         is_inner = any(isinstance(place, int) for place in detail["loc"])
         wrong = f", with {shown(detail['input'])} in it" if is_inner else ""

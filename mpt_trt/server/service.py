@@ -146,7 +146,10 @@ class Service:
         try:
             template = self.text.template
         except MptTrtError:
-            message = "the model has no chat template; use /v1/completions"
+            message = (
+                "the model has no chat template; use /v1/completions, or start serve.py with "
+                "--chat_template"
+            )
             raise ApiError(400, message) from None
         messages = [message.plain() for message in request.messages]
         prompt = self._encoded(messages)

@@ -339,7 +339,9 @@ def test_many_clients_at_once_get_what_they_get_alone(
         ({"stop": 5}, 400, "stop = 5: Input should be a valid string"),
         ({"logprobs": 21}, 400, "logprobs = 21: "),
         ({"best_of": 3}, 400, "best_of is not supported"),
-        ({"frequency_penalty": 0.5}, 400, "frequency_penalty = 0.5: "),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty = 0.5 is not supported; leave it out"),
+        ({"logit_bias": {"1": 2}}, 400, "logit_bias = {'1': 2} is not supported; leave it out"),
+        ({"suffix": "x"}, 400, "suffix = 'x' is not supported; leave it out"),
         ({"max_token": 4}, 400, "unknown field max_token"),
         ({"stream_options": {"usage": True}}, 400, "stream_options: unknown field usage"),
         ({"n": 13}, 429, "12 requests are running or waiting"),
@@ -374,6 +376,16 @@ def test_bad_requests_are_rejected_in_openais_format(
         ),
         ({"messages": [{"role": "user"}]}, "messages", "messages: the field content is missing"),
         ({}, "messages", "messages is missing"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages",
+            "messages: content of the type 'image_url' is not supported, only 'text'",
+        ),
+        (
+            {"messages": MESSAGES, "response_format": {"type": "json_object"}},
+            "response_format",
+            "response_format = {'type': 'json_object'} is not supported; leave it out",
+        ),
     ],
 )
 def test_bad_chats_are_rejected_by_the_name_of_their_field(
