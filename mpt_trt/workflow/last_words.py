@@ -21,6 +21,10 @@ OUR_MESSAGE = re.compile(r"error(?: \(rank \d+ of \d+\))?: (?P<sentence>.+)")
 # Time for the end of a failed job's log to arrive, from a pipe or a shared file system.
 LATENCY_SECONDS = 2.0
 NO_TARGET = re.compile(r"No rule to produce (?P<name>.+?) \(if you use input functions")
+# Last line of a traceback about Snakemake's folder of records.
+NO_RECORDS = re.compile(
+    r"\n\w+Error: \[Errno \d+\] (?P<reason>.+): '(?P<path>.*/\.snakemake)(?:/.*)?'\s*$"
+)
 SEE_LOGS = "For further error details see"
 LOOK_ABOVE = "Exiting because a job execution failed"
 FAILED_COMMAND, FAILED_JOBS = "CalledProcessError", "At least one job did not complete successfully"
@@ -67,6 +71,11 @@ class LastWords(logging.Filter):
             record.msg = "\n".join(f"error: {sentence}" for sentence in sentences)
         elif refusal := next((each for each in reversed(self._refusals) if each in text), None):
             record.msg = f"error: {refusal}"
+        elif place := NO_RECORDS.search(text):
+            record.msg = (
+                f"error: {place['path']}: {place['reason']}; Snakemake keeps its records there, "
+                "also of a dry run: choose a writable folder with --directory"
+            )
         elif unknown := NO_TARGET.search(text):
             record.msg = f"error: {unknown_target_in_words(unknown['name'])}"
         return True

@@ -90,6 +90,22 @@ def test_a_job_that_the_cluster_rejects_is_told_in_the_clusters_words(tmp_path: 
     assert shown(words, end, event="error") == f"error: damaged (log: {log})"
 
 
+def test_a_folder_that_takes_no_records_is_told_in_one_sentence() -> None:
+    text = """Traceback (most recent call last):
+
+  File "snakemake/persistence/__init__.py", line 261, in __init__
+    os.makedirs(self.path, exist_ok=True)
+
+OSError: [Errno 30] Read-only file system: '/my checkout/.snakemake'
+"""
+    assert shown(LastWords(), text, event="error") == (
+        "error: /my checkout/.snakemake: Read-only file system; Snakemake keeps its records "
+        "there, also of a dry run: choose a writable folder with --directory"
+    )
+    other = text.replace("/.snakemake", "/model")
+    assert shown(LastWords(), other, event="error") == other
+
+
 @pytest.mark.parametrize(
     ("name", "form"),
     [

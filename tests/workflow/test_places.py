@@ -68,6 +68,15 @@ def test_artifacts_are_in_the_working_directory(checkout: Path, elsewhere: Workf
     assert not (checkout / "ft_ckpts").exists() and not (checkout / ".snakemake").exists()
 
 
+def test_a_working_directory_without_room_for_records(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / ".snakemake").touch()
+    work = Workflow(tmp_path, snakefile=checkout / "Snakefile")
+    assert work.last_line("-n", "--", SMOKE_TEST) == (
+        f"error: {tmp_path}/.snakemake: File exists; Snakemake keeps its records there, also of a "
+        "dry run: choose a writable folder with --directory"
+    )
+
+
 def test_another_way_to_the_checkout_repeats_nothing(
     checkout: Path, elsewhere: Workflow, tmp_path: Path
 ) -> None:
