@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,7 +123,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise MptTrtError(
             f"{path}: no such file; name the folder that holds the tokenizer (--tokenizer_dir)"
         )
-    with _plain_errors(folder), _without_pytorch():
+    with _plain_errors(folder), _without_pytorch(), warnings.catch_warnings():
+        # In a notebook without ipywidgets, tqdm asks for them; no progress bar is shown here.
+        warnings.filterwarnings("ignore", message="IProgress not found")
         # The import takes a second, and commands without text do not need it.
         from transformers import AutoTokenizer, MptConfig
 

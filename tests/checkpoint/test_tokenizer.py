@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,27 @@ def test_panics_print_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -
     with pytest.raises(MptTrtError, match=r"tokenizer\.json: not a tokenizer"):
         read_tokenizer(folder)
     assert "panicked" not in capfd.readouterr().err
+
+
+NOTEBOOK = """
+import sys, types
+from pathlib import Path
+
+sys.modules["ipykernel.zmqshell"] = types.ModuleType("ipykernel.zmqshell")
+sys.modules["IPython"] = types.SimpleNamespace(get_ipython=object)
+sys.modules["ipywidgets"] = None
+sys.stderr = sys.stdout  # not the process's own, as in a notebook
+from mpt_trt.checkpoint.tokenizer import read_tokenizer
+print(read_tokenizer(Path(sys.argv[1])).encode("def"), "tqdm" in sys.modules)
+"""
+
+
+def test_notebooks_without_widgets_are_not_asked_for_them(folder: Path) -> None:
+    """tqdm, which transformers imports, recognises a notebook by these two modules."""
+    command = [sys.executable, "-c", NOTEBOOK, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    (line,) = result.stdout.splitlines()
+    assert line.endswith("] True")
 
 
 def test_text_that_is_not_utf8(folder: Path) -> None:
