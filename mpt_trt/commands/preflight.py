@@ -114,13 +114,13 @@ def building_in_words(verdict: Verdict) -> str:
 
 
 def running_in_words(verdict: Verdict) -> str:
-    """The runtime that would run it, and in further lines the needs of quicker ones."""
-    if verdict.run:
-        return f"no: needs {'; '.join(verdict.run)}"
+    """Names the runtime that would run it, and in further lines the needs of the other ones."""
     if not verdict.tensorrt:
         return "yes, with TensorRT"
     needs = [f"TensorRT needs {'; '.join(verdict.tensorrt)}"]
     if not verdict.onnxruntime_gpu:
         return "\n".join(["yes, with ONNX Runtime on GPUs", *needs])
     needs.append(f"ONNX Runtime on GPUs needs {'; '.join(verdict.onnxruntime_gpu)}")
-    return "\n".join(["yes, with ONNX Runtime on the CPU", *needs])
+    if not verdict.run:
+        return "\n".join(["yes, with ONNX Runtime on the CPU", *needs])
+    return "\n".join(["no", *needs, f"ONNX Runtime on the CPU needs {'; '.join(verdict.run)}"])

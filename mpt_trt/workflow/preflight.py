@@ -148,7 +148,9 @@ def _missing_gpus(needs: Needs, inventory: Inventory) -> list[str]:
     """GPUs, their memory, and the connection of ranks on them."""
     found = inventory.machine.gpus
     if len(found) < needs.ranks:
-        return [f"{needs.ranks} GPU{'s' * (needs.ranks > 1)} ({len(found) or 'none'} found)"]
+        wanted = "1 GPU" if needs.ranks == 1 else f"{needs.ranks} GPUs"
+        memory = f"with {needs.gpu_memory / GB:.1f} GB of memory"
+        return [f"{wanted} {memory} ({len(found) or 'none'} found)"]
     missing = []
     smallest = min(gpu.memory for gpu in found)
     if smallest < needs.gpu_memory:

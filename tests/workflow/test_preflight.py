@@ -69,7 +69,7 @@ def test_what_a_build_lacks(inventory: Inventory, complaint: str) -> None:
 @pytest.mark.parametrize(
     ("inventory", "complaint"),
     [
-        (with_machine(gpus=(GPU,)), "2 GPUs (1 found)"),
+        (with_machine(gpus=(GPU,)), "2 GPUs with 20.0 GB of memory (1 found)"),
         (
             with_machine(gpus=(GPU, replace(GPU, memory=16 * GB))),
             "20.0 GB of GPU memory (16.0 GB available)",
@@ -123,7 +123,14 @@ def test_ranks_cannot_do_without_mpi_nor_without_memory() -> None:
     verdict = preflight.judge(NEEDS, replace(COMPLETE, mpi=None))
     assert verdict.run == ("mpirun and mpi4py",)
     small = with_machine(gpus=(), memory_gib=31 * GB / GIB)
-    assert preflight.judge(NEEDS, small).run == ("60.0 GB of memory (31.0 GB available)",)
+    verdict = preflight.judge(NEEDS, small)
+    assert verdict.run == ("60.0 GB of memory (31.0 GB available)",)
+    assert running_in_words(verdict).split("\n") == [
+        "no",
+        "TensorRT needs 2 GPUs with 20.0 GB of memory (none found)",
+        "ONNX Runtime on GPUs needs 2 GPUs with 20.0 GB of memory (none found)",
+        "ONNX Runtime on the CPU needs 60.0 GB of memory (31.0 GB available)",
+    ]
     alone = replace(NEEDS, ranks=1)
     assert preflight.judge(alone, replace(COMPLETE, mpi=None, nccl=None)).tensorrt == ()
 
