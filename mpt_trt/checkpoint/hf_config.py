@@ -152,7 +152,8 @@ class _Reader:
         self._refuse_other_slopes()
         unknown = [key for key in self.top if key not in TOP_LEVEL_KEYS and key not in LIMITED]
         if unknown:
-            _warn_of_unknown_keys(self.path, ", ".join(unknown))
+            names = (key if key.isprintable() and len(key) < 80 else shown(key) for key in unknown)
+            _warn_of_unknown_keys(self.path, ", ".join(names))
 
     def _refuse_unsupported_value(self, field: str, value: object) -> None:
         allowed, feature = LIMITED.get(field, ((), ""))

@@ -28,6 +28,11 @@ HF_SCALINGS: dict[str, RopeScaling] = {
 LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
+# Keys of rope_hf_config and rope_dail_config.
+HF_KEYS = ("type", "factor", *LLAMA3_KEYS)
+DAIL_KEYS = ("type", "pos_idx_in_fp32", "xpos_scale_base")
+
+
 def read_rope(attention: Mapping[str, Any], refused: Refusal) -> Rope:
     """Reads the rope settings of an `attn_config` with `rope: true`; missing keys have defaults."""
     fields = _Fields("attn_config", attention, refused)
@@ -41,6 +46,7 @@ def read_rope(attention: Mapping[str, Any], refused: Refusal) -> Rope:
 
 def _require_plain(dail: _Fields) -> None:
     dail.choice("type", "original", ("original",))
+    dail.require_known(DAIL_KEYS)
     if dail.value("pos_idx_in_fp32", True) is not True:
         raise dail.refused(
             "pos_idx_in_fp32", "positions that are rounded to the model's type are not supported"
@@ -49,6 +55,7 @@ def _require_plain(dail: _Fields) -> None:
 
 def _read_scaling(theta: float, hf: _Fields) -> Rope:
     name = hf.choice("type", "no_scaling", tuple(HF_SCALINGS))
+    hf.require_known(HF_KEYS)
     scaling = HF_SCALINGS[name]
     if scaling == "none":
         return Rope(theta)
@@ -75,6 +82,12 @@ class _Fields:
 
     def refused(self, key: str, why: str) -> MptTrtError:
         return self._refuse(f"{self._owner}.{key}", self._keys.get(key), why)
+
+    def require_known(self, keys: tuple[str, ...]) -> None:
+        """Raises MptTrtError when there is another key with a value."""
+        for key, value in self._keys.items():
+            if key not in keys and value is not None:
+                raise self.refused(key, f"the keys here are {', '.join(keys)}")
 
     def section(self, key: str) -> _Fields:
         value = self.value(key, {})

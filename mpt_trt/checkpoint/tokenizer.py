@@ -13,13 +13,14 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpt_trt.checkpoint.tokenizer_files import VOCABULARY_FILES, tokenizer_files
 from mpt_trt.errors import MptTrtError
+from mpt_trt.system.files import read_json
 from mpt_trt.system.json_text import shown
 
 if TYPE_CHECKING:
@@ -31,10 +32,14 @@ REMOVABLE_SPACE = re.compile(r"[ ']$| n'?$| '[vr]$")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer of transformers. folder: folder of its files."""
+    """A tokenizer of transformers.
+
+    folder: folder of its files. vocab_size: of the model, if the tokenizer has more ids; else None.
+    """
 
     backend: PreTrainedTokenizerBase
     folder: Path
+    vocab_size: int | None = None
 
     @property
     def bos_token_id(self) -> int | None:
@@ -54,7 +59,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Converts text to token ids, by default with the tokenizer's special tokens.
 
-        Raises MptTrtError when the text contains bytes that are not UTF-8 (lone surrogates).
+        Raises MptTrtError when the text contains bytes that are not UTF-8 (lone surrogates), or a
+        token that the model does not have.
         """
         _require_utf8(text)
         with _plain_errors(self.folder):
@@ -65,7 +71,10 @@ class Tokenizer:
                 padding=False,
                 verbose=False,
             )
-        return [int(token) for token in encoded["input_ids"]]
+        token_ids = [int(token) for token in encoded["input_ids"]]
+        if self.vocab_size is not None and max(token_ids, default=0) >= self.vocab_size:
+            raise self._misfit(max(token_ids), self.vocab_size)
+        return token_ids
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """Converts token ids to text, by default without special tokens."""
@@ -101,19 +110,21 @@ class Tokenizer:
     def require_fitting(self, vocab_size: int) -> Tokenizer:
         """Returns the tokenizer if all its ids are in the model's vocabulary.
 
-        Raises MptTrtError, naming the first token that is not.
+        The pad token may be beyond it: scripts and transformers' defaults add one, which no text
+        contains. Raises MptTrtError, naming the first other token that is not.
         """
-        beyond = {
-            id_: token for token, id_ in self.backend.get_vocab().items() if id_ >= vocab_size
-        }
-        if beyond:
-            first = min(beyond)
-            raise MptTrtError(
-                f"{self.folder}: the tokenizer does not fit the model: token "
-                f"{shown(beyond[first])} has id {first}, but the vocabulary is "
-                f"0..{vocab_size - 1}; give the model's own tokenizer (--tokenizer_dir)"
-            )
-        return self
+        beyond = {id_ for id_ in self.backend.get_vocab().values() if id_ >= vocab_size}
+        if others := beyond - {self.pad_token_id}:
+            raise self._misfit(min(others), vocab_size)
+        return replace(self, vocab_size=vocab_size) if beyond else self
+
+    def _misfit(self, token_id: int, vocab_size: int) -> MptTrtError:
+        token = self.backend.convert_ids_to_tokens(token_id)
+        return MptTrtError(
+            f"{self.folder}: the tokenizer does not fit the model: token {shown(token)} has id "
+            f"{token_id}, but the vocabulary is 0..{vocab_size - 1}; give the model's own "
+            "tokenizer (--tokenizer_dir)"
+        )
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -131,10 +142,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
         # transformers' own MPT configuration instead of the folder's config.json, because
         # transformers does not support grouped-query attention, llm-foundry's numbers or MPT's
-        # relatives.
+        # relatives. Only the tokenizer's class is taken from there.
         backend = AutoTokenizer.from_pretrained(
             str(folder.absolute()),
-            config=MptConfig(),
+            config=MptConfig(**_class_in_config(folder)),
             use_fast=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -142,6 +153,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         # Some damage is detected only when text is read.
         backend("a", truncation=False, padding=False)
     return Tokenizer(backend, folder)
+
+
+def _class_in_config(folder: Path) -> dict[str, Any]:
+    """The tokenizer's class in config.json, which counts if tokenizer_config.json has none."""
+    path = folder / "config.json"
+    name = read_json(path).get("tokenizer_class") if path.is_file() else None
+    return {"tokenizer_class": name} if isinstance(name, str) else {}
 
 
 @contextlib.contextmanager
@@ -192,10 +210,11 @@ def _plain_errors(folder: Path) -> Iterator[None]:
         raise
     except BaseException as error:  # panics of the library are not of type Exception
         reason = " ".join(str(error).split())
-        path = folder / VOCABULARY_FILES[0]
+        there = [name for name in VOCABULARY_FILES if (folder / name).is_file()]
         raise MptTrtError(
-            f"{path}: not a tokenizer that transformers reads ({type(error).__name__}: "
-            f"{reason[:300]}); download it again"
+            f"{folder / there[0] if there else folder}: not a tokenizer that transformers reads "
+            f"({type(error).__name__}: {reason[:300]}); correct tokenizer_config.json, or download "
+            "all files of the tokenizer again"
         ) from None
 
 

@@ -295,6 +295,16 @@ class TestRefusals:
                 False,
             ),
             (with_hf_rope(type="yarn"), "attn_config.rope_hf_config.type", "yarn"),
+            (
+                with_hf_rope(rope_type="linear", factor=2),
+                "attn_config.rope_hf_config.rope_type",
+                "linear",
+            ),
+            (
+                with_rope(rope_dail_config={"rope_type": "xpos"}),
+                "attn_config.rope_dail_config.rope_type",
+                "xpos",
+            ),
             (with_hf_rope(type=["linear"]), "attn_config.rope_hf_config.type", ["linear"]),
             (
                 with_hf_rope(type="linear", factor=-2),
@@ -525,6 +535,12 @@ class TestFamilies:
         assert read(tmp_path, TINY | {"hidden_size": 48}) == expected_of(BASE)
         with pytest.raises(MptTrtError, match="hidden_size = 64: d_model is 48"):
             read(tmp_path, TINY | {"hidden_size": 64})
+
+    def test_unknown_keys_are_shown_printable(self, tmp_path: Path, caplog) -> None:
+        read(tmp_path, TINY | {"\x1b[31m\ud800": 1, "x" * 1000: 2})
+        message = caplog.records[0].getMessage()
+        assert message.isprintable()
+        assert message.endswith(r"ignored: '\x1b[31m\ud800', '" + "x" * 76 + "...")
 
     def test_unknown_keys_are_reported_once(self, tmp_path: Path, caplog) -> None:
         for _ in range(2):

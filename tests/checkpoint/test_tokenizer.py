@@ -62,6 +62,26 @@ def test_ids_are_those_of_transformers(folder: Path, change: str) -> None:
     assert read_tokenizer(folder).encode(TEXT) == expected
 
 
+@pytest.mark.parametrize("has_own_config", [True, False])
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GPT2TokenizerFast", None])
+def test_a_class_in_the_models_config(folder: Path, name: str | None, has_own_config: bool) -> None:
+    """It counts if tokenizer_config.json names no class."""
+    path = folder / "tokenizer_config.json"
+    if has_own_config:
+        content = json.loads(path.read_text())
+        content.pop("tokenizer_class")
+        path.write_text(json.dumps(content))
+    else:
+        path.unlink()
+    edit(folder / "config.json", tokenizer_class=name)
+    expected, found = AutoTokenizer.from_pretrained(str(folder)), read_tokenizer(folder)
+    assert found.encode(TEXT) == expected(TEXT).input_ids
+    assert (found.eos_token_id, found.pad_token_id) == (
+        expected.eos_token_id,
+        expected.pad_token_id,
+    )
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -159,6 +179,26 @@ def test_a_tokenizer_beyond_the_vocabulary_is_rejected(folder: Path) -> None:
     assert tokenizer.require_fitting(VOCAB_SIZE) is tokenizer
     with pytest.raises(MptTrtError, match=r"does not fit the model: token .* has id 4000"):
         tokenizer.require_fitting(4000)
+
+
+def test_a_pad_token_beyond_the_vocabulary_is_accepted(folder: Path) -> None:
+    """Scripts add one without a row of the embedding; only a text that contains it is rejected."""
+    expected = read_tokenizer(folder).encode(TEXT)
+    edit(folder / "tokenizer_config.json", pad_token="[PAD]")
+    tokenizer = read_tokenizer(folder).require_fitting(VOCAB_SIZE)
+    assert tokenizer.pad_token_id == VOCAB_SIZE
+    assert tokenizer.encode(TEXT) == expected
+    with pytest.raises(MptTrtError, match=r"token '\[PAD\]' has id 4096, but the vocabulary"):
+        tokenizer.encode("def[PAD]")
+
+
+def test_a_tokenizer_without_its_main_file(folder: Path) -> None:
+    """The error names a file that is there, and the one that chooses how it is read."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    with pytest.raises(MptTrtError, match=r"vocab\.json: not a token.*tokenizer_config\.json"):
+        read_tokenizer(folder)
 
 
 @pytest.mark.parametrize(
