@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpt_trt.checkpoint.foreign import require_content, require_plain_checkpoint
+from mpt_trt.checkpoint.other_weights import describe_other_weights
 from mpt_trt.checkpoint.tokenizer_files import TOKENIZER_FILES
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
@@ -19,7 +20,7 @@ WEIGHT_FILES = (
 )
 INDEX_SUFFIX = ".index.json"
 # Checkpoints of trainers, and other files next to them.
-TRAINER_SUFFIXES = (".pt", ".pth")
+TRAINER_SUFFIXES = (".pt", ".pth", ".ckpt")
 NOT_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "random_states", "training_args")
 
 
@@ -97,7 +98,9 @@ def _no_weights(folder: Path) -> MptTrtError:
             f"{folder}: a distributed checkpoint (.distcp); convert it to one file with "
             "torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
         )
-    return MptTrtError(f"{folder}: no weights found; one of {', '.join(WEIGHT_FILES)} is needed")
+    usual = f"one of {', '.join(WEIGHT_FILES)} is needed"
+    remedy = describe_other_weights(folder, NOT_WEIGHTS) or usual
+    return MptTrtError(f"{folder}: no weights found; {remedy}")
 
 
 # Longer names are none on any file system.

@@ -29,6 +29,9 @@ def describe_folder(folder: Path) -> str | None:
         return f"a model's folder in the hub cache; give {folder / 'snapshots' / commit}"
     if inner := sorted(path.name for path in folder.glob("[0-9]*-gpu") if path.is_dir()):
         return f"a folder that contains {', '.join(inner)}; give {folder / inner[0]}"
+    if inner := sorted(path.parent.name for path in folder.glob("*/config.json")):
+        names = f"{', '.join(inner[:3])}{', ...' if len(inner) > 3 else ''}"
+        return f"a folder that contains {names}; give {folder / inner[0]}"
     return None
 
 

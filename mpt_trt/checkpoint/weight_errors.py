@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mpt_trt.checkpoint.other_weights import describe_content
 from mpt_trt.errors import MptTrtError
 
 # Some libraries repeat a whole header.
@@ -15,6 +16,8 @@ def broken(path: Path, error: Exception, tensor: str) -> MptTrtError:
     reason = (str(error) or type(error).__name__).splitlines()[0][:MOST_CHARACTERS]
     if path.is_file() and path.stat().st_size == 0:
         reason = "the file is empty"
+    elif content := describe_content(path):
+        return MptTrtError(f"{path}: {content}")
     return MptTrtError(
         f"{path}: truncated or damaged, {tensor} cannot be read ({reason}); download the file again"
     )

@@ -53,6 +53,7 @@ REMEDIES = {
     errno.EACCES: "permission denied; write it elsewhere",
     errno.EPERM: "not permitted; write it elsewhere",
     errno.ENOTDIR: "a part of this path is a file; write it elsewhere",
+    errno.EEXIST: "a part of this path is a link to nothing; write it elsewhere",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.ELOOP: "a part of this path is a link to itself; write it elsewhere",
     errno.EBUSY: "it is a mount point or in use; choose a folder inside it",

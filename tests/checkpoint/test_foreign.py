@@ -92,7 +92,9 @@ class TestContainers:
         require_base(tmp_path)
         assert f"the weights are taken from its {keys}" in caplog.text
 
-    @pytest.mark.parametrize("name", ["pytorch_model.bin", "ep1-ba100-rank0.pt", "latest.pth"])
+    @pytest.mark.parametrize(
+        "name", ["pytorch_model.bin", "ep1-ba100-rank0.pt", "latest.pth", "last.ckpt"]
+    )
     def test_of_composer(self, tmp_path: Path, name: str, caplog) -> None:
         write_pickle(tmp_path, as_composer(tensors(BASE)), name)
         require_base(tmp_path)
@@ -344,6 +346,59 @@ class TestFiles:
             f"{path}: truncated or damaged, every tensor cannot be read (the file is empty); "
             "download the file again"
         )
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            (
+                "weights.safetensors",
+                "if weights.safetensors has the model's weights, rename it to mo",
+            ),
+            (
+                "model.fp16.BIN",
+                "if model.fp16.BIN has the model's weights, rename it to pytorch_mod",
+            ),
+            ("adapter_model.safetensors", "is an adapter; give its base model"),
+            ("model.safetensors.incomplete", "is an unfinished download; download it again"),
+            ("model.gguf", "is in GGUF format; give the model as safetensors"),
+            ("flax_model.msgpack", "is in Flax format"),
+            ("zero_to_fp32.py", "a checkpoint of DeepSpeed"),
+            ("model.safetensors/x", "model.safetensors is a folder"),
+            ("last/model.safetensors", "last/model.safetensors has some; give"),
+            ("training_args.bin", "one of model.safetensors"),
+        ],
+    )
+    def test_weights_that_are_not_read_are_named(
+        self, tmp_path: Path, name: str, message: str
+    ) -> None:
+        write_checkpoint(tmp_path, BASE)
+        (tmp_path / "model.safetensors").unlink()
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+        found = refusal(tmp_path)
+        assert found.startswith(f"{tmp_path}: no weights found; ")
+        assert message in found
+
+    @pytest.mark.parametrize(
+        ("layout", "name", "message"),
+        [
+            ("bin", "model.safetensors", "a file of PyTorch; rename it to pytorch_model.bin"),
+            ("safetensors", "pytorch_model.bin", "a safetensors file; rename it to model.safeten"),
+        ],
+    )
+    def test_a_name_of_the_other_format(
+        self, tmp_path: Path, layout, name: str, message: str
+    ) -> None:
+        write_checkpoint(tmp_path, BASE, layout=layout)
+        weight_files(tmp_path)[0].rename(tmp_path / name)
+        assert refusal(tmp_path).startswith(f"{tmp_path / name}: {message}")
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+    def test_a_web_page_instead_of_weights(self, tmp_path: Path, name: str) -> None:
+        write_checkpoint(tmp_path, BASE)
+        (tmp_path / "model.safetensors").unlink()
+        (tmp_path / name).write_text("<!DOCTYPE html><html>Access denied</html>")
+        assert refusal(tmp_path).startswith(f"{tmp_path / name}: a web page or message, not")
 
     def test_unreadable(self, tmp_path: Path, monkeypatch) -> None:
         path = write_checkpoint(tmp_path, BASE) / "model.safetensors"

@@ -38,6 +38,7 @@ MAKE: dict[str, Callable[[Path], None]] = {
     "ft": ft,
     "above ft": lambda folder: ft(folder / "2-gpu"),
     "hub cache": hub_cache,
+    "above hugging face": lambda folder: with_config(folder / "step-9", {"model_type": "mpt"}),
     "empty": lambda folder: folder.mkdir(parents=True),
 }
 HINTS = {
@@ -48,6 +49,7 @@ HINTS = {
     "ft": "an FT checkpoint, which build.py and quantize.py read",
     "above ft": "a folder that contains 2-gpu; give {folder}/2-gpu",
     "hub cache": "the hub cache; give {folder}/snapshots/abc",
+    "above hugging face": "a folder that contains step-9; give {folder}/step-9",
     "empty": "no such file",
 }
 # By the kind that each of them takes.

@@ -313,6 +313,14 @@ class TestReplaceDirectory:
         ):
             pass
 
+    def test_parent_that_is_a_dangling_link(self, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to("gone")
+        target = tmp_path / "link" / "target"
+        for place in (replace_directory(target, KIND), replace_file(target)):
+            with pytest.raises(MptTrtError, match=f"cannot write {target}: .* link to noth"), place:
+                pass
+        assert sorted(os.listdir(tmp_path)) == ["link"]
+
     @pytest.mark.parametrize("name", ["target", "tar[g]et*"])
     def test_leftovers(
         self, tmp_path: Path, name: str, dead_process: int, live_process: int
