@@ -317,9 +317,9 @@ class TestReplaceDirectory:
         (tmp_path / "link").symlink_to("gone")
         target = tmp_path / "link" / "target"
         for place in (replace_directory(target, KIND), replace_file(target)):
-            with pytest.raises(MptTrtError, match=f"cannot write {target}: .* link to noth"), place:
+            with pytest.raises(MptTrtError, match=f"cannot write {target}: .* a link to n"), place:
                 pass
-        assert sorted(os.listdir(tmp_path)) == ["link"]
+        assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
     @pytest.mark.parametrize("name", ["target", "tar[g]et*"])
     def test_leftovers(
