@@ -17,7 +17,8 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
 from mpt_trt.system.inner_names import require_inner_name
 from mpt_trt.system.json_text import shown
-from mpt_trt.system.replace import FolderKind, read_mark, recover
+from mpt_trt.system.replace import FolderKind, read_mark
+from mpt_trt.system.staging import recover
 from mpt_trt.system.typed_json import from_json
 from mpt_trt.system.verified_files import remember_written, require_recorded
 

@@ -39,7 +39,7 @@ from mpt_trt.model.sharding import Rank
 from mpt_trt.model.tensors import BlockMatrix, Weight, weights
 from mpt_trt.system.files import CONTENT_HASH, content_hashes, read_json, read_small_file
 from mpt_trt.system.json_text import shown
-from mpt_trt.system.replace import recover
+from mpt_trt.system.staging import recover
 from mpt_trt.system.typed_json import from_json
 from mpt_trt.system.verified_files import require_recorded
 

@@ -4,10 +4,6 @@ An output is made in a staging folder next to its place and moved there in one s
 exchanged by `renameat2`. If the file system cannot do that, the old folder is moved to `old` in the
 staging folder first; if the process ends before the new folder is in place, `recover` moves it
 back.
-
-A staging folder has a random name, so any number of processes may write the same output, and a lock
-(`flock`) that ends with its process, so the next process can distinguish leftovers from work in
-progress.
 """
 
 from __future__ import annotations
@@ -15,49 +11,27 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import functools
-import glob
 import json
 import os
 import re
-import shutil
 import stat
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from mpt_trt.errors import MptTrtError
+from mpt_trt.system.disk_errors import is_name, plain_disk_errors
+from mpt_trt.system.disk_sync import sync, sync_entry
+from mpt_trt.system.staging import NEW, OLD, REPLACED, staging_directory
 
-# If set to 1, data is on disk before an output replaces another, so power failures lose neither.
-SYNC_VARIABLE = "MPT_TRT_FSYNC"
-SYNC_WORKERS = 8
-# Names in a staging folder. `old` is the only copy of a result while nothing is in its place.
-NEW, OLD, REPLACED = "new", "old", "replaced"
 # Maximum number of attempts while other processes put their results in the same place.
 ATTEMPTS = 100
-LONGEST_SHOWN_NAME = 100
 # Files that Snakemake and network file systems put into any folder.
 UNOWNED_FILES = re.compile(r"\.snakemake_timestamp|\.nfs[0-9a-f]+")
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-REMEDIES = {
-    errno.ENOSPC: "the disk is full; free space or write it elsewhere",
-    errno.EDQUOT: "the disk quota is used up; free space or write it elsewhere",
-    errno.EFBIG: "the file-size limit is reached; raise it (ulimit -f)",
-    errno.EROFS: "the file system is read-only; write it elsewhere",
-    errno.EACCES: "permission denied; write it elsewhere",
-    errno.EPERM: "not permitted; write it elsewhere",
-    errno.ENOTDIR: "a part of this path is a file; write it elsewhere",
-    errno.EEXIST: "a part of this path is a link to nothing; write it elsewhere",
-    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
-    errno.ELOOP: "a part of this path is a link to itself; write it elsewhere",
-    errno.EBUSY: "it is a mount point or in use; choose a folder inside it",
-}
 
 
 @dataclass(frozen=True)
@@ -144,45 +118,6 @@ def replace_directory(
 
 
 @contextlib.contextmanager
-def staging_directory(target: Path) -> Iterator[Path]:
-    """Yields a new empty folder next to `target`, to move finished files from; then removes it.
-
-    Removes leftovers of processes that have ended, and restores what they had moved away. When the
-    block raises, folders around `target` that did not exist before are removed if they are empty.
-
-    Raises MptTrtError when the disk is full or the folder cannot be written.
-    """
-    with plain_disk_errors(target):
-        _clean_up(target)
-        missing = [folder for folder in target.parents if not folder.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with _locked_staging(target) as staging:
-                yield staging
-        except BaseException:
-            with contextlib.suppress(OSError):
-                for folder in missing:
-                    folder.rmdir()
-            raise
-
-
-def move_together(folder: Path, names: Iterable[str], target: Path) -> None:
-    """Moves finished files into the folder `target`, one after the other.
-
-    Other processes that move files there wait for it, so the files of several never mix.
-    """
-    with plain_disk_errors(target):
-        lock = _lock(target, fcntl.LOCK_EX)
-        try:
-            for name in names:
-                (folder / name).replace(target / name)
-                sync_entry(target / name)
-        finally:
-            if lock is not None:
-                os.close(lock)
-
-
-@contextlib.contextmanager
 def replace_file(target: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """Yields a path; a file written there replaces `target` if the block succeeds.
 
@@ -238,50 +173,6 @@ def is_replaced(target: Path) -> bool:
     return stat.S_ISREG(existing.st_mode) and _standard_stream(existing) is None
 
 
-def recover(target: Path) -> None:
-    """Restores what an interrupted replacement had moved away; an existing folder stays.
-
-    Readers need it, because on file systems that cannot exchange folders, `target` is absent
-    between two steps of a replacement.
-    """
-    if os.path.lexists(target) or target.name in ("", ".."):
-        return
-    for staging in _stagings(target, host="*"):
-        with contextlib.suppress(OSError):
-            (staging / OLD).rename(target)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder with its content, is on disk, if MPT_TRT_FSYNC is set."""
-    if not _is_syncing():
-        return
-    paths = [path]
-    if path.is_dir():
-        walked = list(os.walk(path))
-        names = [f"{root}/{name}" for root, _, files in walked for name in files]
-        paths = [Path(name) for name in names + [root for root, _, _ in walked]]
-    with ThreadPoolExecutor(SYNC_WORKERS) as pool:
-        list(pool.map(_fsync, (each for each in paths if each.is_file() or each.is_dir())))
-
-
-def sync_entry(path: Path) -> None:
-    """Waits until the name of a file or folder is on disk, if MPT_TRT_FSYNC is set."""
-    if _is_syncing():
-        _fsync(path.parent)
-
-
-def _is_syncing() -> bool:
-    return os.environ.get(SYNC_VARIABLE, "") not in ("", "0")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # --- Replaceable folders -------------------------------------------------------------------------
 
 
@@ -334,7 +225,7 @@ def _held(path: Path) -> Iterator[_Held | None]:
     try:
         yield _Held(path, Path(view), os.fstat(descriptor))
     except OSError as error:
-        if _is_name(error.filename):
+        if is_name(error.filename):
             error.filename = os.fsdecode(error.filename).replace(view, str(path), 1)
         raise
     finally:
@@ -423,106 +314,6 @@ def _write_all(descriptor: int, content: bytes) -> None:
     view = memoryview(content)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-# --- Staging folders -----------------------------------------------------------------------------
-
-
-def _stagings(target: Path, host: str) -> list[Path]:
-    """Lists the staging folders of a target, of all processes. host: a pattern."""
-    pattern = glob.escape(_shown_name(target)) + f".partial-{host}-*"
-    return sorted(target.parent.glob(f".{pattern}"))
-
-
-def _prefix(target: Path) -> str:
-    """Prefix of the names of this machine's staging folders of a target."""
-    return f".{_shown_name(target)}.partial-{os.uname().nodename}-"
-
-
-def _shown_name(target: Path) -> str:
-    """The target's name, shortened to leave room for the rest of a staging name."""
-    name = os.fsencode(target.name)
-    if len(name) <= LONGEST_SHOWN_NAME:
-        return target.name
-    digest = xxhash.xxh3_64_hexdigest(name)
-    return f"{os.fsdecode(name[: LONGEST_SHOWN_NAME - 20])}~{digest}"
-
-
-@contextlib.contextmanager
-def _locked_staging(target: Path) -> Iterator[Path]:
-    while True:
-        name = f"{_prefix(target)}{os.getpid()}-{os.urandom(4).hex()}"
-        staging, lock = target.with_name(name), None
-        try:
-            staging.mkdir()
-            with contextlib.suppress(FileNotFoundError):
-                lock = _lock(staging, fcntl.LOCK_EX)
-            # Between the two calls, another process may have mistaken it for a leftover.
-            if staging.exists():
-                yield staging
-                return
-        finally:
-            _settle(staging, target)
-            if lock is not None:
-                os.close(lock)
-
-
-def _lock(folder: Path, how: int) -> int | None:
-    """Locks a folder for this process; None if the file system has no locks.
-
-    Raises BlockingIOError when another process has the lock and `how` does not wait.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, how)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _clean_up(target: Path) -> None:
-    """Restores what interrupted replacements had moved away, and removes their leftovers."""
-    if not target.parent.is_dir():
-        return
-    recover(target)
-    prefix = _prefix(target)
-    for staging in _stagings(target, glob.escape(os.uname().nodename)):
-        if match := re.fullmatch(r"([0-9]+)-[0-9a-f]{8}", staging.name.removeprefix(prefix)):
-            # The process that made it may have ended already, and the folder with it.
-            with contextlib.suppress(FileNotFoundError, BlockingIOError):
-                _remove_leftover(staging, target, int(match[1]))
-
-
-def _remove_leftover(staging: Path, target: Path, process: int) -> None:
-    # In a container, every run may get the same process id.
-    is_own = process == os.getpid()
-    if not is_own and Path("/proc", str(process)).exists():
-        return
-    lock = _lock(staging, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if lock is not None:
-        try:
-            _settle(staging, target)
-        finally:
-            os.close(lock)
-    elif not is_own:
-        _settle(staging, target)
-
-
-def _settle(staging: Path, target: Path) -> None:
-    """Removes a staging folder, after moving back what was moved away and not replaced."""
-    old = staging / OLD
-    if os.path.lexists(old):
-        try:
-            old.rename(target)
-        except OSError:
-            if not os.path.lexists(target):
-                return
-            old.rename(staging / REPLACED)
-    shutil.rmtree(staging, ignore_errors=True)
 
 
 # --- Putting a folder in place -------------------------------------------------------------------
@@ -618,37 +409,3 @@ def _renameat2() -> Any:
         text, number = ctypes.c_char_p, ctypes.c_int
         function.argtypes = (number, text, number, text, ctypes.c_uint)
     return function
-
-
-# --- Errors --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def plain_disk_errors(target: Path) -> Iterator[None]:
-    """Turns system errors of writing `target` into one sentence.
-
-    An error that names another file is reported for that file, such as an unreadable input.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in REMEDIES:
-            raise
-        names = [os.fsdecode(n) for n in (error.filename, error.filename2) if _is_name(n)]
-        if names and not any(_belongs_to(name, target) for name in names):
-            raise MptTrtError(f"{names[0]}: {error.strerror}") from error
-        raise MptTrtError(f"cannot write {target}: {REMEDIES[error.errno]}") from error
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str | bytes | os.PathLike)
-
-
-def _belongs_to(name: str, target: Path) -> bool:
-    """Returns whether a path is, contains, or is in the target or its staging folder."""
-    # Path.resolve would follow links.
-    path, whole = Path(os.path.abspath(name)), Path(os.path.abspath(target))  # noqa: PTH100
-    if path == whole or path in whole.parents or whole in path.parents:
-        return True
-    below = str(path).removeprefix(f"{whole.parent}/")
-    return below.startswith(f".{_shown_name(whole)}.partial-")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mpt_trt.system import replace
+from mpt_trt.system.staging import recover
 from support.paths import REPOSITORY
 
 pytestmark = [
@@ -63,7 +63,7 @@ def test_killed_before_each_system_call(way: str, tmp_path: Path) -> None:
             injection = f"inject={name}:signal=KILL:when={number}"
             strace = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", injection)
             killed += run(folder, way, "new", *strace) != 0
-            replace.recover(folder / "target")
+            recover(folder / "target")
             texts = {
                 str(path.relative_to(folder / "target")): path.read_text()
                 for path in (folder / "target").rglob("*")

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.system import replace
+from mpt_trt.system import disk_errors, disk_sync, replace, staging, staging_names
 from mpt_trt.system.replace import FolderKind, read_mark, replace_directory, replace_file
 from support.paths import REPOSITORY
 
@@ -290,7 +290,7 @@ class TestReplaceDirectory:
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
-            replace.recover(target)
+            staging.recover(target)
             if way == "exchange":
                 assert target.is_dir()
         assert not errors
@@ -350,6 +350,10 @@ class TestReplaceDirectory:
         assert tree(tmp_path) == {"target": None, "target/file": "first"}
 
 
+# Everything that a replacement executes, and that may be interrupted.
+TRACED = (replace, staging, staging_names, disk_sync, disk_errors, shutil)
+
+
 class Interruptions:
     """Runs a replacement that ends at one of the lines that it executes."""
 
@@ -362,7 +366,7 @@ class Interruptions:
 
     def stop_at(self, line: int, stop: Callable[[], None]) -> None:
         """Replaces the target's content by `new`, and calls `stop` at the given line."""
-        traced = (replace.__file__, shutil.__file__)
+        traced = {module.__file__ for module in TRACED}
         count = 0
 
         def trace(frame, event, _):
@@ -382,7 +386,7 @@ class Interruptions:
             sys.settrace(None)
 
     def require_recoverable(self) -> None:
-        replace.recover(self.target)
+        staging.recover(self.target)
         for reader in ("old", "new"):
             if tree(self.target) == {"a": reader, "sub": None, "sub/b": reader}:
                 break
@@ -447,11 +451,11 @@ def test_files_that_several_move_together_never_mix(tmp_path: Path) -> None:
 
     def write(text: str, start: threading.Barrier) -> None:
         try:
-            with replace.staging_directory(target / "result") as folder:
+            with staging.staging_directory(target / "result") as folder:
                 for name in names:
                     (folder / name).write_text(text)
                 start.wait(10)
-                replace.move_together(folder, names, target)
+                staging.move_together(folder, names, target)
         except BaseException as error:
             errors.append(error)
 

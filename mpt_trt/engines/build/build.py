@@ -27,14 +27,10 @@ from mpt_trt.errors import MptTrtError
 from mpt_trt.network.external_files import read_network
 from mpt_trt.quantization.schemes import Quantization, SmoothQuant
 from mpt_trt.system import gpus
+from mpt_trt.system.disk_sync import sync
 from mpt_trt.system.progress_lines import Advance, no_progress
-from mpt_trt.system.replace import (
-    move_together,
-    replace_directory,
-    require_writable,
-    staging_directory,
-    sync,
-)
+from mpt_trt.system.replace import replace_directory, require_writable
+from mpt_trt.system.staging import move_together, staging_directory
 
 PlanBuilder = Callable[[Path, BuilderChoice, int], None]
 """Adds the plans of all ranks to the folder of their networks.
