@@ -40,7 +40,7 @@ def read_ids(path: Path, padding: set[int], begin: int | None = None) -> list[li
     """Reads prompts from a .csv or .npy file with one row of token ids per prompt.
 
     padding: ids that are removed at both ends of an array's rows. begin: the one that begins
-    a text, if any; a single one stays at the start of a row.
+    a text, if any; one stays at the start of each row if no row begins with another token.
 
     Raises MptTrtError when the file contains anything other than integers, or an empty prompt.
     """
@@ -92,16 +92,22 @@ def _array_rows(path: Path, padding: set[int], begin: int | None) -> list[list[i
     if array.ndim not in (1, 2, 3):
         raise TypeError(f"an array of {array.ndim} dimensions; 1 to 3 are read")
     rows = array.reshape(-1, array.shape[-1]).tolist() if array.size else []
-    return [_without_padding(row, padding, begin) for row in rows]
+    return _without_padding(rows, padding, begin)
 
 
-def _without_padding(row: list[int], padding: set[int], begin: int | None) -> list[int]:
-    kept = [index for index, token in enumerate(row) if token not in padding]
-    if not kept:
-        return []
-    # Many tokenizers begin a text with the token that also ends it.
-    is_begun = kept[0] == 1 and row[0] == begin
-    return row[0 if is_begun else kept[0] : kept[-1] + 1]
+def _without_padding(
+    rows: list[list[int]], padding: set[int], begin: int | None
+) -> list[list[int]]:
+    # Many tokenizers begin a text with the token that also ends it, so one of these may be a
+    # prompt's own. It is if all prompts have it, and the longest one has no other padding there.
+    kept = [[index for index, token in enumerate(row) if token not in padding] for row in rows]
+    is_begun = min((places[0] for places in kept if places), default=0) == 1
+    return [
+        row[places[0] - (is_begun and row[places[0] - 1] == begin) : places[-1] + 1]
+        if places
+        else []
+        for row, places in zip(rows, kept, strict=True)
+    ]
 
 
 def encoded(texts: list[str], encode: Callable[[str], list[int]]) -> list[list[int]]:

@@ -146,6 +146,26 @@ def test_a_token_that_begins_a_text_is_no_padding(
         assert read_ids(path, PADDING, begin) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        # A prompt without it shows that the others have padding there.
+        ([[7, 8], [0, 9]], [[7, 8], [9]]),
+        ([[7, 8, 9], [0, 7, 0]], [[7, 8, 9], [7]]),
+        ([[0, 7, 8], [0, 9, 0]], [[0, 7, 8], [0, 9]]),
+        ([[0, 7, 8], [0, 0, 9]], [[0, 7, 8], [0, 9]]),
+        ([[0, 7, 8], [3, 0, 9]], [[0, 7, 8], [0, 9]]),
+        ([[0, 0, 7], [0, 0, 9]], [[7], [9]]),
+    ],
+)
+def test_arrays_are_padded_on_one_side(
+    tmp_path: Path, rows: list[list[int]], expected: list[list[int]]
+) -> None:
+    path = tmp_path / "prompts.npy"
+    path.write_bytes(as_npy(np.array(rows)))
+    assert read_ids(path, PADDING, END) == expected
+
+
 def test_an_archive_of_arrays_is_rejected(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", np.array([5]))
     path = (tmp_path / "a.npz").rename(tmp_path / "a.npy")
