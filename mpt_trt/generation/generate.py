@@ -146,7 +146,7 @@ def _check_capacity(
     needed = len(prompts) * config.num_beams
     if needed > model.max_batch_size:
         raise MptTrtError(
-            f"{len(prompts)} prompts with num_beams {config.num_beams} need {needed} cache rows,"
+            f"{len(prompts)} prompt(s) with num_beams {config.num_beams} need {needed} cache rows,"
             f" but the model has {model.max_batch_size}; send fewer prompts at a time, lower"
             " num_beams or build for a larger batch"
         )

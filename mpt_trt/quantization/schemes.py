@@ -297,7 +297,7 @@ def require_fitting_groups(config: MptConfig, tp_size: int, group_size: int) -> 
     legal = _fitting_groups(config, tp_size)
     raise MptTrtError(
         f"group_size = {group_size}: layers with {', '.join(map(str, sorted(inputs)))} input "
-        f"features on each of {tp_size} ranks are not multiples of it; valid sizes are "
+        f"features on each of {tp_size} rank(s) are not multiples of it; valid sizes are "
         f"{', '.join(map(str, legal)) or 'none'}"
     )
 

@@ -122,7 +122,7 @@ def test_engines_share_a_process_and_end(demo_engine: Path, engine: Engine) -> N
         ([""], {}, "a prompt is empty"),
         ([[]], {}, "prompt 0 is empty"),
         ([[{"role": "user"}]], {}, "is not a message"),
-        (PROMPTS * 2, {}, "6 prompts with num_beams 1 need 6 cache rows"),
+        (PROMPTS * 2, {}, "with num_beams 1 need 6 cache rows"),
         (PROMPTS, {"temperature": 0, "top_k": 0}, "temperature is 0"),
         (PROMPTS, {"temperature": "hot"}, "wrong type"),
         (PROMPTS, {"beams": 2}, "unknown option 'beams'; known are add_special_tokens, end_ids"),
