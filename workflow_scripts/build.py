@@ -94,7 +94,7 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--enable_fp8",
         action="store_true",
-        help="store weights as E4M3; needs --quantized_fp8_model_path",
+        help="store weights as E4M3; needs --quant_ckpt_path",
     )
     group.add_argument(
         "--head",

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Show what this machine has, and which targets it can build and run.
 
-Name targets, or a model and a variant of config.yaml. `snakemake preflight` runs it for the targets
-of config.yaml, and the first job that uses GPUs on a machine for its own target.
+Name targets, or a model and a variant of config.yaml. `snakemake preflight` checks the targets of
+config.yaml. The workflow also runs this check before its first GPU job on a machine.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="folder of a LoRA adapter (PEFT) to merge into the checkpoint",
     )
-    add("--revision", default="main", help="on the hub (default: %(default)s)")
+    add("--revision", default="main", help="revision on the hub (default: %(default)s)")
     add(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
@@ -68,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--bits",
         type=float,
         help="bits per weight on average, scales included, for mixed: int4 in groups or int8 for "
-        "each matrix. 8.1 allows int8 for every matrix, so that more changes nothing",
+        "each matrix. 8.1 allows int8 for every matrix; larger values change nothing",
     )
     add(
         "--scales",

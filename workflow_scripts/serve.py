@@ -2,7 +2,7 @@
 """Serve an engine over HTTP, with OpenAI's interface.
 
 Requests join a running batch and leave it when they end. The environment variable MPT_TRT_API_KEY
-sets a key that clients must send. SIGTERM ends the server after it has answered all requests.
+sets a key that clients must send. On SIGTERM, the server answers the running requests and exits.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def make_parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     group.add_argument(
-        "--timeout", type=_timeout, default=300, help="seconds per request (default: %(default)s)"
+        "--timeout",
+        type=_timeout,
+        default=300,
+        help="seconds per request; then it is answered with status 504 (default: %(default)s)",
     )
     group.add_argument(
         "--max_body_bytes",
@@ -71,21 +74,22 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--piece_tokens",
         type=_integer(1),
-        help="maximum number of prompt tokens per step, during which other requests wait "
-        "(default: the engine's max_input_len, or on a GPU 1024 of several prompts)",
+        help="maximum number of prompt tokens per step; other requests wait for such a step "
+        "(default: the engine's max_input_len; on a GPU, prompts that wait together may share a "
+        "step of up to 1024 tokens)",
     )
     group.add_argument(
         "--drain",
         type=_integer(0),
         default=30,
-        help="seconds for running requests after SIGTERM (default: %(default)s)",
+        help="seconds that running requests have after SIGTERM (default: %(default)s)",
     )
     group.add_argument(
         "--on_failure",
         choices=["continue", "exit"],
         default="continue",
-        help="after a step of the engine has failed, which ends all running requests with status "
-        "500 (default: %(default)s; engines of several ranks exit)",
+        help="what the server does if a step of the engine fails; the running requests get status "
+        "500 in any case (default: %(default)s; engines of several ranks always exit)",
     )
     options.add_runtime(parser)
     return parser

@@ -38,7 +38,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "--calib_text",
         type=Path,
         default=_ConfigDefault("text"),
-        help=f"calibration text {default}",
+        help="calibration text (default: the one that ships with mpt-trt)",
     )
     add(
         "--calib_size",

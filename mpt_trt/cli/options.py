@@ -26,7 +26,9 @@ def add_known_model(group: argparse._MutuallyExclusiveGroup) -> None:
     """Add the name of a predefined model."""
     from mpt_trt.checkpoint.known_models import SHAPES  # needs libraries, whose lack is reported
 
-    group.add_argument("--like", choices=SHAPES, help="a predefined model")
+    group.add_argument(
+        "--like", choices=SHAPES, help="a predefined model; bench-*: a model of the benchmarks"
+    )
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
