@@ -58,16 +58,16 @@ test-lm-eval: $(LM_EVAL)/installed
 test-tensorrt: $(VENV)/installed-dev
 	PYTHONPATH=.:tests $(BIN)/python -m first_contact $(CONTACT)
 
-# Tests readers of foreign files on 2,000 mutations of each: a few minutes.
+# Tests readers of foreign files on 2,000 mutations of every kind: about 20 minutes.
 fuzz: $(VENV)/installed-dev
 	MPT_TRT_FUZZ=2000 $(BIN)/python -m pytest tests/fuzz
 
-# The workflow killed at 20 points, and a replacement of a folder at all of its system calls: some 10
-# minutes. strace makes the latter; without it, that test is skipped.
+# Kills the workflow at 20 points, and a process that replaces a folder at each of its system calls:
+# about 10 minutes. The latter needs strace; without it, that test is skipped.
 test-kills: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m kills tests/kills
 
-# 10,000 requests that share batches, sent by several threads, a third of them cancelled: minutes.
+# Sends 10,000 requests that share batches from several threads, and cancels a third: 2 minutes.
 robustness: $(VENV)/installed-dev
 	MPT_TRT_REQUESTS=10000 $(BIN)/python -m pytest tests/scheduling/test_robustness.py
 

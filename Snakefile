@@ -4,7 +4,7 @@ Name a file or folder to make it and every missing input, for example
 
     snakemake -c2 trt_engines/mpt-7b/fp16/1-gpu
 
-`snakemake --list` explains the rules. Without a name, the `targets` of config.yaml are made. The
+`snakemake --list` explains the rules. Without a name, Snakemake makes the `targets` of config.yaml. The
 configuration is config.yaml of the working directory or, if there is none, the one next to this file.
 """
 
