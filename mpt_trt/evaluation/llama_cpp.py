@@ -78,7 +78,7 @@ def measure_llama_cpp(
 
 
 def _quantized(plain: Path, name: str) -> Path:
-    import llama_cpp
+    import llama_cpp  # optional
 
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
@@ -90,7 +90,7 @@ def _quantized(plain: Path, name: str) -> Path:
 
 def write_gguf(model: ModelTensors, target: Path) -> None:
     """Writes a model in float32, without a tokenizer."""
-    import gguf
+    import gguf  # optional
 
     config = model.config
     writer = gguf.GGUFWriter(target, "mpt")
@@ -125,7 +125,7 @@ def _gguf_name(name: str) -> str:
 
 def _point(name: str, path: Path, heldout: HeldOut, head: Head) -> Point:
     """Evaluates a GGUF file on all windows, and deletes it."""
-    import gguf
+    import gguf  # optional
     import llama_cpp
 
     length = heldout.inputs.shape[1]

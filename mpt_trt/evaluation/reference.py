@@ -164,7 +164,7 @@ def _transformers_block(config: MptConfig, length: int) -> Block:
 
 
 def _transformers_config(config: MptConfig):
-    from transformers import MptConfig as TransformersConfig
+    from transformers import MptConfig as TransformersConfig  # as above
 
     return TransformersConfig(
         d_model=config.hidden_size,

@@ -11,6 +11,7 @@ def register() -> None:
     lm-eval 0.4 has no entry points for models, so its command line finds the model only in a
     process that has called this.
     """
+    # Optional, and slow to import.
     from lm_eval.api.registry import model_registry
 
     if MODEL_NAME not in model_registry:

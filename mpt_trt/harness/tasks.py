@@ -79,7 +79,7 @@ def _manager_of(names: Sequence[str], folder: Path | None) -> TaskManager:
 
 
 def _run(model: LM, name: str, manager: TaskManager) -> dict[str, float]:
-    from lm_eval import simple_evaluate
+    from lm_eval import simple_evaluate  # as above
 
     try:
         manager.load([name])

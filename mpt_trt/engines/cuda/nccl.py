@@ -86,7 +86,7 @@ def load_library() -> Any:
 def nccl_obstacle() -> str | None:
     """Reason why NCCL cannot be used on this machine; None if it can."""
     try:
-        from nccl import core
+        from nccl import core  # optional
 
         core.get_version()
     except Exception as error:  # its package has many types of errors
@@ -104,7 +104,7 @@ def join_nccl(communicator: Communicator) -> Nccl:
     """
     if (obstacle := nccl_obstacle()) is not None:
         raise MptTrtError(obstacle)
-    from nccl import core
+    from nccl import core  # optional
 
     own_id = core.get_unique_id() if communicator.rank == 0 else None
     unique_id = communicator.exchange(own_id)[0]

@@ -22,8 +22,8 @@ def add_token_choice(trt: ModuleType, network: Any) -> None:
     chosen = network.add_cast(top.get_output(1), trt.DataType.INT64).get_output(0)
     subtract, add = trt.ElementWiseOperation.SUB, trt.ReduceOperation.SUM
     distance = network.add_elementwise(logits, top.get_output(0), subtract).get_output(0)
-    odds = network.add_unary(distance, trt.UnaryOperation.EXP).get_output(0)
-    sums = network.add_reduce(odds, add, last_axis, True).get_output(0)
+    powers = network.add_unary(distance, trt.UnaryOperation.EXP).get_output(0)
+    sums = network.add_reduce(powers, add, last_axis, True).get_output(0)
     for name, tensor in ((CHOSEN, chosen), (SUMS, sums)):
         tensor.name = name
         network.mark_output(tensor)

@@ -43,6 +43,7 @@ def record_trtllm_generation(
 
     The first token gives the speed of prefill, the others the speed of decoding.
     """
+    # Only in the environment that has TensorRT-LLM.
     import tensorrt_llm
     import torch
     from tensorrt_llm.runtime import ModelRunnerCpp

@@ -49,8 +49,8 @@ def append_argmax(model: onnx.ModelProto) -> None:
             make_node("ArgMax", ["logits"], "next_ids", **last_axis),
             make_node("GatherElements", ["logits", "next_ids"], "argmax/logit", **last_axis),
             make_node("Sub", ["logits", "argmax/logit"], "argmax/distance"),
-            make_node("Exp", ["argmax/distance"], "argmax/odds"),
-            make_node("ReduceSum", ["argmax/odds", "last_axis"], "sum_exp_relative_to_max"),
+            make_node("Exp", ["argmax/distance"], "argmax/exp"),
+            make_node("ReduceSum", ["argmax/exp", "last_axis"], "sum_exp_relative_to_max"),
             make_node("Add", ["write_positions", "one_position"], "next_positions"),
         ]
     )
