@@ -59,43 +59,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_quantization(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantization")
-    group.add_argument("--use_weight_only", action="store_true", help="store weights as integers")
-    group.add_argument(
-        "--weight_only_precision",
-        choices=["int8", "int4", "int4_awq", "int4_gptq", "mixed"],
-        help="type of the integers; int4_awq, int4_gptq and mixed need --quant_ckpt_path (default: "
-        "int8)",
-    )
-    group.add_argument(
-        "--per_group",
-        action="store_true",
-        help="int4: one scale per group of input features; other 4-bit types always have groups",
-    )
-    group.add_argument(
-        "--group_size",
-        type=int,
-        choices=GROUP_SIZES,
-        help=f"input features per group, for int4 --per_group (default: {GROUP_SIZES[0]})",
-    )
-    group.add_argument("--bits", type=float, help="bits per weight on average, for mixed")
-    group.add_argument(
-        "--use_smooth_quant",
-        action="store_true",
-        help="8-bit weights and activations, from a checkpoint converted with -sq",
-    )
-    group.add_argument(
-        "--per_channel", action="store_true", help="one weight scale per output feature"
-    )
-    group.add_argument(
-        "--per_token",
-        action="store_true",
-        help="one activation scale per token, computed at run time",
-    )
-    group.add_argument(
-        "--enable_fp8",
-        action="store_true",
-        help="store weights as E4M3; needs --quant_ckpt_path",
-    )
+    _add_integers(group)
+    _add_activations(group)
     group.add_argument(
         "--head",
         choices=["auto", "int8"],
@@ -119,6 +84,49 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         "--quantized_fp8_model_path",
         type=Path,
         help="npz file that quantize.py made",
+    )
+
+
+def _add_integers(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--use_weight_only", action="store_true", help="store weights as integers")
+    group.add_argument(
+        "--weight_only_precision",
+        choices=["int8", "int4", "int4_awq", "int4_gptq", "mixed"],
+        help="type of the integers; int4_awq, int4_gptq and mixed need --quant_ckpt_path (default: "
+        "int8)",
+    )
+    group.add_argument(
+        "--per_group",
+        action="store_true",
+        help="int4: one scale per group of input features; other 4-bit types always have groups",
+    )
+    group.add_argument(
+        "--group_size",
+        type=int,
+        choices=GROUP_SIZES,
+        help=f"input features per group, for int4 --per_group (default: {GROUP_SIZES[0]})",
+    )
+    group.add_argument("--bits", type=float, help="bits per weight on average, for mixed")
+
+
+def _add_activations(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--use_smooth_quant",
+        action="store_true",
+        help="8-bit weights and activations, from a checkpoint converted with -sq",
+    )
+    group.add_argument(
+        "--per_channel", action="store_true", help="one weight scale per output feature"
+    )
+    group.add_argument(
+        "--per_token",
+        action="store_true",
+        help="one activation scale per token, computed at run time",
+    )
+    group.add_argument(
+        "--enable_fp8",
+        action="store_true",
+        help="store weights as E4M3; needs --quant_ckpt_path",
     )
 
 

@@ -68,6 +68,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--revision", default="main", help="revision on the hub (default: %(default)s)"
     )
+    _add_int8(parser)
+    add_force(parser)
+    add_ignored(parser, OF_CONVERSION)
+    options.add_calibration(parser)
+    return parser
+
+
+def _add_int8(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-sq",
         "--smoothquant",
@@ -84,10 +92,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="also write the scales of an int8 KV cache, for readers of FT checkpoints (build.py "
         "takes them from the result of quantize.py)",
     )
-    add_force(parser)
-    add_ignored(parser, OF_CONVERSION)
-    options.add_calibration(parser)
-    return parser
 
 
 if __name__ == "__main__":

@@ -50,13 +50,27 @@ def make_parser() -> argparse.ArgumentParser:
         help="data type of computation on a GPU; a CPU computes in float32. Weights are stored in "
         "float16 if it is float16, otherwise in float32 (default: %(default)s)",
     )
+    add("--export_path", type=Path, required=True, help="folder of the result")
+    _add_format(parser)
+    add("--log_level", default="info", help="least important messages shown (default: %(default)s)")
+    add(
+        "--force",
+        action="store_true",
+        help="replace the result file even if this tool did not write it",
+    )
+    options.add_calibration(parser)
+    add_ignored(parser, OF_QUANTIZATION)
+    return parser
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--qformat",
         choices=FORMATS,
         required=True,
         help="quantization format; kv_cache: only the amax of keys and values, part of each format",
     )
-    add("--export_path", type=Path, required=True, help="folder of the result")
     add(
         "--awq_block_size",
         type=int,
@@ -77,15 +91,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="scales of int4_awq's groups: from their amax, as AMMO, or with the least squared "
         "error on the text (default: %(default)s)",
     )
-    add("--log_level", default="info", help="least important messages shown (default: %(default)s)")
-    add(
-        "--force",
-        action="store_true",
-        help="replace the result file even if this tool did not write it",
-    )
-    options.add_calibration(parser)
-    add_ignored(parser, OF_QUANTIZATION)
-    return parser
 
 
 if __name__ == "__main__":

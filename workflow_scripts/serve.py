@@ -51,7 +51,12 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--port", type=_port, default=8000, help="port; 0: any free one (default: %(default)s)"
     )
-    group = parser.add_argument_group("limits")
+    _add_limits(parser.add_argument_group("limits"))
+    options.add_runtime(parser)
+    return parser
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max_waiting",
         type=_integer(0),
@@ -91,8 +96,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="what the server does if a step of the engine fails; the running requests get status "
         "500 in any case (default: %(default)s; engines of several ranks always exit)",
     )
-    options.add_runtime(parser)
-    return parser
 
 
 def _port(text: str) -> int:

@@ -76,27 +76,14 @@ def layer_specs(
         case Mixed() as scheme:
             return integer_specs(config, weight, rank, dtype, scheme.format_of(*weight.place))
         case Awq() as scheme:
-            groups = height // group_size_of(scheme, config)
-            specs = {
-                QUANTIZED_MATRIX: TensorSpec("int4", shape),
-                SCALE: TensorSpec(dtype, (groups, width)),
-            }
+            form = IntegerFormat(4, group_size_of(scheme, config))
+            specs = integer_specs(config, weight, rank, dtype, form)
             is_folded = folds_into_values(config, quantization.kv_cache)
             if _has_pre_quant_scale(weight, is_folded):
                 specs[PRE_QUANT_SCALE] = TensorSpec(dtype, (height,))
             return specs
-        case SmoothQuant(per_channel=per_channel, per_token=per_token):
-            # FT always scales Q, K and V separately.
-            is_scalar = not per_channel and weight.split is not Split.QKV
-            specs = {
-                QUANTIZED_MATRIX: TensorSpec("int8", shape),
-                SCALE: TensorSpec("float32", () if is_scalar else (width,)),
-            }
-            if _has_pre_quant_scale(weight, is_folded_into_values=False):
-                specs[PRE_QUANT_SCALE] = TensorSpec(dtype, (height,))
-            if not per_token:
-                specs[INPUT_SCALE] = TensorSpec("float32", ())
-            return specs
+        case SmoothQuant() as scheme:
+            return _smoothquant_specs(weight, shape, dtype, scheme)
         case Fp8():
             return {QUANTIZED_MATRIX: TensorSpec("fp8", shape)}
 
@@ -111,6 +98,23 @@ def integer_specs(
         QUANTIZED_MATRIX: TensorSpec(f"int{form.bits}", shape),
         SCALE: TensorSpec(dtype, scales),
     }
+
+
+def _smoothquant_specs(
+    weight: Weight, shape: tuple[int, ...], dtype: str, scheme: SmoothQuant
+) -> dict[str, TensorSpec]:
+    height, width = shape
+    # FT always scales Q, K and V separately.
+    is_scalar = not scheme.per_channel and weight.split is not Split.QKV
+    specs = {
+        QUANTIZED_MATRIX: TensorSpec("int8", shape),
+        SCALE: TensorSpec("float32", () if is_scalar else (width,)),
+    }
+    if _has_pre_quant_scale(weight, is_folded_into_values=False):
+        specs[PRE_QUANT_SCALE] = TensorSpec(dtype, (height,))
+    if not scheme.per_token:
+        specs[INPUT_SCALE] = TensorSpec("float32", ())
+    return specs
 
 
 def _has_pre_quant_scale(weight: Weight, is_folded_into_values: bool) -> bool:
