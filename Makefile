@@ -1,5 +1,5 @@
 # `make demo` runs the workflow on the demo model; `make test` runs the test suite.
-# Both set up .venv first. PYTHON: Python 3.11, 3.12 or 3.13.
+# Both set up .venv first. `make help` lists all targets. PYTHON: Python 3.11, 3.12 or 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,10 +20,14 @@ INSTALL_SLURM := (apt-get update && apt-get install -y --no-install-recommends $
 
 DEMO := smoke_tests/mpt-demo/fp16/1-gpu.json
 
-.PHONY: demo test test-install slurm-ready test-slurm test-lm-eval test-gpu test-tensorrt test-kills fuzz robustness nightly bench check docs clean
+.PHONY: demo help test test-install slurm-ready test-slurm test-lm-eval test-gpu test-tensorrt test-kills fuzz robustness nightly bench check docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/snakemake --cores 2 $(DEMO)
+
+# Lists the targets, from the table in CONTRIBUTING.md.
+help:
+	@sed -n 's/^| `make \([a-z-]*\)` | \(.*\) | \(.*\) |$$/\1\n    \2 (\3)/p' CONTRIBUTING.md | tr -d '`'
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

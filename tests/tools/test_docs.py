@@ -1,8 +1,9 @@
-"""Links of the documentation, and the paths and packages that docs/architecture.md names."""
+"""Links of the documentation, paths and packages in docs/architecture.md, and `make help`."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         assert target.exists(), link
         if heading:
             assert heading in anchors(target), link
+
+
+def test_make_help_lists_every_target() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    targets = set(makefile.partition(".PHONY:")[2].partition("\n")[0].split())
+    shown = subprocess.run(
+        ["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout
+    assert set(re.findall(r"^(\S+)$", shown, re.MULTILINE)) == targets - {"slurm-ready"}
 
 
 def anchors(page: Path) -> set[str]:
