@@ -241,10 +241,14 @@ def test_tokens_are_streamed_as_they_are_chosen(top_k: int) -> None:
         (
             [[1], [2], [3]],
             {"num_beams": 3},
-            "3 prompt(s) with num_beams 3 need 9 cache rows, but the model has 8; send fewer prompts"
-            " at a time, lower num_beams or build for a larger batch",
+            "3 prompt(s) with num_beams 3 need 9 cache rows, but the model has 8; send fewer "
+            "prompts at a time, lower num_beams or build for a larger batch",
         ),
-        ([[1]] * 9, {}, "9 prompt(s) with num_beams 1 need 9 cache rows, but the model has 8; send"),
+        (
+            [[1]] * 9,
+            {},
+            "9 prompt(s) with num_beams 1 need 9 cache rows, but the model has 8; send",
+        ),
         (
             [[1]],
             {"num_beams": 31},

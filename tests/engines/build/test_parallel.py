@@ -108,22 +108,37 @@ def test_termination_leaves_nothing_half_built(
         *("--backend=tensorrt_rtx", "--compute_capabilities=8.6"),
     ]
     all_of_them = [sys.executable, "-c", program, TOOL.parents[2], TOOL, networks]
-    process = subprocess.Popen(
-        one if is_alone else all_of_them,
-        start_new_session=True,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 60
-    while len(list(target.glob(".rank*partial*"))) < (1 if is_alone else RANKS):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    num_ranks = 1 if is_alone else RANKS
+    command = one if is_alone else all_of_them
+    tries = (started_building(command, target, num_ranks) for _ in range(10))
+    process = next(filter(None, tries))
     # Only to the one process, as Snakemake and SLURM may do.
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGINT
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
-    assert not list(tmp_path.rglob("*.engine*"))
+    # On a busy machine, some ranks may be finished before the signal comes.
+    finished = list(target.glob("*.engine"))
+    assert len(finished) < num_ranks
+    assert all(plan.with_name(f"{plan.name}.json").exists() for plan in finished)
     assert not list(tmp_path.rglob(".*partial*"))
+
+
+def started_building(
+    command: list[str | Path], target: Path, num_ranks: int
+) -> subprocess.Popen | None:
+    """Starts the command; returns its process while so many ranks build, None if they never did."""
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(target.glob(".rank*partial*"))) < num_ranks:
+        assert time.monotonic() < deadline
+        if process.poll() is not None:
+            assert process.returncode == 0
+            for plan in target.glob("*.engine*"):
+                plan.unlink()
+            return None
+        time.sleep(0.01)
+    return process
 
 
 # --- GPUs ----------------------------------------------------------------------------------------
