@@ -115,7 +115,7 @@ class NpzFile:
         return numbers
 
     def rows(self, key: str, number: int) -> Iterator[NDArray]:
-        """Yields `numbers` of a matrix, up to `number` rows at a time.
+        """Yields `numbers` of a matrix, up to `number` rows at a time, `[rows, columns]`.
 
         Rows are valid until the next ones are requested. Some damage is detected only at the end.
         """

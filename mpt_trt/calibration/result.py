@@ -194,7 +194,7 @@ class CalibrationResult:
     def smoothquant_scales(
         self, layer: int, matrix: BlockMatrix
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
-        """Reads scales, pre-quant scale and activation scale, without the matrix."""
+        """Reads scales `[out]`, pre-quant scale `[in]` and activation scale, without the matrix."""
         self.require_format("int8_sq")
         return (
             self._joined(layer, matrix, WEIGHT_SCALE),

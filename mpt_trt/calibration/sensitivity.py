@@ -43,6 +43,8 @@ def measured_formats(
 ) -> Formats:
     """Chooses the format of each matrix by measured divergence, within `bits` per weight.
 
+    samples: token ids `[samples, seq]`.
+
     Raises MptTrtError when the budget is too small.
     """
     config = source.config

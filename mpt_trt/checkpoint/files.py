@@ -51,7 +51,7 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def shard_of_tensor(folder: Path) -> dict[str, str]:
+def file_of_tensor(folder: Path) -> dict[str, str]:
     """File names by tensor, from the index of the shards; {} for weights in one file."""
     source = _weight_source(folder)
     if not source.name.endswith(INDEX_SUFFIX):

@@ -39,7 +39,7 @@ CHUNK_BYTES = 1 << 17
 log = logging.getLogger(__name__)
 
 
-class PickleShard:
+class PickleFile:
     """A PyTorch `.bin` or `.pt` file, mapped into memory; only tensors are unpickled."""
 
     def __init__(self, path: Path):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mpt_trt.arrays.cast import BFLOAT16, is_finite
-from mpt_trt.checkpoint.files import shard_of_tensor, weight_files
+from mpt_trt.checkpoint.files import file_of_tensor, weight_files
 from mpt_trt.checkpoint.foreign import require_plain_names
 from mpt_trt.checkpoint.weight_errors import broken, not_float
 from mpt_trt.checkpoint.weight_names import USUAL_PREFIXES, is_weight, plain_name
@@ -69,7 +69,7 @@ class WeightFile(Protocol):
         ...
 
 
-class SafetensorsShard:
+class SafetensorsFile:
     """A safetensors file, mapped into memory as a whole."""
 
     def __init__(self, path: Path):
@@ -122,12 +122,12 @@ class HfCheckpoint:
 
     def __init__(self, folder: Path, weights: list[Weight], adapter: Path | None = None):
         self.folder = folder
-        self.shards = [_open_weight_file(path) for path in weight_files(folder)]
+        self.files = [_open_weight_file(path) for path in weight_files(folder)]
         self._location: dict[str, tuple[WeightFile, str]] = {}
-        indexed = shard_of_tensor(folder)
-        for shard in self.shards:
-            require_plain_names(shard.path, shard.names())
-            self._locate_tensors(shard, indexed)
+        indexed = file_of_tensor(folder)
+        for file in self.files:
+            require_plain_names(file.path, file.names())
+            self._locate_tensors(file, indexed)
         self._adapter = None if adapter is None else _open_adapter(adapter)
         self._check_names(weights)
         self._report_prefix(weights[0])
@@ -140,8 +140,8 @@ class HfCheckpoint:
 
         A tensor that the adapter updates is a new float32 array.
         """
-        shard, name = self._location[_hf_name(weight)]
-        stored = shard.tensor(name)
+        file, name = self._location[_hf_name(weight)]
+        stored = file.tensor(name)
         update = None if self._adapter is None else self._adapter.updates.get(_hf_name(weight))
         return stored if update is None else update.merged(stored)
 
@@ -151,35 +151,35 @@ class HfCheckpoint:
 
     def prefetch(self, weight: Weight) -> None:
         """Reads a tensor ahead, in the order of its file, before its parts are read in another."""
-        shard, name = self._location[_hf_name(weight)]
-        shard.prefetch(name)
+        file, name = self._location[_hf_name(weight)]
+        file.prefetch(name)
 
     def describe(self, weight: Weight) -> str:
         """Label of a tensor for error messages: `file: tensor name`."""
-        shard, name = self._location[_hf_name(weight)]
-        return f"{shard.path}: tensor {name}"
+        file, name = self._location[_hf_name(weight)]
+        return f"{file.path}: tensor {name}"
 
-    def _locate_tensors(self, shard: WeightFile, indexed: dict[str, str]) -> None:
-        """Assigns the tensors of a shard. indexed: file names by tensor, from the index."""
-        for stored in filter(is_weight, shard.names()):
-            if (place := indexed.get(stored, shard.path.name)) != shard.path.name:
+    def _locate_tensors(self, file: WeightFile, indexed: dict[str, str]) -> None:
+        """Assigns the tensors of a file. indexed: file names by tensor, from the index."""
+        for stored in filter(is_weight, file.names()):
+            if (place := indexed.get(stored, file.path.name)) != file.path.name:
                 raise MptTrtError(
-                    f"{shard.path}: holds tensor {stored}, which the index puts into {place}; "
+                    f"{file.path}: holds tensor {stored}, which the index puts into {place}; "
                     "one of the files is of another checkpoint; download the checkpoint again"
                 )
             name = plain_name(stored)
             if (other := self._location.get(name)) is not None:
                 raise MptTrtError(
-                    f"{shard.path}: tensors {other[1]} (in {other[0].path.name}) and {stored} are "
+                    f"{file.path}: tensors {other[1]} (in {other[0].path.name}) and {stored} are "
                     f"both {name} of an MPT; remove the ones that are not the model's"
                 )
-            self._location[name] = shard, stored
+            self._location[name] = file, stored
 
     def _report_prefix(self, embedding: Weight) -> None:
-        shard, stored = self._location[_hf_name(embedding)]
+        file, stored = self._location[_hf_name(embedding)]
         prefix = stored.removesuffix(_hf_name(embedding))
         if prefix not in USUAL_PREFIXES:
-            log.warning("%s: names of tensors begin with %r", shard.path, prefix)
+            log.warning("%s: names of tensors begin with %r", file.path, prefix)
 
     def _check_names(self, weights: list[Weight]) -> None:
         expected = {w.hf_name for w in weights if w.hf_name is not None}
@@ -190,27 +190,27 @@ class HfCheckpoint:
                 stored = [self._location[name][1] for name in unexpected]
                 there = f"found instead: {', '.join(stored[:3])}{_and_others(stored[2:])}"
             raise MptTrtError(
-                f"{self.shards[0].path if len(self.shards) == 1 else self.folder}: "
+                f"{self.files[0].path if len(self.files) == 1 else self.folder}: "
                 f"tensor {missing[0]} is missing{_and_others(missing)}; {there}; config.json and "
                 "the weights do not belong together, or the download is incomplete"
             )
         if unexpected == ["lm_head.weight"]:
             self._require_tied_head(weights[0])
         elif unexpected:
-            shard, name = self._location[unexpected[0]]
+            file, name = self._location[unexpected[0]]
             raise MptTrtError(
-                f"{shard.path}: unexpected tensor {name}{_and_others(unexpected)}; config.json "
+                f"{file.path}: unexpected tensor {name}{_and_others(unexpected)}; config.json "
                 "does not describe this model (biases? untied embeddings? another architecture?)"
             )
 
     def _require_tied_head(self, embedding: Weight) -> None:
-        shard, name = self._location["lm_head.weight"]
+        file, name = self._location["lm_head.weight"]
         owner, embedding_name = self._location[_hf_name(embedding)]
-        shard.require_values(name)
+        file.require_values(name)
         owner.require_values(embedding_name)
-        if not np.array_equal(shard.tensor(name), owner.tensor(embedding_name)):
+        if not np.array_equal(file.tensor(name), owner.tensor(embedding_name)):
             raise MptTrtError(
-                f"{shard.path}: tensor {name} differs from the embedding although config.json says "
+                f"{file.path}: tensor {name} differs from the embedding although config.json says "
                 "tie_word_embeddings = true; set it to false to use the separate head"
             )
 
@@ -218,12 +218,12 @@ class HfCheckpoint:
         for weight in weights:
             if weight.hf_name is None:
                 continue
-            shard, name = self._location[weight.hf_name]
-            shard.require_values(name)
-            shape = shard.shape(name)
+            file, name = self._location[weight.hf_name]
+            file.require_values(name)
+            shape = file.shape(name)
             if shape != weight.shape:
                 raise MptTrtError(
-                    f"{shard.path}: tensor {name} has shape {list(shape)}, but config.json "
+                    f"{file.path}: tensor {name} has shape {list(shape)}, but config.json "
                     f"requires {list(weight.shape)}"
                 )
 
@@ -242,11 +242,11 @@ def _open_adapter(folder: Path) -> LoraAdapter:
 
 def _open_weight_file(path: Path) -> WeightFile:
     if path.suffix == ".safetensors":
-        return SafetensorsShard(path)
+        return SafetensorsFile(path)
     # It imports PyTorch, which takes a second, and safetensors do not need it.
-    from mpt_trt.checkpoint.pickled import PickleShard
+    from mpt_trt.checkpoint.pickled import PickleFile
 
-    return PickleShard(path)
+    return PickleFile(path)
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:

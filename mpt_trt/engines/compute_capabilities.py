@@ -30,10 +30,10 @@ def require_fp8_support(
 
     field: key or option that names the GPUs.
     """
-    lacking = [each for each in capabilities if not _has_fp8(each)]
-    if quantization.uses_fp8 and lacking:
+    unsupported = [each for each in capabilities if not _has_fp8(each)]
+    if quantization.uses_fp8 and unsupported:
         raise MptTrtError(
-            f"{field}: {', '.join(lacking)} cannot compute with fp8, which needs "
+            f"{field}: {', '.join(unsupported)} cannot compute with fp8, which needs "
             f"{'.'.join(map(str, FP8_CAPABILITY))} or newer; leave them out, or choose int8"
         )
 

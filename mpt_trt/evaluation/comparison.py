@@ -51,7 +51,8 @@ def top1_agreement(
 ) -> float:
     """Share of positions at which the engine's most likely token is the reference's.
 
-    tie: difference of logits up to which tokens count as equally likely.
+    engine, reference: logits `[positions, vocab]`. tie: difference of logits up to which
+    tokens count as equally likely.
     """
     chosen = np.take_along_axis(reference, engine.argmax(axis=-1)[:, None], axis=-1)[:, 0]
     is_finite = np.isfinite(engine).all(axis=-1)

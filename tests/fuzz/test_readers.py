@@ -30,10 +30,10 @@ from mpt_trt.calibration.result import read_calibration
 from mpt_trt.checkpoint.chat import read_conversations
 from mpt_trt.checkpoint.files import weight_files
 from mpt_trt.checkpoint.hf_config import read_hf_config
-from mpt_trt.checkpoint.pickled import PickleShard
+from mpt_trt.checkpoint.pickled import PickleFile
 from mpt_trt.checkpoint.snapshot import recorded_provenance
 from mpt_trt.checkpoint.special_tokens import read_special_tokens
-from mpt_trt.checkpoint.tensors import SafetensorsShard
+from mpt_trt.checkpoint.tensors import SafetensorsFile
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.cli.prompts import read_ids, read_texts
 from mpt_trt.engines.manifest import ENGINE, read_manifest
@@ -95,11 +95,11 @@ def read_npz(folder: Path) -> None:
         file.floats(key)
 
 
-def read_shard(shard: SafetensorsShard | PickleShard) -> None:
-    for name in shard.names():
-        shard.require_values(name)
-        shard.shape(name)
-        shard.tensor(name)
+def read_weight_file(file: SafetensorsFile | PickleFile) -> None:
+    for name in file.names():
+        file.require_values(name)
+        file.shape(name)
+        file.tensor(name)
 
 
 def read_text_tokenizer(folder: Path) -> None:
@@ -140,7 +140,7 @@ READERS = {
     "csv": Reader(lambda f: read_ids(f / "x.csv", {0}), "x.csv", "other", "csv"),
     "txt": Reader(lambda f: read_texts(f / "x.txt"), "x.txt", "other", "csv"),
     "safetensors": Reader(
-        lambda f: read_shard(SafetensorsShard(f / "x.safetensors")),
+        lambda f: read_weight_file(SafetensorsFile(f / "x.safetensors")),
         "x.safetensors",
         "other",
         "safetensors",
@@ -148,7 +148,7 @@ READERS = {
     "held-out": Reader(
         lambda f: read_heldout(f / "h.safetensors"), "h.safetensors", "other", "safetensors"
     ),
-    "bin": Reader(lambda f: read_shard(PickleShard(f / "x.bin")), "x.bin", "other", "bin"),
+    "bin": Reader(lambda f: read_weight_file(PickleFile(f / "x.bin")), "x.bin", "other", "bin"),
 }
 JSON = [name for name, reader in READERS.items() if reader.corpus == "json"]
 ARCHIVES = [name for name, reader in READERS.items() if reader.corpus in ("npz", "bin")]
