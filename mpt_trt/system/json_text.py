@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ def parse_json_object(text: bytes, path: Path, remedy: str) -> dict[str, Any]:
     """
     if len(text) > MOST_BYTES:
         raise MptTrtError(f"{path}: larger than {MOST_BYTES >> 20} MiB of JSON; {remedy}")
+    if text.startswith(codecs.BOM_UTF8):
+        raise MptTrtError(f"{path}: begins with a byte order mark; save it as UTF-8 without BOM")
     try:
         content = json.loads(text.decode("utf-8"), parse_int=_integer)
         _require_shallow(content)

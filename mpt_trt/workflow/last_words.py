@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mpt_trt.system.shown_paths import seen_from
 from mpt_trt.workflow.target_names import TARGET_FORMS
 
 # Rest of an error message of Python's exception handler, mpt-trt's tools, or a shell.
@@ -110,6 +111,9 @@ def _reason(log: Path) -> str | None:
 
 def unknown_target_in_words(name: str) -> str:
     """Describes an unknown target, and the forms of targets."""
+    inside = seen_from(Path.cwd(), Path(name))
+    if Path(name).is_absolute() and not Path(inside).is_absolute():
+        return f"no such target: {name}; targets are relative to the working directory: {inside}"
     folder = name.split("/")[0]
     folders = [form.split("/")[0] for form in TARGET_FORMS]
     near = difflib.get_close_matches(folder, folders, n=1)

@@ -216,6 +216,7 @@ def parse_settings(
     import jsonschema  # tools need only defaults
 
     schema = _schema()
+    _require_text_keys(content, sources)
     content = sources.with_types(content, schema, _resolved)
     errors = jsonschema.Draft202012Validator(schema).iter_errors(content)
     if error := next(iter(sorted(errors, key=lambda e: list(map(str, e.absolute_path)))), None):
@@ -278,6 +279,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _entry(kind: str, entries: dict[str, Entry], name: str) -> Entry:
+    if not entries:
+        raise MptTrtError(
+            f"config.yaml has no {kind}s, not even {name!r}; if your file replaces mpt-trt's, copy "
+            f"its {kind}s, or give your file with --configfile under another name"
+        )
     if name not in entries:
         raise MptTrtError(f"config.yaml has no {kind} named {name!r}; {nearest(name, entries)}")
     return entries[name]
@@ -313,6 +319,22 @@ def _report(entry: dict[str, Any]) -> Report:
         more_tp_sizes={name: tuple(sizes) for name, sizes in more.items()},
         throughput=entry["throughput"],
     )
+
+
+def _require_text_keys(
+    content: object, sources: ConfigSources, place: tuple[object, ...] = ()
+) -> None:
+    """Raises MptTrtError when YAML reads a key as a number, a boolean or a date."""
+    if not isinstance(content, Mapping):
+        return
+    for key, value in content.items():
+        if not isinstance(key, str):
+            name = ".".join(map(str, place)) or "top level"
+            raise MptTrtError(
+                f"{sources.of((*place, key))}: {name}: the key {key} is not a text in YAML; put it "
+                "in quotes"
+            )
+        _require_text_keys(value, sources, (*place, key))
 
 
 def _require_own_options(content: Mapping[str, Any], sources: ConfigSources) -> None:

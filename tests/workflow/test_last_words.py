@@ -119,3 +119,12 @@ def test_an_unknown_target_is_told_what_targets_look_like(name: str, form: str) 
     assert shown(LastWords(), text, event="error") == (
         f"error: no such target: {name}; targets look like {form}"
     )
+
+
+def test_an_absolute_target_is_told_its_relative_name() -> None:
+    name = Path.cwd() / "ft_ckpts/m/fp16/1-gpu"
+    text = f"MissingRuleException:\nNo rule to produce {name} (if you use input functions make"
+    assert shown(LastWords(), text, event="error") == (
+        f"error: no such target: {name}; targets are relative to the working directory: "
+        "ft_ckpts/m/fp16/1-gpu"
+    )

@@ -377,6 +377,19 @@ class TestMistakes:
         with pytest.raises(MptTrtError, match="no variant named 'hlaf'; did you mean 'half'"):
             parse_settings(FULL | {"report": report}).engines_of_report()
 
+    @pytest.mark.parametrize(
+        ("content", "place"),
+        [
+            ({"models": {1: {"source": "s"}}}, "models: the key 1 "),
+            ({"variants": {True: {}}}, "variants: the key True "),
+            ({"variants": {"half": {"quantization": {None: 4}}}}, "quantization: the key None "),
+            ({7: {}}, "top level: the key 7 "),
+        ],
+    )
+    def test_keys_that_are_no_texts(self, content: dict, place: str) -> None:
+        with pytest.raises(MptTrtError, match=f"{place}is not a text in YAML; put it in quotes"):
+            parse_settings(content)
+
     def test_no_entries_at_all(self) -> None:
-        with pytest.raises(MptTrtError, match="no variant named 'fp16'; known names: none"):
+        with pytest.raises(MptTrtError, match=r"has no variants, not even 'fp16'; .*--configfile"):
             parse_settings({}).variant("fp16")
