@@ -16,6 +16,7 @@ from mpt_trt.checkpoint.known_models import SHAPES
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.output_options import add_force
 from mpt_trt.cli.parser import tool_parser
+from mpt_trt.model.config import DTYPES
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -27,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, help="number of blocks (default: the model's)")
     parser.add_argument(
         "--dtype",
-        choices=["float32", "float16", "bfloat16"],
+        choices=DTYPES,
         default="float16",
         help="type of the weights (default: %(default)s)",
     )

@@ -18,6 +18,7 @@ from mpt_trt.cli.console import run_command
 from mpt_trt.cli.ignored_options import OF_BUILD, add_ignored
 from mpt_trt.cli.output_options import add_force
 from mpt_trt.cli.parser import tool_parser
+from mpt_trt.model.config import DTYPES
 from mpt_trt.quantization.schemes import GROUP_SIZES
 
 
@@ -40,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dtype",
-        choices=["float32", "float16", "bfloat16"],
+        choices=DTYPES,
         help="storage type of the checkpoint (default); no other type is possible",
     )
     parser.set_defaults(rank_tool=Path(__file__).resolve().parent / "steps" / "build_rank.py")

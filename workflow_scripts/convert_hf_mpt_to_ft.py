@@ -21,6 +21,7 @@ from mpt_trt.cli.console import run_command
 from mpt_trt.cli.ignored_options import OF_CONVERSION, add_ignored
 from mpt_trt.cli.output_options import add_force
 from mpt_trt.cli.parser import tool_parser
+from mpt_trt.model.config import DTYPES
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -48,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         "-t",
         "--storage_type",
         "--storage-type",
-        choices=["float32", "float16", "bfloat16"],
+        choices=DTYPES,
         default="float16",
         help="data type of the stored weights (default: %(default)s)",
     )

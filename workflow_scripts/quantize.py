@@ -19,6 +19,7 @@ from mpt_trt.cli import calibration_options as options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.ignored_options import OF_QUANTIZATION, add_ignored
 from mpt_trt.cli.parser import tool_parser
+from mpt_trt.model.config import DTYPES
 from mpt_trt.quantization.schemes import GROUP_SIZES, ScaleChoice
 from mpt_trt.workflow.target_names import FORMATS
 
@@ -45,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--revision", default="main", help="revision on the hub (default: %(default)s)")
     add(
         "--dtype",
-        choices=["float32", "float16", "bfloat16"],
+        choices=DTYPES,
         default="float16",
         help="data type of computation on a GPU; a CPU computes in float32. Weights are stored in "
         "float16 if it is float16, otherwise in float32 (default: %(default)s)",

@@ -14,8 +14,6 @@ from mpt_trt.model.config import MptConfig
 from mpt_trt.model.tensors import BlockMatrix, Weight
 from mpt_trt.quantization.schemes import QuantizationFormat
 
-FILE_NAME = "mpt_tp1_rank0.npz"
-
 MATRIX_KEYS = {
     BlockMatrix.QKV: ("attention:qkv:q", "attention:qkv:k", "attention:qkv:v"),
     BlockMatrix.OUTPUT: ("attention:dense",),

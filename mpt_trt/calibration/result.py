@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mpt_trt.calibration.defaults import FILE_NAME
 from mpt_trt.calibration.npz_file import NpzFile
 from mpt_trt.calibration.npz_keys import (
     ACTIVATION_SCALE,
     BUDGET,
     CORNER,
-    FILE_NAME,
     SCALES_BY_ERROR,
     SMOOTHING,
     WEIGHT,

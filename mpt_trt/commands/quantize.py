@@ -7,8 +7,8 @@ import argparse
 import numpy as np
 
 from mpt_trt.calibration.calibrate import calibrate
+from mpt_trt.calibration.defaults import FILE_NAME
 from mpt_trt.calibration.model_source import model_folder, open_model
-from mpt_trt.calibration.npz_keys import FILE_NAME
 from mpt_trt.calibration.plan import CalibrationPlan
 from mpt_trt.calibration.writer import require_replaceable_result
 from mpt_trt.checkpoint.source import checkpoint_folder, tokenizer_folder_of

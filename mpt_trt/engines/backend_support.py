@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mpt_trt.engines.spec import BACKENDS, TENSORRT_LLM, EngineSpec
+from mpt_trt.engines.spec import BACKENDS, TENSORRT_LLM, TENSORRT_RTX, EngineSpec
 from mpt_trt.engines.trtllm.buildable import HEAD_SIZES
 from mpt_trt.errors import MptTrtError
 from mpt_trt.ft.layout import ft_file
@@ -363,7 +363,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         "runs on data-centre GPUs of compute capability 9.0 (Hopper)",
-        unsupported={"tensorrt_rtx": "the library refuses them"},
+        unsupported={TENSORRT_RTX: "the library refuses them"},
     ),
     Feature(
         "tests run on a CPU if there is no such GPU",

@@ -12,7 +12,7 @@ from pathlib import Path
 from mpt_trt.checkpoint.other_folders import describe_folder, hint
 from mpt_trt.engines.file_records import FileRecord, hashes_of, require_file
 from mpt_trt.engines.rank_descriptions import Common, engine_name, read_network_description
-from mpt_trt.engines.spec import BuilderInfo, EngineSpec
+from mpt_trt.engines.spec import TENSORRT_RTX, BuilderInfo, EngineSpec
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system.files import read_json
 from mpt_trt.system.inner_names import require_inner_name
@@ -24,7 +24,7 @@ from mpt_trt.system.verified_files import remember_written, require_recorded
 
 FORMAT = 3
 MANIFEST = "config.json"
-BUILDERS = ("tensorrt", "tensorrt_rtx", "none")
+BUILDERS = ("tensorrt", TENSORRT_RTX, "none")
 
 
 def _engine_files(folder: Path) -> set[str] | None:

@@ -13,7 +13,9 @@ from mpt_trt.quantization.schemes import UNQUANTIZED, Quantization, WeightQuanti
 
 TENSORRT_LLM = "tensorrt_llm"
 """Backend whose engines TensorRT-LLM builds from a checkpoint in its own format."""
-BACKENDS = ("tensorrt", "tensorrt_rtx", TENSORRT_LLM)
+TENSORRT_RTX = "tensorrt_rtx"
+"""Backend that builds plans for given compute capabilities, without a GPU."""
+BACKENDS = ("tensorrt", TENSORRT_RTX, TENSORRT_LLM)
 
 RUNTIMES = ("auto", "tensorrt", "onnxruntime")
 """Runtimes to choose from; auto prefers TensorRT."""

@@ -16,6 +16,9 @@ from mpt_trt.model.rope import Rope
 PositionEmbedding = Literal["alibi", "learned", "rope"]
 NormType = Literal["layernorm", "rmsnorm"]
 
+DTYPES = ("float32", "float16", "bfloat16")
+"""Types in which weights are stored and networks compute."""
+
 # Several times the largest models' sizes. Time and memory grow with these numbers before any weight
 # is read, so a damaged or malicious file must not choose them freely.
 MOST = {

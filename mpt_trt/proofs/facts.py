@@ -15,6 +15,7 @@ from typing import Any
 
 from mpt_trt.engines.spec import EngineSpec
 from mpt_trt.errors import MptTrtError
+from mpt_trt.model.config import DTYPES
 from mpt_trt.quantization.schemes import METHODS, Quantization, method_of
 from mpt_trt.system.files import ContentHash, read_json
 from mpt_trt.system.json_text import shown
@@ -22,7 +23,6 @@ from mpt_trt.system.typed_json import from_json
 
 SHIPPED = Path(__file__).parent / "facts"
 """Folder of the facts that ship with mpt-trt."""
-DTYPES = ("float32", "float16", "bfloat16")
 MOST_FACTS = 10_000
 MOST_TASK_FILES = 1_000
 

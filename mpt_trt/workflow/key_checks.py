@@ -10,15 +10,13 @@ from pathlib import Path
 from mpt_trt.checkpoint.source import is_hub_id
 from mpt_trt.checkpoint.tokenizer_files import VOCABULARY_FILES, has_tokenizer
 from mpt_trt.engines.compute_capabilities import require_buildable, require_fp8_support
-from mpt_trt.engines.spec import TENSORRT_LLM
+from mpt_trt.engines.spec import TENSORRT_LLM, TENSORRT_RTX
 from mpt_trt.engines.tensorrt.packages import Package
 from mpt_trt.errors import MptTrtError
 from mpt_trt.model.config import MptConfig
 from mpt_trt.quantization.mixed import require_budget
 from mpt_trt.quantization.schemes import Mixed
 from mpt_trt.workflow.settings import Settings, Variant
-
-TENSORRT_RTX = "tensorrt_rtx"
 
 
 def require_capable_gpus(name: str, variant: Variant, package: Package) -> None:

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mpt_trt.calibration.defaults import FILE_NAME
 from mpt_trt.checkpoint import known_models
 from mpt_trt.checkpoint.adapter import adapter_files
 from mpt_trt.checkpoint.files import checkpoint_files
@@ -38,7 +39,6 @@ from mpt_trt.workflow.settings import Settings, Variant
 from mpt_trt.workflow.target_names import CalibrationName
 from mpt_trt.workflow.trtllm_sources import trtllm_calibration, trtllm_ft_storage
 
-CALIBRATION_FILE = "mpt_tp1_rank0.npz"
 DEFAULT_SHAPE = "mpt-7b"
 """Shape that is assumed for a hub model until its config.json is fetched."""
 
@@ -367,4 +367,4 @@ def _spec_of(config: MptConfig, variant: Variant, tp_size: int) -> EngineSpec:
 
 
 def _calibration_result(model: str, name: CalibrationName | None) -> list[str]:
-    return [] if name is None else [f"quantized/{model}/{name.name}/{CALIBRATION_FILE}"]
+    return [] if name is None else [f"quantized/{model}/{name.name}/{FILE_NAME}"]

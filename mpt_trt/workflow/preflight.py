@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mpt_trt.engines.memory import GB
-from mpt_trt.engines.spec import BuilderChoice
+from mpt_trt.engines.spec import TENSORRT_RTX, BuilderChoice
 from mpt_trt.engines.tensorrt.packages import choose_package, installed_package
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import gpus
@@ -90,7 +90,7 @@ def inspect(folder: Path) -> Inventory:
         mpi=_mpi(),
         modelopt=_version("nvidia-modelopt"),
         tensorrt=_builder_version("tensorrt"),
-        tensorrt_rtx=_builder_version("tensorrt_rtx"),
+        tensorrt_rtx=_builder_version(TENSORRT_RTX),
     )
 
 
@@ -128,7 +128,7 @@ def _missing_for_build(needs: Needs, inventory: Inventory) -> list[str]:
 
 def _missing_for_tensorrt(needs: Needs, inventory: Inventory) -> list[str]:
     missing = _missing_gpus(needs, inventory)
-    if _builder(needs, inventory) == "tensorrt_rtx":
+    if _builder(needs, inventory) == TENSORRT_RTX:
         capabilities = {gpu.compute_capability for gpu in inventory.machine.gpus}
         if others := capabilities - set(needs.builder.compute_capabilities):
             missing.append(f"{', '.join(sorted(others))} among compute_capabilities in config.yaml")

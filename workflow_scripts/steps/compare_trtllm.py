@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mpt_trt.cli import options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.parser import tool_parser
+from mpt_trt.model.config import DTYPES
 from mpt_trt.workflow.settings import variant_default
 
 
@@ -45,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     options.add_report_only(parser)
     parser.add_argument(
         "--dtype",
-        choices=["float32", "float16", "bfloat16"],
+        choices=DTYPES,
         default=variant_default("dtype"),
         help="data type of the engine (default: %(default)s)",
     )

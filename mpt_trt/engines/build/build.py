@@ -19,7 +19,7 @@ from mpt_trt.engines.rank_descriptions import (
     require_whole_network,
     write_plan_description,
 )
-from mpt_trt.engines.spec import BuilderChoice
+from mpt_trt.engines.spec import TENSORRT_RTX, BuilderChoice
 from mpt_trt.engines.tensorrt import plan_builder
 from mpt_trt.engines.tensorrt.packages import choose_package
 from mpt_trt.engines.tensorrt.plan_builder import BuildOptions
@@ -106,7 +106,7 @@ def _build_plan(networks: Path, rank: int, builder: BuilderChoice, folder: Path)
 def _require_capable_gpus(builder: BuilderChoice, quantization: Quantization) -> None:
     """Raises MptTrtError if one of the GPUs to build for cannot run the engine."""
     package = choose_package(builder.backend)
-    if package.module != "tensorrt_rtx":
+    if package.module != TENSORRT_RTX:
         # This backend builds for the GPU that it runs on.
         return require_fp8_support(gpus.compute_capabilities()[:1], quantization)
     require_buildable(package, builder.compute_capabilities)

@@ -6,13 +6,14 @@ import functools
 from dataclasses import dataclass
 from importlib import metadata
 
+from mpt_trt.engines.spec import TENSORRT_RTX
 from mpt_trt.errors import MptTrtError
 from mpt_trt.system import gpus
 
 # Distributions that provide each module; the CUDA version is part of their name.
 DISTRIBUTIONS = {
     "tensorrt": ("tensorrt_cu13", "tensorrt_cu12", "tensorrt"),
-    "tensorrt_rtx": ("tensorrt_rtx_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx"),
+    TENSORRT_RTX: ("tensorrt_rtx_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx"),
 }
 
 
@@ -51,9 +52,9 @@ def choose_package(backend: str, has_gpu: bool | None = None) -> Package:
     if backend != "auto":
         candidates = [backend]
     elif gpus.compute_capabilities() if has_gpu is None else has_gpu:
-        candidates = ["tensorrt", "tensorrt_rtx"]
+        candidates = ["tensorrt", TENSORRT_RTX]
     else:
-        candidates = ["tensorrt_rtx"]
+        candidates = [TENSORRT_RTX]
     for module in candidates:
         if package := installed_package(module):
             return package
