@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mpt_trt.errors import MptTrtError
 
@@ -49,6 +48,11 @@ class GrowingText:
     def uncertain(self) -> str:
         """Text after the certain characters, which counts if no further token comes."""
         return self._text[self._num_sure :]
+
+    @property
+    def length(self) -> int:
+        """Number of all characters, certain or not."""
+        return self.num_certain + len(self.uncertain)
 
     def add(self, tokens: Sequence[int]) -> str:
         """Appends tokens; returns text that has become certain."""
@@ -134,7 +138,7 @@ class GeneratedText:
             return False
         if self._stops.found is None:
             self._decode()
-            self._stops.add(token, self._plain.num_certain)
+            self._stops.add(token, self._plain.length)
         return self._stops.found is not None
 
     def text(self, is_finished: bool = True) -> str:
@@ -163,10 +167,15 @@ class GeneratedText:
 
     def _length(self, is_finished: bool) -> int:
         """Number of the text's characters, of which more may be decoded."""
-        length = self._plain.num_certain
-        if is_finished:
-            length += len(self._plain.uncertain)
+        length = self._plain.length if is_finished else self._plain.num_certain
         return length if self._stops is None else self._stops.length(length, is_finished)
+
+
+class _Lengths(NamedTuple):
+    """Characters of the text so far, with special tokens (raw) and without (plain)."""
+
+    raw: int
+    plain: int
 
 
 class _StopSearch:
@@ -180,16 +189,14 @@ class _StopSearch:
         self._raw = GrowingText(decoder, skip_special_tokens=False)
         # The end of the certain text, in which a stop string may have begun.
         self._end = ""
-        # Certain characters after each token, with special tokens and without.
-        self._raw_ends: list[int] = []
-        self._plain_ends: list[int] = []
+        # Lengths before the first token, and after each.
+        self._lengths = [_Lengths(0, 0)]
         self.found: int | None = None
 
-    def add(self, token: int, num_plain: int) -> None:
-        """Appends a token. num_plain: certain characters without special tokens, with this one."""
+    def add(self, token: int, plain: int) -> None:
+        """Appends a token. plain: characters without special tokens, with this one."""
         self._end += self._raw.add([token])
-        self._raw_ends.append(self._raw.num_certain)
-        self._plain_ends.append(num_plain)
+        self._lengths.append(_Lengths(self._raw.length, plain))
         text = self._end + self._raw.uncertain
         start = self._raw.num_certain - len(self._end)
         places = [start + place for stop in self._stop if (place := text.find(stop)) >= 0]
@@ -201,22 +208,22 @@ class _StopSearch:
 
         num_plain: those of the whole text.
         """
-        if self.found is None:
-            if is_finished:
-                return num_plain
-            overlap = max(_overlap(self._end, stop) for stop in self._stop)
-            return self._without_special_tokens(self._raw.num_certain - overlap, num_plain)
-        return self._without_special_tokens(self.found, num_plain)
+        if self.found is not None:
+            return min(num_plain, self._without_special_tokens(self.found))
+        if is_finished:
+            return num_plain
+        overlap = max(_overlap(self._end, stop) for stop in self._stop)
+        return min(num_plain, self._without_special_tokens(self._raw.num_certain - overlap))
 
-    def _without_special_tokens(self, length: int, num_plain: int) -> int:
-        """Converts a length of the text with special tokens."""
-        index = bisect_left(self._raw_ends, length)
-        start = self._plain_ends[index - 1] if index else 0
-        # A token begins after the previous ones, with fewer characters if it is the first one.
-        if index < len(self._raw_ends):
-            return max(start, self._plain_ends[index] - (self._raw_ends[index] - length))
-        num_raw = self._raw.num_certain + len(self._raw.uncertain)
-        return max(start, num_plain - (num_raw - length))
+    def _without_special_tokens(self, length: int) -> int:
+        """Converts a length of the text with special tokens to that of the text without them."""
+        # From the end, because a token may shorten the text before it, if that was not certain.
+        index = len(self._lengths) - 1
+        while self._lengths[index].raw > length:
+            index -= 1
+        before, after = self._lengths[index], self._lengths[min(index + 1, len(self._lengths) - 1)]
+        # The next token has fewer characters without special tokens if it is the first one.
+        return max(before.plain, after.plain - (after.raw - length))
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -133,6 +133,22 @@ def test_stop_strings_end_the_text_in_any_tokens(name: str, data) -> None:
     assert found == text.text() == (begun[: min(places)] if is_found else whole)
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_special_token_as_stop_string_ends_the_whole_text(name: str, data) -> None:
+    """Also a text that other tokens would have changed: bytes of a character, spaces, quotes."""
+    decoder = CountingDecoder(TOKENIZERS[name])
+    tokens = [token for token in data.draw(tokens_of(name)) if token != 0]
+    text, found = GeneratedText(decoder, [decoder.decode([0], skip_special_tokens=False)]), ""
+    for token in tokens:
+        assert not text.add(token)
+        found += text.new_text(is_finished=False)
+    assert text.add(0)
+    found += text.new_text(is_finished=True)
+    assert found == text.text() == decoder.decode(tokens)
+
+
 @pytest.mark.parametrize("kind", ["text", "incomplete", "special", "special after text"])
 @pytest.mark.parametrize("name", ["bytes of characters", "spaces at the beginning"])
 def test_decoding_is_linear_in_the_tokens(name: str, kind: str) -> None:
