@@ -265,7 +265,7 @@ class Generation:
         self._jobs, self._decoder = jobs, decoder
         self._release, self._outbox = release, outbox
         self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(timeout_s, self._fail, errors.timed_out(timeout_s))
+        self._timer = self._loop.call_later(timeout_s, self._time_out, errors.timed_out(timeout_s))
         self._parts: list[Part] = []
         self._failure: ApiError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -290,18 +290,18 @@ class Generation:
         Raises ApiError when the time is over or the engine fails.
         """
         try:
-            while self._live:
-                if not self._parts and self._failure is None:
-                    self._waiter = self._loop.create_future()
-                    await self._waiter
-                parts, self._parts = self._parts, []
-                for part in parts:
-                    if part.finish_reason is not None:
-                        self._end(part.choice)
-                if parts:
+            while self._live or self._parts or self._failure is not None:
+                if self._parts:
+                    parts, self._parts = self._parts, []
+                    for part in parts:
+                        if part.finish_reason is not None:
+                            self._end(part.choice)
                     yield parts
                 elif self._failure is not None:
                     raise self._failure
+                else:
+                    self._waiter = self._loop.create_future()
+                    await self._waiter
         finally:
             self.cancel()
 
@@ -319,8 +319,9 @@ class Generation:
         self._wake()
 
     def _end(self, choice: int) -> None:
-        self._live.remove(choice)
-        self._release()
+        if choice in self._live:
+            self._live.remove(choice)
+            self._release()
 
     def _cancel_request(self, choice: int) -> None:
         if self._worker is not None and choice in self._requests:
@@ -362,16 +363,24 @@ class Generation:
 
     def _receive_end(self, text: _ChoiceText, error: Exception | None) -> None:
         """Takes the end of a choice, which is known already if it has tokens."""
+        if text.is_finished or text.choice not in self._live:
+            return
         if isinstance(error, FloatingPointError):
             self._fail(ApiError(500, str(error), "server_error"))
         elif error is not None:
             self._fail(errors.failed())
-        elif not text.is_finished and text.choice in self._live:
+        else:
             self._parts.append(text.part_without_token())
             self._wake()
 
+    def _time_out(self, failure: ApiError) -> None:
+        """Ends the generation even if its client does not read what it has got."""
+        self._parts = []
+        self._fail(failure)
+
     def _fail(self, failure: ApiError) -> None:
-        self._failure = self._failure or failure
+        self._failure = failure
+        self.cancel()
         self._wake()
 
     def _wake(self) -> None:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
@@ -563,6 +564,59 @@ def test_time_is_limited_and_the_queue_too(demo_engine: Path) -> None:
             is_open.set()
             served.wait_until_idle()
             assert client.completions.create(model=NAME, prompt="The", max_tokens=3).choices
+
+
+def test_a_client_that_reads_nothing_frees_its_place_after_its_time(
+    demo_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 4096
+    connection_made = connections.HttpProtocol.connection_made
+
+    def buffer_little(self, transport) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+        connection_made(self, transport)
+
+    monkeypatch.setattr(connections.HttpProtocol, "connection_made", buffer_little)
+    body = {"model": NAME, "prompt": "The", "max_tokens": 90, "n": 4, "logprobs": 20}
+    body |= {"stream": True, "ignore_eos": True}
+    with (
+        serving(demo_engine, limits=Limits(max_waiting=0, timeout_s=3)) as served,
+        socket.socket() as stalled,
+    ):
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+        stalled.connect((HOST, served.port))
+        stalled.sendall(raw_request(body))
+        served.wait_for(lambda: served.service.num_live == 4)
+        served.wait_for(lambda: served.service.num_live == 0)
+        with connected(served) as client:
+            assert client.completions.create(model=NAME, prompt="The", max_tokens=3).choices
+
+
+def test_a_choice_that_a_stop_string_has_ended_cannot_fail(
+    demo_engine: Path, engine: Engine
+) -> None:
+    """The engine runs a step more than such a choice needs."""
+    first, second = engine.generate(PROMPTS[:2], 9)
+    last = first.tokens[4]
+    stop = engine.text.decoder.decode([last])
+    assert first.text.count(stop) == 1 and stop not in second.text
+    with serving(demo_engine) as served, connected(served) as client:
+        step, failed = served.model.step, []
+
+        def failing(input_ids, *arguments):
+            logits = step(input_ids, *arguments)
+            if len(logits) == 2 and input_ids[0, 0] == last:
+                failed.append(1)
+                logits[0] = np.nan
+            return logits
+
+        served.model.step = failing
+        stopped = client.completions.create(
+            model=NAME, prompt=PROMPTS[:2], max_tokens=9, temperature=0, stop=stop
+        )
+    assert failed
+    expected = [first.text[: first.text.index(stop)], second.text]
+    assert [choice.text for choice in stopped.choices] == expected
 
 
 @pytest.mark.parametrize("on_failure", ["continue", "exit"])

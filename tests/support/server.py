@@ -73,6 +73,8 @@ def serving(
     server = uvicorn.Server(config)
     with socket.socket() as listener:
         listener.bind((HOST, 0))
+        # Clients may connect before the thread has started.
+        listener.listen()
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         try:
