@@ -33,22 +33,28 @@ class Worker:
     ):
         self._scheduler, self._on_failure, self._on_idle = scheduler, on_failure, on_idle
         self._actions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._is_stopping = False
+        self._is_stopping = self._has_ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.failure: Exception | None = None
         """The failure that ended the worker."""
 
     @property
     def is_running(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._has_ended
 
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Queues a request; raises MptTrtError when the model cannot run it."""
+        """Queues a request.
+
+        Raises MptTrtError when the model cannot run it, or when the worker has ended.
+        """
         self._scheduler.require_fitting(request)
         self._actions.put(lambda: self._add(request))
+        # After `put`, so that the thread has not taken its last actions before both.
+        if self._has_ended:
+            raise _stopped()
 
     def cancel(self, request: Request) -> None:
         """Ends a request; its `on_end` is not called."""
@@ -63,14 +69,14 @@ class Worker:
 
     def _add(self, request: Request) -> None:
         if self._is_stopping:
-            request.on_end(MptTrtError("the engine is being stopped"))
+            request.on_end(_stopped())
         else:
             self._scheduler.add(request)
 
     def _stop(self, is_drained: bool) -> None:
         self._is_stopping = True
         if not is_drained:
-            self._scheduler.fail(MptTrtError("the engine was stopped"), with_waiting=True)
+            self._scheduler.fail(_stopped(), with_waiting=True)
 
     def _run(self) -> None:
         try:
@@ -82,8 +88,8 @@ class Worker:
             log.exception("the engine's thread has failed")
         finally:
             self._is_stopping = True
-            reason = self.failure or MptTrtError("the engine was stopped")
-            self._scheduler.fail(reason, with_waiting=True)
+            self._scheduler.fail(self.failure or _stopped(), with_waiting=True)
+            self._has_ended = True
             while not self._actions.empty():
                 self._actions.get()()
             self._scheduler.deliver()
@@ -116,3 +122,7 @@ class Worker:
             )
             self._scheduler.fail(error, with_waiting=False)
             self._scheduler.restart()
+
+
+def _stopped() -> MptTrtError:
+    return MptTrtError("the engine was stopped")

@@ -178,7 +178,8 @@ class Service:
             generation.submit(self._worker)
         except MptTrtError as error:
             generation.cancel()
-            raise ApiError(400, str(error)) from None
+            failure = ApiError(400, str(error)) if self.is_running else errors.stopping()
+            raise failure from None
         return generation
 
     def _release(self) -> None:
