@@ -100,7 +100,16 @@ class GreedyModel(StepModel, Protocol):
 
 
 @runtime_checkable
-class ChoosingModel(RowModel, Protocol):
+class OverlappingModel(Protocol):
+    """A model whose steps leave the host free while a device computes them."""
+
+    def overlap(self, work: Callable[[], None]) -> None:
+        """Lets every step call `work` when the device has its tasks, before it waits for them."""
+        ...
+
+
+@runtime_checkable
+class ChoosingModel(RowModel, OverlappingModel, Protocol):
     """A model whose single steps can return tokens instead of logits, which take long to copy."""
 
     def most_likely(
@@ -111,15 +120,6 @@ class ChoosingModel(RowModel, Protocol):
         Returns the most likely token of every row and the natural log of its probability, both
         `[rows]`.
         """
-        ...
-
-
-@runtime_checkable
-class OverlappingModel(Protocol):
-    """A model whose steps leave the host free while a device computes them."""
-
-    def overlap(self, work: Callable[[], None]) -> None:
-        """Lets every step call `work` when the device has its tasks, before it waits for them."""
         ...
 
 

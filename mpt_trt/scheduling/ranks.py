@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from mpt_trt.engines.interface import ChoosingModel, OverlappingModel, RowModel
+from mpt_trt.engines.interface import ChoosingModel, RowModel
 from mpt_trt.system.mpi import Communicator
 
 END, IDLE = "end", "idle"
@@ -20,7 +20,6 @@ class LeadingModel:
         self._model, self._ranks = model, ranks
         self.vocab_size, self.capacity = model.vocab_size, model.capacity
         self.max_batch_size, self.max_step_tokens = model.max_batch_size, model.max_step_tokens
-        self._before_step: Callable[[], None] | None = None
 
     def start(self, batch_size: int) -> None:
         self._tell("start", batch_size)
@@ -33,16 +32,7 @@ class LeadingModel:
         logit_positions: NDArray[np.int64],
     ) -> NDArray[np.float32]:
         self._tell("step", input_ids, write_positions, logit_positions)
-        if self._before_step is not None:
-            self._before_step()
         return self._model.step(input_ids, write_positions, logit_positions)
-
-    def overlap(self, work: Callable[[], None]) -> None:
-        """Lets every step call `work` while the devices compute it; see `OverlappingModel`."""
-        if isinstance(self._model, OverlappingModel):
-            self._model.overlap(work)
-        else:
-            self._before_step = work
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         self._tell("reorder", rows)
@@ -69,11 +59,14 @@ class LeadingModel:
 
 
 class LeadingChoosingModel(LeadingModel):
-    """Rank 0's model if it chooses tokens itself."""
+    """Rank 0's model if it chooses tokens itself and leaves the host free meanwhile."""
 
     def __init__(self, model: ChoosingModel, ranks: Communicator):
         super().__init__(model, ranks)
         self._choosing_model = model
+
+    def overlap(self, work: Callable[[], None]) -> None:
+        self._choosing_model.overlap(work)
 
     def most_likely(
         self, tokens: NDArray[np.int64], write_positions: NDArray[np.int64]

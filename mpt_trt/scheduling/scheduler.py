@@ -137,10 +137,11 @@ class Scheduler:
         self._piece_tokens = most if piece_tokens is None else min(piece_tokens, most)
         if self._piece_tokens < 1:
             raise MptTrtError(f"piece_tokens is {piece_tokens}; it must be at least 1")
+        self._model = model
+        self._choosing_model = model if isinstance(model, ChoosingModel) else None
         self._overlaps = isinstance(model, OverlappingModel)
         self._step_tokens = piece_tokens or (GPU_STEP_TOKENS if self._overlaps else 1)
         self._piece_logits = min(self._piece_tokens, PIECE_LOGITS, max_logits or PIECE_LOGITS)
-        self._model = model
         self.deliver = deliver or no_work
         if isinstance(model, OverlappingModel):
             model.overlap(self.deliver)
@@ -148,6 +149,7 @@ class Scheduler:
         self._rows: list[_Row] = []
         self._readers: deque[_Row] = deque()
         self._has_just_read = False
+        self._selected: tuple[int, int] | None = None
         self.num_generated = self.num_read = 0
         self.restart()
 
@@ -155,8 +157,9 @@ class Scheduler:
         """Empties the cache, after a failed step."""
         rows = self._model.max_batch_size
         self._model.start(rows)
+        self._selected = None
         if rows > 1:
-            self._model.select_rows(1, 1)
+            self._select_rows(1, 1)
 
     @property
     def num_running(self) -> int:
@@ -206,6 +209,8 @@ class Scheduler:
     def run_once(self) -> None:
         """Runs one step, if there is anything to do."""
         self._fill_rows()
+        if not self._overlaps:
+            self.deliver()
         is_generating = len(self._rows) > len(self._readers)
         if self._readers and not (self._has_just_read and is_generating):
             self._has_just_read = True
@@ -272,8 +277,8 @@ class Scheduler:
             first = 0 if row.wants_prompt else len(piece) - is_last
             wanted += [(number, index) for index in range(first, len(piece))]
             ends.append(len(wanted))
-        self._model.select_rows(self._rows.index(rows[0]), len(rows))
-        logits = self._step(
+        self._select_rows(self._rows.index(rows[0]), len(rows))
+        logits = self._model.step(
             input_ids,
             np.array([row.num_read for row in rows], np.int64),
             np.array(wanted, np.int64).reshape(-1, 2),
@@ -299,15 +304,12 @@ class Scheduler:
         else:
             self._end(row, None)
 
-    def _step(
-        self,
-        input_ids: NDArray[np.int64],
-        write_positions: NDArray[np.int64],
-        logit_positions: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        if not self._overlaps:
-            self.deliver()
-        return self._model.step(input_ids, write_positions, logit_positions)
+    def _select_rows(self, first: int, count: int) -> None:
+        """Selects the rows of the next steps, if they are others."""
+        # Models bind the cache of every layer anew, and ranks tell each other.
+        if self._selected != (first, count):
+            self._model.select_rows(first, count)
+            self._selected = first, count
 
     @staticmethod
     def _report_prompt(row: _Row, start: int, logits: NDArray[np.float32]) -> None:
@@ -333,16 +335,15 @@ class Scheduler:
         rows = list(self._rows)
         inputs = np.array([row.next_input for row in rows], np.int64)
         tokens, positions = np.ascontiguousarray(inputs.T)
-        self._model.select_rows(0, len(rows))
+        self._select_rows(0, len(rows))
         generating = [number for number, row in enumerate(rows) if row.is_read]
-        if isinstance(self._model, ChoosingModel) and all(
-            rows[number].takes_most_likely for number in generating
-        ):
-            self._take_most_likely(rows, generating, *self._model.most_likely(tokens, positions))
+        choosing = self._choosing_model
+        if choosing is not None and all(rows[number].takes_most_likely for number in generating):
+            self._take_most_likely(rows, generating, *choosing.most_likely(tokens, positions))
             return
         wanted = np.zeros((len(rows), 2), np.int64)
         wanted[:, 0] = range(len(rows))
-        logits = self._step(tokens[:, None], positions, wanted)
+        logits = self._model.step(tokens[:, None], positions, wanted)
         if len(generating) < len(rows):
             logits = logits[generating]
         self._take([rows[number] for number in generating], logits)

@@ -12,8 +12,10 @@ from mpt_trt.engines.interface import RowModel
 from mpt_trt.errors import MptTrtError
 from mpt_trt.generation.config import GenerationConfig
 from mpt_trt.generation.generate import generate
+from mpt_trt.scheduling.ranks import lead
 from mpt_trt.scheduling.scheduler import NewToken, Request, Scheduler
 from mpt_trt.scheduling.worker import OnFailure, Worker
+from support.echo_ranks import EchoRanks
 from support.generation import NETWORKS, PROMPTS, VOCAB, NetworkModel, greedy
 
 
@@ -196,6 +198,28 @@ def test_prompts_in_adjacent_rows_are_read_together(piece_tokens: int) -> None:
     assert [each.token for each in prompt] == prompts[4]
 
 
+def test_ranks_on_cpus_read_prompts_one_by_one_and_exchange_only_steps() -> None:
+    """While the same rows generate, nothing else is exchanged."""
+    told: list[str] = []
+
+    class Ranks(EchoRanks):
+        def exchange(self, value: tuple) -> list:
+            told.append(value[0])
+            return super().exchange(value)
+
+    network = model(rows=6)
+    scheduler = Scheduler(lead(network, Ranks(0, 2)))
+    first, *others = (Client(prompt, greedy(end_ids=())) for prompt in PROMPTS)
+    scheduler.add(first.request())
+    run(scheduler)
+    assert told == ["start", "select_rows", "select_rows", *["step"] * 14]
+    for client in others:
+        scheduler.add(client.request())
+    run(scheduler)
+    assert [client.tokens for client in others] == [alone(client) for client in others]
+    assert all(len(ids) == 1 for ids, _, _ in network.steps if ids.shape[1] > 1)
+
+
 def test_requests_wait_in_order() -> None:
     clients = [Client(prompt, greedy(max_new_tokens=2, end_ids=())) for prompt in PROMPTS]
     order: list[int] = []
@@ -302,6 +326,28 @@ def test_a_row_that_cannot_be_moved_ends_what_runs(
     else:
         assert worker.failure is error
         assert late.tokens == () and isinstance(late.ends[0], MptTrtError)
+
+
+def test_requests_that_come_too_late_are_rejected() -> None:
+    """Also in the last moments of the thread, after it has looked for requests."""
+    first, late = Client([5], greedy()), Client([7], greedy())
+    moments: list[int] = []
+
+    def deliver() -> None:
+        if first.ends and not worker.is_running:
+            with pytest.raises(MptTrtError, match="was stopped"):
+                worker.submit(late.request())
+            moments.append(1)
+
+    worker = Worker(Scheduler(model(), deliver=deliver))
+    worker.submit(first.request())
+    worker.stop()
+    worker.start()
+    worker.join(30)
+    assert moments == [1] and first.tokens == alone(first)
+    with pytest.raises(MptTrtError, match="was stopped"):
+        worker.submit(late.request())
+    assert not late.news
 
 
 def test_logits_that_are_no_numbers_end_only_their_request() -> None:
