@@ -9,21 +9,19 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import uvicorn
 
 from mpt_trt.api.text import EngineText
 from mpt_trt.cli.engines import open_engine
 from mpt_trt.cli.logs import set_up_logging
-from mpt_trt.engines.interface import RowModel
 from mpt_trt.engines.load import LoadedEngine
 from mpt_trt.engines.manifest import read_manifest
 from mpt_trt.errors import MptTrtError
-from mpt_trt.scheduling.ranks import LeadingModel, follow, lead
+from mpt_trt.scheduling.ranks import follow, lead
 from mpt_trt.scheduling.scheduler import Scheduler
-from mpt_trt.scheduling.worker import OnFailure, Worker
+from mpt_trt.scheduling.worker import Worker
 from mpt_trt.server.app import make_app
 from mpt_trt.server.connections import HttpProtocol
 from mpt_trt.server.outbox import Outbox
@@ -58,32 +56,22 @@ def run(options: argparse.Namespace) -> None:
             signal.signal(number, signal.SIG_IGN)
         follow(engine.model, ranks)
         return
-    _serve(options, _Leader(engine), text, api_key)
-
-
-@dataclass(frozen=True)
-class _Leader:
-    """The engine of rank 0, which other ranks follow if there are any."""
-
-    engine: LoadedEngine
-
-    def model(self) -> RowModel:
-        ranks = self.engine.communicator
-        return self.engine.model if ranks is None else lead(self.engine.model, ranks)
+    _serve(options, engine, text, api_key)
 
 
 def _serve(
-    options: argparse.Namespace, leader: _Leader, text: EngineText, api_key: str | None
+    options: argparse.Namespace, engine: LoadedEngine, text: EngineText, api_key: str | None
 ) -> None:
-    model = leader.model()
-    leads = isinstance(model, LeadingModel)
-    on_idle: Callable[[], None] | None = model.keep_waiting if leads else None  # type: ignore[attr-defined]
-    # Ranks cannot go on after a failure, because only one of them may have had it.
-    on_failure: OnFailure = "exit" if leads else options.on_failure
+    """Serves the engine of rank 0, which other ranks follow if there are any."""
+    leader = None if engine.communicator is None else lead(engine.model, engine.communicator)
+    model = leader or engine.model
     with _listening(options.host, options.port) as listener:
         outbox = Outbox()
-        scheduler = Scheduler(model, options.piece_tokens, leader.engine.max_logits, outbox.flush)
-        worker = Worker(scheduler, on_failure, on_idle)
+        scheduler = Scheduler(model, options.piece_tokens, engine.max_logits, outbox.flush)
+        worker = Worker(scheduler, options.on_failure)
+        if leader is not None:
+            # Ranks cannot go on after a failure, because only one of them may have had it.
+            worker = Worker(scheduler, "exit", leader.keep_waiting)
         limits = Limits(options.max_waiting, options.timeout, options.max_body_bytes)
         worker.start()
         service = Service(
@@ -103,7 +91,7 @@ def _serve(
             worker,
         )
         address, port = listener.getsockname()[:2]
-        print(f"Runtime: {leader.engine.runtime}", file=sys.stderr)
+        print(f"Runtime: {engine.runtime}", file=sys.stderr)
         print(f"Serving {service.model_name} on http://{address}:{port}", file=sys.stderr)
         # SIGTERM and Ctrl-C arrive again when the server has answered what it was asked.
         with contextlib.suppress(KeyboardInterrupt):
@@ -112,8 +100,8 @@ def _serve(
         worker.join()
     if worker.failure is not None:
         raise MptTrtError(f"the engine failed: {worker.failure}; see the log")
-    if isinstance(model, LeadingModel):
-        model.end()
+    if leader is not None:
+        leader.end()
 
 
 class _Server(uvicorn.Server):
