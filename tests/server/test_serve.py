@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -12,32 +15,73 @@ import openai
 import pytest
 
 from mpt_trt.errors import MptTrtError
-from support.engines import call_tool, start_tool
+from support.demo import make_demo_engine
+from support.engines import call_tool, command, start_tool
+
+
+def address_of(server: subprocess.Popen) -> str:
+    """Waits until the server listens."""
+    lines = []
+    while not (found := re.search(r"on (http://127\.0\.0\.1:\d+)$", "".join(lines).strip())):
+        lines.append(server.stderr.readline())
+        assert lines[-1], lines
+    assert lines[0].startswith("Runtime: ONNX Runtime")
+    return found[1]
+
+
+def end_during_a_stream(server: subprocess.Popen, url: str, pid: int) -> None:
+    """Sends SIGTERM: the request that runs is answered, then the program ends with status 0."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    stream = client.completions.create(
+        model="mpt-demo", prompt="The", max_tokens=90, seed=1, stream=True
+    )
+    next(iter(stream))
+    os.kill(pid, signal.SIGTERM)
+    assert list(stream)[-1].choices[0].finish_reason in ("length", "stop")
+    assert server.wait(timeout=30) == 0, server.stderr.read()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
 
 
 def test_sigterm_lets_requests_end(demo_engine: Path) -> None:
-    """The one that runs is answered to its end; then the program ends with status 0."""
     server = start_tool("serve.py", "--engine_dir", demo_engine, "--port=0", "--num_threads=1")
     try:
-        lines = []
-        while not (found := re.search(r"on (http://127\.0\.0\.1:\d+)$", "".join(lines).strip())):
-            lines.append(server.stderr.readline())
-            assert lines[-1], lines
-        assert lines[0].startswith("Runtime: ONNX Runtime")
-        url = found[1]
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-        stream = client.completions.create(
-            model="mpt-demo", prompt="The", max_tokens=90, seed=1, stream=True
-        )
-        next(iter(stream))
-        server.send_signal(signal.SIGTERM)
-        assert list(stream)[-1].choices[0].finish_reason in ("length", "stop")
-        assert server.wait(timeout=30) == 0, server.stderr.read()
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/health")
+        end_during_a_stream(server, address_of(server), server.pid)
     finally:
         server.kill()
         server.communicate()
+
+
+def test_ranks_serve_together_and_end_with_the_first(tmp_path: Path) -> None:
+    engine_dir = make_demo_engine(tmp_path, tp_size=2)
+    # Where pip puts it.
+    launcher = Path(sys.executable).with_name("mpirun")
+    tool = command("serve.py", "--engine_dir", engine_dir, "--port=0", "--num_threads=1")
+    server = subprocess.Popen(
+        [launcher, "-n", "2", "--oversubscribe", "--allow-run-as-root", *tool],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        url = address_of(server)
+        (rank_0,) = (
+            pid for pid in children(server.pid) if "OMPI_COMM_WORLD_RANK=0" in variables(pid)
+        )
+        end_during_a_stream(server, url, rank_0)
+    finally:
+        server.terminate()  # mpirun then ends the ranks
+        server.communicate(timeout=30)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
+
+
+def variables(pid: int) -> list[str]:
+    """Environment variables of a process, as NAME=VALUE."""
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
 
 
 def test_a_port_that_is_taken(demo_engine: Path) -> None:

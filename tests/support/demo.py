@@ -16,10 +16,11 @@ MODEL = REPOSITORY / "resources" / "mpt-demo"
 LIMITS = BuildLimits(max_batch_size=4, max_input_len=32, max_output_len=64)
 
 
-def make_demo_engine(folder: Path, limits: BuildLimits = LIMITS) -> Path:
+def make_demo_engine(folder: Path, limits: BuildLimits = LIMITS, tp_size: int = 1) -> Path:
     """The engine directory `folder/engine` in float32. No TensorRT loads its plan."""
-    call_tool("convert_hf_mpt_to_ft.py", "-i", MODEL, "-o", folder / "ft", "-t", "float32")
-    checkpoint = read_ft_checkpoint(folder / "ft" / "1-gpu")
+    options = ("-i", MODEL, "-o", folder / "ft", "-t", "float32", "-tp", tp_size)
+    call_tool("convert_hf_mpt_to_ft.py", *options)
+    checkpoint = read_ft_checkpoint(folder / "ft" / f"{tp_size}-gpu")
     return build_for_cpu(checkpoint, folder / "engine", limits)
 
 
