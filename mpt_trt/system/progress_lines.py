@@ -24,7 +24,8 @@ def no_progress(count: float = 1, /) -> None:
 class ProgressLines:
     """Prints the progress of a step to stderr: every ten seconds, and at the end.
 
-    shown: formats an amount; amounts have the unit of `total`. Threads may share an object.
+    shown: formats an amount; amounts have the unit of `total`, which may be more than there is to
+    do. Threads may share an object.
     """
 
     def __init__(self, title: str, total: float, shown: Callable[[float], str]):
@@ -48,9 +49,11 @@ class ProgressLines:
             say(f"{self._title}: {self._amounts()} ({percent:.0f} %), {times}")
 
     def stop(self) -> None:
-        """Prints the last line."""
+        """Prints the last line, after everything was done."""
         seconds = time.monotonic() - self._started
-        say(f"{self._title}: {self._amounts()} in {in_time(seconds)}")
+        is_exact = self._done == self._total
+        amounts = self._amounts() if is_exact else self._shown(self._done)
+        say(f"{self._title}: {amounts} in {in_time(seconds)}")
 
     def _amounts(self) -> str:
         return f"{self._shown(self._done)} of {self._shown(self._total)}"
