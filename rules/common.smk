@@ -10,8 +10,6 @@ from mpt_trt.workflow.proof_inputs import ProofInputs
 from mpt_trt.workflow.rule_values import RuleValues
 from mpt_trt.workflow.settings import parse_settings
 
-TENSORRT_LLM_CONTAINER = "docker://nvcr.io/nvidia/tensorrt-llm/release:1.2.1"
-
 
 wildcard_constraints:
     model="[^/]+",

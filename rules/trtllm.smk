@@ -10,6 +10,8 @@ environment, which `require_possible` checks before any job runs. With --sdm, Sn
 pinned environment, or fetches the pinned container, before the first job, and the step checks again.
 """
 
+TENSORRT_LLM_CONTAINER = "docker://nvcr.io/nvidia/tensorrt-llm/release:1.2.1"
+
 
 rule convert_to_trtllm:
     """Convert an FT checkpoint to a TensorRT-LLM checkpoint of any variant."""
