@@ -28,8 +28,8 @@ def require_usable_environment() -> None:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
         _require_connection()
     for name in TIMEOUTS:
-        value = os.environ.get(name, "").strip()
-        if value and not (value.isdecimal() and int(value) > 0):
+        value = os.environ.get(name, "10").strip()
+        if not (value.isdecimal() and int(value) > 0):
             raise _refused(name, value, "a whole number of seconds is required")
     _require_cache()
 
@@ -38,7 +38,7 @@ def proxies() -> Iterator[tuple[str, str]]:
     """Names and values of the variables that set a proxy."""
     for upper in PROXIES:
         for name in (upper, upper.lower()):
-            if value := os.environ.get(name, "").strip():
+            if (value := os.environ.get(name, "")).strip():
                 yield name, value
 
 
@@ -60,6 +60,8 @@ def _require_connection() -> None:
 
 def _require_proxy(name: str, value: str) -> None:
     shown = without_password(value)
+    if value != value.strip():
+        raise _refused(name, shown, "the client does not remove white space around it")
     try:
         parts = urlsplit(value if "://" in value else f"http://{value}")
         is_address = bool(parts.hostname) and (parts.port is None or parts.port > 0)
@@ -75,6 +77,11 @@ def _require_proxy(name: str, value: str) -> None:
 
 def _require_exceptions(name: str, value: str) -> None:
     for entry in filter(None, (part.strip() for part in value.split(","))):
+        if len(entry.split()) > 1:
+            raise _refused(name, value, "commas are required between its entries")
+        if entry.startswith("["):
+            why = f"{entry} has brackets, which the client does not support around addresses"
+            raise _refused(name, value, why)
         address, has_range, _ = entry.partition("/")
         if has_range and _is_ipv6(address):
             why = f"{entry} is a range of IPv6 addresses, which the client does not support"
@@ -93,36 +100,67 @@ def _require_certificates() -> None:
     file, folders = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
     if file:
         try:
-            ssl.create_default_context(cafile=file)
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise _refused("SSL_CERT_FILE", file, f"no certificates there ({reason})") from None
     if folders and not any(Path(part).is_dir() for part in folders.split(os.pathsep)):
         raise _refused("SSL_CERT_DIR", folders, "no such folder")
+    if secrets := os.environ.get("SSLKEYLOGFILE"):
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).keylog_filename = secrets
+        except OSError as error:
+            why = f"the keys of connections cannot be written there ({error.strerror})"
+            raise _refused("SSLKEYLOGFILE", secrets, why) from None
 
 
 def _require_token() -> None:
     for name in TOKENS:
-        for position, character in enumerate(os.environ.get(name, "").strip(), start=1):
-            if not "!" <= character <= "~":
-                raise MptTrtError(
-                    f"{name}: character {position} is {character!r}, which no token contains; copy "
-                    "the token again, or unset the variable"
-                )
+        _require_token_characters(name, os.environ.get(name, ""))
+    if path := os.environ.get("HF_TOKEN_PATH"):
+        file = Path(os.path.expandvars(path)).expanduser()
+        try:
+            token = file.read_text(encoding="utf-8") if file.exists() else ""
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "not a text"
+            raise _refused("HF_TOKEN_PATH", path, f"no token there ({reason})") from None
+        _require_token_characters(f"HF_TOKEN_PATH = {path!r}", token)
+
+
+def _require_token_characters(name: str, token: str) -> None:
+    for position, character in enumerate(token.strip(), start=1):
+        if not "!" <= character <= "~":
+            raise MptTrtError(
+                f"{name}: character {position} is {character!r}, which no token contains; copy "
+                "the token again, or unset the variable"
+            )
 
 
 def _require_endpoint() -> None:
     value = os.environ.get("HF_ENDPOINT", "")
-    if value and not value.startswith(("http://", "https://")):
-        raise _refused("HF_ENDPOINT", value, "http:// or https:// is missing")
+    if not value:
+        return
+    shown = without_password(value)
+    if not value.lower().startswith(("http://", "https://")):
+        raise _refused("HF_ENDPOINT", shown, "http:// or https:// is missing")
+    try:
+        parts = urlsplit(value)
+        is_address = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise _refused("HF_ENDPOINT", shown, "an address is required (https://host)")
 
 
 def _require_cache() -> None:
     for name, inner in CACHES.items():
-        if not (value := os.environ.get(name)):
+        if (value := os.environ.get(name)) is None:
             continue
+        if not value:
+            raise _refused(name, value, "the hub's cache would be in the working directory")
         try:
-            Path(value, inner).expanduser().mkdir(parents=True, exist_ok=True)
+            folder = Path(os.path.expandvars(value), inner).expanduser()
+            folder.mkdir(parents=True, exist_ok=True)
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             why = f"the hub's cache cannot be made there ({reason}); name a folder for it"

@@ -68,7 +68,7 @@ def _reason(error: BaseException) -> str:
     # The proxy or endpoint on the way to the hub, by the name of its variable.
     between = [f"{name} = {without_password(value)}" for name, value in proxies()]
     if endpoint := os.environ.get("HF_ENDPOINT"):
-        between.append(f"HF_ENDPOINT = {endpoint}")
+        between.append(f"HF_ENDPOINT = {without_password(endpoint)}")
     return f"{reason}; {', '.join(between)}" if between else reason
 
 

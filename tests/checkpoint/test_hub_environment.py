@@ -20,6 +20,8 @@ NAMES = (
         "HF_HOME",
         "HF_HUB_CACHE",
         "HUGGINGFACE_HUB_CACHE",
+        "HF_TOKEN_PATH",
+        "SSLKEYLOGFILE",
     ),
 )
 NO_SOCKS = importlib.util.find_spec("socksio") is None
@@ -27,11 +29,22 @@ WRONG = {
     "proxy of another kind": ("ALL_PROXY", "socks4://127.0.0.1:1080"),
     "proxy without host": ("HTTPS_PROXY", "http://"),
     "proxy's port": ("https_proxy", "http://proxy:80a"),
+    "white space around a proxy": ("HTTPS_PROXY", " http://127.0.0.1:9 "),
+    "exceptions in brackets": ("NO_PROXY", "localhost,[::1]"),
+    "exceptions without commas": ("no_proxy", "localhost 127.0.0.1"),
     "exceptions": ("NO_PROXY", "fd00::/8,10.0.0.0/8"),
     "certificate file": ("SSL_CERT_FILE", "/opt/conda/ssl/gone.pem"),
     "no certificates": ("SSL_CERT_FILE", __file__),
     "certificate folder": ("SSL_CERT_DIR", "/opt/conda/gone"),
+    "keys of connections": ("SSLKEYLOGFILE", "/proc/nowhere/keys"),
     "endpoint": ("HF_ENDPOINT", "hf-mirror.example"),
+    "endpoint without host": ("HF_ENDPOINT", "https://"),
+    "endpoint's address": ("HF_ENDPOINT", "http://[::1"),
+    "endpoint's port": ("HF_ENDPOINT", "http://127.0.0.1:99999"),
+    "token's folder": ("HF_TOKEN_PATH", "/proc"),
+    "empty time-out": ("HF_HUB_DOWNLOAD_TIMEOUT", ""),
+    "empty home": ("HF_HOME", ""),
+    "empty cache": ("HF_HUB_CACHE", ""),
     "time-out": ("HF_HUB_ETAG_TIMEOUT", "10s"),
     "negative time-out": ("HF_HUB_DOWNLOAD_TIMEOUT", "-1"),
     "home": ("HF_HOME", "/proc/nowhere"),
@@ -81,6 +94,25 @@ def test_stray_characters_of_a_token(monkeypatch, name: str, token: str) -> None
     assert "hf_" not in message
 
 
+def test_stray_characters_of_a_token_file(monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("hf_abc\u2026\n")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    message = refusal()
+    assert message.startswith(f"HF_TOKEN_PATH = '{tmp_path}/token': character 7 is '\u2026'")
+    (tmp_path / "token").write_bytes(b"\xff\xfe")
+    assert "no token there (not a text)" in refusal()
+
+
+def test_variables_in_a_cache_are_replaced(monkeypatch, tmp_path: Path) -> None:
+    """Only the folder that the client uses is made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_PLACE", str(tmp_path / "place"))
+    monkeypatch.setenv("HF_HOME", "$MY_PLACE/hf")
+    require_usable_environment()
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+    assert (tmp_path / "place" / "hf" / "hub").is_dir()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -90,7 +122,8 @@ def test_stray_characters_of_a_token(monkeypatch, name: str, token: str) -> None
         ("HF_TOKEN", "hf_abc\n"),
         ("HF_ENDPOINT", "http://127.0.0.1:9/"),
         ("HF_HUB_ETAG_TIMEOUT", "10"),
-        ("HF_HUB_ETAG_TIMEOUT", ""),
+        ("HF_ENDPOINT", "HTTPS://mirror.example"),
+        ("HF_TOKEN_PATH", "/nowhere/token"),
         ("SSL_CERT_DIR", "/gone:/tmp"),
     ],
 )
@@ -113,6 +146,7 @@ def test_offline_needs_no_connection(monkeypatch) -> None:
         ("HTTPS_PROXY", "127.0.0.1:9", "HTTPS_PROXY = 127.0.0.1:9"),
         ("HTTPS_PROXY", "http://me:secret@127.0.0.1:9", "HTTPS_PROXY = http://127.0.0.1:9"),
         ("HF_ENDPOINT", "http://127.0.0.1:9/", "HF_ENDPOINT = http://127.0.0.1:9/"),
+        ("HF_ENDPOINT", "http://me:secret@127.0.0.1:9", "HF_ENDPOINT = http://127.0.0.1:9"),
     ],
 )
 def test_commands(monkeypatch, tmp_path: Path, name: str, value: str, shown: str) -> None:
