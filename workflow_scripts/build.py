@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpt_trt.cli import options
+from mpt_trt.cli import model_options, options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.ignored_options import OF_BUILD, add_ignored
 from mpt_trt.cli.output_options import add_force
@@ -27,9 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
         __doc__,
         "workflow_scripts/build.py --model_dir my_ft/fp16/1-gpu --output_dir my_engine",
     )
-    parser.add_argument(
-        "--model_dir", type=Path, required=True, help="a {tp_size}-gpu folder of an FT checkpoint"
-    )
+    model_options.add_ft_checkpoint(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="the engine directory")
     parser.add_argument(
         "--world_size", type=int, default=1, help="tensor-parallel size (default: %(default)s)"

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.cli import calibration_options as options
+from mpt_trt.cli import model_options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.ignored_options import OF_CONVERSION, add_ignored
 from mpt_trt.cli.output_options import add_force
@@ -60,15 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
         default=min(4, os.cpu_count() or 1),
         help="number of tensors converted at a time (default: %(default)s)",
     )
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        metavar="FOLDER",
-        help="folder of a LoRA adapter (PEFT) to merge into the checkpoint",
-    )
-    parser.add_argument(
-        "--revision", default="main", help="revision on the hub (default: %(default)s)"
-    )
+    model_options.add_adapter(parser)
+    model_options.add_revision(parser)
     _add_int8(parser)
     add_force(parser)
     add_ignored(parser, OF_CONVERSION)

@@ -16,6 +16,7 @@ from typing import get_args
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpt_trt.cli import calibration_options as options
+from mpt_trt.cli import model_options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.ignored_options import OF_QUANTIZATION, add_ignored
 from mpt_trt.cli.parser import tool_parser
@@ -37,13 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="hub id or folder of a Hugging Face checkpoint, or a {tp_size}-gpu folder of an FT "
         "checkpoint",
     )
-    add(
-        "--adapter",
-        type=Path,
-        metavar="FOLDER",
-        help="folder of a LoRA adapter (PEFT) to merge into the checkpoint",
-    )
-    add("--revision", default="main", help="revision on the hub (default: %(default)s)")
+    model_options.add_adapter(parser)
+    model_options.add_revision(parser)
     add(
         "--dtype",
         choices=DTYPES,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpt_trt.cli import options
+from mpt_trt.cli import model_options, options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.ignored_options import OF_RUN, add_ignored
 from mpt_trt.cli.parser import tool_parser
@@ -28,10 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_output_len", type=int, required=True, help="maximum number of new tokens per prompt"
     )
-    parser.add_argument(
-        "--tokenizer_dir",
-        help="hub id or folder of the tokenizer (default: the one in the engine directory)",
-    )
+    model_options.add_engine_tokenizer(parser)
     parser.add_argument(
         "--log_level",
         default="warning",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpt_trt.cli import options
+from mpt_trt.cli import model_options, options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.parser import tool_parser
 from mpt_trt.system.process import restart_with_huge_pages
@@ -26,10 +26,7 @@ MAX_PORT = 65535
 def make_parser() -> argparse.ArgumentParser:
     parser = tool_parser(__doc__, "workflow_scripts/serve.py --engine_dir my_engine --port 8000")
     parser.add_argument("--engine_dir", type=Path, required=True, help="the engine directory")
-    parser.add_argument(
-        "--tokenizer_dir",
-        help="hub id or folder of the tokenizer (default: the one in the engine directory)",
-    )
+    model_options.add_engine_tokenizer(parser)
     parser.add_argument(
         "--chat_template",
         type=Path,

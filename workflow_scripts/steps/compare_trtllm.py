@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpt_trt.cli import options
+from mpt_trt.cli import model_options, options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.parser import tool_parser
 from mpt_trt.model.config import DTYPES
@@ -29,18 +29,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--generation", type=Path, required=True, help="npz file that run_trtllm.py wrote"
     )
-    parser.add_argument(
-        "--model_dir", required=True, help="hub id or folder of the Hugging Face checkpoint"
-    )
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        metavar="FOLDER",
-        help="folder of the LoRA adapter (PEFT) that was merged into the checkpoint",
-    )
-    parser.add_argument(
-        "--tokenizer_dir", help="hub id or folder of the tokenizer (default: --model_dir)"
-    )
+    model_options.add_checkpoint(parser)
+    model_options.add_merged_adapter(parser)
+    model_options.add_checkpoint_tokenizer(parser)
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
     options.add_tolerance(parser)
     options.add_report_only(parser)

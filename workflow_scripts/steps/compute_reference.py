@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from mpt_trt.cli import model_options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.parser import tool_parser
 from mpt_trt.workflow.settings import parse_settings
@@ -25,21 +26,10 @@ def make_parser() -> argparse.ArgumentParser:
         "my_reference.safetensors",
     )
     usual = parse_settings({}).quality
-    parser.add_argument(
-        "--model_dir", required=True, help="hub id or folder of the Hugging Face checkpoint"
-    )
-    parser.add_argument(
-        "--tokenizer_dir", help="hub id or folder of the tokenizer (default: --model_dir)"
-    )
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        metavar="FOLDER",
-        help="folder of a LoRA adapter (PEFT) to merge into the checkpoint",
-    )
-    parser.add_argument(
-        "--revision", default="main", help="revision on the hub (default: %(default)s)"
-    )
+    model_options.add_checkpoint(parser)
+    model_options.add_checkpoint_tokenizer(parser)
+    model_options.add_adapter(parser)
+    model_options.add_revision(parser)
     parser.add_argument(
         "--text", type=Path, default=Path(usual.text), help="UTF-8 file (default: %(default)s)"
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpt_trt.cli import options
+from mpt_trt.cli import model_options, options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.output_options import add_force
 from mpt_trt.cli.parser import tool_parser
@@ -28,9 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
         "workflow_scripts/steps/convert_ft_to_trtllm.py --model_dir my_ft/fp16/1-gpu "
         "--output_dir my_trtllm_checkpoint",
     )
-    parser.add_argument(
-        "--model_dir", type=Path, required=True, help="a {tp_size}-gpu folder of an FT checkpoint"
-    )
+    model_options.add_ft_checkpoint(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the result")
     parser.add_argument(
         "--workers",

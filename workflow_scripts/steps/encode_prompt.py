@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from mpt_trt.cli import model_options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.parser import tool_parser
 
@@ -19,12 +20,8 @@ def make_parser() -> argparse.ArgumentParser:
         "workflow_scripts/steps/encode_prompt.py --model_dir resources/mpt-demo --prompt "
         '"def fibonacci" --output my_prompt.json',
     )
-    parser.add_argument(
-        "--model_dir", required=True, help="hub id or folder of the Hugging Face checkpoint"
-    )
-    parser.add_argument(
-        "--tokenizer_dir", help="hub id or folder of the tokenizer (default: --model_dir)"
-    )
+    model_options.add_checkpoint(parser)
+    model_options.add_checkpoint_tokenizer(parser)
     parser.add_argument("--prompt", required=True, help="the text")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
     return parser

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpt_trt.cli import options
+from mpt_trt.cli import model_options, options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.parser import tool_parser
 from mpt_trt.system.process import restart_with_huge_pages
@@ -33,10 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="files of facts; docs/proofs.md describes them",
     )
-    parser.add_argument(
-        "--tokenizer_dir",
-        help="hub id or folder of the tokenizer (default: the one in the engine directory)",
-    )
+    model_options.add_engine_tokenizer(parser)
     parser.add_argument(
         "--report_only",
         action="store_true",

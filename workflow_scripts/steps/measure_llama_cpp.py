@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from mpt_trt.cli import model_options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.parser import tool_parser
 
@@ -22,18 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
         "workflow_scripts/steps/measure_llama_cpp.py --model_dir resources/mpt-demo --reference "
         "my_reference.safetensors --output my_llama_cpp.json",
     )
-    parser.add_argument(
-        "--model_dir", required=True, help="hub id or folder of the Hugging Face checkpoint"
-    )
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        metavar="FOLDER",
-        help="folder of a LoRA adapter (PEFT) to merge into the checkpoint",
-    )
-    parser.add_argument(
-        "--revision", default="main", help="revision on the hub (default: %(default)s)"
-    )
+    model_options.add_checkpoint(parser)
+    model_options.add_adapter(parser)
+    model_options.add_revision(parser)
     parser.add_argument(
         "--reference", type=Path, required=True, help="file that compute_reference.py wrote"
     )

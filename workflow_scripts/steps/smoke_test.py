@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpt_trt.cli import options
+from mpt_trt.cli import model_options, options
 from mpt_trt.cli.console import run_command
 from mpt_trt.cli.parser import tool_parser
 from mpt_trt.system.process import restart_with_huge_pages
@@ -27,21 +27,10 @@ def make_parser() -> argparse.ArgumentParser:
         "resources/mpt-demo --output my_smoke_test.json",
     )
     parser.add_argument("--engine_dir", type=Path, required=True, help="the engine directory")
-    parser.add_argument(
-        "--model_dir", required=True, help="hub id or folder of the Hugging Face checkpoint"
-    )
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        metavar="FOLDER",
-        help="folder of the LoRA adapter (PEFT) that was merged into the checkpoint",
-    )
-    parser.add_argument(
-        "--tokenizer_dir", help="hub id or folder of the tokenizer (default: --model_dir)"
-    )
-    parser.add_argument(
-        "--revision", default="main", help="revision on the hub (default: %(default)s)"
-    )
+    model_options.add_checkpoint(parser)
+    model_options.add_merged_adapter(parser)
+    model_options.add_checkpoint_tokenizer(parser)
+    model_options.add_revision(parser)
     usual = parse_settings({}).smoke_test
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
     parser.add_argument(
