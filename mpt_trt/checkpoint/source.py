@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt_trt.checkpoint.snapshot import recorded_provenance
+from mpt_trt.checkpoint.tokenizer_files import has_tokenizer
 from mpt_trt.errors import MptTrtError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*", re.ASCII)
@@ -64,6 +65,8 @@ def folder_provenance(folder: Path) -> dict[str, str]:
 def tokenizer_folder(source: str, revision: str = "main") -> Path:
     """Finds the folder of the tokenizer of `source`, a folder or a hub id.
 
+    The tokenizer of an FT checkpoint or an engine directory is in a folder within it.
+
     Raises MptTrtError when the folder does not exist, or the hub does not provide the files.
     """
     if is_hub_id(source):
@@ -75,7 +78,8 @@ def tokenizer_folder(source: str, revision: str = "main") -> Path:
         return fetch_tokenizer(source, revision).folder
     folder = local_folder(source)
     recorded_provenance(folder)
-    return folder
+    inner = folder / TOKENIZER_FOLDER
+    return inner if has_tokenizer(inner) and not has_tokenizer(folder) else folder
 
 
 def tokenizer_folder_of(made: Path, provenance: dict[str, Any], asked: str | None) -> Path:
@@ -131,6 +135,8 @@ def local_folder(source: str) -> Path:
             "the name of the model or tokenizer is empty; give a folder in Hugging Face format or "
             "a hub id (owner/name)"
         )
+    if page := re.match(r"https?://[^/]+/([^/]+/[^/?#]+)", source):
+        raise MptTrtError(f"{source}: an address, not a hub id; give {page[1]}")
     kind = "not a folder" if folder.exists() else "no such folder"
     raise MptTrtError(
         f"{kind}: {source}; give a folder in Hugging Face format or a hub id (owner/name)"

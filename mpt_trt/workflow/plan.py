@@ -130,8 +130,9 @@ class Plan:
             )
         path = os.path.expanduser(path)  # noqa: PTH111 (that fails if there is no such user)
         shipped = self.repository / path
-        is_here = (self.working_directory / path).exists()
-        return str(shipped) if not is_here and shipped.exists() else path
+        # Path.exists fails in folders without permission, and other models may be there.
+        is_here = os.path.exists(self.working_directory / path)  # noqa: PTH110
+        return str(shipped) if not is_here and os.path.exists(shipped) else path  # noqa: PTH110
 
     def script(self, name: str) -> Path:
         """Path of a script of workflow_scripts/."""

@@ -32,8 +32,13 @@ class RuleValues:
             try:
                 return function(Target.of(dict(wildcards.items())), **keywords)
             except MptTrtError as error:
-                self.last_words.refuse(str(error))
-                raise self.error(str(error)) from None
+                reason = str(error)
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                reason = f"{error.filename}: {error.strerror}"
+            self.last_words.refuse(reason)
+            raise self.error(reason) from None
 
         # Snakemake passes further arguments, such as `threads`, by name. It reads the signature at
         # every call; this makes that quick.

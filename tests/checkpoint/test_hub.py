@@ -604,6 +604,14 @@ def test_missing_folders(source: str, tmp_path: Path, monkeypatch: pytest.Monkey
         checkpoint_folder(source)
 
 
+@pytest.mark.parametrize("end", ["", "/", "/tree/main", "?x=1"])
+def test_addresses_are_not_hub_ids(end: str):
+    source = f"https://huggingface.co/owner/name{end}"
+    with pytest.raises(MptTrtError) as error:
+        checkpoint_folder(source)
+    assert str(error.value) == f"{source}: an address, not a hub id; give owner/name"
+
+
 def test_plain_folders_are_recorded_with_their_absolute_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as TokenizerFile
 from transformers import AutoTokenizer
 
 from mpt_trt.checkpoint.chat import chat_prompt, choose_template, read_conversations
-from mpt_trt.checkpoint.source import tokenizer_folder_of
+from mpt_trt.checkpoint.source import tokenizer_folder, tokenizer_folder_of
 from mpt_trt.checkpoint.special_tokens import describe_conflict, read_special_tokens
 from mpt_trt.checkpoint.tokenizer import read_tokenizer
 from mpt_trt.checkpoint.tokenizer_files import tokenizer_files
@@ -290,6 +290,14 @@ def test_recorded_folders_are_not_hub_ids(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "engine/tokenizer").mkdir(parents=True)
     found = tokenizer_folder_of(tmp_path / "engine", {"source": "owner/name"}, None)
     assert found == tmp_path / "engine/tokenizer"
+
+
+def test_a_tokenizer_within_an_engine_directory(folder: Path, tmp_path: Path) -> None:
+    """--tokenizer_dir takes an FT checkpoint or engine directory for the tokenizer in it."""
+    engine = tmp_path / "engine"
+    shutil.copytree(DEMO, engine / "tokenizer")
+    assert tokenizer_folder(str(engine)) == engine / "tokenizer"
+    assert tokenizer_folder(str(folder)) == folder
 
 
 MESSAGES = [{"role": "user", "content": "Why?"}]

@@ -173,6 +173,14 @@ def test_shipped_models_and_tokenizers_are_found_from_elsewhere(tmp_path: Path) 
     assert options["hub"] == [hub, *options["demo"]]
 
 
+def test_an_unreadable_source_does_not_concern_other_models(tmp_path: Path) -> None:
+    """Names that are too long fail like folders without permission."""
+    (tmp_path / "own").mkdir()
+    models = {"own": {"source": "own"}, "other": {"source": f"{'x' * 300}/model"}}
+    plan = make_plan(tmp_path, tmp_path / "repository", models=models)
+    assert plan.source(Target("own")) == "own"
+
+
 def test_scripts_are_named_from_the_working_directory(tmp_path: Path) -> None:
     here = Plan(parse_settings({}), tmp_path, tmp_path)
     assert here.script("build.py") == Path("workflow_scripts/build.py")

@@ -47,6 +47,14 @@ def test_refusals_are_shown_without_a_traceback(values: RuleValues) -> None:
     assert values.require_possible("build_rank")(WILDCARDS) == []
 
 
+def test_system_errors_are_shown_without_a_traceback(values: RuleValues) -> None:
+    def read(_: Target) -> None:
+        raise PermissionError(13, "Permission denied", "/private/model")
+
+    with pytest.raises(Shown, match=r"^/private/model: Permission denied$"):
+        values.of_job(read)(WILDCARDS)
+
+
 class CountingResources(JobResources):
     """Remembers the targets that requests were made for."""
 
