@@ -60,9 +60,11 @@ def clean(folder: Path) -> None:
     """Delete the workflow's outputs below `folder`, then folders that are empty."""
     for output in outputs(folder):
         path = folder / output
-        # Also unfinished copies and records of it.
+        # Also unfinished copies and records of it, and the description of a plan.
         for each in (path, *path.parent.glob(f".{path.name}.*")):
             remove(each)
+        if path.suffix == ".engine":
+            remove(path.with_name(f"{path.name}.json"))
         for parent in list(path.relative_to(folder).parents)[:-1]:
             with contextlib.suppress(OSError):  # not empty, or gone
                 (folder / parent).rmdir()

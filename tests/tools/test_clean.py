@@ -16,6 +16,11 @@ rule all:
         "ft_ckpts/toy/fp16/1-gpu",
         "smoke_tests/toy/fp16/1-gpu.json",
         "quality/{LONG}/{LONG}.json",
+        "build/plans/toy/fp16/1-gpu/rank0.engine",
+
+rule plan:
+    output: "build/plans/{{name}}/rank0.engine"
+    shell: "touch {{output}} {{output}}.json"
 
 rule fetch:
     output: directory("checkpoints/toy")
@@ -65,7 +70,7 @@ def test_what_the_workflow_made_goes_and_all_else_stays(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     assert names(tmp_path) == {*own, "Snakefile"}
     assert not (tmp_path / "quality").exists() and not (tmp_path / "checkpoints/toy").exists()
-    assert not (tmp_path / "smoke_tests/toy").exists()
+    assert not (tmp_path / "smoke_tests/toy").exists() and not (tmp_path / "build").exists()
     assert "checkpoints/, ft_ckpts/, smoke_tests/" in result.stdout
 
 
