@@ -152,6 +152,7 @@ class Service:
             )
             raise ApiError(400, message) from None
         messages = [message.plain() for message in request.messages]
+        self._require_short(sum(len(message["content"]) for message in messages), "messages")
         prompt = self._encoded(messages)
         stop = (*request.stop_strings, *template.stop)
         by_field = {
@@ -187,25 +188,25 @@ class Service:
 
     def _encoded(self, prompt: str | list[int] | list[dict[str, str]]) -> list[int]:
         if isinstance(prompt, str):
-            self._require_short(prompt)
+            self._require_short(len(prompt), "prompt")
         messages: str | list[int] | list[Message] = prompt  # type: ignore[assignment]
         try:
             return self.text.encode(messages)
         except MptTrtError as error:
             raise ApiError(400, str(error)) from None
 
-    def _require_short(self, text: str) -> None:
-        """Raises ApiError for a text that cannot fit a cache row.
+    def _require_short(self, num_characters: int, field: str) -> None:
+        """Raises ApiError, naming the field, for a text that cannot fit a cache row.
 
         Encoding it would take seconds, in which nothing else is answered.
         """
         most = self._capacity * self._longest_token
-        if len(text) > most:
+        if num_characters > most:
             message = (
-                f"the prompt has {len(text)} characters, and the {self._capacity} tokens that a "
-                f"cache row holds have at most {most}; shorten the prompt"
+                f"{field}: {num_characters} characters are more than {self._capacity} tokens can "
+                f"have, which a cache row holds: at most {most}; shorten the {field}"
             )
-            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+            raise ApiError(400, message, param=field, code="context_length_exceeded")
 
     def _job(
         self,

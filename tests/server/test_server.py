@@ -509,12 +509,21 @@ def test_connections_that_send_no_request_are_closed(
         assert content.count(b"200 OK") == part.count(whole)
 
 
-def test_a_prompt_that_cannot_fit_is_not_encoded(client: openai.OpenAI, served: Served) -> None:
+@pytest.mark.parametrize("field", ["prompt", "messages"])
+def test_a_text_that_cannot_fit_is_not_encoded(
+    field: str, client: openai.OpenAI, served: Served
+) -> None:
+    long = "a " * 250_000
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EngineText, "encode", None)
-        with pytest.raises(openai.BadRequestError, match="500000 characters") as error:
-            client.completions.create(model=NAME, prompt="a " * 250_000)
-    assert error.value.code == "context_length_exceeded"
+        with pytest.raises(openai.BadRequestError, match=f"{field}: 500000 characters") as error:
+            if field == "prompt":
+                client.completions.create(model=NAME, prompt=long)
+            else:
+                client.chat.completions.create(
+                    model=NAME, messages=[{"role": "user", "content": long}]
+                )
+    assert (error.value.code, error.value.param) == ("context_length_exceeded", field)
 
 
 def test_a_reader_that_is_slow_does_not_stop_others(client: openai.OpenAI, served: Served) -> None:
