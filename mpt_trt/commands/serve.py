@@ -71,7 +71,7 @@ def _serve(
         worker = Worker(scheduler, options.on_failure)
         if leader is not None:
             # Ranks cannot go on after a failure, because only one of them may have had it.
-            worker = Worker(scheduler, "exit", leader.keep_waiting)
+            worker = Worker(scheduler, "exit", leader.keep_waiting, leader.idle_seconds)
         limits = Limits(options.max_waiting, options.timeout, options.max_body_bytes)
         worker.start()
         service = Service(

@@ -11,15 +11,21 @@ from mpt_trt.engines.interface import ChoosingModel, RowModel
 from mpt_trt.system.mpi import Communicator
 
 END, IDLE = "end", "idle"
+# Messages of an idle rank 0 in the time after which the others give up on it.
+IDLE_MESSAGES = 4
 
 
 class LeadingModel:
-    """Rank 0's model, whose every call the other ranks make as well (see `follow`)."""
+    """Rank 0's model, whose every call the other ranks make as well (see `follow`).
+
+    idle_seconds: longest time without a call, after which `keep_waiting` is due.
+    """
 
     def __init__(self, model: RowModel, ranks: Communicator):
         self._model, self._ranks = model, ranks
         self.vocab_size, self.capacity = model.vocab_size, model.capacity
         self.max_batch_size, self.max_step_tokens = model.max_batch_size, model.max_step_tokens
+        self.idle_seconds = ranks.patience_seconds / IDLE_MESSAGES
 
     def start(self, batch_size: int) -> None:
         self._tell("start", batch_size)

@@ -15,8 +15,6 @@ log = logging.getLogger(__name__)
 
 OnFailure = Literal["continue", "exit"]
 """Reaction to a failed step, which ends all running requests: waiting requests run, or nothing."""
-# Interval at which an idle thread calls `on_idle`.
-IDLE_SECONDS = 10.0
 
 
 class Worker:
@@ -30,8 +28,14 @@ class Worker:
         scheduler: Scheduler,
         on_failure: OnFailure = "continue",
         on_idle: Callable[[], None] | None = None,
+        idle_seconds: float | None = None,
     ):
+        """Takes a scheduler that no other thread uses from now on.
+
+        on_idle: called every `idle_seconds` while there is nothing else to do.
+        """
         self._scheduler, self._on_failure, self._on_idle = scheduler, on_failure, on_idle
+        self._idle_seconds = idle_seconds
         self._actions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._is_stopping = self._has_ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -105,7 +109,7 @@ class Worker:
         while not self._actions.empty() or (is_first and self._scheduler.is_idle):
             is_first = False
             try:
-                self._actions.get(timeout=IDLE_SECONDS)()
+                self._actions.get(timeout=self._idle_seconds)()
             except queue.Empty:
                 if self._on_idle is not None:
                     self._on_idle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +13,7 @@ from mpt_trt.engines.interface import RowModel
 from mpt_trt.errors import MptTrtError
 from mpt_trt.generation.config import GenerationConfig
 from mpt_trt.generation.generate import generate
-from mpt_trt.scheduling.ranks import lead
+from mpt_trt.scheduling.ranks import IDLE, lead
 from mpt_trt.scheduling.scheduler import NewToken, Request, Scheduler
 from mpt_trt.scheduling.worker import OnFailure, Worker
 from support.echo_ranks import EchoRanks
@@ -218,6 +219,28 @@ def test_ranks_on_cpus_read_prompts_one_by_one_and_exchange_only_steps() -> None
     run(scheduler)
     assert [client.tokens for client in others] == [alone(client) for client in others]
     assert all(len(ids) == 1 for ids, _, _ in network.steps if ids.shape[1] > 1)
+
+
+def test_an_idle_rank_tells_the_others_before_they_give_up() -> None:
+    told, is_enough = [], threading.Event()
+
+    class Ranks(EchoRanks):
+        patience_seconds = 0.2
+
+        def exchange(self, value: tuple) -> list:
+            told.append(value[0])
+            if told[-3:] == [IDLE] * 3:
+                is_enough.set()
+            return super().exchange(value)
+
+    leader = lead(model(), Ranks(0, 2))
+    assert leader.idle_seconds < Ranks.patience_seconds
+    worker = Worker(Scheduler(leader), "exit", leader.keep_waiting, leader.idle_seconds)
+    worker.start()
+    assert is_enough.wait(30)
+    worker.stop()
+    worker.join(30)
+    assert worker.failure is None and not worker.is_running
 
 
 def test_requests_wait_in_order() -> None:
