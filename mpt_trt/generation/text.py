@@ -228,8 +228,13 @@ class _StopSearch:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest suffix of `text` that is a prefix of a stop string."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+    # Only places of its first character: clients may send long stop strings.
+    start = max(len(text) - len(stop) + 1, 0)
+    while (start := text.find(stop[0], start)) >= 0:
+        if stop.startswith(text[start:]):
+            return len(text) - start
+        start += 1
+    return 0
 
 
 class OrderedPrinter:
