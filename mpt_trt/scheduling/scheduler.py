@@ -74,7 +74,7 @@ class Request:
     wants_tokens: bool = True
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """A request in a cache row.
 

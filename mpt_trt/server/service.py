@@ -77,7 +77,10 @@ class Job:
 
 
 class BackendDecoder:
-    """Decodes from any thread, which `Tokenizer` does not: it redirects stderr meanwhile."""
+    """Decodes without redirecting stderr, as `Tokenizer` does.
+
+    That takes longer than decoding a token, and would hide what the worker's thread logs meanwhile.
+    """
 
     def __init__(self, text: EngineText):
         tokenizer = text.require_tokenizer()
@@ -330,10 +333,13 @@ class Generation:
             self._worker.cancel(self._requests[choice])
 
     def _request(self, choice: int, job: Job, stream: int) -> Request:
+        """Makes a request whose callbacks run in the event loop's thread.
+
+        The worker's thread goes on meanwhile, so a choice that a stop string ends gets a token or
+        two that are dropped.
+        """
         text = _ChoiceText(choice, job, GeneratedText(self._decoder, job.stop))
 
-        # The worker's thread generates while this one makes texts. So a choice that a stop string
-        # ends gets a token or two that are dropped.
         def put(receive: Callable[[Any], None]) -> Callable[[Any], None]:
             return functools.partial(self._outbox.put, receive)
 
