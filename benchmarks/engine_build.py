@@ -22,7 +22,7 @@ import numpy as np
 from common import Measured, make_random_checkpoint, measure, script, write_result
 
 from mpt_trt.arrays.cast import convert
-from mpt_trt.calibration.npz_keys import FILE_NAME
+from mpt_trt.calibration.defaults import FILE_NAME
 from mpt_trt.calibration.plan import CalibrationPlan
 from mpt_trt.calibration.writer import calibration_writer
 from mpt_trt.checkpoint.hf_config import read_hf_config
