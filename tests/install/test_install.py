@@ -127,21 +127,39 @@ convert_hf_mpt_to_ft.run(argparse.Namespace(
     tokenizer_dir=None, calib_text=None, force=False,
 ))
 """
-# The modules of the extras' packages.
+LOAD = """
+import sys
+
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+from mpt_trt import Engine
+
+print(Engine.load(sys.argv[2]).generate(["def read(self"], 2)[0].text)
+"""
+# Modules that only packages of extras have.
 EXTRAS = [
-    "cuda", "httpx", "huggingface_hub", "jinja2", "matplotlib", "modelopt", "mpi4py",
-    "onnxruntime_extensions", "pygments", "pynvml", "requests", "snakemake", "tensorrt_rtx",
-    "torch", "transformers",
+    "cuda", "matplotlib", "modelopt", "mpi4py", "onnxruntime_extensions", "pygments", "requests",
+    "snakemake", "tensorrt_rtx", "torch",
 ]  # fmt: skip
+# Modules that a conversion also does without.
+MORE = ["httpx", "huggingface_hub", "jinja2", "pynvml", "transformers"]
 
 
 def test_dependencies_are_enough_to_convert(tmp_path: Path) -> None:
     """Packages of extras are missing here and cannot be imported."""
     model = REPOSITORY / "resources" / "mpt-demo"
-    command = [sys.executable, "-c", CORE, ",".join(EXTRAS), model]
+    command = [sys.executable, "-c", CORE, ",".join([*EXTRAS, *MORE]), model]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     subprocess.run(command, check=True, cwd=tmp_path, env=environment)
     assert (tmp_path / "ft" / "1-gpu" / "manifest.json").is_file()
+
+
+def test_dependencies_are_enough_to_run_an_engine(demo_engine: Path) -> None:
+    command = [sys.executable, "-c", LOAD, ",".join(EXTRAS), demo_engine]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    assert subprocess.check_output(command, text=True, env=environment) == ", size\n"
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert "nvidia-ml-py" in {_name(line) for line in project["dependencies"]}  # pynvml's package
 
 
 def test_extras_are_what_is_tested() -> None:
