@@ -102,6 +102,10 @@ class Engine:
         loaded = load_engine(folder, runtime, num_threads, activations, trust)
         return cls(loaded, text)
 
+    def __repr__(self) -> str:
+        state = "closed" if self._loaded is None else self._loaded.runtime
+        return f"<Engine: {state}>"
+
     def __enter__(self) -> Engine:
         return self
 
@@ -155,7 +159,7 @@ class Engine:
         Args:
             prompts: texts, lists of token ids, or lists of chat messages.
             max_new_tokens: maximum number of new tokens per prompt.
-            options: see `GenerationOptions`.
+            options: those of `GenerationOptions`; docs/python.md lists them with their defaults.
 
         Raises:
             MptTrtError: an option or prompt is invalid, or the batch does not fit the engine.

@@ -109,6 +109,8 @@ def test_engines_share_a_process_and_end(demo_engine: Path, engine: Engine) -> N
         pairs = list(zip(ours, theirs, strict=True))
         assert all(one == two for one, two in pairs)
         assert other.runtime.startswith("ONNX Runtime") and other.fallback_reason
+        assert repr(other) == f"<Engine: {other.runtime}>"
+    assert repr(other) == "<Engine: closed>"
     with pytest.raises(MptTrtError, match="the engine was closed"):
         other.generate(PROMPTS, 5)
 
