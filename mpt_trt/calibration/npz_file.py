@@ -26,11 +26,12 @@ from mpt_trt.system.json_text import shown
 # Size of zip's local header up to the name; it ends with the lengths of name and extra field.
 LOCAL_HEADER_BYTES = 30
 ZIP_MAGIC = b"PK"
-# NumPy accepts headers of up to 10,000 characters, but would first read up to 4 GB.
 NUMBER_KINDS, TEXT_KINDS = "fiub", "U"
 # A character of NumPy's takes four bytes.
 MOST_TEXT_BYTES = 4 * 1000
+# NumPy accepts headers of up to 10,000 characters, but would first read up to 4 GB.
 NPY_MAGIC_BYTES, NPY_HEADER_BYTES = 12, 1 << 14
+MOST_REASON = 200
 CALIBRATE_AGAIN = "calibrate the model again with quantize.py"
 # Python's errors for damaged, too new, unknown-compression and encrypted archives.
 ARCHIVE_ERRORS = (
@@ -68,7 +69,7 @@ class NpzFile:
         except OSError as error:
             raise MptTrtError(f"{path}: {error.strerror or error}; name an npz file") from None
         except ARCHIVE_ERRORS as error:
-            what = f"cannot be read as an npz archive ({error})"
+            what = f"cannot be read as an npz archive ({_reason(error)})"
             raise (self.damaged(what) if _begins_as_archive(path) else self.refused(what)) from None
         if len(set(names)) < len(names):
             raise self.damaged("holds two arrays of the same name")
@@ -169,7 +170,7 @@ class NpzFile:
             try:
                 return str(np.frombuffer(stream.read(), dtype)[0])
             except ValueError as error:
-                raise self.damaged(f"{key} is damaged ({error})") from None
+                raise self.damaged(f"{key} is damaged ({_reason(error)})") from None
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Reads the shape of an array."""
@@ -234,7 +235,13 @@ class NpzFile:
         except MptTrtError:
             raise
         except ARCHIVE_ERRORS as error:
-            raise self.damaged(f"{key} is damaged ({error})") from None
+            raise self.damaged(f"{key} is damaged ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    """The text of an error of zipfile's, which may quote much of the file."""
+    text = str(error)
+    return text if len(text) <= MOST_REASON else f"{text[:MOST_REASON]}..."
 
 
 def _begins_as_archive(path: Path) -> bool:

@@ -44,6 +44,16 @@ def test_damage_shows_when_all_rows_are_read(tmp_path: Path) -> None:
         list(NpzFile(tmp_path / "x.npz").rows("m", 128))
 
 
+def test_messages_do_not_quote_the_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", m=np.ones((300, 64), np.float32))
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[26:28] = (10_000).to_bytes(2, "little")  # length of the name in the entry's header
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(MptTrtError, match=r"m is damaged .*; delete it and ") as caught:
+        NpzFile(tmp_path / "x.npz").shape("m")
+    assert len(str(caught.value)) < len(str(tmp_path)) + 400
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
