@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypedDict, Unpack
 
-from mpt_trt.api.outputs import Output, StreamPart, make_completion
+from mpt_trt.api.outputs import FinishReason, Output, StreamPart, make_completion
 from mpt_trt.api.text import EngineText, Prompt
 from mpt_trt.engines.load import LoadedEngine, load_engine
 from mpt_trt.engines.manifest import read_manifest
@@ -247,7 +247,7 @@ class _Request:
         self.config = make_config(text, max_new_tokens, options)
         self.stop = text.stop_strings(prompts, options.get("stop", ()))
         self.texts = [GeneratedText(text.decoder, self.stop) for _ in prompts]
-        self.reasons: list = [None] * len(prompts)
+        self.reasons: list[FinishReason | None] = [None] * len(prompts)
         special = options.get("add_special_tokens", True)
         self.prompts = [text.encode(prompt, special) for prompt in prompts]
         self._new: list[tuple[int, int]] = []

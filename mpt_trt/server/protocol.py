@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mpt_trt.checkpoint.chat import Message
 from mpt_trt.generation.config import LEAST_PENALTY, MOST_PENALTY
 from mpt_trt.server.errors import ApiError
 from mpt_trt.system.json_text import shown
@@ -87,7 +88,8 @@ class _Request(BaseModel):
     @property
     def wants_continuous_usage(self) -> bool:
         """Returns whether every chunk of a stream has the numbers of tokens."""
-        return self.wants_usage and bool(self.stream_options.continuous_usage_stats)  # type: ignore[union-attr]
+        options = self.stream_options
+        return options is not None and options.include_usage and options.continuous_usage_stats
 
 
 class CompletionRequest(_Request):
@@ -136,7 +138,7 @@ class ChatMessage(BaseModel):
     content: str | list[ContentPart]
     name: str | None = None
 
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> Message:
         """The message as a chat template takes it."""
         if isinstance(self.content, str):
             return {"role": self.role, "content": self.content}

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt_trt.api.outputs import FinishReason
-from mpt_trt.api.text import EngineText
-from mpt_trt.checkpoint.chat import Message
+from mpt_trt.api.text import EngineText, Prompt
 from mpt_trt.errors import MptTrtError
 from mpt_trt.generation.config import GenerationConfig
 from mpt_trt.generation.text import Decoder, GeneratedText
@@ -189,12 +188,11 @@ class Service:
     def _release(self) -> None:
         self.num_live -= 1
 
-    def _encoded(self, prompt: str | list[int] | list[dict[str, str]]) -> list[int]:
+    def _encoded(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             self._require_short(len(prompt), "prompt")
-        messages: str | list[int] | list[Message] = prompt  # type: ignore[assignment]
         try:
-            return self.text.encode(messages)
+            return self.text.encode(prompt)
         except MptTrtError as error:
             raise ApiError(400, str(error)) from None
 
@@ -276,18 +274,15 @@ class Generation:
         self._waiter: asyncio.Future[None] | None = None
         self._requests: dict[int, Request] = {}
         self._worker: Worker | None = None
-        choices = [job for job in jobs for _ in range(job.n)]
-        self._live = set(range(len(choices)))
+        self._live = set(range(sum(job.n for job in jobs)))
 
     def submit(self, worker: Worker) -> None:
         """Queues every choice; raises MptTrtError when one does not fit the engine."""
         self._worker = worker
-        choice = 0
-        for job in self._jobs:
-            for stream in range(job.n):
-                self._requests[choice] = self._request(choice, job, stream)
-                worker.submit(self._requests[choice])
-                choice += 1
+        choices = ((job, stream) for job in self._jobs for stream in range(job.n))
+        for choice, (job, stream) in enumerate(choices):
+            self._requests[choice] = self._request(choice, job, stream)
+            worker.submit(self._requests[choice])
 
     async def parts(self) -> AsyncGenerator[list[Part], None]:
         """Yields new tokens of all choices as they come; cancels what is left at the end.
