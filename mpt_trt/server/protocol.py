@@ -181,7 +181,11 @@ def parse_completion(content: dict[str, Any]) -> CompletionRequest:
 
 def parse_chat(content: dict[str, Any]) -> ChatRequest:
     """Checks the body of /v1/chat/completions; raises ApiError, naming the field."""
-    return _parsed(ChatRequest, content)
+    request: ChatRequest = _parsed(ChatRequest, content)
+    if request.number_of_top_logprobs and not request.logprobs:
+        message = f"top_logprobs = {request.number_of_top_logprobs}: it needs logprobs: true"
+        raise ApiError(400, message, param="top_logprobs")
+    return request
 
 
 def _parsed(kind: Any, content: dict[str, Any]) -> Any:

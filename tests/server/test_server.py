@@ -383,6 +383,11 @@ def test_bad_requests_are_rejected_in_openais_format(
             "messages: content of the type 'image_url' is not supported, only 'text'",
         ),
         (
+            {"messages": MESSAGES, "top_logprobs": 2},
+            "top_logprobs",
+            "top_logprobs = 2: it needs logprobs: true",
+        ),
+        (
             {"messages": MESSAGES, "response_format": {"type": "json_object"}},
             "response_format",
             "response_format = {'type': 'json_object'} is not supported; leave it out",
