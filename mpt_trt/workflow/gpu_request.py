@@ -51,11 +51,6 @@ def require_gpus(site: Site, count: int) -> None:
         gpu_locks.require(count, local_devices(site))
 
 
-def most_gpus(site: Site) -> int:
-    """Number of GPUs of this machine or, if jobs run elsewhere, of a node of the cluster."""
-    return site.gpus_per_node if site.gpus == "scheduler" else len(local_devices(site).names)
-
-
 def num_nodes(site: Site, num_ranks: int) -> int:
     """Smallest number of nodes that divides the ranks evenly, with one GPU per rank.
 
