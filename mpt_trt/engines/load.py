@@ -1,4 +1,7 @@
-"""Loads an engine directory with the runtime that fits this machine."""
+"""Loads an engine directory with the runtime that fits this machine.
+
+A runtime is imported only when it is chosen: its packages are optional and take long to import.
+"""
 
 from __future__ import annotations
 
