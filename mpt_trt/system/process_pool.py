@@ -8,6 +8,7 @@ block, and for the kernel's lock of the shared address space that files are mapp
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import selectors
@@ -152,6 +153,9 @@ def _forked(jobs: Sequence[Job[Any]], turns: _Turns) -> _Worker:
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
+        # The parent's garbage stays. An ONNX Runtime session in it would wait for its threads,
+        # which a fork does not copy.
+        gc.freeze()
         # Neither `finally` blocks nor exit handlers of the parent may run here.
         try:
             end_with_parent()

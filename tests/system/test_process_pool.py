@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import faulthandler
 import functools
+import gc
 import multiprocessing
 import os
 import select
@@ -212,3 +213,29 @@ def test_pytorch_computes_in_a_job_after_it_has_used_threads() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(used)
+
+
+def test_garbage_of_the_parent_stays_in_a_job() -> None:
+    """An ONNX Runtime session in it would wait for threads that a fork does not copy."""
+    ended = []
+
+    class Session:
+        def __init__(self) -> None:
+            self.cycle = self
+
+        def __del__(self) -> None:
+            ended.append(os.getpid())
+
+    def collected(_: Advance) -> int:
+        gc.collect()
+        return len(ended)
+
+    gc.collect()
+    gc.disable()
+    try:
+        Session()
+        assert run_forked([collected] * 2, 2, ignore) == [0, 0]
+    finally:
+        gc.enable()
+    gc.collect()
+    assert ended == [os.getpid()]
