@@ -73,7 +73,7 @@ class PickleFile:
 
     def tensor(self, name: str) -> NDArray:
         """Implements `WeightFile`."""
-        tensor = self._tensors[name]
+        tensor = self._tensors[name].resolve_neg()
         if tensor.dtype is torch.bfloat16:
             return tensor.view(torch.uint16).numpy().view(BFLOAT16)
         if not tensor.is_floating_point() or tensor.itemsize < 2:
@@ -90,6 +90,11 @@ def _load(path: Path) -> Any:
         with torch.serialization.safe_globals(_harmless_globals()):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error):
+            raise MptTrtError(
+                f"{path}: saved with another pickle_protocol than torch.save's default, or "
+                "damaged; save it again with the default, or as safetensors"
+            ) from None
         raise MptTrtError(
             f"{path}: rejected, because it holds more than tensors ({_culprit(error)}); convert "
             "it to safetensors on a machine where you trust it"

@@ -313,6 +313,17 @@ class TestFiles:
         )
         assert "git lfs pull" in message
 
+    @pytest.mark.parametrize("protocol", [4, 5])
+    def test_another_pickle_protocol(self, tmp_path: Path, protocol: int) -> None:
+        path = write_pickle(tmp_path, tensors(BASE))
+        torch.save(tensors(BASE), path, pickle_protocol=protocol)
+        assert refusal(tmp_path).startswith(f"{path}: saved with another pickle_protocol than")
+
+    def test_negated_views(self, tmp_path: Path) -> None:
+        state = {name: torch._neg_view(-tensor) for name, tensor in tensors(BASE).items()}
+        write_pickle(tmp_path, state)
+        require_base(tmp_path)
+
     def test_lfs_pointer_of_a_shard(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path, BASE, layout="sharded_safetensors")
         path = tmp_path / "model-00002-of-00003.safetensors"
