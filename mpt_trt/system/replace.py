@@ -31,6 +31,7 @@ from mpt_trt.system.staging import NEW, OLD, REPLACED, staging_directory
 ATTEMPTS = 100
 # Files that Snakemake and network file systems put into any folder.
 UNOWNED_FILES = re.compile(r"\.snakemake_timestamp|\.nfs[0-9a-f]+")
+WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
@@ -149,13 +150,19 @@ def replace_file(target: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
 def require_writable(target: Path, inputs: Iterable[Path] = ()) -> None:
     """Raises MptTrtError when the file `target` must not be written.
 
-    These are folders, inputs, and existing files inside an input folder.
+    These are folders, inputs, existing files inside an input folder, and files that nobody may
+    write, which are protected that way.
     """
     with plain_disk_errors(target):
         if target.name in ("", "..") or target.is_dir():
             raise MptTrtError(f"output {str(target)!r}: a folder; name a file")
         if _lstat(target) is None:
             return
+        if target.is_file() and not target.stat().st_mode & WRITABLE:
+            raise MptTrtError(
+                f"{target}: not replaced, because it is read-only; choose another output file, or "
+                "make it writable (chmod u+w)"
+            )
         for source in inputs:
             if _is_in(target, source):
                 raise MptTrtError(

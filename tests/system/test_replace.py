@@ -551,6 +551,22 @@ class TestReplaceFile:
         assert link.is_symlink()
         assert tree(tmp_path) == {"elsewhere": None, "elsewhere/file": "new", "link": "new"}
 
+    @pytest.mark.parametrize("is_link", [False, True])
+    def test_a_read_only_file_is_kept(self, tmp_path: Path, is_link: bool) -> None:
+        target = tmp_path / "target"
+        if is_link:
+            target.symlink_to("file")
+        target.write_text("kept")
+        target.chmod(0o444)
+        refused = pytest.raises(MptTrtError, match=r"target: not replaced, because it is read-")
+        with refused, replace_file(target) as partial:
+            partial.write_text("new")
+        assert target.read_text() == "kept"
+        target.chmod(0o644)
+        with replace_file(target) as partial:
+            partial.write_text("new")
+        assert target.read_text() == "new"
+
     def test_a_device_stays(self, tmp_path: Path) -> None:
         with replace_file(Path("/dev/null")) as partial:
             partial.write_text("new")
