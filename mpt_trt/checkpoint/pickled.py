@@ -65,6 +65,10 @@ class PickleFile:
                 f"{self.path}: tensor {name} is on the meta device, which holds no values; save "
                 "the model again after its weights are loaded"
             )
+        if tensor.is_nested:
+            raise MptTrtError(
+                f"{self.path}: tensor {name} is nested, a list of tensors; save it as one tensor"
+            )
         if tensor.layout != torch.strided:
             layout = str(tensor.layout).removeprefix("torch.")
             raise MptTrtError(

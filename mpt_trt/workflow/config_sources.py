@@ -59,11 +59,13 @@ class ConfigSources:
 
 
 def require_yaml(path: Path) -> None:
-    """Raise MptTrtError, with the line, when a configuration file is not valid YAML."""
+    """Raise MptTrtError, with the line, when a file is not valid YAML or repeats a key."""
     import yaml
 
     try:
-        yaml.load(_text(str(path)), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        text, loader = _text(str(path)), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        yaml.load(text, loader)
+        _require_unique_keys(path, yaml.compose(text, loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = path if mark is None else f"{path}, line {mark.line + 1}"
@@ -73,6 +75,35 @@ def require_yaml(path: Path) -> None:
         ) from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise MptTrtError(f"{path}: cannot be read as YAML: {error}") from None
+
+
+def _require_unique_keys(path: Path, node: Any) -> None:
+    """Raises MptTrtError when a mapping has a key twice, of which YAML's readers take the last.
+
+    node: of PyYAML's graph of the file.
+    """
+    waiting, seen = [node], set()
+    while waiting:
+        node = waiting.pop()
+        # Aliases share nodes, and may form circles.
+        if node is None or id(node) in seen or isinstance(node.value, str):
+            continue
+        seen.add(id(node))
+        if node.id == "sequence":
+            waiting += node.value
+            continue
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            waiting.append(value)
+            if not isinstance(key.value, str):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise MptTrtError(
+                    f"{path}, line {line}: the key {key.value} is also in line {lines[key.value]}, "
+                    "which would not count; remove or rename one of them"
+                )
+            lines[key.value] = line
 
 
 def _shown(file: str | Path) -> str:

@@ -195,6 +195,8 @@ class TestValues:
             (lambda t: t.to("meta"), "is on the meta device"),
             (lambda t: t.to_sparse(), "is sparse (sparse_coo)"),
             (lambda t: t.to_sparse_csr(), "is sparse (sparse_csr)"),
+            (lambda t: torch.nested.nested_tensor([t, t[:1]]), "is nested"),
+            (lambda t: torch.nested.nested_tensor([t], layout=torch.jagged), "is nested"),
         ],
     )
     def test_none_or_not_all(self, tmp_path: Path, change, what: str) -> None:

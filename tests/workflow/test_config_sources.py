@@ -119,11 +119,23 @@ def test_the_file_that_says_it_is_blamed(tmp_path: Path, monkeypatch: pytest.Mon
         ("models: {m: [}\n", r"config\.yaml, line 1: not valid YAML: "),
         ("a: b: c\n", r"config\.yaml, line 1: not valid YAML: mapping values are not allowed"),
         ("a: \x00\n", r"config\.yaml: cannot be read as YAML"),
+        (
+            "models:\n  m: {source: x}\n  n: {source: y}\n  m: {source: z}\n",
+            r"config\.yaml, line 4: the key m is also in line 2, which would not count; remove",
+        ),
+        ("targets: []\nmodels: {}\ntargets: [a]\n", r"line 3: the key targets is also in line 1"),
+        ("a: [{b: 1}, {b: 2, 'b': 3}]\n", r"line 1: the key b is also in line 1"),
     ],
 )
 def test_broken_yaml_is_named_with_its_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(MptTrtError, match=message):
         require_yaml(tmp_path / "config.yaml")
-    (tmp_path / "config.yaml").write_text("models: {}\n")
-    require_yaml(tmp_path / "config.yaml")
+    for right in (
+        "",
+        "models: {}\n",
+        "a: &x {b: 1, c: {b: 1}}\nd: {<<: *x, b: 2}\n",
+        "a: &y [*y]\n",
+    ):
+        (tmp_path / "config.yaml").write_text(right)
+        require_yaml(tmp_path / "config.yaml")
