@@ -91,7 +91,7 @@ class _Routes:
     async def completions(self, request: Request) -> Response:
         asked = parse_completion(await self._body(request))
         self._service.require_model(asked.model)
-        jobs = self._service.completion_jobs(asked)
+        jobs = await self._service.completion_jobs(asked)
         decoder = self._service.decoder
         echoes = [""] * (len(jobs) * asked.n)
         if asked.echo:

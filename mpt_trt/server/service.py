@@ -128,23 +128,31 @@ class Service:
             message = f"the model {name[:100]!r} does not exist; this is {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def completion_jobs(self, request: CompletionRequest) -> list[Job]:
-        """Encodes the prompts; raises ApiError for one that cannot be encoded."""
+    async def completion_jobs(self, request: CompletionRequest) -> list[Job]:
+        """Encodes the prompts.
+
+        Raises ApiError for one that cannot be encoded, and when the queue is full.
+        """
+        count, by_n = len(request.prompts) * request.n, request.n > 1
+        self._require_places(count, "n" if by_n else "prompt")
         stop = request.stop_strings
         most = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
         field = "max_tokens" if most else "prompt"
         wants_prompt = bool(request.echo) and request.logprobs is not None
-        return [
-            replace(
-                self._job(request, self._encoded(prompt), stop, most, field),
-                wants_prompt=wants_prompt,
-                wants_tokens=most > 0,
-            )
-            for prompt in request.prompts
-        ]
+        jobs = []
+        for prompt in request.prompts:
+            job = self._job(request, self._encoded(prompt), stop, most, field)
+            jobs.append(replace(job, wants_prompt=wants_prompt, wants_tokens=most > 0))
+            # Other clients get their tokens between two prompts.
+            await asyncio.sleep(0)
+        return jobs
 
     def chat_jobs(self, request: ChatRequest) -> list[Job]:
-        """Encodes the conversation; raises ApiError if it has no template, or cannot be encoded."""
+        """Encodes the conversation.
+
+        Raises ApiError if it has no template or cannot be encoded, and when the queue is full.
+        """
+        self._require_places(request.n, "n")
         try:
             template = self.text.template
         except MptTrtError:
@@ -170,8 +178,7 @@ class Service:
         if not self.is_running:
             raise errors.stopping()
         count = sum(job.n for job in jobs)
-        if self.num_live + count > self._max_live:
-            raise errors.overloaded(self._max_live)
+        self._require_places(count, "n")
         self._outbox.loop = asyncio.get_running_loop()
         generation = Generation(
             jobs, self.decoder, self.limits.timeout_s, self._release, self._outbox
@@ -187,6 +194,17 @@ class Service:
 
     def _release(self) -> None:
         self.num_live -= 1
+
+    def _require_places(self, count: int, field: str) -> None:
+        """Raises ApiError, naming the field, when so many completions cannot run or wait now."""
+        if count > self._max_live:
+            message = (
+                f"{count} completions in one request are more than the {self._max_live} that may "
+                "run and wait; send fewer prompts, or lower n"
+            )
+            raise ApiError(400, message, param=field)
+        if self.num_live + count > self._max_live:
+            raise errors.overloaded(self._max_live)
 
     def _encoded(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -345,7 +345,8 @@ def test_many_clients_at_once_get_what_they_get_alone(
         ({"suffix": "x"}, 400, "suffix = 'x' is not supported; leave it out"),
         ({"max_token": 4}, 400, "unknown field max_token"),
         ({"stream_options": {"usage": True}}, 400, "stream_options: unknown field usage"),
-        ({"n": 13}, 429, "12 requests are running or waiting"),
+        ({"n": 13}, 400, "13 completions in one request are more than the 12 that may run"),
+        ({"n": 4, "prompt": ["a"] * 4}, 400, "16 completions in one request are more than the 12"),
     ],
 )
 def test_bad_requests_are_rejected_in_openais_format(
@@ -569,8 +570,15 @@ def test_time_is_limited_and_the_queue_too(demo_engine: Path) -> None:
 
         served.model.step = slow
         with connected(served) as client:
-            with pytest.raises(openai.RateLimitError, match="4 requests are running"):
+            with pytest.raises(openai.BadRequestError, match="5 completions in one request"):
                 client.completions.create(model=NAME, prompt="The", max_tokens=50, n=5)
+            running = client.completions.create(
+                model=NAME, prompt="The", max_tokens=50, n=4, stream=True
+            )
+            with pytest.raises(openai.RateLimitError, match="4 requests are running"):
+                client.completions.create(model=NAME, prompt="The", max_tokens=50)
+            running.close()
+            served.wait_until_idle()
             with pytest.raises(openai.InternalServerError, match=r"longer than 0\.3 s"):
                 client.completions.create(model=NAME, prompt="The", max_tokens=50, n=4)
             with pytest.raises(openai.APIError, match=r"longer than 0\.3 s"):
