@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from mpt_trt.cli.standard_streams import flush_standard_output, prepare_standard_streams
 from mpt_trt.errors import MptTrtError, SharedError
@@ -47,9 +48,13 @@ def run_cli(main: Callable[[], None]) -> None:
 
     Failed writes to the standard output (a full disk, a closed pipe) are such errors.
 
-    SIGTERM is treated like Ctrl-C, so that unfinished outputs are removed in both cases.
+    SIGTERM is treated like Ctrl-C, and so is a closed terminal (SIGHUP, unless nohup ignores it),
+    so that unfinished outputs are removed in all cases.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        # What delays or handles SIGTERM later then holds for both.
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     wait_without_spinning()
     prepare_standard_streams()
     try:
@@ -82,6 +87,7 @@ def run_cli(main: Callable[[], None]) -> None:
 
 def _run_and_flush(main: Callable[[], None]) -> None:
     try:
+        _require_current_directory()
         main()
     except SystemExit:  # raised by --help
         flush_standard_output()
@@ -91,6 +97,16 @@ def _run_and_flush(main: Callable[[], None]) -> None:
             flush_standard_output()
         raise
     flush_standard_output()
+
+
+def _require_current_directory() -> None:
+    """Raises MptTrtError if the current directory was deleted, since libraries need one."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise MptTrtError(
+            "the current directory was deleted; change to one that exists (cd), and run again"
+        ) from None
 
 
 def _plain_message(error: Exception) -> str | None:

@@ -120,3 +120,26 @@ def test_other_errors_keep_their_traceback() -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 1
     assert "ZeroDivisionError" in ended.stderr
+
+
+def test_a_deleted_current_directory_is_named(tmp_path: Path) -> None:
+    code = "from mpt_trt.cli.console import run_cli; run_cli(lambda: print('ran'))"
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    root = Path(__file__).parents[2]
+    command = f'rmdir "{gone}"; PYTHONPATH="{root}" {sys.executable} -c "{code}"'
+    ended = subprocess.run(["bash", "-c", command], cwd=gone, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.endswith(
+        "error: the current directory was deleted; change to one that exists (cd), and run again\n"
+    )
+
+
+@pytest.mark.parametrize(("before", "status"), [("SIG_DFL", 130), ("SIG_IGN", 0)])
+def test_a_closed_terminal_interrupts_unless_that_is_ignored(before: str, status: int) -> None:
+    code = "import signal; from mpt_trt.cli.console import run_cli; "
+    code += f"signal.signal(signal.SIGHUP, signal.{before}); "
+    code += "run_cli(lambda: signal.raise_signal(signal.SIGHUP))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == status
+    assert ended.stderr == ("interrupted; unfinished outputs were removed\n" if status else "")
