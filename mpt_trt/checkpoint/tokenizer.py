@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -227,7 +226,8 @@ def _stderr_of_success() -> Iterator[None]:
     except OSError:  # closed
         yield
         return
-    with tempfile.TemporaryFile() as written:
+    # In memory, because a read-only container has no folder for temporary files.
+    with os.fdopen(os.memfd_create("stderr"), "w+b") as written:
         os.dup2(written.fileno(), 2)
         try:
             yield

@@ -139,6 +139,20 @@ def test_damaged_tokenizers_get_one_sentence(folder: Path, content: str, message
         read_tokenizer(folder)
 
 
+def test_no_folder_for_temporary_files_is_needed(folder: Path, tmp_path: Path) -> None:
+    """Containers have read-only file systems."""
+    code = (
+        "import sys, tempfile; from pathlib import Path; tempfile._candidate_tempdir_list = list; "
+    )
+    code += "from mpt_trt.checkpoint.tokenizer import read_tokenizer; "
+    code += "print(read_tokenizer(Path(sys.argv[1])).encode('def f'))"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == read_tokenizer(folder).encode("def f")
+
+
 def test_panics_print_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     single = [{"SpecialToken": {"id": "absent", "type_id": 0}}]
     template = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
