@@ -112,7 +112,12 @@ def _indexed_files(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise MptTrtError(f"{index}: field weight_map is missing; download the index again")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not name.isprintable() or len(name) > MOST_CHARACTERS:
+        # "" is printable.
+        if (
+            not isinstance(name, str)
+            or not name.isprintable()
+            or not 0 < len(name) <= MOST_CHARACTERS
+        ):
             raise MptTrtError(f"{index}: weight_map.{tensor} = {shown(name)}: not a file name")
     tensor_of = {name: tensor for tensor, name in weight_map.items()}
     for name, tensor in sorted(tensor_of.items()):

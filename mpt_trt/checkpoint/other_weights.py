@@ -23,6 +23,8 @@ def describe_other_weights(folder: Path, ignored: tuple[str, ...]) -> str | None
     for name in USUAL_NAMES.values():
         if (folder / name).is_dir():
             return f"{name} is a folder; put the file of that name there"
+        if (folder / name).exists() and not (folder / name).is_file():
+            return f"{name} is a pipe or device; put a regular file of that name there"
     if path := _first(paths, UNFINISHED):
         return f"{path.name} is an unfinished download; download it again"
     if path := _first(paths, tuple(USUAL_NAMES)):

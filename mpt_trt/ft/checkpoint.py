@@ -273,7 +273,10 @@ class _Ini:
         try:
             self.values = parse_ini(content)
         except INI_ERRORS as error:
-            raise MptTrtError(f"{path}: not an FT config.ini ({shown(error)})") from None
+            reason = " ".join(shown(error).split())  # the parser's messages have several lines
+            raise MptTrtError(
+                f"{path}: not an FT config.ini ({reason}); convert the checkpoint again"
+            ) from None
 
     def text(self, key: str, default: str) -> str:
         return self.values.get(key, default)

@@ -110,14 +110,25 @@ class TensorSource:
         if not all(map(is_finite, rows)):
             return not_finite(source, self.describe(weight))
         largest = max(np.abs(row.astype(np.float64)).max() for row in rows)
+        fitting = [
+            name for name, dtype in STORAGE_TYPES.items() if is_finite(_cast(largest, dtype))
+        ]
         return MptTrtError(
             f"{self.describe(weight)} holds {largest:g}, which {self.storage_type} cannot hold; "
-            "choose storage type bfloat16 or float32"
+            + (
+                f"choose another --storage_type: {' or '.join(fitting)}"
+                if fitting
+                else "no storage type can, so the checkpoint is damaged; download it again"
+            )
         )
 
     @property
     def _dtype(self) -> np.dtype[Any]:
         return STORAGE_TYPES[self.storage_type]
+
+
+def _cast(value: float, dtype: np.dtype[Any]) -> NDArray[Any]:
+    return convert(np.array([value], np.float64), dtype)
 
 
 class FtOutput:

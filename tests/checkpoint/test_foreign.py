@@ -392,6 +392,19 @@ class TestFiles:
         assert found.startswith(f"{tmp_path}: no weights found; ")
         assert message in found
 
+    @pytest.mark.parametrize("target", ["/dev/null", None])
+    def test_weights_that_are_no_regular_file(self, tmp_path: Path, target: str | None) -> None:
+        path = write_checkpoint(tmp_path, BASE) / "model.safetensors"
+        path.unlink()
+        if target is None:
+            os.mkfifo(path)
+        else:
+            path.symlink_to(target)
+        assert refusal(tmp_path) == (
+            f"{tmp_path}: no weights found; model.safetensors is a pipe or device; put a regular "
+            "file of that name there"
+        )
+
     @pytest.mark.parametrize(
         ("layout", "name", "message"),
         [

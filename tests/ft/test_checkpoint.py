@@ -256,6 +256,22 @@ class TestRounding:
         found = self.convert_values(tmp_path, padded, "bfloat16")
         assert list(found[: len(values)]) == expected
 
+    @pytest.mark.parametrize(
+        ("value", "dtype", "remedy"),
+        [
+            (1e5, "float16", "choose another --storage_type: float32 or bfloat16"),
+            (3.4e38, "bfloat16", "choose another --storage_type: float32"),
+            (1e300, "float32", "no storage type can, so the checkpoint is damaged; download it"),
+        ],
+    )
+    def test_values_that_do_not_fit(
+        self, tmp_path: Path, value: float, dtype: str, remedy: str
+    ) -> None:
+        with pytest.raises(MptTrtError) as raised:
+            self.convert_values(tmp_path, np.full(64, value), dtype)
+        message = str(raised.value)
+        assert f"wte.weight holds {value:g}, which {dtype} cannot hold; {remedy}" in message
+
     def test_float16(self, tmp_path: Path) -> None:
         values = self.finite_floats(65504)
         found = self.convert_values(tmp_path, values, "float16")
@@ -519,6 +535,8 @@ class TestDamagedDirectory:
         (folder / "config.ini").write_text(content)
         message = self.refusal(folder)
         assert message.startswith(f"{folder}/config.ini: not an FT config.ini (")
+        assert message.endswith("); convert the checkpoint again")
+        assert "\n" not in message
 
     def test_no_directory(self, tmp_path: Path) -> None:
         message = self.refusal(tmp_path / "1-gpu")
@@ -901,7 +919,9 @@ class TestInterruptions:
         assert found.config.num_layers == BIG_SPEC.num_layers
         assert sum(path.stat().st_size for path in folder.glob("*.bin")) > 700_000_000
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+    @pytest.mark.parametrize(
+        "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name
+    )
     def test_interrupted(self, big: Path, out: Path, number: int) -> None:
         process = self.start(big, out)
         errors = self.stop_in_the_middle(process, out, number)
