@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mpt_trt.checkpoint.tokenizer import Tokenizer
 from mpt_trt.errors import MptTrtError
+from mpt_trt.system.files import read_text_file
 
 
 def read_samples(path: Path, tokenizer: Tokenizer, number: int, length: int) -> Tensor:
@@ -16,10 +17,7 @@ def read_samples(path: Path, tokenizer: Tokenizer, number: int, length: int) -> 
 
     Raises MptTrtError, with the numbers, when the text is too short for samples without overlap.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MptTrtError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    text = read_text_file(path).replace("\r\n", "\n").replace("\r", "\n")
     tokens = tokenizer.encode(text)
     if len(tokens) < number * length:
         raise MptTrtError(

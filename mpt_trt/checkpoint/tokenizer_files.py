@@ -39,7 +39,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """
     if not has_tokenizer(folder):
         return []
-    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     for path in paths:
         _require_whole(path)
     return paths
@@ -47,6 +47,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 def _require_whole(path: Path) -> None:
     require_content(path)
+    if not path.is_file():
+        raise MptTrtError(f"{path}: not a file; put the file of that name there, or delete it")
     size = path.stat().st_size
     if size > MOST_TOKENIZER_BYTES:
         raise MptTrtError(

@@ -11,15 +11,16 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mpt_trt.cli.standard_streams import flush_standard_output, prepare_standard_streams
+from mpt_trt.cli.standard_streams import STDERR, flush_standard_output, prepare_standard_streams
 from mpt_trt.errors import MptTrtError, SharedError
 from mpt_trt.system import mpi
 from mpt_trt.system.process import wait_without_spinning
 
 INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED_MESSAGE = "interrupted; unfinished outputs were removed"
 REMEDY = "free memory, raise the limit (ulimit -v, SLURM's --mem), or use fewer processes"
 INSTALLATION = (
     "start the tool with the Python of an environment that has mpt-trt's requirements "
@@ -38,7 +39,9 @@ def run_command(make_parser: Callable[[], argparse.ArgumentParser], command: str
 
     def main() -> None:
         options = make_parser().parse_args()
-        importlib.import_module(command).run(options)
+        with _interrupts_end_at_once():
+            module = importlib.import_module(command)
+        module.run(options)
 
     run_cli(main)
 
@@ -69,7 +72,7 @@ def run_cli(main: Callable[[], None]) -> None:
         mpi.end_all_ranks(1)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("interrupted; unfinished outputs were removed", file=sys.stderr)
+        print(INTERRUPTED_MESSAGE, file=sys.stderr)
         mpi.end_all_ranks(INTERRUPTED)
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
@@ -83,6 +86,31 @@ def run_cli(main: Callable[[], None]) -> None:
         raise
     # Skips Python's final garbage collection over everything that was imported (0.03 s).
     gc.freeze()
+
+
+@contextlib.contextmanager
+def _interrupts_end_at_once() -> Iterator[None]:
+    """Ends the process at Ctrl-C and SIGTERM while modules are imported and nothing is written.
+
+    An exception would surface in the initialization of compiled modules, which report it as an
+    ImportError, or crash.
+    """
+
+    def end(*_: object) -> None:
+        with contextlib.suppress(OSError):
+            os.write(STDERR, f"{INTERRUPTED_MESSAGE}\n".encode())
+        os._exit(INTERRUPTED)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler == signal.default_int_handler:  # the shell lets background jobs ignore Ctrl-C
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run_and_flush(main: Callable[[], None]) -> None:

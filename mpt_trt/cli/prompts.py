@@ -17,6 +17,8 @@ from mpt_trt.system.json_text import shown
 MOST_TEXT_BYTES = 1 << 30
 # Larger than any vocabulary.
 MOST_ID = 2**31 - 1
+# Longer numbers are no ids, and take long to read.
+INTEGER = re.compile(r"\s*[+-]?[0-9]{1,30}\s*")
 
 TEXT_SUFFIX, IDS_SUFFIXES, CHAT_SUFFIX = ".txt", (".csv", ".npy"), ".json"
 
@@ -31,6 +33,10 @@ def read_texts(path: Path) -> list[str]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise MptTrtError(f"{path}: not UTF-8 text ({error}); convert it to UTF-8") from None
+    if "\0" in text:
+        raise MptTrtError(
+            f"{path}: not a text, because it contains NUL characters (UTF-16?); convert it to UTF-8"
+        )
     if not (lines := [line for line in re.split("\r?\n", text) if line]):
         raise MptTrtError(f"{path}: contains no prompt; write one text per line")
     return lines
@@ -47,7 +53,9 @@ def read_ids(path: Path, padding: set[int], begin: int | None = None) -> list[li
     try:
         rows = _csv_rows(path) if path.suffix == ".csv" else _array_rows(path, padding, begin)
     except (OSError, ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise MptTrtError(f"{path}: cannot be read as prompts: {error}") from None
+        raise MptTrtError(
+            f"{path}: cannot be read as prompts: {error}; write one row of token ids per prompt"
+        ) from None
     if not rows:
         raise MptTrtError(f"{path}: contains no prompt; write one row of token ids per prompt")
     for index, row in enumerate(rows):
@@ -71,10 +79,10 @@ def _csv_rows(path: Path) -> list[list[int]]:
 
 
 def _cell(text: str, line: int) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"line {line}: {shown(text)} is not an integer") from None
+    # int() also reads digits of other scripts, and 1_0 as 10.
+    if not INTEGER.fullmatch(text):
+        raise ValueError(f"line {line}: {shown(text)} is not an integer")
+    return int(text)
 
 
 def _array_rows(path: Path, padding: set[int], begin: int | None) -> list[list[int]]:

@@ -8,6 +8,7 @@ product with the head gives the logits.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mpt_trt.errors import MptTrtError
+from mpt_trt.system.files import read_text_file
 from mpt_trt.system.json_text import parse_json_object, shown
 from mpt_trt.system.replace import replace_file
 from mpt_trt.system.typed_json import from_json
@@ -65,12 +67,9 @@ class HeldOut:
 
 def read_text(path: Path) -> str:
     """Reads a text without changing its line ends; raises MptTrtError if that fails."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise MptTrtError(f"{path}: no such file; set quality.text in config.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise MptTrtError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    if not os.path.lexists(path):
+        raise MptTrtError(f"{path}: no such file; set quality.text in config.yaml")
+    return read_text_file(path)
 
 
 def windows(tokens: list[int], num_windows: int, length: int) -> NDArray[np.int64]:

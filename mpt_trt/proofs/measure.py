@@ -28,6 +28,7 @@ from mpt_trt.proofs.facts import (
     Score,
 )
 from mpt_trt.proofs.result import Measured
+from mpt_trt.system.files import read_text_file
 
 
 class Unavailable(MptTrtError):
@@ -235,9 +236,9 @@ def _read_text(path: Path) -> str:
     if not os.path.isfile(path):  # noqa: PTH113 (that fails for a path that is too long)
         raise Unavailable(f"{path}: {'not a file' if os.path.lexists(path) else 'no such file'}")
     try:
-        text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Unavailable(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        text = read_text_file(path)
+    except MptTrtError as error:
+        raise Unavailable(str(error)) from None
     if not text:
         raise Unavailable(f"{path}: the text is empty")
     return text

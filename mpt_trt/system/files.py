@@ -118,7 +118,7 @@ def read_small_file(path: Path, most_bytes: int) -> bytes:
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise MptTrtError(f"{path}: not a file")
+            raise MptTrtError(f"{path}: not a file; put the file of that name there")
         with path.open("rb") as stream:
             return stream.read(most_bytes + 1)
     except FileNotFoundError:
@@ -127,6 +127,27 @@ def read_small_file(path: Path, most_bytes: int) -> bytes:
         if isinstance(error, MptTrtError):
             raise
         raise MptTrtError(f"{path}: cannot be read: {error}") from None
+
+
+def read_text_file(path: Path) -> str:
+    """Reads a UTF-8 text without changing its line ends; a byte order mark is left out.
+
+    Raises MptTrtError, naming the file, when it is missing, unreadable, not UTF-8, or contains NUL
+    characters, as UTF-16 without a mark does.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MptTrtError(
+            f"{path}: cannot be read as UTF-8 text: {error}; convert it to UTF-8"
+        ) from None
+    except OSError as error:
+        raise MptTrtError(f"{path}: cannot be read as UTF-8 text: {error.strerror}") from None
+    if "\0" in text:
+        raise MptTrtError(
+            f"{path}: not a text, because it contains NUL characters (UTF-16?); convert it to UTF-8"
+        )
+    return text
 
 
 def hard_link(source: Path, target: Path) -> None:

@@ -218,11 +218,28 @@ class _Beginning:
         return self._encode(text[:4000])
 
 
-def test_texts_in_other_encodings_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "latin.txt"
-    path.write_bytes("déjà vu".encode("latin-1"))
-    with pytest.raises(MptTrtError, match=r"latin\.txt: cannot be read as UTF-8 text"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("déjà vu".encode("latin-1"), "cannot be read as UTF-8 text"),
+        ("text".encode("utf-16-le"), "contains NUL characters"),
+    ],
+)
+def test_texts_in_other_encodings_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "other.txt"
+    path.write_bytes(content)
+    with pytest.raises(MptTrtError, match=rf"other\.txt: .*{message}.*; convert it to UTF-8$"):
         read_samples(path, read_tokenizer(DEMO), 1, 1)
+
+
+@pytest.mark.parametrize(
+    "content", ["\ufeffdef f\ndef g\n", "def f\r\ndef g\r\n", "def f\rdef g\r"]
+)
+def test_marks_and_line_ends_do_not_change_the_samples(tmp_path: Path, content: str) -> None:
+    path, tokenizer = tmp_path / "text.txt", read_tokenizer(DEMO)
+    path.write_bytes(content.encode())
+    expected = tokenizer.encode("def f\ndef g\n")
+    assert read_samples(path, tokenizer, 1, len(expected)).tolist() == [expected]
 
 
 def test_the_default_text_is_enough_and_holds_nothing_held_out() -> None:

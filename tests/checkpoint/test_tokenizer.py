@@ -139,6 +139,14 @@ def test_damaged_tokenizers_get_one_sentence(folder: Path, content: str, message
         read_tokenizer(folder)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "merges.txt", "generation_config.json"])
+def test_a_folder_with_the_name_of_a_file(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    with pytest.raises(MptTrtError, match=f"^{folder / name}: not a file; put the file of that"):
+        read_tokenizer(folder)
+
+
 def test_no_folder_for_temporary_files_is_needed(folder: Path, tmp_path: Path) -> None:
     """Containers have read-only file systems."""
     code = (

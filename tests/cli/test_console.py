@@ -143,3 +143,21 @@ def test_a_closed_terminal_interrupts_unless_that_is_ignored(before: str, status
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == status
     assert ended.stderr == ("interrupted; unfinished outputs were removed\n" if status else "")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_interrupts_during_imports_are_no_errors_of_the_import(name: str, tmp_path: Path) -> None:
+    """Compiled modules turn exceptions during their initialization into ImportErrors."""
+    (tmp_path / "slow_command.py").write_text(
+        "import signal\n"
+        f"try:\n    signal.raise_signal(signal.{name})\n"
+        "except BaseException:\n    raise ImportError('initialization failed') from None\n"
+    )
+    code = "import argparse, signal, sys; from mpt_trt.cli.console import run_command; "
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+    code += f"sys.path.insert(0, {str(tmp_path)!r}); sys.argv[1:] = []; "
+    code += "run_command(argparse.ArgumentParser, 'slow_command')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 130
+    assert ended.stderr == "interrupted; unfinished outputs were removed\n"

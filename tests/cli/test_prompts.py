@@ -49,6 +49,7 @@ def test_texts(tmp_path: Path, content: bytes, expected: list[str]) -> None:
         (b"\n\r\n", "contains no prompt"),
         (b"caf\xe9\n", "not UTF-8 text"),
         ("text".encode("utf-16"), "not UTF-8 text"),
+        ("text".encode("utf-16-le"), "not a text, because it contains NUL characters"),
     ],
 )
 def test_texts_that_are_rejected(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -99,6 +100,9 @@ def test_arrays(tmp_path: Path, dtype: type, rows: list, expected: list[list[int
         ("a.csv", b"", "contains no prompt"),
         ("a.csv", b"5,1.0\n", "cannot be read as prompts: line 1: '1.0' is not an integer"),
         ("a.csv", b"5,,6\n", "cannot be read as prompts"),
+        ("a.csv", b"5,1_0\n", "line 1: '1_0' is not an integer; write one row of token ids per"),
+        ("a.csv", "5,\u0661\n".encode(), "line 1: '\u0661' is not an integer"),
+        ("a.csv", b"9" * 5000, "is not an integer"),
         ("a.csv", b"5,-1\n", "prompt 0: -1 is not a token id"),
         ("a.csv", b"5\n6,70000000000\n", "prompt 1: 70000000000 is not a token id"),
         ("a.npy", b"", "cannot be read as prompts"),

@@ -86,7 +86,20 @@ def test_text_keeps_its_line_ends(tmp_path):
     assert read_text(path) == "a\r\nb\rc\u00e9\n"
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "no such file"), (b"\xff", "as UTF-8")])
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbfa\n")
+    assert read_text(path) == "a\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"\xff", "as UTF-8 text: .*; convert it to UTF-8$"),
+        ("ab".encode("utf-16-le"), r"contains NUL characters \(UTF-16\?\); convert it to UTF-8$"),
+    ],
+)
 def test_text_that_cannot_be_read(tmp_path, content, message):
     path = tmp_path / "text.txt"
     if content is not None:
