@@ -62,6 +62,9 @@ class NpzFile:
         self._remedy = remedy
         self._of_thread = threading.local()
         self._parsing = threading.Lock()
+        if path.exists() and not path.is_file() and not path.is_dir():
+            # Reading a pipe would wait, and reading a device might never end.
+            raise self.refused("a pipe or device, not an npz file")
         try:
             names = self._archive().namelist()
         except FileNotFoundError:

@@ -49,7 +49,9 @@ def read_hf_config(folder: Path) -> MptConfig:
     require_plain_checkpoint(folder)
     path = folder / "config.json"
     if folder.is_dir() and not path.exists():
-        raise MptTrtError(f"{path}: no such file{hint(folder)}")
+        raise MptTrtError(
+            f"{path}: no such file{hint(folder) or '; give the folder of a checkpoint'}"
+        )
     content = read_json(path)
     if "model_type" not in content and (kind := describe_folder(folder)):
         raise MptTrtError(f"{folder}: not a checkpoint in Hugging Face format, but {kind}")

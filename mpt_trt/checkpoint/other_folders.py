@@ -27,6 +27,12 @@ def describe_folder(folder: Path) -> str | None:
         commits = sorted(path.name for path in (folder / "snapshots").iterdir())
         commit = commits[0] if len(commits) == 1 else "COMMIT"
         return f"a model's folder in the hub cache; give {folder / 'snapshots' / commit}"
+    snapshots = folder.parent / "snapshots"
+    if folder.name in ("blobs", "refs") and snapshots.is_dir():
+        return f"a part of a model's folder in the hub cache; give a folder in {snapshots}"
+    if models := sorted(path.name for path in folder.glob("models--*") if path.is_dir()):
+        name = models[0].removeprefix("models--").replace("--", "/")
+        return f"a hub cache; give a model's id, such as {name}, and this folder as HF_HUB_CACHE"
     if inner := sorted(path.name for path in folder.glob("[0-9]*-gpu") if path.is_dir()):
         return f"a folder that contains {', '.join(inner)}; give {folder / inner[0]}"
     if inner := sorted(path.parent.name for path in folder.glob("*/config.json")):

@@ -116,7 +116,7 @@ def read_manifest(engine_dir: Path) -> Manifest:
         raise MptTrtError(f"{problem}: {engine_dir}; give an engine directory")
     path = engine_dir / MANIFEST
     if not path.exists():
-        raise MptTrtError(f"{path}: no such file{hint(engine_dir)}")
+        raise MptTrtError(f"{path}: no such file{hint(engine_dir) or '; give an engine directory'}")
     content = read_json(path)
     if "ranks" not in content and (kind := describe_folder(engine_dir)):
         raise MptTrtError(f"{engine_dir}: not an engine directory, but {kind}")

@@ -135,6 +135,8 @@ def read_text_file(path: Path) -> str:
     Raises MptTrtError, naming the file, when it is missing, unreadable, not UTF-8, or contains NUL
     characters, as UTF-16 without a mark does.
     """
+    if path.exists() and not path.is_file():
+        raise MptTrtError(f"{path}: cannot be read as UTF-8 text: not a file; name a text file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

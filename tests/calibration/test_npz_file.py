@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import tracemalloc
@@ -166,3 +167,11 @@ def test_archives_of_any_kind_end_in_a_sentence(tmp_path: Path, compression: int
                 file.floats("m")
             except MptTrtError:
                 continue
+
+
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    """A pipe would wait for its writer, and /dev/zero has no end."""
+    os.mkfifo(tmp_path / "pipe.npz")
+    for path in (tmp_path / "pipe.npz", Path("/dev/zero")):
+        with pytest.raises(MptTrtError, match=f"^{path}: a pipe or device, not an npz file; "):
+            NpzFile(path)

@@ -38,6 +38,7 @@ MAKE: dict[str, Callable[[Path], None]] = {
     "ft": ft,
     "above ft": lambda folder: ft(folder / "2-gpu"),
     "hub cache": hub_cache,
+    "all of the hub cache": lambda folder: hub_cache(folder / "models--acme--mpt"),
     "above hugging face": lambda folder: with_config(folder / "step-9", {"model_type": "mpt"}),
     "empty": lambda folder: folder.mkdir(parents=True),
 }
@@ -49,6 +50,7 @@ HINTS = {
     "ft": "an FT checkpoint, which build.py and quantize.py read",
     "above ft": "a folder that contains 2-gpu; give {folder}/2-gpu",
     "hub cache": "the hub cache; give {folder}/snapshots/abc",
+    "all of the hub cache": "a hub cache; give a model's id, such as acme/mpt, and this folder as",
     "above hugging face": "a folder that contains step-9; give {folder}/step-9",
     "empty": "no such file",
 }
@@ -82,3 +84,11 @@ def test_a_checkpoint_is_found_below_the_folder_above_it(tmp_path: Path) -> None
     assert model_folder(tmp_path / "4-gpu") == tmp_path / "4-gpu"
     (tmp_path / "config.json").write_text("{}")
     assert model_folder(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["blobs", "refs"])
+def test_other_parts_of_the_hub_cache_are_named(tmp_path: Path, name: str) -> None:
+    hub_cache(tmp_path)
+    (tmp_path / name).mkdir()
+    with pytest.raises(MptTrtError, match=f"in the hub cache; give a folder in {tmp_path}/snaps"):
+        read_hf_config(tmp_path / name)

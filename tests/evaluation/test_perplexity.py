@@ -86,6 +86,12 @@ def test_text_keeps_its_line_ends(tmp_path):
     assert read_text(path) == "a\r\nb\rc\u00e9\n"
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "."])
+def test_what_is_no_file_is_not_read(name):
+    with pytest.raises(MptTrtError, match=r"as UTF-8 text: not a file; name a text file$"):
+        read_text(Path(name))
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"\xef\xbb\xbfa\n")
