@@ -126,7 +126,9 @@ def read_small_file(path: Path, most_bytes: int) -> bytes:
     except (OSError, ValueError) as error:
         if isinstance(error, MptTrtError):
             raise
-        raise MptTrtError(f"{path}: cannot be read: {error}") from None
+        # The whole text of a system error names the path again.
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise MptTrtError(f"{path}: cannot be read: {reason}") from None
 
 
 def read_text_file(path: Path) -> str:

@@ -50,7 +50,9 @@ def test_a_folder_a_pipe_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MptTrtError, match="no such file"):
         read_json(tmp_path / "config.json")
     (tmp_path / "config.json").symlink_to("config.json")
-    with pytest.raises(MptTrtError, match="cannot be read"):
+    with pytest.raises(
+        MptTrtError, match=r"config.json: cannot be read: Too many levels of sym[^:]*$"
+    ):
         read_json(tmp_path / "config.json")
 
 
