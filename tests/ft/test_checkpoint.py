@@ -919,9 +919,7 @@ class TestInterruptions:
         assert found.config.num_layers == BIG_SPEC.num_layers
         assert sum(path.stat().st_size for path in folder.glob("*.bin")) > 700_000_000
 
-    @pytest.mark.parametrize(
-        "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name
-    )
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
     def test_interrupted(self, big: Path, out: Path, number: int) -> None:
         process = self.start(big, out)
         errors = self.stop_in_the_middle(process, out, number)
