@@ -63,9 +63,14 @@ def require_yaml(path: Path) -> None:
     import yaml
 
     try:
-        text, loader = _text(str(path)), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        yaml.load(text, loader)
-        _require_unique_keys(path, yaml.compose(text, loader))
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(_text(str(path)))
+        node = loader.get_single_node()
+        # First, because construction puts merged mappings (<<) into their nodes.
+        _require_unique_keys(path, node)
+        if node is not None:
+            loader.construct_document(node)
+    except MptTrtError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = path if mark is None else f"{path}, line {mark.line + 1}"

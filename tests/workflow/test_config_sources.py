@@ -129,8 +129,9 @@ def test_the_file_that_says_it_is_blamed(tmp_path: Path, monkeypatch: pytest.Mon
 )
 def test_broken_yaml_is_named_with_its_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(MptTrtError, match=message):
+    with pytest.raises(MptTrtError, match=message) as caught:
         require_yaml(tmp_path / "config.yaml")
+    assert str(caught.value).count("config.yaml") == 1
     for right in (
         "",
         "models: {}\n",
