@@ -22,22 +22,16 @@ def add_ft_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:
     """Add `--adapter` for tools that merge it."""
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        metavar="FOLDER",
-        help="folder of a LoRA adapter (PEFT) to merge into the checkpoint",
-    )
+    _add_adapter(parser, "folder of a LoRA adapter (PEFT) to merge into the checkpoint")
 
 
 def add_merged_adapter(parser: argparse.ArgumentParser) -> None:
     """Add `--adapter` for tools that compare an engine with its checkpoint."""
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        metavar="FOLDER",
-        help="folder of the LoRA adapter (PEFT) that was merged into the checkpoint",
-    )
+    _add_adapter(parser, "folder of the LoRA adapter (PEFT) that was merged into the checkpoint")
+
+
+def _add_adapter(parser: argparse.ArgumentParser, meaning: str) -> None:
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help=meaning)
 
 
 def add_revision(parser: argparse.ArgumentParser) -> None:

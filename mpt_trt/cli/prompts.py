@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mpt_trt.errors import MptTrtError
-from mpt_trt.system.files import read_small_file
+from mpt_trt.system.files import read_small_file, require_no_nul
 from mpt_trt.system.json_text import shown
 
 MOST_TEXT_BYTES = 1 << 30
@@ -33,10 +33,7 @@ def read_texts(path: Path) -> list[str]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise MptTrtError(f"{path}: not UTF-8 text ({error}); convert it to UTF-8") from None
-    if "\0" in text:
-        raise MptTrtError(
-            f"{path}: not a text, because it contains NUL characters (UTF-16?); convert it to UTF-8"
-        )
+    require_no_nul(path, text)
     if not (lines := [line for line in re.split("\r?\n", text) if line]):
         raise MptTrtError(f"{path}: contains no prompt; write one text per line")
     return lines

@@ -133,8 +133,8 @@ class Service:
 
         Raises ApiError for one that cannot be encoded, and when the queue is full.
         """
-        count, by_n = len(request.prompts) * request.n, request.n > 1
-        self._require_places(count, "n" if by_n else "prompt")
+        count = len(request.prompts) * request.n
+        self._require_places(count, "n" if request.n > 1 else "prompt")
         stop = request.stop_strings
         most = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
         field = "max_tokens" if most else "prompt"

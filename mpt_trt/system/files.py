@@ -147,11 +147,16 @@ def read_text_file(path: Path) -> str:
         ) from None
     except OSError as error:
         raise MptTrtError(f"{path}: cannot be read as UTF-8 text: {error.strerror}") from None
+    require_no_nul(path, text)
+    return text
+
+
+def require_no_nul(path: Path, text: str) -> None:
+    """Raises MptTrtError when a file's text contains NUL, as UTF-16 without a mark does."""
     if "\0" in text:
         raise MptTrtError(
             f"{path}: not a text, because it contains NUL characters (UTF-16?); convert it to UTF-8"
         )
-    return text
 
 
 def hard_link(source: Path, target: Path) -> None:
